@@ -1,0 +1,20 @@
+"""The Serve application for `serve deploy`: `import_path: cluster.app:build`."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from cluster.config import ClusterConfig
+from cluster.runtime.launch import build_application, check_config
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Builds the application from a config file's `args`: the fields of `cluster.config.ClusterConfig`.
+
+    Raises SetupError, which Serve shows as the application's message, for an unknown argument or a value out of range.
+    """
+    config = ClusterConfig.from_mapping(args)
+    if Path(config.model).is_dir():  # where it is not, the head node does not serve: the replicas will say
+        check_config(config)
+    return build_application(config)

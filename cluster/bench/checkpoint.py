@@ -1,0 +1,72 @@
+"""The checkpoint that is measured on: the user's, or one with random weights that is made once and kept."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoint.demo import write_demo_checkpoint
+from cluster.checkpoint.reader import read_json_object
+from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint
+from cluster.config import ModelConfig
+from cluster.errors import SetupError
+
+SHAPES = ("a2.7b", "demo")
+_SEED = 0
+
+
+def default_directory(environ: dict[str, str]) -> Path:
+    """Where made checkpoints are kept: the user's cache."""
+    cache = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "moe-cluster" / "checkpoints"
+
+
+def read_config(model_dir: Path) -> ModelConfig:
+    """Raises CheckpointError for a directory that is not a qwen2_moe checkpoint."""
+    return ModelConfig.from_dict(read_json_object(model_dir / "config.json"))
+
+
+def describe(config: ModelConfig, dtype: str) -> str:
+    """One line with the shapes that decide the speed."""
+    return (
+        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_experts} experts of "
+        f"{config.moe_intermediate_size}, top-{config.num_experts_per_tok}, shared expert of "
+        f"{config.shared_expert_intermediate_size}, vocabulary {config.vocab_size}, {dtype}"
+    )
+
+
+def made_checkpoint(shapes: str, num_layers: int, directory: Path, progress: Callable[[int, int], None]) -> Path:
+    """Returns a checkpoint with random weights, made unless an earlier call has.
+
+    shapes: one of SHAPES; num_layers is for a2.7b only.  progress: called with bytes made and bytes in all.
+    A directory under its final name is complete; its name holds a digest of what it was made from.
+    Raises SetupError where it cannot be written.
+    """
+    if shapes == "demo":
+        return _made(directory / "demo", lambda path: write_demo_checkpoint(path, seed=_SEED))
+    if num_layers < 1:
+        raise SetupError(f"--layers is {num_layers}, at least 1 is needed")
+    raw_config: dict[str, Any] = {**A2_7B_CONFIG, "num_hidden_layers": num_layers}
+    digest = hashlib.sha256(json.dumps([raw_config, _SEED], sort_keys=True).encode()).hexdigest()[:8]
+    return _made(
+        directory / f"{shapes}-{num_layers}-layers-{digest}",
+        lambda path: write_checkpoint(path, raw_config, seed=_SEED, progress=progress),
+    )
+
+
+def _made(final: Path, write: Callable[[Path], None]) -> Path:
+    if final.exists():
+        return final
+    partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, final)
+    except OSError as error:
+        raise SetupError(f"{final} cannot be written ({error}): choose another --checkpoint-dir") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final

@@ -1,0 +1,55 @@
+"""This package's engine as a `System`, in one process or with its experts on Ray actors."""
+
+from dataclasses import replace
+
+import torch
+
+from cluster.bench.systems import SystemSpec
+from cluster.bench.throughput import Prompts, Workload
+from cluster.config import ModelConfig, Transport
+from cluster.llm import LLM
+from cluster.types import SAMPLING_DEFAULTS
+
+_BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
+
+
+def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:
+    """Bytes that the largest batch takes: each sequence rounded up to _BLOCK_TOKENS, and one block more."""
+    num_tokens = workload.prompt_tokens + workload.output_tokens
+    num_blocks = -(-num_tokens // _BLOCK_TOKENS) + 1
+    return workload.batches[-1] * num_blocks * _BLOCK_TOKENS * config.kv_bytes_per_token(dtype)
+
+
+def step_tokens(workload: Workload) -> int:
+    """The token budget of a step: all prompts at once, as transformers takes them, within 2048 to 8192."""
+    return min(max(workload.batches[-1] * workload.prompt_tokens, 2048), 8192)
+
+
+class ClusterSystem:
+    """num_threads: None leaves them to the launcher of the Ray actors."""
+
+    def __init__(self, spec: SystemSpec, config: ModelConfig, workload: Workload, num_threads: int | None) -> None:
+        transport: Transport = "ray" if spec.kind == "ray" else "local"
+        where = "experts on Ray actors"
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+            where = f"{'cuda' if torch.cuda.is_available() else 'cpu'}, {num_threads} threads"
+        self.detail = f"{where}, up to {step_tokens(workload)} tokens a step"
+        self._llm = LLM(
+            spec.model_dir,
+            dtype=spec.dtype,
+            num_expert_shards=spec.num_shards if transport == "ray" else 1,
+            transport=transport,
+            kv_cache_bytes=kv_cache_bytes(config, spec.dtype, workload),
+            max_num_batched_tokens=step_tokens(workload),
+            max_num_seqs=workload.batches[-1],
+            skip_tokenizer=True,
+        )
+
+    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
+        # The checkpoint's own defaults (penalties, top_k) would cost time that the other systems do not take.
+        params = replace(SAMPLING_DEFAULTS, temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        return [len(output.token_ids) for output in self._llm.generate(prompts, params)]
+
+    def close(self) -> None:
+        self._llm.close()

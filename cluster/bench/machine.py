@@ -1,0 +1,62 @@
+"""What a figure was measured on, without names that identify it: no host, no user, no path."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "ray", "transformers")
+_SPEEDS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")  # what decides the speed of products
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """num_cores: those that this process may use.  versions: (name, version), Python first."""
+
+    cpu: str
+    cpu_features: tuple[str, ...]
+    num_cores: int
+    memory_bytes: int
+    gpus: tuple[str, ...]
+    versions: tuple[tuple[str, str], ...]
+
+
+def this_machine() -> Machine:
+    """Describes the machine that it runs on; Linux."""
+    cpu, features = parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
+    versions = [("Python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            versions.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue
+    return Machine(
+        cpu=cpu or platform.machine(),
+        cpu_features=features,
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=_memory_bytes(),
+        gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+        versions=tuple(versions),
+    )
+
+
+def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the first processor's model ("" where it has none) and its features among _SPEEDS."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return fields.get("model name", ""), tuple(speed for speed in _SPEEDS if speed in flags)
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, or this control group's where that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return physical

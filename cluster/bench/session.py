@@ -1,0 +1,105 @@
+"""One run of the benchmark: checkpoint, systems one after another, report. Progress goes to stderr."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
+from cluster.bench.machine import this_machine
+from cluster.bench.report import Report, to_json, to_markdown
+from cluster.bench.systems import SystemSpec, require_transformers
+from cluster.bench.throughput import Workload
+from cluster.bench.worker import SystemResult, run_system
+from cluster.config import ModelConfig
+from cluster.errors import ClusterError, SetupError
+
+RunSystem = Callable[[SystemSpec, ModelConfig, Workload, Callable[[str], None]], SystemResult]
+
+
+def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> int:
+    """Carries out `moe-cluster bench`; see `command.run`. run_one: measures one system."""
+    if args.compare:
+        require_transformers()
+    if args.json and not args.json.parent.is_dir():
+        raise SetupError(f"--json {args.json}: its directory does not exist")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        model_dir = args.model_dir or _make_checkpoint(args, progress)
+        config = read_config(model_dir)
+        workload = _workload(args, config)
+        dtype = config.dtype if args.dtype == "auto" else args.dtype
+        specs = [
+            SystemSpec(kind=kind, model_dir=model_dir, dtype=dtype, num_shards=args.shards)
+            for kind in (*([args.compare] if args.compare else []), *args.transports)
+        ]
+        results, failures = _run_systems(specs, config, workload, progress, run_one)
+    report = Report(
+        machine=this_machine(),
+        checkpoint=describe(config, dtype),
+        workload=workload,
+        reference=specs[0].name,
+        results=tuple(results),
+        failures=tuple(failures),
+    )
+    print(to_markdown(report), end="")
+    if args.json:
+        args.json.write_text(to_json(report))
+    return 1 if failures else 0
+
+
+def _workload(args: argparse.Namespace, config: ModelConfig) -> Workload:
+    if not 1 <= args.shards <= config.num_experts:
+        raise SetupError(f"--shards is {args.shards}, 1 to {config.num_experts} (the experts) are possible")
+    num_tokens = args.prompt_tokens + args.output_tokens
+    if num_tokens > config.max_position_embeddings:
+        raise SetupError(
+            f"--prompt-tokens and --output-tokens make {num_tokens} tokens, the checkpoint's context is "
+            f"{config.max_position_embeddings}"
+        )
+    return Workload(
+        batches=args.batch,
+        prompt_tokens=args.prompt_tokens,
+        output_tokens=args.output_tokens,
+        repeats=args.repeat,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _make_checkpoint(args: argparse.Namespace, progress: Progress) -> Path:
+    task = progress.add_task(f"checkpoint {args.shapes}", total=None)
+    directory = args.checkpoint_dir or default_directory(dict(os.environ))
+    model_dir = made_checkpoint(
+        args.shapes,
+        args.layers,
+        directory,
+        lambda made, total: progress.update(task, completed=made, total=total),
+    )
+    progress.update(task, completed=1, total=1)
+    return model_dir
+
+
+def _run_systems(
+    specs: Sequence[SystemSpec],
+    config: ModelConfig,
+    workload: Workload,
+    progress: Progress,
+    run_one: RunSystem,
+) -> tuple[list[SystemResult], list[tuple[str, str]]]:
+    """One after another, since two may not fit into memory. One that fails leaves the others be."""
+    results, failures = [], []
+    for spec in specs:
+        task = progress.add_task(f"{spec.name}: loading", total=workload.num_runs + 1)
+        try:
+            results.append(run_one(spec, config, workload, _advance(progress, task, spec.name)))
+        except ClusterError as error:
+            failures.append((spec.name, str(error)))
+        progress.update(task, description=f"{spec.name}")
+    return results, failures
+
+
+def _advance(progress: Progress, task: TaskID, name: str) -> Callable[[str], None]:
+    return lambda what: progress.update(task, advance=1, description=f"{name}: {what}")

@@ -1,0 +1,46 @@
+"""Which system to measure. They themselves are in `cluster_system` and `transformers_system`."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.bench.throughput import System, Workload
+from cluster.config import ModelConfig
+from cluster.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemSpec:
+    """What to build. dtype: never "auto".  num_shards: expert shards, for `ray`; `local` has one."""
+
+    kind: Literal["local", "ray", "transformers"]
+    model_dir: Path
+    dtype: str
+    num_shards: int
+
+    @property
+    def name(self) -> str:
+        return f"ray, {self.num_shards} shards" if self.kind == "ray" else self.kind
+
+
+def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
+    """Loads the checkpoint; takes all cores of this process, except for `ray`, whose launcher deals them out.
+
+    Imports late: a process that measures one system carries neither the memory nor the threads of the other.
+    """
+    num_threads = None if spec.kind == "ray" else len(os.sched_getaffinity(0))
+    if spec.kind == "transformers":
+        from cluster.bench.transformers_system import TransformersSystem
+
+        return TransformersSystem(spec, num_threads)
+    from cluster.bench.cluster_system import ClusterSystem
+
+    return ClusterSystem(spec, config, workload, num_threads)
+
+
+def require_transformers() -> None:
+    """Raises SetupError where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise SetupError("--compare transformers: it is not installed; pip install 'moe-cluster[test]' has it")

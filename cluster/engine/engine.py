@@ -1,0 +1,183 @@
+"""The engine: takes requests, makes steps, reports tokens. Knows no thread, no network and no text.
+
+engine.submit(request); updates = engine.step()      # schedule → run → update
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from cluster.config import EngineConfig
+from cluster.engine.block_manager import BlockManager
+from cluster.engine.runner import ModelRunner
+from cluster.engine.scheduler import Batch, Scheduler
+from cluster.engine.sequence import Sequence
+from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from cluster.metrics import EngineMetrics
+from cluster.types import EngineRequest, FinishReason, Logprobs, SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Used by one thread. Every request that `submit` accepts ends in exactly one update with a finish_reason."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+        metrics: EngineMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        seeds: random.Random | None = None,
+    ) -> None:
+        self.runner = runner
+        self.config = config
+        self.eos_token_ids = eos_token_ids
+        self.max_model_len = max_model_len
+        self.metrics = metrics
+        self.clock = clock
+        self.seeds = seeds or random.Random()
+        self.blocks = BlockManager(num_blocks, config.block_size)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self.sequences: dict[str, Sequence] = {}
+        self._finished: list[SequenceUpdate] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences or self._finished)
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queues a request. Raises Overloaded, InvalidRequest; then nothing of it is left here."""
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise Overloaded(f"the queue is full ({self.config.max_waiting} requests wait): try again later")
+        if request.request_id in self.sequences:
+            raise InvalidRequest(
+                f"request_id {request.request_id!r} is in use by a running request", "request_id"
+            )
+        params = request.params
+        total = len(request.prompt_token_ids) + (params.max_tokens or 1)
+        if total > self.max_model_len:
+            raise InvalidRequest(
+                f"prompt ({len(request.prompt_token_ids)} tokens) plus max_tokens ({params.max_tokens}) is {total}, "
+                f"the context has {self.max_model_len}",
+                "max_tokens",
+            )
+        needed = self.blocks.blocks_for(total)
+        if needed > self.blocks.num_blocks:
+            raise InvalidRequest(
+                f"prompt and max_tokens need {needed} KV cache blocks, there are {self.blocks.num_blocks}: shorten the "
+                "request, or serve with a larger kv_cache_bytes",
+                "max_tokens",
+            )
+        if params.seed is None:
+            params = replace(params, seed=self.seeds.getrandbits(63))
+        stop_token_ids = set(params.stop_token_ids) | (
+            set() if params.ignore_eos else set(self.eos_token_ids)
+        )
+        now = self.clock()
+        sequence = Sequence(
+            request=request,
+            params=params,
+            stop_token_ids=frozenset(stop_token_ids),
+            arrived_at=now,
+            deadline=None if request.timeout_s is None else now + request.timeout_s,
+        )
+        self.sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Stops a sequence and frees its blocks at once. An unknown id (already finished) is no error."""
+        if sequence := self.sequences.get(request_id):
+            self._end(sequence, "cancelled")
+
+    def step(self) -> list[SequenceUpdate]:
+        """Makes one step and returns what it brought, ends of cancelled and expired sequences included. Blocks."""
+        self._expire()
+        batch = self.scheduler.schedule()
+        for _ in range(batch.num_preempted):
+            self.metrics.preempted()
+        updates = self._run(batch) if batch.scheduled else []
+        updates += self._finished
+        self._finished = []
+        self.metrics.state(
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+            self.blocks.num_used,
+            self.blocks.num_blocks,
+        )
+        return updates
+
+    def _run(self, batch: Batch) -> list[SequenceUpdate]:
+        started = self.clock()
+        for s in batch.scheduled:
+            if not s.sequence.started:
+                s.sequence.started = True
+                self.metrics.queue_wait(started - s.sequence.arrived_at)
+        num_decode_tokens = sum(
+            s.num_tokens for s in batch.scheduled if s.samples and s.sequence.num_output_tokens
+        )
+        try:
+            results = self.runner.run(batch)
+        except Unavailable as error:
+            log.warning("%d sequences end: %s", len(batch.scheduled), error)
+            for s in batch.scheduled:
+                self._end(s.sequence, "error", error)
+            return []
+        self.metrics.step(
+            self.clock() - started,
+            batch.num_tokens - num_decode_tokens,
+            num_decode_tokens,
+            len(batch.scheduled),
+        )
+        updates = []
+        for s, result in zip(batch.scheduled, results, strict=True):
+            s.sequence.num_computed_tokens += s.num_tokens
+            if result is not None:
+                updates.append(self._append(s.sequence, *result))
+        return updates
+
+    def _append(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None) -> SequenceUpdate:
+        sequence.token_ids.append(token_id)
+        reason: FinishReason | None = None
+        if token_id in sequence.stop_token_ids:
+            reason = "stop"
+        elif sequence.num_output_tokens >= (sequence.params.max_tokens or 1):
+            reason = "length"
+        if reason:
+            self._forget(sequence, reason)
+        return SequenceUpdate(
+            request_id=sequence.request_id,
+            token_ids=(token_id,),
+            logprobs=() if logprobs is None else (logprobs,),
+            finish_reason=reason,
+        )
+
+    def _expire(self) -> None:
+        now = self.clock()
+        for sequence in [s for s in self.sequences.values() if s.deadline is not None and s.deadline <= now]:
+            error = DeadlineExceeded(
+                f"the request's time of {sequence.request.timeout_s:g} s is over after "
+                f"{sequence.num_output_tokens} of {sequence.params.max_tokens} tokens"
+            )
+            self._end(sequence, "error", error)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: ClusterError | None = None) -> None:
+        self._forget(sequence, reason)
+        self._finished.append(
+            SequenceUpdate(request_id=sequence.request_id, finish_reason=reason, error=error)
+        )
+
+    def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.remove(sequence)
+        del self.sequences[sequence.request_id]
+        self.metrics.finished(reason)

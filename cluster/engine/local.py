@@ -1,0 +1,118 @@
+"""Puts an engine together from a checkpoint; with `local_experts`, the whole model in one process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cluster.checkpoint.generation import read_eos_token_ids
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import EngineConfig, ModelConfig
+from cluster.engine.engine import Engine
+from cluster.engine.runner import ModelRunner
+from cluster.errors import SetupError
+from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.placement import plan_evenly
+from cluster.experts.shard import ExpertShard
+from cluster.experts.transport import LocalTransport
+from cluster.metrics import DispatchMetrics, EngineMetrics
+from cluster.model.kv_cache import KVCache, num_kv_blocks
+from cluster.model.moe import Experts
+from cluster.model.qwen2_moe import Qwen2Moe
+from cluster.types import ModelInfo
+
+
+def resolve_dtype(dtype: str, config: ModelConfig) -> str:
+    """The name of the dtype to compute in: "auto" is the checkpoint's."""
+    return config.dtype if dtype == "auto" else dtype
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is CUDA where this process sees one. Raises SetupError for a CUDA that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SetupError(
+            "device is 'cuda', but torch sees no CUDA device in this process: use device 'cpu' or 'auto'"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
+    """The longest prompt and output together. Raises SetupError for more than the checkpoint allows."""
+    limit = config.max_position_embeddings
+    if engine.max_model_len is not None and engine.max_model_len > limit:
+        raise SetupError(
+            f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens"
+        )
+    return engine.max_model_len or limit
+
+
+def model_info(model_dir: str | Path, config: EngineConfig, model_id: str = "") -> ModelInfo:
+    """What clients are told of a checkpoint; its directory's name unless `model_id` says otherwise.
+
+    Raises CheckpointError, SetupError.
+    """
+    reader = CheckpointReader(model_dir)
+    return ModelInfo(
+        model_id=model_id or reader.model_dir.resolve().name,
+        vocab_size=reader.config.vocab_size,
+        max_model_len=max_model_len(reader.config, config),
+        num_hidden_layers=reader.config.num_hidden_layers,
+        num_experts=reader.config.num_experts,
+        num_experts_per_tok=reader.config.num_experts_per_tok,
+        dtype=resolve_dtype(config.dtype, reader.config),
+        eos_token_ids=read_eos_token_ids(model_dir, reader.config),
+    )
+
+
+def load_engine(
+    model_dir: str | Path,
+    config: EngineConfig,
+    experts: Experts,
+    metrics: EngineMetrics,
+    progress: Callable[[int], None] | None = None,
+) -> Engine:
+    """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError."""
+    reader = CheckpointReader(model_dir)
+    dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
+    longest = max_model_len(reader.config, config)
+    num_blocks = num_kv_blocks(reader.config, config, dtype)
+    # No sequence can use more than its context's blocks, so a cache for max_num_seqs of them is never exceeded.
+    num_blocks = min(num_blocks, config.max_num_seqs * -(-longest // config.block_size))
+    model = Qwen2Moe.load(reader, dtype=torch_dtype(dtype), device=device, progress=progress)
+    cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
+    return Engine(
+        ModelRunner(model, cache, experts, config.block_size),
+        config,
+        num_blocks=num_blocks,
+        eos_token_ids=read_eos_token_ids(model_dir, reader.config),
+        max_model_len=longest,
+        metrics=metrics,
+    )
+
+
+def local_experts(
+    model_dir: str | Path,
+    config: EngineConfig,
+    num_shards: int,
+    metrics: DispatchMetrics,
+    progress: Callable[[int], None] | None = None,
+) -> ExpertDispatcher:
+    """All experts in this process, in `num_shards` shards. Blocks. Raises CheckpointError, SetupError."""
+    reader = CheckpointReader(model_dir)
+    reader.check_names()
+    dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
+    plan = plan_evenly(reader.config.sparse_layers, reader.config.num_experts, num_shards)
+    shards = {}
+    for shard_id, experts in enumerate(plan.slices):
+        shards[shard_id] = ExpertShard(
+            shard_id, reader.config, dtype=dtype, device=resolve_device(config.device)
+        )
+        shards[shard_id].load(reader, experts, progress)
+    return ExpertDispatcher(LocalTransport(shards), FixedPlan(plan), metrics)

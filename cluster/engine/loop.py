@@ -1,0 +1,94 @@
+"""Runs an engine in a thread of its own: commands go in, one message a step comes out. Knows no Ray."""
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+
+from cluster.engine.engine import Engine
+from cluster.errors import ClusterError
+from cluster.types import EngineRequest, SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """`submit`, `cancel` and `poll` may be called from any thread; the engine is touched by the loop's alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
+        self._news = threading.Condition()
+        self._updates: list[SequenceUpdate] = []
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        """Queues requests for the next step. A refusal comes back as that request's update."""
+        for request in requests:
+            self._inbox.put(request)
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Ends sequences before the next step."""
+        for request_id in request_ids:
+            self._inbox.put(request_id)
+
+    def poll(self, timeout_s: float) -> list[SequenceUpdate]:
+        """Blocks until there is news and returns all of it; empty when the time is over first.
+
+        Raises what ended the engine's thread, if something did.
+        """
+        with self._news:
+            self._news.wait_for(lambda: self._updates or self._stopped, timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            updates, self._updates = self._updates, []
+            return updates
+
+    def stop(self) -> None:
+        """Ends the thread after the step under way. Blocks."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands(block=not self._engine.has_work):
+                updates = self._engine.step()
+                if updates:
+                    with self._news:
+                        self._updates += updates
+                        self._news.notify_all()
+        except BaseException as error:
+            log.exception("the engine ended")
+            self._failure = error
+        with self._news:
+            self._stopped = True
+            self._news.notify_all()
+
+    def _take_commands(self, *, block: bool) -> bool:
+        """Carries out what has arrived; false when the loop shall end."""
+        try:
+            command = self._inbox.get(block=block)
+            while True:
+                if command is None:
+                    return False
+                self._carry_out(command)
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _carry_out(self, command: EngineRequest | str) -> None:
+        if isinstance(command, str):
+            self._engine.cancel(command)
+            return
+        try:
+            self._engine.submit(command)
+        except ClusterError as error:
+            refusal = SequenceUpdate(request_id=command.request_id, finish_reason="error", error=error)
+            with self._news:
+                self._updates.append(refusal)
+                self._news.notify_all()

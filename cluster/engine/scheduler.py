@@ -1,0 +1,99 @@
+"""Chooses what each step computes. Knows blocks and tokens as numbers; knows no tensors and no clock.
+
+Running sequences come first, in the order of their arrival, then waiting ones; each gets as many of its uncomputed
+tokens as the budget leaves, so prompts are computed in chunks beside the decode rows of others.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.engine.block_manager import BlockManager
+from cluster.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence and how many of its uncomputed tokens this step computes (at least one)."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether its last token is computed, so that a new one is sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work. num_preempted: sequences that lost their blocks to make it possible."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    num_preempted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+class Scheduler:
+    """Used by one thread."""
+
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence, wherever it is, and frees its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.blocks.free(sequence)
+
+    def schedule(self) -> Batch:
+        """Plans one step and allocates its blocks. When blocks run out, the latest arrival gives its own up and is
+        computed again later (preemption by recompute); a sequence that fits the cache alone always gets on."""
+        scheduled: list[ScheduledSequence] = []
+        budget = self.max_num_batched_tokens
+        num_preempted = 0
+        position = 0
+        while position < len(self.running) and budget:
+            sequence = self.running[position]
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_tokens):
+                victim = self.running[-1]
+                self._preempt(victim)
+                num_preempted += 1
+                if victim is sequence:
+                    break
+            else:
+                scheduled.append(ScheduledSequence(sequence, num_tokens))
+                budget -= num_tokens
+            position += 1
+        while self.waiting and budget and len(self.running) < self.max_num_seqs and not num_preempted:
+            sequence = self.waiting[0]
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_tokens):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            scheduled.append(ScheduledSequence(sequence, num_tokens))
+            budget -= num_tokens
+        return Batch(tuple(scheduled), num_preempted)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.free(sequence)
+        sequence.num_computed_tokens = 0
+        self.waiting.appendleft(sequence)

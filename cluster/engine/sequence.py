@@ -1,0 +1,46 @@
+"""One request while the engine works on it. Knows no tensors."""
+
+from dataclasses import dataclass, field
+
+from cluster.model.sampler import PenaltyState
+from cluster.types import EngineRequest, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable; only the engine's thread touches it.
+
+    token_ids: prompt and output.  num_computed_tokens: tokens whose keys and values are in the cache.
+    block_table: ids of its cache blocks in order.  deadline, arrived_at: on the engine's clock, in seconds.
+    stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
+    """
+
+    request: EngineRequest
+    params: SamplingParams
+    stop_token_ids: frozenset[int]
+    arrived_at: float
+    deadline: float | None
+    token_ids: list[int] = field(init=False)
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    penalties: PenaltyState = field(default_factory=PenaltyState)
+    started: bool = False
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens

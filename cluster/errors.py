@@ -1,0 +1,90 @@
+"""Every error that leaves this package, with the code that a client sees.
+
+    ClusterError                     INTERNAL            500
+    ├── SetupError                   INTERNAL            500   the command line ends with exit code 2
+    │   └── CheckpointError                                    a model directory that cannot be served
+    ├── InvalidRequest               INVALID_ARGUMENT    400   carries the field's name
+    ├── Overloaded                   RESOURCE_EXHAUSTED  429
+    ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
+    ├── RequestCancelled             CANCELLED           499
+    └── Unavailable                  UNAVAILABLE         503
+        └── ShardUnavailable                                   carries the shard's id; callers send the rows again
+
+A `public` error's message is written for clients and reaches them. The others may name paths and addresses: a
+client gets their code and the request's id, the log gets the message.
+
+Arguments go to `super().__init__` by position: exceptions travel between actors by pickle.
+"""
+
+from typing import ClassVar
+
+
+class ClusterError(Exception):
+    """Base of all errors raised on purpose; `str(error)` is one line: what, where, what to do."""
+
+    grpc_code: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    public: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class SetupError(ClusterError):
+    """The configuration, the machine or the installation does not allow what was asked."""
+
+
+class CheckpointError(SetupError):
+    """A model directory is incomplete, damaged or of another architecture."""
+
+
+class InvalidRequest(ClusterError):
+    """A request that can never succeed. `field` is the name in the public API; the message has value and limit."""
+
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 400
+    public = True
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message, field)
+        self.field = field
+
+
+class Overloaded(ClusterError):
+    """A bounded queue is full; the same request may succeed later."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 429
+    public = True
+
+
+class DeadlineExceeded(ClusterError):
+    """The request's time budget ended before its answer did."""
+
+    grpc_code = "DEADLINE_EXCEEDED"
+    http_status = 504
+    public = True
+
+
+class RequestCancelled(ClusterError):
+    """The client went away or asked to stop."""
+
+    grpc_code = "CANCELLED"
+    http_status = 499
+    public = True
+
+
+class Unavailable(ClusterError):
+    """A part that the request needs is not there now; the request may be sent again."""
+
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+    public = True
+
+
+class ShardUnavailable(Unavailable):
+    """An expert shard died, hung or refused a call. Calls are idempotent: the caller sends the rows again."""
+
+    def __init__(self, message: str, shard_id: int = -1) -> None:
+        super().__init__(message, shard_id)
+        self.shard_id = shard_id

@@ -1,0 +1,64 @@
+"""Which shard holds which physical experts. Pure values; knows no weights and no network."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementPlan:
+    """A frozen plan. `slices[shard][layer_id]` are the ids of the experts that the shard holds a copy of.
+
+    epoch: grows with every change, a respawned shard included; callers compare it, nothing else.
+    Raises ValueError for an expert that no shard holds: a plan never lacks one.
+    """
+
+    epoch: int
+    num_experts: int
+    slices: tuple[Mapping[int, tuple[int, ...]], ...]
+
+    def __post_init__(self) -> None:
+        for layer_id in self.layer_ids:
+            held = {expert for s in self.slices for expert in s.get(layer_id, ())}
+            if held != set(range(self.num_experts)):
+                lacking = sorted(set(range(self.num_experts)) - held) or sorted(
+                    held - set(range(self.num_experts))
+                )
+                raise ValueError(f"layer {layer_id}: experts {lacking} are on no shard or unknown")
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.slices)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        return tuple(sorted({layer_id for s in self.slices for layer_id in s}))
+
+    def owners(self, layer_id: int) -> list[tuple[int, ...]]:
+        """For each expert of a layer, the shards that hold a copy, in the order of their ids."""
+        owners: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for shard_id, shard_slice in enumerate(self.slices):
+            for expert in shard_slice.get(layer_id, ()):
+                owners[expert].append(shard_id)
+        return [tuple(shards) for shards in owners]
+
+
+def plan_evenly(
+    layer_ids: Sequence[int], num_experts: int, num_shards: int, *, epoch: int = 1
+) -> PlacementPlan:
+    """Contiguous slices, one copy of each expert, the same in every layer; sizes differ by one at most.
+
+    60 experts on 7 shards: 9, 9, 9, 9, 8, 8, 8. Raises SetupError for more shards than experts.
+    """
+    if not 1 <= num_shards <= num_experts:
+        raise SetupError(
+            f"{num_shards} expert shards for {num_experts} experts a layer: ask for 1 to {num_experts} shards"
+        )
+    size, rest = divmod(num_experts, num_shards)
+    slices, start = [], 0
+    for shard_id in range(num_shards):
+        stop = start + size + (shard_id < rest)
+        slices.append({layer_id: tuple(range(start, stop)) for layer_id in layer_ids})
+        start = stop
+    return PlacementPlan(epoch=epoch, num_experts=num_experts, slices=tuple(slices))

@@ -1,0 +1,106 @@
+"""One shard's experts: loads its slice, multiplies rows with it. Stateless between calls; knows no network, no plan.
+
+T: rows, H: hidden size, I: expert intermediate size, K: experts a token, E: routed experts of a layer, L: held here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import ModelConfig
+from cluster.errors import ShardUnavailable
+from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSlice:
+    """One layer's physical experts. local_ids: [E] int64, where each expert stands here, -1 for elsewhere."""
+
+    expert_ids: tuple[int, ...]
+    local_ids: Tensor
+    gate_up_proj: Tensor  # [L, 2I, H]
+    down_proj: Tensor  # [L, H, I]
+
+
+class ExpertShard:
+    """Experts of any layers in any number, uneven slices included. `load` and `forward` need one thread."""
+
+    def __init__(
+        self, shard_id: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shard_id = shard_id
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.layers: dict[int, LayerSlice] = {}
+        self.expert_tokens = torch.zeros(
+            (config.num_hidden_layers, config.num_experts), dtype=torch.int64, device=device
+        )  # rows that each expert has computed here since the start: the load that placement balances
+
+    def load(
+        self,
+        reader: CheckpointReader,
+        experts: Mapping[int, Sequence[int]],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Replaces what is held by the experts of `experts`: layer id -> expert ids. Blocks until read.
+
+        Opens only these experts' tensors. Peak memory is the slice plus one tensor.
+        Raises CheckpointError for a missing or misshapen tensor, a damaged file.
+        """
+        self.layers = {}
+        targets: dict[str, Tensor] = {}
+        for layer_id, expert_ids in experts.items():
+            layer = self._allocate(tuple(expert_ids))
+            self.layers[layer_id] = layer
+            for local_id, expert_id in enumerate(layer.expert_ids):
+                prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
+                gate, up = layer.gate_up_proj[local_id].chunk(2)
+                targets[f"{prefix}.gate_proj.weight"] = gate
+                targets[f"{prefix}.up_proj.weight"] = up
+                targets[f"{prefix}.down_proj.weight"] = layer.down_proj[local_id]
+        reader.load(targets, progress)
+
+    def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Sums this shard's weighted experts for each row, in float32.
+
+        hidden_states: [T, H].  topk_ids: [T, K] int64 logical ids, negative for "not here".  topk_weights: [T, K]
+        float32.  Returns [T, H] in the dtype of hidden_states. Raises ShardUnavailable for an expert that is not here.
+        """
+        layer = self.layers.get(layer_id)
+        if layer is None:
+            raise ShardUnavailable(
+                f"shard {self.shard_id} holds no expert of layer {layer_id}", self.shard_id
+            )
+        here = topk_ids >= 0
+        local_ids = torch.where(here, layer.local_ids[topk_ids.clamp_min(0)], -1)  # [T, K]
+        if (here & (local_ids < 0)).any():
+            wanted = sorted(set(topk_ids[here & (local_ids < 0)].tolist()))
+            raise ShardUnavailable(
+                f"shard {self.shard_id} does not hold expert {wanted[0]} of layer {layer_id}: the plan has moved on",
+                self.shard_id,
+            )
+        self.expert_tokens[layer_id].index_add_(0, topk_ids.clamp_min(0).flatten(), here.flatten().long())
+        product = experts_by_grouped_mm if hidden_states.is_cuda else experts_by_loop
+        with torch.inference_mode():
+            out = product(hidden_states, local_ids, topk_weights, layer.gate_up_proj, layer.down_proj)
+        return out.to(hidden_states.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights held."""
+        return sum(layer.gate_up_proj.nbytes + layer.down_proj.nbytes for layer in self.layers.values())
+
+    def _allocate(self, expert_ids: tuple[int, ...]) -> LayerSlice:
+        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        local_ids = torch.full((self.config.num_experts,), -1, dtype=torch.int64)
+        local_ids[list(expert_ids)] = torch.arange(len(expert_ids))
+        return LayerSlice(
+            expert_ids,
+            local_ids.to(self.device),
+            torch.empty((len(expert_ids), 2 * width, hidden), dtype=self.dtype, device=self.device),
+            torch.empty((len(expert_ids), hidden, width), dtype=self.dtype, device=self.device),
+        )

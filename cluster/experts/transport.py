@@ -1,0 +1,79 @@
+"""The seam between attention and experts: one batch of rows out, one flight back. Knows no carrier and no plan.
+
+`LocalTransport` carries by a function call. The Ray carrier lives in `runtime/`.
+T: rows in the batch, H: hidden size, K: experts a token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.errors import ShardUnavailable
+from cluster.experts.shard import ExpertShard
+
+NOT_HERE = -1  # in ExpertBatch.topk_ids: this slot's expert is computed by another shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertBatch:
+    """Rows for one shard at one layer.
+
+    hidden_states: [T, H] in the model's dtype.  topk_ids: [T, K] int64 logical expert ids, NOT_HERE where another
+    shard computes that slot.  topk_weights: [T, K] float32.  epoch: of the plan that chose the shard.
+    """
+
+    layer_id: int
+    epoch: int
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.hidden_states.nbytes + self.topk_ids.nbytes + self.topk_weights.nbytes
+
+
+class Flight(Protocol):
+    """A batch under way."""
+
+    def result(self, timeout_s: float) -> Tensor:
+        """Blocks for the weighted sums: [T, H] in the batch's dtype. Raises ShardUnavailable; calling again is safe."""
+
+
+class ExpertTransport(Protocol):
+    """Carries batches to shards. Used by one thread."""
+
+    def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
+        """Sends without waiting. Raises ShardUnavailable when the shard is known to be gone."""
+
+    def close(self) -> None:
+        """Lets go of connections; shards live on."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFlight:
+    value: Tensor
+
+    def result(self, timeout_s: float) -> Tensor:
+        return self.value
+
+
+class LocalTransport:
+    """Shards in this process; `submit` computes at once."""
+
+    def __init__(self, shards: Mapping[int, ExpertShard]) -> None:
+        self.shards = shards
+
+    def submit(self, shard_id: int, batch: ExpertBatch) -> LocalFlight:
+        if shard_id not in self.shards:
+            raise ShardUnavailable(f"shard {shard_id} is not in this process", shard_id)
+        return LocalFlight(
+            self.shards[shard_id].forward(
+                batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights
+            )
+        )
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,231 @@
+"""Offline generation, with the names that users of vLLM know. The engine runs in the caller's thread.
+
+with LLM(model_dir, num_expert_shards=3, transport="ray") as llm:
+    outputs = llm.generate(["a prompt", [1, 2, 3]], SamplingParams(temperature=0, max_tokens=16))
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint.generation import read_sampling_defaults
+from cluster.config import ClusterConfig, EngineConfig, Transport
+from cluster.engine.engine import Engine
+from cluster.engine.local import load_engine, local_experts, model_info
+from cluster.engine.scheduler import ScheduledSequence
+from cluster.engine.sequence import Sequence as EngineSequence
+from cluster.errors import InvalidRequest, SetupError
+from cluster.experts.dispatch import ExpertDispatcher
+from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
+from cluster.runtime.launch import RayExperts
+from cluster.serving.prepare import RequestPreparer
+from cluster.serving.service import Answer
+from cluster.serving.tokenizer import Tokenizer
+from cluster.types import CompletionOutput, EngineRequest, Logprobs, SamplingParams, SequenceUpdate
+
+Prompt = str | Sequence[int]
+
+QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is refused
+
+
+class LLM:
+    """A checkpoint ready to generate. Not thread-safe. Close it, or use it as a context manager.
+
+    transport: "local" computes the experts in this process; "ray" on `num_expert_shards` Ray actors, on the Ray
+    cluster that is connected, else on one of this machine.
+    skip_tokenizer: prompts are token ids only and outputs have no text.
+    The other arguments are the fields of `EngineConfig`.
+    Raises SetupError, CheckpointError.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        num_expert_shards: int = 1,
+        transport: Transport = "local",
+        skip_tokenizer: bool = False,
+        kv_cache_bytes: int = 1 << 30,
+        block_size: int = 16,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        cpus_per_expert_shard: float = 1.0,
+    ) -> None:
+        if transport not in ("local", "ray"):
+            raise SetupError(f"transport is {transport!r}, 'local' or 'ray' is needed")
+        config = EngineConfig(
+            dtype=dtype,
+            device=device,
+            block_size=block_size,
+            kv_cache_bytes=kv_cache_bytes,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_waiting=QUEUE_LIMIT,
+        )
+        self._request_ids = itertools.count()
+        self._ray_experts: RayExperts | None = None
+        registry = new_registry()
+        dispatch_metrics = DispatchMetrics(registry, "llm")
+        self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
+        self.info = model_info(model_dir, config)
+        self._preparer = RequestPreparer(self._tokenizer, self.info, read_sampling_defaults(model_dir))
+        if transport == "ray":
+            self._ray_experts = RayExperts(
+                ClusterConfig(
+                    model=str(Path(model_dir).resolve()),
+                    dtype=dtype,
+                    device=device,
+                    expert_shards=num_expert_shards,
+                    cpus_per_expert_shard=cpus_per_expert_shard,
+                ),
+                dispatch_metrics,
+            )
+            self.experts: ExpertDispatcher = self._ray_experts.dispatcher
+        else:
+            self.experts = local_experts(model_dir, config, num_expert_shards, dispatch_metrics)
+        try:
+            self.engine: Engine = load_engine(model_dir, config, self.experts, EngineMetrics(registry, "llm"))
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[CompletionOutput]:
+        """Answers prompts (texts or token ids) in their order; one SamplingParams for all, or one for each.
+
+        Raises InvalidRequest before anything is computed, ShardUnavailable when experts stay lost.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]  # a lone prompt
+        every = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(every) != len(prompts):
+            raise InvalidRequest(f"{len(every)} SamplingParams for {len(prompts)} prompts", "params")
+        requests = [self._request(prompt, own) for prompt, own in zip(prompts, every, strict=True)]
+        open_answers = {
+            request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests
+        }
+        answers = list(open_answers.values())
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            while open_answers:
+                for update in self.engine.step():
+                    answer = open_answers.get(update.request_id)
+                    if answer is not None and answer.add(update):
+                        del open_answers[update.request_id]
+                        self.engine.cancel(update.request_id)  # a stop string ends it here; else it has ended
+        finally:
+            for request_id in open_answers:
+                self.engine.cancel(request_id)
+        return [answer.output() for answer in answers]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits at every position of a prompt: [T, vocab] float32. Computed in chunks, as a prompt would be.
+
+        Raises InvalidRequest, ShardUnavailable.
+        """
+        request = self._preparer.complete(
+            token_ids,
+            SamplingParams(max_tokens=1),
+            field="token_ids",
+            request_id=self._next_id(),
+            timeout_s=None,
+        )
+        sequence = EngineSequence(
+            request=request, params=request.params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None
+        )
+        num_tokens = len(sequence.token_ids)
+        if not self.engine.blocks.allocate(sequence, num_tokens):
+            raise InvalidRequest(
+                f"token_ids has {num_tokens} tokens, the KV cache has room for "
+                f"{self.engine.blocks.num_free * self.engine.blocks.block_size}: give more kv_cache_bytes",
+                "token_ids",
+            )
+        chunks = []
+        try:
+            while sequence.num_uncomputed_tokens:
+                size = min(sequence.num_uncomputed_tokens, self.engine.config.max_num_batched_tokens)
+                hidden_states = self.engine.runner.forward([ScheduledSequence(sequence, size)])  # [size, H]
+                chunks.append(self.engine.runner.model.logits(hidden_states))
+                sequence.num_computed_tokens += size
+        finally:
+            self.engine.blocks.free(sequence)
+        return torch.cat(chunks)
+
+    def close(self) -> None:
+        """Takes the shards down. Safe to call again."""
+        if self._ray_experts is not None:
+            self._ray_experts.close()
+            self._ray_experts = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
+        field = "token_ids"
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise InvalidRequest("text needs the tokenizer, which skip_tokenizer left out", "text")
+            prompt, field = self._tokenizer.encode(prompt), "text"
+        return self._preparer.complete(
+            prompt, params, field=field, request_id=self._next_id(), timeout_s=None
+        )
+
+    def _answer(self, request: EngineRequest) -> Answer:
+        return Answer(self._tokenizer, request.params, self.info.eos_token_ids)
+
+    def _next_id(self) -> str:
+        return f"llm-{next(self._request_ids)}"
+
+
+@dataclass(slots=True)
+class _OpenAnswer:
+    """What has come of one answer so far."""
+
+    request: EngineRequest
+    answer: Answer
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finished: CompletionOutput | None = None
+
+    def add(self, update: SequenceUpdate) -> bool:
+        """Takes an update in; true when the answer is complete. Raises the update's error."""
+        delta = self.answer.add(update)
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        if delta.finish_reason is None:
+            return False
+        self.finished = CompletionOutput(
+            request_id=self.request.request_id,
+            prompt_token_ids=self.request.prompt_token_ids,
+            token_ids=tuple(self.token_ids),
+            text="".join(self.texts),
+            finish_reason=delta.finish_reason,
+            logprobs=tuple(self.logprobs),
+        )
+        return True
+
+    def output(self) -> CompletionOutput:
+        assert self.finished is not None
+        return self.finished

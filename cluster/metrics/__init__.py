@@ -1,0 +1,24 @@
+"""Every figure that the cluster exports, and the port that serves them. Only here is prometheus_client known.
+
+`engine`, `experts`: one class a role, made with `definitions`.  `process`: the registry of one process and
+the files that it leaves for the node.  `collector`: `/metrics` for all processes of a node.
+"""
+
+from prometheus_client import CollectorRegistry
+
+from cluster.metrics.collector import NodeCollector
+from cluster.metrics.engine import EngineMetrics, IngressMetrics
+from cluster.metrics.experts import ControllerMetrics, DispatchMetrics, ShardMetrics
+from cluster.metrics.process import multiprocess_env, new_registry
+
+__all__ = [
+    "CollectorRegistry",
+    "ControllerMetrics",
+    "DispatchMetrics",
+    "EngineMetrics",
+    "IngressMetrics",
+    "NodeCollector",
+    "ShardMetrics",
+    "multiprocess_env",
+    "new_registry",
+]

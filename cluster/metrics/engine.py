@@ -1,0 +1,201 @@
+"""What clients see and what one engine does. Knows neither: callers hand in plain numbers."""
+
+from prometheus_client import CollectorRegistry
+
+from cluster.metrics.definitions import Definitions
+
+# From a GPU's single prefill step to a prompt that waited for a minute in a full queue.
+_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# Steps take 5 to 50 ms on a GPU, 60 to 300 ms on two CPU cores; finest where readers notice (20 to 150 ms).
+_INTER_TOKEN_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+# One short answer to a whole context.
+_REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# A decode step of a tiny model to a prefill of 2048 tokens on a CPU.
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+# Powers of two: batch sizes are compared by doubling.
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Nothing in an idle system, seconds under overload.
+_WAIT_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+# Series that exist from the start: `rate` and alerts miss the first event of one that appears with it.
+_FINISH_REASONS = ("stop", "length", "cancelled", "error")
+_ERROR_OUTCOMES = ("invalid_argument", "resource_exhausted", "deadline_exceeded", "unavailable", "internal")
+_OUTCOMES = ("stop", "length", "cancelled", *_ERROR_OUTCOMES)
+
+
+class IngressMetrics:
+    """Requests as clients see them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        define = Definitions(registry)
+        self._requests = define.counter(
+            "moecluster_requests_total",
+            "Requests that ended, by outcome: a finish reason (stop, length) or the gRPC code of the error"
+            " in lower case. Alert on the share of unavailable, internal and deadline_exceeded; "
+            "resource_exhausted asks for more attention replicas.",
+            "outcome",
+        )
+        self._running = define.gauge(
+            "moecluster_requests_running",
+            "Requests accepted and not yet ended. Compare with max_ongoing_requests; one that stays above "
+            "zero without load is a leak.",
+            "livesum",
+        )
+        self._first_token = define.histogram(
+            "moecluster_time_to_first_token_seconds",
+            "From a request's arrival to its first token. If it grows while engine queue wait does not, "
+            "prompts got longer; if both grow, add attention replicas.",
+            _FIRST_TOKEN_BUCKETS,
+        )
+        self._inter_token = define.histogram(
+            "moecluster_inter_token_latency_seconds",
+            "Between two tokens of one answer. If it grows, look at engine step time, then at the dispatch"
+            " round trip and the shards' compute time.",
+            _INTER_TOKEN_BUCKETS,
+        )
+        self._end_to_end = define.histogram(
+            "moecluster_request_duration_seconds",
+            "From a request's arrival to its end, whatever the outcome. Read it beside the tokens: long "
+            "answers take long.",
+            _REQUEST_BUCKETS,
+        )
+        self._prompt_tokens = define.counter(
+            "moecluster_prompt_tokens_total",
+            "Tokens of accepted prompts. Its rate is the prefill load to plan capacity for.",
+        )
+        self._generated_tokens = define.counter(
+            "moecluster_generated_tokens_total",
+            "Tokens sent to clients. Its rate is the throughput; a fall while requests run is a fault.",
+        )
+        self._outcomes = {outcome: self._requests.labels(outcome) for outcome in _OUTCOMES}
+
+    def started(self) -> None:
+        """A request arrived; `finished` must follow."""
+        self._running.inc()
+
+    def finished(self, outcome: str) -> None:
+        """A request ended. outcome: a finish reason or a gRPC code in lower case, never free text."""
+        self._running.dec()
+        child = self._outcomes.get(outcome)
+        if child is None:
+            child = self._outcomes[outcome] = self._requests.labels(outcome)
+        child.inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def inter_token(self, seconds: float, num_tokens: int) -> None:
+        """`num_tokens` came `seconds` after the ones before: as many observations of the time for each."""
+        for _ in range(num_tokens):
+            self._inter_token.observe(seconds / num_tokens)
+
+    def end_to_end(self, seconds: float) -> None:
+        self._end_to_end.observe(seconds)
+
+    def prompt_tokens(self, n: int) -> None:
+        self._prompt_tokens.inc(n)
+
+    def generated_tokens(self, n: int) -> None:
+        self._generated_tokens.inc(n)
+
+
+class EngineMetrics:
+    """One attention replica's engine."""
+
+    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
+        define = Definitions(registry)
+        self._running = define.gauge(
+            "moecluster_engine_running_sequences",
+            "Sequences that hold KV blocks. At max_num_seqs the batch is full: raise it if blocks are left.",
+            "livesum",
+            "replica",
+        ).labels(replica)
+        self._waiting = define.gauge(
+            "moecluster_engine_waiting_sequences",
+            "Sequences that wait for blocks or a place in the batch. Above zero for minutes: add attention"
+            " replicas.",
+            "livesum",
+            "replica",
+        ).labels(replica)
+        self._used_blocks = define.gauge(
+            "moecluster_engine_kv_used_blocks",
+            "KV blocks in use. Near the capacity sequences get preempted; above zero with nothing running "
+            "is a leak.",
+            "livesum",
+            "replica",
+        ).labels(replica)
+        self._capacity_blocks = define.gauge(
+            "moecluster_engine_kv_capacity_blocks",
+            "KV blocks that there are. Divide used blocks by it; kv_cache_bytes sets it.",
+            "livesum",
+            "replica",
+        ).labels(replica)
+        self._step_seconds = define.histogram(
+            "moecluster_engine_step_seconds",
+            "One engine step, experts included. Bounds the inter-token latency; compare with dispatch "
+            "round trips times sparse layers to see what the experts cost.",
+            _STEP_BUCKETS,
+            "replica",
+        ).labels(replica)
+        self._step_sequences = define.histogram(
+            "moecluster_engine_step_sequences",
+            "Sequences in one step. Small while sequences wait: the token budget or the blocks hold the "
+            "batch back.",
+            _BATCH_BUCKETS,
+            "replica",
+        ).labels(replica)
+        step_tokens = define.counter(
+            "moecluster_engine_step_tokens_total",
+            "Tokens computed, by phase (prefill, decode). More prefill than prompt tokens arrive is "
+            "recomputed work after preemptions.",
+            "replica",
+            "phase",
+        )
+        self._prefill_tokens = step_tokens.labels(replica, "prefill")
+        self._decode_tokens = step_tokens.labels(replica, "decode")
+        self._preemptions = define.counter(
+            "moecluster_engine_preemptions_total",
+            "Sequences thrown out of the KV cache to be computed again. Steadily growing: raise "
+            "kv_cache_bytes or lower max_num_seqs.",
+            "replica",
+        ).labels(replica)
+        self._finished = define.counter(
+            "moecluster_engine_finished_sequences_total",
+            "Sequences that ended, by finish reason (stop, length, cancelled, error). Alert on error; many"
+            " cancelled ones are clients that gave up waiting.",
+            "replica",
+            "reason",
+        )
+        self._replica = replica
+        self._reasons = {reason: self._finished.labels(replica, reason) for reason in _FINISH_REASONS}
+        self._queue_wait = define.histogram(
+            "moecluster_engine_queue_wait_seconds",
+            "From a sequence's arrival to its first step. The part of the time to first token that more "
+            "replicas take away.",
+            _WAIT_BUCKETS,
+            "replica",
+        ).labels(replica)
+
+    def state(self, running: int, waiting: int, used_blocks: int, total_blocks: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._used_blocks.set(used_blocks)
+        self._capacity_blocks.set(total_blocks)
+
+    def step(self, seconds: float, num_prefill_tokens: int, num_decode_tokens: int, num_seqs: int) -> None:
+        self._step_seconds.observe(seconds)
+        self._step_sequences.observe(num_seqs)
+        self._prefill_tokens.inc(num_prefill_tokens)
+        self._decode_tokens.inc(num_decode_tokens)
+
+    def preempted(self) -> None:
+        self._preemptions.inc()
+
+    def finished(self, reason: str) -> None:
+        child = self._reasons.get(reason)
+        if child is None:
+            child = self._reasons[reason] = self._finished.labels(self._replica, reason)
+        child.inc()
+
+    def queue_wait(self, seconds: float) -> None:
+        self._queue_wait.observe(seconds)

@@ -1,0 +1,36 @@
+"""Grouped-query attention of one layer. Attribute names are the checkpoint's.
+
+T: tokens, H: hidden size, Q: query heads, KV: key/value heads, D: head size.
+"""
+
+from torch import Tensor, nn
+
+from cluster.config import ModelConfig
+from cluster.kernels.attention import PagedBatch, paged_attention, write_kv
+from cluster.model.rope import apply_rotary
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.window = config.window(layer_id)
+        query_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], batch: PagedBatch
+    ) -> Tensor:
+        """x: [T, H]; rotary: cos and sin, each [T, 1, D]; cache: one layer's keys and values, written in place."""
+        num_tokens = x.shape[0]
+        q = apply_rotary(self.q_proj(x).view(num_tokens, -1, self.head_dim), *rotary)  # [T, Q, D]
+        k = apply_rotary(self.k_proj(x).view(num_tokens, -1, self.head_dim), *rotary)  # [T, KV, D]
+        v = self.v_proj(x).view(num_tokens, -1, self.head_dim)
+        write_kv(*cache, k, v, batch.slot_mapping)
+        out = paged_attention(q, *cache, batch, scale=self.head_dim**-0.5, window=self.window)
+        projected: Tensor = self.o_proj(out.flatten(1))
+        return projected

@@ -1,0 +1,120 @@
+"""Qwen2-MoE without its routed experts, which arrive as an `Experts` argument. Attribute names are the checkpoint's.
+
+T: tokens of all sequences in a step, H: hidden size, V: vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import ModelConfig
+from cluster.kernels.attention import PagedBatch
+from cluster.model.attention import Attention
+from cluster.model.kv_cache import KVCache
+from cluster.model.moe import MLP, Experts, SparseMoe
+from cluster.model.rope import RotaryEmbedding
+
+
+class RMSNorm(nn.Module):
+    """Computed in float32, cast back, then the weight."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer_id)
+        self.mlp: SparseMoe | MLP = (
+            SparseMoe(config, layer_id)
+            if config.is_sparse(layer_id)
+            else MLP(config.hidden_size, config.intermediate_size)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        batch: PagedBatch,
+        experts: Experts,
+    ) -> Tensor:
+        """x: [T, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, batch)
+        y = self.post_attention_layernorm(x)
+        return x + (self.mlp(y, experts) if isinstance(self.mlp, SparseMoe) else self.mlp(y))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen2Moe(nn.Module):
+    """The dense half of the model. Build it with `load`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    @classmethod
+    def load(
+        cls,
+        reader: CheckpointReader,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int], None] | None = None,
+    ) -> "Qwen2Moe":
+        """Reads the dense tensors only, each straight into its place. Raises CheckpointError."""
+        with torch.device("meta"):
+            model = cls(reader.config).to(dtype)
+        model = model.to_empty(device=device).eval().requires_grad_(False)
+        reader.load(model.state_dict(), progress)
+        model.rotary = RotaryEmbedding(reader.config.rope, reader.config.head_dim).to(device)
+        return model
+
+    rotary: RotaryEmbedding
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, cache: KVCache, batch: PagedBatch, experts: Experts
+    ) -> Tensor:
+        """token_ids, positions: [T] int64. Writes the cache. Returns the normed hidden states [T, H].
+
+        Raises ShardUnavailable from the experts; the cache then holds a half-written step, which a repeat overwrites.
+        """
+        x = self.model.embed_tokens(token_ids)
+        rotary = self.rotary(positions, x.dtype)
+        for layer_id, layer in enumerate(self.model.layers):
+            x = layer(x, rotary, cache.layer(layer_id), batch, experts)
+        normed: Tensor = self.model.norm(x)
+        return normed
+
+    @torch.inference_mode()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, V] float32."""
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden_states, head).float()

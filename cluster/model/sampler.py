@@ -1,0 +1,130 @@
+"""From logits to tokens. Knows no scheduler; remembers, for each sequence with penalties, which tokens it has.
+
+Every row is computed from its own logits, parameters and seed alone, so a sequence samples the same tokens whatever
+else is in the batch. B: rows, V: vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.types import Logprobs, SamplingParams
+
+
+@dataclass(slots=True)
+class PenaltyState:
+    """The distinct tokens of one sequence and how often each stands in its output; grows by one token a step."""
+
+    token_ids: list[int] = field(default_factory=list)
+    output_counts: list[int] = field(default_factory=list)
+    slots: dict[int, int] = field(default_factory=dict)
+    num_seen: int = 0
+
+    def extend(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Takes in the tokens past `num_seen`; those past the prompt count as output."""
+        for position in range(self.num_seen, len(token_ids)):
+            token_id = token_ids[position]
+            slot = self.slots.setdefault(token_id, len(self.token_ids))
+            if slot == len(self.token_ids):
+                self.token_ids.append(token_id)
+                self.output_counts.append(0)
+            self.output_counts[slot] += position >= num_prompt_tokens
+        self.num_seen = len(token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRow:
+    """What the sampler needs of one sequence.
+
+    token_ids: prompt and output so far.  params: every default filled in, the seed too.
+    banned_token_ids: not to be chosen (the ends of a sequence below min_tokens).  penalties: kept by the sequence.
+    """
+
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    penalties: PenaltyState
+    banned_token_ids: tuple[int, ...] = ()
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[int, Logprobs | None]]:
+    """Chooses one token a row. logits: [B, V] float32, overwritten.
+
+    Returns the tokens and, where asked for, log-probabilities under the model's own distribution.
+    """
+    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = {i: logits[i].log_softmax(dim=-1) for i in wanted}
+    for i, row in enumerate(rows):
+        if row.banned_token_ids:
+            logits[i, list(row.banned_token_ids)] = -torch.inf
+        _penalize(logits[i], row)
+    chosen = logits.argmax(dim=-1).tolist()
+    for i, row in enumerate(rows):
+        if not row.params.greedy:
+            chosen[i] = _draw(logits[i], row)
+    return [
+        (token_id, _logprobs(raw[i], token_id, rows[i].params.logprobs or 0) if i in raw else None)
+        for i, token_id in enumerate(chosen)
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but the seed and the token's position in its sequence.
+
+    Counter-based (Philox): a sequence that is replayed elsewhere from its tokens goes on with the same numbers.
+    """
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position << 64)).random())
+
+
+def _penalize(logits: Tensor, row: SamplingRow) -> None:
+    """In place, over the sequence's distinct tokens only. logits: [V].
+
+    Source: repetition as in HF's RepetitionPenaltyLogitsProcessor; presence and frequency as in OpenAI's API.
+    """
+    repetition = row.params.repetition_penalty or 1.0
+    presence = row.params.presence_penalty or 0.0
+    frequency = row.params.frequency_penalty or 0.0
+    if repetition == 1.0 and not presence and not frequency:
+        return
+    row.penalties.extend(row.token_ids, row.num_prompt_tokens)
+    ids = torch.tensor(row.penalties.token_ids, device=logits.device)
+    counts = torch.tensor(row.penalties.output_counts, device=logits.device)
+    values = logits[ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits[ids] = values - frequency * counts - presence * (counts > 0)
+
+
+def _draw(logits: Tensor, row: SamplingRow) -> int:
+    """Temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution at the row's number. [V]."""
+    params = row.params
+    scaled = logits / params.temperature
+    top_k, top_p, min_p = params.top_k or 0, params.top_p or 1.0, params.min_p or 0.0
+    token_ids: Tensor | None = None
+    if 0 < top_k < scaled.numel():
+        scaled, token_ids = scaled.topk(top_k)
+    elif top_p < 1.0:
+        scaled, token_ids = scaled.sort(descending=True, stable=True)
+    probs = scaled.double().softmax(dim=-1)
+    if top_p < 1.0:
+        probs = torch.where(
+            probs.cumsum(dim=-1) - probs < top_p, probs, 0.0
+        )  # the first token that reaches it stays
+    if min_p > 0.0:
+        probs = torch.where(probs >= min_p * probs.max(), probs, 0.0)
+    cumulative = probs.cumsum(dim=-1)
+    position = len(row.token_ids)
+    number = torch.tensor([uniform(params.seed or 0, position)], dtype=torch.float64, device=logits.device)
+    index = torch.searchsorted(cumulative, number * cumulative[-1], right=True).clamp_max(
+        cumulative.numel() - 1
+    )
+    return int(index if token_ids is None else token_ids[index])
+
+
+def _logprobs(logprobs: Tensor, token_id: int, num_top: int) -> Logprobs:
+    values, ids = logprobs.topk(num_top)
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Logprobs(token_id, float(logprobs[token_id]), top)

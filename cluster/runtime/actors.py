@@ -1,0 +1,192 @@
+"""The Ray actors that compute: an expert shard, an engine. Each is a thin shell around a part that knows no Ray."""
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from cluster.checkpoint.names import dense_bytes
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import ClusterConfig
+from cluster.engine.local import load_engine, resolve_device, resolve_dtype, torch_dtype
+from cluster.engine.loop import EngineLoop
+from cluster.experts.dispatch import ExpertDispatcher
+from cluster.experts.shard import ExpertShard
+from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry
+from cluster.runtime.directory import ShardDirectory
+from cluster.runtime.transports import RayTransport, decode, to_bytes
+from cluster.types import EngineRequest, SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 0.5  # between two reports of a load's progress
+LOAD_FLUSH_INTERVAL_S = 1.0  # between two reports of the experts' loads to the metrics
+
+
+def prepare_process(num_threads: int) -> None:
+    """What every actor's process does first: log lines to Ray's log files, and no more threads than it was given."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read
+    torch.set_num_threads(num_threads)
+
+
+class ProgressReport:
+    """Tells the controller how far a load is, a few times a second."""
+
+    def __init__(self, controller: Any, name: str, total_bytes: int) -> None:
+        self._controller, self._name, self._total = controller, name, total_bytes
+        self._loaded, self._last = 0, 0.0
+
+    def __call__(self, num_bytes: int) -> None:
+        self._loaded += num_bytes
+        now = time.monotonic()
+        if now - self._last > REPORT_INTERVAL_S or self._loaded >= self._total:
+            self._last = now
+            self._controller.report_load.remote(self._name, self._loaded, self._total)
+
+
+class ExpertShardActor:
+    """An expert shard's process. `forward` runs one call at a time; the other groups answer beside it."""
+
+    def __init__(self, shard_id: int, num_threads: int) -> None:
+        prepare_process(num_threads)
+        self.shard_id = shard_id
+        self.shard: ExpertShard | None = None
+        self.metrics = ShardMetrics(new_registry(), shard_id)
+        self._reported: dict[tuple[int, int], int] = {}
+        threading.Thread(target=self._flush_loads, name="loads", daemon=True).start()
+
+    def load(
+        self,
+        model_dir: str,
+        experts: Mapping[int, Sequence[int]],
+        dtype: str,
+        device: str,
+        controller: Any = None,
+    ) -> int:
+        """Replaces the experts held; returns the bytes of their weights. Raises CheckpointError, SetupError."""
+        reader = CheckpointReader(model_dir)
+        num_experts = sum(len(ids) for ids in experts.values())
+        total = num_experts * reader.config.expert_bytes(reader.config.dtype)
+        progress = (
+            ProgressReport(controller, f"shard-{self.shard_id}", total) if controller is not None else None
+        )
+        shard = ExpertShard(
+            self.shard_id,
+            reader.config,
+            dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
+            device=resolve_device(device),
+        )
+        self.shard = None
+        shard.load(reader, experts, progress)
+        self.shard = shard
+        self._reported = {}
+        self.metrics.weights_bytes(shard.num_bytes)
+        log.info("shard %d holds %d experts, %d bytes", self.shard_id, num_experts, shard.num_bytes)
+        return shard.num_bytes
+
+    def forward(self, *wire: Any) -> bytes:
+        """One `WireBatch` in, the rows' weighted sums [T, H] in their dtype out. Raises ShardUnavailable."""
+        assert self.shard is not None, "forward before load"
+        self.metrics.queue_wait(max(0.0, time.time() - wire[0]))  # hosts' clocks may differ
+        started = time.monotonic()
+        batch = decode(wire, self.shard.device)  # type: ignore[arg-type]  # Ray hands the tuple's items over
+        out = self.shard.forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
+        data = to_bytes(out)
+        self.metrics.computed(time.monotonic() - started, batch.hidden_states.shape[0])
+        return data
+
+    @ray.method(concurrency_group="control")
+    def where(self) -> tuple[int, str, list[int]]:
+        """This process: its pid, its node's id, its GPUs."""
+        context = ray.get_runtime_context()
+        return os.getpid(), context.get_node_id(), ray.get_gpu_ids()
+
+    @ray.method(concurrency_group="control")
+    def held(self) -> dict[int, tuple[int, ...]]:
+        """Layer id -> ids of the experts held; empty before the load is through."""
+        shard = self.shard
+        return {} if shard is None else {i: layer.expert_ids for i, layer in shard.layers.items()}
+
+    @ray.method(concurrency_group="watch")
+    def hold(self) -> None:
+        """Never returns: whoever waits for it hears of this process's death at once."""
+        threading.Event().wait()
+
+    def _flush_loads(self) -> None:
+        while True:
+            time.sleep(LOAD_FLUSH_INTERVAL_S)
+            shard = self.shard
+            if shard is None:
+                continue
+            for layer_id, counts in enumerate(shard.expert_tokens.tolist()):
+                for expert_id, count in enumerate(counts):
+                    news = count - self._reported.get((layer_id, expert_id), 0)
+                    if news > 0:
+                        self._reported[layer_id, expert_id] = count
+                        self.metrics.expert_tokens(layer_id, expert_id, news)
+
+
+class EngineActor:
+    """An attention replica's engine, in a process with nothing else that is busy.
+
+    The replica submits and cancels through one group of threads and waits for news in another.
+    """
+
+    def __init__(self, config: ClusterConfig, replica: str, controller: Any, num_threads: int) -> None:
+        prepare_process(num_threads)
+        registry = new_registry()
+        self.directory = ShardDirectory(controller, replica)
+        experts = ExpertDispatcher(
+            RayTransport(self.directory),
+            self.directory,
+            DispatchMetrics(registry, replica),
+            shard_timeout_s=config.shard_timeout_s,
+            recovery_timeout_s=config.recovery_timeout_s,
+        )
+        reader = CheckpointReader(config.model)
+        reader.check_names()
+        total = dense_bytes(reader.config, reader.config.dtype)
+        engine = load_engine(
+            config.model,
+            config.engine(),
+            experts,
+            EngineMetrics(registry, replica),
+            ProgressReport(controller, replica, total),
+        )
+        self.directory.wait_ready()
+        self.loop = EngineLoop(engine)
+        self.loop.start()
+        log.info("engine %s is loaded, %d KV cache blocks", replica, engine.blocks.num_blocks)
+
+    def ready(self) -> None:
+        """Returns once the constructor is through."""
+
+    @ray.method(concurrency_group="control")
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        self.loop.submit(requests)
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        self.loop.cancel(request_ids)
+
+    @ray.method(concurrency_group="poll")
+    def poll(self, timeout_s: float) -> list[SequenceUpdate]:
+        """All news of all sequences since the last call: one message a step, or one for several when asked late."""
+        return self.loop.poll(timeout_s)
+
+    @ray.method(concurrency_group="control")
+    def where(self) -> tuple[int, str, list[int]]:
+        """This process: its pid, its node's id, its GPUs."""
+        context = ray.get_runtime_context()
+        return os.getpid(), context.get_node_id(), ray.get_gpu_ids()
+
+
+SHARD_GROUPS = {"control": 1, "watch": 1}
+ENGINE_GROUPS = {"control": 1, "poll": 1}

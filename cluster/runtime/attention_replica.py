@@ -1,0 +1,134 @@
+"""The Serve deployment in front of an engine: hands requests in, shares each step's message out to their streams."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+import ray
+from ray import serve
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig
+from cluster.errors import InvalidRequest, SetupError, Unavailable
+from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
+from cluster.runtime.controller import get_controller
+from cluster.runtime.process import actor_environment, num_threads
+from cluster.runtime.protocol import LONG_POLL_S, shard_group
+from cluster.types import EngineRequest, SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+
+class UpdateQueue:
+    """One stream's updates; what has gathered since the last look comes out as one."""
+
+    def __init__(self) -> None:
+        self._updates: list[SequenceUpdate] = []
+        self._news = asyncio.Event()
+
+    def put(self, update: SequenceUpdate) -> None:
+        self._updates.append(update)
+        self._news.set()
+
+    async def take(self) -> SequenceUpdate:
+        await self._news.wait()
+        self._news.clear()
+        updates, self._updates = self._updates, []
+        return merge_updates(updates)
+
+
+def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
+    """One sequence's updates in order, as one."""
+    if len(updates) == 1:
+        return updates[0]
+    last = updates[-1]
+    return SequenceUpdate(
+        request_id=last.request_id,
+        token_ids=tuple(token_id for update in updates for token_id in update.token_ids),
+        logprobs=tuple(logprobs for update in updates for logprobs in update.logprobs),
+        finish_reason=last.finish_reason,
+        error=last.error,
+    )
+
+
+class AttentionReplica:
+    """Serve makes any number of these. Each owns one engine, which dies with it."""
+
+    async def __init__(self, config: ClusterConfig) -> None:
+        prepare_process(1)
+        self.name = serve.get_replica_context().replica_id.unique_id
+        group = shard_group(config)
+        threads = num_threads(config.cpus_per_attention_replica)
+        self.engine = (
+            ray.remote(EngineActor)
+            .options(
+                num_cpus=config.cpus_per_attention_replica,
+                num_gpus=config.gpus_per_attention_replica or 0,
+                max_restarts=0,
+                concurrency_groups=ENGINE_GROUPS,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    get_current_placement_group(), placement_group_bundle_index=0
+                ),
+                runtime_env=actor_environment(group, threads),
+            )
+            .remote(config, self.name, get_controller(group, config), threads)
+        )
+        try:
+            await self.engine.ready.remote()
+        except ray.exceptions.RayActorError as error:
+            raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
+        self._streams: dict[str, UpdateQueue] = {}
+        self._lost = ""
+        self._pump = asyncio.create_task(self._share_out())
+        log.info("attention replica %s is up", self.name)
+
+    async def ready(self) -> None:
+        """Returns when the engine is loaded; Serve lets no call in before."""
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
+        """One sequence's updates, the last with a finish_reason; closing the generator cancels the sequence."""
+        refusal = self._refusal(request)
+        if refusal is not None:
+            yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)
+            return
+        stream = self._streams[request.request_id] = UpdateQueue()
+        ended = False
+        try:
+            self.engine.submit.remote([request])
+            while not ended:
+                update = await stream.take()
+                ended = update.finish_reason is not None
+                yield update
+        finally:
+            del self._streams[request.request_id]
+            if not ended:
+                self.engine.cancel.remote([request.request_id])
+
+    def check_health(self) -> None:
+        """Serve asks; a replica whose engine is gone is replaced."""
+        if self._lost:
+            raise RuntimeError(self._lost)
+
+    def _refusal(self, request: EngineRequest) -> Exception | None:
+        if self._lost:
+            return Unavailable("the attention replica lost its engine: try again")
+        if request.request_id in self._streams:
+            return InvalidRequest(
+                f"request_id {request.request_id!r} is that of a running request", "request_id"
+            )
+        return None
+
+    async def _share_out(self) -> None:
+        """Asks the engine for each step's message, for as long as it lives."""
+        try:
+            while True:
+                for update in await self.engine.poll.remote(LONG_POLL_S):
+                    if stream := self._streams.get(update.request_id):
+                        stream.put(update)
+        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+            self._lost = f"the engine of attention replica {self.name} is gone"
+            log.error("%s: %s", self._lost, error)
+        for request_id, stream in self._streams.items():
+            error_update = Unavailable("the attention replica lost its engine: try again")
+            stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=error_update))

@@ -1,0 +1,84 @@
+"""What one engine knows of the shards: the current plan and an actor for each, kept up to date by a thread.
+
+The thread asks the controller for the next plan and waits there; its asking is also the lease that keeps the shards
+alive: a controller that nobody asks any more takes them down. When the controller is away, the last plan stays.
+"""
+
+import logging
+import threading
+import time
+from typing import Any
+
+import ray
+
+from cluster.errors import SetupError, ShardUnavailable, Unavailable
+from cluster.experts.placement import PlacementPlan
+from cluster.runtime.protocol import LONG_POLL_S, Membership
+
+log = logging.getLogger(__name__)
+
+
+class ShardDirectory:
+    """A `PlanSource` and a `ShardHandles`. All methods may be called from any thread."""
+
+    def __init__(self, controller: Any, holder: str) -> None:
+        self._controller = controller
+        self._holder = holder
+        self._news = threading.Condition()
+        self._membership: Membership | None = None
+        self._failure: SetupError | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._watch, name="shard-directory", daemon=True)
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Blocks until all shards have loaded. Raises the SetupError that they cannot load for."""
+        with self._news:
+            self._news.wait_for(lambda: self._membership is not None or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+
+    def current(self) -> PlacementPlan:
+        return self._current().plan
+
+    def wait_beyond(self, epoch: int, timeout_s: float) -> bool:
+        with self._news:
+            return self._news.wait_for(lambda: self._current().plan.epoch > epoch, timeout_s)
+
+    def handle(self, shard_id: int) -> Any:
+        handle = self._current().handles.get(shard_id)
+        if handle is None:
+            raise ShardUnavailable(f"shard {shard_id} is being replaced", shard_id)
+        return handle
+
+    def close(self) -> None:
+        """Ends the lease; the thread goes with its next answer."""
+        self._closed = True
+
+    def _current(self) -> Membership:
+        if self._membership is None:
+            raise Unavailable("the expert shards are not ready yet")
+        return self._membership
+
+    def _watch(self) -> None:
+        while not self._closed:
+            known = self._membership.plan.epoch if self._membership else 0
+            try:
+                membership = ray.get(
+                    self._controller.wait_plan.remote(self._holder, known), timeout=2 * LONG_POLL_S
+                )
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                log.warning("the expert controller is away, the last plan (epoch %d) stays: %s", known, error)
+                time.sleep(1.0)  # between two tries to reach a controller that Ray is restarting
+                continue
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, SetupError):
+                    raise
+                with self._news:
+                    self._failure = error.cause
+                    self._news.notify_all()
+                return
+            if membership is not None:
+                with self._news:
+                    self._membership = membership
+                    self._news.notify_all()

@@ -1,0 +1,105 @@
+"""The Serve deployment that clients reach: gRPC in, a stream of tokens from an attention replica, text out."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+import ray
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.checkpoint.generation import read_sampling_defaults
+from cluster.config import ClusterConfig
+from cluster.engine.local import model_info
+from cluster.errors import ClusterError, Overloaded, Unavailable
+from cluster.metrics import IngressMetrics, new_registry
+from cluster.runtime.actors import prepare_process
+from cluster.runtime.controller import get_controller
+from cluster.runtime.protocol import shard_group
+from cluster.serving.grpc_server import GrpcInferenceService
+from cluster.serving.health import GrpcHealthService, HealthState
+from cluster.serving.service import InferenceService, ServiceLimits
+from cluster.serving.tokenizer import Tokenizer
+from cluster.types import EngineRequest, SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+HEALTH_INTERVAL_S = 0.5  # between two looks at replicas and shards
+READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long is not counted as up
+
+
+class ReplicaBalancer:
+    """A generation backend: Serve's own balancer chooses the replica with fewer requests under way."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._generate = replicas.generate.options(stream=True)
+        self._ready = replicas.ready
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
+        """Raises Overloaded, Unavailable. Closing the generator cancels the sequence on its replica."""
+        response = self._generate.remote(request)
+        try:
+            async for update in response:
+                yield update
+        except BackPressureError as error:
+            raise Overloaded(
+                "all attention replicas have as many requests as they take: try again later"
+            ) from error
+        except (ray.exceptions.RayActorError, RayServeException) as error:
+            raise Unavailable("the attention replica of this request died: send it again") from error
+        except ray.exceptions.RayTaskError as error:
+            raise ClusterError(f"the attention replica failed: {error.cause!r}") from error
+        finally:
+            response.cancel()
+
+    async def answers(self) -> bool:
+        """Whether some replica is up."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._ready.remote()
+        except (TimeoutError, ray.exceptions.RayError, RayServeException):
+            return False
+        return True
+
+
+class Ingress(GrpcInferenceService, GrpcHealthService):
+    """Serve makes any number of these; each knows all replicas."""
+
+    def __init__(self, config: ClusterConfig, replicas: DeploymentHandle) -> None:
+        prepare_process(1)
+        self._group = shard_group(config)
+        self._controller = get_controller(self._group, config)
+        self._balancer = ReplicaBalancer(replicas)
+        self._service = InferenceService(
+            tokenizer=Tokenizer(config.model),
+            info=model_info(config.model, config.engine(), config.model_id),
+            defaults=read_sampling_defaults(config.model),
+            backend=self._balancer,
+            metrics=IngressMetrics(new_registry()),
+            limits=ServiceLimits(max_request_bytes=config.max_request_bytes),
+        )
+        self._health = HealthState()
+        GrpcInferenceService.__init__(self, self._service)
+        GrpcHealthService.__init__(self, self._health)
+        self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
+
+    async def num_running(self) -> int:
+        """Requests under way; a stop waits for none."""
+        return self._service.num_running
+
+    async def _watch_cluster(self) -> None:
+        """Keeps the health true: serving once replicas and shards are up, until draining."""
+        covered = False
+        while True:
+            try:
+                status = await self._controller.status.remote()
+                covered = status.covered
+                if status.draining:
+                    self._service.drain()
+            except ray.exceptions.RayError as error:
+                log.warning("the expert controller does not answer, the last state stays: %s", error)
+            serving = covered and not self._service.draining and await self._balancer.answers()
+            if serving != self._health.serving:
+                log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
+            self._health.set(serving)
+            await asyncio.sleep(HEALTH_INTERVAL_S)

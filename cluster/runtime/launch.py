@@ -1,0 +1,314 @@
+"""Starts and stops: a Ray of this machine, the shards alone (offline), the whole served application."""
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import gRPCOptions
+
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import ClusterConfig
+from cluster.engine.local import max_model_len, resolve_dtype
+from cluster.errors import SetupError
+from cluster.experts.dispatch import ExpertDispatcher
+from cluster.experts.placement import plan_evenly
+from cluster.metrics import DispatchMetrics
+from cluster.model.kv_cache import num_kv_blocks
+from cluster.runtime.attention_replica import AttentionReplica
+from cluster.runtime.controller import get_controller
+from cluster.runtime.directory import ShardDirectory
+from cluster.runtime.ingress import Ingress
+from cluster.runtime.process import actor_environment
+from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, shard_group
+from cluster.runtime.transports import RayTransport
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "moe-cluster"
+GRPC_SERVICERS = [
+    "cluster.serving.grpc_server.add_inference_service",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
+OBJECT_STORE_BYTES = 256 << 20  # of a Ray that we start: batches pass through, nothing stays
+INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
+STATUS_TIMEOUT_S = 5.0
+
+OnStatus = Callable[[ClusterStatus], None]
+
+
+def check_config(config: ClusterConfig) -> None:
+    """Finds before anything starts what would fail on every node. Reads no tensor. Raises SetupError."""
+    reader = CheckpointReader(config.model)
+    reader.check_names()
+    plan_evenly(reader.config.sparse_layers, reader.config.num_experts, config.expert_shards)
+    num_kv_blocks(reader.config, config.engine(), resolve_dtype(config.dtype, reader.config))
+    max_model_len(reader.config, config.engine())
+
+
+def resolve_gpus(config: ClusterConfig) -> ClusterConfig:
+    """Fills in GPUs a process: one each where the Ray cluster has any."""
+    default = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    given = (config.gpus_per_attention_replica, config.gpus_per_expert_shard)
+    attention, expert = (default if gpus is None else gpus for gpus in given)
+    return replace(config, gpus_per_attention_replica=attention, gpus_per_expert_shard=expert)
+
+
+def check_gpus(config: ClusterConfig, *, attention_replicas: int) -> None:
+    """Raises SetupError when a cluster that does not grow has fewer GPUs than the (resolved) configuration asks for."""
+    attention, expert = config.gpus_per_attention_replica or 0, config.gpus_per_expert_shard or 0
+    asked = attention_replicas * attention + config.expert_shards * expert
+    there = ray.cluster_resources().get("GPU", 0)
+    if asked > there:
+        raise SetupError(
+            f"{asked:g} GPUs are asked for ({attention_replicas} attention replicas with {attention:g} each, "
+            f"{config.expert_shards} expert shards with {expert:g} each), the Ray cluster has {there:g}: ask for fewer "
+            "processes, or for fractions of a GPU a process"
+        )
+
+
+def start_ray(*, num_cpus: float, address: str | None = None) -> Callable[[], None]:
+    """Connects to a Ray cluster, or starts one of this machine on loopback with a directory of its own.
+
+    num_cpus: Ray's logical ones, so that the processes asked for find room whatever the machine has.
+    Returns what undoes it; a Ray that was connected before stays as it is.
+    """
+    if ray.is_initialized():
+        return lambda: None
+    if address:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        return ray.shutdown
+    # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
+    temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)),
+        namespace=NAMESPACE,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=temp_dir,
+        _node_ip_address="127.0.0.1",
+    )
+
+    def stop() -> None:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+    return stop
+
+
+class RayExperts:
+    """Expert shards on Ray actors for one engine in this process; `dispatcher` reaches them. Close it."""
+
+    def __init__(
+        self, config: ClusterConfig, metrics: DispatchMetrics, on_status: OnStatus | None = None
+    ) -> None:
+        """Blocks until the shards are loaded. Raises SetupError."""
+        check_config(config)
+        self._stop_ray = start_ray(num_cpus=config.expert_shards * config.cpus_per_expert_shard)
+        self._controller: Any = None
+        try:
+            config = resolve_gpus(config)
+            check_gpus(config, attention_replicas=0)
+            group = f"llm-{uuid.uuid4().hex[:8]}"  # of this object alone
+            self._metrics_dir = metrics_dir(group)
+            self._controller = get_controller(group, config, collect_metrics=False)
+            self._directory = ShardDirectory(self._controller, "llm")
+            with _StatusReports(group, on_status):
+                self._directory.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        self.dispatcher = ExpertDispatcher(
+            RayTransport(self._directory),
+            self._directory,
+            metrics,
+            shard_timeout_s=config.shard_timeout_s,
+            recovery_timeout_s=config.recovery_timeout_s,
+        )
+
+    def close(self) -> None:
+        """Takes the shards down, and Ray if this object started it. Safe to call again."""
+        if self._controller is not None and ray.is_initialized():
+            self._directory.close()
+            ray.get(self._controller.close.remote())
+            ray.kill(self._controller)
+            shutil.rmtree(self._metrics_dir, ignore_errors=True)
+        self._controller = None
+        self._stop_ray()
+
+
+def build_application(config: ClusterConfig) -> serve.Application:
+    """The Serve application of a configuration; needs a connected Ray."""
+    config = resolve_gpus(config)
+    bundle = {"CPU": config.cpus_per_attention_replica}
+    if config.gpus_per_attention_replica:
+        bundle["GPU"] = config.gpus_per_attention_replica
+    environment = actor_environment(shard_group(config), 1)
+    replicas = serve.deployment(AttentionReplica).options(
+        name="AttentionReplica",
+        num_replicas=config.attention_replicas,
+        placement_group_bundles=[bundle],
+        placement_group_strategy="STRICT_PACK",
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+        # The engine refuses what is too much and says why; Serve's own queue must not hide requests from it.
+        max_ongoing_requests=config.max_num_seqs + config.max_waiting + 64,
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        num_replicas=config.ingress_replicas,
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": environment},
+        max_ongoing_requests=config.max_ongoing_requests,
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    application: serve.Application = ingress.bind(config, replicas.bind(config))
+    return application
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Ports of a cluster on this machine; 0 takes a free one."""
+
+    grpc_port: int = 9000
+    http_port: int = 0
+    ray_address: str | None = None
+
+
+class ServedCluster:
+    """The whole application, served from this machine; made by the command line and by tests. Close it."""
+
+    def __init__(
+        self, config: ClusterConfig, options: ServeOptions | None = None, on_status: OnStatus | None = None
+    ) -> None:
+        """Blocks until requests are answered. Raises SetupError."""
+        options = options or ServeOptions()
+        check_config(config)
+        self.grpc_port = _free_port("grpc port", options.grpc_port)
+        self.http_port = _free_port("http port", options.http_port)
+        if config.metrics_port:
+            _free_port("metrics port", config.metrics_port)
+        num_cpus = (
+            config.attention_replicas * config.cpus_per_attention_replica
+            + config.expert_shards * config.cpus_per_expert_shard
+            + config.ingress_replicas * INGRESS_CPUS
+        )
+        self._stop_ray = start_ray(num_cpus=num_cpus, address=options.ray_address)
+        try:
+            self.config = resolve_gpus(config)
+            check_gpus(self.config, attention_replicas=config.attention_replicas)
+            self.group = shard_group(self.config)
+            with _StatusReports(self.group, on_status):
+                self._serve()
+        except BaseException:
+            self.close(drain=False)
+            raise
+
+    def status(self) -> ClusterStatus:
+        """The controller's view of shards and replicas."""
+        status: ClusterStatus = ray.get(self._find_controller().status.remote(), timeout=STATUS_TIMEOUT_S)
+        return status
+
+    def drain(self) -> None:
+        """Takes no new requests and blocks until those under way have ended, drain_timeout_s at most."""
+        ray.get(self._find_controller().drain.remote(), timeout=STATUS_TIMEOUT_S)
+        ingress = serve.get_app_handle(APPLICATION)
+        deadline = time.monotonic() + self.config.drain_timeout_s
+        time.sleep(1.0)  # the ingress asks for the controller's status twice a second
+        while time.monotonic() < deadline and ingress.num_running.remote().result(timeout_s=STATUS_TIMEOUT_S):
+            time.sleep(0.1)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Stops what was started, in order: requests, application, shards, Ray. Safe to call again."""
+        if ray.is_initialized():
+            controller = _find(f"{getattr(self, 'group', '')}:controller")
+            if controller is not None and drain:
+                self.drain()
+            serve.shutdown()
+            if controller is not None:
+                ray.get(controller.close.remote())
+                ray.kill(controller)
+                shutil.rmtree(metrics_dir(self.group), ignore_errors=True)
+        self._stop_ray()
+
+    def _serve(self) -> None:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": "127.0.0.1", "port": self.http_port},
+            grpc_options=gRPCOptions(
+                port=self.grpc_port, grpc_servicer_functions=GRPC_SERVICERS, enable_reflection=True
+            ),
+        )
+        serve.run(build_application(self.config), name=APPLICATION, route_prefix="/")
+
+    def _find_controller(self) -> Any:
+        controller = _find(f"{self.group}:controller")
+        if controller is None:
+            raise SetupError(f"{self.group}: there is no expert controller")
+        return controller
+
+
+class _StatusReports:
+    """While it is open, a thread hands the controller's status to a callback twice a second."""
+
+    def __init__(self, group: str, on_status: OnStatus | None) -> None:
+        self._name = f"{group}:controller"
+        self._on_status = on_status
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="status", daemon=True)
+
+    def __enter__(self) -> None:
+        if self._on_status is not None:
+            self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done.set()
+        if self._on_status is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        assert self._on_status is not None
+        while not self._done.wait(0.5):
+            controller = _find(self._name)
+            if controller is None:
+                continue
+            try:
+                self._on_status(ray.get(controller.status.remote(), timeout=STATUS_TIMEOUT_S))
+            except ray.exceptions.RayError as error:
+                log.debug("no status: %s", error)
+
+
+def _find(name: str) -> Any | None:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _free_port(what: str, port: int) -> int:
+    """The port if it can be bound, a free one for 0. Raises SetupError for one that is taken."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SetupError(
+                f"{what} {port} is taken ({error.strerror}): choose another, or 0 for a free one"
+            ) from error
+        found: int = probe.getsockname()[1]
+        return found

@@ -1,0 +1,77 @@
+"""The values that the runtime's actors exchange, and the names they find one another by. Starts nothing."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.config import ClusterConfig
+from cluster.experts.placement import PlacementPlan
+
+NAMESPACE = "moe-cluster"  # of all named actors, so that `ray list actors` shows them together
+LONG_POLL_S = 10.0  # how long a question for news waits at the controller
+LEASE_S = (
+    60.0  # a controller that nobody has asked for so long takes its shards down; longer than a Serve redeploy
+)
+
+ShardState = Literal["waiting for resources", "loading", "up", "lost"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """A plan and the actor of each shard that is up. A shard that is being replaced has none."""
+
+    plan: PlacementPlan
+    handles: Mapping[int, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardStatus:
+    """One shard as the controller sees it. loaded_bytes of total_bytes are read while it loads."""
+
+    shard_id: int
+    state: ShardState = "waiting for resources"
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+    respawns: int = 0
+    pid: int = 0
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The controller's view. replicas: (loaded, total) bytes of each attention replica that loads or has loaded."""
+
+    epoch: int
+    shards: tuple[ShardStatus, ...]
+    replicas: Mapping[str, tuple[int, int]]
+    metrics_addresses: tuple[str, ...]
+    draining: bool
+    failure: str = ""
+    plan: PlacementPlan | None = field(default=None)
+
+    @property
+    def covered(self) -> bool:
+        """Whether every expert has a copy that is up."""
+        return bool(self.shards) and all(shard.state == "up" for shard in self.shards)
+
+
+def shard_group(config: ClusterConfig) -> str:
+    """A name for the shards of a configuration: what would load or place them otherwise names them otherwise.
+
+    A redeployed application with the same experts finds the running shards; one with others makes new ones beside.
+    """
+    fields = (
+        config.model, config.dtype, config.device, config.expert_shards, config.gpus_per_expert_shard,
+        config.cpus_per_expert_shard, config.metrics_port,
+    )  # fmt: skip
+    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:8]
+    return f"moe-{digest}"
+
+
+def metrics_dir(group: str) -> Path:
+    """Where the processes of a node leave their metrics for its collector."""
+    return Path(tempfile.gettempdir()) / f"{group}-metrics"

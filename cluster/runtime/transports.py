@@ -1,0 +1,109 @@
+"""Carriers between processes. `RayTransport`: each batch is one Ray actor call.
+
+Tensors travel as bytes: Ray keeps small ones inside the call and moves large ones through its object store, and
+neither side pays for pickling tensors. T: rows, H: hidden size, K: experts a token.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from cluster.errors import ClusterError, ShardUnavailable
+from cluster.experts.transport import ExpertBatch
+
+WireBatch = tuple[float, int, int, str, int, bytes, bytes, bytes]
+"""When it was sent (seconds of the wall clock), layer_id, epoch, dtype of the rows, T, rows [T, H], ids [T, K] int32,
+weights [T, K] float32."""
+
+# numpy has no bfloat16: such rows travel as the integers of their bits.
+_BITS = {"bfloat16": torch.int16, "float16": torch.float16, "float32": torch.float32}
+
+
+def to_bytes(rows: Tensor) -> bytes:
+    """The memory of a contiguous tensor of one of the served dtypes; CUDA tensors are copied to the host."""
+    name = dtype_name(rows.dtype)
+    return rows.contiguous().cpu().view(_BITS[name]).numpy().tobytes()
+
+
+def from_bytes(data: bytes, dtype: str, num_rows: int, device: torch.device) -> Tensor:
+    """[num_rows, …] of `dtype` on `device`; on the CPU a view of `data`, not to be written to."""
+    rows = torch.frombuffer(data, dtype=getattr(torch, dtype)).view(num_rows, -1)
+    return rows.to(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def encode(batch: ExpertBatch) -> WireBatch:
+    rows = batch.hidden_states
+    return (
+        time.time(),
+        batch.layer_id,
+        batch.epoch,
+        dtype_name(rows.dtype),
+        rows.shape[0],
+        to_bytes(rows),
+        batch.topk_ids.to(torch.int32).cpu().numpy().tobytes(),
+        batch.topk_weights.cpu().numpy().tobytes(),
+    )
+
+
+def decode(wire: WireBatch, device: torch.device) -> ExpertBatch:
+    _, layer_id, epoch, dtype, num_rows, rows, ids, weights = wire
+    topk_ids = torch.from_numpy(np.frombuffer(ids, dtype=np.int32).astype(np.int64)).view(num_rows, -1)
+    return ExpertBatch(
+        layer_id=layer_id,
+        epoch=epoch,
+        hidden_states=from_bytes(rows, dtype, num_rows, device),
+        topk_ids=topk_ids.to(device),
+        topk_weights=from_bytes(weights, "float32", num_rows, device),
+    )
+
+
+class ShardHandles(Protocol):
+    """Where the actor of a shard is looked up."""
+
+    def handle(self, shard_id: int) -> Any:
+        """The shard's current actor. Raises ShardUnavailable while there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayFlight:
+    shard_id: int
+    ref: Any
+    like: Tensor
+
+    def result(self, timeout_s: float) -> Tensor:
+        try:
+            data = ray.get(self.ref, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ShardUnavailable(
+                f"shard {self.shard_id} did not answer in {timeout_s:.1f} s", self.shard_id
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ClusterError):
+                raise error.cause from None
+            raise ClusterError(f"shard {self.shard_id} failed: {error.cause!r}") from error
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            raise ShardUnavailable(f"shard {self.shard_id} died", self.shard_id) from error
+        return from_bytes(data, dtype_name(self.like.dtype), self.like.shape[0], self.like.device)
+
+
+class RayTransport:
+    """Works wherever Ray does. Used by one thread."""
+
+    def __init__(self, shards: ShardHandles) -> None:
+        self.shards = shards
+
+    def submit(self, shard_id: int, batch: ExpertBatch) -> RayFlight:
+        ref = self.shards.handle(shard_id).forward.remote(*encode(batch))
+        return RayFlight(shard_id, ref, batch.hidden_states)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,78 @@
+"""A plain gRPC client of the service: what the command line talks with. Knows no Ray."""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.errors import ClusterError, InvalidRequest, Overloaded, Unavailable
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.serving.messages import from_sampling_params
+from cluster.types import ChatMessage, SamplingParams
+
+_ERRORS: dict[grpc.StatusCode, type[ClusterError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+}
+
+
+class Client:
+    """One connection. Blocking; use it as a context manager. address: "host:port"."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    def stream(
+        self,
+        prompt: str | Sequence[ChatMessage],
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+    ) -> Iterator[pb.GenerateStreamResponse]:
+        """Yields the pieces of an answer to a text or a conversation; closing the iterator cancels it.
+
+        Raises ClusterError with the server's message.
+        """
+        request = pb.GenerateStreamRequest(request_id=request_id, sampling_params=from_sampling_params(params))
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.chat.messages.extend(pb.ChatMessage(role=m.role, content=m.content) for m in prompt)
+        call = self._stub.GenerateStream(request)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
+
+    def is_serving(self, timeout_s: float) -> bool:
+        """Whether the server says that it serves; false when it cannot be reached."""
+        try:
+            reply = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _error(self, error: grpc.RpcError) -> ClusterError:
+        code, details = error.code(), error.details()
+        if code == grpc.StatusCode.UNAVAILABLE and "failed to connect" in (details or ""):
+            return Unavailable(f"no server answers at {self.address}: start one with `moe-cluster serve MODEL_DIR`")
+        return _ERRORS.get(code, ClusterError)(f"{code.name}: {details}")

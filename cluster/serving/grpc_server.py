@@ -1,0 +1,177 @@
+"""The gRPC handlers of `moecluster.v1.InferenceService`, for Ray Serve's ingress; they decide nothing.
+
+Serve's proxy owns the port. It calls `add_inference_service` at its start, then hands each request's bytes
+to the ingress deployment's method of the rpc's name, with a `grpc_context`. Parsing here, not in the proxy,
+is what makes a broken or an oversized request an INVALID_ARGUMENT with a reason.
+
+How an error reaches the client (Ray Serve 2.60, both proxies):
+    unary    code and details set on the context, and any message returned. Raising works too, but Serve then
+             logs a traceback for every bad request.
+    stream   code and details set, and an exception raised: the default proxy learns of the context only with
+             a message or an exception, so that a stream that just ends would look like a success.
+"""
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from cluster.errors import ClusterError, InvalidRequest
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.serving import messages
+from cluster.serving.service import InferenceService
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+MAX_DETAILS_CHARS = 1000
+MAX_DETAILS_BYTES = 2000  # gRPC writes a byte that is not ASCII as three; 8 KB of trailers is the limit
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+
+class GrpcContext(Protocol):
+    """The part of Serve's `RayServegRPCContext` that is used here."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+
+class StreamFailed(Exception):
+    """Ends a stream whose context has its code and details already; the message is the details."""
+
+
+class GrpcInferenceService:
+    """A mixin of the ingress deployment: one method an rpc, taking the request's bytes. Not thread-safe."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
+        request_id = self._service.new_request_id()
+
+        async def answer(message: pb.GenerateRequest) -> pb.GenerateResponse:
+            output = await self._service.generate(
+                messages.to_prompt(message),
+                messages.to_sampling_params(message.sampling_params),
+                request_id=message.request_id or request_id,
+                timeout_s=messages.to_timeout_s(message),
+            )
+            return messages.to_generate_response(output)
+
+        return await self._answer(request, grpc_context, pb.GenerateRequest, pb.GenerateResponse, answer, request_id)
+
+    async def GenerateStream(
+        self, request: bytes, grpc_context: GrpcContext
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        request_id = self._service.new_request_id()
+        try:
+            message = self._parse(request, pb.GenerateStreamRequest)
+            request_id = message.request_id or request_id
+            first_id = request_id
+            stream = self._service.stream(
+                messages.to_prompt(message),
+                messages.to_sampling_params(message.sampling_params),
+                request_id=request_id,
+                timeout_s=messages.to_timeout_s(message),
+            )
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    yield messages.to_stream_response(delta, first_id)
+                    first_id = ""
+        except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
+            raise StreamFailed(set_status(grpc_context, error, request_id)) from None
+
+    async def Tokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.TokenizeResponse:
+        async def answer(message: pb.TokenizeRequest) -> pb.TokenizeResponse:
+            token_ids = await self._service.tokenize(messages.to_prompt(message))
+            return pb.TokenizeResponse(token_ids=token_ids, max_model_len=self._service.info.max_model_len)
+
+        return await self._answer(request, grpc_context, pb.TokenizeRequest, pb.TokenizeResponse, answer)
+
+    async def Detokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.DetokenizeResponse:
+        async def answer(message: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+            skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
+            text = await self._service.detokenize(tuple(message.token_ids), skip_special_tokens=skip)
+            return pb.DetokenizeResponse(text=text)
+
+        return await self._answer(request, grpc_context, pb.DetokenizeRequest, pb.DetokenizeResponse, answer)
+
+    async def GetModelInfo(self, request: bytes, grpc_context: GrpcContext) -> pb.GetModelInfoResponse:
+        async def answer(_: pb.GetModelInfoRequest) -> pb.GetModelInfoResponse:
+            return messages.to_model_info_response(self._service.info)
+
+        return await self._answer(request, grpc_context, pb.GetModelInfoRequest, pb.GetModelInfoResponse, answer)
+
+    async def _answer(
+        self,
+        request: bytes,
+        context: GrpcContext,
+        request_type: type[Request],
+        response_type: type[Response],
+        answer: Callable[[Request], Awaitable[Response]],
+        request_id: str = "",
+    ) -> Response:
+        """Parses and answers a unary request; a failed one gets a status and an empty response."""
+        request_id = request_id or self._service.new_request_id()
+        try:
+            message = self._parse(request, request_type)
+            request_id = getattr(message, "request_id", "") or request_id
+            return await answer(message)
+        except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
+            set_status(context, error, request_id)
+            return response_type()
+
+    def _parse(self, request: bytes, request_type: type[Request]) -> Request:
+        limit = self._service.limits.max_request_bytes
+        if len(request) > limit:
+            raise InvalidRequest(f"the request has {len(request)} bytes, at most {limit} are allowed", "request")
+        try:
+            return request_type.FromString(request)
+        except DecodeError as error:
+            raise InvalidRequest(f"the request cannot be read: {error}", "request") from error
+
+
+def set_status(context: GrpcContext, error: Exception, request_id: str) -> str:
+    """Sets the code and the details that a client sees of an error; returns the details.
+
+    What is not written for clients goes to the log, and the client gets the request's id to ask after it.
+    """
+    code = error.grpc_code if isinstance(error, ClusterError) else "INTERNAL"
+    if isinstance(error, ClusterError) and error.public:
+        details = str(error)
+    else:
+        log.error("request %s failed", request_id, exc_info=error)
+        details = f"internal error, request id {request_id}; see the server's log"
+    details = _truncate(details)
+    context.set_code(grpc.StatusCode[code])
+    context.set_details(details)
+    return details
+
+
+def _truncate(details: str) -> str:
+    if len(details) <= MAX_DETAILS_CHARS and len(details.encode()) <= MAX_DETAILS_BYTES:
+        return details
+    head = details[: MAX_DETAILS_CHARS - 1].encode()[: MAX_DETAILS_BYTES - 3]
+    return head.decode(errors="ignore") + "…"
+
+
+def add_inference_service(servicer: Any, server: Any) -> None:
+    """Registers the rpcs with a gRPC server; requests stay bytes. For Serve's `grpc_servicer_functions`."""
+    handlers = {}
+    for method in pb.DESCRIPTOR.services_by_name["InferenceService"].methods:
+        kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        handlers[method.name] = kind(
+            getattr(servicer, method.name), request_deserializer=None, response_serializer=_serialize
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+    server.add_registered_method_handlers(SERVICE_NAME, handlers)
+
+
+def _serialize(response: Message) -> bytes:
+    return response.SerializeToString()

@@ -1,0 +1,92 @@
+"""`grpc.health.v1.Health` for Ray Serve's gRPC ingress: Check, List and Watch over one flag.
+
+Register with `grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server` in Serve's
+`grpc_servicer_functions`; requests arrive parsed. Knows nothing of what makes the service healthy.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from cluster.serving.grpc_server import SERVICE_NAME, GrpcContext
+
+_SERVICES = ("", SERVICE_NAME)
+
+
+class HealthState:
+    """Whether this server takes requests. `set` may be called from any thread; it starts as not serving."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._serving = False
+        self._watchers: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
+
+    @property
+    def serving(self) -> bool:
+        return self._serving
+
+    def set(self, serving: bool) -> None:
+        with self._lock:
+            self._serving = serving
+            for changed, loop in self._watchers.items():
+                loop.call_soon_threadsafe(changed.set)
+
+    async def watch(self) -> AsyncGenerator[bool, None]:
+        """Yields the state now and after each change; of quick ones only the last. Never ends by itself."""
+        changed = asyncio.Event()
+        with self._lock:
+            self._watchers[changed] = asyncio.get_running_loop()
+        try:
+            told: bool | None = None
+            while True:
+                changed.clear()
+                serving = self._serving
+                if serving != told:
+                    told = serving
+                    yield serving
+                await changed.wait()
+        finally:
+            with self._lock:
+                del self._watchers[changed]
+
+
+class GrpcHealthService:
+    """A mixin of the ingress deployment. Knows the service names "" and "moecluster.v1.InferenceService"."""
+
+    def __init__(self, state: HealthState) -> None:
+        self._health = state
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: GrpcContext
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in _SERVICES:
+            grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
+            grpc_context.set_details(f"no service {request.service[:200]!r} is served here")
+            return health_pb2.HealthCheckResponse()
+        return _response(self._health.serving)
+
+    async def List(
+        self, request: health_pb2.HealthListRequest, grpc_context: GrpcContext
+    ) -> health_pb2.HealthListResponse:
+        return health_pb2.HealthListResponse(
+            statuses={service: _response(self._health.serving) for service in _SERVICES}
+        )
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: GrpcContext
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
+        if request.service not in _SERVICES:
+            yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            await asyncio.Event().wait()  # the protocol keeps the stream open until the client closes it
+        async with aclosing(self._health.watch()) as states:
+            async for serving in states:
+                yield _response(serving)
+
+
+def _response(serving: bool) -> health_pb2.HealthCheckResponse:
+    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    return health_pb2.HealthCheckResponse(status=status)

@@ -1,0 +1,112 @@
+"""Protobuf messages to the project's types and back. Knows no network."""
+
+from cluster.errors import InvalidRequest
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.serving.prepare import Prompt
+from cluster.types import (
+    ChatMessage,
+    CompletionOutput,
+    FinishReason,
+    Logprobs,
+    ModelInfo,
+    SamplingParams,
+    TextDelta,
+    Usage,
+)
+
+_OPTIONAL_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "logprobs",
+)
+_FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    None: pb.FINISH_REASON_UNSPECIFIED,
+}
+
+
+def to_prompt(message: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest) -> Prompt:
+    """Raises InvalidRequest when the message has no input."""
+    field = message.WhichOneof("input")
+    if field == "text":
+        return Prompt(text=message.text)
+    if field == "chat":
+        turns = message.chat.messages
+        return Prompt(messages=tuple(ChatMessage(role=t.role, content=t.content) for t in turns))
+    if field == "token_ids" and not isinstance(message, pb.TokenizeRequest):
+        return Prompt(token_ids=tuple(message.token_ids.ids))
+    return Prompt()
+
+
+def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    """Raises InvalidRequest for a value out of range."""
+    given = {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
+    return SamplingParams(
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        **given,
+    )
+
+
+def to_timeout_s(message: pb.GenerateRequest | pb.GenerateStreamRequest) -> float | None:
+    """Returns the time budget, None for no bound. Raises InvalidRequest for 0."""
+    if not message.HasField("timeout_ms"):
+        return None
+    if message.timeout_ms == 0:
+        raise InvalidRequest("timeout_ms is 0, it must be at least 1", "timeout_ms")
+    return message.timeout_ms / 1000
+
+
+def to_generate_response(output: CompletionOutput) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        request_id=output.request_id,
+        text=output.text,
+        token_ids=output.token_ids,
+        logprobs=[_to_logprobs(logprobs) for logprobs in output.logprobs],
+        finish_reason=_FINISH_REASONS[output.finish_reason],
+        usage=_to_usage(output.usage),
+    )
+
+
+def to_stream_response(delta: TextDelta, request_id: str = "") -> pb.GenerateStreamResponse:
+    """request_id: given for the first message of a stream only."""
+    return pb.GenerateStreamResponse(
+        request_id=request_id,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[_to_logprobs(logprobs) for logprobs in delta.logprobs],
+        finish_reason=_FINISH_REASONS[delta.finish_reason],
+        usage=None if delta.usage is None else _to_usage(delta.usage),
+    )
+
+
+def to_model_info_response(info: ModelInfo) -> pb.GetModelInfoResponse:
+    return pb.GetModelInfoResponse(
+        model_id=info.model_id,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        num_hidden_layers=info.num_hidden_layers,
+        num_experts=info.num_experts,
+        num_experts_per_tok=info.num_experts_per_tok,
+        dtype=info.dtype,
+        eos_token_ids=info.eos_token_ids,
+    )
+
+
+def _to_usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+
+
+def _to_logprobs(logprobs: Logprobs) -> pb.TokenLogprobs:
+    top = [pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top]
+    return pb.TokenLogprobs(token_id=logprobs.token_id, logprob=logprobs.logprob, top=top)

@@ -1,0 +1,125 @@
+"""From a prompt to an engine's request: tokenizes, fills defaults in, refuses what can never succeed.
+
+Knows no running requests and no network. `service` runs what comes out of it.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from cluster.errors import InvalidRequest
+from cluster.serving.tokenizer import Tokenizer
+from cluster.types import SAMPLING_DEFAULTS, ChatMessage, EngineRequest, ModelInfo, SamplingParams
+
+_OFFLOAD_CHARS = 4096  # a longer input takes over a millisecond to tokenize: not on the event loop
+_OFFLOAD_MESSAGES = 64
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What to answer: exactly one of a text, token ids or a conversation. Raises InvalidRequest."""
+
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    messages: Sequence[ChatMessage] | None = None
+
+    def __post_init__(self) -> None:
+        inputs = {"text": self.text, "token_ids": self.token_ids, "chat": self.messages}
+        given = [name for name, value in inputs.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "empty"
+            raise InvalidRequest(f"input is {found}, exactly one of text, token_ids and chat is needed", "input")
+
+    @property
+    def field(self) -> str:
+        """The given input's name in the public API."""
+        return "text" if self.text is not None else "token_ids" if self.token_ids is not None else "chat"
+
+
+class RequestPreparer:
+    """Prepares requests for one model. Blocks for at most about a millisecond: larger inputs go to a thread.
+
+    defaults: the checkpoint's generation_config; what is None there takes `SAMPLING_DEFAULTS`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, info: ModelInfo, defaults: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._info = info
+        self._defaults = defaults
+
+    async def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str, timeout_s: float | None
+    ) -> EngineRequest:
+        """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit."""
+        field = prompt.field
+        if prompt.token_ids is not None:
+            token_ids = tuple(prompt.token_ids)
+        else:
+            token_ids = tuple(await self.tokenize(prompt))
+        if not token_ids:
+            raise InvalidRequest(f"{field} is empty, a prompt of at least one token is needed", field)
+        self._check_in_vocabulary(token_ids, field)
+        self._check_in_vocabulary(params.stop_token_ids, "stop_token_ids")
+        return EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=self._resolve(params, field, len(token_ids)),
+            timeout_s=timeout_s,
+        )
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids of a text or a conversation. Raises InvalidRequest."""
+        text, messages = prompt.text, prompt.messages
+        if text is not None:
+            return await _run_off_loop(len(text) > _OFFLOAD_CHARS, lambda: self._tokenizer.encode(text))
+        if messages is not None:
+            num_chars = sum(len(message.content) for message in messages)
+            large = num_chars > _OFFLOAD_CHARS or len(messages) > _OFFLOAD_MESSAGES
+            return await _run_off_loop(large, lambda: self._tokenizer.encode_chat(messages))
+        raise InvalidRequest("token_ids are tokens already, text or chat is needed", "token_ids")
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary."""
+        self._check_in_vocabulary(token_ids, "token_ids")
+        large = len(token_ids) > _OFFLOAD_CHARS
+        return await _run_off_loop(large, lambda: self._tokenizer.decode(token_ids, skip_special_tokens))
+
+    def _check_in_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
+        limit = self._info.vocab_size
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < limit):
+            return
+        position = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < limit)
+        raise InvalidRequest(
+            f"{field} has {token_ids[position]} at position {position}, the vocabulary ends at {limit - 1}",
+            field,
+        )
+
+    def _resolve(self, params: SamplingParams, field: str, num_prompt_tokens: int) -> SamplingParams:
+        """Fills every default in. Raises InvalidRequest for what does not fit the context."""
+        limit = self._info.max_model_len
+        room = limit - num_prompt_tokens
+        if room < 1:
+            raise InvalidRequest(
+                f"{field} has {num_prompt_tokens} tokens, at most {limit - 1} leave room for an answer in "
+                f"the context of {limit}",
+                field,
+            )
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            max_tokens = min(self._defaults.max_tokens or room, room)
+        if max_tokens > room:
+            raise InvalidRequest(
+                f"max_tokens is {max_tokens}: with the prompt's {num_prompt_tokens} tokens that is "
+                f"{num_prompt_tokens + max_tokens}, over the context of {limit}; at most {room} fit",
+                "max_tokens",
+            )
+        resolved = replace(params, max_tokens=max_tokens)  # checks min_tokens against it
+        return resolved.with_defaults(self._defaults).with_defaults(SAMPLING_DEFAULTS)
+
+
+async def _run_off_loop(large: bool, work: Callable[[], T]) -> T:
+    """Runs `work` here, or in a thread when it is large."""
+    return await asyncio.to_thread(work) if large else work()

@@ -1,0 +1,218 @@
+"""The values that parts hand to one another. Knows no tensors of the model, no network, no Ray.
+
+All are frozen and pickle, so that they travel between actors as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+from cluster.errors import InvalidRequest
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_TOP_LOGPROBS = 20  # the OpenAI API's limit
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256  # the detokenizer holds back up to this much text while a match is open
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens. A field left at None takes the checkpoint's `generation_config.json`, else vLLM's default.
+
+    temperature: 0 is greedy.  top_k: 0 keeps all.  top_p, min_p: probabilities after temperature.
+    repetition_penalty: over prompt and output (HF's rule).  presence_penalty, frequency_penalty: over output only
+    (OpenAI's rule).  seed: the same seed gives the same tokens whatever else is in the batch.
+    max_tokens: None is the checkpoint's `max_new_tokens`, else what is left of the context.
+    stop: strings that end the output and are cut from its text.  stop_token_ids: end it beside the model's EOS ids.
+    logprobs: None for none, n for the chosen token's log-probability and the n likeliest tokens', under the
+    model's own distribution (before temperature and penalties).
+
+    Raises InvalidRequest, with the field's name, for a value out of range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: Sequence[str] | str = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for limits in _LIMITS:
+            limits.check(getattr(self, limits.name))
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(
+                f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed", "stop"
+            )
+        for text in stop:
+            if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+                raise InvalidRequest(
+                    f"stop has a string of {len(text)} characters, 1 to {MAX_STOP_STRING_CHARS} are allowed",
+                    "stop",
+                )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens})", "min_tokens"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def with_defaults(self, defaults: "SamplingParams") -> "SamplingParams":
+        """Returns a copy in which every field that is None has the value of `defaults`."""
+        missing = {
+            f.name: value
+            for f in fields(self)
+            if getattr(self, f.name) is None and (value := getattr(defaults, f.name)) is not None
+        }
+        return replace(self, **missing) if missing else self
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """The closed (or, with `above`, half-open) range of one numeric field."""
+
+    name: str
+    low: float
+    high: float
+    above: bool = False
+    integer: bool = False
+
+    def check(self, value: float | None) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int if self.integer else int | float):
+            kind = "a whole number" if self.integer else "a number"
+            raise InvalidRequest(f"{self.name} is {value!r}, {kind} is needed", self.name)
+        if not (self.low < value if self.above else self.low <= value) or not value <= self.high:
+            low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+            raise InvalidRequest(
+                f"{self.name} is {value}, it must be {low} and at most {self.high:g}", self.name
+            )
+
+
+_LIMITS = (
+    _Limits("temperature", 0.0, 100.0),
+    _Limits("top_k", 0, 2**31 - 1, integer=True),
+    _Limits("top_p", 0.0, 1.0, above=True),
+    _Limits("min_p", 0.0, 1.0),
+    _Limits("repetition_penalty", 0.0, 100.0, above=True),
+    _Limits("presence_penalty", -2.0, 2.0),
+    _Limits("frequency_penalty", -2.0, 2.0),
+    _Limits("seed", 0, 2**63 - 1, integer=True),
+    _Limits("max_tokens", 1, 2**31 - 1, integer=True),
+    _Limits("min_tokens", 0, 2**31 - 1, integer=True),
+    _Limits("logprobs", 0, MAX_TOP_LOGPROBS, integer=True),
+)
+
+SAMPLING_DEFAULTS = SamplingParams(
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What an engine works on: validated, tokenized, every sampling default filled in.
+
+    prompt_token_ids: at least one.  timeout_s: what is left of the client's time budget, None for no bound.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities at one output position: the chosen token's, and the likeliest tokens', best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceUpdate:
+    """One sequence's share of what the engine made since it last reported.
+
+    logprobs: as long as token_ids when asked for, else empty.  error: set iff finish_reason is "error".
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """One piece of a streamed answer. `usage` and `finish_reason` stand in the last one only."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput:
+    """A finished answer. `text` ends before a stop string or EOS; `token_ids` has every token generated."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[Logprobs, ...] = ()
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=len(self.prompt_token_ids), completion_tokens=len(self.token_ids))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What GetModelInfo tells a client."""
+
+    model_id: str
+    vocab_size: int
+    max_model_len: int
+    num_hidden_layers: int
+    num_experts: int
+    num_experts_per_tok: int
+    dtype: str
+    eos_token_ids: tuple[int, ...] = field(default=())

@@ -1,0 +1,409 @@
+"""The benchmark's arithmetic and report on a system whose speed is known; its child process with that system."""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.bench import add_arguments
+from cluster.bench import checkpoint as bench_checkpoint
+from cluster.bench.checkpoint import default_directory, made_checkpoint, read_config
+from cluster.bench.cluster_system import kv_cache_bytes, step_tokens
+from cluster.bench.machine import Machine, parse_cpuinfo, this_machine
+from cluster.bench.report import Report, to_json, to_markdown
+from cluster.bench.session import measure_all
+from cluster.bench.systems import SystemSpec
+from cluster.bench.throughput import Point, Prompts, Spread, System, Timing, Workload, measure, summarize
+from cluster.bench.worker import SystemResult, run_system
+from cluster.config import ModelConfig
+from cluster.errors import CheckpointError, ClusterError, SetupError
+
+WORKLOAD = Workload(batches=(1, 4), prompt_tokens=8, output_tokens=5, repeats=3, vocab_size=100)
+
+
+class FakeSystem:
+    """Takes 2 s for the prompts and 1 s for each further token of all of them; +1 s on the prompts of a warm-up."""
+
+    detail = "a fake"
+
+    def __init__(self, missing: int = 0) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[int, int]] = []
+        self.seen: list[tuple[int, ...]] = []
+        self.missing = missing
+
+    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
+        warming_up = all(batch != len(prompts) for batch, _ in self.calls[:-1])
+        self.calls.append((len(prompts), num_tokens))
+        self.seen += [tuple(prompt) for prompt in prompts]
+        self.now += 2.0 + (num_tokens - 1) * 1.0 + warming_up
+        return [num_tokens - self.missing] * len(prompts)
+
+    def close(self) -> None:
+        pass
+
+
+def test_prefill_and_decode_are_told_apart_after_a_warm_up() -> None:
+    """Batch 4: prefill 4 · 8 / 2 s = 16 tokens/s; decode 4 · (5 − 1) / (6 − 2) s = 4 tokens/s. Batch 1: a quarter."""
+    system, advanced = FakeSystem(), []
+    points = measure(system, WORKLOAD, lambda: system.now, advanced.append)
+    assert points == (
+        Point(batch=1, prefill=Spread(4.0, 4.0, 4.0), decode=Spread(1.0, 1.0, 1.0)),
+        Point(batch=4, prefill=Spread(16.0, 16.0, 16.0), decode=Spread(4.0, 4.0, 4.0)),
+    )
+    assert system.calls == [(1, 1), (1, 5)] * 4 + [(4, 1), (4, 5)] * 4
+    assert advanced == [1] * 4 + [4] * 4
+    assert len(advanced) == WORKLOAD.num_runs
+
+
+def test_prompts_are_the_same_for_every_system_and_never_used_twice() -> None:
+    first, second = FakeSystem(), FakeSystem()
+    for system in (first, second):
+        measure(system, WORKLOAD, lambda system=system: system.now, lambda batch: None)
+    assert first.seen == second.seen
+    assert len(set(first.seen)) == len(first.seen) == 8 * 1 + 8 * 4
+    assert {len(prompt) for prompt in first.seen} == {8}
+    assert all(0 <= token_id < 100 for prompt in first.seen for token_id in prompt)
+
+
+def test_the_summary_is_median_and_range_of_the_repeats() -> None:
+    """Batch 2, P = 8, M = 5: prefill 16 / (1, 2, 4) s, decode 8 / (4, 1, 2) s."""
+    timings = [Timing(1.0, 5.0), Timing(2.0, 3.0), Timing(4.0, 6.0)]
+    point = summarize(timings, WORKLOAD, batch=2)
+    assert point == Point(batch=2, prefill=Spread(8.0, 4.0, 16.0), decode=Spread(4.0, 2.0, 8.0))
+
+
+def test_a_system_that_stops_early_is_refused() -> None:
+    system = FakeSystem(missing=1)
+    with pytest.raises(ClusterError, match="nothing was measured"):
+        measure(system, WORKLOAD, lambda: system.now, lambda batch: None)
+
+
+def test_a_decode_too_short_to_time_asks_for_more_tokens() -> None:
+    with pytest.raises(SetupError, match="at batch 1 5 tokens .* --output-tokens"):
+        summarize([Timing(2.0, 2.0)], WORKLOAD, batch=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [
+        ({"batches": ()}, "--batch"),
+        ({"batches": (0, 1)}, "--batch"),
+        ({"batches": (8, 1)}, "--batch"),
+        ({"prompt_tokens": 0}, "--prompt-tokens is 0"),
+        ({"output_tokens": 1}, "--output-tokens is 1, at least 2"),
+        ({"repeats": 0}, "--repeat is 0"),
+    ],
+)
+def test_an_impossible_workload_names_the_option(change: dict[str, object], option: str) -> None:
+    with pytest.raises(SetupError, match=option):
+        dataclasses.replace(WORKLOAD, **change)
+
+
+# The report
+
+MACHINE = Machine(
+    cpu="Example CPU",
+    cpu_features=("avx2", "amx_bf16"),
+    num_cores=2,
+    memory_bytes=24 << 30,
+    gpus=(),
+    versions=(("Python", "3.11.2"), ("torch", "2.13.0")),
+)
+
+
+def result(name: str, prefill: float, decode: float) -> SystemResult:
+    points = tuple(
+        Point(
+            batch=batch,
+            prefill=Spread(prefill * batch, prefill * batch - 1, prefill * batch + 1),
+            decode=Spread(decode, decode, decode),
+        )
+        for batch in (1, 4)
+    )
+    return SystemResult(name=name, detail="cpu, 2 threads", load_s=1.25, points=points)
+
+
+REPORT = Report(
+    machine=MACHINE,
+    checkpoint="4 layers",
+    workload=WORKLOAD,
+    reference="transformers",
+    results=(result("transformers", 100.0, 20.0), result("local", 150.0, 10.0)),
+    failures=(("ray, 2 shards", "no room"),),
+)
+
+
+def test_the_report_reads_as_a_table_with_ratios() -> None:
+    """local / transformers: prefill 150 / 100 and 600 / 400, decode 10 / 20."""
+    assert to_markdown(REPORT) == (
+        "Machine: 2 cores of Example CPU (avx2, amx_bf16), 24 GiB memory; Python 3.11.2, torch 2.13.0.\n"
+        "\n"
+        "Checkpoint: 4 layers; random prompts of 8 tokens, 5 generated, greedy. Tokens/s: median of 3 "
+        "(lowest-highest), and as a ratio to transformers.\n"
+        "\n"
+        "| batch | system       | prefill        | ratio | decode           | ratio |\n"
+        "| ----- | ------------ | -------------- | ----- | ---------------- | ----- |\n"
+        "| 1     | transformers | 100 (99.0-101) | 1.00  | 20.0 (20.0-20.0) | 1.00  |\n"
+        "| 1     | local        | 150 (149-151)  | 1.50  | 10.0 (10.0-10.0) | 0.50  |\n"
+        "| 4     | transformers | 400 (399-401)  | 1.00  | 20.0 (20.0-20.0) | 1.00  |\n"
+        "| 4     | local        | 600 (599-601)  | 1.50  | 10.0 (10.0-10.0) | 0.50  |\n"
+        "\n"
+        "- transformers: cpu, 2 threads; ready in 1.2 s\n"
+        "- local: cpu, 2 threads; ready in 1.2 s\n"
+        "- ray, 2 shards: FAILED: no room\n"
+    )
+
+
+def test_without_the_reference_there_are_no_ratios() -> None:
+    text = to_markdown(dataclasses.replace(REPORT, results=REPORT.results[1:]))
+    assert "| 150 (149-151) | -     | 10.0 (10.0-10.0) | -     |" in text
+
+
+def test_the_json_has_every_figure() -> None:
+    read = json.loads(to_json(REPORT))
+    assert read["results"][1]["points"][1]["prefill"] == {"median": 600.0, "low": 599.0, "high": 601.0}
+    assert read["workload"]["output_tokens"] == 5
+    assert read["failures"] == [["ray, 2 shards", "no room"]]
+
+
+def test_cpuinfo_gives_the_first_model_and_what_decides_speed() -> None:
+    text = "processor\t: 0\nmodel name\t: First\nflags\t\t: fpu avx2 amx_bf16\n\nmodel name\t: Second\n"
+    assert parse_cpuinfo(text) == ("First", ("avx2", "amx_bf16"))
+    assert parse_cpuinfo("CPU part : 0xd40\nFeatures : fp sve bf16\n") == ("", ("sve", "bf16"))
+
+
+def test_the_machine_is_described_without_names() -> None:
+    machine = this_machine()
+    assert machine.num_cores == len(os.sched_getaffinity(0))
+    assert 1 << 28 < machine.memory_bytes < 1 << 50
+    assert [name for name, _ in machine.versions][:3] == ["Python", "torch", "ray"]
+    assert os.uname().nodename not in to_json(dataclasses.replace(REPORT, machine=machine)) or (
+        len(os.uname().nodename) < 4
+    )
+
+
+# The checkpoint
+
+
+@pytest.fixture(scope="module")
+def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_checkpoint("demo", 0, tmp_path_factory.mktemp("made"), lambda made, total: None)
+
+
+def test_a_made_checkpoint_is_complete_and_used_again(demo_dir: Path) -> None:
+    assert read_config(demo_dir).num_experts == 64
+    before = {path: path.stat().st_mtime_ns for path in demo_dir.iterdir()}
+    assert made_checkpoint("demo", 0, demo_dir.parent, lambda made, total: None) == demo_dir
+    assert {path: path.stat().st_mtime_ns for path in demo_dir.iterdir()} == before
+    assert list(demo_dir.parent.iterdir()) == [demo_dir]
+
+
+def test_an_interrupted_checkpoint_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(model_dir: Path, raw_config: object, **options: object) -> None:
+        model_dir.mkdir()
+        (model_dir / "model-00001-of-00002.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_checkpoint, "write_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made_checkpoint("a2.7b", 4, tmp_path, lambda made, total: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_other_depth_have_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+
+    def write(model_dir: Path, raw_config: dict[str, int], **options: object) -> None:
+        model_dir.mkdir()
+        written.append(raw_config["num_hidden_layers"])
+
+    monkeypatch.setattr(bench_checkpoint, "write_checkpoint", write)
+    paths = {made_checkpoint("a2.7b", n, tmp_path, lambda made, total: None) for n in (2, 4, 2)}
+    assert written == [2, 4]
+    assert len(paths) == 2
+    with pytest.raises(SetupError, match="--layers is 0"):
+        made_checkpoint("a2.7b", 0, tmp_path, lambda made, total: None)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match="--checkpoint-dir"):
+        made_checkpoint("demo", 0, tmp_path / "file", lambda made, total: None)
+
+
+def test_made_checkpoints_are_kept_in_the_users_cache() -> None:
+    assert default_directory({"XDG_CACHE_HOME": "/c"}) == Path("/c/moe-cluster/checkpoints")
+    assert default_directory({}) == Path.home() / ".cache/moe-cluster/checkpoints"
+
+
+def test_the_kv_cache_holds_the_largest_batch(demo_dir: Path) -> None:
+    """40 + 30 tokens are two blocks of 64 and one to spare: 192 tokens for each of 32 sequences."""
+    config = read_config(demo_dir)
+    workload = Workload(batches=(1, 32), prompt_tokens=40, output_tokens=30, repeats=1, vocab_size=100)
+    assert kv_cache_bytes(config, "float32", workload) == 32 * 192 * config.kv_bytes_per_token("float32")
+    assert step_tokens(workload) == 2048
+    assert step_tokens(dataclasses.replace(workload, prompt_tokens=100)) == 3200
+    assert step_tokens(dataclasses.replace(workload, prompt_tokens=1000)) == 8192
+
+
+# The child process
+
+SPEC = SystemSpec(kind="local", model_dir=Path("unused"), dtype="float32", num_shards=1)
+
+
+class InstantSystem:
+    """Takes no time that could be measured as none: it counts a little for each token."""
+
+    detail = "instant"
+
+    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
+        for _ in range(num_tokens * 10_000):
+            pass
+        print("noise that must not reach stdout")
+        return [num_tokens] * len(prompts)
+
+    def close(self) -> None:
+        pass
+
+
+def build_instant(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
+    return InstantSystem()
+
+
+def build_killed(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def build_refused(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
+    raise CheckpointError("no such weights")
+
+
+def build_broken(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
+    raise ZeroDivisionError("by nought")
+
+
+def test_a_child_process_measures_and_reports(demo_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    workload = Workload(batches=(1, 2), prompt_tokens=4, output_tokens=20, repeats=1, vocab_size=10)
+    found = run_system(SPEC, read_config(demo_dir), workload, lines.append, build_instant)
+    assert (found.name, found.detail) == ("local", "instant")
+    assert [point.batch for point in found.points] == [1, 2]
+    assert all(point.decode.low > 0 for point in found.points)
+    assert lines == ["loaded", "batch 1", "batch 1", "batch 2", "batch 2"]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "noise" in err
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (build_killed, "local: its process ended with code -9 .* too little memory"),
+        (build_refused, "local: no such weights"),
+        (build_broken, "local: ZeroDivisionError: by nought"),
+    ],
+)
+def test_a_child_that_fails_says_why(
+    demo_dir: Path, build: Callable[[SystemSpec, ModelConfig, Workload], System], message: str
+) -> None:
+    with pytest.raises(ClusterError, match=message):
+        run_system(SPEC, read_config(demo_dir), WORKLOAD, lambda line: None, build)
+
+
+# The command
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+class FakeRun:
+    """Stands in for the child processes; the systems in `failing` fail."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing = failing
+        self.specs: list[SystemSpec] = []
+
+    def __call__(
+        self, spec: SystemSpec, config: ModelConfig, workload: Workload, on_progress: Callable[[str], None]
+    ) -> SystemResult:
+        self.specs.append(spec)
+        on_progress("loaded")
+        if spec.name in self.failing:
+            raise ClusterError(f"{spec.name}: too big")
+        one = Spread(1.0, 1.0, 1.0)
+        points = tuple(Point(batch=batch, prefill=one, decode=one) for batch in workload.batches)
+        return SystemResult(name=spec.name, detail="fake", load_s=0.0, points=points)
+
+
+def test_the_command_measures_the_reference_first_and_prints_the_report(
+    demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_one, file = FakeRun(), tmp_path / "result.json"
+    args = parse(str(demo_dir), "--compare", "transformers", "--shards", "3", "--json", str(file))
+    assert measure_all(args, run_one) == 0
+    assert [spec.name for spec in run_one.specs] == ["transformers", "local", "ray, 3 shards"]
+    assert {spec.dtype for spec in run_one.specs} == {read_config(demo_dir).dtype}
+    out = capsys.readouterr().out
+    assert out.startswith("Machine: ")
+    assert "ratio to transformers" in out
+    assert str(demo_dir) not in out
+    assert json.loads(file.read_text())["reference"] == "transformers"
+
+
+def test_a_system_that_fails_leaves_the_others_figures(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure_all(parse(str(demo_dir), "--batch", "2"), FakeRun("ray, 2 shards")) == 1
+    out = capsys.readouterr().out
+    assert "| 2     | local " in out
+    assert "- ray, 2 shards: FAILED: ray, 2 shards: too big" in out
+
+
+def test_the_command_makes_the_checkpoint_that_it_measures(tmp_path: Path) -> None:
+    run_one = FakeRun()
+    args = parse("--shapes", "demo", "--checkpoint-dir", str(tmp_path), "--dtype", "float16")
+    assert measure_all(args, run_one) == 0
+    assert run_one.specs[0].model_dir == tmp_path / "demo"
+    assert run_one.specs[0].dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "0"], "--shards is 0, 1 to 64"),
+        (["--shards", "65"], "--shards is 65, 1 to 64"),
+        (["--prompt-tokens", "100000000"], "the checkpoint's context is"),
+        (["--output-tokens", "1"], "--output-tokens is 1"),
+        (["--json", "/no/such/directory/file"], "--json"),
+    ],
+)
+def test_arguments_that_cannot_be_carried_out_are_refused_before_anything_runs(
+    demo_dir: Path, arguments: list[str], message: str
+) -> None:
+    run_one = FakeRun()
+    with pytest.raises(SetupError, match=message):
+        measure_all(parse(str(demo_dir), *arguments), run_one)
+    assert run_one.specs == []
+
+
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        measure_all(parse(str(tmp_path)), FakeRun())
+
+
+def test_arguments_are_parsed_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse("--batch", "32,1,8,8", "--transports", "ray")
+    assert args.batch == (1, 8, 32)
+    assert args.transports == ("ray",)
+    for wrong in (["--batch", "1,x"], ["--transports", "pigeon"]):
+        with pytest.raises(SystemExit):
+            parse(*wrong)
+    assert "known are local, ray" in capsys.readouterr().err

@@ -1,0 +1,419 @@
+"""The handlers behind a plain grpc.aio server on loopback, driven as Ray Serve's default proxy drives them.
+
+`ServeLike` does what ray/serve/_private/proxy.py does with a handler: it gives it bytes and a context of its own, takes
+over code and details with a unary message or with an exception, and otherwise ends the call with OK.
+"""
+
+import asyncio
+import logging
+import pickle
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from serving_fakes import HELLO, IM_END, VOCAB_SIZE, EchoBackend, byte_ids, make_service, write_tokenizer
+
+from cluster.errors import CheckpointError, Overloaded, ShardUnavailable
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.serving.grpc_server import (
+    MAX_DETAILS_BYTES,
+    MAX_DETAILS_CHARS,
+    SERVICE_NAME,
+    GrpcInferenceService,
+    StreamFailed,
+    add_inference_service,
+    set_status,
+)
+from cluster.serving.health import GrpcHealthService, HealthState
+from cluster.serving.tokenizer import Tokenizer
+from cluster.types import SequenceUpdate
+
+MAX_REQUEST_BYTES = 2000
+
+
+class FakeContext:
+    """The part of RayServegRPCContext that handlers use."""
+
+    def __init__(self):
+        self.code = self.details = None
+
+    def set_code(self, code):
+        self.code = code
+
+    def set_details(self, details):
+        self.details = details
+
+
+class ServeLike:
+    """A servicer whose methods forward to `ingress` as Serve's proxy does."""
+
+    def __init__(self, ingress):
+        self.ingress = ingress
+
+    def __getattr__(self, name):
+        method = getattr(self.ingress, name)
+
+        async def unary(request, wire):
+            context = FakeContext()
+            response = await method(request, grpc_context=context)
+            if context.code:
+                wire.set_code(context.code)
+                wire.set_details(context.details)
+            return response
+
+        async def stream(request, wire):
+            context = FakeContext()
+            try:
+                async for response in method(request, grpc_context=context):
+                    yield response
+            except StreamFailed:
+                await wire.abort(context.code, context.details)
+
+        return stream if name in ("GenerateStream", "Watch") else unary
+
+
+class Ingress(GrpcInferenceService, GrpcHealthService):
+    def __init__(self, service, state):
+        GrpcInferenceService.__init__(self, service)
+        GrpcHealthService.__init__(self, state)
+
+
+class Served:
+    def __init__(self, channel, service, backend, health):
+        self.service, self.backend, self.health = service, backend, health
+        self.stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.health_stub = health_pb2_grpc.HealthStub(channel)
+        self.channel = channel
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def serve(tokenizer):
+    """Returns a function that runs an async scenario against a server: scenario(served)."""
+
+    @asynccontextmanager
+    async def running(backend):
+        service = make_service(tokenizer, backend, max_request_bytes=MAX_REQUEST_BYTES)
+        health, server = HealthState(), grpc.aio.server()
+        servicer = ServeLike(Ingress(service, health))
+        add_inference_service(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        reflection.enable_server_reflection((SERVICE_NAME, reflection.SERVICE_NAME), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                yield Served(channel, service, backend, health)
+        finally:
+            await server.stop(None)
+
+    def run(scenario, backend=None):
+        async def main():
+            async with running(backend or EchoBackend()) as served:
+                return await asyncio.wait_for(scenario(served), 20)
+
+        return asyncio.run(main())
+
+    return run
+
+
+async def refusal(call):
+    """Returns (code, details) of a call that fails."""
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call
+    return failure.value.code(), failure.value.details()
+
+
+async def collect(stream):
+    return [message async for message in stream]
+
+
+def failing(*script):
+    return EchoBackend(script=script)
+
+
+def test_generate_answers_with_text_tokens_usage_and_reason(serve):
+    async def scenario(served):
+        params = pb.SamplingParams(temperature=0, logprobs=1)
+        request = pb.GenerateRequest(text="hello", sampling_params=params, request_id="mine")
+        return await served.stub.Generate(request)
+
+    response = serve(scenario)
+    assert (response.text, list(response.token_ids)) == ("hello", [HELLO, IM_END])
+    assert (response.request_id, response.finish_reason) == ("mine", pb.FINISH_REASON_STOP)
+    assert response.usage == pb.Usage(prompt_tokens=1, completion_tokens=2)
+    top = pb.TopLogprob(token_id=HELLO, logprob=-HELLO)
+    assert response.logprobs[0] == pb.TokenLogprobs(token_id=HELLO, logprob=-HELLO, top=[top])
+
+
+def test_a_stream_names_its_request_first_and_its_end_last(serve):
+    async def scenario(served):
+        ids = pb.TokenIds(ids=byte_ids("ab"))
+        params = pb.SamplingParams(max_tokens=2)
+        return await collect(
+            served.stub.GenerateStream(pb.GenerateStreamRequest(token_ids=ids, sampling_params=params))
+        )
+
+    first, last = serve(scenario)
+    assert (first.request_id, first.text, last.request_id, last.text) == ("generated-1", "a", "", "b")
+    assert first.finish_reason == pb.FINISH_REASON_UNSPECIFIED
+    assert not first.HasField("usage")
+    assert last.finish_reason == pb.FINISH_REASON_LENGTH
+    assert last.usage == pb.Usage(prompt_tokens=2, completion_tokens=2)
+
+
+def test_every_sampling_field_reaches_the_engine(serve):
+    sent = {
+        "temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 2**62, "max_tokens": 7, "min_tokens": 2,
+        "stop": ("x", "yz"), "stop_token_ids": (5, 6), "ignore_eos": True, "logprobs": 0,
+    }  # fmt: skip
+
+    async def scenario(served):
+        chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="a")])
+        params = pb.SamplingParams(**sent)
+        await served.stub.Generate(pb.GenerateRequest(chat=chat, sampling_params=params, timeout_ms=60_000))
+        return served.backend.requests[0]
+
+    request = serve(scenario)
+    assert {name: getattr(request.params, name) for name in sent} == sent
+    assert request.timeout_s == 60.0
+
+
+def test_zero_is_not_unset(serve):
+    """The service's default temperature is 0.7."""
+
+    async def scenario(served):
+        for params in (pb.SamplingParams(), pb.SamplingParams(temperature=0)):
+            await served.stub.Generate(pb.GenerateRequest(text="a", sampling_params=params))
+        return [request.params.temperature for request in served.backend.requests]
+
+    assert serve(scenario) == [0.7, 0.0]
+
+
+def test_tokenize_detokenize_and_model_info(serve):
+    async def scenario(served):
+        tokens = await served.stub.Tokenize(pb.TokenizeRequest(text="hello"))
+        skipped = await served.stub.Detokenize(pb.DetokenizeRequest(token_ids=[HELLO, IM_END]))
+        whole = await served.stub.Detokenize(pb.DetokenizeRequest(token_ids=[HELLO, IM_END], skip_special_tokens=False))
+        return tokens, skipped.text, whole.text, await served.stub.GetModelInfo(pb.GetModelInfoRequest())
+
+    tokens, skipped, whole, info = serve(scenario)
+    assert (list(tokens.token_ids), tokens.max_model_len) == ([HELLO], 64)
+    assert (skipped, whole) == ("hello", "hello<|im_end|>")
+    assert (info.model_id, info.vocab_size, list(info.eos_token_ids)) == ("tiny", VOCAB_SIZE, [IM_END])
+
+
+BAD_REQUESTS = [
+    (pb.GenerateRequest(), "input is empty"),
+    (pb.GenerateRequest(text=""), "text is empty"),
+    (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids is empty"),
+    (pb.GenerateRequest(chat=pb.ChatMessages()), "chat has 0 messages"),
+    (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**32 - 1])), "4294967295 at position 0"),
+    (pb.GenerateRequest(text="a", timeout_ms=0), "timeout_ms is 0"),
+    (pb.GenerateRequest(text="a", request_id="a b"), "request_id is 'a b'"),
+    (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(top_p=2)), "top_p is 2.0"),
+    (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(max_tokens=64)), "max_tokens is 64"),
+    (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(max_tokens=-1)), "max_tokens is -1"),
+    (pb.GenerateRequest(text="x" * MAX_REQUEST_BYTES), f"2003 bytes, at most {MAX_REQUEST_BYTES}"),
+    (pb.GenerateRequest(chat=pb.ChatMessages(messages=[pb.ChatMessage(role="root")])), "role 'root'"),
+]
+
+
+def test_bad_requests_are_invalid_arguments_with_a_reason(serve):
+    async def scenario(served):
+        for request, reason in BAD_REQUESTS:
+            streamed = pb.GenerateStreamRequest.FromString(request.SerializeToString())
+            for call in (served.stub.Generate(request), collect(served.stub.GenerateStream(streamed))):
+                code, details = await refusal(call)
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+                assert reason in details
+        assert not served.backend.requests
+        code, details = await refusal(served.stub.Detokenize(pb.DetokenizeRequest(token_ids=[300])))
+        assert (code, "300 at position 0" in details) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+    serve(scenario)
+
+
+def test_bytes_that_are_no_message_are_invalid_arguments(serve):
+    """0x0a 0x02: field 1 (text), two bytes, which are not UTF-8. 0x0a 0x50: 80 bytes that do not come."""
+
+    async def scenario(served):
+        for raw, reason in ((b"\x0a\x02\xff\xfe", "UTF-8"), (b"\x0a\x50a", "request cannot be read")):
+            unary = served.channel.unary_unary(f"/{SERVICE_NAME}/Generate")
+            stream = served.channel.unary_stream(f"/{SERVICE_NAME}/GenerateStream")
+            for call in (unary(raw), collect(stream(raw))):
+                code, details = await refusal(call)
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+                assert reason in details
+
+    serve(scenario)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Overloaded("the queue is full: 256 requests wait"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (ShardUnavailable("shard 3 is gone", 3), grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+def test_public_errors_reach_the_client_as_they_are_also_half_way(serve, error, code):
+    async def scenario(served):
+        assert await refusal(served.stub.Generate(pb.GenerateRequest(text="a"))) == (code, str(error))
+        seen = []
+        stream = served.stub.GenerateStream(pb.GenerateStreamRequest(text="a"))
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            async for message in stream:
+                seen.append(message.text)
+        assert seen == ["a"]
+        assert (failure.value.code(), failure.value.details()) == (code, str(error))
+
+    first = SequenceUpdate(request_id="r", token_ids=byte_ids("a"))
+    serve(scenario, failing(first, SequenceUpdate(request_id="r", finish_reason="error", error=error)))
+
+
+@pytest.mark.parametrize("error", [KeyError("/root/secret/path"), CheckpointError("/root/secret/path is missing")])
+def test_other_errors_are_logged_and_the_client_gets_the_id_only(serve, caplog, error):
+    async def scenario(served):
+        unary = await refusal(served.stub.Generate(pb.GenerateRequest(text="a", request_id="mine")))
+        streamed = pb.GenerateStreamRequest(text="a", request_id="mine")
+        return unary, await refusal(collect(served.stub.GenerateStream(streamed)))
+
+    with caplog.at_level(logging.ERROR, logger="cluster"):
+        expected = (grpc.StatusCode.INTERNAL, "internal error, request id mine; see the server's log")
+        assert serve(scenario, failing(error)) == (expected, expected)
+    assert [r.exc_info[1] for r in caplog.records] == [error, error]
+
+
+def test_a_clients_cancel_and_deadline_close_the_sequence(serve):
+    async def scenario(served):
+        call = served.stub.GenerateStream(pb.GenerateStreamRequest(text="a", request_id="first"))
+        await served.backend.reached.wait()
+        call.cancel()
+        while served.service.num_running:
+            await asyncio.sleep(0.001)
+        code, _ = await refusal(served.stub.Generate(pb.GenerateRequest(text="a", request_id="second"), timeout=0.1))
+        while served.service.num_running:
+            await asyncio.sleep(0.001)
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert served.backend.closed == ["first", "second"]
+        late = pb.GenerateRequest(text="a", request_id="third", timeout_ms=10)
+        code, details = await refusal(served.stub.Generate(late))
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "request third did not finish within its time budget of 0.01 s" in details
+
+    serve(scenario, EchoBackend(hang=True))
+
+
+def test_a_draining_server_is_unavailable(serve):
+    async def scenario(served):
+        served.service.drain()
+        return await refusal(served.stub.Generate(pb.GenerateRequest(text="a")))
+
+    assert serve(scenario)[0] is grpc.StatusCode.UNAVAILABLE
+
+
+def test_thirty_two_at_once_get_their_own_answers(serve):
+    async def scenario(served):
+        texts = [f"request {i}" for i in range(32)]
+        calls = [served.stub.Generate(pb.GenerateRequest(text=text)) for text in texts]
+        return texts, [(await call).text for call in calls]
+
+    texts, answers = serve(scenario)
+    assert answers == texts
+
+
+def test_reflection_finds_the_service(serve):
+    async def scenario(served):
+        stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+        ask = reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE_NAME)
+        return await collect(stub.ServerReflectionInfo(iter([ask])))
+
+    (found,) = serve(scenario)
+    assert found.file_descriptor_response.file_descriptor_proto
+
+
+def test_health_check_and_watch_follow_the_state(serve):
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+    async def scenario(served):
+        stub = served.health_stub
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+        seen = [(await watch.read()).status]
+        for state in (True, False):
+            await asyncio.to_thread(served.health.set, state)
+            seen.append((await watch.read()).status)
+            for name in ("", SERVICE_NAME):
+                check = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+                assert check.status == seen[-1]
+        listed = await stub.List(health_pb2.HealthListRequest())
+        assert set(listed.statuses) == {"", SERVICE_NAME}
+        return seen
+
+    assert serve(scenario) == [not_serving, serving, not_serving]
+
+
+def test_an_unknown_service_is_not_found_but_can_be_watched(serve):
+    async def scenario(served):
+        ask = health_pb2.HealthCheckRequest(service="other")
+        code, _ = await refusal(served.health_stub.Check(ask))
+        assert code is grpc.StatusCode.NOT_FOUND
+        watch = served.health_stub.Watch(ask)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        assert not watch.done()
+
+    serve(scenario)
+
+
+def test_a_closed_watch_leaves_nothing_behind():
+    async def scenario():
+        state = HealthState()
+        watch = state.watch()
+        assert await anext(watch) is False
+        assert len(state._watchers) == 1
+        await watch.aclose()
+        assert not state._watchers
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("char", ["a", "é", "🙂"])
+def test_long_details_are_cut_to_what_trailers_carry(char):
+    context = FakeContext()
+    details = set_status(context, Overloaded(char * 5000), "r")
+    assert details == context.details
+    assert details.endswith("…")
+    assert len(details) <= MAX_DETAILS_CHARS
+    assert MAX_DETAILS_BYTES - 8 <= len(details.encode()) * (2 if char == "a" else 1) <= MAX_DETAILS_BYTES + 8
+
+
+def test_the_exception_of_a_failed_stream_travels_between_actors():
+    copy = pickle.loads(pickle.dumps(StreamFailed("details")))
+    assert str(copy) == "details"
+
+
+def test_registration_routes_every_method_as_bytes():
+    """Serve replaces the handlers it finds in `_method_handlers` of a generic handler, keyed by the full method."""
+    servers = []
+
+    class Server:
+        def add_generic_rpc_handlers(self, handlers):
+            servers.append(handlers)
+
+        def add_registered_method_handlers(self, service, handlers):
+            servers.append((service, handlers))
+
+    names = {"Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo"}
+    add_inference_service(type("Servicer", (), dict.fromkeys(names))(), Server())
+    (generic,), (service, registered) = servers
+    assert set(generic._method_handlers) == {f"/{SERVICE_NAME}/{name}" for name in names}
+    assert (service, set(registered)) == ("moecluster.v1.InferenceService", names)
+    assert all(handler.request_deserializer is None for handler in registered.values())
+    assert [name for name, h in registered.items() if h.response_streaming] == ["GenerateStream"]
