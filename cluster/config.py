@@ -80,9 +80,7 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
-            raise CheckpointError(
-                f"config.json: head_dim is {self.head_dim}, rotary embedding needs an even one"
-            )
+            raise CheckpointError(f"config.json: head_dim is {self.head_dim}, rotary embedding needs an even one")
         if self.num_experts_per_tok > self.num_experts:
             raise CheckpointError(
                 f"config.json: num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts "
@@ -93,9 +91,7 @@ class ModelConfig:
                 f"config.json: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
             )
         if self.dtype not in DTYPES:
-            raise CheckpointError(
-                f"config.json: dtype is {self.dtype!r}, one of {', '.join(DTYPES)} is needed"
-            )
+            raise CheckpointError(f"config.json: dtype is {self.dtype!r}, one of {', '.join(DTYPES)} is needed")
 
     def is_sparse(self, layer_id: int) -> bool:
         """Whether a layer has routed experts (else a dense SwiGLU of `intermediate_size`)."""
@@ -132,9 +128,7 @@ class ModelConfig:
         keys = _Keys(raw, "config.json")
         num_layers, num_heads = keys.count("num_hidden_layers"), keys.count("num_attention_heads")
         hidden_size = keys.count("hidden_size")
-        sliding_window = (
-            keys.count("sliding_window", 4096) if keys.flag("use_sliding_window", False) else None
-        )
+        sliding_window = keys.count("sliding_window", 4096) if keys.flag("use_sliding_window", False) else None
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
         return cls(
             vocab_size=keys.count("vocab_size"),
@@ -217,9 +211,7 @@ def _layer_types(keys: _Keys, num_layers: int, sliding_window: int | None) -> tu
     given = keys.raw.get("layer_types")
     if not given:
         last = keys.count("max_window_layers", 28) if sliding_window is not None else 0
-        return tuple(
-            "sliding_attention" if i % 2 == 0 and i < last else "full_attention" for i in range(num_layers)
-        )
+        return tuple("sliding_attention" if i % 2 == 0 and i < last else "full_attention" for i in range(num_layers))
     kinds = {"full_attention", "sliding_attention"}
     if not isinstance(given, list) or not all(isinstance(kind, str) and kind in kinds for kind in given):
         raise CheckpointError(
@@ -240,9 +232,7 @@ def _rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
     merged = {"rope_theta": raw.get("rope_theta"), **scaling, **parameters}
     rope_type = merged.get("rope_type", merged.get("type", "default"))
     if rope_type not in ("default", "linear", "yarn"):
-        raise CheckpointError(
-            f"config.json: rope type {rope_type!r} is not served: default, linear and yarn are"
-        )
+        raise CheckpointError(f"config.json: rope type {rope_type!r} is not served: default, linear and yarn are")
     keys = _Keys(merged, "config.json, rope")
     theta = keys.number("rope_theta", 10000.0)
     if theta <= 1:
@@ -256,9 +246,7 @@ def _rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
         theta=theta,
         rope_type=rope_type,
         factor=keys.number("factor", 1.0) if rope_type != "default" else 1.0,
-        original_max_position_embeddings=keys.count(
-            "original_max_position_embeddings", max_position_embeddings
-        ),
+        original_max_position_embeddings=keys.count("original_max_position_embeddings", max_position_embeddings),
         truncate=keys.flag("truncate", True),
         **optional,
     )
@@ -396,9 +384,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
             return float(value)
         elif isinstance(value, option) and not isinstance(value, bool):
             return value
-    names = " or ".join(
-        getattr(o, "__name__", None) or "/".join(map(str, typing.get_args(o))) for o in options
-    )
+    names = " or ".join(getattr(o, "__name__", None) or "/".join(map(str, typing.get_args(o))) for o in options)
     raise SetupError(f"{key} is {value!r}, {names.replace('NoneType', 'null')} is needed")
 
 

@@ -24,7 +24,8 @@ from cluster.errors import InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.launch import RayExperts
-from cluster.serving.prepare import RequestPreparer
+from cluster.serving.detokenizer import NoText
+from cluster.serving.prepare import RequestCompleter
 from cluster.serving.service import Answer
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import CompletionOutput, EngineRequest, Logprobs, SamplingParams, SequenceUpdate
@@ -78,7 +79,7 @@ class LLM:
         dispatch_metrics = DispatchMetrics(registry, "llm")
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
         self.info = model_info(model_dir, config)
-        self._preparer = RequestPreparer(self._tokenizer, self.info, read_sampling_defaults(model_dir))
+        self._completer = RequestCompleter(self.info, read_sampling_defaults(model_dir))
         if transport == "ray":
             self._ray_experts = RayExperts(
                 ClusterConfig(
@@ -114,9 +115,7 @@ class LLM:
         if len(every) != len(prompts):
             raise InvalidRequest(f"{len(every)} SamplingParams for {len(prompts)} prompts", "params")
         requests = [self._request(prompt, own) for prompt, own in zip(prompts, every, strict=True)]
-        open_answers = {
-            request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests
-        }
+        open_answers = {request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests}
         answers = list(open_answers.values())
         try:
             for request in requests:
@@ -138,7 +137,7 @@ class LLM:
 
         Raises InvalidRequest, ShardUnavailable.
         """
-        request = self._preparer.complete(
+        request = self._completer.complete(
             token_ids,
             SamplingParams(max_tokens=1),
             field="token_ids",
@@ -186,12 +185,10 @@ class LLM:
             if self._tokenizer is None:
                 raise InvalidRequest("text needs the tokenizer, which skip_tokenizer left out", "text")
             prompt, field = self._tokenizer.encode(prompt), "text"
-        return self._preparer.complete(
-            prompt, params, field=field, request_id=self._next_id(), timeout_s=None
-        )
+        return self._completer.complete(prompt, params, field=field, request_id=self._next_id(), timeout_s=None)
 
     def _answer(self, request: EngineRequest) -> Answer:
-        return Answer(self._tokenizer, request.params, self.info.eos_token_ids)
+        return Answer(self._tokenizer or NoText(), request.params, self.info.eos_token_ids)
 
     def _next_id(self) -> str:
         return f"llm-{next(self._request_ids)}"

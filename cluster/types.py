@@ -53,9 +53,7 @@ class SamplingParams:
         for limits in _LIMITS:
             limits.check(getattr(self, limits.name))
         if len(stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(
-                f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed", "stop"
-            )
+            raise InvalidRequest(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed", "stop")
         for text in stop:
             if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
                 raise InvalidRequest(
@@ -99,9 +97,7 @@ class _Limits:
             raise InvalidRequest(f"{self.name} is {value!r}, {kind} is needed", self.name)
         if not (self.low < value if self.above else self.low <= value) or not value <= self.high:
             low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-            raise InvalidRequest(
-                f"{self.name} is {value}, it must be {low} and at most {self.high:g}", self.name
-            )
+            raise InvalidRequest(f"{self.name} is {value}, it must be {low} and at most {self.high:g}", self.name)
 
 
 _LIMITS = (

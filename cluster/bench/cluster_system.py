@@ -4,25 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from cluster.bench.systems import SystemSpec
+from cluster.bench.systems import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import Prompts, Workload
 from cluster.config import ModelConfig, Transport
 from cluster.llm import LLM
 from cluster.types import SAMPLING_DEFAULTS
-
-_BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
-
-
-def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:
-    """Bytes that the largest batch takes: each sequence rounded up to _BLOCK_TOKENS, and one block more."""
-    num_tokens = workload.prompt_tokens + workload.output_tokens
-    num_blocks = -(-num_tokens // _BLOCK_TOKENS) + 1
-    return workload.batches[-1] * num_blocks * _BLOCK_TOKENS * config.kv_bytes_per_token(dtype)
-
-
-def step_tokens(workload: Workload) -> int:
-    """The token budget of a step: all prompts at once, as transformers takes them, within 2048 to 8192."""
-    return min(max(workload.batches[-1] * workload.prompt_tokens, 2048), 8192)
 
 
 class ClusterSystem:

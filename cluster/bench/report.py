@@ -11,14 +11,14 @@ from cluster.bench.worker import SystemResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """reference: the system that the others are divided by.  failures: (system, why) without figures."""
+    """reference: the system that the others are divided by.  failures: why a system has no figures."""
 
     machine: Machine
     checkpoint: str
     workload: Workload
     reference: str
     results: tuple[SystemResult, ...]
-    failures: tuple[tuple[str, str], ...] = ()
+    failures: tuple[str, ...] = ()
 
 
 def to_json(report: Report) -> str:
@@ -38,7 +38,7 @@ def to_markdown(report: Report) -> str:
         *_table(_rows(report)),
         "",
         *(f"- {result.name}: {result.detail}; ready in {result.load_s:.1f} s" for result in report.results),
-        *(f"- {name}: FAILED: {why}" for name, why in report.failures),
+        *(f"- FAILED: {failure}" for failure in report.failures),
     ]
     return "\n".join(lines) + "\n"
 

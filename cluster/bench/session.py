@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -26,11 +27,12 @@ def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> in
         require_transformers()
     if args.json and not args.json.parent.is_dir():
         raise SetupError(f"--json {args.json}: its directory does not exist")
+    draft = _draft(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         model_dir = args.model_dir or _make_checkpoint(args, progress)
         config = read_config(model_dir)
-        workload = _workload(args, config)
+        workload = _fit(draft, args.shards, config)
         dtype = config.dtype if args.dtype == "auto" else args.dtype
         specs = [
             SystemSpec(kind=kind, model_dir=model_dir, dtype=dtype, num_shards=args.shards)
@@ -51,22 +53,28 @@ def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> in
     return 1 if failures else 0
 
 
-def _workload(args: argparse.Namespace, config: ModelConfig) -> Workload:
-    if not 1 <= args.shards <= config.num_experts:
-        raise SetupError(f"--shards is {args.shards}, 1 to {config.num_experts} (the experts) are possible")
-    num_tokens = args.prompt_tokens + args.output_tokens
-    if num_tokens > config.max_position_embeddings:
-        raise SetupError(
-            f"--prompt-tokens and --output-tokens make {num_tokens} tokens, the checkpoint's context is "
-            f"{config.max_position_embeddings}"
-        )
+def _draft(args: argparse.Namespace) -> Workload:
+    """The workload but for the vocabulary: wrong arguments are refused before gigabytes are written."""
     return Workload(
         batches=args.batch,
         prompt_tokens=args.prompt_tokens,
         output_tokens=args.output_tokens,
         repeats=args.repeat,
-        vocab_size=config.vocab_size,
+        vocab_size=1,
     )
+
+
+def _fit(draft: Workload, num_shards: int, config: ModelConfig) -> Workload:
+    """Fills in the vocabulary. Raises SetupError for what this checkpoint does not allow."""
+    if not 1 <= num_shards <= config.num_experts:
+        raise SetupError(f"--shards is {num_shards}, 1 to {config.num_experts} (the experts) are possible")
+    num_tokens = draft.prompt_tokens + draft.output_tokens
+    if num_tokens > config.max_position_embeddings:
+        raise SetupError(
+            f"--prompt-tokens and --output-tokens make {num_tokens} tokens, the checkpoint's context is "
+            f"{config.max_position_embeddings}"
+        )
+    return replace(draft, vocab_size=config.vocab_size)
 
 
 def _make_checkpoint(args: argparse.Namespace, progress: Progress) -> Path:
@@ -88,7 +96,7 @@ def _run_systems(
     workload: Workload,
     progress: Progress,
     run_one: RunSystem,
-) -> tuple[list[SystemResult], list[tuple[str, str]]]:
+) -> tuple[list[SystemResult], list[str]]:
     """One after another, since two may not fit into memory. One that fails leaves the others be."""
     results, failures = [], []
     for spec in specs:
@@ -96,8 +104,8 @@ def _run_systems(
         try:
             results.append(run_one(spec, config, workload, _advance(progress, task, spec.name)))
         except ClusterError as error:
-            failures.append((spec.name, str(error)))
-        progress.update(task, description=f"{spec.name}")
+            failures.append(str(error))
+        progress.update(task, description=spec.name)
     return results, failures
 
 

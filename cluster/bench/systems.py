@@ -10,6 +10,8 @@ from cluster.bench.throughput import System, Workload
 from cluster.config import ModelConfig
 from cluster.errors import SetupError
 
+_BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemSpec:
@@ -44,3 +46,15 @@ def require_transformers() -> None:
     """Raises SetupError where transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise SetupError("--compare transformers: it is not installed; pip install 'moe-cluster[test]' has it")
+
+
+def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:
+    """Bytes that the largest batch takes: each sequence rounded up to _BLOCK_TOKENS, and one block more."""
+    num_tokens = workload.prompt_tokens + workload.output_tokens
+    num_blocks = -(-num_tokens // _BLOCK_TOKENS) + 1
+    return workload.batches[-1] * num_blocks * _BLOCK_TOKENS * config.kv_bytes_per_token(dtype)
+
+
+def step_tokens(workload: Workload) -> int:
+    """The token budget of a step: all prompts at once, as transformers takes them, within 2048 to 8192."""
+    return min(max(workload.batches[-1] * workload.prompt_tokens, 2048), 8192)

@@ -105,9 +105,7 @@ def write_demo_checkpoint(model_dir: str | Path, seed: int = 0) -> None:
     model_dir = Path(model_dir)
     tokenizer = _train_tokenizer()
     ids = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
-    write_checkpoint(
-        model_dir, _config(tokenizer.get_vocab_size(), ids), seed=seed, max_file_bytes=_MAX_FILE_BYTES
-    )
+    write_checkpoint(model_dir, _config(tokenizer.get_vocab_size(), ids), seed=seed, max_file_bytes=_MAX_FILE_BYTES)
     (model_dir / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(model_dir / "tokenizer_config.json", _tokenizer_config(ids))
     write_json(
@@ -176,9 +174,7 @@ def _train_tokenizer() -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
-    tokenizer.post_processor = processors.ByteLevel(
-        add_prefix_space=False, trim_offsets=False, use_regex=False
-    )
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = [AddedToken(text, special=True, normalized=False) for text in (ENDOFTEXT, IM_START, IM_END)]
     trainer = trainers.BpeTrainer(

@@ -52,11 +52,7 @@ def read_eos_token_ids(model_dir: str | Path, config: ModelConfig) -> tuple[int,
     value = _read(path).get("eos_token_id")
     given = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in given:
-        if (
-            not isinstance(token_id, int)
-            or isinstance(token_id, bool)
-            or not 0 <= token_id < config.vocab_size
-        ):
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
             raise CheckpointError(
                 f"{path}: eos_token_id has {token_id!r}, ids from 0 to {config.vocab_size - 1} are needed"
             )

@@ -154,9 +154,7 @@ def _open_weights(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: download it again") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}): download it again"
-        ) from error
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}): download it again") from error
 
 
 def _copy_tensor(path: Path, file: Any, name: str, destination: Tensor) -> int:
@@ -165,8 +163,7 @@ def _copy_tensor(path: Path, file: Any, name: str, destination: Tensor) -> int:
     dtype: str = header.get_dtype()
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(
-            f"{path}: {name} has dtype {dtype}, {', '.join(_ITEM_BYTES)} are served: "
-            "use the bfloat16 checkpoint"
+            f"{path}: {name} has dtype {dtype}, {', '.join(_ITEM_BYTES)} are served: use the bfloat16 checkpoint"
         )
     found: tuple[int, ...] = tuple(header.get_shape())
     expected = tuple(destination.shape)

@@ -118,9 +118,7 @@ def write_checkpoint(
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for file_name, names in files.items():
                 tensors: dict[str, Tensor] = {}
-                for name, tensor in zip(
-                    names, pool.map(generator.tensor, names, names.values()), strict=True
-                ):
+                for name, tensor in zip(names, pool.map(generator.tensor, names, names.values()), strict=True):
                     tensors[name] = tensor
                     made_bytes += tensor.nbytes
                     if progress is not None:

@@ -61,9 +61,7 @@ class Engine:
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise Overloaded(f"the queue is full ({self.config.max_waiting} requests wait): try again later")
         if request.request_id in self.sequences:
-            raise InvalidRequest(
-                f"request_id {request.request_id!r} is in use by a running request", "request_id"
-            )
+            raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request", "request_id")
         params = request.params
         total = len(request.prompt_token_ids) + (params.max_tokens or 1)
         if total > self.max_model_len:
@@ -81,9 +79,7 @@ class Engine:
             )
         if params.seed is None:
             params = replace(params, seed=self.seeds.getrandbits(63))
-        stop_token_ids = set(params.stop_token_ids) | (
-            set() if params.ignore_eos else set(self.eos_token_ids)
-        )
+        stop_token_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
         now = self.clock()
         sequence = Sequence(
             request=request,
@@ -123,9 +119,7 @@ class Engine:
             if not s.sequence.started:
                 s.sequence.started = True
                 self.metrics.queue_wait(started - s.sequence.arrived_at)
-        num_decode_tokens = sum(
-            s.num_tokens for s in batch.scheduled if s.samples and s.sequence.num_output_tokens
-        )
+        num_decode_tokens = sum(s.num_tokens for s in batch.scheduled if s.samples and s.sequence.num_output_tokens)
         try:
             results = self.runner.run(batch)
         except Unavailable as error:
@@ -173,9 +167,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: ClusterError | None = None) -> None:
         self._forget(sequence, reason)
-        self._finished.append(
-            SequenceUpdate(request_id=sequence.request_id, finish_reason=reason, error=error)
-        )
+        self._finished.append(SequenceUpdate(request_id=sequence.request_id, finish_reason=reason, error=error))
 
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.remove(sequence)

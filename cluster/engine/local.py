@@ -35,9 +35,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def resolve_device(device: str) -> torch.device:
     """ "auto" is CUDA where this process sees one. Raises SetupError for a CUDA that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise SetupError(
-            "device is 'cuda', but torch sees no CUDA device in this process: use device 'cpu' or 'auto'"
-        )
+        raise SetupError("device is 'cuda', but torch sees no CUDA device in this process: use device 'cpu' or 'auto'")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -47,9 +45,7 @@ def max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
     """The longest prompt and output together. Raises SetupError for more than the checkpoint allows."""
     limit = config.max_position_embeddings
     if engine.max_model_len is not None and engine.max_model_len > limit:
-        raise SetupError(
-            f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens"
-        )
+        raise SetupError(f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens")
     return engine.max_model_len or limit
 
 
@@ -111,8 +107,6 @@ def local_experts(
     plan = plan_evenly(reader.config.sparse_layers, reader.config.num_experts, num_shards)
     shards = {}
     for shard_id, experts in enumerate(plan.slices):
-        shards[shard_id] = ExpertShard(
-            shard_id, reader.config, dtype=dtype, device=resolve_device(config.device)
-        )
+        shards[shard_id] = ExpertShard(shard_id, reader.config, dtype=dtype, device=resolve_device(config.device))
         shards[shard_id].load(reader, experts, progress)
     return ExpertDispatcher(LocalTransport(shards), FixedPlan(plan), metrics)

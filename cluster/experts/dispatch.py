@@ -21,9 +21,7 @@ from cluster.metrics import DispatchMetrics
 
 log = logging.getLogger(__name__)
 
-RETRY_INTERVAL_S = (
-    0.5  # how long a resend waits for news of the plan; a respawn takes seconds (process start, load)
-)
+RETRY_INTERVAL_S = 0.5  # how long a resend waits for news of the plan; a respawn takes seconds (process start, load)
 
 
 class PlanSource(Protocol):
@@ -93,9 +91,7 @@ class ExpertDispatcher:
         self._owners: dict[int, Tensor] = {}
         self._owners_epoch = 0
 
-    def dispatch(
-        self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> DispatchFlight:
+    def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
         """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32."""
         return DispatchFlight(self._send(layer_id, hidden_states, topk_ids, topk_weights), hidden_states)
 
@@ -111,13 +107,9 @@ class ExpertDispatcher:
             out.index_add_(0, leg.rows, self._recover(leg, deadline) if value is None else value)
         return out.to(flight.like.dtype)
 
-    def _send(
-        self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> list[Leg]:
+    def _send(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> list[Leg]:
         plan = self.plans.current()
-        shard_of = torch.where(
-            topk_ids >= 0, self._owner(plan, layer_id)[topk_ids.clamp_min(0)], NOT_HERE
-        )  # [T, K]
+        shard_of = torch.where(topk_ids >= 0, self._owner(plan, layer_id)[topk_ids.clamp_min(0)], NOT_HERE)  # [T, K]
         legs = []
         for shard_id in range(plan.num_shards):
             mine = shard_of == shard_id

@@ -22,9 +22,7 @@ class PlacementPlan:
         for layer_id in self.layer_ids:
             held = {expert for s in self.slices for expert in s.get(layer_id, ())}
             if held != set(range(self.num_experts)):
-                lacking = sorted(set(range(self.num_experts)) - held) or sorted(
-                    held - set(range(self.num_experts))
-                )
+                lacking = sorted(set(range(self.num_experts)) - held) or sorted(held - set(range(self.num_experts)))
                 raise ValueError(f"layer {layer_id}: experts {lacking} are on no shard or unknown")
 
     @property
@@ -44,9 +42,7 @@ class PlacementPlan:
         return [tuple(shards) for shards in owners]
 
 
-def plan_evenly(
-    layer_ids: Sequence[int], num_experts: int, num_shards: int, *, epoch: int = 1
-) -> PlacementPlan:
+def plan_evenly(layer_ids: Sequence[int], num_experts: int, num_shards: int, *, epoch: int = 1) -> PlacementPlan:
     """Contiguous slices, one copy of each expert, the same in every layer; sizes differ by one at most.
 
     60 experts on 7 shards: 9, 9, 9, 9, 8, 8, 8. Raises SetupError for more shards than experts.

@@ -28,9 +28,7 @@ class LayerSlice:
 class ExpertShard:
     """Experts of any layers in any number, uneven slices included. `load` and `forward` need one thread."""
 
-    def __init__(
-        self, shard_id: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shard_id: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shard_id = shard_id
         self.config = config
         self.dtype = dtype
@@ -72,9 +70,7 @@ class ExpertShard:
         """
         layer = self.layers.get(layer_id)
         if layer is None:
-            raise ShardUnavailable(
-                f"shard {self.shard_id} holds no expert of layer {layer_id}", self.shard_id
-            )
+            raise ShardUnavailable(f"shard {self.shard_id} holds no expert of layer {layer_id}", self.shard_id)
         here = topk_ids >= 0
         local_ids = torch.where(here, layer.local_ids[topk_ids.clamp_min(0)], -1)  # [T, K]
         if (here & (local_ids < 0)).any():

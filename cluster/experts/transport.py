@@ -70,9 +70,7 @@ class LocalTransport:
         if shard_id not in self.shards:
             raise ShardUnavailable(f"shard {shard_id} is not in this process", shard_id)
         return LocalFlight(
-            self.shards[shard_id].forward(
-                batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights
-            )
+            self.shards[shard_id].forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
         )
 
     def close(self) -> None:

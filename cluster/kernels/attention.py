@@ -46,9 +46,7 @@ def attention_reference(
     out = torch.empty_like(q)
     start = 0
     for i, (query_len, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        k, v = (
-            _gather(cache, batch.block_tables[i : i + 1])[0, :context_len] for cache in (k_cache, v_cache)
-        )
+        k, v = (_gather(cache, batch.block_tables[i : i + 1])[0, :context_len] for cache in (k_cache, v_cache))
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # [C, Q, D]
         rows = q[start : start + query_len]
@@ -106,9 +104,7 @@ def _decode(
     """One query a sequence. q: [B, Q, D], block_tables: [B, n], context_lens: [B]. Returns [B, Q, D]."""
     k, v = (_gather(cache, block_tables).transpose(1, 2) for cache in (k_cache, v_cache))  # [B, KV, C, D]
     num_sequences, num_heads, head_dim = q.shape
-    grouped = q.view(
-        num_sequences, k.shape[1], -1, head_dim
-    )  # [B, KV, Q / KV, D]: no copy of keys for their group
+    grouped = q.view(num_sequences, k.shape[1], -1, head_dim)  # [B, KV, Q / KV, D]: no copy of keys for their group
     keys = torch.arange(k.shape[2], device=q.device).unsqueeze(0)
     visible = keys < context_lens.unsqueeze(1)  # [B, C]
     if window is not None:

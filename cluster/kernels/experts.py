@@ -22,9 +22,7 @@ def experts_reference(
         for slot, expert in enumerate(ids):
             if expert >= 0:
                 gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2)
-                out[token] += (
-                    topk_weights[token, slot] * F.linear(F.silu(gate) * up, down_proj[expert]).float()
-                )
+                out[token] += topk_weights[token, slot] * F.linear(F.silu(gate) * up, down_proj[expert]).float()
     return out
 
 
@@ -63,9 +61,7 @@ def experts_by_grouped_mm(
     x = hidden_states[pair_tokens]  # [T*K, H]
     gate, up = F.grouped_mm(x, gate_up_proj.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=offsets)  # [T*K, H]
-    here = (torch.arange(y.shape[0], device=y.device) < offsets[-1]).unsqueeze(
-        1
-    )  # rows past it were never written
+    here = (torch.arange(y.shape[0], device=y.device) < offsets[-1]).unsqueeze(1)  # rows past it were never written
     y = torch.where(here, y.float() * pair_weights, 0.0)
     out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     return out.index_add_(0, pair_tokens, y)

@@ -53,14 +53,10 @@ class NodeCollector:
         multiproc_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = (multiproc_dir / "collector.lock").open("w")
         try:
-            fcntl.flock(
-                self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the kernel lets go when this process dies
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process dies
         except OSError as error:
             self._lock_file.close()
-            raise SetupError(
-                f"another collector serves the metrics in {multiproc_dir}: stop it first"
-            ) from error
+            raise SetupError(f"another collector serves the metrics in {multiproc_dir}: stop it first") from error
         self._registry = CollectorRegistry()
         self._registry.register(_DirectoryCollector(multiproc_dir))
 
@@ -72,8 +68,7 @@ class NodeCollector:
                                        _server_class(host), _SilentHandler)  # fmt: skip
         except (OSError, OverflowError) as error:
             raise SetupError(
-                f"metrics cannot be served on {host}:{port} ({error}): "
-                "choose another metrics_port, 0 takes a free one"
+                f"metrics cannot be served on {host}:{port} ({error}): choose another metrics_port, 0 takes a free one"
             ) from error
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
         bound_port: int = self._server.server_port

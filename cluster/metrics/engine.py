@@ -112,15 +112,13 @@ class EngineMetrics:
         ).labels(replica)
         self._waiting = define.gauge(
             "moecluster_engine_waiting_sequences",
-            "Sequences that wait for blocks or a place in the batch. Above zero for minutes: add attention"
-            " replicas.",
+            "Sequences that wait for blocks or a place in the batch. Above zero for minutes: add attention replicas.",
             "livesum",
             "replica",
         ).labels(replica)
         self._used_blocks = define.gauge(
             "moecluster_engine_kv_used_blocks",
-            "KV blocks in use. Near the capacity sequences get preempted; above zero with nothing running "
-            "is a leak.",
+            "KV blocks in use. Near the capacity sequences get preempted; above zero with nothing running is a leak.",
             "livesum",
             "replica",
         ).labels(replica)
@@ -139,8 +137,7 @@ class EngineMetrics:
         ).labels(replica)
         self._step_sequences = define.histogram(
             "moecluster_engine_step_sequences",
-            "Sequences in one step. Small while sequences wait: the token budget or the blocks hold the "
-            "batch back.",
+            "Sequences in one step. Small while sequences wait: the token budget or the blocks hold the batch back.",
             _BATCH_BUCKETS,
             "replica",
         ).labels(replica)

@@ -21,8 +21,7 @@ class _ShardTraffic:
         labels = ("replica", "shard_id")
         self.rows = define.counter(
             "moecluster_dispatch_rows_total",
-            "Rows sent to a shard, a row being one token at one layer. Uneven rates between shards: "
-            "rebalance.",
+            "Rows sent to a shard, a row being one token at one layer. Uneven rates between shards: rebalance.",
             *labels,
         ).labels(replica, shard_id)
         self.sent_bytes = define.counter(
@@ -93,8 +92,7 @@ class ShardMetrics:
         define = Definitions(registry)
         self._compute = define.histogram(
             "moecluster_shard_compute_seconds",
-            "One grouped expert product. Its sum's rate is the share of time that the shard works: near 1,"
-            " add shards.",
+            "One grouped expert product. Its sum's rate is the share of time that the shard works: near 1, add shards.",
             _COMPUTE_BUCKETS,
             "shard_id",
         ).labels(shard_id)
@@ -111,8 +109,7 @@ class ShardMetrics:
         ).labels(shard_id)
         self._weights_bytes = define.gauge(
             "moecluster_shard_weights_bytes",
-            "Bytes of the expert weights that the shard holds. Keep it below its memory with room for "
-            "batches.",
+            "Bytes of the expert weights that the shard holds. Keep it below its memory with room for batches.",
             "livesum",
             "shard_id",
         ).labels(shard_id)
@@ -148,8 +145,7 @@ class ControllerMetrics:
         define = Definitions(registry)
         self._plan_epoch = define.gauge(
             "moecluster_controller_plan_epoch",
-            "Epoch of the published placement plan. Absent: no controller runs, and nobody replaces a "
-            "shard that dies.",
+            "Epoch of the published placement plan. Absent: no controller runs, and nobody replaces a shard that dies.",
             "livemostrecent",
         )
         self._up = define.gauge(
@@ -164,8 +160,7 @@ class ControllerMetrics:
         )
         self._respawns = define.counter(
             "moecluster_controller_respawns_total",
-            "Times that a dead shard was made again. One that grows steadily dies of the same thing: read "
-            "its log.",
+            "Times that a dead shard was made again. One that grows steadily dies of the same thing: read its log.",
             "shard_id",
         )
         coverage = define.gauge(

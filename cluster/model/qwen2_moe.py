@@ -74,9 +74,7 @@ class Qwen2Moe(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     @classmethod

@@ -25,9 +25,7 @@ class RotaryEmbedding(nn.Module):
         """positions: [T] int64. Returns cos and sin, each [T, 1, D] in `dtype`, times the attention factor."""
         angles = positions[:, None].float() * self.inv_freq  # [T, D / 2]
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(
-            dtype
-        )
+        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

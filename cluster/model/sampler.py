@@ -110,17 +110,13 @@ def _draw(logits: Tensor, row: SamplingRow) -> int:
         scaled, token_ids = scaled.sort(descending=True, stable=True)
     probs = scaled.double().softmax(dim=-1)
     if top_p < 1.0:
-        probs = torch.where(
-            probs.cumsum(dim=-1) - probs < top_p, probs, 0.0
-        )  # the first token that reaches it stays
+        probs = torch.where(probs.cumsum(dim=-1) - probs < top_p, probs, 0.0)  # the first token that reaches it stays
     if min_p > 0.0:
         probs = torch.where(probs >= min_p * probs.max(), probs, 0.0)
     cumulative = probs.cumsum(dim=-1)
     position = len(row.token_ids)
     number = torch.tensor([uniform(params.seed or 0, position)], dtype=torch.float64, device=logits.device)
-    index = torch.searchsorted(cumulative, number * cumulative[-1], right=True).clamp_max(
-        cumulative.numel() - 1
-    )
+    index = torch.searchsorted(cumulative, number * cumulative[-1], right=True).clamp_max(cumulative.numel() - 1)
     return int(index if token_ids is None else token_ids[index])
 
 

@@ -74,9 +74,7 @@ class ExpertShardActor:
         reader = CheckpointReader(model_dir)
         num_experts = sum(len(ids) for ids in experts.values())
         total = num_experts * reader.config.expert_bytes(reader.config.dtype)
-        progress = (
-            ProgressReport(controller, f"shard-{self.shard_id}", total) if controller is not None else None
-        )
+        progress = ProgressReport(controller, f"shard-{self.shard_id}", total) if controller is not None else None
         shard = ExpertShard(
             self.shard_id,
             reader.config,

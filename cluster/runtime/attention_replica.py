@@ -114,9 +114,7 @@ class AttentionReplica:
         if self._lost:
             return Unavailable("the attention replica lost its engine: try again")
         if request.request_id in self._streams:
-            return InvalidRequest(
-                f"request_id {request.request_id!r} is that of a running request", "request_id"
-            )
+            return InvalidRequest(f"request_id {request.request_id!r} is that of a running request", "request_id")
         return None
 
     async def _share_out(self) -> None:

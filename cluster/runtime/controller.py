@@ -47,9 +47,7 @@ STABLE_S = 60.0  # a shard that was up for so long starts again at the first bac
 class ExpertController:
     """An asyncio actor, named `<group>:controller`. Every public method may be called at any time."""
 
-    def __init__(
-        self, group: str, config: ClusterConfig, *, collect_metrics: bool, lease_s: float = LEASE_S
-    ) -> None:
+    def __init__(self, group: str, config: ClusterConfig, *, collect_metrics: bool, lease_s: float = LEASE_S) -> None:
         prepare_process(1)
         self.group = group
         self.config = config
@@ -258,9 +256,7 @@ class ExpertController:
                 concurrency_groups=SHARD_GROUPS,
                 num_cpus=self.config.cpus_per_expert_shard,
                 num_gpus=self.config.gpus_per_expert_shard or 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=shard_id
-                ),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=shard_id),
                 runtime_env=actor_environment(self.group, threads),
             )
             .remote(shard_id, threads)
@@ -291,9 +287,7 @@ class ExpertController:
             await asyncio.sleep(CHECK_INTERVAL_S)
 
     async def _collect_from_nodes(self) -> None:
-        alive: Mapping[str, str] = {
-            node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]
-        }
+        alive: Mapping[str, str] = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         for node_id in self.collectors.keys() - alive.keys():
             del self.collectors[node_id]
         for node_id in alive.keys() - self.collectors.keys():

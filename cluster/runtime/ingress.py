@@ -42,9 +42,7 @@ class ReplicaBalancer:
             async for update in response:
                 yield update
         except BackPressureError as error:
-            raise Overloaded(
-                "all attention replicas have as many requests as they take: try again later"
-            ) from error
+            raise Overloaded("all attention replicas have as many requests as they take: try again later") from error
         except (ray.exceptions.RayActorError, RayServeException) as error:
             raise Unavailable("the attention replica of this request died: send it again") from error
         except ray.exceptions.RayTaskError as error:

@@ -111,9 +111,7 @@ def start_ray(*, num_cpus: float, address: str | None = None) -> Callable[[], No
 class RayExperts:
     """Expert shards on Ray actors for one engine in this process; `dispatcher` reaches them. Close it."""
 
-    def __init__(
-        self, config: ClusterConfig, metrics: DispatchMetrics, on_status: OnStatus | None = None
-    ) -> None:
+    def __init__(self, config: ClusterConfig, metrics: DispatchMetrics, on_status: OnStatus | None = None) -> None:
         """Blocks until the shards are loaded. Raises SetupError."""
         check_config(config)
         self._stop_ray = start_ray(num_cpus=config.expert_shards * config.cpus_per_expert_shard)

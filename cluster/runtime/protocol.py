@@ -13,9 +13,7 @@ from cluster.experts.placement import PlacementPlan
 
 NAMESPACE = "moe-cluster"  # of all named actors, so that `ray list actors` shows them together
 LONG_POLL_S = 10.0  # how long a question for news waits at the controller
-LEASE_S = (
-    60.0  # a controller that nobody has asked for so long takes its shards down; longer than a Serve redeploy
-)
+LEASE_S = 60.0  # a controller that nobody has asked for so long takes its shards down; longer than a Serve redeploy
 
 ShardState = Literal["waiting for resources", "loading", "up", "lost"]
 

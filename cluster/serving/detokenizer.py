@@ -8,8 +8,20 @@ is at the same time the number of characters that may still become a stop string
 import codecs
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from cluster.serving.tokenizer import Tokenizer
+
+class TokenBytes(Protocol):
+    """What text a token is; a `Tokenizer` is one."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class NoText:
+    """Every token is no text: for models without a tokenizer."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
 
 
 class StreamDetokenizer:
@@ -23,7 +35,7 @@ class StreamDetokenizer:
     `min_tokens` is text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(self, tokenizer: TokenBytes, *, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = _StopMatcher(stop) if stop else None

@@ -58,6 +58,14 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
     )
 
 
+def from_sampling_params(params: SamplingParams) -> pb.SamplingParams:
+    """Leaves out what is None: the server fills the checkpoint's default in."""
+    given = {name: value for name in _OPTIONAL_FIELDS if (value := getattr(params, name)) is not None}
+    return pb.SamplingParams(
+        stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos, **given
+    )
+
+
 def to_timeout_s(message: pb.GenerateRequest | pb.GenerateStreamRequest) -> float | None:
     """Returns the time budget, None for no bound. Raises InvalidRequest for 0."""
     if not message.HasField("timeout_ms"):

@@ -39,55 +39,42 @@ class Prompt:
         return "text" if self.text is not None else "token_ids" if self.token_ids is not None else "chat"
 
 
-class RequestPreparer:
-    """Prepares requests for one model. Blocks for at most about a millisecond: larger inputs go to a thread.
+class RequestCompleter:
+    """Completes tokenized prompts to requests for one model.
 
     defaults: the checkpoint's generation_config; what is None there takes `SAMPLING_DEFAULTS`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, info: ModelInfo, defaults: SamplingParams) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, info: ModelInfo, defaults: SamplingParams) -> None:
         self._info = info
         self._defaults = defaults
 
-    async def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str, timeout_s: float | None
+    def complete(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        field: str,
+        request_id: str,
+        timeout_s: float | None = None,
     ) -> EngineRequest:
-        """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit."""
-        field = prompt.field
-        if prompt.token_ids is not None:
-            token_ids = tuple(prompt.token_ids)
-        else:
-            token_ids = tuple(await self.tokenize(prompt))
+        """Returns the request as an engine takes it; `field` is what a refusal calls the prompt.
+
+        Raises InvalidRequest with the field, the value and the limit.
+        """
         if not token_ids:
             raise InvalidRequest(f"{field} is empty, a prompt of at least one token is needed", field)
-        self._check_in_vocabulary(token_ids, field)
-        self._check_in_vocabulary(params.stop_token_ids, "stop_token_ids")
+        self.check_in_vocabulary(token_ids, field)
+        self.check_in_vocabulary(params.stop_token_ids, "stop_token_ids")
         return EngineRequest(
             request_id=request_id,
-            prompt_token_ids=token_ids,
+            prompt_token_ids=tuple(token_ids),
             params=self._resolve(params, field, len(token_ids)),
             timeout_s=timeout_s,
         )
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Returns the token ids of a text or a conversation. Raises InvalidRequest."""
-        text, messages = prompt.text, prompt.messages
-        if text is not None:
-            return await _run_off_loop(len(text) > _OFFLOAD_CHARS, lambda: self._tokenizer.encode(text))
-        if messages is not None:
-            num_chars = sum(len(message.content) for message in messages)
-            large = num_chars > _OFFLOAD_CHARS or len(messages) > _OFFLOAD_MESSAGES
-            return await _run_off_loop(large, lambda: self._tokenizer.encode_chat(messages))
-        raise InvalidRequest("token_ids are tokens already, text or chat is needed", "token_ids")
-
-    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary."""
-        self._check_in_vocabulary(token_ids, "token_ids")
-        large = len(token_ids) > _OFFLOAD_CHARS
-        return await _run_off_loop(large, lambda: self._tokenizer.decode(token_ids, skip_special_tokens))
-
-    def _check_in_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
+    def check_in_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
+        """Raises InvalidRequest for the first id that the model does not have."""
         limit = self._info.vocab_size
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < limit):
             return
@@ -118,6 +105,42 @@ class RequestPreparer:
             )
         resolved = replace(params, max_tokens=max_tokens)  # checks min_tokens against it
         return resolved.with_defaults(self._defaults).with_defaults(SAMPLING_DEFAULTS)
+
+
+class RequestPreparer:
+    """Prepares requests for one model. Blocks for at most about a millisecond: larger inputs go to a thread."""
+
+    def __init__(self, tokenizer: Tokenizer, info: ModelInfo, defaults: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._completer = RequestCompleter(info, defaults)
+
+    async def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str, timeout_s: float | None
+    ) -> EngineRequest:
+        """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit."""
+        token_ids = prompt.token_ids
+        if token_ids is None:
+            token_ids = await self.tokenize(prompt)
+        return self._completer.complete(
+            token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s
+        )
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids of a text or a conversation. Raises InvalidRequest."""
+        text, messages = prompt.text, prompt.messages
+        if text is not None:
+            return await _run_off_loop(len(text) > _OFFLOAD_CHARS, lambda: self._tokenizer.encode(text))
+        if messages is not None:
+            num_chars = sum(len(message.content) for message in messages)
+            large = num_chars > _OFFLOAD_CHARS or len(messages) > _OFFLOAD_MESSAGES
+            return await _run_off_loop(large, lambda: self._tokenizer.encode_chat(messages))
+        raise InvalidRequest("token_ids are tokens already, text or chat is needed", "token_ids")
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary."""
+        self._completer.check_in_vocabulary(token_ids, "token_ids")
+        large = len(token_ids) > _OFFLOAD_CHARS
+        return await _run_off_loop(large, lambda: self._tokenizer.decode(token_ids, skip_special_tokens))
 
 
 async def _run_off_loop(large: bool, work: Callable[[], T]) -> T:

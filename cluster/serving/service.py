@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, RequestCancelled, Unavailable
-from cluster.serving.detokenizer import StreamDetokenizer
+from cluster.serving.detokenizer import StreamDetokenizer, TokenBytes
 from cluster.serving.prepare import Prompt, RequestPreparer
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import (
@@ -197,7 +197,7 @@ class InferenceService:
 
     async def _run(self, request: EngineRequest, tracked: _Request) -> AsyncGenerator[TextDelta, None]:
         """Runs a prepared request; the last delta, and only it, has finish_reason and usage."""
-        answer = _Answer(self._tokenizer, request.params, self.info.eos_token_ids)
+        answer = Answer(self._tokenizer, request.params, self.info.eos_token_ids)
         updates = self._backend.generate(request)
         try:
             while (delta := await self._next_delta(updates, answer, tracked)).finish_reason is None:
@@ -212,7 +212,7 @@ class InferenceService:
             usage=Usage(prompt_tokens=tracked.num_prompt_tokens, completion_tokens=tracked.num_generated_tokens),
         )
 
-    async def _next_delta(self, updates: UpdateStream, answer: "_Answer", tracked: _Request) -> TextDelta:
+    async def _next_delta(self, updates: UpdateStream, answer: "Answer", tracked: _Request) -> TextDelta:
         try:
             update = await self._in_time(updates.__anext__(), tracked)
         except StopAsyncIteration:
@@ -297,10 +297,10 @@ class InferenceService:
             self._running.discard(request_id)
 
 
-class _Answer:
+class Answer:
     """Turns one sequence's updates into deltas of text, and finds its end."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: TokenBytes, params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
         self._detokenizer = StreamDetokenizer(tokenizer, stop=tuple(params.stop), min_tokens=params.min_tokens)
         self._end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
 

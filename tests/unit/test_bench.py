@@ -7,17 +7,17 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.bench import add_arguments
 from cluster.bench import checkpoint as bench_checkpoint
 from cluster.bench.checkpoint import default_directory, made_checkpoint, read_config
-from cluster.bench.cluster_system import kv_cache_bytes, step_tokens
 from cluster.bench.machine import Machine, parse_cpuinfo, this_machine
 from cluster.bench.report import Report, to_json, to_markdown
 from cluster.bench.session import measure_all
-from cluster.bench.systems import SystemSpec
+from cluster.bench.systems import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import Point, Prompts, Spread, System, Timing, Workload, measure, summarize
 from cluster.bench.worker import SystemResult, run_system
 from cluster.config import ModelConfig
@@ -50,7 +50,8 @@ class FakeSystem:
 
 def test_prefill_and_decode_are_told_apart_after_a_warm_up() -> None:
     """Batch 4: prefill 4 · 8 / 2 s = 16 tokens/s; decode 4 · (5 − 1) / (6 − 2) s = 4 tokens/s. Batch 1: a quarter."""
-    system, advanced = FakeSystem(), []
+    system = FakeSystem()
+    advanced: list[int] = []
     points = measure(system, WORKLOAD, lambda: system.now, advanced.append)
     assert points == (
         Point(batch=1, prefill=Spread(4.0, 4.0, 4.0), decode=Spread(1.0, 1.0, 1.0)),
@@ -85,7 +86,7 @@ def test_a_system_that_stops_early_is_refused() -> None:
 
 
 def test_a_decode_too_short_to_time_asks_for_more_tokens() -> None:
-    with pytest.raises(SetupError, match="at batch 1 5 tokens .* --output-tokens"):
+    with pytest.raises(SetupError, match=r"at batch 1 5 tokens .* --output-tokens"):
         summarize([Timing(2.0, 2.0)], WORKLOAD, batch=1)
 
 
@@ -100,7 +101,7 @@ def test_a_decode_too_short_to_time_asks_for_more_tokens() -> None:
         ({"repeats": 0}, "--repeat is 0"),
     ],
 )
-def test_an_impossible_workload_names_the_option(change: dict[str, object], option: str) -> None:
+def test_an_impossible_workload_names_the_option(change: dict[str, Any], option: str) -> None:
     with pytest.raises(SetupError, match=option):
         dataclasses.replace(WORKLOAD, **change)
 
@@ -135,7 +136,7 @@ REPORT = Report(
     workload=WORKLOAD,
     reference="transformers",
     results=(result("transformers", 100.0, 20.0), result("local", 150.0, 10.0)),
-    failures=(("ray, 2 shards", "no room"),),
+    failures=("ray, 2 shards: no room",),
 )
 
 
@@ -156,7 +157,7 @@ def test_the_report_reads_as_a_table_with_ratios() -> None:
         "\n"
         "- transformers: cpu, 2 threads; ready in 1.2 s\n"
         "- local: cpu, 2 threads; ready in 1.2 s\n"
-        "- ray, 2 shards: FAILED: no room\n"
+        "- FAILED: ray, 2 shards: no room\n"
     )
 
 
@@ -169,7 +170,7 @@ def test_the_json_has_every_figure() -> None:
     read = json.loads(to_json(REPORT))
     assert read["results"][1]["points"][1]["prefill"] == {"median": 600.0, "low": 599.0, "high": 601.0}
     assert read["workload"]["output_tokens"] == 5
-    assert read["failures"] == [["ray, 2 shards", "no room"]]
+    assert read["failures"] == ["ray, 2 shards: no room"]
 
 
 def test_cpuinfo_gives_the_first_model_and_what_decides_speed() -> None:
@@ -178,14 +179,11 @@ def test_cpuinfo_gives_the_first_model_and_what_decides_speed() -> None:
     assert parse_cpuinfo("CPU part : 0xd40\nFeatures : fp sve bf16\n") == ("", ("sve", "bf16"))
 
 
-def test_the_machine_is_described_without_names() -> None:
+def test_the_machine_is_described_by_its_parts() -> None:
     machine = this_machine()
     assert machine.num_cores == len(os.sched_getaffinity(0))
     assert 1 << 28 < machine.memory_bytes < 1 << 50
     assert [name for name, _ in machine.versions][:3] == ["Python", "torch", "ray"]
-    assert os.uname().nodename not in to_json(dataclasses.replace(REPORT, machine=machine)) or (
-        len(os.uname().nodename) < 4
-    )
 
 
 # The checkpoint
@@ -265,7 +263,7 @@ class InstantSystem:
     def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
         for _ in range(num_tokens * 10_000):
             pass
-        print("noise that must not reach stdout")
+        print("noise that must not reach stdout", flush=True)  # noqa: T201
         return [num_tokens] * len(prompts)
 
     def close(self) -> None:
@@ -364,7 +362,7 @@ def test_a_system_that_fails_leaves_the_others_figures(demo_dir: Path, capsys: p
     assert measure_all(parse(str(demo_dir), "--batch", "2"), FakeRun("ray, 2 shards")) == 1
     out = capsys.readouterr().out
     assert "| 2     | local " in out
-    assert "- ray, 2 shards: FAILED: ray, 2 shards: too big" in out
+    assert "- FAILED: ray, 2 shards: too big" in out
 
 
 def test_the_command_makes_the_checkpoint_that_it_measures(tmp_path: Path) -> None:

@@ -118,9 +118,7 @@ def test_sampled_tokens_vary_and_depend_on_the_prompt(model: Any) -> None:
 
 @settings(max_examples=50)
 @given(st.text(max_size=60))
-def test_transformers_tokenizes_as_tokenizers_does(
-    tokenizer: Tokenizer, auto_tokenizer: Any, text: str
-) -> None:
+def test_transformers_tokenizes_as_tokenizers_does(tokenizer: Tokenizer, auto_tokenizer: Any, text: str) -> None:
     assert auto_tokenizer.encode(text) == tokenizer.encode(text).ids
 
 
@@ -172,9 +170,7 @@ def test_the_chat_template_refuses_roles_that_it_does_not_know(
         auto_tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_the_demo_ends_at_im_end_and_samples_as_qwen_chat_models_do(
-    demo_dir: Path, tokenizer: Tokenizer
-) -> None:
+def test_the_demo_ends_at_im_end_and_samples_as_qwen_chat_models_do(demo_dir: Path, tokenizer: Tokenizer) -> None:
     ids = read_eos_token_ids(demo_dir, CheckpointReader(demo_dir).config)
     assert [tokenizer.id_to_token(token_id) for token_id in ids] == ["<|im_end|>", "<|endoftext|>"]
     params = read_sampling_defaults(demo_dir)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def detokenize(tokenizer, pushes, **options):
 def splits(ids, cuts):
     """Cuts ids at the given positions."""
     borders = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    return [ids[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [ids[a:b] for a, b in pairwise(borders)]
 
 
 # Often whole characters, often torn ones, special and unknown ids in between.

@@ -217,9 +217,7 @@ class Processes:
             str(seqs),
             *(["fork"] if fork else []),
         ]
-        process = subprocess.Popen(
-            command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.running.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == "counted\n"
@@ -269,9 +267,7 @@ TOKENS = "moecluster_generated_tokens_total"
 FIRST_TOKENS = "moecluster_time_to_first_token_seconds_count"
 
 
-def test_counters_stay_and_gauges_go_when_a_process_is_killed(
-    processes: Processes, collector: NodeCollector
-) -> None:
+def test_counters_stay_and_gauges_go_when_a_process_is_killed(processes: Processes, collector: NodeCollector) -> None:
     first = processes.start("a", tokens=5, seqs=2)
     processes.start("b", tokens=7, seqs=3)
     both = samples(collector.render())
@@ -296,9 +292,7 @@ def test_counters_stay_and_gauges_go_when_a_process_is_killed(
     assert restarted['moecluster_engine_running_sequences{replica="a"}'] == 4
 
 
-def test_a_killed_process_that_nobody_reaped_counts_as_dead(
-    processes: Processes, collector: NodeCollector
-) -> None:
+def test_a_killed_process_that_nobody_reaped_counts_as_dead(processes: Processes, collector: NodeCollector) -> None:
     process = processes.start("a", tokens=5, seqs=2)
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and left a zombie
@@ -360,9 +354,7 @@ def test_a_collector_that_dies_while_folding_loses_and_doubles_nothing(
     left = [str(path) for path in directory.glob("*.db") if not path.name.startswith("gauge")]
     families = MultiProcessCollector.merge(left)
     expected = {
-        (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in families
-        for sample in family.samples
+        (sample.name, *sorted(sample.labels.items())): sample.value for family in families for sample in family.samples
     }
     for gauge in directory.glob("gauge_*"):
         gauge.unlink()
