@@ -31,7 +31,11 @@ LOAD_FLUSH_INTERVAL_S = 1.0  # between two reports of the experts' loads to the 
 
 def prepare_process(num_threads: int) -> None:
     """What every actor's process does first: log lines to Ray's log files, and no more threads than it was given."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()  # Ray has handlers of its own on the root logger; these lines are ours
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours = logging.getLogger("cluster")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read
     torch.set_num_threads(num_threads)
 

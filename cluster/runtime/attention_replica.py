@@ -61,12 +61,11 @@ class AttentionReplica:
         group = shard_group(config)
         threads = num_threads(config.cpus_per_attention_replica)
         self.engine = (
-            ray.remote(EngineActor)
+            ray.remote(concurrency_groups=ENGINE_GROUPS)(EngineActor)
             .options(
                 num_cpus=config.cpus_per_attention_replica,
                 num_gpus=config.gpus_per_attention_replica or 0,
                 max_restarts=0,
-                concurrency_groups=ENGINE_GROUPS,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     get_current_placement_group(), placement_group_bundle_index=0
                 ),

@@ -168,14 +168,20 @@ class ExpertController:
         log.info("%s: plan epoch %d, %d of %d shards up", self.group, self.plan.epoch, up, len(self.statuses))
 
     async def _guard(self, work: Any) -> None:
-        """Turns a SetupError of the work into the controller's failure, which callers then see."""
+        """Turns what ends the work into the controller's failure, which callers then see."""
         try:
             await work
         except SetupError as error:
-            log.error("%s: %s", self.group, error)
-            async with self._news:
-                self.failure = error
-                self._news.notify_all()
+            await self._fail(error)
+        except Exception as error:
+            log.exception("%s: the supervision ended", self.group)
+            await self._fail(SetupError(f"the expert controller failed: {error!r}"))
+
+    async def _fail(self, error: SetupError) -> None:
+        log.error("%s: %s", self.group, error)
+        async with self._news:
+            self.failure = error
+            self._news.notify_all()
 
     async def _run_shards(self) -> None:
         group = await self._reserve()
@@ -247,13 +253,12 @@ class ExpertController:
     def _create(self, shard_id: int, group: PlacementGroup) -> Any:
         threads = num_threads(self.config.cpus_per_expert_shard)
         return (
-            ray.remote(ExpertShardActor)
+            ray.remote(concurrency_groups=SHARD_GROUPS)(ExpertShardActor)
             .options(
                 name=self._shard_name(shard_id),
                 namespace=NAMESPACE,
                 lifetime="detached",
                 max_restarts=0,
-                concurrency_groups=SHARD_GROUPS,
                 num_cpus=self.config.cpus_per_expert_shard,
                 num_gpus=self.config.gpus_per_expert_shard or 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=shard_id),

@@ -66,6 +66,8 @@ class ShardDirectory:
             try:
                 membership = ray.get(self._controller.wait_plan.remote(self._holder, known), timeout=2 * LONG_POLL_S)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                if self._closed:
+                    return
                 log.warning("the expert controller is away, the last plan (epoch %d) stays: %s", known, error)
                 time.sleep(1.0)  # between two tries to reach a controller that Ray is restarting
                 continue

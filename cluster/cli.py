@@ -1,0 +1,296 @@
+"""The command line. Reads arguments and the environment, prints; everything else is done elsewhere.
+
+Exit codes: 0 done, 1 a request or a bench failed, 2 wrong usage or a set-up that cannot work, 130 Ctrl-C.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from cluster import bench
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError, SetupError
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+DEMO_QUESTION = "Which experts answered this question?"
+DEMO_METRICS = (
+    "moecluster_requests_total",
+    "moecluster_generated_tokens_total",
+    "moecluster_time_to_first_token_seconds_sum",
+    "moecluster_engine_step_seconds_count",
+    "moecluster_dispatch_rows_total",
+    "moecluster_controller_up_shards",
+    "moecluster_controller_plan_epoch",
+)
+EPILOG = """\
+a first look, on any machine:   moe-cluster demo
+your own checkpoint:            moe-cluster serve /path/to/Qwen1.5-MoE-A2.7B-Chat
+then, in another terminal:      moe-cluster chat
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except SetupError as error:
+        print(f"moe-cluster: {error}", file=sys.stderr)
+        return 2
+    except ClusterError as error:
+        print(f"moe-cluster: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-cluster",
+        description="Serve Qwen2-MoE models with attention and experts in processes of their own, on Ray.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(commands, "demo", _demo, "make a tiny random model, serve it here, ask it a question")
+    demo.add_argument("--keep", action="store_true", help="leave the cluster running until Ctrl-C")
+    _add_cluster_arguments(demo)
+    demo.set_defaults(grpc_port=0, metrics_port=0)
+
+    serve = _command(commands, "serve", _serve, "serve a checkpoint from this machine until Ctrl-C")
+    serve.add_argument(
+        "model", metavar="MODEL_DIR", help="directory of a qwen2_moe checkpoint (config.json, *.safetensors)"
+    )
+    _add_cluster_arguments(serve)
+
+    generate = _command(commands, "generate", _generate, "send a prompt to a running server, stream the answer")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to go on with (no chat template)")
+    _add_client_arguments(generate)
+
+    chat = _command(commands, "chat", _chat, "talk with a running server; an empty line or Ctrl-D ends it")
+    chat.add_argument("--system", help="system message; default: the chat template's own")
+    _add_client_arguments(chat)
+
+    plan = _command(commands, "plan", _plan, "show which expert goes where and how many bytes, without loading")
+    plan.add_argument("model", metavar="MODEL_DIR", help="directory of a qwen2_moe checkpoint")
+    plan.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: %(default)s)")
+    plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
+
+    bench.add_arguments(_command(commands, "bench", bench.run, "measure tokens/s, side by side with other engines"))
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `ClusterConfig`, with its defaults, and of this machine's ports."""
+    default = {f.name: f.default for f in fields(ClusterConfig)}
+
+    def add(name: str, kind: type, text: str, metavar: str = "N") -> None:
+        shown = "" if default[name] is None else f" (default: {default[name]})"
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=default[name], metavar=metavar, help=text + shown)
+
+    add("expert_shards", int, "processes that share the routed experts")
+    add("attention_replicas", int, "processes with the dense weights and a KV cache")
+    add("dtype", str, "float32, bfloat16, float16 or auto: the checkpoint's", "TYPE")
+    add("device", str, "cpu, cuda or auto: cuda where there is one", "DEVICE")
+    add("kv_cache_bytes", int, "memory for keys and values, for each attention replica", "BYTES")
+    add("max_num_seqs", int, "sequences in one step at most")
+    add("max_num_batched_tokens", int, "tokens in one step at most, prefill and decode together")
+    add("max_model_len", int, "prompt and output at most, default: what the checkpoint allows")
+    add("max_waiting", int, "requests that may queue for a replica before a further one is refused")
+    add("gpus_per_attention_replica", float, "GPUs, fractions allowed; default: 1 where Ray has any", "X")
+    add("gpus_per_expert_shard", float, "GPUs, fractions allowed; default: 1 where Ray has any", "X")
+    add("cpus_per_attention_replica", float, "CPU threads", "X")
+    add("cpus_per_expert_shard", float, "CPU threads", "X")
+    add("recovery_timeout_s", float, "how long requests wait for a lost shard's successor", "SECONDS")
+    add("drain_timeout_s", float, "how long a stop waits for running requests", "SECONDS")
+    add("metrics_port", int, "where /metrics is served; 0: a free port", "PORT")
+    parser.add_argument(
+        "--grpc-port", type=int, default=9000, metavar="PORT", help="0: a free one (default: 9000, demo: 0)"
+    )
+    parser.add_argument(
+        "--ray-address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDRESS",
+        help="a running Ray cluster (default: $RAY_ADDRESS, else a Ray of this machine is started)",
+    )  # fmt: skip
+
+
+def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="gRPC server (default: %(default)s)"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of answer at most")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the checkpoint's)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="0 keeps all (default: the checkpoint's)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+
+
+def _cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
+    names = {f.name for f in fields(ClusterConfig)} & vars(args).keys() - {"model"}
+    return ClusterConfig(model=str(Path(model).resolve()), **{name: getattr(args, name) for name in names})
+
+
+@contextmanager
+def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
+    """A served cluster, with its start and its stop shown; SIGTERM ends it like Ctrl-C."""
+    from cluster.console import LoadProgress  # torch and ray load with these: not for --help
+    from cluster.runtime.launch import ServedCluster, ServeOptions
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    config = _cluster_config(args, model)
+    with LoadProgress("starting Ray and Ray Serve") as progress:
+        cluster = ServedCluster(
+            config, ServeOptions(grpc_port=args.grpc_port, ray_address=args.ray_address), progress.update
+        )
+    try:
+        yield cluster
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("stopping: waiting for running requests …", flush=True)
+        cluster.close()
+        print("stopped")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from cluster.console import print_cluster
+
+    with _served(args, args.model) as cluster:
+        print_cluster(cluster)
+        print("\nCtrl-C drains and stops.", flush=True)
+        _wait_for_interrupt()
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from cluster.checkpoint.demo import write_demo_checkpoint
+    from cluster.console import print_cluster, print_metrics, print_placement
+    from cluster.serving.client import Client
+    from cluster.types import ChatMessage, SamplingParams
+
+    folder = Path(tempfile.mkdtemp(prefix="moe-demo-"))
+    try:
+        model = folder / "demo-moe"
+        write_demo_checkpoint(model, seed=0)
+        print("made a demo checkpoint: qwen2_moe, 64 routed experts in 4 layers, random weights (so: random answers)")
+        with _served(args, str(model)) as cluster:
+            status = cluster.status()
+            print_cluster(cluster)
+            print_placement(status)
+            print(f"\nuser:      {DEMO_QUESTION}\nassistant: ", end="", flush=True)
+            with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
+                params = SamplingParams(seed=0, max_tokens=48)
+                _print_stream(client.stream([ChatMessage(role="user", content=DEMO_QUESTION)], params))
+            with urlopen(status.metrics_addresses[0], timeout=10) as response:
+                print_metrics(response.read().decode(), DEMO_METRICS)
+            if args.keep:
+                address = f"127.0.0.1:{cluster.grpc_port}"
+                print(f"\nrunning; try: moe-cluster chat --address {address}\nCtrl-C stops.", flush=True)
+                _wait_for_interrupt()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from cluster.serving.client import Client
+
+    with Client(args.address) as client:
+        _print_stream(client.stream(args.prompt, _sampling(args)))
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from cluster.serving.client import Client
+    from cluster.types import ChatMessage
+
+    history = [ChatMessage(role="system", content=args.system)] if args.system else []
+    with Client(args.address) as client:
+        if not client.is_serving(timeout_s=10.0):
+            print(
+                f"moe-cluster: no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`",
+                file=sys.stderr,
+            )
+            return 1
+        while True:
+            try:
+                line = input("you> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return 0
+            if not line:
+                return 0
+            history.append(ChatMessage(role="user", content=line))
+            answer = _print_stream(client.stream(history, _sampling(args)))
+            history.append(ChatMessage(role="assistant", content=answer))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from cluster.checkpoint.names import dense_bytes
+    from cluster.checkpoint.reader import CheckpointReader
+    from cluster.config import DTYPE_BYTES
+    from cluster.console import print_plan
+    from cluster.experts.placement import plan_evenly
+
+    reader = CheckpointReader(args.model)
+    reader.check_names()
+    config = reader.config
+    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    if dtype not in DTYPE_BYTES:
+        raise SetupError(f"dtype is {dtype!r}, one of auto, {', '.join(DTYPE_BYTES)} is needed")
+    plan = plan_evenly(config.sparse_layers, config.num_experts, args.shards)
+    print_plan(plan, dtype, config.expert_bytes(dtype), dense_bytes(config, dtype), config.kv_bytes_per_token(dtype))
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from cluster.types import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
+    )
+
+
+def _print_stream(pieces: Iterator[Any]) -> str:
+    """Prints an answer while it comes; returns its text."""
+    texts = []
+    for piece in pieces:
+        texts.append(piece.text)
+        print(piece.text, end="", flush=True)
+    print()
+    return "".join(texts)
+
+
+def _wait_for_interrupt() -> None:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
