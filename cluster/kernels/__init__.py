@@ -1,1 +1,1 @@
-"""Tensor functions with a plain torch reference beside each fast one. Knows no checkpoint, no cache owner, no network."""
+"""Tensor functions, with a plain torch reference beside each fast one. Knows no checkpoint, no network."""

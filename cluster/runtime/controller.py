@@ -320,6 +320,8 @@ def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool =
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=1000,
+            # Not in the placement group of the replica that happens to make it, with which it would die.
+            scheduling_strategy=PlacementGroupSchedulingStrategy(None),
             runtime_env=actor_environment(group, 1),
         )
         .remote(group, config, collect_metrics=collect_metrics)

@@ -1,5 +1,7 @@
 """Starts and stops: a Ray of this machine, the shards alone (offline), the whole served application."""
 
+import contextlib
+import io
 import logging
 import os
 import shutil
@@ -42,6 +44,7 @@ GRPC_SERVICERS = [
 OBJECT_STORE_BYTES = 256 << 20  # of a Ray that we start: batches pass through, nothing stays
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
 STATUS_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 30.0
 
 OnStatus = Callable[[ClusterStatus], None]
 
@@ -119,11 +122,10 @@ class RayExperts:
         try:
             config = resolve_gpus(config)
             check_gpus(config, attention_replicas=0)
-            group = f"llm-{uuid.uuid4().hex[:8]}"  # of this object alone
-            self._metrics_dir = metrics_dir(group)
-            self._controller = get_controller(group, config, collect_metrics=False)
+            self._group = f"llm-{uuid.uuid4().hex[:8]}"  # of this object alone
+            self._controller = get_controller(self._group, config, collect_metrics=False)
             self._directory = ShardDirectory(self._controller, "llm")
-            with _StatusReports(group, on_status):
+            with _StatusReports(self._group, on_status):
                 self._directory.wait_ready()
         except BaseException:
             self.close()
@@ -140,9 +142,7 @@ class RayExperts:
         """Takes the shards down, and Ray if this object started it. Safe to call again."""
         if self._controller is not None and ray.is_initialized():
             self._directory.close()
-            ray.get(self._controller.close.remote())
-            ray.kill(self._controller)
-            shutil.rmtree(self._metrics_dir, ignore_errors=True)
+            _close_controller(self._controller, self._group)
         self._controller = None
         self._stop_ray()
 
@@ -196,7 +196,9 @@ class ServedCluster:
     ) -> None:
         """Blocks until requests are answered. Raises SetupError."""
         options = options or ServeOptions()
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
         check_config(config)
+        self.group = ""
         self.grpc_port = _free_port("grpc port", options.grpc_port)
         self.http_port = _free_port("http port", options.http_port)
         if config.metrics_port:
@@ -233,16 +235,17 @@ class ServedCluster:
 
     def close(self, *, drain: bool = True) -> None:
         """Stops what was started, in order: requests, application, shards, Ray. Safe to call again."""
-        if ray.is_initialized():
-            controller = _find(f"{getattr(self, 'group', '')}:controller")
-            if controller is not None and drain:
-                self.drain()
-            serve.shutdown()
+        controller = _find(f"{self.group}:controller") if self.group and ray.is_initialized() else None
+        if controller is not None and drain:
+            self.drain()
+        # Ray prints that calls to the stopped Serve controller will be retried: nothing to act on.
+        with contextlib.redirect_stdout(io.StringIO()) as noise, contextlib.redirect_stderr(noise):
+            if ray.is_initialized():
+                serve.shutdown()
             if controller is not None:
-                ray.get(controller.close.remote())
-                ray.kill(controller)
-                shutil.rmtree(metrics_dir(self.group), ignore_errors=True)
-        self._stop_ray()
+                _close_controller(controller, self.group)
+            self._stop_ray()
+        log.debug("while stopping: %s", noise.getvalue())
 
     def _serve(self) -> None:
         serve.start(
@@ -289,6 +292,16 @@ class _StatusReports:
                 self._on_status(ray.get(controller.status.remote(), timeout=STATUS_TIMEOUT_S))
             except ray.exceptions.RayError as error:
                 log.debug("no status: %s", error)
+
+
+def _close_controller(controller: Any, group: str) -> None:
+    """Takes a group's shards, its controller and what they left on this machine away."""
+    try:
+        ray.get(controller.close.remote(), timeout=STOP_TIMEOUT_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        log.warning("%s: the controller did not close: %s", group, error)
+    ray.kill(controller)
+    shutil.rmtree(metrics_dir(group), ignore_errors=True)
 
 
 def _find(name: str) -> Any | None:
