@@ -45,8 +45,9 @@ class LoadProgress:
                 shard.loaded_bytes,
                 shard.total_bytes,
             )
-        for name, (loaded, total) in status.replicas.items():
-            self._show("attention replica: loading", name, loaded, total)
+        for replica in status.replicas:
+            state = "up" if replica.loaded_bytes == replica.total_bytes else "loading"
+            self._show(f"attention replica: {state}", replica.name, replica.loaded_bytes, replica.total_bytes)
 
     def _show(self, description: str, key: str, loaded: int, total: int) -> None:
         if key not in self._tasks:
@@ -67,7 +68,7 @@ def print_placement(status: Any) -> None:
     table = Table("shard", "pid", "state", "experts of each layer", title=f"experts, plan epoch {status.epoch}")
     for shard in status.shards:
         experts = ranges(next(iter(status.plan.slices[shard.shard_id].values())))
-        table.add_row(str(shard.shard_id), str(shard.pid), shard.state, experts)
+        table.add_row(str(shard.shard_id), str(shard.process.pid), shard.state, experts)
     Console().print(table)
 
 

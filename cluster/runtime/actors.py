@@ -1,7 +1,6 @@
 """The Ray actors that compute: an expert shard, an engine. Each is a thin shell around a part that knows no Ray."""
 
 import logging
-import os
 import threading
 import time
 import warnings
@@ -20,6 +19,7 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.shard import ExpertShard
 from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry
 from cluster.runtime.directory import ShardDirectory
+from cluster.runtime.protocol import ProcessInfo, process_info
 from cluster.runtime.transports import RayTransport, decode, to_bytes
 from cluster.types import EngineRequest, SequenceUpdate
 
@@ -38,6 +38,8 @@ def prepare_process(num_threads: int) -> None:
     ours.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read
     torch.set_num_threads(num_threads)
+    if ray.get_gpu_ids() and not torch.cuda.is_available():
+        log.warning("Ray gave this process GPUs %s, but its torch has no CUDA", ray.get_gpu_ids())
 
 
 class ProgressReport:
@@ -105,10 +107,8 @@ class ExpertShardActor:
         return data
 
     @ray.method(concurrency_group="control")
-    def where(self) -> tuple[int, str, list[int]]:
-        """This process: its pid, its node's id, its GPUs."""
-        context = ray.get_runtime_context()
-        return os.getpid(), context.get_node_id(), ray.get_gpu_ids()
+    def process(self) -> ProcessInfo:
+        return process_info()
 
     @ray.method(concurrency_group="control")
     def held(self) -> dict[int, tuple[int, ...]]:
@@ -144,7 +144,7 @@ class EngineActor:
     def __init__(self, config: ClusterConfig, replica: str, controller: Any, num_threads: int) -> None:
         prepare_process(num_threads)
         registry = new_registry()
-        self.directory = ShardDirectory(controller, replica)
+        self.directory = ShardDirectory(controller, replica, process_info())
         experts = ExpertDispatcher(
             RayTransport(self.directory),
             self.directory,
@@ -182,12 +182,6 @@ class EngineActor:
     def poll(self, timeout_s: float) -> list[SequenceUpdate]:
         """All news of all sequences since the last call: one message a step, or one for several when asked late."""
         return self.loop.poll(timeout_s)
-
-    @ray.method(concurrency_group="control")
-    def where(self) -> tuple[int, str, list[int]]:
-        """This process: its pid, its node's id, its GPUs."""
-        context = ray.get_runtime_context()
-        return os.getpid(), context.get_node_id(), ray.get_gpu_ids()
 
 
 SHARD_GROUPS = {"control": 1, "watch": 1}

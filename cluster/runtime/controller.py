@@ -34,6 +34,8 @@ from cluster.runtime.protocol import (
     NAMESPACE,
     ClusterStatus,
     Membership,
+    ProcessInfo,
+    ReplicaStatus,
     ShardStatus,
 )
 
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 5.0  # between two looks at the lease and at the cluster's nodes
 RESPAWN_BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # before the n-th respawn in a row; the last one repeats
+REPLICA_SILENCE_S = 2.5 * LONG_POLL_S  # an engine asks for the plan once a long poll; a dead one no more
 STABLE_S = 60.0  # a shard that was up for so long starts again at the first backoff
 
 
@@ -56,7 +59,7 @@ class ExpertController:
         self.metrics = ControllerMetrics(new_registry())
         self.statuses: list[ShardStatus] = []
         self.handles: dict[int, Any] = {}
-        self.loads: dict[str, tuple[int, int]] = {}
+        self.replicas: dict[str, ReplicaStatus] = {}
         self.collectors: dict[str, tuple[Any, str]] = {}
         self.plan: PlacementPlan | None = None
         self.published = False
@@ -67,13 +70,15 @@ class ExpertController:
         self._tasks: list[asyncio.Task[None]] = []
         self._dtype = config.dtype
 
-    async def wait_plan(self, holder: str, known_epoch: int) -> Membership | None:
+    async def wait_plan(self, holder: str, process: ProcessInfo, known_epoch: int) -> Membership | None:
         """The plan once its epoch is beyond `known_epoch`, None when there is no news for a while.
 
-        `holder` thereby says that it still needs the shards. Raises SetupError when they can never come up.
+        `holder`, an engine, thereby says that it still needs the shards. Raises SetupError when they can never come up.
         """
         self._start()
         self.last_asked = time.monotonic()
+        replica = self.replicas.setdefault(holder, ReplicaStatus(name=holder, process=process, asked_at=0.0))
+        replica.asked_at = self.last_asked
         async with self._news:
             if self.plan is not None and self.published and known_epoch > self.plan.epoch:
                 self._publish(beyond=known_epoch)  # this controller is younger than the plan its callers have
@@ -89,18 +94,18 @@ class ExpertController:
 
     async def report_load(self, name: str, loaded_bytes: int, total_bytes: int) -> None:
         """Takes note of how far a shard's or an attention replica's load is."""
-        for status in self.statuses:
-            if name == f"shard-{status.shard_id}":
-                status.loaded_bytes, status.total_bytes = loaded_bytes, total_bytes
-                return
-        self.loads[name] = (loaded_bytes, total_bytes)
+        shards = {f"shard-{status.shard_id}": status for status in self.statuses}
+        if status := shards.get(name) or self.replicas.get(name):
+            status.loaded_bytes, status.total_bytes = loaded_bytes, total_bytes
 
     async def status(self) -> ClusterStatus:
         self._start()
+        self.last_asked = now = time.monotonic()
+        self.replicas = {name: r for name, r in self.replicas.items() if now - r.asked_at < REPLICA_SILENCE_S}
         return ClusterStatus(
             epoch=self.plan.epoch if self.plan else 0,
             shards=tuple(self.statuses),
-            replicas=dict(self.loads),
+            replicas=tuple(self.replicas.values()),
             metrics_addresses=tuple(address for _, address in self.collectors.values()),
             draining=self.draining,
             failure=str(self.failure or ""),
@@ -222,7 +227,7 @@ class ExpertController:
                     raise error.cause from None
                 log.warning("%s: shard %d failed: %r", self.group, status.shard_id, error.cause)
             except ray.exceptions.RayActorError:
-                log.warning("%s: shard %d died (pid %d)", self.group, status.shard_id, status.pid)
+                log.warning("%s: shard %d died (%s)", self.group, status.shard_id, status.process)
             failures = 0 if time.monotonic() - up_since > STABLE_S else failures
             status.state, status.respawns, status.loaded_bytes = "lost", status.respawns + 1, 0
             self.metrics.respawned(status.shard_id)
@@ -241,13 +246,13 @@ class ExpertController:
         if await handle.held.remote() != wanted:
             me = ray.get_runtime_context().current_actor
             await handle.load.remote(self.config.model, wanted, self.config.dtype, self.config.device, me)
-        status.pid, status.node, _ = await handle.where.remote()
+        status.process = await handle.process.remote()
         status.state = "up"
         async with self._news:
             self.handles[status.shard_id] = handle
             if len(self.handles) == len(self.statuses) or self.published:
                 self._publish()
-        log.info("%s: shard %d is up (pid %d)", self.group, status.shard_id, status.pid)
+        log.info("%s: shard %d is up (%s)", self.group, status.shard_id, status.process)
         return handle
 
     def _create(self, shard_id: int, group: PlacementGroup) -> Any:

@@ -13,7 +13,7 @@ import ray
 
 from cluster.errors import SetupError, ShardUnavailable, Unavailable
 from cluster.experts.placement import PlacementPlan
-from cluster.runtime.protocol import LONG_POLL_S, Membership
+from cluster.runtime.protocol import LONG_POLL_S, Membership, ProcessInfo
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +21,10 @@ log = logging.getLogger(__name__)
 class ShardDirectory:
     """A `PlanSource` and a `ShardHandles`. All methods may be called from any thread."""
 
-    def __init__(self, controller: Any, holder: str) -> None:
+    def __init__(self, controller: Any, holder: str, process: ProcessInfo) -> None:
         self._controller = controller
         self._holder = holder
+        self._process = process
         self._news = threading.Condition()
         self._membership: Membership | None = None
         self._failure: SetupError | None = None
@@ -64,7 +65,9 @@ class ShardDirectory:
         while not self._closed:
             known = self._membership.plan.epoch if self._membership else 0
             try:
-                membership = ray.get(self._controller.wait_plan.remote(self._holder, known), timeout=2 * LONG_POLL_S)
+                membership = ray.get(
+                    self._controller.wait_plan.remote(self._holder, self._process, known), timeout=2 * LONG_POLL_S
+                )
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
                 if self._closed:
                     return

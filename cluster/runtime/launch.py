@@ -31,7 +31,7 @@ from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.ingress import Ingress
 from cluster.runtime.process import actor_environment
-from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, shard_group
+from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
 from cluster.runtime.transports import RayTransport
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class RayExperts:
             check_gpus(config, attention_replicas=0)
             self._group = f"llm-{uuid.uuid4().hex[:8]}"  # of this object alone
             self._controller = get_controller(self._group, config, collect_metrics=False)
-            self._directory = ShardDirectory(self._controller, "llm")
+            self._directory = ShardDirectory(self._controller, "llm", process_info())
             with _StatusReports(self._group, on_status):
                 self._directory.wait_ready()
         except BaseException:

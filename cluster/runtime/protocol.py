@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import ray
 
 from cluster.config import ClusterConfig
 from cluster.experts.placement import PlacementPlan
@@ -26,6 +29,21 @@ class Membership:
     handles: Mapping[int, Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessInfo:
+    """Where a process runs: its node's Ray id, and the ids of the GPUs that Ray gave it."""
+
+    pid: int
+    node_id: str
+    gpu_ids: tuple[int, ...]
+
+
+def process_info() -> ProcessInfo:
+    """This process, which Ray runs."""
+    context = ray.get_runtime_context()
+    return ProcessInfo(pid=os.getpid(), node_id=context.get_node_id(), gpu_ids=tuple(ray.get_gpu_ids()))
+
+
 @dataclass(slots=True, kw_only=True)
 class ShardStatus:
     """One shard as the controller sees it. loaded_bytes of total_bytes are read while it loads."""
@@ -35,21 +53,31 @@ class ShardStatus:
     loaded_bytes: int = 0
     total_bytes: int = 0
     respawns: int = 0
-    pid: int = 0
-    node: str = ""
+    process: ProcessInfo | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class ReplicaStatus:
+    """One attention replica's engine as the controller sees it. asked_at: of its last question for the plan."""
+
+    name: str
+    process: ProcessInfo
+    asked_at: float
+    loaded_bytes: int = 0
+    total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """The controller's view. replicas: (loaded, total) bytes of each attention replica that loads or has loaded."""
+    """The controller's view. replicas: the engines that have asked for the plan lately."""
 
     epoch: int
     shards: tuple[ShardStatus, ...]
-    replicas: Mapping[str, tuple[int, int]]
+    replicas: tuple[ReplicaStatus, ...]
     metrics_addresses: tuple[str, ...]
     draining: bool
     failure: str = ""
-    plan: PlacementPlan | None = field(default=None)
+    plan: PlacementPlan | None = None
 
     @property
     def covered(self) -> bool:

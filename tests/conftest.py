@@ -1,0 +1,76 @@
+"""What the whole session shares: one Ray of this machine, one served application on it, the demo checkpoint."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.checkpoint.demo import write_demo_checkpoint
+
+LOGICAL_GPUS = 16  # only Ray's bookkeeping: which process is given which
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_dir = tmp_path_factory.mktemp("demo") / "demo-moe"
+    write_demo_checkpoint(model_dir, seed=0)
+    return model_dir
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A connected Ray in a directory of its own, on loopback, with logical CPUs and GPUs for every test."""
+    import ray
+
+    temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
+    ray.init(
+        address="local",
+        num_cpus=64,
+        num_gpus=LOGICAL_GPUS,
+        namespace="moe-cluster",
+        include_dashboard=False,
+        object_store_memory=256 << 20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=temp_dir,
+        _node_ip_address="127.0.0.1",
+    )
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def served(ray_cluster: Any, demo_checkpoint: Path) -> Iterator[Any]:
+    """The application as `moe-cluster serve` starts it: two attention replicas on two expert shards, float32."""
+    from cluster.config import ClusterConfig
+    from cluster.runtime.launch import ServedCluster, ServeOptions
+
+    config = ClusterConfig(
+        model=str(demo_checkpoint),
+        model_id="demo-moe",
+        dtype="float32",
+        device="cpu",
+        attention_replicas=2,
+        expert_shards=2,
+        kv_cache_bytes=4 << 20,
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+        max_waiting=16,
+        metrics_port=0,
+        drain_timeout_s=10.0,
+    )
+    cluster = ServedCluster(config, ServeOptions(grpc_port=0))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def channel(served: Any) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{served.grpc_port}") as channel:
+        yield channel

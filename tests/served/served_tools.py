@@ -1,0 +1,27 @@
+"""Shared by the tests of the served application: its metrics as numbers, waiting for a condition."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def scrape(served: Any) -> dict[str, float]:
+    """Sums of all samples by their name, over all labels, as a scrape of /metrics shows them now."""
+    with urlopen(served.status().metrics_addresses[0], timeout=10) as response:
+        text = response.read().decode()
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+    """Looks ten times a second; fails the test when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not in {timeout_s} s"
+        time.sleep(0.1)

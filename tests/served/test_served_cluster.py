@@ -1,0 +1,148 @@
+"""The served application as a cluster: who has which GPU, what grows, what happens when processes die."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from served_tools import scrape, wait_until
+
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
+
+pytestmark = pytest.mark.ray
+
+NAMESPACE = "moe-cluster"
+
+
+@pytest.fixture
+def stub(channel):
+    return inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+def greedy(max_tokens):
+    return pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=max_tokens, ignore_eos=True)
+
+
+def test_each_shard_and_each_replica_has_a_gpu_of_its_own(served):
+    """Ray counts 16 logical GPUs here; two shards and two engines hold four different ones, whole."""
+    status = served.status()
+    held = [part.process.gpu_ids for part in (*status.shards, *status.replicas)]
+    assert [len(gpu_ids) for gpu_ids in held] == [1, 1, 1, 1]
+    assert len({gpu_id for gpu_ids in held for gpu_id in gpu_ids}) == 4
+
+
+def shard_pids(served):
+    return [shard.process.pid for shard in served.status().shards if shard.process]
+
+
+def engine_pids(served):
+    return [replica.process.pid for replica in served.status().replicas]
+
+
+def plasma_objects():
+    """Objects in this Ray's object store."""
+    from ray._private.internal_api import memory_summary
+
+    for line in memory_summary(stats_only=True).splitlines():
+        if "Plasma memory usage" in line:
+            return int(line.split(",")[1].split()[0])
+    raise AssertionError("no line about plasma in Ray's memory summary")
+
+
+def test_the_object_store_does_not_grow_over_1000_requests(served, stub):
+    """Every eighth prompt is 500 tokens long, so that its batches (500 rows of 256 bytes) go through the store."""
+    before = plasma_objects()
+
+    def ask(index):
+        ids = list(range(500)) if index % 8 == 0 else [index % 1000]
+        return stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling_params=greedy(1)))
+
+    with ThreadPoolExecutor(24) as pool:
+        assert sum(len(answer.token_ids) for answer in pool.map(ask, range(1000))) == 1000
+    wait_until(lambda: plasma_objects() <= before, f"the store has no more than {before} objects")
+    assert scrape(served)["moecluster_engine_kv_used_blocks"] == 0
+
+
+def test_metrics_tell_the_traffic_by_part(served, stub):
+    before = scrape(served)
+    stub.Generate(pb.GenerateRequest(text="count me", sampling_params=greedy(5)))
+    wait_until(
+        lambda: scrape(served)["moecluster_expert_tokens_total"] > before["moecluster_expert_tokens_total"],
+        "the experts' loads arrive",
+    )
+    after = scrape(served)
+    assert after["moecluster_generated_tokens_total"] - before["moecluster_generated_tokens_total"] == 5
+    assert after["moecluster_requests_total"] - before["moecluster_requests_total"] == 1
+    for name in (
+        "moecluster_prompt_tokens_total", "moecluster_time_to_first_token_seconds_count",
+        "moecluster_inter_token_latency_seconds_count", "moecluster_request_duration_seconds_count",
+        "moecluster_engine_step_seconds_count", "moecluster_dispatch_round_trip_seconds_count",
+        "moecluster_dispatch_sent_bytes_total", "moecluster_shard_compute_seconds_count",
+        "moecluster_shard_queue_wait_seconds_count",
+    ):  # fmt: skip
+        assert after[name] > before[name], name
+    assert after["moecluster_controller_up_shards"] == 2
+    assert after["moecluster_controller_plan_epoch"] >= 1
+
+
+def test_a_killed_shard_costs_no_stream_and_no_token(served, stub):
+    """Eight streams run while shard 1 is killed: their rows wait for the new process, their tokens stay the same."""
+    request = pb.GenerateRequest(text="steady", sampling_params=greedy(150))
+    expected = list(stub.Generate(request).token_ids)
+    before = scrape(served)
+    epoch = served.status().epoch
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(stub.Generate, request) for _ in range(8)]
+        wait_until(lambda: scrape(served)["moecluster_engine_running_sequences"] >= 8, "the streams run")
+        os.kill(served.status().shards[1].process.pid, signal.SIGKILL)
+        answers = [list(future.result(timeout=60).token_ids) for future in running]
+    assert answers == [expected] * 8
+    status = served.status()
+    assert status.epoch > epoch
+    assert status.shards[1].respawns == 1
+    after = scrape(served)
+    assert after["moecluster_controller_respawns_total"] - before.get("moecluster_controller_respawns_total", 0) == 1
+    assert after["moecluster_dispatch_rerouted_rows_total"] > before["moecluster_dispatch_rerouted_rows_total"]
+    assert after["moecluster_shard_rows_total"] > before["moecluster_shard_rows_total"]  # stays right over a restart
+    assert after["moecluster_controller_up_shards"] == 2
+
+
+def test_a_killed_controller_comes_back_to_the_running_shards(served, stub, ray_cluster):
+    pids = shard_pids(served)
+    controller = ray_cluster.get_actor(f"{served.group}:controller", namespace=NAMESPACE)
+    ray_cluster.kill(controller, no_restart=False)
+    assert len(stub.Generate(pb.GenerateRequest(text="go on", sampling_params=greedy(20))).token_ids) == 20
+
+    def adopted():
+        try:
+            return shard_pids(served) == pids and served.status().covered
+        except Exception:  # noqa: BLE001 it is restarting
+            return False
+
+    wait_until(adopted, "the controller has the same shards again", timeout_s=40)
+
+
+def test_a_killed_engine_ends_its_streams_with_unavailable_and_is_replaced(served, stub):
+    calls = [stub.GenerateStream(pb.GenerateStreamRequest(text="x", sampling_params=greedy(2000))) for _ in range(6)]
+    for call in calls:
+        next(call)
+    killed = engine_pids(served)[0]
+    os.kill(killed, signal.SIGKILL)
+    codes = []
+    deadline = time.monotonic() + 10
+    while not codes and time.monotonic() < deadline:
+        for call in calls:
+            if not call.is_active():
+                codes.append(call.code())
+                assert "try again" in call.details() or "send it again" in call.details()
+        time.sleep(0.1)
+    for call in calls:
+        call.cancel()
+    assert codes
+    assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
+    wait_until(
+        lambda: len(engine_pids(served)) == 2 and killed not in engine_pids(served), "a new engine", timeout_s=60
+    )
