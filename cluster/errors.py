@@ -8,6 +8,7 @@
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
     ├── RequestCancelled             CANCELLED           499
     └── Unavailable                  UNAVAILABLE         503
+        ├── ReplicaUnavailable                                 an attention replica or its engine died
         └── ShardUnavailable                                   carries the shard's id; callers send the rows again
 
 A `public` error's message is written for clients and reaches them. The others may name paths and addresses: a
@@ -80,6 +81,10 @@ class Unavailable(ClusterError):
     grpc_code = "UNAVAILABLE"
     http_status = 503
     public = True
+
+
+class ReplicaUnavailable(Unavailable):
+    """The attention replica of a request died, or the engine behind it."""
 
 
 class ShardUnavailable(Unavailable):

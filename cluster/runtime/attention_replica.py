@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 
 import ray
@@ -10,7 +11,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.errors import InvalidRequest, SetupError, Unavailable
+from cluster.errors import InvalidRequest, ReplicaUnavailable, SetupError
 from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
 from cluster.runtime.controller import get_controller
 from cluster.runtime.process import actor_environment, num_threads
@@ -18,6 +19,9 @@ from cluster.runtime.protocol import LONG_POLL_S, shard_group
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
+
+LOST = "the attention replica of this request lost its engine: send it again"
+LAST_WORDS_S = 0.2  # for the ends of the streams to leave the process
 
 
 class UpdateQueue:
@@ -111,7 +115,7 @@ class AttentionReplica:
 
     def _refusal(self, request: EngineRequest) -> Exception | None:
         if self._lost:
-            return Unavailable("the attention replica lost its engine: try again")
+            return ReplicaUnavailable(LOST)
         if request.request_id in self._streams:
             return InvalidRequest(f"request_id {request.request_id!r} is that of a running request", "request_id")
         return None
@@ -127,5 +131,6 @@ class AttentionReplica:
             self._lost = f"the engine of attention replica {self.name} is gone"
             log.error("%s: %s", self._lost, error)
         for request_id, stream in self._streams.items():
-            error_update = Unavailable("the attention replica lost its engine: try again")
-            stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=error_update))
+            stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=ReplicaUnavailable(LOST)))
+        await asyncio.sleep(LAST_WORDS_S)
+        os._exit(1)  # Serve hears of it at once and makes another; its next health check would be seconds away

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import ray
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -11,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import ClusterConfig
 from cluster.engine.local import model_info
-from cluster.errors import ClusterError, Overloaded, Unavailable
+from cluster.errors import ClusterError, Overloaded, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.controller import get_controller
@@ -25,6 +26,7 @@ from cluster.types import EngineRequest, SequenceUpdate
 log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5  # between two looks at replicas and shards
+TRIES = 3  # replicas that a request meets at most, before its first token
 READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long is not counted as up
 
 
@@ -36,7 +38,26 @@ class ReplicaBalancer:
         self._ready = replicas.ready
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        """Raises Overloaded, Unavailable. Closing the generator cancels the sequence on its replica."""
+        """Raises Overloaded, Unavailable. Closing the generator cancels the sequence on its replica.
+
+        A replica that is lost before the first token costs another try, on another one; after it, the stream.
+        """
+        started = False
+        for tries_left in reversed(range(TRIES)):
+            try:
+                async with aclosing(self._stream(request)) as updates:
+                    async for update in updates:
+                        if isinstance(update.error, ReplicaUnavailable):
+                            raise update.error
+                        started = True
+                        yield update
+                return
+            except ReplicaUnavailable as error:
+                if started or not tries_left:
+                    raise
+                log.info("request %s: %s; trying another", request.request_id, error)
+
+    async def _stream(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
         response = self._generate.remote(request)
         try:
             async for update in response:
@@ -44,7 +65,7 @@ class ReplicaBalancer:
         except BackPressureError as error:
             raise Overloaded("all attention replicas have as many requests as they take: try again later") from error
         except (ray.exceptions.RayActorError, RayServeException) as error:
-            raise Unavailable("the attention replica of this request died: send it again") from error
+            raise ReplicaUnavailable("the attention replica of this request died: send it again") from error
         except ray.exceptions.RayTaskError as error:
             raise ClusterError(f"the attention replica failed: {error.cause!r}") from error
         finally:
