@@ -14,11 +14,13 @@ from cluster.engine.block_manager import BlockManager
 from cluster.engine.runner import ModelRunner
 from cluster.engine.scheduler import Batch, Scheduler
 from cluster.engine.sequence import Sequence
-from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
 from cluster.metrics import EngineMetrics
 from cluster.types import EngineRequest, FinishReason, Logprobs, SequenceUpdate
 
 log = logging.getLogger(__name__)
+
+MAX_CANCELLED_EARLY = 1024  # ids kept of cancels that found no sequence; most are of finished ones
 
 
 class Engine:
@@ -51,13 +53,17 @@ class Engine:
         )
         self.sequences: dict[str, Sequence] = {}
         self._finished: list[SequenceUpdate] = []
+        self._cancelled_early: dict[str, None] = {}
 
     @property
     def has_work(self) -> bool:
         return bool(self.sequences or self._finished)
 
     def submit(self, request: EngineRequest) -> None:
-        """Queues a request. Raises Overloaded, InvalidRequest; then nothing of it is left here."""
+        """Queues a request. Raises Overloaded, InvalidRequest, RequestCancelled; then nothing of it is left here."""
+        if request.request_id in self._cancelled_early:
+            del self._cancelled_early[request.request_id]
+            raise RequestCancelled("the request was cancelled before it began")
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise Overloaded(f"the queue is full ({self.config.max_waiting} requests wait): try again later")
         if request.request_id in self.sequences:
@@ -92,9 +98,16 @@ class Engine:
         self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """Stops a sequence and frees its blocks at once. An unknown id (already finished) is no error."""
+        """Stops a sequence and frees its blocks at once.
+
+        An unknown id is no error: it has finished, or its request comes later and then ends as it begins.
+        """
         if sequence := self.sequences.get(request_id):
             self._end(sequence, "cancelled")
+            return
+        self._cancelled_early[request_id] = None
+        if len(self._cancelled_early) > MAX_CANCELLED_EARLY:
+            del self._cancelled_early[next(iter(self._cancelled_early))]
 
     def step(self) -> list[SequenceUpdate]:
         """Makes one step and returns what it brought, ends of cancelled and expired sequences included. Blocks."""

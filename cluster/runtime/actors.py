@@ -144,7 +144,7 @@ class EngineActor:
     def __init__(self, config: ClusterConfig, replica: str, controller: Any, num_threads: int) -> None:
         prepare_process(num_threads)
         registry = new_registry()
-        self.directory = ShardDirectory(controller, replica, process_info())
+        self.directory = ShardDirectory(controller, replica, process_info(), ray.get_runtime_context().current_actor)
         experts = ExpertDispatcher(
             RayTransport(self.directory),
             self.directory,

@@ -70,14 +70,18 @@ class ExpertController:
         self._tasks: list[asyncio.Task[None]] = []
         self._dtype = config.dtype
 
-    async def wait_plan(self, holder: str, process: ProcessInfo, known_epoch: int) -> Membership | None:
+    async def wait_plan(
+        self, holder: str, process: ProcessInfo, engine: Any | None, known_epoch: int
+    ) -> Membership | None:
         """The plan once its epoch is beyond `known_epoch`, None when there is no news for a while.
 
         `holder`, an engine, thereby says that it still needs the shards. Raises SetupError when they can never come up.
         """
         self._start()
         self.last_asked = time.monotonic()
-        replica = self.replicas.setdefault(holder, ReplicaStatus(name=holder, process=process, asked_at=0.0))
+        replica = self.replicas.setdefault(
+            holder, ReplicaStatus(name=holder, process=process, engine=engine, asked_at=0.0)
+        )
         replica.asked_at = self.last_asked
         async with self._news:
             if self.plan is not None and self.published and known_epoch > self.plan.epoch:

@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 class ShardDirectory:
     """A `PlanSource` and a `ShardHandles`. All methods may be called from any thread."""
 
-    def __init__(self, controller: Any, holder: str, process: ProcessInfo) -> None:
+    def __init__(self, controller: Any, holder: str, process: ProcessInfo, engine: Any | None) -> None:
         self._controller = controller
         self._holder = holder
         self._process = process
+        self._engine = engine
         self._news = threading.Condition()
         self._membership: Membership | None = None
         self._failure: SetupError | None = None
@@ -66,7 +67,8 @@ class ShardDirectory:
             known = self._membership.plan.epoch if self._membership else 0
             try:
                 membership = ray.get(
-                    self._controller.wait_plan.remote(self._holder, self._process, known), timeout=2 * LONG_POLL_S
+                    self._controller.wait_plan.remote(self._holder, self._process, self._engine, known),
+                    timeout=2 * LONG_POLL_S,
                 )
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
                 if self._closed:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import ray
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -36,6 +37,7 @@ class ReplicaBalancer:
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._generate = replicas.generate.options(stream=True)
         self._ready = replicas.ready
+        self.engines: tuple[Any, ...] = ()  # of all replicas, as the controller last said
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
         """Raises Overloaded, Unavailable. Closing the generator cancels the sequence on its replica.
@@ -59,8 +61,10 @@ class ReplicaBalancer:
 
     async def _stream(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
         response = self._generate.remote(request)
+        ended = False
         try:
             async for update in response:
+                ended = update.finish_reason is not None
                 yield update
         except BackPressureError as error:
             raise Overloaded("all attention replicas have as many requests as they take: try again later") from error
@@ -69,7 +73,11 @@ class ReplicaBalancer:
         except ray.exceptions.RayTaskError as error:
             raise ClusterError(f"the attention replica failed: {error.cause!r}") from error
         finally:
-            response.cancel()
+            if not ended:
+                response.cancel()
+                # Serve's cancel can miss a request that is just being handed over; the engines know it by its id.
+                for engine in self.engines:
+                    engine.cancel.remote([request.request_id])
 
     async def answers(self) -> bool:
         """Whether some replica is up."""
@@ -113,6 +121,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             try:
                 status = await self._controller.status.remote()
                 covered = status.covered
+                self._balancer.engines = tuple(r.engine for r in status.replicas if r.engine is not None)
                 if status.draining:
                     self._service.drain()
             except ray.exceptions.RayError as error:

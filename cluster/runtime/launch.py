@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 APPLICATION = "moe-cluster"
 GRPC_SERVICERS = [
-    "cluster.serving.grpc_server.add_inference_service",
+    "cluster.runtime.proxy.add_inference_service",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 OBJECT_STORE_BYTES = 256 << 20  # of a Ray that we start: batches pass through, nothing stays
@@ -124,7 +124,7 @@ class RayExperts:
             check_gpus(config, attention_replicas=0)
             self._group = f"llm-{uuid.uuid4().hex[:8]}"  # of this object alone
             self._controller = get_controller(self._group, config, collect_metrics=False)
-            self._directory = ShardDirectory(self._controller, "llm", process_info())
+            self._directory = ShardDirectory(self._controller, "llm", process_info(), None)
             with _StatusReports(self._group, on_status):
                 self._directory.wait_ready()
         except BaseException:

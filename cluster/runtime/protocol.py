@@ -58,10 +58,14 @@ class ShardStatus:
 
 @dataclass(slots=True, kw_only=True)
 class ReplicaStatus:
-    """One attention replica's engine as the controller sees it. asked_at: of its last question for the plan."""
+    """One attention replica's engine as the controller sees it.
+
+    engine: its actor; None for one that is not.  asked_at: when it last asked for the plan.
+    """
 
     name: str
     process: ProcessInfo
+    engine: Any | None
     asked_at: float
     loaded_bytes: int = 0
     total_bytes: int = 0
