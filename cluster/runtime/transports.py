@@ -5,6 +5,7 @@ neither side pays for pickling tensors. T: rows, H: hidden size, K: experts a to
 """
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,6 +100,7 @@ class RayTransport:
     """Works wherever Ray does. Used by one thread."""
 
     def __init__(self, shards: ShardHandles) -> None:
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # answers are only read
         self.shards = shards
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> RayFlight:

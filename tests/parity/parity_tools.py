@@ -1,0 +1,37 @@
+"""The oracle of the parity tests: transformers' Qwen2MoeForCausalLM on the same checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from configs import NUM_TOKENS, PROMPTS
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """logits: [T, vocab] of each prompt.  token_ids: greedy continuations of NUM_TOKENS tokens."""
+
+    model_dir: Path
+    logits: list[Tensor]
+    token_ids: list[list[int]]
+
+
+def ask_transformers(model_dir: Path) -> Oracle:
+    from transformers import Qwen2MoeForCausalLM
+
+    model = Qwen2MoeForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    logits, token_ids = [], []
+    with torch.inference_mode():
+        for prompt in PROMPTS:
+            logits.append(model(torch.tensor([prompt])).logits[0])
+            ids = list(prompt)
+            for _ in range(NUM_TOKENS):  # no cache and no generate(): the plain definition
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            token_ids.append(ids[len(prompt) :])
+    return Oracle(model_dir, logits, token_ids)
+
+
+def greedy_margin(oracle: Oracle) -> float:
+    """The least distance between best and second logit over the prompts' last positions."""
+    return min(float(logits[-1].topk(2).values.diff().abs()) for logits in oracle.logits)

@@ -1,0 +1,72 @@
+"""The whole model in one process against transformers, in float32: logits within 1e-4, the same greedy tokens."""
+
+import pytest
+import torch
+from configs import NUM_TOKENS, PROMPTS
+
+from cluster import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+def llm_for(oracle, **options):
+    return LLM(
+        oracle.model_dir, dtype="float32", device="cpu", skip_tokenizer=True, **{"kv_cache_bytes": 1 << 22, **options}
+    )
+
+
+def tokens(llm):
+    return [list(output.token_ids) for output in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+def test_logits_and_greedy_tokens_are_those_of_transformers(oracle, num_shards):
+    with llm_for(oracle, num_expert_shards=num_shards) as llm:
+        for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
+            torch.testing.assert_close(llm.logits(prompt), expected, atol=1e-4, rtol=0)
+        assert tokens(llm) == oracle.token_ids
+
+
+def test_prompts_in_chunks_of_7_give_the_same(oracle):
+    with llm_for(oracle, num_expert_shards=2, max_num_batched_tokens=7) as llm:
+        for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
+            torch.testing.assert_close(llm.logits(prompt), expected, atol=1e-4, rtol=0)
+        assert tokens(llm) == oracle.token_ids
+
+
+def test_preempted_sequences_give_the_same(oracle):
+    """Room for 11 blocks of 4 tokens: the longest sequence takes all of them, so the others must give theirs up."""
+    with llm_for(oracle, num_expert_shards=2, block_size=4) as llm:
+        block_bytes = 4 * llm.engine.runner.model.config.kv_bytes_per_token("float32")
+    with llm_for(oracle, num_expert_shards=2, block_size=4, kv_cache_bytes=11 * block_bytes) as llm:
+        schedule, preempted = llm.engine.scheduler.schedule, []
+
+        def counted():
+            batch = schedule()
+            preempted.append(batch.num_preempted)
+            return batch
+
+        llm.engine.scheduler.schedule = counted
+        assert tokens(llm) == oracle.token_ids
+        assert sum(preempted) > 0
+        assert llm.engine.blocks.num_used == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cuda_gives_the_tokens_or_near_logits(oracle, dtype):
+    tolerance = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}[dtype]
+    with LLM(oracle.model_dir, dtype=dtype, device="cuda", skip_tokenizer=True, kv_cache_bytes=1 << 22) as llm:
+        for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
+            torch.testing.assert_close(llm.logits(prompt).cpu(), expected, atol=tolerance, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near_the_float32_distribution(oracle_of, dtype):
+    """The likeliest token in half precision is among the five likeliest in float32 at every position."""
+    oracle = oracle_of("released key style, 60 experts")
+    with LLM(oracle.model_dir, dtype=dtype, device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22) as llm:
+        for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
+            best = llm.logits(prompt).argmax(dim=-1)
+            assert (expected.topk(5).indices == best[:, None]).any(dim=1).all()

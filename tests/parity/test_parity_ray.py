@@ -1,0 +1,95 @@
+"""The same through Ray actor calls, with 1, 2, 3 and 7 shards: seven actors, loaded anew for each case."""
+
+import pytest
+import torch
+from configs import NUM_TOKENS, PROMPTS
+
+from cluster import LLM, SamplingParams
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import EngineConfig
+from cluster.engine.local import load_engine
+from cluster.errors import ShardUnavailable
+from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.placement import plan_evenly
+from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
+from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
+from cluster.runtime.transports import RayTransport
+from cluster.types import SAMPLING_DEFAULTS, EngineRequest
+
+pytestmark = pytest.mark.ray
+
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True).with_defaults(SAMPLING_DEFAULTS)
+
+
+class Handles:
+    def __init__(self, actors):
+        self.actors = actors
+
+    def handle(self, shard_id):
+        return self.actors[shard_id]
+
+
+@pytest.fixture(scope="module")
+def actors(ray_cluster):
+    shard_class = ray_cluster.remote(concurrency_groups=SHARD_GROUPS)(ExpertShardActor)
+    made = [shard_class.options(num_cpus=1).remote(shard_id, 1) for shard_id in range(7)]
+    ray_cluster.get([actor.process.remote() for actor in made])
+    yield made
+    for actor in made:
+        ray_cluster.kill(actor)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray_cluster, num_shards):
+    """Mixed lengths, a token budget of 16 (so chunked prompts beside decodes) and room for 12 blocks (preemption)."""
+    config = CheckpointReader(oracle.model_dir).config
+    plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
+    loads = [
+        actor.load.remote(str(oracle.model_dir), dict(experts), "float32", "cpu")
+        for actor, experts in zip(actors, plan.slices, strict=False)
+    ]
+    assert sum(ray_cluster.get(loads)) == len(config.sparse_layers) * config.num_experts * config.expert_bytes(
+        "float32"
+    )
+    registry = new_registry()
+    dispatcher = ExpertDispatcher(RayTransport(Handles(actors)), FixedPlan(plan), DispatchMetrics(registry, "test"))
+    limits = EngineConfig(
+        dtype="float32", device="cpu", block_size=4, kv_cache_bytes=12 * 4 * config.kv_bytes_per_token("float32"),
+        max_num_batched_tokens=16,
+    )  # fmt: skip
+    engine = load_engine(oracle.model_dir, limits, dispatcher, EngineMetrics(registry, "test"))
+    for index, prompt in enumerate(PROMPTS):
+        engine.submit(EngineRequest(request_id=str(index), prompt_token_ids=tuple(prompt), params=GREEDY))
+    answers = {str(index): [] for index in range(len(PROMPTS))}
+    while engine.has_work:
+        for update in engine.step():
+            assert update.error is None
+            answers[update.request_id] += update.token_ids
+    assert list(answers.values()) == oracle.token_ids
+
+
+def test_logits_through_the_controllers_shards_are_those_of_transformers(ray_cluster, oracle_of):
+    oracle = oracle_of("released key style, 60 experts")
+    with LLM(
+        oracle.model_dir, dtype="float32", device="cpu", num_expert_shards=3, transport="ray", skip_tokenizer=True,
+        kv_cache_bytes=1 << 22,
+    ) as llm:  # fmt: skip
+        for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
+            torch.testing.assert_close(llm.logits(prompt), expected, atol=1e-4, rtol=0)
+
+
+def test_a_shard_refuses_an_expert_that_it_does_not_hold(oracle_of, actors, ray_cluster):
+    oracle = oracle_of("released key style, 60 experts")
+    config = CheckpointReader(oracle.model_dir).config
+    ray_cluster.get(actors[0].load.remote(str(oracle.model_dir), {0: (3, 4)}, "float32", "cpu"))
+    dispatcher = ExpertDispatcher(
+        RayTransport(Handles(actors)),
+        FixedPlan(plan_evenly(config.sparse_layers, config.num_experts, 1)),
+        DispatchMetrics(new_registry(), "test"),
+        recovery_timeout_s=0.1,
+    )
+    flight = dispatcher.dispatch(
+        0, torch.zeros(2, config.hidden_size), torch.tensor([[3, 4], [4, 5]]), torch.ones(2, 2)
+    )
+    with pytest.raises(ShardUnavailable, match="layer 0"):
+        dispatcher.combine(flight)
