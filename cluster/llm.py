@@ -102,19 +102,18 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[CompletionOutput]:
-        """Answers prompts (texts or token ids) in their order; one SamplingParams for all, or one for each.
+        """Answers a text, or a list of texts or token ids in its order; one SamplingParams for all, or one for each.
 
         Raises InvalidRequest before anything is computed, ShardUnavailable when experts stay lost.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]  # a lone prompt
-        every = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        if len(every) != len(prompts):
-            raise InvalidRequest(f"{len(every)} SamplingParams for {len(prompts)} prompts", "params")
-        requests = [self._request(prompt, own) for prompt, own in zip(prompts, every, strict=True)]
+        asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        every = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(asked)
+        if len(every) != len(asked):
+            raise InvalidRequest(f"{len(every)} SamplingParams for {len(asked)} prompts", "params")
+        requests = [self._request(prompt, own) for prompt, own in zip(asked, every, strict=True)]
         open_answers = {request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests}
         answers = list(open_answers.values())
         try:
@@ -125,7 +124,8 @@ class LLM:
                     answer = open_answers.get(update.request_id)
                     if answer is not None and answer.add(update):
                         del open_answers[update.request_id]
-                        self.engine.cancel(update.request_id)  # a stop string ends it here; else it has ended
+                        if update.finish_reason is None:  # a stop string, of which the engine knows nothing
+                            self.engine.cancel(update.request_id)
         finally:
             for request_id in open_answers:
                 self.engine.cancel(request_id)

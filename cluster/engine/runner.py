@@ -54,13 +54,14 @@ class ModelRunner:
             token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
             positions.append(where)
             slots.append(table[where // self.block_size] * self.block_size + where % self.block_size)
-        return self.model(
+        hidden_states: Tensor = self.model(
             self._tensor(np.concatenate(token_ids)),
             self._tensor(np.concatenate(positions)),
             self.cache,
             self._paged_batch(scheduled, np.concatenate(slots)),
             self.experts,
         )
+        return hidden_states
 
     def _paged_batch(self, scheduled: Seq[ScheduledSequence], slots: np.ndarray) -> PagedBatch:
         context_lens = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]

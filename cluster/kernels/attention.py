@@ -78,9 +78,9 @@ def paged_attention(
         out[rows] = _decode(q[rows], k_cache, v_cache, tables, lens, scale, window)
     for i, query_len in enumerate(batch.query_lens):
         if query_len > 1:
-            rows = slice(starts[i], starts[i] + query_len)
+            chunk = slice(starts[i], starts[i] + query_len)
             table = batch.block_tables[i : i + 1]
-            out[rows] = _prefill(q[rows], k_cache, v_cache, table, batch.context_lens[i], scale, window)
+            out[chunk] = _prefill(q[chunk], k_cache, v_cache, table, batch.context_lens[i], scale, window)
     return out
 
 

@@ -69,4 +69,5 @@ class SparseMoe(nn.Module):
     def forward(self, x: Tensor, experts: Experts) -> Tensor:
         flight = experts.dispatch(self.layer_id, x, *self.gate(x))
         shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)  # [T, H]
-        return shared + experts.combine(flight)
+        out: Tensor = shared + experts.combine(flight)
+        return out

@@ -55,7 +55,8 @@ class DecoderLayer(nn.Module):
         """x: [T, H]."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, batch)
         y = self.post_attention_layernorm(x)
-        return x + (self.mlp(y, experts) if isinstance(self.mlp, SparseMoe) else self.mlp(y))
+        out: Tensor = self.mlp(y, experts) if isinstance(self.mlp, SparseMoe) else self.mlp(y)
+        return x + out
 
 
 class Decoder(nn.Module):

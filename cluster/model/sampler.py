@@ -101,6 +101,7 @@ def _penalize(logits: Tensor, row: SamplingRow) -> None:
 def _draw(logits: Tensor, row: SamplingRow) -> int:
     """Temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution at the row's number. [V]."""
     params = row.params
+    assert params.temperature, "greedy rows are not drawn"
     scaled = logits / params.temperature
     top_k, top_p, min_p = params.top_k or 0, params.top_p or 1.0, params.min_p or 0.0
     token_ids: Tensor | None = None

@@ -100,7 +100,7 @@ class ExpertShardActor:
         assert self.shard is not None, "forward before load"
         self.metrics.queue_wait(max(0.0, time.time() - wire[0]))  # hosts' clocks may differ
         started = time.monotonic()
-        batch = decode(wire, self.shard.device)  # type: ignore[arg-type]  # Ray hands the tuple's items over
+        batch = decode(wire, self.shard.device)
         out = self.shard.forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
         data = to_bytes(out)
         self.metrics.computed(time.monotonic() - started, batch.hidden_states.shape[0])

@@ -59,7 +59,7 @@ def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
 class AttentionReplica:
     """Serve makes any number of these. Each owns one engine, which dies with it."""
 
-    async def __init__(self, config: ClusterConfig) -> None:
+    async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         prepare_process(1)
         self.name = serve.get_replica_context().replica_id.unique_id
         group = shard_group(config)

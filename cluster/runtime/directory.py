@@ -71,18 +71,19 @@ class ShardDirectory:
                     timeout=2 * LONG_POLL_S,
                 )
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                if self._closed:
-                    return
-                log.warning("the expert controller is away, the last plan (epoch %d) stays: %s", known, error)
+                if not self._closed:
+                    log.warning("the expert controller is away, the last plan (epoch %d) stays: %s", known, error)
                 time.sleep(1.0)  # between two tries to reach a controller that Ray is restarting
                 continue
             except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, SetupError):
-                    raise
-                with self._news:
-                    self._failure = error.cause
-                    self._news.notify_all()
-                return
+                if isinstance(error.cause, SetupError):
+                    with self._news:
+                        self._failure = error.cause
+                        self._news.notify_all()
+                    return
+                log.error("the expert controller failed, the last plan (epoch %d) stays: %s", known, error)
+                time.sleep(1.0)
+                continue
             if membership is not None:
                 with self._news:
                     self._membership = membership

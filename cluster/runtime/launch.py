@@ -89,7 +89,7 @@ def start_ray(*, num_cpus: float, address: str | None = None) -> Callable[[], No
         return lambda: None
     if address:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        return ray.shutdown
+        return lambda: ray.shutdown()
     # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
     ray.init(

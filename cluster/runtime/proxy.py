@@ -31,7 +31,7 @@ def add_inference_service(servicer: Any, server: Any) -> None:
 
 
 class ContextShield:
-    """A gRPC context that can be taken away from a handler which outlives its call: touching it then ends the process."""
+    """A gRPC context that can be taken from a handler that outlives its call; touching it then kills the process."""
 
     def __init__(self, context: Any) -> None:
         self._context = context

@@ -1,0 +1,136 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+COMMAND = [str(Path(sys.executable).parent / "moe-cluster")]
+
+
+def run(*arguments, stdin="", timeout_s=120):
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "serve", "generate", "chat", "plan", "bench"])
+def test_help_says_what_a_command_does(command):
+    done = run(*command.split(), "--help")
+    assert done.returncode == 0
+    assert "usage: moe-cluster" in done.stdout
+
+
+def test_plan_shows_uneven_slices_and_their_bytes(demo_checkpoint):
+    """64 experts on 3 shards are 22, 21 and 21; one expert is 3 × 64 × 32 × 4 = 24,576 bytes, in each of 4 layers."""
+    done = run("plan", demo_checkpoint, "--shards", 3)
+    assert done.returncode == 0
+    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in done.stdout.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["expert shard 0"]] == ["0-21", "88", "2.163 MB"]
+    assert [cell.strip() for cell in rows["expert shard 2"]] == ["43-63", "84", "2.064 MB"]
+
+
+@pytest.fixture
+def broken(tmp_path, demo_checkpoint):
+    """Makes copies of the demo checkpoint that lack something."""
+
+    def make(remove="", config=None):
+        folder = tmp_path / "broken"
+        folder.mkdir()
+        for file in demo_checkpoint.iterdir():
+            if file.name != remove:
+                (folder / file.name).write_bytes(file.read_bytes())
+        if config:
+            path = folder / "config.json"
+            path.write_text(path.read_text().replace(*config))
+        return folder
+
+    return make
+
+
+def refused(done, *named):
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("moe-cluster: ")
+    assert "Traceback" not in done.stderr + done.stdout
+    for text in named:
+        assert text in last
+
+
+def test_a_directory_that_is_none_is_refused(tmp_path):
+    refused(run("serve", tmp_path / "nothing"), "nothing is not a directory")
+
+
+def test_another_architecture_is_refused(broken):
+    refused(run("serve", broken(config=('"qwen2_moe"', '"llama"'))), "'llama', only 'qwen2_moe' is served")
+
+
+def test_a_missing_weight_file_is_refused(broken):
+    name = "model-00002-of-00003.safetensors"
+    refused(run("serve", broken(remove=name)), name)
+
+
+def test_a_dtype_that_is_none_is_refused(demo_checkpoint):
+    refused(run("serve", demo_checkpoint, "--dtype", "int3"), "dtype is 'int3', one of auto, float32")
+
+
+def test_more_shards_than_experts_are_refused(demo_checkpoint):
+    refused(run("serve", demo_checkpoint, "--expert-shards", 65), "65 expert shards for 64 experts")
+    refused(run("plan", demo_checkpoint, "--shards", 65), "65 expert shards for 64 experts")
+
+
+def test_more_gpus_than_there_are_are_refused(demo_checkpoint):
+    done = run("serve", demo_checkpoint, "--gpus-per-expert-shard", 2, "--grpc-port", 0, "--metrics-port", 0)
+    refused(done, "4 GPUs are asked for", "has 0")
+
+
+def test_a_port_in_use_is_refused(served, demo_checkpoint):
+    refused(run("serve", demo_checkpoint, "--grpc-port", served.grpc_port), f"grpc port {served.grpc_port} is taken")
+
+
+def test_generate_streams_an_answer(served):
+    done = run("generate", "hello", "--address", f"127.0.0.1:{served.grpc_port}", "--max-tokens", 5, "--seed", 1)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+
+
+def test_chat_answers_line_by_line_and_ends_with_the_input(served):
+    address = f"127.0.0.1:{served.grpc_port}"
+    done = run("chat", "--address", address, "--max-tokens", 5, "--temperature", 0, stdin="hi\nand again\n")
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_without_a_server_generate_says_how_to_start_one():
+    done = run("generate", "hello", "--address", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "moe-cluster: no server answers at 127.0.0.1:1: start one with `moe-cluster serve MODEL_DIR`"
+    )
+
+
+def test_the_demo_shows_ports_placement_an_answer_and_metrics_and_ends_clean():
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    for text in ("gRPC     127.0.0.1:", "metrics  http://127.0.0.1:", "0-31", "32-63", "assistant:", "stopped"):
+        assert text in done.stdout
+    assert 'moecluster_requests_total{outcome="length"} 1.0' in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_ctrl_c_drains_and_stops_a_server(demo_checkpoint):
+    serving = subprocess.Popen(
+        [*COMMAND, "serve", str(demo_checkpoint), "--grpc-port", "0", "--metrics-port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in serving.stdout:
+        if "Ctrl-C drains" in line:
+            break
+    serving.send_signal(signal.SIGINT)
+    out, err = serving.communicate(timeout=90)
+    assert serving.returncode == 0, err
+    assert "stopped" in out
+    assert "Traceback" not in out + err

@@ -1,0 +1,59 @@
+"""A runner without a model, and a clock that is turned by hand."""
+
+from cluster.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.metrics import EngineMetrics, new_registry
+from cluster.types import SAMPLING_DEFAULTS, EngineRequest, SamplingParams
+
+EOS = 0
+
+
+class CountingRunner:
+    """Samples last token + 1: the prompt (…, 5) is answered with 6, 7, 8, … Keeps what every step was made of."""
+
+    def __init__(self):
+        self.steps = []
+        self.errors = []
+
+    def run(self, batch):
+        if self.errors:
+            raise self.errors.pop()
+        self.steps.append([(s.sequence.request_id, s.num_tokens) for s in batch.scheduled])
+        return [(s.sequence.token_ids[-1] + 1, None) if s.samples else None for s in batch.scheduled]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def make_engine(num_blocks=64, max_model_len=1000, clock=None, **limits):
+    """An engine on a CountingRunner; blocks of 4 tokens."""
+    config = EngineConfig(block_size=4, **limits)
+    return Engine(
+        CountingRunner(), config, num_blocks=num_blocks, eos_token_ids=(EOS,), max_model_len=max_model_len,
+        metrics=EngineMetrics(new_registry(), "test"), clock=clock or Clock(),
+    )  # fmt: skip
+
+
+def request(request_id, prompt=(1,), timeout_s=None, **params):
+    values = {"temperature": 0, "max_tokens": 4, **params}
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(**values).with_defaults(SAMPLING_DEFAULTS),
+        timeout_s=timeout_s,
+    )
+
+
+def run_to_end(engine):
+    """Token ids and finish reason of every request."""
+    answers = {}
+    while engine.has_work:
+        for update in engine.step():
+            token_ids, _ = answers.get(update.request_id, ([], None))
+            answers[update.request_id] = (token_ids + list(update.token_ids), update.finish_reason)
+    return answers

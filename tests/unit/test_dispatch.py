@@ -1,0 +1,165 @@
+"""Rows out to shards and back, over a transport that fails on command. Expert e multiplies a row by e + 1."""
+
+import pytest
+import torch
+
+from cluster.errors import SetupError, ShardUnavailable
+from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.placement import PlacementPlan, plan_evenly
+from cluster.metrics import DispatchMetrics, new_registry
+
+
+class Flight:
+    def __init__(self, value):
+        self.value = value
+
+    def result(self, timeout_s):
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+class FaultyTransport:
+    """Computes sum of weight × (expert + 1) × row for the slots that the batch asks for. `dead` shards fail."""
+
+    def __init__(self, at_submit=False):
+        self.dead = set()
+        self.at_submit = at_submit
+        self.sent = []
+
+    def submit(self, shard_id, batch):
+        self.sent.append((shard_id, batch))
+        if shard_id in self.dead:
+            error = ShardUnavailable(f"shard {shard_id} died", shard_id)
+            if self.at_submit:
+                raise error
+            return Flight(error)
+        factors = torch.where(batch.topk_ids >= 0, batch.topk_weights * (batch.topk_ids + 1), 0.0).sum(dim=1)
+        return Flight(batch.hidden_states * factors[:, None])
+
+    def close(self):
+        pass
+
+
+class ScriptedPlans:
+    """Plays plans one after another: each wait moves to the next; `on_wait` may change the world meanwhile."""
+
+    def __init__(self, *plans, clock=None, on_wait=lambda: None):
+        self.plans, self.clock, self.on_wait = list(plans), clock, on_wait
+
+    def current(self):
+        return self.plans[0]
+
+    def wait_beyond(self, epoch, timeout_s):
+        self.on_wait()
+        if self.clock is not None:
+            self.clock.now += timeout_s
+        if len(self.plans) > 1:
+            self.plans.pop(0)
+        return self.plans[0].epoch > epoch
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def dispatcher(transport, plans, **options):
+    return ExpertDispatcher(transport, plans, DispatchMetrics(new_registry(), "test"), **options)
+
+
+X = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+IDS = torch.tensor([[0, 3], [1, 0], [2, 3]])
+WEIGHTS = torch.tensor([[0.5, 0.25], [1.0, 1.0], [2.0, 0.5]])
+# by hand: row 0: 0.5 × 1 + 0.25 × 4 = 1.5; row 1: 1 × 2 + 1 × 1 = 3; row 2: 2 × 3 + 0.5 × 4 = 8
+EXPECTED = X * torch.tensor([[1.5], [3.0], [8.0]])
+
+
+def run(made):
+    return made.combine(made.dispatch(0, X, IDS, WEIGHTS))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
+def test_any_number_of_shards_gives_the_same_sums(num_shards):
+    transport = FaultyTransport()
+    torch.testing.assert_close(run(dispatcher(transport, FixedPlan(plan_evenly([0], 4, num_shards)))), EXPECTED)
+    assert len(transport.sent) == num_shards
+
+
+def test_a_shard_gets_only_the_rows_that_it_has_an_expert_for():
+    """Experts 0 and 1 on shard 0, 2 and 3 on shard 1: row 1 goes to shard 0 only, row 2 to shard 1 only."""
+    transport = FaultyTransport()
+    run(dispatcher(transport, FixedPlan(plan_evenly([0], 4, 2))))
+    rows = {shard_id: batch.hidden_states[:, 0].tolist() for shard_id, batch in transport.sent}
+    assert rows == {0: [1.0, 2.0], 1: [1.0, 3.0]}
+    assert transport.sent[0][1].topk_ids.tolist() == [[0, -1], [1, 0]]
+
+
+def test_a_shard_without_rows_is_not_asked():
+    transport = FaultyTransport()
+    made = dispatcher(transport, FixedPlan(plan_evenly([0], 4, 4)))
+    made.combine(made.dispatch(0, X[:1], IDS[:1], WEIGHTS[:1]))
+    assert [shard_id for shard_id, _ in transport.sent] == [0, 3]
+
+
+@pytest.mark.parametrize("at_submit", [False, True])
+def test_rows_of_a_dead_shard_wait_for_its_successor(at_submit):
+    transport = FaultyTransport(at_submit)
+    transport.dead.add(1)
+    plan = plan_evenly([0], 4, 2)
+    later = PlacementPlan(epoch=2, num_experts=4, slices=plan.slices)
+    plans = ScriptedPlans(plan, later, on_wait=transport.dead.clear)
+    torch.testing.assert_close(run(dispatcher(transport, plans)), EXPECTED)
+    assert [(shard_id, batch.epoch) for shard_id, batch in transport.sent] == [(0, 1), (1, 1), (1, 2)]
+
+
+def test_rows_of_a_dead_shard_go_where_the_new_plan_has_their_experts():
+    """Shard 1 dies for good; the next plan has its experts on shards 0 and 2."""
+    transport = FaultyTransport()
+    transport.dead.add(1)
+    plan = PlacementPlan(epoch=1, num_experts=4, slices=({0: (0, 1)}, {0: (2, 3)}, {}))
+    later = PlacementPlan(epoch=2, num_experts=4, slices=({0: (0, 1, 2)}, {}, {0: (3,)}))
+    torch.testing.assert_close(run(dispatcher(transport, ScriptedPlans(plan, later))), EXPECTED)
+
+
+def test_rows_without_a_living_copy_fail_after_the_recovery_time():
+    transport, clock = FaultyTransport(), Clock()
+    transport.dead.add(1)
+    plans = ScriptedPlans(plan_evenly([0], 4, 2), clock=clock)
+    made = dispatcher(transport, plans, recovery_timeout_s=7.0, clock=clock)
+    with pytest.raises(ShardUnavailable, match=r"shard 1 did not answer for layer 0 in 7 s") as raised:
+        run(made)
+    assert raised.value.shard_id == 1
+    assert clock.now == pytest.approx(7.0)
+
+
+def test_sums_are_made_in_shard_order_in_float32():
+    """In bfloat16, 256 + 1 + 1 loses both ones if each sum is rounded, in float32 none: 258."""
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
+    weights = torch.tensor([[256.0, 0.5, 1 / 3]])
+    made = dispatcher(FaultyTransport(), FixedPlan(plan_evenly([0], 3, 3)))
+    assert made.combine(made.dispatch(0, x, torch.tensor([[0, 1, 2]]), weights)).tolist() == [[258.0]]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_shards", "sizes"),
+    [(60, 7, [9, 9, 9, 9, 8, 8, 8]), (64, 3, [22, 21, 21]), (4, 4, [1, 1, 1, 1])],
+)
+def test_uneven_slices_hold_every_expert_once(num_experts, num_shards, sizes):
+    plan = plan_evenly([0, 2], num_experts, num_shards)
+    assert [len(s[2]) for s in plan.slices] == sizes
+    assert sorted(expert for s in plan.slices for expert in s[0]) == list(range(num_experts))
+    assert plan.layer_ids == (0, 2)
+
+
+@pytest.mark.parametrize("num_shards", [0, 65])
+def test_more_shards_than_experts_is_refused(num_shards):
+    with pytest.raises(SetupError, match="1 to 64 shards"):
+        plan_evenly([0], 64, num_shards)
+
+
+def test_a_plan_that_lacks_an_expert_is_refused():
+    with pytest.raises(ValueError, match=r"layer 0: experts \[1\]"):
+        PlacementPlan(epoch=1, num_experts=2, slices=({0: (0,)},))

@@ -1,0 +1,200 @@
+"""The engine's step on a runner whose tokens can be counted on the fingers (see CountingRunner)."""
+
+import pytest
+from engine_fakes import EOS, Clock, make_engine, request, run_to_end
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.engine.loop import EngineLoop
+from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, ShardUnavailable
+
+
+def test_a_prompt_is_answered_up_to_max_tokens():
+    engine = make_engine()
+    engine.submit(request("a", [5], max_tokens=3))
+    assert run_to_end(engine) == {"a": ([6, 7, 8], "length")}
+    assert engine.blocks.num_used == 0
+
+
+def test_a_later_request_joins_the_running_batch():
+    engine = make_engine()
+    engine.submit(request("a", [1], max_tokens=3))
+    engine.step()
+    engine.submit(request("b", [7, 8], max_tokens=1))
+    run_to_end(engine)
+    assert engine.runner.steps == [[("a", 1)], [("a", 1), ("b", 2)], [("a", 1)]]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_the_decodes_of_others():
+    """Budget 4: a's decode takes one token of each step, b's prompt of 7 the three that are left."""
+    engine = make_engine(max_num_batched_tokens=4)
+    engine.submit(request("a", [1], max_tokens=5))
+    engine.step()
+    engine.submit(request("b", range(10, 17), max_tokens=1))
+    answers = run_to_end(engine)
+    assert engine.runner.steps[1:4] == [[("a", 1), ("b", 3)], [("a", 1), ("b", 3)], [("a", 1), ("b", 1)]]
+    assert answers["b"] == ([17], "length")
+
+
+def test_max_num_seqs_bounds_a_step():
+    engine = make_engine(max_num_seqs=2)
+    for name in "abc":
+        engine.submit(request(name, max_tokens=2))
+    run_to_end(engine)
+    assert [len(step) for step in engine.runner.steps] == [2, 2, 1, 1]
+
+
+def test_when_blocks_run_out_the_latest_arrival_is_computed_again():
+    """Three blocks of 4: both start with one; at 5 tokens each wants a second. b gives way, and comes back with its
+    prompt and what it had generated, as one prompt of 5."""
+    engine = make_engine(num_blocks=3)
+    engine.submit(request("a", [1, 2, 3], max_tokens=4))
+    engine.submit(request("b", [11, 12, 13], max_tokens=4))
+    answers = run_to_end(engine)
+    assert answers == {"a": ([4, 5, 6, 7], "length"), "b": ([14, 15, 16, 17], "length")}
+    assert ("b", 5) in [item for step in engine.runner.steps for item in step]
+    assert engine.blocks.num_used == 0
+
+
+def test_an_eos_token_ends_the_output_and_is_part_of_it():
+    engine = make_engine()
+    engine.submit(request("a", [EOS - 1], max_tokens=9))
+    assert run_to_end(engine) == {"a": ([EOS], "stop")}
+
+
+def test_ignore_eos_goes_on():
+    engine = make_engine()
+    engine.submit(request("a", [-1], max_tokens=3, ignore_eos=True))
+    assert run_to_end(engine) == {"a": ([0, 1, 2], "length")}
+
+
+def test_a_stop_token_ends_the_output():
+    engine = make_engine()
+    engine.submit(request("a", [5], max_tokens=9, stop_token_ids=[8]))
+    assert run_to_end(engine) == {"a": ([6, 7, 8], "stop")}
+
+
+def test_a_full_queue_refuses():
+    engine = make_engine(max_num_seqs=1, max_waiting=1)
+    engine.submit(request("a"))
+    engine.step()
+    engine.submit(request("b"))
+    with pytest.raises(Overloaded, match="try again later"):
+        engine.submit(request("c"))
+    assert set(run_to_end(engine)) == {"a", "b"}
+
+
+def test_what_can_never_fit_the_cache_is_refused():
+    engine = make_engine(num_blocks=2)
+    with pytest.raises(InvalidRequest, match="3 KV cache blocks, there are 2"):
+        engine.submit(request("a", [1] * 8, max_tokens=1))
+    assert not engine.has_work
+
+
+def test_what_is_longer_than_the_context_is_refused():
+    engine = make_engine(max_model_len=10)
+    with pytest.raises(InvalidRequest, match="is 11, the context has 10"):
+        engine.submit(request("a", [1] * 7, max_tokens=4))
+
+
+def test_a_request_id_in_use_is_refused():
+    engine = make_engine()
+    engine.submit(request("a"))
+    with pytest.raises(InvalidRequest, match="'a' is in use"):
+        engine.submit(request("a"))
+
+
+def test_a_cancel_frees_blocks_before_the_next_step():
+    engine = make_engine()
+    engine.submit(request("a", [1] * 9, max_tokens=50))
+    engine.step()
+    assert engine.blocks.num_used == 3
+    engine.cancel("a")
+    assert engine.blocks.num_used == 0
+    [update] = engine.step()
+    assert (update.request_id, update.finish_reason) == ("a", "cancelled")
+    assert not engine.has_work
+
+
+def test_a_cancel_that_comes_before_its_request_is_kept():
+    engine = make_engine()
+    engine.cancel("late")
+    with pytest.raises(RequestCancelled):
+        engine.submit(request("late"))
+    engine.submit(request("late"))  # a new request of the same id, later
+    assert run_to_end(engine)["late"][1] == "length"
+
+
+def test_an_expired_sequence_ends_within_one_step():
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    engine.submit(request("a", max_tokens=50, timeout_s=2.0))
+    engine.submit(request("b", max_tokens=3))
+    engine.step()
+    clock.now = 2.0
+    ended = [update for update in engine.step() if update.finish_reason]
+    assert [update.request_id for update in ended] == ["a"]
+    assert isinstance(ended[0].error, DeadlineExceeded)
+    assert engine.runner.steps[-1] == [("b", 1)]
+
+
+def test_lost_experts_fail_their_batch_and_the_engine_goes_on():
+    engine = make_engine()
+    engine.submit(request("a"))
+    error = ShardUnavailable("shard 1 is gone", 1)
+    engine.runner.errors.append(error)
+    [update] = engine.step()
+    assert (update.finish_reason, update.error) == ("error", error)
+    assert engine.blocks.num_used == 0
+    engine.submit(request("b", [1], max_tokens=1))
+    assert run_to_end(engine) == {"b": ([2], "length")}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.integers(1, 20), min_size=1, max_size=12),
+    max_tokens=st.integers(1, 12),
+    num_blocks=st.integers(8, 20),
+    budget=st.integers(1, 30),
+    max_num_seqs=st.integers(1, 8),
+)
+def test_any_load_ends_with_the_right_tokens_and_no_block_lost(prompts, max_tokens, num_blocks, budget, max_num_seqs):
+    """Each step keeps its budget, no block belongs to two sequences, and every answer counts on from its prompt."""
+    engine = make_engine(num_blocks=num_blocks, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
+    for index, length in enumerate(prompts):
+        engine.submit(request(str(index), range(100, 100 + length), max_tokens=max_tokens))
+    answers = {str(index): [] for index in range(len(prompts))}
+    while engine.has_work:
+        for update in engine.step():
+            answers[update.request_id] += update.token_ids
+        held = [block for sequence in engine.sequences.values() for block in sequence.block_table]
+        assert len(held) == len(set(held)) == engine.blocks.num_used
+    assert all(sum(num_tokens for _, num_tokens in step) <= budget for step in engine.runner.steps)
+    assert all(len(step) <= max_num_seqs for step in engine.runner.steps)
+    for index, length in enumerate(prompts):
+        assert answers[str(index)] == list(range(100 + length, 100 + length + max_tokens))
+    assert engine.blocks.num_used == 0
+
+
+def test_the_loop_reports_all_sequences_of_a_step_together_and_refusals_too():
+    engine = make_engine(max_model_len=10)
+    loop = EngineLoop(engine)
+    loop.submit([request("a", [1], max_tokens=1), request("b", [2], max_tokens=1), request("c", [1] * 10)])
+    loop.start()
+    updates = []
+    while len(updates) < 3:
+        updates += loop.poll(timeout_s=10)
+    loop.stop()
+    ends = {update.request_id: (update.token_ids, update.finish_reason) for update in updates}
+    assert ends == {"a": ((2,), "length"), "b": ((3,), "length"), "c": ((), "error")}
+    assert engine.runner.steps == [[("a", 1), ("b", 1)]]
+
+
+def test_the_loop_hands_on_what_ended_it():
+    engine = make_engine()
+    engine.runner.errors.append(ValueError("a bug"))
+    loop = EngineLoop(engine)
+    loop.submit([request("a")])
+    loop.start()
+    with pytest.raises(ValueError, match="a bug"):
+        loop.poll(timeout_s=10)

@@ -1,0 +1,98 @@
+"""Fast paths against their plain references, on random shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.kernels.attention import PagedBatch, attention_reference, paged_attention, write_kv
+from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop, experts_reference
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("product", [experts_by_loop, experts_by_grouped_mm])
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), num_tokens=st.integers(1, 9), num_local=st.integers(1, 6), top_k=st.integers(1, 4),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)  # fmt: skip
+def test_grouped_experts_are_the_weighted_sum_of_single_ones(
+    device, product, seed, num_tokens, num_local, top_k, dtype
+):
+    """Ids go from -1 (computed elsewhere), so some rows have no expert here and some experts no row."""
+    random = torch.Generator().manual_seed(seed)
+    hidden, width = 16, 8
+    x = torch.randn(num_tokens, hidden, generator=random).to(dtype)
+    ids = torch.randint(-1, num_local, (num_tokens, top_k), generator=random)
+    weights = torch.rand(num_tokens, top_k, generator=random)
+    gate_up = torch.randn(num_local, 2 * width, hidden, generator=random).div(4).to(dtype)
+    down = torch.randn(num_local, hidden, width, generator=random).div(4).to(dtype)
+    expected = experts_reference(x.double(), ids, weights, gate_up.double(), down.double())
+    got = product(*(tensor.to(device) for tensor in (x, ids, weights, gate_up, down)))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.cpu(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), min_size=1, max_size=5),
+    groups=st.sampled_from([1, 2, 4]),
+    window=st.sampled_from([None, 1, 3, 8]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_paged_attention_is_attention_written_out(device, seed, lengths, groups, window, dtype):
+    """Each sequence brings 1 to 6 new tokens on 0 to 12 in the cache; blocks of 4 lie anywhere."""
+    random = torch.Generator().manual_seed(seed)
+    block_size, kv_heads, head_dim = 4, 2, 8
+    context_lens = [new + old for new, old in lengths]
+    widths = [-(-length // block_size) for length in context_lens]
+    blocks = torch.randperm(sum(widths), generator=random).tolist()
+    tables = torch.zeros(len(lengths), max(widths), dtype=torch.int64)
+    slots = []
+    for row, (width, (new, old)) in enumerate(zip(widths, lengths, strict=True)):
+        own = [blocks.pop() for _ in range(width)]
+        tables[row, :width] = torch.tensor(own)
+        slots += [own[i // block_size] * block_size + i % block_size for i in range(old, old + new)]
+    cache = torch.randn(2, sum(widths), block_size, kv_heads, head_dim, generator=random).to(dtype).to(device)
+    total = sum(new for new, _ in lengths)
+    q = torch.randn(total, groups * kv_heads, head_dim, generator=random).to(dtype).to(device)
+    k, v = torch.randn(2, total, kv_heads, head_dim, generator=random).to(dtype).to(device)
+    batch = PagedBatch(
+        query_lens=[new for new, _ in lengths],
+        context_lens=context_lens,
+        block_tables=tables.to(device),
+        slot_mapping=torch.tensor(slots).to(device),
+        context_lens_tensor=torch.tensor(context_lens).to(device),
+    )
+    write_kv(cache[0], cache[1], k, v, batch.slot_mapping)
+    assert torch.equal(cache[0].flatten(0, 1)[batch.slot_mapping], k)
+    expected = attention_reference(q, cache[0], cache[1], batch, scale=0.3, window=window)
+    got = paged_attention(q, cache[0], cache[1], batch, scale=0.3, window=window)
+    torch.testing.assert_close(got.float(), expected.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_the_attention_reference_on_numbers_worked_out_by_hand():
+    """Two tokens, one head of size 1, keys 0 and ln 3, values 1 and 5: the second query (1) weighs them 1 : 3, so its
+    answer is (1 + 15) / 4 = 4; with a window of 1 it sees itself only, 5. The first sees itself only, 1."""
+    keys = torch.tensor([0.0, torch.log(torch.tensor(3.0))]).view(1, 2, 1, 1)
+    values = torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
+    batch = PagedBatch(
+        query_lens=[2], context_lens=[2], block_tables=torch.tensor([[0]]), slot_mapping=torch.tensor([0, 1]),
+        context_lens_tensor=torch.tensor([2]),
+    )  # fmt: skip
+    q = torch.ones(2, 1, 1)
+    assert attention_reference(q, keys, values, batch, scale=1.0, window=None).flatten().tolist() == pytest.approx(
+        [1, 4]
+    )
+    assert attention_reference(q, keys, values, batch, scale=1.0, window=1).flatten().tolist() == pytest.approx([1, 5])

@@ -1,0 +1,126 @@
+"""The sampler against naive definitions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.model.sampler import PenaltyState, SamplingRow, sample, uniform
+from cluster.types import SAMPLING_DEFAULTS, SamplingParams
+
+
+def row(token_ids=(1,), num_prompt_tokens=1, banned=(), **params):
+    return SamplingRow(
+        token_ids=list(token_ids),
+        num_prompt_tokens=num_prompt_tokens,
+        params=SamplingParams(**params).with_defaults(SAMPLING_DEFAULTS),
+        penalties=PenaltyState(),
+        banned_token_ids=tuple(banned),
+    )
+
+
+def naive_choice(logits, temperature, top_k, top_p, min_p, number):
+    """Sorts, cuts and adds up in plain Python. A row without top_k and top_p is drawn in the order of the ids."""
+    weights = [math.exp((value - max(logits)) / temperature) for value in logits]
+    order = list(range(len(logits)))
+    top_k = 0 if top_k >= len(logits) else top_k
+    if top_k or top_p < 1:
+        order.sort(key=lambda i: -weights[i])
+    if top_k:
+        order = order[:top_k]
+    total = sum(weights[i] for i in order)
+    probs = {i: weights[i] / total for i in order}
+    kept, before = [], 0.0
+    for i in order:
+        if before < top_p:
+            kept.append(i)
+        before += probs[i]
+    best = max(probs[i] for i in kept)
+    kept = [i for i in kept if probs[i] >= min_p * best]
+    mass, target = 0.0, number * sum(probs[i] for i in kept)
+    for i in kept:
+        mass += probs[i]
+        if mass > target:
+            return i
+    return kept[-1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.floats(0.2, 3),
+    top_k=st.sampled_from([0, 1, 3, 20, 40]),
+    top_p=st.sampled_from([1.0, 0.9, 0.4, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5]),
+)
+def test_a_draw_is_the_naive_one(seed, temperature, top_k, top_p, min_p):
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(seed)) * 2
+    expected = naive_choice(logits[0].tolist(), temperature, top_k, top_p, min_p, uniform(seed, 3))
+    params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    [(token_id, _)] = sample(logits, [row((1, 2, 3), **params)])
+    assert token_id == expected
+
+
+def test_greedy_takes_the_best():
+    assert sample(torch.tensor([[0.0, 3.0, 1.0]]), [row(temperature=0)]) == [(1, None)]
+
+
+def test_a_row_samples_the_same_whatever_the_others_are():
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    mine = row((4, 5), temperature=1.2, seed=11, top_p=0.95)
+    alone = sample(logits[:1].clone(), [mine])
+    others = [row(temperature=0.7, seed=i, top_k=i) for i in range(7)]
+    assert sample(logits.clone(), [mine, *others])[0] == alone[0]
+
+
+def test_numbers_are_even_and_differ_by_seed_and_position():
+    numbers = [uniform(seed, position) for seed in range(30) for position in range(30)]
+    assert len(set(numbers)) == 900
+    assert all(0 <= number < 1 for number in numbers)
+    assert abs(sum(numbers) / 900 - 0.5) < 0.05  # five standard deviations of the mean
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(3))
+    token_ids = [3, 4, 4, 9]
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([token_ids]), logits.clone())
+    got = logits.clone()
+    sample(got, [row(token_ids, 2, temperature=0, repetition_penalty=1.7)])
+    torch.testing.assert_close(got, expected)
+
+
+def test_presence_and_frequency_count_the_output_only():
+    """Prompt (5), output (6, 6, 7): token 6 loses 0.5 + 2 × 0.25, token 7 loses 0.5 + 0.25, token 5 nothing."""
+    logits = torch.zeros(1, 9)
+    sample(logits, [row([5, 6, 6, 7], 1, temperature=0, presence_penalty=0.5, frequency_penalty=0.25)])
+    assert logits[0, [5, 6, 7]].tolist() == [0.0, -1.0, -0.75]
+
+
+def test_penalties_follow_a_growing_sequence():
+    kept = row([5], 1, temperature=0, frequency_penalty=1.0)
+    sample(torch.zeros(1, 9), [kept])
+    kept.token_ids.append(6)
+    kept.token_ids.append(6)
+    logits = torch.zeros(1, 9)
+    sample(logits, [kept])
+    assert logits[0, [5, 6]].tolist() == [0.0, -2.0]
+
+
+def test_banned_tokens_are_not_chosen():
+    assert sample(torch.tensor([[0.0, 3.0, 1.0]]), [row(temperature=0, banned=[1])])[0][0] == 2
+
+
+def test_logprobs_are_the_models_own_before_temperature_and_penalties():
+    """Logits ln 1, ln 2, ln 5 are probabilities 1/8, 2/8, 5/8, whatever is done to the logits afterwards."""
+    logits = torch.tensor([[1.0, 2.0, 5.0]]).log()
+    [(token_id, logprobs)] = sample(
+        logits, [row([2], 1, temperature=0, repetition_penalty=100.0, logprobs=2, banned=[2])]
+    )
+    assert token_id == 1
+    assert logprobs.logprob == pytest.approx(math.log(2 / 8))
+    assert [token for token, _ in logprobs.top] == [2, 1]
+    assert [value for _, value in logprobs.top] == pytest.approx([math.log(5 / 8), math.log(2 / 8)])
