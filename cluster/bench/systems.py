@@ -26,6 +26,12 @@ class SystemSpec:
     def name(self) -> str:
         return f"ray, {self.num_shards} shards" if self.kind == "ray" else self.kind
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables to start its process with. Beside shards, threads that spin while they wait take the shards' cores:
+        a served engine starts so too."""
+        return {"OMP_WAIT_POLICY": "passive"} if self.kind == "ray" else {}
+
 
 def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
     """Loads the checkpoint; takes all cores of this process, except for `ray`, whose launcher deals them out.

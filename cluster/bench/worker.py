@@ -8,7 +8,8 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -50,7 +51,8 @@ def run_system(
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child_main, args=(sender, build, spec, config, workload))
-    child.start()
+    with _environment(spec.environment):
+        child.start()
     sender.close()
     detail, load_s = "", 0.0
     try:
@@ -102,3 +104,18 @@ def _measure_system(
         return measure(system, workload, time.perf_counter, lambda batch: sender.send(("run", batch)))
     finally:
         system.close()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,21 +1,14 @@
-"""Configuration: the checkpoint's (`ModelConfig`), the engine's and the cluster's. Knows no tensors and reads no files.
-
-All three are frozen; derive a changed one with `dataclasses.replace`. Their `__post_init__` raises SetupError (the
-model's: CheckpointError) with the field, the value and the limit.
-"""
+"""A checkpoint's config.json, normalized. Knows no tensors and reads no files."""
 
 import math
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
-from cluster.errors import CheckpointError, SetupError
+from cluster.errors import CheckpointError
 
-DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-Transport = Literal["local", "ray"]
+DTYPES = tuple(DTYPE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,152 +243,3 @@ def _rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
         truncate=keys.flag("truncate", True),
         **optional,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """One engine's limits.
-
-    dtype: "auto" is the checkpoint's.  device: "auto" is CUDA where this process has one, else the CPU.
-    kv_cache_bytes: memory for keys and values; with block_size tokens a block it fixes the number of blocks.
-    max_num_batched_tokens: tokens in one step, decode rows and prefill chunks together.
-    max_model_len: prompt and output together; None is the checkpoint's max_position_embeddings.
-    max_waiting: requests that may queue before a further one is refused.
-    """
-
-    dtype: str = "auto"
-    device: str = "auto"
-    block_size: int = 16
-    kv_cache_bytes: int = 1 << 30
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    max_model_len: int | None = None
-    max_waiting: int = 256
-
-    def __post_init__(self) -> None:
-        _check_choice(self, "dtype", ("auto", *DTYPES))
-        _check_choice(self, "device", ("auto", "cpu", "cuda"))
-        for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
-            _check_number(self, name, 1)
-        _check_number(self, "max_waiting", 0)
-        if self.max_model_len is not None:
-            _check_number(self, "max_model_len", 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig:
-    """A deployed cluster: the arguments of `cluster.app:build` and of `moe-cluster serve`.
-
-    model: the checkpoint's directory, readable on every node.
-    attention_replicas, expert_shards: how many processes of each role.
-    gpus_per_*: GPUs a process, fractions allowed; None is one where the Ray cluster has GPUs, else none.
-    cpus_per_*: Ray's logical CPUs a process.
-    shard_timeout_s: a shard that does not answer one call in this time counts as hung.
-    recovery_timeout_s: how long rows wait for a lost shard's successor before their request fails.
-    drain_timeout_s: how long a stop waits for running requests.
-    max_ongoing_requests: requests in one ingress process at a time.
-    max_request_bytes: a larger gRPC request is refused before it is parsed.
-    metrics_port: every node serves /metrics there; 0 takes a free one.
-    """
-
-    model: str
-    model_id: str = ""
-    dtype: str = "auto"
-    device: str = "auto"
-    attention_replicas: int = 1
-    expert_shards: int = 2
-    ingress_replicas: int = 1
-    transport: Transport = "ray"
-    kv_cache_bytes: int = 1 << 30
-    block_size: int = 16
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    max_model_len: int | None = None
-    max_waiting: int = 256
-    max_ongoing_requests: int = 512
-    max_request_bytes: int = 1 << 20
-    gpus_per_attention_replica: float | None = None
-    gpus_per_expert_shard: float | None = None
-    cpus_per_attention_replica: float = 1.0
-    cpus_per_expert_shard: float = 1.0
-    shard_timeout_s: float = 30.0
-    recovery_timeout_s: float = 60.0
-    drain_timeout_s: float = 30.0
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int = 9464
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise SetupError("model is empty: give the directory of a qwen2_moe checkpoint")
-        _check_choice(self, "transport", ("ray",))
-        for name in (
-            "attention_replicas",
-            "expert_shards",
-            "ingress_replicas",
-            "max_ongoing_requests",
-            "max_request_bytes",
-        ):
-            _check_number(self, name, 1)
-        for name in ("gpus_per_attention_replica", "gpus_per_expert_shard"):
-            if getattr(self, name) is not None:
-                _check_number(self, name, 0)
-        for name in (
-            "cpus_per_attention_replica",
-            "cpus_per_expert_shard",
-            "shard_timeout_s",
-            "recovery_timeout_s",
-            "drain_timeout_s",
-        ):
-            _check_number(self, name, 0)
-        _check_number(self, "metrics_port", 0, 65535)
-        self.engine()
-
-    def engine(self) -> EngineConfig:
-        """The part that one engine knows. Raises SetupError for its fields."""
-        return EngineConfig(**{f.name: getattr(self, f.name) for f in fields(EngineConfig)})
-
-    @classmethod
-    def from_mapping(cls, args: Mapping[str, Any]) -> Self:
-        """Reads untyped arguments (YAML, JSON). Raises SetupError for an unknown key or a value of another type."""
-        known = {f.name: f for f in fields(cls)}
-        hints = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
-        for key, value in args.items():
-            if key not in known:
-                raise SetupError(f"unknown argument {key!r}; known ones: {', '.join(sorted(known))}")
-            values[key] = _coerce(key, value, hints[key])
-        missing = [n for n, f in known.items() if f.default is MISSING and n not in values]
-        if missing:
-            raise SetupError(f"argument {missing[0]!r} is missing")
-        return cls(**values)
-
-
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """Returns `value` as `hint` (int, float, str, Literal or one of these | None), an int standing for a float."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
-                return value
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif isinstance(value, option) and not isinstance(value, bool):
-            return value
-    names = " or ".join(getattr(o, "__name__", None) or "/".join(map(str, typing.get_args(o))) for o in options)
-    raise SetupError(f"{key} is {value!r}, {names.replace('NoneType', 'null')} is needed")
-
-
-def _check_number(config: object, name: str, low: float, high: float = math.inf) -> None:
-    value = getattr(config, name)
-    if not low <= value <= high:
-        upper = "" if high == math.inf else f" and at most {high:g}"
-        raise SetupError(f"{name} is {value}, at least {low:g}{upper} is needed")
-
-
-def _check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise SetupError(f"{name} is {value!r}, one of {', '.join(choices)} is needed")

@@ -1,0 +1,10 @@
+"""Configuration: the checkpoint's (`ModelConfig`), the engine's and the cluster's.
+
+All are frozen; derive a changed one with `dataclasses.replace`. What cannot work is refused when it is made:
+SetupError, for the model's CheckpointError, with the field, the value and the limit.
+"""
+
+from cluster.config.cluster import ClusterConfig, EngineConfig, Transport
+from cluster.config.model import DTYPE_BYTES, DTYPES, ModelConfig, RopeConfig
+
+__all__ = ["DTYPES", "DTYPE_BYTES", "ClusterConfig", "EngineConfig", "ModelConfig", "RopeConfig", "Transport"]

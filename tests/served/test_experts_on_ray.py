@@ -1,0 +1,56 @@
+"""Expert shards on Ray without an application: resources by role, what is left behind, what cannot load."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.errors import CheckpointError, SetupError
+from cluster.metrics import DispatchMetrics, new_registry
+from cluster.runtime.launch import RayExperts, start_ray
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def config(demo_checkpoint):
+    return ClusterConfig(
+        model=str(demo_checkpoint), dtype="float32", device="cpu", expert_shards=2, gpus_per_expert_shard=0.5
+    )
+
+
+def start(config):
+    return RayExperts(config, DispatchMetrics(new_registry(), "test"))
+
+
+def test_shards_take_the_fractions_of_gpus_that_they_are_configured_for(ray_cluster, config):
+    """Two shards of half a GPU take one from the cluster, and give it back."""
+    before = ray_cluster.available_resources()["GPU"]
+    experts = start(config)
+    try:
+        assert before - ray_cluster.available_resources()["GPU"] == pytest.approx(1.0)
+        assert len(experts.dispatcher.plans.current().slices) == 2
+    finally:
+        experts.close()
+    experts.close()  # again: nothing left to do
+
+
+def test_more_gpus_than_the_cluster_has_are_refused(ray_cluster, config):
+    with pytest.raises(SetupError, match=r"34 GPUs are asked for .* the Ray cluster has 16"):
+        start(replace(config, gpus_per_expert_shard=17.0))
+
+
+def test_a_damaged_slice_is_named_when_its_shard_loads(ray_cluster, config, tmp_path):
+    """The names are all there, so only the shard that reads the file can find out."""
+    for file in Path(config.model).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=last.name):
+        start(replace(config, model=str(tmp_path)))
+
+
+def test_a_connected_ray_is_left_as_it_is(ray_cluster):
+    start_ray(num_cpus=1)()
+    assert ray_cluster.is_initialized()
