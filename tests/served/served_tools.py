@@ -8,14 +8,18 @@ from urllib.request import urlopen
 from prometheus_client.parser import text_string_to_metric_families
 
 
-def scrape(served: Any) -> dict[str, float]:
-    """Sums of all samples by their name, over all labels, as a scrape of /metrics shows them now."""
+def samples(served: Any) -> list[Any]:
+    """All samples that a scrape of /metrics shows now, with their labels."""
     with urlopen(served.status().metrics_addresses[0], timeout=10) as response:
         text = response.read().decode()
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def scrape(served: Any) -> dict[str, float]:
+    """Sums of all samples by their name, over all labels."""
     sums: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    for sample in samples(served):
+        sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     return sums
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from served_tools import scrape, wait_until
+from served_tools import samples, scrape, wait_until
 
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
@@ -42,19 +42,20 @@ def engine_pids(served):
     return [replica.process.pid for replica in served.status().replicas]
 
 
-def plasma_objects():
+def plasma_objects(ray_cluster):
     """Objects in this Ray's object store."""
     from ray._private.internal_api import memory_summary
 
-    for line in memory_summary(stats_only=True).splitlines():
+    address = ray_cluster.get_runtime_context().gcs_address
+    for line in memory_summary(address, stats_only=True).splitlines():
         if "Plasma memory usage" in line:
             return int(line.split(",")[1].split()[0])
     raise AssertionError("no line about plasma in Ray's memory summary")
 
 
-def test_the_object_store_does_not_grow_over_1000_requests(served, stub):
+def test_the_object_store_does_not_grow_over_1000_requests(served, stub, ray_cluster):
     """Every eighth prompt is 500 tokens long, so that its batches (500 rows of 256 bytes) go through the store."""
-    before = plasma_objects()
+    before = plasma_objects(ray_cluster)
 
     def ask(index):
         ids = list(range(500)) if index % 8 == 0 else [index % 1000]
@@ -62,7 +63,7 @@ def test_the_object_store_does_not_grow_over_1000_requests(served, stub):
 
     with ThreadPoolExecutor(24) as pool:
         assert sum(len(answer.token_ids) for answer in pool.map(ask, range(1000))) == 1000
-    wait_until(lambda: plasma_objects() <= before, f"the store has no more than {before} objects")
+    wait_until(lambda: plasma_objects(ray_cluster) <= before, f"the store has no more than {before} objects")
     assert scrape(served)["moecluster_engine_kv_used_blocks"] == 0
 
 
@@ -118,7 +119,8 @@ def test_a_killed_controller_comes_back_to_the_running_shards(served, stub, ray_
 
     def adopted():
         try:
-            return shard_pids(served) == pids and served.status().covered
+            status = served.status()
+            return shard_pids(served) == pids and status.covered and bool(status.metrics_addresses)
         except Exception:  # noqa: BLE001 it is restarting
             return False
 
@@ -129,7 +131,14 @@ def test_a_killed_engine_ends_its_streams_with_unavailable_and_is_replaced(serve
     calls = [stub.GenerateStream(pb.GenerateStreamRequest(text="x", sampling_params=greedy(2000))) for _ in range(6)]
     for call in calls:
         next(call)
-    killed = engine_pids(served)[0]
+    wait_until(lambda: len(engine_pids(served)) == 2, "the controller knows both engines")
+    running = {
+        sample.labels["replica"]: sample.value
+        for sample in samples(served)
+        if sample.name == "moecluster_engine_running_sequences"
+    }
+    busiest = max(running, key=running.get)
+    [killed] = [replica.process.pid for replica in served.status().replicas if replica.name == busiest]
     os.kill(killed, signal.SIGKILL)
     codes = []
     deadline = time.monotonic() + 10

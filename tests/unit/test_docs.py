@@ -5,13 +5,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
-import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from cluster import cli, metrics
 from cluster.config import ClusterConfig
 from cluster.metrics import CollectorRegistry
-from cluster.runtime.launch import GRPC_SERVICERS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -51,12 +48,3 @@ def test_every_metric_in_the_readme_exists():
 def test_links_lead_somewhere(name):
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-def test_the_serve_config_is_valid_and_its_arguments_are_ours():
-    raw = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
-    schema = ServeDeploySchema.model_validate(raw)
-    [application] = schema.applications
-    assert application.import_path == "cluster.app:build"
-    assert ClusterConfig.from_mapping(application.args).expert_shards == 2
-    assert schema.grpc_options.grpc_servicer_functions == GRPC_SERVICERS
