@@ -55,7 +55,7 @@ class IngressMetrics:
         )
         self._end_to_end = define.histogram(
             "moecluster_request_duration_seconds",
-            "From a request's arrival to its end, whatever the outcome. Read it beside the tokens: long "
+            "From a request's arrival to its last token, of requests that were answered. Read it beside the tokens: long "
             "answers take long.",
             _REQUEST_BUCKETS,
         )

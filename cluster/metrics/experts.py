@@ -166,7 +166,7 @@ class ControllerMetrics:
         coverage = define.gauge(
             "moecluster_controller_experts",
             "Experts, over all layers, by loaded copies (0, 1, 2+). Page on any with 0: requests wait or "
-            "fail. With 1 the next death interrupts: raise min_copies.",
+            "fail. With 1 the next death makes requests wait for the shard's successor.",
             "livemostrecent",
             "copies",
         )
