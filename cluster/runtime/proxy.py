@@ -1,8 +1,8 @@
 """What Serve's gRPC proxy registers for this application, in the proxy's process.
 
 Ray Serve 2.60's proxy passes a client's cancel on only when it reaches the proxy while that waits for the replica's
-next message. One that comes while a message is being written (8 of 66 streams in a test that leaves after one or two tokens)
-is lost, and the replica generates to the end for nobody. `relay_cancels` closes that gap.
+next message. One that comes while a message is being written is lost (8 of 66 streams that were left after one or two
+tokens), and the replica generates to the end for nobody. `relay_cancels` closes that gap.
 """
 
 import asyncio
