@@ -162,7 +162,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         # The engine refuses what is too much and says why; Serve's own queue must not hide requests from it.
         max_ongoing_requests=config.max_num_seqs + config.max_waiting + 64,
-        max_queued_requests=config.max_waiting,
+        max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
@@ -172,7 +172,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": environment},
         max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_waiting,
+        max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
