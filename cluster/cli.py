@@ -182,8 +182,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     with _served(args, args.model) as cluster:
         print_cluster(cluster)
-        print("\nCtrl-C drains and stops.", flush=True)
-        _wait_for_interrupt()
+        _wait_for_interrupt("Ctrl-C drains and stops.")
     return 0
 
 
@@ -210,8 +209,7 @@ def _demo(args: argparse.Namespace) -> int:
                 print_metrics(response.read().decode(), DEMO_METRICS)
             if args.keep:
                 address = f"127.0.0.1:{cluster.grpc_port}"
-                print(f"\nrunning; try: moe-cluster chat --address {address}\nCtrl-C stops.", flush=True)
-                _wait_for_interrupt()
+                _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
@@ -285,8 +283,10 @@ def _print_stream(pieces: Iterator[Any]) -> str:
     return "".join(texts)
 
 
-def _wait_for_interrupt() -> None:
+def _wait_for_interrupt(invitation: str) -> None:
+    """Prints the invitation inside the guard: who reads it may press Ctrl-C at once."""
     try:
+        print(f"\n{invitation}", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print()

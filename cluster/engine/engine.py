@@ -14,7 +14,7 @@ from cluster.engine.block_manager import BlockManager
 from cluster.engine.runner import ModelRunner
 from cluster.engine.scheduler import Batch, Scheduler
 from cluster.engine.sequence import Sequence
-from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
+from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.metrics import EngineMetrics
 from cluster.types import EngineRequest, FinishReason, Logprobs, SequenceUpdate
 
@@ -135,7 +135,7 @@ class Engine:
         num_decode_tokens = sum(s.num_tokens for s in batch.scheduled if s.samples and s.sequence.num_output_tokens)
         try:
             results = self.runner.run(batch)
-        except Unavailable as error:
+        except ClusterError as error:
             log.warning("%d sequences end: %s", len(batch.scheduled), error)
             for s in batch.scheduled:
                 self._end(s.sequence, "error", error)

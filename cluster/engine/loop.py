@@ -20,6 +20,8 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
         self._news = threading.Condition()
         self._updates: list[SequenceUpdate] = []
+        self._message: list[SequenceUpdate] = []
+        self._number = 0
         self._failure: BaseException | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -37,17 +39,23 @@ class EngineLoop:
         for request_id in request_ids:
             self._inbox.put(request_id)
 
-    def poll(self, timeout_s: float) -> list[SequenceUpdate]:
-        """Blocks until there is news and returns all of it; empty when the time is over first.
+    def poll(self, timeout_s: float, received: int) -> tuple[int, list[SequenceUpdate]]:
+        """Blocks until there is news; returns a number and the news since the last message.
 
+        received: the number of the last message that the caller has, 0 for none. A message that got lost on its way
+        is given again: no token is lost with a call. When the time is over without news the list is empty.
         Raises what ended the engine's thread, if something did.
         """
         with self._news:
-            self._news.wait_for(lambda: self._updates or self._stopped, timeout_s)
-            if self._failure is not None:
-                raise self._failure
-            updates, self._updates = self._updates, []
-            return updates
+            if received == self._number:
+                self._news.wait_for(lambda: self._updates or self._stopped, timeout_s)
+                if self._failure is not None:
+                    raise self._failure
+                if not self._updates:
+                    return self._number, []
+                self._message, self._updates = self._updates, []
+                self._number += 1
+            return self._number, self._message
 
     def stop(self) -> None:
         """Ends the thread after the step under way. Blocks."""

@@ -179,9 +179,9 @@ class EngineActor:
         self.loop.cancel(request_ids)
 
     @ray.method(concurrency_group="poll")
-    def poll(self, timeout_s: float) -> list[SequenceUpdate]:
-        """All news of all sequences since the last call: one message a step, or one for several when asked late."""
-        return self.loop.poll(timeout_s)
+    def poll(self, timeout_s: float, received: int) -> tuple[int, list[SequenceUpdate]]:
+        """As `EngineLoop.poll`: one message a step for all sequences, or one for several when asked late."""
+        return self.loop.poll(timeout_s, received)
 
 
 SHARD_GROUPS = {"control": 1, "watch": 1}

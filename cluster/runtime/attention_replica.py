@@ -122,14 +122,20 @@ class AttentionReplica:
 
     async def _share_out(self) -> None:
         """Asks the engine for each step's message, for as long as it lives."""
-        try:
-            while True:
-                for update in await self.engine.poll.remote(LONG_POLL_S):
+        received = 0
+        while not self._lost:
+            try:
+                received, updates = await self.engine.poll.remote(LONG_POLL_S, received)
+            except (ray.exceptions.TaskCancelledError, ray.exceptions.ActorUnavailableError) as error:
+                # Ray cancels the calls that a cancelled request made, and may count this one among them.
+                log.info("attention replica %s asks its engine again: %s", self.name, type(error).__name__)
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                self._lost = f"the engine of attention replica {self.name} is gone"
+                log.error("%s: %s", self._lost, error)
+            else:
+                for update in updates:
                     if stream := self._streams.get(update.request_id):
                         stream.put(update)
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-            self._lost = f"the engine of attention replica {self.name} is gone"
-            log.error("%s: %s", self._lost, error)
         for request_id, stream in self._streams.items():
             stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=ReplicaUnavailable(LOST)))
         await asyncio.sleep(LAST_WORDS_S)

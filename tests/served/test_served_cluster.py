@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
-from served_tools import scrape, wait_until
+from served_tools import samples, scrape, wait_until
 
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
@@ -123,3 +125,41 @@ def test_a_killed_controller_comes_back_to_the_running_shards(served, stub, ray_
             return False
 
     wait_until(adopted, "the controller has the same shards again", timeout_s=40)
+
+
+def end_of(call):
+    """Reads a stream to its end, which is an error, and returns its code and details."""
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError as error:
+        return error.code(), error.details()
+    return grpc.StatusCode.OK, ""
+
+
+def test_a_killed_engine_ends_its_streams_with_unavailable_and_is_replaced(served, stub):
+    calls = [stub.GenerateStream(pb.GenerateStreamRequest(text="x", sampling_params=greedy(2000))) for _ in range(6)]
+    for call in calls:
+        next(call)
+    wait_until(lambda: len(engine_pids(served)) == 2, "the controller knows both engines")
+    running = {
+        sample.labels["replica"]: sample.value
+        for sample in samples(served)
+        if sample.name == "moecluster_engine_running_sequences"
+    }
+    busiest = max(running, key=running.get)
+    [killed] = [replica.process.pid for replica in served.status().replicas if replica.name == busiest]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        ends = [pool.submit(end_of, call) for call in calls]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: any(end.done() for end in ends), "a stream ends", timeout_s=10)
+        time.sleep(0.5)  # the others of the same engine end within the same moment
+        for call in calls:
+            call.cancel()
+    codes = [code for code, details in (end.result() for end in ends) if code != grpc.StatusCode.CANCELLED]
+    assert all("send it again" in end.result()[1] for end in ends if end.result()[0] == grpc.StatusCode.UNAVAILABLE)
+    assert codes
+    assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
+    wait_until(
+        lambda: len(engine_pids(served)) == 2 and killed not in engine_pids(served), "a new engine", timeout_s=60
+    )

@@ -181,9 +181,10 @@ def test_the_loop_reports_all_sequences_of_a_step_together_and_refusals_too():
     loop = EngineLoop(engine)
     loop.submit([request("a", [1], max_tokens=1), request("b", [2], max_tokens=1), request("c", [1] * 10)])
     loop.start()
-    updates = []
+    updates, received = [], 0
     while len(updates) < 3:
-        updates += loop.poll(timeout_s=10)
+        received, news = loop.poll(timeout_s=10, received=received)
+        updates += news
     loop.stop()
     ends = {update.request_id: (update.token_ids, update.finish_reason) for update in updates}
     assert ends == {"a": ((2,), "length"), "b": ((3,), "length"), "c": ((), "error")}
@@ -197,4 +198,15 @@ def test_the_loop_hands_on_what_ended_it():
     loop.submit([request("a")])
     loop.start()
     with pytest.raises(ValueError, match="a bug"):
-        loop.poll(timeout_s=10)
+        loop.poll(timeout_s=10, received=0)
+
+
+def test_a_message_that_got_lost_is_given_again_and_a_received_one_is_not():
+    loop = EngineLoop(make_engine())
+    loop.submit([request("a", [1], max_tokens=1)])
+    loop.start()
+    first = loop.poll(timeout_s=10, received=0)
+    assert [update.token_ids for update in first[1]] == [(2,)]
+    assert loop.poll(timeout_s=10, received=0) == first
+    assert loop.poll(timeout_s=0, received=first[0]) == (first[0], [])
+    loop.stop()
