@@ -1,6 +1,7 @@
 """The Serve deployment in front of an engine: hands requests in, shares each step's message out to their streams."""
 
 import asyncio
+import contextvars
 import logging
 import os
 from collections.abc import AsyncGenerator
@@ -83,6 +84,9 @@ class AttentionReplica:
             raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
         self._streams: dict[str, UpdateQueue] = {}
         self._lost = ""
+        # Ray cancels what a cancelled request called, and a cancelled call holds up all later ones of its caller to
+        # the same actor for 30 s (Ray 2.60): calls to the engine are made in the replica's name, not in a request's.
+        self._own = contextvars.copy_context()
         self._pump = asyncio.create_task(self._share_out())
         log.info("attention replica %s is up", self.name)
 
@@ -98,7 +102,7 @@ class AttentionReplica:
         stream = self._streams[request.request_id] = UpdateQueue()
         ended = False
         try:
-            self.engine.submit.remote([request])
+            self._own.run(self.engine.submit.remote, [request])
             while not ended:
                 update = await stream.take()
                 ended = update.finish_reason is not None
@@ -106,7 +110,7 @@ class AttentionReplica:
         finally:
             del self._streams[request.request_id]
             if not ended:
-                self.engine.cancel.remote([request.request_id])
+                self._own.run(self.engine.cancel.remote, [request.request_id])
 
     def check_health(self) -> None:
         """Serve asks; a replica whose engine is gone is replaced."""
@@ -126,8 +130,7 @@ class AttentionReplica:
         while not self._lost:
             try:
                 received, updates = await self.engine.poll.remote(LONG_POLL_S, received)
-            except (ray.exceptions.TaskCancelledError, ray.exceptions.ActorUnavailableError) as error:
-                # Ray cancels the calls that a cancelled request made, and may count this one among them.
+            except ray.exceptions.ActorUnavailableError as error:
                 log.info("attention replica %s asks its engine again: %s", self.name, type(error).__name__)
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
                 self._lost = f"the engine of attention replica {self.name} is gone"

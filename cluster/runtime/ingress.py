@@ -1,6 +1,7 @@
 """The Serve deployment that clients reach: gRPC in, a stream of tokens from an attention replica, text out."""
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -38,6 +39,7 @@ class ReplicaBalancer:
         self._generate = replicas.generate.options(stream=True)
         self._ready = replicas.ready
         self.engines: tuple[Any, ...] = ()  # of all replicas, as the controller last said
+        self._own = contextvars.copy_context()  # for calls that are not cancelled with their request
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
         """Raises Overloaded, Unavailable. Closing the generator cancels the sequence on its replica.
@@ -77,7 +79,7 @@ class ReplicaBalancer:
                 response.cancel()
                 # Serve's cancel can miss a request that is just being handed over; the engines know it by its id.
                 for engine in self.engines:
-                    engine.cancel.remote([request.request_id])
+                    self._own.run(engine.cancel.remote, [request.request_id])
 
     async def answers(self) -> bool:
         """Whether some replica is up."""
