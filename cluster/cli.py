@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -284,12 +283,23 @@ def _print_stream(pieces: Iterator[Any]) -> str:
 
 
 def _wait_for_interrupt(invitation: str) -> None:
-    """Prints the invitation inside the guard: who reads it may press Ctrl-C at once."""
-    try:
-        print(f"\n{invitation}", flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print()
+    """Prints the invitation and returns on Ctrl-C or SIGTERM, however soon it comes.
+
+    A KeyboardInterrupt would be lost in whatever callback it happened to be raised in: the signal wakes a pipe instead.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    ends = (signal.SIGINT, signal.SIGTERM)
+    for number in ends:
+        signal.signal(number, lambda *_: None)
+    print(f"\n{invitation}", flush=True)
+    while os.read(reader, 1)[0] not in ends:
+        pass  # another signal that something handles
+    signal.set_wakeup_fd(-1)
+    os.close(reader)
+    os.close(writer)
+    print()
 
 
 if __name__ == "__main__":

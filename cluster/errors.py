@@ -6,6 +6,7 @@
     ├── InvalidRequest               INVALID_ARGUMENT    400   carries the field's name
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
+    ├── ProtocolError                INTERNAL            500   a stream's other side does not speak its protocol
     ├── RequestCancelled             CANCELLED           499
     └── Unavailable                  UNAVAILABLE         503
         ├── ReplicaUnavailable                                 an attention replica or its engine died
@@ -49,6 +50,10 @@ class InvalidRequest(ClusterError):
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message, field)
         self.field = field
+
+
+class ProtocolError(ClusterError):
+    """What came over a stream is no frame of this version, or from a stranger; the connection ends."""
 
 
 class Overloaded(ClusterError):

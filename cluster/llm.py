@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint.generation import read_sampling_defaults
-from cluster.config import ClusterConfig, EngineConfig, Transport
+from cluster.config import TRANSPORTS, ClusterConfig, EngineConfig, Transport
 from cluster.engine.engine import Engine
 from cluster.engine.local import load_engine, local_experts, model_info
 from cluster.engine.scheduler import ScheduledSequence
@@ -38,8 +38,8 @@ QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is ref
 class LLM:
     """A checkpoint ready to generate. Not thread-safe. Close it, or use it as a context manager.
 
-    transport: "local" computes the experts in this process; "ray" on `num_expert_shards` Ray actors, on the Ray
-    cluster that is connected, else on one of this machine.
+    transport: "local" computes the experts in this process; "auto" on `num_expert_shards` Ray actors, on the Ray
+    cluster that is connected, else on one of this machine. "stream" and "ray" name the carrier to them.
     skip_tokenizer: prompts are token ids only and outputs have no text.
     The other arguments are the fields of `EngineConfig`.
     Raises SetupError, CheckpointError.
@@ -61,8 +61,8 @@ class LLM:
         max_model_len: int | None = None,
         cpus_per_expert_shard: float = 1.0,
     ) -> None:
-        if transport not in ("local", "ray"):
-            raise SetupError(f"transport is {transport!r}, 'local' or 'ray' is needed")
+        if transport not in ("local", *TRANSPORTS):
+            raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
         config = EngineConfig(
             dtype=dtype,
             device=device,
@@ -80,13 +80,14 @@ class LLM:
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
         self.info = model_info(model_dir, config)
         self._completer = RequestCompleter(self.info, read_sampling_defaults(model_dir))
-        if transport == "ray":
+        if transport != "local":
             self._ray_experts = RayExperts(
                 ClusterConfig(
                     model=str(Path(model_dir).resolve()),
                     dtype=dtype,
                     device=device,
                     expert_shards=num_expert_shards,
+                    transport=transport,
                     cpus_per_expert_shard=cpus_per_expert_shard,
                 ),
                 dispatch_metrics,

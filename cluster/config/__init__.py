@@ -4,7 +4,16 @@ All are frozen; derive a changed one with `dataclasses.replace`. What cannot wor
 SetupError, for the model's CheckpointError, with the field, the value and the limit.
 """
 
-from cluster.config.cluster import ClusterConfig, EngineConfig, Transport
+from cluster.config.cluster import TRANSPORTS, ClusterConfig, EngineConfig, Transport
 from cluster.config.model import DTYPE_BYTES, DTYPES, ModelConfig, RopeConfig
 
-__all__ = ["DTYPES", "DTYPE_BYTES", "ClusterConfig", "EngineConfig", "ModelConfig", "RopeConfig", "Transport"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_BYTES",
+    "TRANSPORTS",
+    "ClusterConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "Transport",
+]

@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 from cluster.config.model import DTYPES
 from cluster.errors import SetupError
 
-Transport = Literal["local", "ray"]
+Transport = Literal["local", "auto", "stream", "ray"]
+TRANSPORTS: tuple[Transport, ...] = ("auto", "stream", "ray")  # between processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class ClusterConfig:
 
     model: the checkpoint's directory, readable on every node.
     attention_replicas, expert_shards: how many processes of each role.
+    transport: "auto" is a stream to each shard, and Ray calls while one is down; "stream" and "ray" are only one.
     gpus_per_*: GPUs a process, fractions allowed; None is one where the Ray cluster has GPUs, else none.
     cpus_per_*: Ray's logical CPUs a process.
     shard_timeout_s: a shard that does not answer one call in this time counts as hung.
@@ -66,7 +68,7 @@ class ClusterConfig:
     attention_replicas: int = 1
     expert_shards: int = 2
     ingress_replicas: int = 1
-    transport: Transport = "ray"
+    transport: Transport = "auto"
     kv_cache_bytes: int = 1 << 30
     block_size: int = 16
     max_num_seqs: int = 64
@@ -88,7 +90,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise SetupError("model is empty: give the directory of a qwen2_moe checkpoint")
-        _check_choice(self, "transport", ("ray",))
+        _check_choice(self, "transport", TRANSPORTS)
         for name in (
             "attention_replicas",
             "expert_shards",

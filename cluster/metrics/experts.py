@@ -15,7 +15,7 @@ _WAIT_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 class _ShardTraffic:
     """One replica's counters toward one shard."""
 
-    __slots__ = ("received_bytes", "rerouted", "round_trip", "rows", "sent_bytes")
+    __slots__ = ("fallbacks", "received_bytes", "rerouted", "round_trip", "rows", "sent_bytes")
 
     def __init__(self, define: Definitions, replica: str, shard_id: int) -> None:
         labels = ("replica", "shard_id")
@@ -39,6 +39,12 @@ class _ShardTraffic:
             "From sending rows to a shard to having its answer. Take the shard's compute and queue wait "
             "off it: the rest is the carrier.",
             _ROUND_TRIP_BUCKETS,
+            *labels,
+        ).labels(replica, shard_id)
+        self.fallbacks = define.counter(
+            "moecluster_dispatch_fallbacks_total",
+            "Batches that went over Ray calls because the stream to this shard was down. Growing: look for the "
+            "stream's error in the replica's log.",
             *labels,
         ).labels(replica, shard_id)
         self.rerouted = define.counter(
@@ -73,6 +79,10 @@ class DispatchMetrics:
         shard = self._shards.get(shard_id) or self._shard(shard_id)
         shard.round_trip.observe(seconds)
         shard.received_bytes.inc(num_bytes)
+
+    def fell_back(self, shard_id: int) -> None:
+        """A batch goes over Ray because the shard's stream is down."""
+        (self._shards.get(shard_id) or self._shard(shard_id)).fallbacks.inc()
 
     def rerouted(self, shard_id: int, rows: int) -> None:
         """Rows are sent again. shard_id: the shard that failed them, not the one that gets them now."""

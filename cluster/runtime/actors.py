@@ -9,18 +9,23 @@ from typing import Any
 
 import ray
 import torch
+from torch import Tensor
 
 from cluster.checkpoint.names import dense_bytes
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
 from cluster.engine.local import load_engine, resolve_device, resolve_dtype, torch_dtype
 from cluster.engine.loop import EngineLoop
+from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.shard import ExpertShard
+from cluster.experts.transport import ExpertBatch
 from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.protocol import ProcessInfo, process_info
-from cluster.runtime.transports import RayTransport, decode, to_bytes
+from cluster.runtime.transports import decode, make_transport, to_bytes
+from cluster.stream.frames import StreamOffer
+from cluster.stream.server import StreamServer
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
@@ -66,6 +71,8 @@ class ExpertShardActor:
         self.shard: ExpertShard | None = None
         self.metrics = ShardMetrics(new_registry(), shard_id)
         self._reported: dict[tuple[int, int], int] = {}
+        self._computing = threading.Lock()  # a Ray call and the stream's thread may come at once
+        self._streams: StreamServer | None = None
         threading.Thread(target=self._flush_loads, name="loads", daemon=True).start()
 
     def load(
@@ -91,6 +98,12 @@ class ExpertShardActor:
         shard.load(reader, experts, progress)
         self.shard = shard
         self._reported = {}
+        if self._streams is None:
+            info = process_info()
+            self._streams = StreamServer(
+                _Computer(self, shard.device), host=ray.util.get_node_ip_address(), node=info.node_id
+            )
+            self._streams.start()
         self.metrics.weights_bytes(shard.num_bytes)
         log.info("shard %d holds %d experts, %d bytes", self.shard_id, num_experts, shard.num_bytes)
         return shard.num_bytes
@@ -98,13 +111,24 @@ class ExpertShardActor:
     def forward(self, *wire: Any) -> bytes:
         """One `WireBatch` in, the rows' weighted sums [T, H] in their dtype out. Raises ShardUnavailable."""
         assert self.shard is not None, "forward before load"
-        self.metrics.queue_wait(max(0.0, time.time() - wire[0]))  # hosts' clocks may differ
+        waited_s = max(0.0, time.time() - wire[0])  # hosts' clocks may differ
+        return to_bytes(self.compute(decode(wire, self.shard.device), waited_s))
+
+    def compute(self, batch: ExpertBatch, waited_s: float) -> Tensor:
+        """[T, H] in the rows' dtype, whichever carrier brought them. Raises ShardUnavailable."""
+        self.metrics.queue_wait(waited_s)
         started = time.monotonic()
-        batch = decode(wire, self.shard.device)
-        out = self.shard.forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
-        data = to_bytes(out)
+        with self._computing:
+            if self.shard is None:
+                raise ShardUnavailable(f"shard {self.shard_id} is loading", self.shard_id)
+            out = self.shard.forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
         self.metrics.computed(time.monotonic() - started, batch.hidden_states.shape[0])
-        return data
+        return out
+
+    @ray.method(concurrency_group="control")
+    def stream_offer(self) -> StreamOffer | None:
+        """How to reach this shard's stream; None before it is loaded."""
+        return None if self._streams is None else self._streams.offer
 
     @ray.method(concurrency_group="control")
     def process(self) -> ProcessInfo:
@@ -135,6 +159,14 @@ class ExpertShardActor:
                         self.metrics.expert_tokens(layer_id, expert_id, news)
 
 
+class _Computer:
+    """What a shard's stream computes with."""
+
+    def __init__(self, actor: ExpertShardActor, device: torch.device) -> None:
+        self.device = device
+        self.forward = actor.compute
+
+
 class EngineActor:
     """An attention replica's engine, in a process with nothing else that is busy.
 
@@ -144,11 +176,12 @@ class EngineActor:
     def __init__(self, config: ClusterConfig, replica: str, controller: Any, num_threads: int) -> None:
         prepare_process(num_threads)
         registry = new_registry()
+        metrics = DispatchMetrics(registry, replica)
         self.directory = ShardDirectory(controller, replica, process_info(), ray.get_runtime_context().current_actor)
         experts = ExpertDispatcher(
-            RayTransport(self.directory),
+            make_transport(config, self.directory, metrics),
             self.directory,
-            DispatchMetrics(registry, replica),
+            metrics,
             shard_timeout_s=config.shard_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
         )

@@ -32,7 +32,7 @@ from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.ingress import Ingress
 from cluster.runtime.process import actor_environment
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
-from cluster.runtime.transports import RayTransport
+from cluster.runtime.transports import make_transport
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class RayExperts:
             self.close()
             raise
         self.dispatcher = ExpertDispatcher(
-            RayTransport(self._directory),
+            make_transport(config, self._directory, metrics),
             self._directory,
             metrics,
             shard_timeout_s=config.shard_timeout_s,

@@ -1,4 +1,4 @@
-"""Carriers between processes. `RayTransport`: each batch is one Ray actor call.
+"""Carriers between processes. `RayTransport`: each batch is one Ray actor call. Streams are negotiated here.
 
 Tensors travel as bytes: Ray keeps small ones inside the call and moves large ones through its object store, and
 neither side pays for pickling tensors. T: rows, H: hidden size, K: experts a token.
@@ -6,6 +6,7 @@ neither side pays for pickling tensors. T: rows, H: hidden size, K: experts a to
 
 import time
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +15,13 @@ import ray
 import torch
 from torch import Tensor
 
+from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, ShardUnavailable
-from cluster.experts.transport import ExpertBatch
+from cluster.experts.transport import ExpertBatch, ExpertTransport
+from cluster.metrics import DispatchMetrics
+from cluster.runtime.protocol import process_info
+from cluster.stream.client import StreamTransport
+from cluster.stream.frames import StreamOffer
 
 WireBatch = tuple[float, int, int, str, int, bytes, bytes, bytes]
 """When it was sent (seconds of the wall clock), layer_id, epoch, dtype of the rows, T, rows [T, H], ids [T, K] int32,
@@ -109,3 +115,44 @@ class RayTransport:
 
     def close(self) -> None:
         pass
+
+
+OFFER_TIMEOUT_S = 2.0  # a shard that does not even answer this is reached over Ray, which knows when it is dead
+
+
+class RayOffers:
+    """Streams are negotiated by Ray calls: only who may call the actor learns its address and secret."""
+
+    def __init__(self, shards: ShardHandles) -> None:
+        self.shards = shards
+
+    def incarnation(self, shard_id: int) -> Hashable:
+        return str(self.shards.handle(shard_id)._actor_id)
+
+    def offer(self, shard_id: int) -> StreamOffer:
+        """Raises ShardUnavailable, OSError when there is no stream (yet)."""
+        try:
+            offer: StreamOffer | None = ray.get(
+                self.shards.handle(shard_id).stream_offer.remote(), timeout=OFFER_TIMEOUT_S
+            )
+        except ray.exceptions.GetTimeoutError as error:
+            raise OSError("it does not answer") from error
+        except ray.exceptions.RayActorError as error:
+            raise ShardUnavailable(f"shard {shard_id} died", shard_id) from error
+        if offer is None:
+            raise OSError("it is loading")
+        return offer
+
+
+def make_transport(config: ClusterConfig, shards: ShardHandles, metrics: DispatchMetrics) -> ExpertTransport:
+    """The carrier that the configuration asks for."""
+    by_ray = RayTransport(shards)
+    if config.transport == "ray":
+        return by_ray
+    return StreamTransport(
+        RayOffers(shards),
+        node=process_info().node_id,
+        fallback=by_ray if config.transport == "auto" else None,
+        timeout_s=config.shard_timeout_s,
+        on_fallback=metrics.fell_back,
+    )

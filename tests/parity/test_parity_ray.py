@@ -1,4 +1,4 @@
-"""The same through Ray actor calls, with 1, 2, 3 and 7 shards: seven actors, loaded anew for each case."""
+"""The same over Ray calls and over streams, with 1, 2, 3 and 7 shards: seven actors, loaded anew for each case."""
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
 from cluster.experts.placement import plan_evenly
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
-from cluster.runtime.transports import RayTransport
+from cluster.runtime.protocol import process_info
+from cluster.runtime.transports import RayOffers, RayTransport
+from cluster.stream.client import StreamTransport
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest
 
 pytestmark = pytest.mark.ray
@@ -39,8 +41,16 @@ def actors(ray_cluster):
         ray_cluster.kill(actor)
 
 
+def carry(carrier, actors):
+    by_ray = RayTransport(Handles(actors))
+    if carrier == "ray":
+        return by_ray
+    return StreamTransport(RayOffers(Handles(actors)), node=process_info().node_id, fallback=None, timeout_s=30.0)
+
+
+@pytest.mark.parametrize("carrier", ["ray", "stream"])
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
-def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray_cluster, num_shards):
+def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray_cluster, num_shards, carrier):
     """Mixed lengths, a token budget of 16 (so chunked prompts beside decodes) and room for 12 blocks (preemption)."""
     config = CheckpointReader(oracle.model_dir).config
     plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
@@ -52,7 +62,7 @@ def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray
         "float32"
     )
     registry = new_registry()
-    dispatcher = ExpertDispatcher(RayTransport(Handles(actors)), FixedPlan(plan), DispatchMetrics(registry, "test"))
+    dispatcher = ExpertDispatcher(carry(carrier, actors), FixedPlan(plan), DispatchMetrics(registry, "test"))
     limits = EngineConfig(
         dtype="float32", device="cpu", block_size=4, kv_cache_bytes=12 * 4 * config.kv_bytes_per_token("float32"),
         max_num_batched_tokens=16,
@@ -66,12 +76,14 @@ def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray
             assert update.error is None
             answers[update.request_id] += update.token_ids
     assert list(answers.values()) == oracle.token_ids
+    dispatcher.transport.close()
 
 
-def test_logits_through_the_controllers_shards_are_those_of_transformers(ray_cluster, oracle_of):
+@pytest.mark.parametrize("carrier", ["ray", "stream", "auto"])
+def test_logits_through_the_controllers_shards_are_those_of_transformers(ray_cluster, oracle_of, carrier):
     oracle = oracle_of("released key style, 60 experts")
     with LLM(
-        oracle.model_dir, dtype="float32", device="cpu", num_expert_shards=3, transport="ray", skip_tokenizer=True,
+        oracle.model_dir, dtype="float32", device="cpu", num_expert_shards=3, transport=carrier, skip_tokenizer=True,
         kv_cache_bytes=1 << 22,
     ) as llm:  # fmt: skip
         for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):

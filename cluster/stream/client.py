@@ -1,0 +1,296 @@
+"""An engine's end of its streams, and the `ExpertTransport` made of them. Knows no Ray.
+
+A stream that breaks costs its step one call over the fallback carrier; the next step finds it connected again.
+"""
+
+import logging
+import secrets
+import select
+import socket
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from hmac import compare_digest
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ClusterError, ProtocolError, ShardUnavailable
+from cluster.experts.transport import ExpertBatch, ExpertTransport, Flight
+from cluster.stream import frames
+from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, ReceiveBuffers, StreamOffer
+from cluster.stream.server import prepare_socket, remaining
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+RECONNECT_INTERVAL_S = 1.0  # after a connection that failed; the fallback carries meanwhile
+
+
+class StreamBroken(Exception):
+    """The connection is of no further use. Stays within this package."""
+
+
+class OfferSource(Protocol):
+    """Where streams are negotiated."""
+
+    def incarnation(self, shard_id: int) -> Hashable:
+        """Differs for a shard and its successor. Raises ShardUnavailable while there is none."""
+
+    def offer(self, shard_id: int) -> StreamOffer:
+        """Asks the shard. Blocks. Raises ShardUnavailable."""
+
+
+class StreamConnection:
+    """One connection to one shard. Used by one thread."""
+
+    def __init__(self, offer: StreamOffer, shard_id: int, node: str) -> None:
+        """Connects and proves itself; over the Unix socket when the shard is on this host (node).
+
+        Raises OSError, ProtocolError.
+        """
+        self.shard_id = shard_id
+        if offer.unix_name and offer.node == node:
+            self._sock = socket.socket(socket.AF_UNIX)
+            address: str | tuple[str, int] = f"\0{offer.unix_name}"
+        else:
+            self._sock = socket.socket(socket.AF_INET6 if ":" in offer.host else socket.AF_INET)
+            address = (offer.host, offer.port)
+        self._next_id = 1
+        self._abandoned: set[int] = set()
+        self._early: dict[int, Tensor | ClusterError] = {}
+        self._head = memoryview(bytearray(HEADER.size))
+        self._poll = select.poll()
+        self._buffers: dict[bool, ReceiveBuffers] = {}
+        self._last: tuple[ReceiveBuffers, Tensor] | None = None
+        try:
+            self._sock.settimeout(CONNECT_TIMEOUT_S)
+            prepare_socket(self._sock)
+            self._sock.connect(address)
+            self._shake_hands(offer.secret)
+            self._sock.settimeout(None)
+            self._poll.register(self._sock, select.POLLIN)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def send(self, batch: ExpertBatch, timeout_s: float | None = None) -> int:
+        """Blocks until the kernel has it; returns the request's id. Raises StreamBroken."""
+        rows = batch.hidden_states
+        parts = [
+            frames.memory(batch.topk_ids.to(torch.int32).contiguous().cpu()),
+            frames.memory(batch.topk_weights.contiguous().cpu()),
+            frames.memory(rows.contiguous().cpu()),
+        ]
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        head = Header(
+            kind=Kind.REQUEST,
+            request_id=request_id,
+            payload_bytes=sum(map(len, parts)),
+            dtype=rows.dtype,
+            layer_id=batch.layer_id,
+            rows=rows.shape[0],
+            hidden_size=rows.shape[1],
+            topk=batch.topk_ids.shape[1],
+            epoch=batch.epoch,
+            timeout_ms=NO_TIMEOUT if timeout_s is None else min(int(timeout_s * 1000), NO_TIMEOUT - 1),
+            sent_at=time.time(),
+        )
+        rest: list[memoryview] = [memoryview(head.pack()), *parts]
+        try:
+            while rest:
+                rest = remaining(rest, self._sock.sendmsg(rest))
+        except OSError as error:
+            raise StreamBroken(str(error)) from error
+        return request_id
+
+    def receive(self, request_id: int, like: Tensor, timeout_s: float) -> Tensor:
+        """Blocks for one request's rows, as `like`; valid until the next call, which may use the same memory.
+
+        Raises StreamBroken, ClusterError as the shard says, TimeoutError; after that the answer is dropped as it comes.
+        """
+        deadline = time.monotonic() + timeout_s
+        if self._last is not None:
+            self._last[0].give(self._last[1])
+            self._last = None
+        while request_id not in self._early:
+            head = self._read_head(deadline, request_id)
+            answer = self._read_answer(head, like, deadline)
+            if head.request_id == request_id and isinstance(answer, Tensor):
+                return answer
+            if head.request_id in self._abandoned:
+                self._abandoned.discard(head.request_id)
+            else:
+                self._early[head.request_id] = answer.clone() if isinstance(answer, Tensor) else answer
+        early = self._early.pop(request_id)
+        if isinstance(early, ClusterError):
+            raise early
+        return early
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _shake_hands(self, secret: bytes) -> None:
+        magic, version, nonce = frames.GREETING.unpack(self._exactly(frames.GREETING.size))
+        frames.check_version(magic, version)
+        own = secrets.token_bytes(frames.NONCE_BYTES)
+        self._sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, own, frames.mac(secret, b"client", nonce)))
+        magic, version, proof = frames.WELCOME.unpack(self._exactly(frames.WELCOME.size))
+        frames.check_version(magic, version)
+        if not compare_digest(proof, frames.mac(secret, b"server", own)):
+            raise ProtocolError(f"what answers at shard {self.shard_id}'s address does not know its secret")
+
+    def _exactly(self, num_bytes: int) -> bytes:
+        data = b""
+        while len(data) < num_bytes:
+            part = self._sock.recv(num_bytes - len(data))
+            if not part:
+                raise ConnectionResetError("closed during the handshake")
+            data += part
+        return data
+
+    def _read_head(self, deadline: float, request_id: int) -> Header:
+        if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            self._abandoned.add(request_id)
+            raise TimeoutError
+        self._fill(self._head, deadline)
+        try:
+            head = Header.unpack(self._head)
+        except ProtocolError as error:
+            raise StreamBroken(str(error)) from error
+        if head.kind is Kind.REQUEST:
+            raise StreamBroken("the shard sent a request")
+        return head
+
+    def _read_answer(self, head: Header, like: Tensor, deadline: float) -> Tensor | ClusterError:
+        if head.kind is not Kind.ANSWER:
+            payload = bytearray(head.payload_bytes)
+            self._fill(memoryview(payload), deadline)
+            message = payload.decode(errors="replace")
+            if head.kind is Kind.REFUSED:
+                raise StreamBroken(f"the shard refused a frame: {message}")
+            if head.kind is Kind.UNAVAILABLE:
+                return ShardUnavailable(message, self.shard_id)
+            return ClusterError(f"shard {self.shard_id} failed: {message}")
+        if (head.hidden_size, head.dtype) != (like.shape[1], like.dtype):
+            raise StreamBroken("the shard answered with rows of another shape or dtype")
+        buffers = self._buffers.setdefault(like.is_cuda, ReceiveBuffers(like.is_cuda))
+        buffer = buffers.take(head.payload_bytes)
+        self._last = (buffers, buffer)
+        self._fill(frames.memory(buffer)[: head.payload_bytes], deadline)
+        return buffer[: head.payload_bytes].view(head.dtype).view(head.rows, -1).to(like.device)
+
+    def _fill(self, target: memoryview, deadline: float) -> None:
+        """Reads a part whose beginning is there. A peer that stops in the middle has broken the stream."""
+        while target:
+            try:
+                count = self._sock.recv_into(target, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    raise StreamBroken("the shard stopped in the middle of an answer") from None
+                continue
+            except OSError as error:
+                raise StreamBroken(str(error)) from error
+            if not count:
+                raise StreamBroken("the shard closed it")
+            target = target[count:]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFlight:
+    """A batch on a stream; it goes over the fallback when the stream breaks under it."""
+
+    transport: "StreamTransport"
+    connection: StreamConnection
+    request_id: int
+    batch: ExpertBatch
+
+    def result(self, timeout_s: float) -> Tensor:
+        shard_id = self.connection.shard_id
+        try:
+            return self.connection.receive(self.request_id, self.batch.hidden_states, timeout_s)
+        except TimeoutError as error:
+            raise ShardUnavailable(f"shard {shard_id} did not answer in {timeout_s:.1f} s", shard_id) from error
+        except StreamBroken as error:
+            self.transport.forget(self.connection, str(error))
+            return self.transport.fall_back(shard_id, self.batch, str(error)).result(timeout_s)
+
+
+class StreamTransport:
+    """A connection to each shard, made when first needed. Used by one thread.
+
+    node: a name of this host.  fallback: carries while a stream is down; without one its shard counts as lost then.
+    on_fallback: called with the shard's id for each batch that took it.
+    """
+
+    def __init__(
+        self,
+        offers: OfferSource,
+        *,
+        node: str,
+        fallback: ExpertTransport | None,
+        timeout_s: float,
+        on_fallback: Callable[[int], None] = lambda shard_id: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._offers = offers
+        self._node = node
+        self._fallback = fallback
+        self._timeout_s = timeout_s
+        self._on_fallback = on_fallback
+        self._clock = clock
+        self._connections: dict[int, tuple[Hashable, StreamConnection]] = {}
+        self._retry_at: dict[int, float] = {}
+
+    def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
+        try:
+            connection = self._connection(shard_id)
+        except StreamBroken as error:
+            return self.fall_back(shard_id, batch, str(error))
+        try:
+            return StreamFlight(self, connection, connection.send(batch, self._timeout_s), batch)
+        except StreamBroken as error:
+            self.forget(connection, str(error))
+            return self.fall_back(shard_id, batch, str(error))
+
+    def fall_back(self, shard_id: int, batch: ExpertBatch, why: str) -> Flight:
+        """Sends over the other carrier. Raises ShardUnavailable."""
+        if self._fallback is None:
+            raise ShardUnavailable(f"the stream to shard {shard_id} is down: {why}", shard_id)
+        self._on_fallback(shard_id)
+        return self._fallback.submit(shard_id, batch)
+
+    def forget(self, connection: StreamConnection, why: str) -> None:
+        """Closes a broken connection; the next batch makes another."""
+        connection.close()
+        known = self._connections.get(connection.shard_id)
+        if known is not None and known[1] is connection:
+            del self._connections[connection.shard_id]
+            log.warning("the stream to shard %d broke: %s", connection.shard_id, why)
+
+    def close(self) -> None:
+        for _, connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+        if self._fallback is not None:
+            self._fallback.close()
+
+    def _connection(self, shard_id: int) -> StreamConnection:
+        """Raises StreamBroken when there can be none now, ShardUnavailable for a shard that is gone."""
+        incarnation = self._offers.incarnation(shard_id)
+        known = self._connections.get(shard_id)
+        if known is not None:
+            if known[0] == incarnation:
+                return known[1]
+            self.forget(known[1], "the shard has a successor")
+        if self._clock() < self._retry_at.get(shard_id, 0.0):
+            raise StreamBroken("it was down a moment ago")
+        try:
+            connection = StreamConnection(self._offers.offer(shard_id), shard_id, self._node)
+        except (OSError, ProtocolError) as error:
+            self._retry_at[shard_id] = self._clock() + RECONNECT_INTERVAL_S
+            log.warning("no stream to shard %d: %s", shard_id, error)
+            raise StreamBroken(str(error)) from error
+        self._connections[shard_id] = (incarnation, connection)
+        return connection

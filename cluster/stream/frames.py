@@ -1,0 +1,141 @@
+"""What goes over a stream: a handshake, then frames of a fixed header and a payload. Knows no sockets.
+
+The server greets with a nonce, the client answers it with the secret's MAC and a nonce of its own, and gets that one's
+MAC: neither side ever sends the secret, and nothing else is read from a stranger. All numbers are little-endian.
+
+T: rows, H: hidden size, K: experts a token. A request's payload is topk_ids [T, K] int32, topk_weights [T, K]
+float32, rows [T, H]; an answer's is rows [T, H]; a refusal's is its message in UTF-8.
+"""
+
+import hashlib
+import hmac
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ProtocolError
+
+MAGIC = b"moeX"
+VERSION = 1
+NONCE_BYTES = 32
+GREETING = struct.Struct("<4sH2x32s")  # server's first words: its nonce
+HELLO = struct.Struct("<4sH2x32s32s")  # client's: its nonce, MAC of the server's
+WELCOME = struct.Struct("<4sH2x32s")  # server's answer: MAC of the client's nonce
+HEADER = struct.Struct("<4sHBBQIIIIQIIdQ")
+NO_TIMEOUT = 0xFFFFFFFF
+MAX_PAYLOAD_BYTES = 1 << 28  # 8192 rows of Qwen2-57B-A14B in float32 are 0.12 GB
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Kind(IntEnum):
+    """REQUEST goes to the shard, the others come back. REFUSED: the frame itself was wrong, the stream ends."""
+
+    REQUEST = 1
+    ANSWER = 2
+    UNAVAILABLE = 3
+    FAILED = 4
+    REFUSED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOffer:
+    """How to reach a shard's stream; only its owner's Ray hands it out.
+
+    unix_name: abstract name of a Unix socket, "" where there are none; it works within one host.  node: whose it is.
+    """
+
+    unix_name: str
+    host: str
+    port: int
+    node: str
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return f"StreamOffer({self.unix_name!r}, {self.host}:{self.port})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """One frame's head. timeout_ms: what is left of the caller's time, NO_TIMEOUT for no bound.
+    sent_at: seconds of the sender's wall clock."""
+
+    kind: Kind
+    request_id: int
+    payload_bytes: int
+    dtype: torch.dtype = torch.float32
+    layer_id: int = 0
+    rows: int = 0
+    hidden_size: int = 0
+    topk: int = 0
+    epoch: int = 0
+    timeout_ms: int = NO_TIMEOUT
+    sent_at: float = 0.0
+
+    def pack(self) -> bytes:
+        return HEADER.pack(
+            MAGIC, VERSION, self.kind, DTYPES.index(self.dtype), self.request_id, self.layer_id, self.rows,
+            self.hidden_size, self.topk, self.epoch, self.timeout_ms, 0, self.sent_at, self.payload_bytes,
+        )  # fmt: skip
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray | memoryview) -> "Header":
+        """Raises ProtocolError for a foreign, newer or oversized frame, and for sizes that contradict each other."""
+        (magic, version, kind, dtype, request_id, layer_id, rows, hidden_size, topk, epoch, timeout_ms, _, sent_at,
+         payload_bytes) = HEADER.unpack(data)  # fmt: skip
+        check_version(magic, version)
+        if kind not in Kind.__members__.values() or dtype >= len(DTYPES):
+            raise ProtocolError(f"a frame of kind {kind} and dtype {dtype}, which this version does not have")
+        if payload_bytes > MAX_PAYLOAD_BYTES:
+            raise ProtocolError(f"a frame of {payload_bytes} bytes, at most {MAX_PAYLOAD_BYTES} are taken")
+        row_bytes = hidden_size * DTYPES[dtype].itemsize
+        if kind == Kind.REQUEST and (not rows or payload_bytes != rows * (row_bytes + 8 * topk)):
+            raise ProtocolError(f"a request of {rows} rows with {payload_bytes} bytes, which its shapes do not give")
+        if kind == Kind.ANSWER and payload_bytes != rows * row_bytes:
+            raise ProtocolError(f"an answer of {rows} rows with {payload_bytes} bytes, which its shapes do not give")
+        return cls(
+            kind=Kind(kind), request_id=request_id, payload_bytes=payload_bytes, dtype=DTYPES[dtype],
+            layer_id=layer_id, rows=rows, hidden_size=hidden_size, topk=topk, epoch=epoch, timeout_ms=timeout_ms,
+            sent_at=sent_at,
+        )  # fmt: skip
+
+
+def check_version(magic: bytes, version: int) -> None:
+    """Raises ProtocolError for another protocol, or another version of this one."""
+    if magic != MAGIC:
+        raise ProtocolError("the other side does not speak this protocol")
+    if version != VERSION:
+        raise ProtocolError(f"the other side speaks version {version} of the stream protocol, this one {VERSION}")
+
+
+def mac(secret: bytes, role: bytes, nonce: bytes) -> bytes:
+    """[32 bytes]. role: "client" or "server", so that neither can send the other's words back."""
+    return hmac.new(secret, role + nonce, hashlib.sha256).digest()
+
+
+def memory(rows: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return rows.view(torch.uint8).numpy().data.cast("B")
+
+
+class ReceiveBuffers:
+    """Memory for payloads, used again and again. On a CUDA host it is pinned, for copies at full speed."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._free: list[Tensor] = []
+
+    def take(self, num_bytes: int) -> Tensor:
+        """At least num_bytes of uint8, with what they last held."""
+        for i, buffer in enumerate(self._free):
+            if buffer.numel() >= num_bytes:
+                return self._free.pop(i)
+        if self._free:
+            self._free.pop()  # too small for what comes now: let it go
+        return torch.empty(1 << max(num_bytes - 1, 4095).bit_length(), dtype=torch.uint8, pin_memory=self._pinned)
+
+    def give(self, buffer: Tensor) -> None:
+        self._free.append(buffer)
