@@ -15,7 +15,8 @@ class ClusterSystem:
     """num_threads: None leaves them to the launcher of the Ray actors."""
 
     def __init__(self, spec: SystemSpec, config: ModelConfig, workload: Workload, num_threads: int | None) -> None:
-        transport: Transport = "ray" if spec.kind == "ray" else "local"
+        assert spec.kind in ("local", "stream", "ray")
+        transport: Transport = spec.kind
         where = "experts on Ray actors"
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -24,7 +25,7 @@ class ClusterSystem:
         self._llm = LLM(
             spec.model_dir,
             dtype=spec.dtype,
-            num_expert_shards=spec.num_shards if transport == "ray" else 1,
+            num_expert_shards=spec.num_shards if spec.split else 1,
             transport=transport,
             kv_cache_bytes=kv_cache_bytes(config, spec.dtype, workload),
             max_num_batched_tokens=step_tokens(workload),

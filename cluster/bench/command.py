@@ -8,7 +8,48 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments to its parser."""
+    """Adds the command's parts and their arguments to its parser."""
+    parts = parser.add_subparsers(dest="bench", required=True, metavar="PART")
+    for name, text in (
+        ("throughput", "tokens/s of prefill and decode at several batch sizes, side by side"),
+        ("latency", "milliseconds to the first token and between tokens, side by side"),
+    ):
+        _add_system_arguments(parts.add_parser(name, help=text, description=text), latency=name == "latency")
+    text = "round trips of token batches to expert shards, without the experts' products, by carrier and rows"
+    _add_transport_arguments(parts.add_parser("transport", help=text, description=text))
+    text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
+    _add_serve_arguments(parts.add_parser("serve", help=text, description=text))
+
+
+def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: 2)")
+    parser.add_argument(
+        "--rows", type=_numbers, default=(1, 8, 64, 512), metavar="NUMBERS",
+        help="rows for each shard at a time (default: 1,8,64,512)",
+    )  # fmt: skip
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="of a row (default: 2048)")
+    parser.add_argument("--repeat", type=int, default=200, metavar="N", help="round trips each (default: 200)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default="127.0.0.1:9000", help="of the server (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=64, metavar="N", help="in all (default: 64)")
+    parser.add_argument(
+        "--concurrency", type=int, default=32, metavar="N",
+        help="closed loop: streams at a time, each followed by the next (default: 32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=float, metavar="R",
+        help="open loop instead: R requests/s at random moments, whether earlier ones are through or not",
+    )  # fmt: skip
+    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and moments (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> None:
     parser.add_argument(
         "model_dir",
         metavar="MODEL_DIR",
@@ -34,23 +75,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--transports",
-        type=_names("local", "ray"),
-        default=("local", "ray"),
+        type=_names("local", "stream", "ray"),
+        default=("local", "stream", "ray"),
         metavar="NAMES",
-        help="what to measure: local (one process), ray (experts on Ray actors) (default: local,ray)",
+        help="what to measure: local (one process); experts on Ray actors, reached over stream or ray "
+        "(default: local,stream,ray)",
     )
     parser.add_argument(
         "--compare",
-        choices=("transformers",),
-        help="measure this system in the same run and give the others as ratios to it",
+        type=_names("transformers", "vllm"),
+        default=(),
+        metavar="NAMES",
+        help="measure these in the same run, transformers and/or vllm, and give all as ratios to the first",
     )
-    parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards with ray (default: 2)")
+    parser.add_argument("--vllm-python", default="", metavar="FILE", help="the Python of an environment that has vLLM")
+    parser.add_argument(
+        "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",
+        help="a variable for vLLM's process, to tune it; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shards", type=int, default=2, metavar="N", help="expert shards with stream and ray (default: 2)"
+    )
     parser.add_argument(
         "--batch",
         type=_numbers,
-        default=(1, 8, 32),
+        default=(1,) if latency else (1, 8, 32),
         metavar="NUMBERS",
-        help="prompts at a time (default: 1,8,32)",
+        help=f"prompts at a time (default: {'1' if latency else '1,8,32'})",
     )
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
@@ -62,13 +113,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data type of the weights (default: auto, the checkpoint's own)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the report to stdout and returns the exit code: 1 when a system failed.
+    """Measures, prints the report to stdout and returns the exit code: 1 when a system or a request failed.
 
     Raises SetupError for arguments that cannot be carried out.
     """
+    if args.bench == "transport":
+        from cluster.bench.round_trip import measure_round_trips
+
+        return measure_round_trips(args)
+    if args.bench == "serve":
+        from cluster.bench.load import measure_server
+
+        return measure_server(args)
     from cluster.bench.session import measure_all
 
     return measure_all(args)
@@ -79,6 +139,13 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas between are needed") from None
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE is needed")
+    return name, value
 
 
 class _names:

@@ -25,17 +25,21 @@ def to_json(report: Report) -> str:
     return json.dumps(asdict(report), indent=2) + "\n"
 
 
-def to_markdown(report: Report) -> str:
-    """The machine, the table (tokens/s: median, lowest–highest, ratio to the reference), the systems."""
+def to_markdown(report: Report, latency: bool = False) -> str:
+    """The machine, the table (median, lowest-highest, ratio to the reference), the systems.
+
+    Tokens/s; with `latency` milliseconds to the first token and between tokens.
+    """
     workload = report.workload
+    measured = "Milliseconds" if latency else "Tokens/s"
     lines = [
         describe_machine(report.machine),
         "",
         f"Checkpoint: {report.checkpoint}; random prompts of {workload.prompt_tokens} tokens, "
-        f"{workload.output_tokens} generated, greedy. Tokens/s: median of {workload.repeats} "
+        f"{workload.output_tokens} generated, greedy. {measured}: median of {workload.repeats} "
         f"(lowest-highest), and as a ratio to {report.reference}.",
         "",
-        *_table(_rows(report)),
+        *markdown_table(_latency_rows(report) if latency else _rows(report)),
         "",
         *(f"- {result.name}: {result.detail}; ready in {result.load_s:.1f} s" for result in report.results),
         *(f"- FAILED: {failure}" for failure in report.failures),
@@ -66,6 +70,23 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
+def _latency_rows(report: Report) -> list[tuple[str, ...]]:
+    """As _rows, in milliseconds: a batch's first tokens come together, then one of each sequence a step."""
+    rows: list[tuple[str, ...]] = [("batch", "system", "first token", "ratio", "between tokens", "ratio")]
+    num_prompt = report.workload.prompt_tokens
+    reference = {p.batch: p for result in report.results if result.name == report.reference for p in result.points}
+    for batch in report.workload.batches:
+        for result in report.results:
+            for point in (p for p in result.points if p.batch == batch):
+                first, between = point.prefill.inverse(1000 * batch * num_prompt), point.decode.inverse(1000 * batch)
+                cells = [_text(first), "-", _text(between), "-"]
+                if base := reference.get(batch):
+                    cells[1] = f"{base.prefill.median / point.prefill.median:.2f}"
+                    cells[3] = f"{base.decode.median / point.decode.median:.2f}"
+                rows.append((str(batch), result.name, *cells))
+    return rows
+
+
 def _cells(point: Point, reference: Point | None) -> tuple[str, ...]:
     if reference is None:
         return _text(point.prefill), "-", _text(point.decode), "-"
@@ -86,7 +107,7 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table that also reads well as it is; the first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

@@ -11,8 +11,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
 from cluster.bench.machine import this_machine
+from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
-from cluster.bench.systems import SystemSpec, require_transformers
+from cluster.bench.systems import SystemSpec, check_comparison
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import SystemResult, run_system
 from cluster.config import ModelConfig
@@ -22,11 +23,13 @@ RunSystem = Callable[[SystemSpec, ModelConfig, Workload, Callable[[str], None]],
 
 
 def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> int:
-    """Carries out `moe-cluster bench`; see `command.run`. run_one: measures one system."""
-    if args.compare:
-        require_transformers()
+    """Carries out `moe-cluster bench throughput` and `latency`; see `command.run`. run_one: measures one system."""
+    for kind in args.compare:
+        check_comparison(kind, args.vllm_python)
     if args.json and not args.json.parent.is_dir():
         raise SetupError(f"--json {args.json}: its directory does not exist")
+    if args.plot:
+        check_plot(args.plot)
     draft = _draft(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -35,8 +38,15 @@ def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> in
         workload = _fit(draft, args.shards, config)
         dtype = config.dtype if args.dtype == "auto" else args.dtype
         specs = [
-            SystemSpec(kind=kind, model_dir=model_dir, dtype=dtype, num_shards=args.shards)
-            for kind in (*([args.compare] if args.compare else []), *args.transports)
+            SystemSpec(
+                kind=kind,
+                model_dir=model_dir,
+                dtype=dtype,
+                num_shards=args.shards,
+                python=args.vllm_python if kind == "vllm" else "",
+                variables=tuple(args.vllm_env) if kind == "vllm" else (),
+            )
+            for kind in (*args.compare, *args.transports)
         ]
         results, failures = _run_systems(specs, config, workload, progress, run_one)
     report = Report(
@@ -47,7 +57,9 @@ def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> in
         results=tuple(results),
         failures=tuple(failures),
     )
-    print(to_markdown(report), end="")
+    print(to_markdown(report, latency=args.bench == "latency"), end="")
+    if args.plot:
+        plot_report(report, args.plot)
     if args.json:
         args.json.write_text(to_json(report))
     return 1 if failures else 0

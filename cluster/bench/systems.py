@@ -2,12 +2,14 @@
 
 import importlib.util
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cluster.bench.throughput import System, Workload
 from cluster.config import ModelConfig
+from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.errors import SetupError
 
 _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
@@ -15,30 +17,46 @@ _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemSpec:
-    """What to build. dtype: never "auto".  num_shards: expert shards, for `ray`; `local` has one."""
+    """What to build. dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
 
-    kind: Literal["local", "ray", "transformers"]
+    python, variables: the interpreter that has vLLM, and what its process gets in its environment.
+    """
+
+    kind: Literal["local", "stream", "ray", "transformers", "vllm"]
     model_dir: Path
     dtype: str
     num_shards: int
+    python: str = ""
+    variables: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def split(self) -> bool:
+        """Whether its experts are in processes of their own."""
+        return self.kind in ("stream", "ray")
 
     @property
     def name(self) -> str:
-        return f"ray, {self.num_shards} shards" if self.kind == "ray" else self.kind
+        return f"{self.kind}, {self.num_shards} shards" if self.split else self.kind
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables to start its process with. Beside shards, threads that spin while they wait take the shards' cores:
-        a served engine starts so too."""
-        return {"OMP_WAIT_POLICY": "passive"} if self.kind == "ray" else {}
+        """Variables to start its process with: memory that stays with the process for all, and beside shards threads
+        that do not spin while they wait, as a served engine has them."""
+        if self.kind == "vllm":
+            return {}  # has an allocator of its own
+        return {**MALLOC_ENVIRONMENT, **(SHARED_CORES_ENVIRONMENT if self.split else {})}
 
 
 def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
-    """Loads the checkpoint; takes all cores of this process, except for `ray`, whose launcher deals them out.
+    """Loads the checkpoint; takes all cores of this process, except beside shards, whose launcher deals them out.
 
     Imports late: a process that measures one system carries neither the memory nor the threads of the other.
     """
-    num_threads = None if spec.kind == "ray" else len(os.sched_getaffinity(0))
+    num_threads = None if spec.split else len(os.sched_getaffinity(0))
+    if spec.kind == "vllm":
+        from cluster.bench.vllm_system import VllmSystem
+
+        return VllmSystem(spec, workload)
     if spec.kind == "transformers":
         from cluster.bench.transformers_system import TransformersSystem
 
@@ -48,10 +66,15 @@ def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> S
     return ClusterSystem(spec, config, workload, num_threads)
 
 
-def require_transformers() -> None:
-    """Raises SetupError where transformers is not installed."""
-    if importlib.util.find_spec("transformers") is None:
+def check_comparison(kind: str, python: str) -> None:
+    """Raises SetupError where the other system cannot be run."""
+    if kind == "transformers" and importlib.util.find_spec("transformers") is None:
         raise SetupError("--compare transformers: it is not installed; pip install 'moe-cluster[test]' has it")
+    if kind == "vllm":
+        if not python:
+            raise SetupError("--compare vllm: name the Python of an environment that has vLLM with --vllm-python")
+        if subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode:
+            raise SetupError(f"--vllm-python {python}: it cannot import vllm")
 
 
 def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:

@@ -82,6 +82,10 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread":
         return cls(statistics.median(values), min(values), max(values))
 
+    def inverse(self, scale: float) -> "Spread":
+        """scale divided by each value; the lowest stays the lowest."""
+        return Spread(scale / self.median, scale / self.high, scale / self.low)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:

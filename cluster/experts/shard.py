@@ -13,6 +13,7 @@ from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 from cluster.errors import ShardUnavailable
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop
+from cluster.kernels.linear import PackedWeight, Weight, packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,8 @@ class LayerSlice:
 
     expert_ids: tuple[int, ...]
     local_ids: Tensor
-    gate_up_proj: Tensor  # [L, 2I, H]
-    down_proj: Tensor  # [L, H, I]
+    gate_up_proj: Tensor | list[Weight]  # [L, 2I, H]
+    down_proj: Tensor | list[Weight]  # [L, H, I]
 
 
 class ExpertShard:
@@ -46,21 +47,35 @@ class ExpertShard:
     ) -> None:
         """Replaces what is held by the experts of `experts`: layer id -> expert ids. Blocks until read.
 
-        Opens only these experts' tensors. Peak memory is the slice plus one tensor.
-        Raises CheckpointError for a missing or misshapen tensor, a damaged file.
+        Opens only these experts' tensors. Peak memory is the slice plus one tensor; plus one expert where weights are
+        packed. Raises CheckpointError for a missing or misshapen tensor, a damaged file.
         """
         self.layers = {}
+        if packs(self.dtype, self.device):
+            self._load_packed(reader, experts, progress)
+            return
         targets: dict[str, Tensor] = {}
         for layer_id, expert_ids in experts.items():
-            layer = self._allocate(tuple(expert_ids))
-            self.layers[layer_id] = layer
-            for local_id, expert_id in enumerate(layer.expert_ids):
-                prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
-                gate, up = layer.gate_up_proj[local_id].chunk(2)
-                targets[f"{prefix}.gate_proj.weight"] = gate
-                targets[f"{prefix}.up_proj.weight"] = up
-                targets[f"{prefix}.down_proj.weight"] = layer.down_proj[local_id]
+            gate_up_proj, down_proj = self._allocate(len(expert_ids))
+            self.layers[layer_id] = self._layer(expert_ids, gate_up_proj, down_proj)
+            for local_id, expert_id in enumerate(expert_ids):
+                targets |= _targets(layer_id, expert_id, gate_up_proj[local_id], down_proj[local_id])
         reader.load(targets, progress)
+
+    def _load_packed(
+        self,
+        reader: CheckpointReader,
+        experts: Mapping[int, Sequence[int]],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        for layer_id, expert_ids in experts.items():
+            packed: list[tuple[Weight, Weight]] = []
+            for expert_id in expert_ids:
+                gate_up_proj, down_proj = self._allocate(1)
+                reader.load(_targets(layer_id, expert_id, gate_up_proj[0], down_proj[0]), progress)
+                packed.append((PackedWeight(gate_up_proj[0]), PackedWeight(down_proj[0])))
+            gate_up, down = ([pair[i] for pair in packed] for i in range(2))
+            self.layers[layer_id] = self._layer(expert_ids, gate_up, down)
 
     def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sums this shard's weighted experts for each row, in float32.
@@ -80,23 +95,42 @@ class ExpertShard:
                 self.shard_id,
             )
         self.expert_tokens[layer_id].index_add_(0, topk_ids.clamp_min(0).flatten(), here.flatten().long())
-        product = experts_by_grouped_mm if hidden_states.is_cuda else experts_by_loop
         with torch.inference_mode():
-            out = product(hidden_states, local_ids, topk_weights, layer.gate_up_proj, layer.down_proj)
+            if hidden_states.is_cuda:
+                assert isinstance(layer.gate_up_proj, Tensor)
+                assert isinstance(layer.down_proj, Tensor)
+                out = experts_by_grouped_mm(hidden_states, local_ids, topk_weights, layer.gate_up_proj, layer.down_proj)
+            else:
+                out = experts_by_loop(hidden_states, local_ids, topk_weights, layer.gate_up_proj, layer.down_proj)
         return out.to(hidden_states.dtype)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the weights held."""
-        return sum(layer.gate_up_proj.nbytes + layer.down_proj.nbytes for layer in self.layers.values())
+        slices = (weights for layer in self.layers.values() for weights in (layer.gate_up_proj, layer.down_proj))
+        return sum(weight.nbytes for weights in slices for weight in weights)
 
-    def _allocate(self, expert_ids: tuple[int, ...]) -> LayerSlice:
+    def _allocate(self, num_experts: int) -> tuple[Tensor, Tensor]:
+        """[num_experts, 2I, H] and [num_experts, H, I], not filled."""
         hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        shapes = ((num_experts, 2 * width, hidden), (num_experts, hidden, width))
+        gate_up_proj, down_proj = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
+        return gate_up_proj, down_proj
+
+    def _layer(
+        self, expert_ids: Sequence[int], gate_up_proj: Tensor | list[Weight], down_proj: Tensor | list[Weight]
+    ) -> LayerSlice:
         local_ids = torch.full((self.config.num_experts,), -1, dtype=torch.int64)
         local_ids[list(expert_ids)] = torch.arange(len(expert_ids))
-        return LayerSlice(
-            expert_ids,
-            local_ids.to(self.device),
-            torch.empty((len(expert_ids), 2 * width, hidden), dtype=self.dtype, device=self.device),
-            torch.empty((len(expert_ids), hidden, width), dtype=self.dtype, device=self.device),
-        )
+        return LayerSlice(tuple(expert_ids), local_ids.to(self.device), gate_up_proj, down_proj)
+
+
+def _targets(layer_id: int, expert_id: int, gate_up_proj: Tensor, down_proj: Tensor) -> dict[str, Tensor]:
+    """Where the checkpoint's tensors of one expert go. gate_up_proj: [2I, H]; down_proj: [H, I]."""
+    prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
+    gate, up = gate_up_proj.chunk(2)
+    return {
+        f"{prefix}.gate_proj.weight": gate,
+        f"{prefix}.up_proj.weight": up,
+        f"{prefix}.down_proj.weight": down_proj,
+    }

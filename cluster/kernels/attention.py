@@ -105,12 +105,15 @@ def _decode(
     k, v = (_gather(cache, block_tables).transpose(1, 2) for cache in (k_cache, v_cache))  # [B, KV, C, D]
     num_sequences, num_heads, head_dim = q.shape
     grouped = q.view(num_sequences, k.shape[1], -1, head_dim)  # [B, KV, Q / KV, D]: no copy of keys for their group
+    if q.device.type == "cpu" and q.dtype != torch.float32 and grouped.shape[2] == 1:
+        # A single row of 16 bits takes torch's slow path: 13.9 ms, twice the same row 3.6 (32 x 16 heads, 96 tokens).
+        grouped = grouped.expand(-1, -1, 2, -1)
     keys = torch.arange(k.shape[2], device=q.device).unsqueeze(0)
     visible = keys < context_lens.unsqueeze(1)  # [B, C]
     if window is not None:
         visible &= keys >= context_lens.unsqueeze(1) - window
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible[:, None, None, :], scale=scale)
-    return out.reshape(num_sequences, num_heads, head_dim)
+    return out[:, :, : num_heads // k.shape[1]].reshape(num_sequences, num_heads, head_dim)
 
 
 def _prefill(

@@ -4,9 +4,13 @@ T: tokens, H: hidden size, I: expert intermediate size, K: experts a token, L: e
 pairs that are computed here. An id below zero marks a pair that is computed elsewhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cluster.kernels.linear import Weight, linear
 
 
 def experts_reference(
@@ -27,23 +31,27 @@ def experts_reference(
 
 
 def experts_by_loop(
-    hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Sequence[Weight] | Tensor,
+    down_proj: Sequence[Weight] | Tensor,
 ) -> Tensor:
     """The CPU's path: one pair of products for each active expert, whose weights are read once. As the reference.
 
+    gate_up_proj, down_proj: as the reference, or L weights of the same shapes, packed or not.
     Sums run in the order of the expert ids, so the result does not depend on how the batch is ordered.
     """
-    num_local = gate_up_proj.shape[0]
     out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-    pair_tokens, pair_weights, counts = _group(topk_ids, topk_weights, num_local)
+    pair_tokens, pair_weights, counts = _group(topk_ids, topk_weights, len(gate_up_proj))
     start = 0
     for expert, count in enumerate(counts.tolist()):
         if not count:
             continue
         tokens = pair_tokens[start : start + count]  # [count]
-        gate, up = F.linear(hidden_states[tokens], gate_up_proj[expert]).chunk(2, dim=-1)  # [count, I]
-        y = F.linear(F.silu(gate) * up, down_proj[expert]).float()  # [count, H]
-        out.index_add_(0, tokens, y * pair_weights[start : start + count])
+        gate, up = linear(hidden_states[tokens], gate_up_proj[expert]).chunk(2, dim=-1)  # [count, I]
+        y = linear(F.silu(gate) * up, down_proj[expert])  # [count, H]
+        out.index_add_(0, tokens, y * pair_weights[start : start + count])  # the product is float32
         start += count
     return out
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 from cluster.kernels.attention import PagedBatch
+from cluster.kernels.linear import pack_linears, packs
 from cluster.model.attention import Attention
 from cluster.model.kv_cache import KVCache
 from cluster.model.moe import MLP, Experts, SparseMoe
@@ -87,11 +88,16 @@ class Qwen2Moe(nn.Module):
         device: torch.device,
         progress: Callable[[int], None] | None = None,
     ) -> "Qwen2Moe":
-        """Reads the dense tensors only, each straight into its place. Raises CheckpointError."""
+        """Reads the dense tensors only, each straight into its place; then packs them where that is faster.
+
+        Raises CheckpointError.
+        """
         with torch.device("meta"):
             model = cls(reader.config).to(dtype)
         model = model.to_empty(device=device).eval().requires_grad_(False)
         reader.load(model.state_dict(), progress)
+        if packs(dtype, device):
+            pack_linears(model)
         model.rotary = RotaryEmbedding(reader.config.rope, reader.config.head_dim).to(device)
         return model
 
@@ -115,5 +121,7 @@ class Qwen2Moe(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> [T, V] float32."""
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden_states, head).float()
+        if self.lm_head is None:
+            return F.linear(hidden_states, self.model.embed_tokens.weight).float()
+        logits: Tensor = self.lm_head(hidden_states)
+        return logits.float()

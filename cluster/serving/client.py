@@ -30,12 +30,12 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Sequence[ChatMessage],
+        prompt: str | Sequence[ChatMessage] | Sequence[int],
         params: SamplingParams,
         *,
         request_id: str = "",
     ) -> Iterator[pb.GenerateStreamResponse]:
-        """Yields the pieces of an answer to a text or a conversation; closing the iterator cancels it.
+        """Yields the pieces of an answer to a text, a conversation or token ids; closing the iterator cancels it.
 
         Raises ClusterError with the server's message.
         """
@@ -43,7 +43,11 @@ class Client:
         if isinstance(prompt, str):
             request.text = prompt
         else:
-            request.chat.messages.extend(pb.ChatMessage(role=m.role, content=m.content) for m in prompt)
+            for part in prompt:
+                if isinstance(part, int):
+                    request.token_ids.ids.append(part)
+                else:
+                    request.chat.messages.append(pb.ChatMessage(role=part.role, content=part.content))
         call = self._stub.GenerateStream(request)
         try:
             yield from call
@@ -51,6 +55,14 @@ class Client:
             raise self._error(error) from error
         finally:
             call.cancel()
+
+    def model_info(self) -> pb.GetModelInfoResponse:
+        """Raises ClusterError with the server's message."""
+        try:
+            reply: pb.GetModelInfoResponse = self._stub.GetModelInfo(pb.GetModelInfoRequest())
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        return reply
 
     def is_serving(self, timeout_s: float) -> bool:
         """Whether the server says that it serves; false when it cannot be reached."""

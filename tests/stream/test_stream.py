@@ -285,7 +285,8 @@ def test_a_stream_that_breaks_costs_one_step_the_fallback_and_is_made_again(serv
     transport.close()
 
 
-def test_without_a_fallback_a_broken_stream_is_a_lost_shard(server):
+def test_without_a_fallback_a_broken_stream_is_a_lost_shard(server, backend):
+    backend.gate.clear()
     transport = StreamTransport(Offers(server), node=HERE, fallback=None, timeout_s=20.0)
     flight = transport.submit(0, batch())
     flight.connection._sock.shutdown(socket.SHUT_RDWR)

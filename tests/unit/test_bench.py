@@ -321,7 +321,7 @@ def test_a_child_that_fails_says_why(
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return parser.parse_args(arguments)
+    return parser.parse_args(["throughput", *arguments])
 
 
 class FakeRun:
@@ -349,7 +349,7 @@ def test_the_command_measures_the_reference_first_and_prints_the_report(
     run_one, file = FakeRun(), tmp_path / "result.json"
     args = parse(str(demo_dir), "--compare", "transformers", "--shards", "3", "--json", str(file))
     assert measure_all(args, run_one) == 0
-    assert [spec.name for spec in run_one.specs] == ["transformers", "local", "ray, 3 shards"]
+    assert [spec.name for spec in run_one.specs] == ["transformers", "local", "stream, 3 shards", "ray, 3 shards"]
     assert {spec.dtype for spec in run_one.specs} == {read_config(demo_dir).dtype}
     out = capsys.readouterr().out
     assert out.startswith("Machine: ")
@@ -404,4 +404,4 @@ def test_arguments_are_parsed_and_checked(capsys: pytest.CaptureFixture[str]) ->
     for wrong in (["--batch", "1,x"], ["--transports", "pigeon"]):
         with pytest.raises(SystemExit):
             parse(*wrong)
-    assert "known are local, ray" in capsys.readouterr().err
+    assert "known are local, stream, ray" in capsys.readouterr().err

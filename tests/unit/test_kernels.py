@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cluster.kernels.attention import PagedBatch, attention_reference, paged_attention, write_kv
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop, experts_reference
+from cluster.kernels.linear import PackedLinear, PackedWeight, packs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 DEVICES = [
@@ -40,6 +41,41 @@ def test_grouped_experts_are_the_weighted_sum_of_single_ones(
     got = product(*(tensor.to(device) for tensor in (x, ids, weights, gate_up, down)))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.cpu(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+packed = pytest.mark.skipif(
+    not packs(torch.bfloat16, torch.device("cpu")), reason="this CPU's oneDNN has no bfloat16 products"
+)
+
+
+@packed
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 70), outputs=st.integers(1, 90), inputs=st.integers(1, 90))
+def test_a_packed_weight_gives_the_product_of_the_plain_one(seed, rows, outputs, inputs):
+    random = torch.Generator().manual_seed(seed)
+    plain = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
+    x = torch.randn(rows, inputs, generator=random).bfloat16()
+    with torch.inference_mode():
+        expected = torch.nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double())
+        got = PackedLinear(plain)(x)
+    torch.testing.assert_close(got.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@packed
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), num_tokens=st.integers(1, 40), top_k=st.integers(1, 4))
+def test_packed_experts_are_the_weighted_sum_of_single_ones(seed, num_tokens, top_k):
+    random = torch.Generator().manual_seed(seed)
+    num_local, hidden, width = 5, 64, 48
+    x = torch.randn(num_tokens, hidden, generator=random).bfloat16()
+    ids = torch.randint(-1, num_local, (num_tokens, top_k), generator=random)
+    weights = torch.rand(num_tokens, top_k, generator=random)
+    gate_up = torch.randn(num_local, 2 * width, hidden, generator=random).div(8).bfloat16()
+    down = torch.randn(num_local, hidden, width, generator=random).div(8).bfloat16()
+    expected = experts_reference(x.double(), ids, weights, gate_up.double(), down.double())
+    with torch.inference_mode():
+        got = experts_by_loop(x, ids, weights, [PackedWeight(w) for w in gate_up], [PackedWeight(w) for w in down])
+    torch.testing.assert_close(got, expected, atol=6e-2, rtol=6e-2)
 
 
 @pytest.mark.parametrize("device", DEVICES)

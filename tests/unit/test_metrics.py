@@ -53,6 +53,7 @@ METRICS = {
     "moecluster_dispatch_sent_bytes_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_received_bytes_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_round_trip_seconds": ("histogram", {"replica", "shard_id"}),
+    "moecluster_dispatch_fallbacks_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_rerouted_rows_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_plan_epoch": ("gauge", {"replica"}),
     "moecluster_shard_compute_seconds": ("histogram", {"shard_id"}),

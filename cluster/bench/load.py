@@ -1,0 +1,140 @@
+"""`moe-cluster bench serve`: load on a running server over gRPC, as its clients see it."""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+from rich.console import Console
+from rich.progress import Progress
+
+from cluster.bench.report import markdown_table
+from cluster.errors import ClusterError, SetupError, Unavailable
+from cluster.serving.client import Client
+from cluster.types import SAMPLING_DEFAULTS, SamplingParams
+
+_READY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTiming:
+    """One answer. arrivals_s: when each of its tokens came, after it was asked for; several may come in one piece."""
+
+    arrivals_s: tuple[float, ...]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadResult:
+    """Milliseconds by percentile (50, 90, 99). gap: between two pieces of an answer."""
+
+    requests: int
+    failed: int
+    tokens_per_s: float
+    first_token_ms: tuple[float, float, float]
+    gap_ms: tuple[float, float, float]
+    per_token_ms: tuple[float, float, float]
+    errors: tuple[str, ...] = ()
+
+
+def measure_server(args: argparse.Namespace) -> int:
+    """Puts the load on, prints a table, returns 1 when a request failed. Raises SetupError, Unavailable."""
+    for option, value in (
+        ("--requests", args.requests), ("--concurrency", args.concurrency), ("--prompt-tokens", args.prompt_tokens),
+        ("--output-tokens", args.output_tokens),
+    ):  # fmt: skip
+        if value < 1:
+            raise SetupError(f"{option} is {value}, at least 1 is needed")
+    if args.rate is not None and args.rate <= 0:
+        raise SetupError(f"--rate is {args.rate}, more than 0 is needed")
+    with Client(args.address) as client:
+        if not client.is_serving(_READY_S):
+            raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
+        vocab_size = client.model_info().vocab_size
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("requests", total=args.requests)
+            started = time.perf_counter()
+            timings = _run(client, args, vocab_size, lambda: progress.update(task, advance=1))
+            took_s = time.perf_counter() - started
+    result = summarize(timings, took_s)
+    _print(result, args)
+    if args.json:
+        args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    return 1 if result.failed else 0
+
+
+def summarize(timings: list[StreamTiming], took_s: float) -> LoadResult:
+    """took_s: from the first request to the end of the last."""
+    good = [timing for timing in timings if not timing.error]
+    gaps = [b - a for t in good for a, b in zip(t.arrivals_s, t.arrivals_s[1:], strict=False) if b > a]
+    per_token = [(t.arrivals_s[-1] - t.arrivals_s[0]) / (len(t.arrivals_s) - 1) for t in good if len(t.arrivals_s) > 1]
+    return LoadResult(
+        requests=len(timings),
+        failed=len(timings) - len(good),
+        tokens_per_s=sum(len(t.arrivals_s) for t in good) / took_s,
+        first_token_ms=_percentiles([t.arrivals_s[0] for t in good]),
+        gap_ms=_percentiles(gaps),
+        per_token_ms=_percentiles(per_token),
+        errors=tuple(sorted({t.error for t in timings if t.error})),
+    )
+
+
+def _run(client: Client, args: argparse.Namespace, vocab_size: int, advance: Callable[[], None]) -> list[StreamTiming]:
+    draw = random.Random(args.seed)
+    prompts = [[draw.randrange(vocab_size) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
+    params = replace(SAMPLING_DEFAULTS, temperature=0.0, max_tokens=args.output_tokens, ignore_eos=True)
+
+    def ask(prompt: list[int]) -> StreamTiming:
+        timing = _time_stream(client, prompt, params)
+        advance()
+        return timing
+
+    if args.rate is None:
+        with ThreadPoolExecutor(args.concurrency) as pool:
+            return list(pool.map(ask, prompts))
+    with ThreadPoolExecutor(args.requests) as pool:
+        asked = []
+        for prompt in prompts:
+            asked.append(pool.submit(ask, prompt))
+            time.sleep(draw.expovariate(args.rate))
+        return [one.result() for one in asked]
+
+
+def _time_stream(client: Client, prompt: list[int], params: SamplingParams) -> StreamTiming:
+    started = time.perf_counter()
+    arrivals: list[float] = []
+    try:
+        for piece in client.stream(prompt, params):
+            arrivals += [time.perf_counter() - started] * len(piece.token_ids)
+    except ClusterError as error:
+        return StreamTiming(arrivals_s=tuple(arrivals), error=str(error))
+    return StreamTiming(arrivals_s=tuple(arrivals), error="" if arrivals else "an answer without a token")
+
+
+def _percentiles(seconds: list[float]) -> tuple[float, float, float]:
+    """Of 50, 90 and 99, in milliseconds; nan without a value."""
+    if len(seconds) < 2:
+        value = 1000 * seconds[0] if seconds else float("nan")
+        return value, value, value
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return 1000 * cuts[49], 1000 * cuts[89], 1000 * cuts[98]
+
+
+def _print(result: LoadResult, args: argparse.Namespace) -> None:
+    loop = f"{args.concurrency} streams at a time" if args.rate is None else f"{args.rate:g} requests/s"
+    print(
+        f"{result.requests} requests of {args.prompt_tokens} prompt and {args.output_tokens} output tokens, {loop}: "
+        f"{result.tokens_per_s:.1f} tokens/s, {result.failed} failed\n"
+    )
+    rows: list[tuple[str, ...]] = [("milliseconds", "50 %", "90 %", "99 %")]
+    for name, values in (
+        ("first token", result.first_token_ms), ("between pieces", result.gap_ms), ("for a token", result.per_token_ms),
+    ):  # fmt: skip
+        rows.append((name, *(f"{value:.1f}" for value in values)))
+    print("\n".join(markdown_table(rows)))
+    for error in result.errors:
+        print(f"- FAILED: {error}")

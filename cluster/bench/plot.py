@@ -1,0 +1,41 @@
+"""A picture of a report, where matplotlib is installed. Measures nothing."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import SetupError
+
+if TYPE_CHECKING:
+    from cluster.bench.report import Report
+
+
+def check_plot(path: Path) -> None:
+    """Raises SetupError before anything is measured that could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SetupError("--plot: matplotlib is not installed; pip install 'moe-cluster[bench]' has it")
+    if not path.parent.is_dir():
+        raise SetupError(f"--plot {path}: its directory does not exist")
+
+
+def plot_report(report: "Report", path: Path) -> None:
+    """Tokens/s against batch size, a line a system, prefill and decode side by side, the spread as bars."""
+    from matplotlib.figure import Figure  # only who asks for a picture needs it
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, part in zip(axes, ("prefill", "decode"), strict=True):
+        for result in report.results:
+            spreads = [getattr(point, part) for point in result.points]
+            medians = [spread.median for spread in spreads]
+            below = [spread.median - spread.low for spread in spreads]
+            above = [spread.high - spread.median for spread in spreads]
+            batches = [point.batch for point in result.points]
+            axis.errorbar(batches, medians, yerr=(below, above), marker="o", capsize=3, label=result.name)
+        axis.set(title=part, xlabel="batch", ylabel="tokens/s", xscale="log")
+        axis.set_xticks(report.workload.batches, [str(batch) for batch in report.workload.batches])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(report.checkpoint, fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,53 @@
+"""vLLM as a `System`, in an environment of its own that the user names: the two want different packages."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from cluster.bench.systems import SystemSpec
+from cluster.bench.throughput import Prompts, Workload
+from cluster.errors import ClusterError
+
+
+class VllmSystem:
+    """Tuned by the caller's variables (SystemSpec.variables), which its process alone gets."""
+
+    def __init__(self, spec: SystemSpec, workload: Workload) -> None:
+        """Raises ClusterError when it does not start; what it printed is on stderr."""
+        options = {
+            "model": str(spec.model_dir),
+            "dtype": spec.dtype,
+            "max_model_len": workload.prompt_tokens + workload.output_tokens,
+            "max_num_seqs": workload.batches[-1],
+        }
+        worker = Path(__file__).with_name("vllm_worker.py")
+        self._process = subprocess.Popen(
+            [spec.python, str(worker), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(spec.python).parent,  # not this package's folder: its modules are not for that environment
+            env={**os.environ, **dict(spec.variables)},
+        )
+        names = " ".join(f"{name}={value}" for name, value in spec.variables)
+        self.detail = f"{self._answer()['ready']} {names}".strip()
+
+    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
+        assert self._process.stdin is not None
+        print(json.dumps({"prompts": prompts, "num_tokens": num_tokens}), file=self._process.stdin, flush=True)
+        counts: list[int] = self._answer()["counts"]
+        return counts
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ClusterError(f"vLLM ended with code {self._process.wait()}; its last words are above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer

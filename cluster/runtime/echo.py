@@ -1,0 +1,66 @@
+"""Shards that send rows back as they came: what a carrier costs without any product."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+
+from cluster.errors import ShardUnavailable
+from cluster.experts.transport import ExpertBatch, ExpertTransport
+from cluster.runtime.actors import prepare_process
+from cluster.runtime.launch import start_ray
+from cluster.runtime.protocol import process_info
+from cluster.runtime.transports import RayOffers, RayTransport, decode, to_bytes
+from cluster.stream.client import StreamTransport
+from cluster.stream.frames import StreamOffer
+from cluster.stream.server import StreamServer
+
+_TIMEOUT_S = 30.0
+
+
+class EchoActor:
+    """Speaks what an expert shard speaks, over both carriers."""
+
+    def __init__(self) -> None:
+        prepare_process(1)
+        self.device = torch.device("cpu")
+        self._streams = StreamServer(self, host=ray.util.get_node_ip_address(), node=process_info().node_id)
+        self._streams.start()
+
+    def forward(self, *wire: Any) -> Any:
+        """A `WireBatch` of a Ray call, or a batch of the stream."""
+        if isinstance(wire[0], ExpertBatch):
+            return wire[0].hidden_states
+        return to_bytes(decode(wire, self.device).hidden_states)
+
+    def stream_offer(self) -> StreamOffer:
+        return self._streams.offer
+
+
+class _Handles:
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+
+    def handle(self, shard_id: int) -> Any:
+        if shard_id >= len(self._actors):
+            raise ShardUnavailable(f"there is no echo {shard_id}", shard_id)
+        return self._actors[shard_id]
+
+
+@contextmanager
+def echo_transports(num_shards: int) -> Iterator[dict[str, ExpertTransport]]:
+    """Every carrier to the same `num_shards` echoes, on a Ray of this machine. TCP goes over loopback."""
+    stop = start_ray(num_cpus=num_shards)
+    try:
+        actors = [ray.remote(EchoActor).options(num_cpus=1).remote() for _ in range(num_shards)]
+        handles = _Handles(actors)
+        here = process_info().node_id
+        yield {
+            "ray": RayTransport(handles),
+            "stream, Unix socket": StreamTransport(RayOffers(handles), node=here, fallback=None, timeout_s=_TIMEOUT_S),
+            "stream, TCP": StreamTransport(RayOffers(handles), node="", fallback=None, timeout_s=_TIMEOUT_S),
+        }
+    finally:
+        stop()
