@@ -40,7 +40,7 @@ then, in another terminal:      moe-cluster chat
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(bench.with_part(sys.argv[1:] if argv is None else argv))
     try:
         code: int = args.run(args)
         return code

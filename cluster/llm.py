@@ -59,6 +59,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
         cpus_per_expert_shard: float = 1.0,
     ) -> None:
         if transport not in ("local", *TRANSPORTS):
@@ -72,6 +73,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             max_waiting=QUEUE_LIMIT,
+            enable_prefix_caching=enable_prefix_caching,
         )
         self._request_ids = itertools.count()
         self._ray_experts: RayExperts | None = None

@@ -4,7 +4,10 @@ Imports of torch and the cluster happen in `run`, through `session`: `--help` an
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+PARTS = ("throughput", "latency", "transport", "serve")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +117,13 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def with_part(argv: Sequence[str]) -> list[str]:
+    """Arguments of the command line in which `bench` names its part: throughput, unless it does."""
+    if argv[:1] == ["bench"] and (len(argv) == 1 or argv[1] not in (*PARTS, "-h", "--help")):
+        return ["bench", "throughput", *argv[1:]]
+    return list(argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class VllmSystem:
             text=True,
             cwd=Path(spec.python).parent,  # not this package's folder: its modules are not for that environment
             env={**os.environ, **dict(spec.variables)},
+            start_new_session=True,
         )
         names = " ".join(f"{name}={value}" for name, value in spec.variables)
         self.detail = f"{self._answer()['ready']} {names}".strip()
@@ -41,7 +44,8 @@ class VllmSystem:
         return counts
 
     def close(self) -> None:
-        self._process.terminate()
+        with suppress(ProcessLookupError):  # vLLM's own workers outlive its first process
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _answer(self) -> dict[str, Any]:

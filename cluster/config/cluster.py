@@ -23,6 +23,7 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, decode rows and prefill chunks together.
     max_model_len: prompt and output together; None is the checkpoint's max_position_embeddings.
     max_waiting: requests that may queue before a further one is refused.
+    enable_prefix_caching: prompts that begin alike share the keys and values of their beginning.
     """
 
     dtype: str = "auto"
@@ -33,6 +34,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     max_waiting: int = 256
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         _check_choice(self, "dtype", ("auto", *DTYPES))
@@ -75,6 +77,7 @@ class ClusterConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     max_waiting: int = 256
+    enable_prefix_caching: bool = True
     max_ongoing_requests: int = 512
     max_request_bytes: int = 1 << 20
     gpus_per_attention_replica: float | None = None
@@ -145,7 +148,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
                 return value
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        elif isinstance(value, option) and not isinstance(value, bool):
+        elif isinstance(value, option) and isinstance(value, bool) == (option is bool):
             return value
     names = " or ".join(getattr(o, "__name__", None) or "/".join(map(str, typing.get_args(o))) for o in options)
     raise SetupError(f"{key} is {value!r}, {names.replace('NoneType', 'null')} is needed")

@@ -45,7 +45,7 @@ class Engine:
         self.metrics = metrics
         self.clock = clock
         self.seeds = seeds or random.Random()
-        self.blocks = BlockManager(num_blocks, config.block_size)
+        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
@@ -115,6 +115,7 @@ class Engine:
         batch = self.scheduler.schedule()
         for _ in range(batch.num_preempted):
             self.metrics.preempted()
+        self.metrics.reused(batch.num_reused_tokens)
         updates = self._run(batch) if batch.scheduled else []
         updates += self._finished
         self._finished = []
@@ -149,6 +150,7 @@ class Engine:
         updates = []
         for s, result in zip(batch.scheduled, results, strict=True):
             s.sequence.num_computed_tokens += s.num_tokens
+            self.blocks.remember(s.sequence)
             if result is not None:
                 updates.append(self._append(s.sequence, *result))
         return updates

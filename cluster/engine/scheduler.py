@@ -26,10 +26,12 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work. num_preempted: sequences that lost their blocks to make it possible."""
+    """One step's work. num_preempted: sequences that lost their blocks to make it possible.
+    num_reused_tokens: tokens of sequences that begin here and whose keys and values were in the cache."""
 
     scheduled: tuple[ScheduledSequence, ...]
     num_preempted: int = 0
+    num_reused_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -66,7 +68,7 @@ class Scheduler:
         computed again later (preemption by recompute); a sequence that fits the cache alone always gets on."""
         scheduled: list[ScheduledSequence] = []
         budget = self.max_num_batched_tokens
-        num_preempted = 0
+        num_preempted = num_reused_tokens = 0
         position = 0
         while position < len(self.running) and budget:
             sequence = self.running[position]
@@ -83,14 +85,18 @@ class Scheduler:
             position += 1
         while self.waiting and budget and len(self.running) < self.max_num_seqs and not num_preempted:
             sequence = self.waiting[0]
+            num_reused = self.blocks.reuse(sequence)
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_tokens):
+            if not self.blocks.allocate(sequence, num_reused + num_tokens):
+                self.blocks.free(sequence)
+                sequence.num_computed_tokens = 0
                 break
+            num_reused_tokens += num_reused
             self.waiting.popleft()
             self.running.append(sequence)
             scheduled.append(ScheduledSequence(sequence, num_tokens))
             budget -= num_tokens
-        return Batch(tuple(scheduled), num_preempted)
+        return Batch(tuple(scheduled), num_preempted, num_reused_tokens)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

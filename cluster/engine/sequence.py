@@ -11,7 +11,8 @@ class Sequence:
     """Mutable; only the engine's thread touches it.
 
     token_ids: prompt and output.  num_computed_tokens: tokens whose keys and values are in the cache.
-    block_table: ids of its cache blocks in order.  deadline, arrived_at: on the engine's clock, in seconds.
+    block_table: ids of its cache blocks in order.  block_digests: of its first blocks, those full and computed.
+    deadline, arrived_at: on the engine's clock, in seconds.
     stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
     """
 
@@ -23,6 +24,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
     penalties: PenaltyState = field(default_factory=PenaltyState)
     started: bool = False
 

@@ -47,21 +47,35 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of an nn.Linear whose weight is loaded."""
+    """Takes the place of one nn.Linear whose weight is loaded, or of several with the same input.
 
-    def __init__(self, plain: nn.Linear) -> None:
+    One product for several is faster than one each: starting two threads costs 0.06 to 0.16 ms a product.
+    """
+
+    def __init__(self, *plain: nn.Module) -> None:
         super().__init__()
-        self.packed = PackedWeight(plain.weight)
-        self.bias = plain.bias
+        with torch.no_grad():
+            linears = [p for p in plain if isinstance(p, nn.Linear)]
+            weights: list[Tensor] = [p.weight for p in linears]
+            biases: list[Tensor] = [p.bias for p in linears if p.bias is not None]
+            self.packed = PackedWeight(weights[0] if len(plain) == 1 else torch.cat(weights))
+            self.bias = torch.cat(biases) if biases else None
+        self.sizes = [p.out_features for p in linears]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[M, K] -> [M, sum of the outputs], in the order of the plain ones."""
         return self.packed.product(x, self.bias)
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Packs every nn.Linear below a module in place, one after another: twice the memory of one, not of all."""
+    """Packs every nn.Linear below a module in place, one after another: twice the memory of one, not of all.
+
+    A module with a method `pack` does it itself: it knows which of its linears have the same input.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child))
+        elif callable(pack := getattr(child, "pack", None)):
+            pack()
         else:
             pack_linears(child)

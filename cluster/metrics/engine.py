@@ -116,6 +116,12 @@ class EngineMetrics:
             "livesum",
             "replica",
         ).labels(replica)
+        self._reused_tokens = define.counter(
+            "moecluster_engine_reused_tokens_total",
+            "Prompt tokens that were not computed because the cache had their keys and values. Its share of all "
+            "prompt tokens is what prefix caching saves.",
+            "replica",
+        ).labels(replica)
         self._used_blocks = define.gauge(
             "moecluster_engine_kv_used_blocks",
             "KV blocks in use. Near the capacity sequences get preempted; above zero with nothing running is a leak.",
@@ -184,6 +190,10 @@ class EngineMetrics:
         self._step_sequences.observe(num_seqs)
         self._prefill_tokens.inc(num_prefill_tokens)
         self._decode_tokens.inc(num_decode_tokens)
+
+    def reused(self, num_tokens: int) -> None:
+        """Prompt tokens whose keys and values another sequence left in the cache."""
+        self._reused_tokens.inc(num_tokens)
 
     def preempted(self) -> None:
         self._preemptions.inc()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.config import ModelConfig
+from cluster.kernels.linear import PackedLinear
 
 
 class Experts(Protocol):
@@ -29,11 +30,22 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj: nn.Linear | PackedLinear = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj: PackedLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
+
+    def pack(self) -> None:
+        """Packs the loaded weights; gate and up become one product."""
+        self.gate_up_proj = PackedLinear(self.gate_proj, self.up_proj)
+        self.down_proj = PackedLinear(self.down_proj)
+        del self.gate_proj, self.up_proj
 
 
 class Router(nn.Module):

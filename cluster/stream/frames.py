@@ -92,7 +92,9 @@ class Header:
         if payload_bytes > MAX_PAYLOAD_BYTES:
             raise ProtocolError(f"a frame of {payload_bytes} bytes, at most {MAX_PAYLOAD_BYTES} are taken")
         row_bytes = hidden_size * DTYPES[dtype].itemsize
-        if kind == Kind.REQUEST and (not rows or payload_bytes != rows * (row_bytes + 8 * topk)):
+        if kind == Kind.REQUEST and (
+            not (rows and hidden_size and topk) or payload_bytes != rows * (row_bytes + 8 * topk)
+        ):
             raise ProtocolError(f"a request of {rows} rows with {payload_bytes} bytes, which its shapes do not give")
         if kind == Kind.ANSWER and payload_bytes != rows * row_bytes:
             raise ProtocolError(f"an answer of {rows} rows with {payload_bytes} bytes, which its shapes do not give")

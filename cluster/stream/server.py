@@ -245,9 +245,9 @@ class StreamServer:
         group = [r for r in group if r.expires_at > now]
         if not group:
             return
-        batches = [request.batch(self._backend.device) for request in group]
         waited_s = max(0.0, time.time() - min(r.header.sent_at for r in group))  # hosts' clocks may differ
         try:
+            batches = [request.batch(self._backend.device) for request in group]
             out = self._backend.forward(batches[0] if len(batches) == 1 else _together(batches), waited_s)
         except ShardUnavailable as error:
             self._end(group, Kind.UNAVAILABLE, str(error))
@@ -325,10 +325,11 @@ class StreamServer:
             self._selector.modify(peer.sock, events, peer)
 
     def _refuse(self, peer: _Peer, message: str) -> None:
-        """Says why, as far as the socket takes it at once, and ends the connection."""
+        """Says why to who has proven himself, as far as the socket takes it at once, and ends the connection."""
         payload = message.encode()
         with suppress(OSError):  # it is being closed anyway
-            peer.sock.sendmsg([Header(kind=Kind.REFUSED, request_id=0, payload_bytes=len(payload)).pack(), payload])
+            if peer.deadline is None:
+                peer.sock.sendmsg([Header(kind=Kind.REFUSED, request_id=0, payload_bytes=len(payload)).pack(), payload])
         self._drop(peer)
 
     def _drop(self, peer: _Peer) -> None:

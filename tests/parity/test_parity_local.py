@@ -34,6 +34,21 @@ def test_prompts_in_chunks_of_7_give_the_same(oracle):
         assert tokens(llm) == oracle.token_ids
 
 
+def test_prompts_whose_beginning_is_cached_give_the_same(oracle):
+    with llm_for(oracle, num_expert_shards=2, block_size=4) as llm:
+        assert tokens(llm) == oracle.token_ids
+        schedule, reused = llm.engine.scheduler.schedule, []
+
+        def counted():
+            batch = schedule()
+            reused.append(batch.num_reused_tokens)
+            return batch
+
+        llm.engine.scheduler.schedule = counted
+        assert tokens(llm) == oracle.token_ids
+        assert sum(reused) > 0
+
+
 def test_preempted_sequences_give_the_same(oracle):
     """Room for 11 blocks of 4 tokens: the longest sequence takes all of them, so the others must give theirs up."""
     with llm_for(oracle, num_expert_shards=2, block_size=4) as llm:

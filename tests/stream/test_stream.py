@@ -219,6 +219,19 @@ def test_an_oversized_frame_is_refused_before_anything_is_allocated(server):
     assert b"at most" in said
 
 
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (1, 0, 2), (1, 3, 0)])
+def test_a_request_without_rows_or_experts_is_refused(server, sizes):
+    rows, hidden_size, topk = sizes
+    raw = proven(server)
+    num_bytes = rows * (4 * hidden_size + 8 * topk)
+    raw.sendall(
+        Header(
+            kind=Kind.REQUEST, request_id=1, payload_bytes=num_bytes, rows=rows, hidden_size=hidden_size, topk=topk
+        ).pack()
+    )  # fmt: skip
+    assert b"which its shapes do not give" in read_all(raw)
+
+
 @given(data=st.binary(min_size=1, max_size=300), change=st.integers(0, HEADER.size - 1), byte=st.integers(0, 255))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_noise_harms_nobody_else(server, data, change, byte):

@@ -46,6 +46,7 @@ METRICS = {
     "moecluster_engine_step_seconds": ("histogram", {"replica"}),
     "moecluster_engine_step_sequences": ("histogram", {"replica"}),
     "moecluster_engine_step_tokens_total": ("counter", {"replica", "phase"}),
+    "moecluster_engine_reused_tokens_total": ("counter", {"replica"}),
     "moecluster_engine_preemptions_total": ("counter", {"replica"}),
     "moecluster_engine_finished_sequences_total": ("counter", {"replica", "reason"}),
     "moecluster_engine_queue_wait_seconds": ("histogram", {"replica"}),
