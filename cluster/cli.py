@@ -114,6 +114,7 @@ def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     add("attention_replicas", int, "processes with the dense weights and a KV cache")
     add("dtype", str, "float32, bfloat16, float16 or auto: the checkpoint's", "TYPE")
     add("device", str, "cpu, cuda or auto: cuda where there is one", "DEVICE")
+    add("transport", str, "auto (streams, and Ray calls while one is down), stream or ray", "NAME")
     add("kv_cache_bytes", int, "memory for keys and values, for each attention replica", "BYTES")
     add("max_num_seqs", int, "sequences in one step at most")
     add("max_num_batched_tokens", int, "tokens in one step at most, prefill and decode together")

@@ -23,6 +23,7 @@ from cluster.config import ClusterConfig
 from cluster.engine.local import max_model_len, resolve_dtype
 from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher
+from cluster.experts.transport import ExpertTransport
 from cluster.experts.placement import plan_evenly
 from cluster.metrics import DispatchMetrics
 from cluster.model.kv_cache import num_kv_blocks
@@ -119,6 +120,7 @@ class RayExperts:
         check_config(config)
         self._stop_ray = start_ray(num_cpus=config.expert_shards * config.cpus_per_expert_shard)
         self._controller: Any = None
+        self._transport: ExpertTransport | None = None
         try:
             config = resolve_gpus(config)
             check_gpus(config, attention_replicas=0)
@@ -130,8 +132,9 @@ class RayExperts:
         except BaseException:
             self.close()
             raise
+        self._transport = make_transport(config, self._directory, metrics)
         self.dispatcher = ExpertDispatcher(
-            make_transport(config, self._directory, metrics),
+            self._transport,
             self._directory,
             metrics,
             shard_timeout_s=config.shard_timeout_s,
@@ -140,6 +143,8 @@ class RayExperts:
 
     def close(self) -> None:
         """Takes the shards down, and Ray if this object started it. Safe to call again."""
+        if self._transport is not None:
+            self._transport.close()
         if self._controller is not None and ray.is_initialized():
             self._directory.close()
             _close_controller(self._controller, self._group)
