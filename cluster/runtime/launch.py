@@ -23,8 +23,8 @@ from cluster.config import ClusterConfig
 from cluster.engine.local import max_model_len, resolve_dtype
 from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher
-from cluster.experts.transport import ExpertTransport
 from cluster.experts.placement import plan_evenly
+from cluster.experts.transport import ExpertTransport
 from cluster.metrics import DispatchMetrics
 from cluster.model.kv_cache import num_kv_blocks
 from cluster.runtime.attention_replica import AttentionReplica
