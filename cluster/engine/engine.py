@@ -64,7 +64,7 @@ class Engine:
         if request.request_id in self._cancelled_early:
             del self._cancelled_early[request.request_id]
             raise RequestCancelled("the request was cancelled before it began")
-        if len(self.scheduler.waiting) >= self.config.max_waiting:
+        if self.scheduler.num_queued >= self.config.max_waiting:
             raise Overloaded(f"the queue is full ({self.config.max_waiting} requests wait): try again later")
         if request.request_id in self.sequences:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request", "request_id")

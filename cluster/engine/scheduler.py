@@ -52,6 +52,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_queued(self) -> int:
+        """Waiting sequences that the next step has no place for: a burst that comes between two steps is no queue."""
+        return max(0, len(self.waiting) - (self.max_num_seqs - len(self.running)))
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 

@@ -142,6 +142,16 @@ def test_a_full_queue_refuses():
     assert set(run_to_end(engine)) == {"a", "b"}
 
 
+def test_a_burst_between_two_steps_may_fill_the_batch_and_the_queue():
+    """Two run and one waits: the fourth is refused, though no step has begun yet."""
+    engine = make_engine(max_num_seqs=2, max_waiting=1)
+    for name in "abc":
+        engine.submit(request(name))
+    with pytest.raises(Overloaded):
+        engine.submit(request("d"))
+    assert set(run_to_end(engine)) == {"a", "b", "c"}
+
+
 def test_what_can_never_fit_the_cache_is_refused():
     engine = make_engine(num_blocks=2)
     with pytest.raises(InvalidRequest, match="3 KV cache blocks, there are 2"):
