@@ -34,6 +34,7 @@ from cluster.runtime.ingress import Ingress
 from cluster.runtime.process import actor_environment
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
 from cluster.runtime.transports import make_transport
+from cluster.serving.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class ServedCluster:
         options = options or ServeOptions()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
         check_config(config)
+        Tokenizer(config.model)  # the ingress needs it; a missing one is named here, not by a deployment that fails
         self.group = ""
         self.grpc_port = _free_port("grpc port", options.grpc_port)
         self.http_port = _free_port("http port", options.http_port)

@@ -1,11 +1,14 @@
 """The command line as a user meets it: in a process of its own."""
 
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from cluster.cli import main
 
 pytestmark = pytest.mark.ray
 
@@ -134,3 +137,12 @@ def test_ctrl_c_drains_and_stops_a_server(demo_checkpoint):
     assert serving.returncode == 0, err
     assert "stopped" in out
     assert "Traceback" not in out + err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_starts(demo_checkpoint, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(demo_checkpoint, model, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert main(["serve", str(model)]) == 2
+    said = capsys.readouterr().err
+    assert "tokenizer.json" in said
+    assert "Traceback" not in said
