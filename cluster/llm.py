@@ -162,7 +162,7 @@ class LLM:
             while sequence.num_uncomputed_tokens:
                 size = min(sequence.num_uncomputed_tokens, self.engine.config.max_num_batched_tokens)
                 hidden_states = self.engine.runner.forward([ScheduledSequence(sequence, size)])  # [size, H]
-                chunks.append(self.engine.runner.model.logits(hidden_states))
+                chunks.append(self.engine.runner.model.logits(hidden_states).float())
                 sequence.num_computed_tokens += size
         finally:
             self.engine.blocks.free(sequence)

@@ -69,6 +69,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def has_penalties(self) -> bool:
+        repetition = self.repetition_penalty or 1.0
+        return repetition != 1.0 or bool(self.presence_penalty) or bool(self.frequency_penalty)
+
     def with_defaults(self, defaults: "SamplingParams") -> "SamplingParams":
         """Returns a copy in which every field that is None has the value of `defaults`."""
         missing = {

@@ -1,18 +1,22 @@
 """Attention of new tokens over a paged cache. Knows neither layers nor who owns the blocks.
 
 T: new tokens of all sequences, B: sequences, S: tokens a block, Q: query heads, KV: key/value heads, D: head size,
-C: tokens of context.
+C: tokens of context, t: new tokens of one sequence.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Keys (or values) gathered at a time: they stay in a cache of the processor until they are multiplied, and the copy
+# of a long context stays small. 32 sequences of 96 tokens in Qwen1.5-MoE-A2.7B's shapes are 12.6 MB.
+MAX_GATHERED_BYTES = 1 << 24
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class PagedBatch:
     """Where a step's tokens stand. The sequences' new tokens lie one after another in the T rows.
 
@@ -27,6 +31,43 @@ class PagedBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     context_lens_tensor: Tensor
+    _groups: "list[_Group]" = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def groups(self, k_cache: Tensor) -> "list[_Group]":
+        """The sequences in groups that are computed together. Made once a step: all layers' caches are shaped alike."""
+        if not self._groups:
+            row_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
+            for chosen in _alike(self.query_lens, self.context_lens, MAX_GATHERED_BYTES // row_bytes):
+                self._groups.append(_group(self, chosen, block_size=k_cache.shape[1], num_kv_heads=k_cache.shape[2]))
+        return self._groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """B sequences, padded to the longest: t queries over C tokens of context each.
+
+    query_rows: [B * t] into the T rows, padding repeats a sequence's last.  real: [B * t] bool, None if all are.
+    positions: [B, t] of the queries.  cache_rows: [B * KV * C] into the cache seen as [blocks * S * KV, D].
+    causal: nothing is padded and no query has older context, so that a plain causal mask is the right one.
+    """
+
+    batch: int
+    num_queries: int
+    context: int
+    query_rows: Tensor
+    real: Tensor | None
+    positions: Tensor
+    cache_rows: Tensor
+    causal: bool
+
+    def visible(self, window: int | None) -> Tensor:
+        """[B, 1, t, C] bool, true where a query sees a key."""
+        keys = torch.arange(self.context, device=self.positions.device)
+        queries = self.positions.unsqueeze(-1)
+        visible = keys <= queries
+        if window is not None:
+            visible &= keys > queries - window
+        return visible.unsqueeze(1)
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -46,12 +87,14 @@ def attention_reference(
     out = torch.empty_like(q)
     start = 0
     for i, (query_len, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        k, v = (_gather(cache, batch.block_tables[i : i + 1])[0, :context_len] for cache in (k_cache, v_cache))
+        k, v = (cache[batch.block_tables[i]].flatten(0, 1)[:context_len] for cache in (k_cache, v_cache))
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # [C, Q, D]
         rows = q[start : start + query_len]
         scores = torch.einsum("tqd,cqd->qtc", rows.float(), k.float()) * scale  # [Q, t, C]
-        visible = causal_mask(query_len, context_len, window, q.device)
+        queries = torch.arange(context_len - query_len, context_len, device=q.device).unsqueeze(1)
+        keys = torch.arange(context_len, device=q.device).unsqueeze(0)
+        visible = (keys <= queries) & (keys > queries - (window or context_len + 1))
         probs = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         out[start : start + query_len] = torch.einsum("qtc,cqd->tqd", probs, v.float()).to(q.dtype)
         start += query_len
@@ -61,70 +104,96 @@ def attention_reference(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, *, scale: float, window: int | None
 ) -> Tensor:
-    """As `attention_reference`: decode rows of all sequences in one product, each prefill chunk in one of its own."""
+    """As `attention_reference`, for sequences of similar lengths together."""
     out = torch.empty_like(q)
-    starts, decodes, start = [], [], 0
-    for i, query_len in enumerate(batch.query_lens):
-        starts.append(start)
-        if query_len == 1:
-            decodes.append(i)
-        start += query_len
-    if decodes:
-        every = len(decodes) == len(batch.query_lens)
-        chosen = torch.tensor(decodes, device=q.device)
-        rows = chosen if every else torch.tensor([starts[i] for i in decodes], device=q.device)
-        tables = batch.block_tables if every else batch.block_tables[chosen]
-        lens = batch.context_lens_tensor if every else batch.context_lens_tensor[chosen]
-        out[rows] = _decode(q[rows], k_cache, v_cache, tables, lens, scale, window)
-    for i, query_len in enumerate(batch.query_lens):
-        if query_len > 1:
-            chunk = slice(starts[i], starts[i] + query_len)
-            table = batch.block_tables[i : i + 1]
-            out[chunk] = _prefill(q[chunk], k_cache, v_cache, table, batch.context_lens[i], scale, window)
+    for group in batch.groups(k_cache):
+        part = _attend(q.index_select(0, group.query_rows), k_cache, v_cache, group, scale, window)
+        if group.real is None:
+            out.index_copy_(0, group.query_rows, part)
+        else:
+            out.index_copy_(0, group.query_rows[group.real], part[group.real])
     return out
 
 
-def causal_mask(query_len: int, context_len: int, window: int | None, device: torch.device) -> Tensor:
-    """[query_len, context_len] bool, true where a query sees a key; the queries are the last tokens of the context."""
-    queries = torch.arange(context_len - query_len, context_len, device=device).unsqueeze(1)
-    keys = torch.arange(context_len, device=device).unsqueeze(0)
-    visible = keys <= queries
-    return visible if window is None else visible & (keys > queries - window)
-
-
-def _gather(cache: Tensor, block_tables: Tensor) -> Tensor:
-    """[blocks, S, KV, D] by [B, n] -> [B, n * S, KV, D]."""
-    return cache[block_tables].flatten(1, 2)
-
-
-def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor,
-    scale: float, window: int | None,
+def _attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _Group, scale: float, window: int | None
 ) -> Tensor:  # fmt: skip
-    """One query a sequence. q: [B, Q, D], block_tables: [B, n], context_lens: [B]. Returns [B, Q, D]."""
-    k, v = (_gather(cache, block_tables).transpose(1, 2) for cache in (k_cache, v_cache))  # [B, KV, C, D]
-    num_sequences, num_heads, head_dim = q.shape
-    grouped = q.view(num_sequences, k.shape[1], -1, head_dim)  # [B, KV, Q / KV, D]: no copy of keys for their group
-    if q.device.type == "cpu" and q.dtype != torch.float32 and grouped.shape[2] == 1:
-        # A single row of 16 bits takes torch's slow path: 13.9 ms, twice the same row 3.6 (32 x 16 heads, 96 tokens).
-        grouped = grouped.expand(-1, -1, 2, -1)
-    keys = torch.arange(k.shape[2], device=q.device).unsqueeze(0)
-    visible = keys < context_lens.unsqueeze(1)  # [B, C]
-    if window is not None:
-        visible &= keys >= context_lens.unsqueeze(1) - window
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible[:, None, None, :], scale=scale)
-    return out[:, :, : num_heads // k.shape[1]].reshape(num_sequences, num_heads, head_dim)
-
-
-def _prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_len: int,
-    scale: float, window: int | None,
-) -> Tensor:  # fmt: skip
-    """One chunk of one sequence. q: [t, Q, D], block_table: [1, n]. Returns [t, Q, D]."""
-    k, v = (_gather(cache, block_table)[:, :context_len].transpose(1, 2) for cache in (k_cache, v_cache))
-    whole = window is None and q.shape[0] == context_len
-    mask = None if whole else causal_mask(q.shape[0], context_len, window, q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=True
+    """q: [B * t, Q, D], the group's queries. Returns [B * t, Q, D]."""
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    # Rows of one head each: the copy is [B, KV, C, D] at once, 4 times as fast as picking blocks by an index and
+    # better for what follows (4.1 against 0.8 ms for 32 sequences of 96 tokens, 16 heads of 128, 2 threads of a Zen 4).
+    k, v = (
+        cache.view(-1, head_dim).index_select(0, group.cache_rows).view(group.batch, num_kv_heads, -1, head_dim)
+        for cache in (k_cache, v_cache)
     )
-    return out.squeeze(0).transpose(0, 1)
+    if group.num_queries == 1:
+        grouped = q.view(group.batch, num_kv_heads, -1, head_dim)  # [B, KV, Q / KV, D]: no copy of keys for their group
+        attend = _attend_written_out if q.device.type == "cpu" and q.dtype != torch.float32 else _attend_fused
+        return attend(grouped, k, v, group.visible(window), scale).reshape(q.shape)
+    queries = q.view(group.batch, group.num_queries, num_heads, head_dim).transpose(1, 2)  # [B, Q, t, D]
+    causal = group.causal and window is None
+    out = F.scaled_dot_product_attention(
+        queries, k, v, attn_mask=None if causal else group.visible(window), is_causal=causal, scale=scale,
+        enable_gqa=True,
+    )  # fmt: skip
+    return out.transpose(1, 2).reshape(num_rows, num_heads, head_dim)
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+
+
+def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """For few queries in 16 bits on the CPU, where torch's fused attention takes 4.7 ms and this 1.4 (as above)."""
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale  # [B, KV, Q / KV, C]
+    probs = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    return torch.matmul(probs.to(v.dtype), v)
+
+
+def _alike(query_lens: Sequence[int], context_lens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Splits the sequences into groups that are padded to at most twice their lengths and gather at most max_tokens
+    of context (one sequence may have more). Returns their indices."""
+    groups: list[list[int]] = []
+    longest = most_queries = 0
+    for i in sorted(range(len(query_lens)), key=lambda i: (query_lens[i], context_lens[i]), reverse=True):
+        longest_with = max(longest, context_lens[i])
+        if (
+            not groups
+            or 2 * query_lens[i] <= most_queries
+            or 2 * min(context_lens[i], context_lens[groups[-1][-1]]) < longest_with
+            or longest_with * (len(groups[-1]) + 1) > max_tokens
+        ):
+            groups.append([])
+            longest_with, most_queries = context_lens[i], query_lens[i]
+        groups[-1].append(i)
+        longest = longest_with
+    return groups
+
+
+def _group(batch: PagedBatch, chosen: list[int], *, block_size: int, num_kv_heads: int) -> _Group:
+    device = batch.block_tables.device
+    query_lens, context_lens = ([lens[i] for i in chosen] for lens in (batch.query_lens, batch.context_lens))
+    starts = [0]
+    for query_len in batch.query_lens:
+        starts.append(starts[-1] + query_len)
+    num_queries, context = max(query_lens), max(context_lens)
+    first_rows = torch.tensor([starts[i] for i in chosen]).unsqueeze(1)  # [B, 1]
+    lens = torch.tensor(query_lens).unsqueeze(1)
+    offsets = torch.arange(num_queries).expand(len(chosen), -1)  # [B, t]
+    clipped = torch.minimum(offsets, lens - 1)
+    padded = min(query_lens) < num_queries
+    tables = batch.block_tables[torch.tensor(chosen, device=device)]  # [B, n]
+    keys = torch.arange(context, device=device)
+    slots = tables[:, keys // block_size] * block_size + keys % block_size  # [B, C]
+    heads = torch.arange(num_kv_heads, device=device).view(1, -1, 1)
+    return _Group(
+        batch=len(chosen),
+        num_queries=num_queries,
+        context=context,
+        query_rows=(first_rows + clipped).flatten().to(device),
+        real=(offsets < lens).flatten().to(device) if padded else None,
+        positions=(torch.tensor(context_lens).unsqueeze(1) - lens + clipped).to(device),
+        cache_rows=(slots.unsqueeze(1) * num_kv_heads + heads).flatten(),
+        causal=not padded and query_lens == context_lens and min(context_lens) == context,
+    )

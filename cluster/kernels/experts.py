@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels.linear import Weight, linear
+from cluster.kernels.linear import MIN_ROWS, PackedWeight, Weight, linear
 
 
 def experts_reference(
@@ -42,18 +42,23 @@ def experts_by_loop(
     gate_up_proj, down_proj: as the reference, or L weights of the same shapes, packed or not.
     Sums run in the order of the expert ids, so the result does not depend on how the batch is ordered.
     """
-    out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     pair_tokens, pair_weights, counts = _group(topk_ids, topk_weights, len(gate_up_proj))
+    num_pairs = int(counts.sum())
+    pair_tokens = pair_tokens[:num_pairs]
+    # MIN_ROWS rows are computed where fewer are wanted (see `linear`): the next expert's stand in, and at the end any.
+    spare = MIN_ROWS - 1 if isinstance(gate_up_proj[0], PackedWeight) else 0
+    x = hidden_states.index_select(0, F.pad(pair_tokens, (0, spare)))  # [N + spare, H]
+    y = torch.empty_like(x)
     start = 0
     for expert, count in enumerate(counts.tolist()):
         if not count:
             continue
-        tokens = pair_tokens[start : start + count]  # [count]
-        gate, up = linear(hidden_states[tokens], gate_up_proj[expert]).chunk(2, dim=-1)  # [count, I]
-        y = linear(F.silu(gate) * up, down_proj[expert])  # [count, H]
-        out.index_add_(0, tokens, y * pair_weights[start : start + count])  # the product is float32
+        rows = x[start : start + max(count, 1 + spare)]
+        gate, up = linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [rows, I]
+        y[start : start + count] = linear(F.silu(gate).mul_(up), down_proj[expert])[:count]
         start += count
-    return out
+    out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    return out.index_add_(0, pair_tokens, y[:num_pairs] * pair_weights[:num_pairs])  # the product is float32
 
 
 def experts_by_grouped_mm(

@@ -120,8 +120,8 @@ class Qwen2Moe(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V] float32."""
+        """[T, H] -> [T, V] in the model's dtype."""
         if self.lm_head is None:
-            return F.linear(hidden_states, self.model.embed_tokens.weight).float()
+            return F.linear(hidden_states, self.model.embed_tokens.weight)
         logits: Tensor = self.lm_head(hidden_states)
-        return logits.float()
+        return logits

@@ -4,6 +4,7 @@ Every row is computed from its own logits, parameters and seed alone, so a seque
 else is in the batch. B: rows, V: vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -49,27 +50,47 @@ class SamplingRow:
     penalties: PenaltyState
     banned_token_ids: tuple[int, ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is that of the largest logit, and nothing else is asked for."""
+        params = self.params
+        return params.greedy and params.logprobs is None and not self.banned_token_ids and not params.has_penalties
+
 
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[int, Logprobs | None]]:
-    """Chooses one token a row. logits: [B, V] float32, overwritten.
+    """Chooses one token a row. logits: [B, V] in the model's dtype.
 
     Returns the tokens and, where asked for, log-probabilities under the model's own distribution.
     """
-    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = {i: logits[i].log_softmax(dim=-1) for i in wanted}
+    chosen: list[tuple[int, Logprobs | None]] = [(token_id, None) for token_id in _argmax(logits).tolist()]
     for i, row in enumerate(rows):
-        if row.banned_token_ids:
-            logits[i, list(row.banned_token_ids)] = -torch.inf
-        _penalize(logits[i], row)
-    chosen = logits.argmax(dim=-1).tolist()
-    for i, row in enumerate(rows):
-        if not row.params.greedy:
-            chosen[i] = _draw(logits[i], row)
-    return [
-        (token_id, _logprobs(raw[i], token_id, rows[i].params.logprobs or 0) if i in raw else None)
-        for i, token_id in enumerate(chosen)
-    ]
+        if not row.is_plain:
+            chosen[i] = _choose(logits[i].to(torch.float32, copy=True), row)
+    return chosen
+
+
+def _choose(logits: Tensor, row: SamplingRow) -> tuple[int, Logprobs | None]:
+    """One row whose largest logit is not all that is asked for. logits: [V] float32, overwritten."""
+    num_top = row.params.logprobs
+    logprobs = None if num_top is None else logits.log_softmax(dim=-1)
+    if row.banned_token_ids:
+        logits[list(row.banned_token_ids)] = -torch.inf
+    penalize(logits, row)
+    token_id = int(logits.argmax()) if row.params.greedy else _draw(logits, row)
+    return token_id, None if logprobs is None else _logprobs(logprobs, token_id, num_top or 0)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """[B, V] -> [B] int64. In 16 bits on the CPU by parts: torch's own takes 8 ms there where `amax` takes 0.5."""
+    num_rows, vocab_size = logits.shape
+    width = math.gcd(vocab_size, 128)
+    if logits.device.type != "cpu" or logits.dtype == torch.float32 or width == 1:
+        return logits.argmax(dim=-1)
+    parts = logits.view(num_rows, -1, width)
+    part = parts.amax(dim=-1).float().argmax(dim=-1)  # [B]
+    inside = parts[torch.arange(num_rows), part].float().argmax(dim=-1)
+    return part * width + inside
 
 
 def uniform(seed: int, position: int) -> float:
@@ -80,16 +101,16 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position << 64)).random())
 
 
-def _penalize(logits: Tensor, row: SamplingRow) -> None:
+def penalize(logits: Tensor, row: SamplingRow) -> None:
     """In place, over the sequence's distinct tokens only. logits: [V].
 
     Source: repetition as in HF's RepetitionPenaltyLogitsProcessor; presence and frequency as in OpenAI's API.
     """
+    if not row.params.has_penalties:
+        return
     repetition = row.params.repetition_penalty or 1.0
     presence = row.params.presence_penalty or 0.0
     frequency = row.params.frequency_penalty or 0.0
-    if repetition == 1.0 and not presence and not frequency:
-        return
     row.penalties.extend(row.token_ids, row.num_prompt_tokens)
     ids = torch.tensor(row.penalties.token_ids, device=logits.device)
     counts = torch.tensor(row.penalties.output_counts, device=logits.device)

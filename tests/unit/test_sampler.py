@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.model.sampler import PenaltyState, SamplingRow, sample, uniform
+from cluster.model.sampler import PenaltyState, SamplingRow, penalize, sample, uniform
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 
@@ -67,6 +67,14 @@ def test_greedy_takes_the_best():
     assert sample(torch.tensor([[0.0, 3.0, 1.0]]), [row(temperature=0)]) == [(1, None)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [9, 384, 1000])
+def test_greedy_takes_the_best_in_every_dtype(dtype, vocab_size):
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(vocab_size)).to(dtype)
+    chosen = [token_id for token_id, _ in sample(logits, [row(temperature=0)] * 5)]
+    assert [logits[i, token_id].item() for i, token_id in enumerate(chosen)] == logits.amax(dim=1).tolist()
+
+
 def test_a_row_samples_the_same_whatever_the_others_are():
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
     mine = row((4, 5), temperature=1.2, seed=11, top_p=0.95)
@@ -89,24 +97,24 @@ def test_repetition_penalty_is_that_of_transformers():
     token_ids = [3, 4, 4, 9]
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([token_ids]), logits.clone())
     got = logits.clone()
-    sample(got, [row(token_ids, 2, temperature=0, repetition_penalty=1.7)])
+    penalize(got[0], row(token_ids, 2, temperature=0, repetition_penalty=1.7))
     torch.testing.assert_close(got, expected)
 
 
 def test_presence_and_frequency_count_the_output_only():
     """Prompt (5), output (6, 6, 7): token 6 loses 0.5 + 2 × 0.25, token 7 loses 0.5 + 0.25, token 5 nothing."""
     logits = torch.zeros(1, 9)
-    sample(logits, [row([5, 6, 6, 7], 1, temperature=0, presence_penalty=0.5, frequency_penalty=0.25)])
+    penalize(logits[0], row([5, 6, 6, 7], 1, temperature=0, presence_penalty=0.5, frequency_penalty=0.25))
     assert logits[0, [5, 6, 7]].tolist() == [0.0, -1.0, -0.75]
 
 
 def test_penalties_follow_a_growing_sequence():
     kept = row([5], 1, temperature=0, frequency_penalty=1.0)
-    sample(torch.zeros(1, 9), [kept])
+    penalize(torch.zeros(9), kept)
     kept.token_ids.append(6)
     kept.token_ids.append(6)
     logits = torch.zeros(1, 9)
-    sample(logits, [kept])
+    penalize(logits[0], kept)
     assert logits[0, [5, 6]].tolist() == [0.0, -2.0]
 
 
