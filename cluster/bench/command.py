@@ -110,6 +110,11 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument(
+        "--turns", action="store_true",
+        help="load all systems at once and let them take turns, run by run: fairer where the machine's speed wanders, "
+        "but all must fit into memory",
+    )  # fmt: skip
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",

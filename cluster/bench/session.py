@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +15,24 @@ from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
 from cluster.bench.systems import SystemSpec, check_comparison
-from cluster.bench.throughput import Workload
-from cluster.bench.worker import SystemResult, run_system
+from cluster.bench.throughput import Workload, measure_in_turns
+from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.config import ModelConfig
 from cluster.errors import ClusterError, SetupError
 
+REST_S = 0.5  # between two systems' turns: OpenMP threads spin for up to 0.2 s after their work
+
+StartSystem = Callable[[SystemSpec, ModelConfig, Workload], RemoteSystem]
 RunSystem = Callable[[SystemSpec, ModelConfig, Workload, Callable[[str], None]], SystemResult]
 
 
-def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> int:
-    """Carries out `moe-cluster bench throughput` and `latency`; see `command.run`. run_one: measures one system."""
+def measure_all(
+    args: argparse.Namespace, run_one: RunSystem = run_system, start_one: StartSystem = RemoteSystem
+) -> int:
+    """Carries out `moe-cluster bench throughput` and `latency`; see `command.run`.
+
+    run_one: measures one system.  start_one: loads one, for --turns.
+    """
     for kind in args.compare:
         check_comparison(kind, args.vllm_python)
     if args.json and not args.json.parent.is_dir():
@@ -48,7 +57,10 @@ def measure_all(args: argparse.Namespace, run_one: RunSystem = run_system) -> in
             )
             for kind in (*args.compare, *args.transports)
         ]
-        results, failures = _run_systems(specs, config, workload, progress, run_one)
+        if args.turns:
+            results, failures = _take_turns(specs, config, workload, progress, start_one)
+        else:
+            results, failures = _run_systems(specs, config, workload, progress, run_one)
     report = Report(
         machine=this_machine(),
         checkpoint=describe(config, dtype),
@@ -118,6 +130,45 @@ def _run_systems(
         except ClusterError as error:
             failures.append(str(error))
         progress.update(task, description=spec.name)
+    return results, failures
+
+
+def _take_turns(
+    specs: Sequence[SystemSpec],
+    config: ModelConfig,
+    workload: Workload,
+    progress: Progress,
+    start_one: StartSystem,
+) -> tuple[list[SystemResult], list[str]]:
+    """All at once in memory, one at a time at work."""
+    systems: list[RemoteSystem] = []
+    failures = []
+    try:
+        for spec in specs:
+            task = progress.add_task(f"{spec.name}: loading", total=1)
+            try:
+                systems.append(start_one(spec, config, workload))
+            except ClusterError as error:
+                failures.append(str(error))
+            progress.update(task, completed=1, description=f"{spec.name}: loaded")
+        task = progress.add_task("taking turns", total=workload.num_runs * len(systems))
+        found = measure_in_turns(
+            systems,
+            workload,
+            time.perf_counter,
+            lambda system, batch: progress.update(task, advance=1, description=f"batch {batch}"),
+            lambda: time.sleep(REST_S),
+        )
+    finally:
+        for system in systems:
+            system.close()
+    results = []
+    for place, system in enumerate(systems):
+        points = found[place]
+        if isinstance(points, ClusterError):
+            failures.append(f"{system.name}: {points}")
+        else:
+            results.append(SystemResult(name=system.name, detail=system.detail, load_s=system.load_s, points=points))
     return results, failures
 
 

@@ -117,6 +117,39 @@ def measure(
     return tuple(points)
 
 
+def measure_in_turns(
+    systems: Sequence[System],
+    workload: Workload,
+    clock: Callable[[], float],
+    advance: Callable[[System, int], None],
+    rest: Callable[[], None],
+) -> dict[int, tuple[Point, ...] | ClusterError]:
+    """As `measure`, each run by all systems one after another: a machine whose speed wanders does so for all.
+
+    rest: called before each run.  Returns, by the system's place in `systems`, its points or why it has none.
+    """
+    timings: dict[tuple[int, int], list[Timing]] = {}
+    found: dict[int, tuple[Point, ...] | ClusterError] = {}
+    for batch in workload.batches:
+        for run_id in range(1 + workload.repeats):
+            for place, system in enumerate(systems):
+                if place in found:
+                    continue
+                rest()
+                try:
+                    timing = _time_run(system, workload, batch, run_id, clock)
+                except ClusterError as error:
+                    found[place] = error
+                    continue
+                if run_id > 0:
+                    timings.setdefault((place, batch), []).append(timing)
+                advance(system, batch)
+    for place in range(len(systems)):
+        if place not in found:
+            found[place] = tuple(summarize(timings[place, batch], workload, batch) for batch in workload.batches)
+    return found
+
+
 def summarize(timings: Sequence[Timing], workload: Workload, batch: int) -> Point:
     """Turns the repeats' seconds into tokens/s. Raises SetupError when decode is too short to time."""
     prefill, decode = [], []

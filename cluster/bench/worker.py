@@ -1,7 +1,7 @@
-"""Runs one system in a process of its own: its memory is given back, its threads disturb no other.
+"""Runs a system in a process of its own: its memory is given back, its threads disturb no other.
 
-The child reports over a pipe: ("loaded", detail, seconds), ("run", batch) after each run, then ("done",
-points) or ("failed", message).
+The child says ("loaded", detail, seconds), then answers each (prompts, num_tokens) with ("done", tokens of each
+prompt) until it is sent None; ("failed", message) ends it.
 """
 
 import logging
@@ -9,13 +9,13 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from cluster.bench.systems import SystemSpec, build_system
-from cluster.bench.throughput import Point, System, Workload, measure
+from cluster.bench.throughput import Point, Prompts, System, Workload, measure
 from cluster.config import ModelConfig
 from cluster.errors import ClusterError
 
@@ -36,6 +36,57 @@ class SystemResult:
     points: tuple[Point, ...]
 
 
+class RemoteSystem:
+    """A system in a fresh process. load_s: from nothing to ready.
+
+    Raises ClusterError with the child's message, or with its exit code when it was killed; from any method.
+    """
+
+    def __init__(self, spec: SystemSpec, config: ModelConfig, workload: Workload, build: Build = build_system) -> None:
+        self.name = spec.name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, childs_end = context.Pipe()
+        self._child = context.Process(target=_child_main, args=(childs_end, build, spec, config, workload))
+        with _environment(spec.environment):
+            self._child.start()
+        childs_end.close()
+        try:
+            self.detail, self.load_s = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
+        self._pipe.send((prompts, num_tokens))
+        [counts] = self._answer()
+        return list(counts)
+
+    def close(self) -> None:
+        """Blocks until the child has ended, by force if it must be."""
+        with suppress(OSError):
+            self._pipe.send(None)
+        self._pipe.close()
+        self._child.join(_STOP_S)
+        if self._child.is_alive():
+            self._child.terminate()
+            self._child.join()
+
+    def _answer(self) -> list[Any]:
+        try:
+            message: tuple[Any, ...] = self._pipe.recv()
+        except (EOFError, ConnectionResetError) as error:
+            self._child.join(_STOP_S)
+            code = self._child.exitcode
+            raise ClusterError(
+                f"{self.name}: its process ended with code {code} before it had measured anything"
+                + (": most likely there was too little memory" if code == -9 else "")
+            ) from error
+        kind, *values = message
+        if kind == "failed":
+            raise ClusterError(f"{self.name}: {values[0]}")
+        return values
+
+
 def run_system(
     spec: SystemSpec,
     config: ModelConfig,
@@ -45,65 +96,52 @@ def run_system(
 ) -> SystemResult:
     """Measures one system in a fresh process and blocks until it has ended.
 
-    on_progress: called with a line once when the system is loaded, then after each run.
-    Raises ClusterError with the child's message, or with its exit code when it was killed.
+    on_progress: called with a line once when the system is loaded, then after each run. Raises ClusterError.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child_main, args=(sender, build, spec, config, workload))
-    with _environment(spec.environment):
-        child.start()
-    sender.close()
-    detail, load_s = "", 0.0
+    system = RemoteSystem(spec, config, workload, build)
     try:
-        while True:
-            message = receiver.recv()
-            match message:
-                case ("loaded", str(detail), float(load_s)):
-                    on_progress("loaded")
-                case ("run", int(batch)):
-                    on_progress(f"batch {batch}")
-                case ("done", tuple(points)):
-                    return SystemResult(name=spec.name, detail=detail, load_s=load_s, points=points)
-                case ("failed", str(text)):
-                    raise ClusterError(f"{spec.name}: {text}")
-    except EOFError as error:
-        child.join(_STOP_S)
-        raise ClusterError(
-            f"{spec.name}: its process ended with code {child.exitcode} before it had measured anything"
-            + (": most likely there was too little memory" if child.exitcode == -9 else "")
-        ) from error
+        on_progress("loaded")
+        points = measure(system, workload, time.perf_counter, lambda batch: on_progress(f"batch {batch}"))
+    except ClusterError as error:
+        raise error if str(error).startswith(spec.name) else ClusterError(f"{spec.name}: {error}") from None
     finally:
-        receiver.close()
-        child.join(_STOP_S)
-        if child.is_alive():
-            child.terminate()
-            child.join()
+        system.close()
+    return SystemResult(name=spec.name, detail=system.detail, load_s=system.load_s, points=points)
 
 
-def _child_main(sender: Connection, build: Build, spec: SystemSpec, config: ModelConfig, workload: Workload) -> None:
+def _child_main(
+    pipe: "Connection[Any, Any]", build: Build, spec: SystemSpec, config: ModelConfig, workload: Workload
+) -> None:
     os.dup2(2, 1)  # what libraries print must not get into the table
     try:
-        points = _measure_system(sender, build, spec, config, workload)
+        _serve_runs(pipe, build, spec, config, workload)
     except ClusterError as error:
-        sender.send(("failed", str(error)))
+        pipe.send(("failed", str(error)))
     except Exception as error:
         log.exception("%s failed", spec.name)
-        sender.send(("failed", f"{type(error).__name__}: {error}"))
-    else:
-        sender.send(("done", points))
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
 
 
-def _measure_system(
-    sender: "Connection[Any, Any]", build: Build, spec: SystemSpec, config: ModelConfig, workload: Workload
-) -> tuple[Point, ...]:
+def _serve_runs(
+    pipe: "Connection[Any, Any]", build: Build, spec: SystemSpec, config: ModelConfig, workload: Workload
+) -> None:
     started = time.perf_counter()
     system = build(spec, config, workload)
     try:
-        sender.send(("loaded", system.detail, time.perf_counter() - started))
-        return measure(system, workload, time.perf_counter, lambda batch: sender.send(("run", batch)))
+        pipe.send(("loaded", system.detail, time.perf_counter() - started))
+        while (task := _next_task(pipe)) is not None:
+            pipe.send(("done", system.generate(*task)))
     finally:
         system.close()
+
+
+def _next_task(pipe: "Connection[Any, Any]") -> tuple[Prompts, int] | None:
+    """None when nothing more will come."""
+    try:
+        task: tuple[Prompts, int] | None = pipe.recv()
+    except EOFError:
+        return None
+    return task
 
 
 @contextmanager

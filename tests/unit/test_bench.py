@@ -18,8 +18,18 @@ from cluster.bench.machine import Machine, parse_cpuinfo, this_machine
 from cluster.bench.report import Report, to_json, to_markdown
 from cluster.bench.session import measure_all
 from cluster.bench.systems import SystemSpec, kv_cache_bytes, step_tokens
-from cluster.bench.throughput import Point, Prompts, Spread, System, Timing, Workload, measure, summarize
-from cluster.bench.worker import SystemResult, run_system
+from cluster.bench.throughput import (
+    Point,
+    Prompts,
+    Spread,
+    System,
+    Timing,
+    Workload,
+    measure,
+    measure_in_turns,
+    summarize,
+)
+from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.config import ModelConfig
 from cluster.errors import CheckpointError, ClusterError, SetupError
 
@@ -60,6 +70,21 @@ def test_prefill_and_decode_are_told_apart_after_a_warm_up() -> None:
     assert system.calls == [(1, 1), (1, 5)] * 4 + [(4, 1), (4, 5)] * 4
     assert advanced == [1] * 4 + [4] * 4
     assert len(advanced) == WORKLOAD.num_runs
+
+
+def test_systems_that_take_turns_are_measured_like_alone() -> None:
+    """The third one stops early: it has no figures, the others have theirs."""
+    systems = [FakeSystem(), FakeSystem(), FakeSystem(missing=1)]
+    rests: list[None] = []
+    found = measure_in_turns(
+        systems, WORKLOAD, lambda: sum(s.now for s in systems), lambda system, batch: None, lambda: rests.append(None)
+    )
+    alone = FakeSystem()
+    points = measure(alone, WORKLOAD, lambda: alone.now, lambda batch: None)
+    assert found[0] == found[1] == points
+    assert isinstance(found[2], ClusterError)
+    assert systems[0].seen == alone.seen
+    assert len(rests) == 2 * WORKLOAD.num_runs + 1
 
 
 def test_prompts_are_the_same_for_every_system_and_never_used_twice() -> None:
@@ -362,6 +387,20 @@ def test_a_system_that_fails_leaves_the_others_figures(demo_dir: Path, capsys: p
     assert measure_all(parse(str(demo_dir), "--batch", "2"), FakeRun("ray, 2 shards")) == 1
     out = capsys.readouterr().out
     assert "| 2     | local " in out
+    assert "- FAILED: ray, 2 shards: too big" in out
+
+
+def test_the_command_lets_systems_take_turns(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def start(spec: SystemSpec, config: ModelConfig, workload: Workload) -> RemoteSystem:
+        if spec.kind == "ray":
+            raise ClusterError("ray, 2 shards: too big")
+        return RemoteSystem(spec, config, workload, build_instant)
+
+    args = parse(str(demo_dir), "--batch", "2", "--repeat", "1", "--turns", "--output-tokens", "20")
+    assert measure_all(args, start_one=start) == 1
+    out = capsys.readouterr().out
+    assert "| 2     | local " in out
+    assert "| 2     | stream, 2 shards " in out
     assert "- FAILED: ray, 2 shards: too big" in out
 
 
