@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint.demo import write_demo_checkpoint
+from cluster.checkpoint.demo import write_demo_checkpoint, write_tokenizer
 from cluster.checkpoint.reader import read_json_object
 from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint
 from cluster.config import ModelConfig
@@ -50,11 +50,13 @@ def made_checkpoint(shapes: str, num_layers: int, directory: Path, progress: Cal
     if num_layers < 1:
         raise SetupError(f"--layers is {num_layers}, at least 1 is needed")
     raw_config: dict[str, Any] = {**A2_7B_CONFIG, "num_hidden_layers": num_layers}
-    digest = hashlib.sha256(json.dumps([raw_config, _SEED], sort_keys=True).encode()).hexdigest()[:8]
-    return _made(
-        directory / f"{shapes}-{num_layers}-layers-{digest}",
-        lambda path: write_checkpoint(path, raw_config, seed=_SEED, progress=progress),
-    )
+    digest = hashlib.sha256(json.dumps([raw_config, _SEED, "tokenizer"], sort_keys=True).encode()).hexdigest()[:8]
+
+    def write(path: Path) -> None:
+        write_checkpoint(path, raw_config, seed=_SEED, progress=progress)
+        write_tokenizer(path, raw_config["vocab_size"], raw_config["max_position_embeddings"])
+
+    return _made(directory / f"{shapes}-{num_layers}-layers-{digest}", write)
 
 
 def _made(final: Path, write: Callable[[Path], None]) -> Path:

@@ -4,6 +4,7 @@ Its weights are random and its answers gibberish, but every file has the publish
 serves a released model too. Nothing is downloaded.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tokenizers import (
 from cluster.checkpoint.generation import GENERATION_FILE
 from cluster.checkpoint.synthetic import write_checkpoint, write_json
 
-ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+ENDOFTEXT, IM_START, IM_END = _SPECIALS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' -%}
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
@@ -103,11 +104,9 @@ def write_demo_checkpoint(model_dir: str | Path, seed: int = 0) -> None:
     Raises CheckpointError where the directory has weights already, or where writing fails.
     """
     model_dir = Path(model_dir)
-    tokenizer = _train_tokenizer()
-    ids = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
-    write_checkpoint(model_dir, _config(tokenizer.get_vocab_size(), ids), seed=seed, max_file_bytes=_MAX_FILE_BYTES)
-    (model_dir / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(model_dir / "tokenizer_config.json", _tokenizer_config(ids))
+    ids = {text: _VOCAB_SIZE - len(_SPECIALS) + i for i, text in enumerate(_SPECIALS)}
+    write_checkpoint(model_dir, _config(_VOCAB_SIZE, ids), seed=seed, max_file_bytes=_MAX_FILE_BYTES)
+    write_tokenizer(model_dir, _VOCAB_SIZE, _CONTEXT_TOKENS)
     write_json(
         model_dir / GENERATION_FILE,
         {
@@ -122,6 +121,17 @@ def write_demo_checkpoint(model_dir: str | Path, seed: int = 0) -> None:
             "max_new_tokens": 64,
         },
     )
+
+
+def write_tokenizer(model_dir: str | Path, vocab_size: int, context_tokens: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json in Qwen2's format, for any checkpoint with random weights.
+
+    vocab_size: from _VOCAB_SIZE; what the training text does not fill are made words, which only decoding meets.
+    """
+    tokenizer = _train_tokenizer(vocab_size)
+    ids = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+    (Path(model_dir) / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_json(Path(model_dir) / "tokenizer_config.json", _tokenizer_config(ids, context_tokens))
 
 
 def _config(vocab_size: int, ids: dict[str, int]) -> dict[str, Any]:
@@ -164,7 +174,7 @@ def _config(vocab_size: int, ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _train_tokenizer() -> Tokenizer:
+def _train_tokenizer(vocab_size: int) -> Tokenizer:
     """Byte-level BPE built as Qwen2's, the special tokens last. Source: Qwen2's tokenizer.json."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -176,18 +186,22 @@ def _train_tokenizer() -> Tokenizer:
     )
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = [AddedToken(text, special=True, normalized=False) for text in (ENDOFTEXT, IM_START, IM_END)]
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB_SIZE - len(specials),
+        vocab_size=_VOCAB_SIZE - len(_SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([_TEXT], trainer)
-    tokenizer.add_special_tokens(specials)
+    if vocab_size > _VOCAB_SIZE:
+        layout = json.loads(tokenizer.to_str())
+        vocab = layout["model"]["vocab"]
+        vocab |= {f"Ġword{i}": i for i in range(len(vocab), vocab_size - len(_SPECIALS))}
+        tokenizer = Tokenizer.from_str(json.dumps(layout))
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIALS])
     return tokenizer
 
 
-def _tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
+def _tokenizer_config(ids: dict[str, int], context_tokens: int) -> dict[str, Any]:
     added = {
         str(token_id): {
             "content": token,
@@ -208,7 +222,7 @@ def _tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "eos_token": IM_END,
         "errors": "replace",
-        "model_max_length": _CONTEXT_TOKENS,
+        "model_max_length": context_tokens,
         "pad_token": ENDOFTEXT,
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",

@@ -247,6 +247,7 @@ def test_checkpoints_of_other_depth_have_other_names(tmp_path: Path, monkeypatch
         written.append(raw_config["num_hidden_layers"])
 
     monkeypatch.setattr(bench_checkpoint, "write_checkpoint", write)
+    monkeypatch.setattr(bench_checkpoint, "write_tokenizer", lambda *arguments: None)
     paths = {made_checkpoint("a2.7b", n, tmp_path, lambda made, total: None) for n in (2, 4, 2)}
     assert written == [2, 4]
     assert len(paths) == 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2MoeForCausalLM
 
-from cluster.checkpoint.demo import write_demo_checkpoint
+from cluster.checkpoint.demo import write_demo_checkpoint, write_tokenizer
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint
@@ -240,3 +240,15 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/model: writing [\d,]+ bytes failed"):
         write_checkpoint(tmp_path / "file" / "model", TINY, seed=0)
+
+
+def test_a_tokenizer_of_any_size_decodes_every_token(tmp_path):
+    from tokenizers import Tokenizer
+
+    write_tokenizer(tmp_path, 151_936, 8192)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 151_936
+    text = "The lighthouse keeper said: 你好 🙂"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.decode([5000, 151_932]) == " word5000 word151932"
+    assert tokenizer.token_to_id("<|im_end|>") == 151_935
