@@ -49,6 +49,11 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and moments (default: 0)")
+    parser.add_argument(
+        "--offline", type=Path, metavar="MODEL_DIR",
+        help="then compute the same requests without a server, from this checkpoint, and print the ratio",
+    )  # fmt: skip
+    parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards for --offline (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
 
 

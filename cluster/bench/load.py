@@ -12,7 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from rich.console import Console
 from rich.progress import Progress
 
+from cluster.bench.checkpoint import read_config
 from cluster.bench.report import markdown_table
+from cluster.bench.systems import SystemSpec
+from cluster.bench.throughput import Workload
+from cluster.bench.worker import RemoteSystem
+from cluster.config import ModelConfig
 from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.serving.client import Client
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
@@ -39,6 +44,7 @@ class LoadResult:
     gap_ms: tuple[float, float, float]
     per_token_ms: tuple[float, float, float]
     errors: tuple[str, ...] = ()
+    offline_tokens_per_s: float | None = None
 
 
 def measure_server(args: argparse.Namespace) -> int:
@@ -51,6 +57,8 @@ def measure_server(args: argparse.Namespace) -> int:
             raise SetupError(f"{option} is {value}, at least 1 is needed")
     if args.rate is not None and args.rate <= 0:
         raise SetupError(f"--rate is {args.rate}, more than 0 is needed")
+    if args.offline is not None:
+        offline = _offline_spec(args)
     with Client(args.address) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
@@ -61,6 +69,8 @@ def measure_server(args: argparse.Namespace) -> int:
             timings = _run(client, args, vocab_size, lambda: progress.update(task, advance=1))
             took_s = time.perf_counter() - started
     result = summarize(timings, took_s)
+    if args.offline is not None:
+        result = replace(result, offline_tokens_per_s=_measure_offline(*offline, args))
     _print(result, args)
     if args.json:
         args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
@@ -85,7 +95,7 @@ def summarize(timings: list[StreamTiming], took_s: float) -> LoadResult:
 
 def _run(client: Client, args: argparse.Namespace, vocab_size: int, advance: Callable[[], None]) -> list[StreamTiming]:
     draw = random.Random(args.seed)
-    prompts = [[draw.randrange(vocab_size) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
+    prompts = _prompts(args, vocab_size)
     params = replace(SAMPLING_DEFAULTS, temperature=0.0, max_tokens=args.output_tokens, ignore_eos=True)
 
     def ask(prompt: list[int]) -> StreamTiming:
@@ -102,6 +112,38 @@ def _run(client: Client, args: argparse.Namespace, vocab_size: int, advance: Cal
             asked.append(pool.submit(ask, prompt))
             time.sleep(draw.expovariate(args.rate))
         return [one.result() for one in asked]
+
+
+def _offline_spec(args: argparse.Namespace) -> tuple[SystemSpec, ModelConfig]:
+    """Raises CheckpointError, SetupError."""
+    config = read_config(args.offline)
+    if not 1 <= args.shards <= config.num_experts:
+        raise SetupError(f"--shards is {args.shards}, 1 to {config.num_experts} (the experts) are possible")
+    return SystemSpec(kind="stream", model_dir=args.offline, dtype=config.dtype, num_shards=args.shards), config
+
+
+def _measure_offline(spec: SystemSpec, config: ModelConfig, args: argparse.Namespace) -> float:
+    """Tokens/s of the same requests without a server: `LLM.generate` over as many sequences at a time."""
+    workload = Workload(
+        batches=(args.concurrency,),
+        prompt_tokens=args.prompt_tokens,
+        output_tokens=max(2, args.output_tokens),
+        repeats=1,
+        vocab_size=config.vocab_size,
+    )
+    system = RemoteSystem(spec, config, workload)
+    try:
+        system.generate(workload.prompts(args.concurrency, 0), 2)
+        started = time.perf_counter()
+        counts = system.generate(_prompts(args, config.vocab_size), args.output_tokens)
+        return sum(counts) / (time.perf_counter() - started)
+    finally:
+        system.close()
+
+
+def _prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
+    draw = random.Random(args.seed)
+    return [[draw.randrange(vocab_size) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
 
 
 def _time_stream(client: Client, prompt: list[int], params: SamplingParams) -> StreamTiming:
@@ -130,6 +172,9 @@ def _print(result: LoadResult, args: argparse.Namespace) -> None:
         f"{result.requests} requests of {args.prompt_tokens} prompt and {args.output_tokens} output tokens, {loop}: "
         f"{result.tokens_per_s:.1f} tokens/s, {result.failed} failed\n"
     )
+    if result.offline_tokens_per_s is not None:
+        ratio = result.tokens_per_s / result.offline_tokens_per_s
+        print(f"Offline, the same requests: {result.offline_tokens_per_s:.1f} tokens/s; served / offline {ratio:.2f}\n")
     rows: list[tuple[str, ...]] = [("milliseconds", "50 %", "90 %", "99 %")]
     for name, values in (
         ("first token", result.first_token_ms), ("between pieces", result.gap_ms), ("for a token", result.per_token_ms),
