@@ -91,12 +91,16 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     )
     parser.add_argument(
         "--compare",
-        type=_names("transformers", "vllm"),
+        type=_names("transformers", "vllm", "llama.cpp"),
         default=(),
         metavar="NAMES",
-        help="measure these in the same run, transformers and/or vllm, and give all as ratios to the first",
+        help="measure these in the same run (transformers, vllm, llama.cpp), and give all as ratios to the first",
     )
     parser.add_argument("--vllm-python", default="", metavar="FILE", help="the Python of an environment that has vLLM")
+    parser.add_argument(
+        "--llama-python", default="", metavar="FILE",
+        help="the Python of an environment that has llama-cpp-python, gguf, safetensors and torch",
+    )  # fmt: skip
     parser.add_argument(
         "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",
         help="a variable for vLLM's process, to tune it; may be repeated",

@@ -34,7 +34,7 @@ def measure_all(
     run_one: measures one system.  start_one: loads one, for --turns.
     """
     for kind in args.compare:
-        check_comparison(kind, args.vllm_python)
+        check_comparison(kind, _python(args, kind))
     if args.json and not args.json.parent.is_dir():
         raise SetupError(f"--json {args.json}: its directory does not exist")
     if args.plot:
@@ -52,7 +52,7 @@ def measure_all(
                 model_dir=model_dir,
                 dtype=dtype,
                 num_shards=args.shards,
-                python=args.vllm_python if kind == "vllm" else "",
+                python=_python(args, kind),
                 variables=tuple(args.vllm_env) if kind == "vllm" else (),
             )
             for kind in (*args.compare, *args.transports)
@@ -75,6 +75,10 @@ def measure_all(
     if args.json:
         args.json.write_text(to_json(report))
     return 1 if failures else 0
+
+
+def _python(args: argparse.Namespace, kind: str) -> str:
+    return str({"vllm": args.vllm_python, "llama.cpp": args.llama_python}.get(kind, ""))
 
 
 def _draft(args: argparse.Namespace) -> Workload:

@@ -12,6 +12,7 @@ from cluster.config import ModelConfig
 from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.errors import SetupError
 
+FOREIGN = {"vllm": "vllm", "llama.cpp": "llama_cpp"}  # systems in environments of their own, and what they import
 _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
 
 
@@ -19,10 +20,10 @@ _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
 class SystemSpec:
     """What to build. dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
 
-    python, variables: the interpreter that has vLLM, and what its process gets in its environment.
+    python, variables: the interpreter that has vLLM or llama.cpp, and what its process gets in its environment.
     """
 
-    kind: Literal["local", "stream", "ray", "transformers", "vllm"]
+    kind: Literal["local", "stream", "ray", "transformers", "vllm", "llama.cpp"]
     model_dir: Path
     dtype: str
     num_shards: int
@@ -42,8 +43,8 @@ class SystemSpec:
     def environment(self) -> dict[str, str]:
         """Variables to start its process with: memory that stays with the process for all, and beside shards threads
         that do not spin while they wait, as a served engine has them."""
-        if self.kind == "vllm":
-            return {}  # has an allocator of its own
+        if self.kind in FOREIGN:
+            return {}  # they have allocators of their own
         return {**MALLOC_ENVIRONMENT, **(SHARED_CORES_ENVIRONMENT if self.split else {})}
 
 
@@ -53,10 +54,10 @@ def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> S
     Imports late: a process that measures one system carries neither the memory nor the threads of the other.
     """
     num_threads = None if spec.split else len(os.sched_getaffinity(0))
-    if spec.kind == "vllm":
-        from cluster.bench.vllm_system import VllmSystem
+    if spec.kind in FOREIGN:
+        from cluster.bench.foreign_system import ForeignSystem
 
-        return VllmSystem(spec, workload)
+        return ForeignSystem(spec, workload)
     if spec.kind == "transformers":
         from cluster.bench.transformers_system import TransformersSystem
 
@@ -70,11 +71,12 @@ def check_comparison(kind: str, python: str) -> None:
     """Raises SetupError where the other system cannot be run."""
     if kind == "transformers" and importlib.util.find_spec("transformers") is None:
         raise SetupError("--compare transformers: it is not installed; pip install 'moe-cluster[test]' has it")
-    if kind == "vllm":
+    if kind in FOREIGN:
+        option = f"--{kind.removesuffix('.cpp')}-python"
         if not python:
-            raise SetupError("--compare vllm: name the Python of an environment that has vLLM with --vllm-python")
-        if subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode:
-            raise SetupError(f"--vllm-python {python}: it cannot import vllm")
+            raise SetupError(f"--compare {kind}: name the Python of an environment that has it with {option}")
+        if subprocess.run([python, "-c", f"import {FOREIGN[kind]}"], capture_output=True).returncode:
+            raise SetupError(f"{option} {python}: it cannot import {FOREIGN[kind]}")
 
 
 def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:

@@ -1,4 +1,4 @@
-"""vLLM as a `System`, in an environment of its own that the user names: the two want different packages."""
+"""vLLM and llama.cpp as a `System`, each in an environment of its own that the user names: packages would clash."""
 
 import json
 import os
@@ -12,8 +12,10 @@ from cluster.bench.systems import SystemSpec
 from cluster.bench.throughput import Prompts, Workload
 from cluster.errors import ClusterError
 
+_WORKERS = {"vllm": "vllm_worker.py", "llama.cpp": "llama_worker.py"}
 
-class VllmSystem:
+
+class ForeignSystem:
     """Tuned by the caller's variables (SystemSpec.variables), which its process alone gets."""
 
     def __init__(self, spec: SystemSpec, workload: Workload) -> None:
@@ -24,7 +26,7 @@ class VllmSystem:
             "max_model_len": workload.prompt_tokens + workload.output_tokens,
             "max_num_seqs": workload.batches[-1],
         }
-        worker = Path(__file__).with_name("vllm_worker.py")
+        worker = Path(__file__).with_name(_WORKERS[spec.kind])
         self._process = subprocess.Popen(
             [spec.python, str(worker), json.dumps(options)],
             stdin=subprocess.PIPE,
@@ -52,6 +54,6 @@ class VllmSystem:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ClusterError(f"vLLM ended with code {self._process.wait()}; its last words are above")
+            raise ClusterError(f"its worker ended with code {self._process.wait()}; its last words are above")
         answer: dict[str, Any] = json.loads(line)
         return answer

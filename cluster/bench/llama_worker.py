@@ -1,0 +1,146 @@
+"""Runs in an environment that has llama-cpp-python, gguf, safetensors and torch, and need not have this package.
+
+Lines in and out as in vllm_worker.py. Writes the checkpoint as a bfloat16 GGUF file once, beside its directory.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_BATCH_TOKENS = 2048
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what llama.cpp prints must not get among the answers
+    import llama_cpp  # type: ignore[import-not-found]  # in the user's environment only
+
+    model_dir = Path(options["model"])
+    file = model_dir.with_name(f"{model_dir.name}.bf16.gguf")
+    if not file.exists():
+        partial = file.with_suffix(".partial")
+        _write_gguf(model_dir, partial)
+        partial.rename(file)
+    model = _Model(llama_cpp, file, options["max_num_seqs"], options["max_model_len"])
+    detail = f"llama-cpp-python {llama_cpp.__version__}, bfloat16 GGUF, {model.num_threads} threads"
+    print(json.dumps({"ready": detail}), file=answers, flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        counts = model.generate(task["prompts"], task["num_tokens"])
+        print(json.dumps({"counts": counts}), file=answers, flush=True)
+
+
+class _Model:
+    """Greedy decoding of several sequences at a time over llama.cpp's batch interface."""
+
+    def __init__(self, api: Any, file: Path, max_sequences: int, max_tokens: int) -> None:
+        self.api = api
+        self.num_threads = len(os.sched_getaffinity(0))
+        api.llama_backend_init()
+        self.model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
+        params = api.llama_context_default_params()
+        params.n_ctx = max_sequences * max_tokens
+        params.n_batch = params.n_ubatch = MAX_BATCH_TOKENS
+        params.n_seq_max = max_sequences
+        params.n_threads = params.n_threads_batch = self.num_threads
+        params.kv_unified = True
+        self.context = api.llama_init_from_model(self.model, params)
+        self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        self.batch = api.llama_batch_init(MAX_BATCH_TOKENS, 0, 1)
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[int]:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        rows = [
+            (token, position, sequence, position == len(prompt) - 1)
+            for sequence, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        newest: dict[int, int] = {}
+        for start in range(0, len(rows), MAX_BATCH_TOKENS):
+            newest |= self._decode(rows[start : start + MAX_BATCH_TOKENS])
+        for step in range(num_tokens - 1):
+            newest = self._decode([(newest[s], len(prompts[s]) + step, s, True) for s in range(len(prompts))])
+        return [num_tokens] * len(newest)
+
+    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
+        """rows: token, position, sequence, whether its logits are wanted. Returns the best next token by sequence."""
+        batch = self.batch
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
+        if self.api.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode failed on {len(rows)} tokens")
+        best = {}
+        for i, (_, _, sequence, wanted) in enumerate(rows):
+            if wanted:
+                logits = self.api.llama_get_logits_ith(self.context, i)
+                best[sequence] = int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
+        return best
+
+
+def _write_gguf(model_dir: Path, file: Path) -> None:
+    """Names and shapes: llama.cpp's qwen2moe architecture. One dimension and routers are float32, all else bfloat16."""
+    import gguf  # type: ignore[import-not-found]
+    import torch
+    from safetensors import safe_open
+
+    config = json.loads((model_dir / "config.json").read_text())
+    files: list[Any] = [safe_open(part, "pt") for part in sorted(model_dir.glob("*.safetensors"))]
+    where = {name: part for part in files for name in part.keys()}  # noqa: SIM118  not a dict
+    writer = gguf.GGUFWriter(file, "qwen2moe")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+    def add(name: str, *sources: str, full: bool = False) -> None:
+        tensors = [where[source].get_tensor(source) for source in sources]
+        tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+        if full or tensor.dim() == 1:
+            writer.add_tensor(name, tensor.float().flatten().numpy() if tensor.dim() == 1 else tensor.float().numpy())
+        else:
+            raw = tensor.bfloat16().contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+    add("token_embd.weight", "model.embed_tokens.weight")
+    add("output_norm.weight", "model.norm.weight")
+    add("output.weight", "lm_head.weight")
+    for layer in range(config["num_hidden_layers"]):
+        ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
+        add(f"{theirs}.attn_norm.weight", f"{ours}.input_layernorm.weight")
+        add(f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight")
+        for short, long in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
+            add(f"{theirs}.attn_{short}.weight", f"{ours}.self_attn.{long}.weight")
+            add(f"{theirs}.attn_{short}.bias", f"{ours}.self_attn.{long}.bias")
+        add(f"{theirs}.attn_output.weight", f"{ours}.self_attn.o_proj.weight")
+        add(f"{theirs}.ffn_gate_inp.weight", f"{ours}.mlp.gate.weight", full=True)
+        shared_gate = where[f"{ours}.mlp.shared_expert_gate.weight"].get_tensor(f"{ours}.mlp.shared_expert_gate.weight")
+        writer.add_tensor(f"{theirs}.ffn_gate_inp_shexp.weight", shared_gate.float().flatten().numpy())
+        for part in ("gate", "up", "down"):
+            add(f"{theirs}.ffn_{part}_shexp.weight", f"{ours}.mlp.shared_expert.{part}_proj.weight")
+            experts = [f"{ours}.mlp.experts.{i}.{part}_proj.weight" for i in range(config["num_experts"])]
+            add(f"{theirs}.ffn_{part}_exps.weight", *experts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=True)
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()
