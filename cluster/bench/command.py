@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-PARTS = ("throughput", "latency", "transport", "serve")
+PARTS = ("throughput", "latency", "transport", "serve", "growth")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_system_arguments(parts.add_parser(name, help=text, description=text), latency=name == "latency")
     text = "round trips of token batches to expert shards, without the experts' products, by carrier and rows"
     _add_transport_arguments(parts.add_parser("transport", help=text, description=text))
+    text = "milliseconds of a decode step against batch, context, shards and layers, one at a time"
+    _add_growth_arguments(parts.add_parser("growth", help=text, description=text))
     text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
     _add_serve_arguments(parts.add_parser("serve", help=text, description=text))
 
@@ -33,6 +35,41 @@ def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="of a row (default: 2048)")
     parser.add_argument("--repeat", type=int, default=200, metavar="N", help="round trips each (default: 200)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_made_checkpoint_arguments(parser)
+    for name, default, text in (
+        ("batch", (1, 2, 4, 8, 16, 32), "sequences in a step"),
+        ("context", (64, 256, 1024), "tokens of a prompt"),
+        ("shards", (1, 2, 4), "expert shards"),
+    ):
+        shown = ",".join(map(str, default))
+        parser.add_argument(
+            f"--{name}", type=_numbers, default=default, metavar="NUMBERS", help=f"{text} (default: {shown})"
+        )
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        choices=("a2.7b", "demo"),
+        default="a2.7b",
+        help="shapes of the made checkpoint: Qwen1.5-MoE-A2.7B's (5.8 GB with 4 layers) or the tiny demo's "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers", type=int, default=4, metavar="N", help="layers of a made a2.7b checkpoint (default: 4)"
+    )
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="where made checkpoints are kept for the next time (default: ~/.cache/moe-cluster/checkpoints)",
+    )
 
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,22 +102,7 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         type=Path,
         help="checkpoint to measure on; without it one with random weights is made (see --shapes)",
     )
-    parser.add_argument(
-        "--shapes",
-        choices=("a2.7b", "demo"),
-        default="a2.7b",
-        help="shapes of the made checkpoint: Qwen1.5-MoE-A2.7B's (5.8 GB with 4 layers) or the tiny demo's "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--layers", type=int, default=4, metavar="N", help="layers of a made a2.7b checkpoint (default: 4)"
-    )
-    parser.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        metavar="DIR",
-        help="where made checkpoints are kept for the next time (default: ~/.cache/moe-cluster/checkpoints)",
-    )
+    _add_made_checkpoint_arguments(parser)
     parser.add_argument(
         "--transports",
         type=_names("local", "stream", "ray"),
@@ -149,6 +171,10 @@ def run(args: argparse.Namespace) -> int:
         from cluster.bench.round_trip import measure_round_trips
 
         return measure_round_trips(args)
+    if args.bench == "growth":
+        from cluster.bench.growth import measure_growth
+
+        return measure_growth(args)
     if args.bench == "serve":
         from cluster.bench.load import measure_server
 

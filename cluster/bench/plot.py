@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import SetupError
 
 if TYPE_CHECKING:
+    from cluster.bench.growth import GrowthPoint
     from cluster.bench.report import Report
 
 
@@ -38,4 +39,20 @@ def plot_report(report: "Report", path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(report.checkpoint, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_growth(points: "list[GrowthPoint]", path: Path) -> None:
+    """Milliseconds of a decode step, one picture for each axis."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(point.axis for point in points))
+    figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        own = [point for point in points if point.axis == name]
+        axis.plot([point.value for point in own], [point.step_ms for point in own], marker="o")
+        axis.set(xlabel=name, ylabel="ms for a decode step")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

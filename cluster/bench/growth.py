@@ -1,0 +1,115 @@
+"""`moe-cluster bench growth`: the time of a decode step against batch, context, shards and layers, one at a time."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
+from cluster.bench.machine import this_machine
+from cluster.bench.plot import check_plot, plot_growth
+from cluster.bench.report import describe_machine, markdown_table
+from cluster.bench.systems import SystemSpec
+from cluster.bench.throughput import System, Workload, measure
+from cluster.bench.worker import RemoteSystem
+from cluster.errors import SetupError
+
+OUTPUT_TOKENS = 17  # 16 decode steps after the first token
+
+StartSystem = Callable[[SystemSpec, Workload], System]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthPoint:
+    """One setting. axis: which of them is varied here.  step_ms: median of the repeats, of a decode step."""
+
+    axis: str
+    batch: int
+    context: int
+    shards: int
+    layers: int
+    step_ms: float = 0.0
+
+    @property
+    def value(self) -> int:
+        """Where it stands on its axis."""
+        return int(getattr(self, self.axis))
+
+
+def plan_points(args: argparse.Namespace) -> list[GrowthPoint]:
+    """Each axis from the same middle: the middle's other values stay."""
+    middle = GrowthPoint(axis="batch", batch=8, context=64, shards=2, layers=args.layers)
+    axes = {"batch": args.batch, "context": args.context, "shards": args.shards}
+    if args.shapes == "a2.7b":  # the demo checkpoint has one depth
+        axes["layers"] = tuple(sorted({max(1, args.layers // 4), max(1, args.layers // 2), args.layers}))
+    return [replace(middle, axis=axis, **{axis: value}) for axis, values in axes.items() for value in values]
+
+
+def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -> int:
+    """Measures, prints a table, draws it where asked to. Raises SetupError."""
+    if args.plot:
+        check_plot(args.plot)
+    if args.json and not args.json.parent.is_dir():
+        raise SetupError(f"--json {args.json}: its directory does not exist")
+    points = plan_points(args)
+    directory = args.checkpoint_dir or default_directory(dict(os.environ))
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("points", total=len(points))
+        measured: dict[GrowthPoint, GrowthPoint] = {}
+        for layers, shards in dict.fromkeys((point.layers, point.shards) for point in points):
+            progress.update(task, description=f"{layers} layers, {shards} shards: loading")
+            model_dir = made_checkpoint(args.shapes, layers, directory, lambda made, total: None)
+            own = [point for point in points if (point.layers, point.shards) == (layers, shards)]
+            for point, step_ms in _measure_system(model_dir, own, args.repeat, start):
+                measured[point] = replace(point, step_ms=step_ms)
+                progress.update(task, advance=1, description=f"{point.axis} {point.value}")
+    results = [measured[point] for point in points]
+    config = read_config(made_checkpoint(args.shapes, args.layers, directory, lambda made, total: None))
+    print(f"{describe_machine(this_machine())}\n\nCheckpoint: {describe(config, config.dtype)}.\n")
+    print("\n".join(markdown_table(_rows(results))))
+    if args.plot:
+        plot_growth(results, args.plot)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(point) for point in results], indent=2) + "\n")
+    return 0
+
+
+def _measure_system(
+    model_dir: Path, points: list[GrowthPoint], repeats: int, start: StartSystem | None
+) -> list[tuple[GrowthPoint, float]]:
+    """Loads one checkpoint on so many shards and times each of its points."""
+    config = read_config(model_dir)
+    spec = SystemSpec(kind="stream", model_dir=model_dir, dtype=config.dtype, num_shards=points[0].shards)
+    room = Workload(
+        batches=(max(point.batch for point in points),),
+        prompt_tokens=max(point.context for point in points),
+        output_tokens=OUTPUT_TOKENS,
+        repeats=repeats,
+        vocab_size=config.vocab_size,
+    )
+    system = start(spec, room) if start is not None else RemoteSystem(spec, config, room)
+    try:
+        timed = []
+        for point in points:
+            workload = replace(room, batches=(point.batch,), prompt_tokens=point.context)
+            [found] = measure(system, workload, time.perf_counter, lambda batch: None)
+            timed.append((point, found.decode.inverse(1000 * point.batch).median))
+        return timed
+    finally:
+        system.close()
+
+
+def _rows(points: list[GrowthPoint]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("varied", "batch", "context", "shards", "layers", "step, ms", "of the axis' first")]
+    for point in points:
+        first = next(other for other in points if other.axis == point.axis)
+        numbers = (point.batch, point.context, point.shards, point.layers)
+        rows.append((point.axis, *map(str, numbers), f"{point.step_ms:.1f}", f"{point.step_ms / first.step_ms:.2f}"))
+    return rows
