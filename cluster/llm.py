@@ -98,7 +98,9 @@ class LLM:
         else:
             self.experts = local_experts(model_dir, config, num_expert_shards, dispatch_metrics)
         try:
-            self.engine: Engine = load_engine(model_dir, config, self.experts, EngineMetrics(registry, "llm"))
+            self.engine: Engine = load_engine(
+                model_dir, config, self.experts, EngineMetrics(registry, "llm"), remote_experts=transport != "local"
+            )
         except BaseException:
             self.close()
             raise

@@ -9,6 +9,7 @@ from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import EngineConfig, ModelConfig
 from cluster.engine.engine import Engine
+from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
 from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
@@ -73,8 +74,13 @@ def load_engine(
     experts: Experts,
     metrics: EngineMetrics,
     progress: Callable[[int], None] | None = None,
+    *,
+    remote_experts: bool = False,
 ) -> Engine:
-    """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError."""
+    """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError.
+
+    remote_experts: they are in other processes, so that splitting a step may hide the way there.
+    """
     reader = CheckpointReader(model_dir)
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
     longest = max_model_len(reader.config, config)
@@ -84,7 +90,7 @@ def load_engine(
     model = Qwen2Moe.load(reader, dtype=torch_dtype(dtype), device=device, progress=progress)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
     return Engine(
-        ModelRunner(model, cache, experts, config.block_size),
+        ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=remote_experts)),
         config,
         num_blocks=num_blocks,
         eos_token_ids=read_eos_token_ids(model_dir, reader.config),

@@ -3,30 +3,46 @@
 T: tokens in the step, B: sequences, V: vocabulary.
 """
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.engine.micro_batching import MicroBatching, split_evenly
 from cluster.engine.scheduler import Batch, ScheduledSequence
 from cluster.engine.sequence import Sequence
 from cluster.kernels.attention import PagedBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.moe import Experts
-from cluster.model.qwen2_moe import Qwen2Moe
+from cluster.model.qwen2_moe import MicroBatch, Qwen2Moe
 from cluster.model.sampler import SamplingRow, sample
 from cluster.types import Logprobs
 
 
 class ModelRunner:
-    """The model, its cache and its experts. Used by one thread."""
+    """The model, its cache and its experts. Used by one thread.
 
-    def __init__(self, model: Qwen2Moe, cache: KVCache, experts: Experts, block_size: int) -> None:
+    micro_batching: chooses into how many parts a step is split; None for never.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2Moe,
+        cache: KVCache,
+        experts: Experts,
+        block_size: int,
+        micro_batching: MicroBatching | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.experts = experts
         self.block_size = block_size
+        self.micro_batching = micro_batching or MicroBatching(enabled=False)
+        self.clock = clock
         self.device = model.model.norm.weight.device
 
     def run(self, batch: Batch) -> list[tuple[int, Logprobs | None] | None]:
@@ -46,6 +62,15 @@ class ModelRunner:
 
     def forward(self, scheduled: Seq[ScheduledSequence]) -> Tensor:
         """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated."""
+        num_tokens = sum(s.num_tokens for s in scheduled)
+        num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
+        started = self.clock()
+        parts = [self._micro_batch(part) for part in split_evenly(scheduled, num_parts)]
+        hidden_states: Tensor = self.model(parts, self.cache, self.experts)
+        self.micro_batching.record(num_tokens, num_parts, self.clock() - started)
+        return hidden_states
+
+    def _micro_batch(self, scheduled: Seq[ScheduledSequence]) -> MicroBatch:
         token_ids, positions, slots = [], [], []
         for s in scheduled:
             first, stop = s.sequence.num_computed_tokens, s.sequence.num_computed_tokens + s.num_tokens
@@ -54,14 +79,11 @@ class ModelRunner:
             token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
             positions.append(where)
             slots.append(table[where // self.block_size] * self.block_size + where % self.block_size)
-        hidden_states: Tensor = self.model(
-            self._tensor(np.concatenate(token_ids)),
-            self._tensor(np.concatenate(positions)),
-            self.cache,
-            self._paged_batch(scheduled, np.concatenate(slots)),
-            self.experts,
+        return MicroBatch(
+            token_ids=self._tensor(np.concatenate(token_ids)),
+            positions=self._tensor(np.concatenate(positions)),
+            paged=self._paged_batch(scheduled, np.concatenate(slots)),
         )
-        return hidden_states
 
     def _paged_batch(self, scheduled: Seq[ScheduledSequence], slots: np.ndarray) -> PagedBatch:
         context_lens = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]

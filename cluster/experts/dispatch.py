@@ -48,10 +48,11 @@ class FixedPlan:
 
 @dataclass(slots=True)
 class Leg:
-    """One shard's part of a flight. rows: [R] int64 into the sender's rows.  flight: None if it could not be sent."""
+    """One shard's part of a flight. rows: [R] int64 into the sender's rows, None for all of them.
+    flight: None if it could not be sent."""
 
     shard_id: int
-    rows: Tensor
+    rows: Tensor | None
     batch: ExpertBatch
     sent_at: float
     flight: Flight | None
@@ -89,7 +90,7 @@ class ExpertDispatcher:
         self.recovery_timeout_s = recovery_timeout_s
         self.clock = clock
         self._owners: dict[int, Tensor] = {}
-        self._owners_epoch = 0
+        self._epoch = 0
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
         """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32."""
@@ -104,12 +105,24 @@ class ExpertDispatcher:
         deadline = self.clock() + self.recovery_timeout_s
         for leg in flight.legs:
             value = self._receive(leg, deadline)
-            out.index_add_(0, leg.rows, self._recover(leg, deadline) if value is None else value)
+            _add(out, leg.rows, self._recover(leg, deadline) if value is None else value)
         return out.to(flight.like.dtype)
 
     def _send(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> list[Leg]:
         plan = self.plans.current()
-        shard_of = torch.where(topk_ids >= 0, self._owner(plan, layer_id)[topk_ids.clamp_min(0)], NOT_HERE)  # [T, K]
+        if plan.num_shards == 1:  # nothing to select, and on a GPU nothing to wait for
+            batch = ExpertBatch(
+                layer_id=layer_id,
+                epoch=plan.epoch,
+                hidden_states=hidden_states,
+                topk_ids=topk_ids,
+                topk_weights=topk_weights,
+            )
+            self._see_epoch(plan)
+            return [self._launch(0, None, batch)]
+        shard_of = torch.where(
+            topk_ids >= 0, self._owner(plan, layer_id, topk_ids.device)[topk_ids.clamp_min(0)], NOT_HERE
+        )  # [T, K]
         legs = []
         for shard_id in range(plan.num_shards):
             mine = shard_of == shard_id
@@ -126,11 +139,11 @@ class ExpertDispatcher:
             legs.append(self._launch(shard_id, rows, batch))
         return legs
 
-    def _launch(self, shard_id: int, rows: Tensor, batch: ExpertBatch) -> Leg:
+    def _launch(self, shard_id: int, rows: Tensor | None, batch: ExpertBatch) -> Leg:
         flight = None
         try:
             flight = self.transport.submit(shard_id, batch)
-            self.metrics.sent(shard_id, rows.numel(), batch.num_bytes)
+            self.metrics.sent(shard_id, batch.hidden_states.shape[0], batch.num_bytes)
         except ShardUnavailable as error:
             log.debug("layer %d: %s", batch.layer_id, error)
         return Leg(shard_id, rows, batch, self.clock(), flight)
@@ -152,7 +165,7 @@ class ExpertDispatcher:
         batch = lost.batch
         log.warning("shard %d is lost to layer %d; sending its rows again", lost.shard_id, batch.layer_id)
         out = torch.zeros(batch.hidden_states.shape, dtype=torch.float32, device=batch.hidden_states.device)
-        open_legs = [(torch.arange(lost.rows.numel(), device=out.device), lost)]
+        open_legs = [(torch.arange(out.shape[0], device=out.device), lost)]
         while open_legs:
             rows, leg = open_legs.pop(0)
             remaining = deadline - self.clock()
@@ -163,22 +176,37 @@ class ExpertDispatcher:
                     leg.shard_id,
                 )
             self.plans.wait_beyond(leg.batch.epoch, min(RETRY_INTERVAL_S, remaining))
-            self.metrics.rerouted(leg.shard_id, leg.rows.numel())
+            self.metrics.rerouted(leg.shard_id, rows.numel())
             kept = leg.batch
             for again in self._send(kept.layer_id, kept.hidden_states, kept.topk_ids, kept.topk_weights):
                 value = self._receive(again, deadline)
+                own = rows if again.rows is None else rows[again.rows]
                 if value is None:
-                    open_legs.append((rows[again.rows], again))
+                    open_legs.append((own, again))
                 else:
-                    out.index_add_(0, rows[again.rows], value)
+                    out.index_add_(0, own, value)
         return out
 
-    def _owner(self, plan: PlacementPlan, layer_id: int) -> Tensor:
+    def _owner(self, plan: PlacementPlan, layer_id: int, device: torch.device) -> Tensor:
         """[E] int64: the shard that computes each expert of a layer, its first copy."""
-        if plan.epoch != self._owners_epoch:
-            self._owners = {
-                layer: torch.tensor([shards[0] for shards in plan.owners(layer)]) for layer in plan.layer_ids
-            }
-            self._owners_epoch = plan.epoch
-            self.metrics.plan_epoch(plan.epoch)
+        if self._see_epoch(plan):
+            self._owners = {}
+        if layer_id not in self._owners:
+            self._owners[layer_id] = torch.tensor([shards[0] for shards in plan.owners(layer_id)], device=device)
         return self._owners[layer_id]
+
+    def _see_epoch(self, plan: PlacementPlan) -> bool:
+        """Whether this plan is another than the last one."""
+        if plan.epoch == self._epoch:
+            return False
+        self._epoch = plan.epoch
+        self.metrics.plan_epoch(plan.epoch)
+        return True
+
+
+def _add(out: Tensor, rows: Tensor | None, value: Tensor) -> None:
+    """out: [T, H].  rows: [R], None for all.  value: [R, H]."""
+    if rows is None:
+        out.add_(value)
+    else:
+        out.index_add_(0, rows, value)

@@ -18,10 +18,12 @@ from cluster.kernels.linear import PackedWeight, Weight, packs
 
 @dataclass(frozen=True, slots=True)
 class LayerSlice:
-    """One layer's physical experts. local_ids: [E] int64, where each expert stands here, -1 for elsewhere."""
+    """One layer's physical experts. local_ids: [E] int64, where each expert stands here, -1 for elsewhere.
+    held: [E] bool on the CPU, whether it is here."""
 
     expert_ids: tuple[int, ...]
     local_ids: Tensor
+    held: Tensor
     gate_up_proj: Tensor | list[Weight]  # [L, 2I, H]
     down_proj: Tensor | list[Weight]  # [L, H, I]
 
@@ -80,20 +82,24 @@ class ExpertShard:
     def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sums this shard's weighted experts for each row, in float32.
 
-        hidden_states: [T, H].  topk_ids: [T, K] int64 logical ids, negative for "not here".  topk_weights: [T, K]
+        hidden_states: [T, H].  topk_ids: [T, K] int64 logical ids, negative for "not here", on the
+        CPU or the shard's device.  topk_weights: [T, K]
         float32.  Returns [T, H] in the dtype of hidden_states. Raises ShardUnavailable for an expert that is not here.
         """
         layer = self.layers.get(layer_id)
         if layer is None:
             raise ShardUnavailable(f"shard {self.shard_id} holds no expert of layer {layer_id}", self.shard_id)
+        if not topk_ids.is_cuda:  # a look at ids on a GPU would wait for it; from another process they come on the CPU
+            missing = (topk_ids >= 0) & ~layer.held[topk_ids.clamp_min(0)]
+            if missing.any():
+                raise ShardUnavailable(
+                    f"shard {self.shard_id} does not hold expert {int(topk_ids[missing].min())} of layer {layer_id}: "
+                    "the plan has moved on",
+                    self.shard_id,
+                )
+        topk_ids = topk_ids.to(self.device, non_blocking=True)
         here = topk_ids >= 0
         local_ids = torch.where(here, layer.local_ids[topk_ids.clamp_min(0)], -1)  # [T, K]
-        if (here & (local_ids < 0)).any():
-            wanted = sorted(set(topk_ids[here & (local_ids < 0)].tolist()))
-            raise ShardUnavailable(
-                f"shard {self.shard_id} does not hold expert {wanted[0]} of layer {layer_id}: the plan has moved on",
-                self.shard_id,
-            )
         self.expert_tokens[layer_id].index_add_(0, topk_ids.clamp_min(0).flatten(), here.flatten().long())
         with torch.inference_mode():
             if hidden_states.is_cuda:
@@ -122,7 +128,7 @@ class ExpertShard:
     ) -> LayerSlice:
         local_ids = torch.full((self.config.num_experts,), -1, dtype=torch.int64)
         local_ids[list(expert_ids)] = torch.arange(len(expert_ids))
-        return LayerSlice(tuple(expert_ids), local_ids.to(self.device), gate_up_proj, down_proj)
+        return LayerSlice(tuple(expert_ids), local_ids.to(self.device), local_ids >= 0, gate_up_proj, down_proj)
 
 
 def _targets(layer_id: int, expert_id: int, gate_up_proj: Tensor, down_proj: Tensor) -> dict[str, Tensor]:

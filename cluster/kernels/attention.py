@@ -4,12 +4,20 @@ T: new tokens of all sequences, B: sequences, S: tokens a block, Q: query heads,
 C: tokens of context, t: new tokens of one sequence.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+log = logging.getLogger(__name__)
+
+_reads_blocks = True  # until the first call says otherwise; before torch 2.12 it has no block_table
 
 # Keys (or values) gathered at a time: they stay in a cache of the processor until they are multiplied, and the copy
 # of a long context stays small. 32 sequences of 96 tokens in Qwen1.5-MoE-A2.7B's shapes are 12.6 MB.
@@ -32,6 +40,7 @@ class PagedBatch:
     slot_mapping: Tensor
     context_lens_tensor: Tensor
     _groups: "list[_Group]" = field(default_factory=list, init=False, repr=False, compare=False)
+    _lengths: "list[_Lengths]" = field(default_factory=list, init=False, repr=False, compare=False)
 
     def groups(self, k_cache: Tensor) -> "list[_Group]":
         """The sequences in groups that are computed together. Made once a step: all layers' caches are shaped alike."""
@@ -40,6 +49,26 @@ class PagedBatch:
             for chosen in _alike(self.query_lens, self.context_lens, MAX_GATHERED_BYTES // row_bytes):
                 self._groups.append(_group(self, chosen, block_size=k_cache.shape[1], num_kv_heads=k_cache.shape[2]))
         return self._groups
+
+    def lengths(self) -> "_Lengths":
+        """The same for a kernel that takes all sequences at once. Made once a step."""
+        if not self._lengths:
+            cu_queries, cu_context = (
+                torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(self.block_tables.device, non_blocking=True)
+                for lens in (self.query_lens, self.context_lens)
+            )
+            self._lengths.append(
+                _Lengths(
+                    cu_queries=cu_queries,
+                    cu_context=cu_context,
+                    context_lens=self.context_lens_tensor.to(torch.int32),
+                    block_tables=self.block_tables.to(torch.int32),
+                    max_queries=max(self.query_lens),
+                    max_context=max(self.context_lens),
+                    total_context=sum(self.context_lens),
+                )
+            )
+        return self._lengths[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +97,30 @@ class _Group:
         if window is not None:
             visible &= keys > queries - window
         return visible.unsqueeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lengths:
+    """What a kernel for sequences of any lengths takes; all tensors int32 on the device.
+
+    cu_queries, cu_context: [B + 1], where each sequence begins.  block_tables: [B, n].  context_lens: [B].
+    """
+
+    cu_queries: Tensor
+    cu_context: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_queries: int
+    max_context: int
+    total_context: int
+
+    def slots(self, block_size: int) -> Tensor:
+        """[sum of the contexts] int32: where in the cache each token of each context lies."""
+        device = self.block_tables.device
+        sequences = torch.arange(self.block_tables.shape[0], device=device)
+        sequence = torch.repeat_interleave(sequences, self.context_lens, output_size=self.total_context)
+        position = torch.arange(self.total_context, device=device) - self.cu_context[sequence]
+        return self.block_tables[sequence, position // block_size] * block_size + position % block_size
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -104,7 +157,9 @@ def attention_reference(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, *, scale: float, window: int | None
 ) -> Tensor:
-    """As `attention_reference`, for sequences of similar lengths together."""
+    """As `attention_reference`: on a GPU in 16 bits all sequences at once, else those of similar lengths together."""
+    if q.is_cuda and q.dtype != torch.float32:
+        return _attend_varlen(q, k_cache, v_cache, batch.lengths(), scale, window)
     out = torch.empty_like(q)
     for group in batch.groups(k_cache):
         part = _attend(q.index_select(0, group.query_rows), k_cache, v_cache, group, scale, window)
@@ -112,6 +167,36 @@ def paged_attention(
             out.index_copy_(0, group.query_rows, part)
         else:
             out.index_copy_(0, group.query_rows[group.real], part[group.real])
+    return out
+
+
+def _attend_varlen(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: "_Lengths", scale: float, window: int | None
+) -> Tensor:
+    """Flash attention over the paged cache, without a look at device values from the host."""
+    global _reads_blocks
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window_size": (-1 if window is None else window - 1, 0),
+        "enable_gqa": q.shape[1] != k_cache.shape[2],
+    }
+    if _reads_blocks:
+        try:
+            out = varlen_attn(
+                q, k_cache, v_cache, lengths.cu_queries, None, lengths.max_queries, lengths.max_context,
+                seqused_k=lengths.context_lens, block_table=lengths.block_tables, **options,
+            )  # fmt: skip
+            assert isinstance(out, Tensor)
+            return out
+        except (RuntimeError, TypeError) as error:  # which block sizes a build's kernel takes is nowhere declared
+            log.warning("flash attention does not read the cache's blocks, they are copied for it: %s", error)
+            _reads_blocks = False
+    slots = lengths.slots(k_cache.shape[1])
+    k, v = (cache.view(-1, *cache.shape[2:]).index_select(0, slots) for cache in (k_cache, v_cache))
+    out = varlen_attn(
+        q, k, v, lengths.cu_queries, lengths.cu_context, lengths.max_queries, lengths.max_context, **options
+    )
+    assert isinstance(out, Tensor)
     return out
 
 

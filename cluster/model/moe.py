@@ -3,6 +3,7 @@
 T: tokens, H: hidden size, E: routed experts, K: experts a token.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -78,8 +79,8 @@ class SparseMoe(nn.Module):
         self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x: Tensor, experts: Experts) -> Tensor:
+    def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
+        """Sends the rows away and computes what is done here. The result waits for them: [T, H], once."""
         flight = experts.dispatch(self.layer_id, x, *self.gate(x))
         shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)  # [T, H]
-        out: Tensor = shared + experts.combine(flight)
-        return out
+        return lambda: shared + experts.combine(flight)

@@ -3,7 +3,9 @@
 T: tokens of all sequences in a step, H: hidden size, V: vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,15 @@ from cluster.model.attention import Attention
 from cluster.model.kv_cache import KVCache
 from cluster.model.moe import MLP, Experts, SparseMoe
 from cluster.model.rope import RotaryEmbedding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A part of a step's sequences. token_ids, positions: [T] int64."""
+
+    token_ids: Tensor
+    positions: Tensor
+    paged: PagedBatch
 
 
 class RMSNorm(nn.Module):
@@ -45,19 +56,22 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
+    def begin(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor],
         batch: PagedBatch,
         experts: Experts,
-    ) -> Tensor:
-        """x: [T, H]."""
+    ) -> Callable[[], Tensor]:
+        """x: [T, H]. Computes up to where routed rows are waited for; the result waits and gives the layer's [T, H]."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, batch)
         y = self.post_attention_layernorm(x)
-        out: Tensor = self.mlp(y, experts) if isinstance(self.mlp, SparseMoe) else self.mlp(y)
-        return x + out
+        if isinstance(self.mlp, SparseMoe):
+            finish = self.mlp.begin(y, experts)
+            return lambda: x + finish()
+        out: Tensor = x + self.mlp(y)
+        return lambda: out
 
 
 class Decoder(nn.Module):
@@ -104,18 +118,24 @@ class Qwen2Moe(nn.Module):
     rotary: RotaryEmbedding
 
     @torch.inference_mode()
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, batch: PagedBatch, experts: Experts
-    ) -> Tensor:
-        """token_ids, positions: [T] int64. Writes the cache. Returns the normed hidden states [T, H].
+    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache, experts: Experts) -> Tensor:
+        """Writes the cache. Returns the normed hidden states [T, H] of all micro-batches, in their order.
 
+        With several, one computes attention while the rows of another are at their experts.
         Raises ShardUnavailable from the experts; the cache then holds a half-written step, which a repeat overwrites.
         """
-        x = self.model.embed_tokens(token_ids)
-        rotary = self.rotary(positions, x.dtype)
+        dtype = self.model.norm.weight.dtype
+        rotary = [self.rotary(part.positions, dtype) for part in micro_batches]
+        finish: list[Callable[[], Tensor]] = [
+            partial(self.model.embed_tokens, part.token_ids) for part in micro_batches
+        ]
         for layer_id, layer in enumerate(self.model.layers):
-            x = layer(x, rotary, cache.layer(layer_id), batch, experts)
-        normed: Tensor = self.model.norm(x)
+            assert isinstance(layer, DecoderLayer)
+            kv = cache.layer(layer_id)
+            for i, part in enumerate(micro_batches):
+                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.paged, experts)
+        rows = [wait() for wait in finish]
+        normed: Tensor = self.model.norm(rows[0] if len(rows) == 1 else torch.cat(rows))
         return normed
 
     @torch.inference_mode()

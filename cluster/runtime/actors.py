@@ -194,6 +194,7 @@ class EngineActor:
             experts,
             EngineMetrics(registry, replica),
             ProgressReport(controller, replica, total),
+            remote_experts=True,
         )
         self.directory.wait_ready()
         self.loop = EngineLoop(engine)

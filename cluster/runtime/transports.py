@@ -68,7 +68,7 @@ def decode(wire: WireBatch, device: torch.device) -> ExpertBatch:
         layer_id=layer_id,
         epoch=epoch,
         hidden_states=from_bytes(rows, dtype, num_rows, device),
-        topk_ids=topk_ids.to(device),
+        topk_ids=topk_ids,  # stays on the CPU: the shard looks at it
         topk_weights=from_bytes(weights, "float32", num_rows, device),
     )
 

@@ -61,7 +61,7 @@ class _Request:
             layer_id=head.layer_id,
             epoch=head.epoch,
             hidden_states=rows.view(head.dtype).view(head.rows, -1).to(device, non_blocking=True),
-            topk_ids=ids.view(torch.int32).view(head.rows, -1).to(device, torch.int64, non_blocking=True),
+            topk_ids=ids.view(torch.int32).view(head.rows, -1).to(torch.int64),  # stay here: the shard looks at them
             topk_weights=weights.view(torch.float32).view(head.rows, -1).to(device, non_blocking=True),
         )
 

@@ -49,6 +49,12 @@ def test_prompts_whose_beginning_is_cached_give_the_same(oracle):
         assert sum(reused) > 0
 
 
+def test_steps_in_two_parts_give_the_same(oracle):
+    with llm_for(oracle, num_expert_shards=2, block_size=4) as llm:
+        llm.engine.runner.micro_batching.choose = lambda num_tokens, num_sequences: min(2, num_sequences)
+        assert tokens(llm) == oracle.token_ids
+
+
 def test_preempted_sequences_give_the_same(oracle):
     """Room for 11 blocks of 4 tokens: the longest sequence takes all of them, so the others must give theirs up."""
     with llm_for(oracle, num_expert_shards=2, block_size=4) as llm:

@@ -68,14 +68,16 @@ def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray
         max_num_batched_tokens=16,
     )  # fmt: skip
     engine = load_engine(oracle.model_dir, limits, dispatcher, EngineMetrics(registry, "test"))
-    for index, prompt in enumerate(PROMPTS):
-        engine.submit(EngineRequest(request_id=str(index), prompt_token_ids=tuple(prompt), params=GREEDY))
-    answers = {str(index): [] for index in range(len(PROMPTS))}
-    while engine.has_work:
-        for update in engine.step():
-            assert update.error is None
-            answers[update.request_id] += update.token_ids
-    assert list(answers.values()) == oracle.token_ids
+    for num_parts in (1, 2):
+        engine.runner.micro_batching.choose = lambda tokens, sequences, parts=num_parts: min(parts, sequences)
+        for index, prompt in enumerate(PROMPTS):
+            engine.submit(EngineRequest(request_id=str(index), prompt_token_ids=tuple(prompt), params=GREEDY))
+        answers = {str(index): [] for index in range(len(PROMPTS))}
+        while engine.has_work:
+            for update in engine.step():
+                assert update.error is None
+                answers[update.request_id] += update.token_ids
+        assert list(answers.values()) == oracle.token_ids
     dispatcher.transport.close()
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.kernels import attention
 from cluster.kernels.attention import PagedBatch, attention_reference, paged_attention, write_kv
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop, experts_reference
 from cluster.kernels.linear import PackedLinear, PackedWeight, packs
@@ -116,6 +118,55 @@ def test_paged_attention_is_attention_written_out(device, seed, lengths, groups,
     expected = attention_reference(q, cache[0], cache[1], batch, scale=0.3, window=window)
     got = paged_attention(q, cache[0], cache[1], batch, scale=0.3, window=window)
     torch.testing.assert_close(got.float(), expected.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def varlen_on_the_cpu(
+    q, k, v, cu_queries, cu_keys, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k=None, block_table=None
+):
+    """What torch documents of varlen_attn, one sequence at a time; causal, aligned to the end of the keys."""
+    assert window_size[1] == 0
+    out = torch.empty_like(q)
+    for i, (start, stop) in enumerate(zip(cu_queries.tolist(), cu_queries.tolist()[1:], strict=False)):
+        if block_table is None:
+            keys, values = (x[cu_keys[i] : cu_keys[i + 1]] for x in (k, v))
+        else:
+            keys, values = (x[block_table[i]].flatten(0, 1)[: seqused_k[i]] for x in (k, v))
+        assert len(keys) <= max_k
+        assert stop - start <= max_q
+        queries = torch.arange(len(keys) - (stop - start), len(keys)).unsqueeze(1)
+        columns = torch.arange(len(keys)).unsqueeze(0)
+        visible = columns <= queries
+        if window_size[0] >= 0:
+            visible &= columns >= queries - window_size[0]
+        keys, values, rows = (x.transpose(0, 1) for x in (keys, values, q[start:stop]))
+        part = F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=scale, enable_gqa=enable_gqa)
+        out[start:stop] = part.transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("reads_blocks", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_gpus_attention_is_told_where_everything_lies(monkeypatch, window, reads_blocks):
+    """The call of flash attention, checked against a plain writing-out of what torch says it does."""
+    random = torch.Generator().manual_seed(5)
+    cache = torch.randn(2, 6, 4, 2, 8, generator=random)
+    batch = PagedBatch(
+        query_lens=[3, 1], context_lens=[7, 9], block_tables=torch.tensor([[4, 1, 0], [2, 5, 3]]),
+        slot_mapping=torch.zeros(4, dtype=torch.int64), context_lens_tensor=torch.tensor([7, 9]),
+    )  # fmt: skip
+
+    def varlen(*args, **options):
+        if "block_table" in options and not reads_blocks:
+            raise TypeError("got an unexpected keyword argument 'block_table'")
+        return varlen_on_the_cpu(*args, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "_reads_blocks", True)
+    q = torch.randn(4, 4, 8, generator=random)
+    expected = attention_reference(q, cache[0], cache[1], batch, scale=0.3, window=window)
+    got = attention._attend_varlen(q, cache[0], cache[1], batch.lengths(), 0.3, window)
+    torch.testing.assert_close(got, expected)
+    assert attention._reads_blocks == reads_blocks
 
 
 def test_the_attention_reference_on_numbers_worked_out_by_hand():
