@@ -61,6 +61,7 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         cpus_per_expert_shard: float = 1.0,
+        gpus_per_expert_shard: float | None = None,
     ) -> None:
         if transport not in ("local", *TRANSPORTS):
             raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
@@ -91,6 +92,7 @@ class LLM:
                     expert_shards=num_expert_shards,
                     transport=transport,
                     cpus_per_expert_shard=cpus_per_expert_shard,
+                    gpus_per_expert_shard=gpus_per_expert_shard,
                 ),
                 dispatch_metrics,
             )

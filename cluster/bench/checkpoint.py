@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.demo import write_demo_checkpoint, write_tokenizer
-from cluster.checkpoint.reader import read_json_object
-from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint
+from cluster.checkpoint.reader import CONFIG_FILE, RANDOM_WEIGHTS, read_json_object
+from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint, write_json
 from cluster.config import ModelConfig
 from cluster.errors import SetupError
 
@@ -38,10 +38,18 @@ def describe(config: ModelConfig, dtype: str) -> str:
     )
 
 
-def made_checkpoint(shapes: str, num_layers: int, directory: Path, progress: Callable[[int, int], None]) -> Path:
+def made_checkpoint(
+    shapes: str,
+    num_layers: int,
+    directory: Path,
+    progress: Callable[[int, int], None],
+    *,
+    with_files: bool = True,
+) -> Path:
     """Returns a checkpoint with random weights, made unless an earlier call has.
 
     shapes: one of SHAPES; num_layers is for a2.7b only.  progress: called with bytes made and bytes in all.
+    with_files: False leaves the weights to whoever loads it, who draws them on his device; for a2.7b only.
     A directory under its final name is complete; its name holds a digest of what it was made from.
     Raises SetupError where it cannot be written.
     """
@@ -50,10 +58,16 @@ def made_checkpoint(shapes: str, num_layers: int, directory: Path, progress: Cal
     if num_layers < 1:
         raise SetupError(f"--layers is {num_layers}, at least 1 is needed")
     raw_config: dict[str, Any] = {**A2_7B_CONFIG, "num_hidden_layers": num_layers}
+    if not with_files:
+        raw_config[RANDOM_WEIGHTS] = _SEED
     digest = hashlib.sha256(json.dumps([raw_config, _SEED, "tokenizer"], sort_keys=True).encode()).hexdigest()[:8]
 
     def write(path: Path) -> None:
-        write_checkpoint(path, raw_config, seed=_SEED, progress=progress)
+        if with_files:
+            write_checkpoint(path, raw_config, seed=_SEED, progress=progress)
+        else:
+            path.mkdir(parents=True)
+            write_json(path / CONFIG_FILE, raw_config)
         write_tokenizer(path, raw_config["vocab_size"], raw_config["max_position_embeddings"])
 
     return _made(directory / f"{shapes}-{num_layers}-layers-{digest}", write)

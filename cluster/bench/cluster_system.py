@@ -31,6 +31,7 @@ class ClusterSystem:
             max_num_batched_tokens=step_tokens(workload),
             max_num_seqs=workload.batches[-1],
             skip_tokenizer=True,
+            gpus_per_expert_shard=spec.gpus_per_shard,
         )
 
     def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-PARTS = ("throughput", "latency", "transport", "serve", "growth")
+PARTS = ("throughput", "latency", "transport", "serve", "growth", "gpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transport_arguments(parts.add_parser("transport", help=text, description=text))
     text = "milliseconds of a decode step against batch, context, shards and layers, one at a time"
     _add_growth_arguments(parts.add_parser("growth", help=text, description=text))
+    text = "full-size Qwen1.5-MoE-A2.7B on one GPU, in one process and split, beside the bound of its memory"
+    _add_gpu_arguments(parts.add_parser("gpu", help=text, description=text))
     text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
     _add_serve_arguments(parts.add_parser("serve", help=text, description=text))
 
@@ -34,6 +36,10 @@ def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="of a row (default: 2048)")
     parser.add_argument("--repeat", type=int, default=200, metavar="N", help="round trips each (default: 200)")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS",
+        help="a running Ray cluster, to measure between its hosts (default: a Ray of this machine is started)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
 
 
@@ -51,6 +57,22 @@ def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, default, text in (
+        ("layers", 24, "layers of the model"),
+        ("batch", 192, "requests at a time"),
+        ("prompt-tokens", 1000, "tokens of a prompt"),
+        ("output-tokens", 1000, "tokens to generate"),
+        ("shards", 1, "expert shards of the split, on the same GPU"),
+        ("repeat", 3, "runs after one warm-up"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--checkpoint-dir", type=Path, metavar="DIR", help="where the made config and tokenizer are kept"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
 
 
 def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,6 +193,10 @@ def run(args: argparse.Namespace) -> int:
         from cluster.bench.round_trip import measure_round_trips
 
         return measure_round_trips(args)
+    if args.bench == "gpu":
+        from cluster.bench.gpu import measure_gpu
+
+        return measure_gpu(args)
     if args.bench == "growth":
         from cluster.bench.growth import measure_growth
 

@@ -39,7 +39,7 @@ def measure_round_trips(args: argparse.Namespace) -> int:
     from cluster.runtime.echo import echo_transports  # Ray loads with it
 
     results = []
-    with echo_transports(args.shards) as transports:
+    with echo_transports(args.shards, args.ray_address) as transports:
         for rows in args.rows:
             samples: dict[str, list[float]] = {carrier: [] for carrier in transports}
             batch = _batch(rows, args.hidden_size)

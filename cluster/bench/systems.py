@@ -19,6 +19,7 @@ _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemSpec:
     """What to build. dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
+    gpus_per_shard: None is one where there are any.
 
     python, variables: the interpreter that has vLLM or llama.cpp, and what its process gets in its environment.
     """
@@ -27,6 +28,7 @@ class SystemSpec:
     model_dir: Path
     dtype: str
     num_shards: int
+    gpus_per_shard: float | None = None
     python: str = ""
     variables: tuple[tuple[str, str], ...] = ()
 

@@ -5,6 +5,7 @@ Knows nothing of modules or devices: `model/` and `experts/` allocate what they 
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+# In config.json, a seed: there are no weight files, random weights are drawn where they are wanted (for benches).
+RANDOM_WEIGHTS = "moe_cluster_random_weights"
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
@@ -44,8 +47,9 @@ class CheckpointReader:
             self.config = ModelConfig.from_dict(raw)
         except CheckpointError as error:
             raise CheckpointError(f"{self.model_dir}: {error}") from error
-        self._files = _locate_tensors(self.model_dir)
-        self.names: frozenset[str] = frozenset(self._files)
+        self._seed: int | None = raw.get(RANDOM_WEIGHTS)
+        self._files = _locate_tensors(self.model_dir) if self._seed is None else {}
+        self.names: frozenset[str] = frozenset(self._files or checkpoint_shapes(self.config))
 
     def check_names(self) -> None:
         """Compares the tensors' names with those that the config implies; reads no file.
@@ -75,11 +79,13 @@ class CheckpointReader:
         falls when the file is closed.
         Raises CheckpointError, naming the tensor, for one that is absent, misshapen or of an unserved dtype.
         """
-        absent = [name for name in targets if name not in self._files]
+        absent = [name for name in targets if name not in self.names]
         if absent:
             raise CheckpointError(
                 f"{self.model_dir}: {_some(absent, 'is', 'are')} not in the checkpoint: download it again"
             )
+        if self._seed is not None:
+            return _draw(self._seed, targets, progress)
         names_of_file: dict[Path, set[str]] = {}
         for name in targets:
             names_of_file.setdefault(self._files[name], set()).add(name)
@@ -155,6 +161,17 @@ def _open_weights(path: Path) -> Any:
         raise CheckpointError(f"{path} is missing: download it again") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file ({error}): download it again") from error
+
+
+def _draw(seed: int, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None) -> int:
+    """Fills each destination on its own device from the seed and its name. Returns their bytes."""
+    for name, target in targets.items():
+        generator = torch.Generator(target.device).manual_seed(seed ^ zlib.crc32(name.encode()))
+        with torch.no_grad():
+            target.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
+        if progress is not None:
+            progress(target.nbytes)
+    return sum(target.nbytes for target in targets.values())
 
 
 def _copy_tensor(path: Path, file: Any, name: str, destination: Tensor) -> int:

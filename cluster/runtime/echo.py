@@ -50,17 +50,22 @@ class _Handles:
 
 
 @contextmanager
-def echo_transports(num_shards: int) -> Iterator[dict[str, ExpertTransport]]:
-    """Every carrier to the same `num_shards` echoes, on a Ray of this machine. TCP goes over loopback."""
-    stop = start_ray(num_cpus=num_shards)
+def echo_transports(num_shards: int, ray_address: str | None = None) -> Iterator[dict[str, ExpertTransport]]:
+    """Every carrier to the same `num_shards` echoes.
+
+    ray_address: a running Ray, which may put the echoes on other hosts; None starts one of this machine, where TCP goes
+    over loopback.
+    """
+    stop = start_ray(num_cpus=num_shards, address=ray_address)
     try:
         actors = [ray.remote(EchoActor).options(num_cpus=1).remote() for _ in range(num_shards)]
         handles = _Handles(actors)
-        here = process_info().node_id
-        yield {
-            "ray": RayTransport(handles),
-            "stream, Unix socket": StreamTransport(RayOffers(handles), node=here, fallback=None, timeout_s=_TIMEOUT_S),
-            "stream, TCP": StreamTransport(RayOffers(handles), node="", fallback=None, timeout_s=_TIMEOUT_S),
-        }
+        offers, here = RayOffers(handles), process_info().node_id
+        carriers: dict[str, ExpertTransport] = {"ray": RayTransport(handles)}
+        nodes = {offer.node for offer in ray.get([actor.stream_offer.remote() for actor in actors])}
+        if nodes == {here}:
+            carriers["stream, Unix socket"] = StreamTransport(offers, node=here, fallback=None, timeout_s=_TIMEOUT_S)
+        carriers["stream, TCP"] = StreamTransport(offers, node="", fallback=None, timeout_s=_TIMEOUT_S)
+        yield carriers
     finally:
         stop()

@@ -1,0 +1,135 @@
+"""`moe-cluster bench gpu`: the full-size Qwen1.5-MoE-A2.7B on one GPU, in one process and split, beside its roofline.
+
+Weights are random and drawn on the device; nothing is downloaded or written. The published figure to compare with:
+2.01 requests/s of 1000 tokens in and 1000 out on one A100-80G (Qwen's blog of Qwen1.5-MoE), 55 % of its memory bound.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
+from cluster.bench.machine import this_machine
+from cluster.bench.report import describe_machine, markdown_table
+from cluster.bench.systems import SystemSpec
+from cluster.bench.throughput import Workload
+from cluster.bench.worker import RemoteSystem
+from cluster.config import DTYPE_BYTES, ModelConfig
+from cluster.errors import ClusterError, SetupError
+
+BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}  # bytes/s, NVIDIA's data sheets (SXM, 80 GB and more)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuResult:
+    """requests_per_s: each of the repeats.  bound: what the memory's bandwidth alone would allow, 0 if unknown."""
+
+    system: str
+    requests_per_s: tuple[float, ...]
+    bound: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.requests_per_s)
+
+
+def memory_bound(config: ModelConfig, batch: int, prompt: int, output: int, bytes_per_s: float) -> float:
+    """Requests/s if each decode step read all weights and its keys and values once, and nothing else took time."""
+    width = DTYPE_BYTES[config.dtype]
+    attention = 2 * config.hidden_size * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    shared = 3 * config.hidden_size * config.shared_expert_intermediate_size
+    experts = len(config.sparse_layers) * config.num_experts * config.expert_bytes(config.dtype)
+    dense = width * (config.num_hidden_layers * (attention + shared) + config.vocab_size * config.hidden_size)
+    cache = batch * (prompt + output / 2) * config.kv_bytes_per_token(config.dtype)
+    return batch * bytes_per_s / ((dense + experts + cache) * output)
+
+
+def measure_gpu(args: argparse.Namespace) -> int:
+    """Measures and prints; 1 when a system failed. Raises SetupError."""
+    if not torch.cuda.is_available():
+        raise SetupError(
+            "bench gpu: torch sees no CUDA device here; run it on a machine with one and torch's CUDA build"
+        )
+    if args.json and not args.json.parent.is_dir():
+        raise SetupError(f"--json {args.json}: its directory does not exist")
+    if args.shards < 1:
+        raise SetupError(f"--shards is {args.shards}, at least 1 is needed")
+    directory = args.checkpoint_dir or default_directory(dict(os.environ))
+    model_dir = made_checkpoint("a2.7b", args.layers, directory, lambda made, total: None, with_files=False)
+    config = read_config(model_dir)
+    workload = Workload(
+        batches=(args.batch,),
+        prompt_tokens=args.prompt_tokens,
+        output_tokens=args.output_tokens,
+        repeats=args.repeat,
+        vocab_size=config.vocab_size,
+    )
+    name = torch.cuda.get_device_name()
+    bandwidth = next((value for key, value in BANDWIDTHS.items() if key in name), 0.0)
+    bound = memory_bound(config, args.batch, args.prompt_tokens, args.output_tokens, bandwidth)
+    results, failures = [], []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for kind in ("local", "stream"):
+            spec = SystemSpec(
+                kind=kind,
+                model_dir=model_dir,
+                dtype=config.dtype,
+                num_shards=args.shards,
+                gpus_per_shard=1 / args.shards,
+            )  # fmt: skip
+            task = progress.add_task(spec.name, total=1 + args.repeat)
+            try:
+                results.append(_measure(spec, config, workload, bound, partial(progress.advance, task)))
+            except ClusterError as error:
+                failures.append(str(error))
+    _print(results, failures, config, workload, bandwidth)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    return 1 if failures else 0
+
+
+def _measure(
+    spec: SystemSpec, config: ModelConfig, workload: Workload, bound: float, advance: Callable[[], None]
+) -> GpuResult:
+    [batch] = workload.batches
+    system = RemoteSystem(spec, config, workload)
+    try:
+        system.generate(workload.prompts(batch, 0), 2)
+        advance()
+        rates = []
+        for run_id in range(1, 1 + workload.repeats):
+            started = time.perf_counter()
+            system.generate(workload.prompts(batch, run_id), workload.output_tokens)
+            rates.append(batch / (time.perf_counter() - started))
+            advance()
+    finally:
+        system.close()
+    return GpuResult(system=spec.name, requests_per_s=tuple(rates), bound=bound)
+
+
+def _print(
+    results: list[GpuResult], failures: list[str], config: ModelConfig, workload: Workload, bandwidth: float
+) -> None:
+    print(f"{describe_machine(this_machine())}\n\nCheckpoint: {describe(config, config.dtype)}.\n")
+    print(
+        f"{workload.batches[0]} requests at a time, {workload.prompt_tokens} tokens in, {workload.output_tokens} out; "
+        f"memory at {bandwidth / 1e12:.2f} TB/s allows {results[0].bound if results else 0:.1f} requests/s.\n"
+    )
+    rows: list[tuple[str, ...]] = [("system", "requests/s", "lowest-highest", "of the bound", "of the first")]
+    for result in results:
+        share = f"{result.median / result.bound:.2f}" if result.bound else "-"
+        spread = f"{min(result.requests_per_s):.2f}-{max(result.requests_per_s):.2f}"
+        rows.append((result.system, f"{result.median:.2f}", spread, share, f"{result.median / results[0].median:.2f}"))
+    print("\n".join(markdown_table(rows)))
+    for failure in failures:
+        print(f"- FAILED: {failure}")

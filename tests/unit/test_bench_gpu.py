@@ -1,0 +1,47 @@
+"""`moe-cluster bench gpu` as far as it goes without a GPU: its checkpoint, its bound, its refusal."""
+
+import pytest
+import torch
+
+from cluster import LLM, SamplingParams
+from cluster.bench import checkpoint as bench_checkpoint
+from cluster.bench.checkpoint import made_checkpoint
+from cluster.bench.gpu import memory_bound
+from cluster.checkpoint.synthetic import A2_7B_CONFIG
+from cluster.cli import main
+from cluster.config import ModelConfig
+
+SMALL = {
+    **A2_7B_CONFIG, "hidden_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 2048, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def weightless(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_checkpoint, "A2_7B_CONFIG", SMALL)
+    return made_checkpoint("a2.7b", 2, tmp_path, lambda made, total: None, with_files=False)
+
+
+def test_weights_without_files_are_the_same_for_whoever_draws_them(weightless):
+    assert not list(weightless.glob("*.safetensors*"))
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    answers = []
+    for num_shards in (1, 3):
+        with LLM(weightless, dtype="float32", num_expert_shards=num_shards, kv_cache_bytes=1 << 22) as llm:
+            answers.append(llm.generate([[1, 2, 3]], params)[0].token_ids)
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 1
+
+
+def test_the_bound_is_that_of_the_published_shapes():
+    """3.1 GB dense, of which the embedding's 0.6 GB are looked up, not read; 24.9 GB routed; 196,608 bytes a token.
+    Batch 100 at 1500 tokens: 27.4 GB + 29.5 GB a step, so 4.8 TB/s make 84 steps/s, 8.4 requests of 1000 tokens/s."""
+    config = ModelConfig.from_dict(A2_7B_CONFIG)
+    assert memory_bound(config, 100, 1000, 1000, 4.8e12) == pytest.approx(8.4, rel=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys):
+    assert main(["bench", "gpu"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
