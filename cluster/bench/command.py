@@ -113,6 +113,10 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="then compute the same requests without a server, from this checkpoint, and print the ratio",
     )  # fmt: skip
     parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards for --offline (default: 2)")
+    parser.add_argument(
+        "--server-pid", type=int, metavar="PID",
+        help="of `moe-cluster serve` on this machine: print the memory of its processes before and after",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
 
 

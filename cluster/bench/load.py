@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cluster.bench.checkpoint import read_config
+from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
 from cluster.bench.systems import SystemSpec
 from cluster.bench.throughput import Workload
@@ -35,7 +36,10 @@ class StreamTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadResult:
-    """Milliseconds by percentile (50, 90, 99). gap: between two pieces of an answer."""
+    """Milliseconds by percentile (50, 90, 99). gap: between two pieces of an answer.
+
+    server_bytes: the memory of the server's processes before and after.
+    """
 
     requests: int
     failed: int
@@ -45,6 +49,7 @@ class LoadResult:
     per_token_ms: tuple[float, float, float]
     errors: tuple[str, ...] = ()
     offline_tokens_per_s: float | None = None
+    server_bytes: tuple[int, int] | None = None
 
 
 def measure_server(args: argparse.Namespace) -> int:
@@ -63,12 +68,15 @@ def measure_server(args: argparse.Namespace) -> int:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         vocab_size = client.model_info().vocab_size
+        before = _server_bytes(args.server_pid)
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("requests", total=args.requests)
             started = time.perf_counter()
             timings = _run(client, args, vocab_size, lambda: progress.update(task, advance=1))
             took_s = time.perf_counter() - started
     result = summarize(timings, took_s)
+    if args.server_pid is not None:
+        result = replace(result, server_bytes=(before, _server_bytes(args.server_pid)))
     if args.offline is not None:
         result = replace(result, offline_tokens_per_s=_measure_offline(*offline, args))
     _print(result, args)
@@ -112,6 +120,16 @@ def _run(client: Client, args: argparse.Namespace, vocab_size: int, advance: Cal
             asked.append(pool.submit(ask, prompt))
             time.sleep(draw.expovariate(args.rate))
         return [one.result() for one in asked]
+
+
+def _server_bytes(pid: int | None) -> int:
+    """Raises SetupError."""
+    if pid is None:
+        return 0
+    try:
+        return process_tree_bytes(pid)[1]
+    except ProcessLookupError as error:
+        raise SetupError(f"--server-pid {pid}: {error}") from error
 
 
 def _offline_spec(args: argparse.Namespace) -> tuple[SystemSpec, ModelConfig]:
@@ -175,6 +193,10 @@ def _print(result: LoadResult, args: argparse.Namespace) -> None:
     if result.offline_tokens_per_s is not None:
         ratio = result.tokens_per_s / result.offline_tokens_per_s
         print(f"Offline, the same requests: {result.offline_tokens_per_s:.1f} tokens/s; served / offline {ratio:.2f}\n")
+    if result.server_bytes is not None:
+        num_processes, _ = process_tree_bytes(args.server_pid)
+        first, last = (value / 2**20 for value in result.server_bytes)
+        print(f"The server's {num_processes} processes: {first:.0f} MiB before, {last:.0f} MiB after\n")
     rows: list[tuple[str, ...]] = [("milliseconds", "50 %", "90 %", "99 %")]
     for name, values in (
         ("first token", result.first_token_ms), ("between pieces", result.gap_ms), ("for a token", result.per_token_ms),

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +52,27 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
         fields.setdefault(key.strip(), value.strip())
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     return fields.get("model name", ""), tuple(speed for speed in _SPEEDS if speed in flags)
+
+
+def process_tree_bytes(pid: int) -> tuple[int, int]:
+    """How many processes this one and its descendants are, and the memory they take together; shared pages count once
+    (Pss). Linux. Raises ProcessLookupError."""
+    parents: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    if pid not in parents:
+        raise ProcessLookupError(f"there is no process {pid}")
+    tree = {pid}
+    while grown := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= grown
+    total = 0
+    for member in tree:
+        with suppress(OSError):
+            for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+    return len(tree), total
 
 
 def _memory_bytes() -> int:

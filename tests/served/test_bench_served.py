@@ -1,6 +1,7 @@
 """The benches that need a running cluster, small."""
 
 import json
+import os
 
 import pytest
 
@@ -13,10 +14,11 @@ pytestmark = pytest.mark.ray
 def test_load_on_a_server_is_measured(served, tmp_path, capsys, load):
     file = tmp_path / "result.json"
     address = f"127.0.0.1:{served.grpc_port}"
-    sizes = ["--requests", "6", "--prompt-tokens", "5", "--output-tokens", "4"]
+    sizes = ["--requests", "6", "--prompt-tokens", "5", "--output-tokens", "4", "--server-pid", str(os.getpid())]
     assert main(["bench", "serve", "--address", address, *sizes, *load, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert (result["requests"], result["failed"]) == (6, 0)
+    assert all(50 << 20 < taken < 50 << 30 for taken in result["server_bytes"])
     assert 0 < result["first_token_ms"][0] <= result["first_token_ms"][2]
     assert "0 failed" in capsys.readouterr().out
 
