@@ -15,7 +15,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import InvalidRequest, ReplicaUnavailable, SetupError
 from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
 from cluster.runtime.controller import get_controller
-from cluster.runtime.process import actor_environment, num_threads, yield_cores
+from cluster.runtime.process import actor_environment, num_threads
 from cluster.runtime.protocol import LONG_POLL_S, shard_group
 from cluster.types import EngineRequest, SequenceUpdate
 
@@ -62,7 +62,6 @@ class AttentionReplica:
 
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         prepare_process(1)
-        yield_cores()
         self.name = serve.get_replica_context().replica_id.unique_id
         group = shard_group(config)
         threads = num_threads(config.cpus_per_attention_replica)

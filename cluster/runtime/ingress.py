@@ -18,7 +18,6 @@ from cluster.errors import ClusterError, Overloaded, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.controller import get_controller
-from cluster.runtime.process import yield_cores
 from cluster.runtime.protocol import shard_group
 from cluster.serving.grpc_server import GrpcInferenceService
 from cluster.serving.health import GrpcHealthService, HealthState
@@ -97,7 +96,6 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
 
     def __init__(self, config: ClusterConfig, replicas: DeploymentHandle) -> None:
         prepare_process(1)
-        yield_cores()
         self._group = shard_group(config)
         self._controller = get_controller(self._group, config)
         self._balancer = ReplicaBalancer(replicas)

@@ -1,7 +1,5 @@
 """What the actors' processes are started with."""
 
-import os
-from contextlib import suppress
 from typing import Any
 
 from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
@@ -11,12 +9,6 @@ from cluster.runtime.protocol import metrics_dir
 def num_threads(num_cpus: float) -> int:
     """Threads that a process computes with on the CPU: as many as the CPUs that it was given, at least one."""
     return max(1, int(num_cpus))
-
-
-def yield_cores() -> None:
-    """Lets computing processes go first where cores are short: a product waits for the last of its threads."""
-    with suppress(OSError):
-        os.nice(4)
 
 
 def actor_environment(group: str, threads: int) -> dict[str, Any]:
