@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from cluster.checkpoint.demo import write_demo_checkpoint, write_tokenizer
 from cluster.checkpoint.reader import CONFIG_FILE, RANDOM_WEIGHTS, read_json_object
 from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint, write_json
@@ -71,6 +73,22 @@ def made_checkpoint(
         write_tokenizer(path, raw_config["vocab_size"], raw_config["max_position_embeddings"])
 
     return _made(directory / f"{shapes}-{num_layers}-layers-{digest}", write)
+
+
+def made_with_progress(
+    shapes: str, num_layers: int, directory: Path | None, progress: Progress, *, with_files: bool = True
+) -> Path:
+    """As `made_checkpoint`, shown on `progress`. directory: None is the user's cache."""
+    task = progress.add_task(f"checkpoint {shapes}, {num_layers} layers", total=None)
+    model_dir = made_checkpoint(
+        shapes,
+        num_layers,
+        directory or default_directory(dict(os.environ)),
+        lambda made, total: progress.update(task, completed=made, total=total),
+        with_files=with_files,
+    )
+    progress.update(task, completed=1, total=1)
+    return model_dir
 
 
 def _made(final: Path, write: Callable[[Path], None]) -> Path:

@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.errors import SetupError
+
 PARTS = ("throughput", "latency", "transport", "serve", "growth", "gpu")
 
 
@@ -107,7 +109,13 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and moments (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of prompts and moments; a run with the same finds its prompts in the server's cache (default: 0)",
+    )
     parser.add_argument(
         "--offline", type=Path, metavar="MODEL_DIR",
         help="then compute the same requests without a server, from this checkpoint, and print the ratio",
@@ -193,6 +201,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises SetupError for arguments that cannot be carried out.
     """
+    if args.json and not args.json.parent.is_dir():
+        raise SetupError(f"--json {args.json}: its directory does not exist")
     if args.bench == "transport":
         from cluster.bench.round_trip import measure_round_trips
 

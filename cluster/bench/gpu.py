@@ -20,9 +20,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.report import describe_machine, markdown_table
-from cluster.bench.systems import SystemSpec
+from cluster.bench.systems import SystemSpec, check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
+from cluster.checkpoint.names import dense_bytes
 from cluster.config import DTYPE_BYTES, ModelConfig
 from cluster.errors import ClusterError, SetupError
 
@@ -44,11 +45,9 @@ class GpuResult:
 
 def memory_bound(config: ModelConfig, batch: int, prompt: int, output: int, bytes_per_s: float) -> float:
     """Requests/s if each decode step read all weights and its keys and values once, and nothing else took time."""
-    width = DTYPE_BYTES[config.dtype]
-    attention = 2 * config.hidden_size * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    shared = 3 * config.hidden_size * config.shared_expert_intermediate_size
+    embedding = config.vocab_size * config.hidden_size * DTYPE_BYTES[config.dtype]  # looked up, not read
+    dense = dense_bytes(config, config.dtype) - (0 if config.tie_word_embeddings else embedding)
     experts = len(config.sparse_layers) * config.num_experts * config.expert_bytes(config.dtype)
-    dense = width * (config.num_hidden_layers * (attention + shared) + config.vocab_size * config.hidden_size)
     cache = batch * (prompt + output / 2) * config.kv_bytes_per_token(config.dtype)
     return batch * bytes_per_s / ((dense + experts + cache) * output)
 
@@ -59,13 +58,10 @@ def measure_gpu(args: argparse.Namespace) -> int:
         raise SetupError(
             "bench gpu: torch sees no CUDA device here; run it on a machine with one and torch's CUDA build"
         )
-    if args.json and not args.json.parent.is_dir():
-        raise SetupError(f"--json {args.json}: its directory does not exist")
-    if args.shards < 1:
-        raise SetupError(f"--shards is {args.shards}, at least 1 is needed")
     directory = args.checkpoint_dir or default_directory(dict(os.environ))
     model_dir = made_checkpoint("a2.7b", args.layers, directory, lambda made, total: None, with_files=False)
     config = read_config(model_dir)
+    check_shards(args.shards, config)
     workload = Workload(
         batches=(args.batch,),
         prompt_tokens=args.prompt_tokens,
@@ -91,7 +87,7 @@ def measure_gpu(args: argparse.Namespace) -> int:
             try:
                 results.append(_measure(spec, config, workload, bound, partial(progress.advance, task)))
             except ClusterError as error:
-                failures.append(str(error))
+                failures.append(f"{spec.name}: {error}")
     _print(results, failures, config, workload, bandwidth)
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

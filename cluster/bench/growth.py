@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,14 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
+from cluster.bench.checkpoint import describe, made_with_progress, read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_growth
 from cluster.bench.report import describe_machine, markdown_table
 from cluster.bench.systems import SystemSpec
 from cluster.bench.throughput import Prompts, System, Workload
 from cluster.bench.worker import RemoteSystem
-from cluster.errors import SetupError
 
 OUTPUT_TOKENS = 17  # 16 decode steps after the first token
 
@@ -56,23 +54,21 @@ def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -
     """Measures, prints a table, draws it where asked to. Raises SetupError."""
     if args.plot:
         check_plot(args.plot)
-    if args.json and not args.json.parent.is_dir():
-        raise SetupError(f"--json {args.json}: its directory does not exist")
     points = plan_points(args)
-    directory = args.checkpoint_dir or default_directory(dict(os.environ))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("points", total=len(points))
         measured: dict[GrowthPoint, GrowthPoint] = {}
         for layers, shards in dict.fromkeys((point.layers, point.shards) for point in points):
             progress.update(task, description=f"{layers} layers, {shards} shards: loading")
-            model_dir = made_checkpoint(args.shapes, layers, directory, lambda made, total: None)
+            model_dir = made_with_progress(args.shapes, layers, args.checkpoint_dir, progress)
+            if layers == args.layers:
+                config = read_config(model_dir)
             own = [point for point in points if (point.layers, point.shards) == (layers, shards)]
             for point, step_ms in _measure_system(model_dir, own, args.repeat, start):
                 measured[point] = replace(point, step_ms=step_ms)
                 progress.update(task, advance=1, description=f"{point.axis} {point.value}")
     results = [measured[point] for point in points]
-    config = read_config(made_checkpoint(args.shapes, args.layers, directory, lambda made, total: None))
     print(f"{describe_machine(this_machine())}\n\nCheckpoint: {describe(config, config.dtype)}.\n")
     print("\n".join(markdown_table(_rows(results))))
     if args.plot:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
-from cluster.bench.systems import SystemSpec
+from cluster.bench.systems import SystemSpec, check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.config import ModelConfig
@@ -135,8 +135,7 @@ def _server_bytes(pid: int | None) -> int:
 def _offline_spec(args: argparse.Namespace) -> tuple[SystemSpec, ModelConfig]:
     """Raises CheckpointError, SetupError."""
     config = read_config(args.offline)
-    if not 1 <= args.shards <= config.num_experts:
-        raise SetupError(f"--shards is {args.shards}, 1 to {config.num_experts} (the experts) are possible")
+    check_shards(args.shards, config)
     return SystemSpec(kind="stream", model_dir=args.offline, dtype=config.dtype, num_shards=args.shards), config
 
 

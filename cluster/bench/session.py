@@ -1,20 +1,18 @@
 """One run of the benchmark: checkpoint, systems one after another, report. Progress goes to stderr."""
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
+from cluster.bench.checkpoint import describe, made_with_progress, read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
-from cluster.bench.systems import SystemSpec, check_comparison
+from cluster.bench.systems import SystemSpec, check_comparison, check_shards
 from cluster.bench.throughput import Workload, measure_in_turns
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.config import ModelConfig
@@ -35,14 +33,12 @@ def measure_all(
     """
     for kind in args.compare:
         check_comparison(kind, _python(args, kind))
-    if args.json and not args.json.parent.is_dir():
-        raise SetupError(f"--json {args.json}: its directory does not exist")
     if args.plot:
         check_plot(args.plot)
     draft = _draft(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        model_dir = args.model_dir or _make_checkpoint(args, progress)
+        model_dir = args.model_dir or made_with_progress(args.shapes, args.layers, args.checkpoint_dir, progress)
         config = read_config(model_dir)
         workload = _fit(draft, args.shards, config)
         dtype = config.dtype if args.dtype == "auto" else args.dtype
@@ -94,8 +90,7 @@ def _draft(args: argparse.Namespace) -> Workload:
 
 def _fit(draft: Workload, num_shards: int, config: ModelConfig) -> Workload:
     """Fills in the vocabulary. Raises SetupError for what this checkpoint does not allow."""
-    if not 1 <= num_shards <= config.num_experts:
-        raise SetupError(f"--shards is {num_shards}, 1 to {config.num_experts} (the experts) are possible")
+    check_shards(num_shards, config)
     num_tokens = draft.prompt_tokens + draft.output_tokens
     if num_tokens > config.max_position_embeddings:
         raise SetupError(
@@ -103,19 +98,6 @@ def _fit(draft: Workload, num_shards: int, config: ModelConfig) -> Workload:
             f"{config.max_position_embeddings}"
         )
     return replace(draft, vocab_size=config.vocab_size)
-
-
-def _make_checkpoint(args: argparse.Namespace, progress: Progress) -> Path:
-    task = progress.add_task(f"checkpoint {args.shapes}", total=None)
-    directory = args.checkpoint_dir or default_directory(dict(os.environ))
-    model_dir = made_checkpoint(
-        args.shapes,
-        args.layers,
-        directory,
-        lambda made, total: progress.update(task, completed=made, total=total),
-    )
-    progress.update(task, completed=1, total=1)
-    return model_dir
 
 
 def _run_systems(
@@ -153,7 +135,7 @@ def _take_turns(
             try:
                 systems.append(start_one(spec, config, workload))
             except ClusterError as error:
-                failures.append(str(error))
+                failures.append(f"{spec.name}: {error}")
             progress.update(task, completed=1, description=f"{spec.name}: loaded")
         task = progress.add_task("taking turns", total=workload.num_runs * len(systems))
         found = measure_in_turns(

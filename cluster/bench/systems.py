@@ -1,4 +1,4 @@
-"""Which system to measure. They themselves are in `cluster_system` and `transformers_system`."""
+"""Which system to measure. They themselves are in `cluster_system`, `transformers_system` and `foreign_system`."""
 
 import importlib.util
 import os
@@ -67,6 +67,12 @@ def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> S
     from cluster.bench.cluster_system import ClusterSystem
 
     return ClusterSystem(spec, config, workload, num_threads)
+
+
+def check_shards(num_shards: int, config: ModelConfig) -> None:
+    """Raises SetupError for a number that the checkpoint's experts do not allow."""
+    if not 1 <= num_shards <= config.num_experts:
+        raise SetupError(f"--shards is {num_shards}, 1 to {config.num_experts} (the experts) are possible")
 
 
 def check_comparison(kind: str, python: str) -> None:

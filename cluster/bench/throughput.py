@@ -146,7 +146,10 @@ def measure_in_turns(
                 advance(system, batch)
     for place in range(len(systems)):
         if place not in found:
-            found[place] = tuple(summarize(timings[place, batch], workload, batch) for batch in workload.batches)
+            try:
+                found[place] = tuple(summarize(timings[place, batch], workload, batch) for batch in workload.batches)
+            except SetupError as error:
+                found[place] = error
     return found
 
 

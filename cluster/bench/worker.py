@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -39,7 +39,8 @@ class SystemResult:
 class RemoteSystem:
     """A system in a fresh process. load_s: from nothing to ready.
 
-    Raises ClusterError with the child's message, or with its exit code when it was killed; from any method.
+    Raises ClusterError with the child's message, or with its exit code when it was killed; from any method. Neither
+    names the system.
     """
 
     def __init__(self, spec: SystemSpec, config: ModelConfig, workload: Workload, build: Build = build_system) -> None:
@@ -78,12 +79,12 @@ class RemoteSystem:
             self._child.join(_STOP_S)
             code = self._child.exitcode
             raise ClusterError(
-                f"{self.name}: its process ended with code {code} before it had measured anything"
+                f"its process ended with code {code} before it had measured anything"
                 + (": most likely there was too little memory" if code == -9 else "")
             ) from error
         kind, *values = message
         if kind == "failed":
-            raise ClusterError(f"{self.name}: {values[0]}")
+            raise ClusterError(values[0])
         return values
 
 
@@ -96,16 +97,15 @@ def run_system(
 ) -> SystemResult:
     """Measures one system in a fresh process and blocks until it has ended.
 
-    on_progress: called with a line once when the system is loaded, then after each run. Raises ClusterError.
+    on_progress: called with a line once when the system is loaded, then after each run.
+    Raises ClusterError that names the system.
     """
-    system = RemoteSystem(spec, config, workload, build)
     try:
-        on_progress("loaded")
-        points = measure(system, workload, time.perf_counter, lambda batch: on_progress(f"batch {batch}"))
+        with closing(RemoteSystem(spec, config, workload, build)) as system:
+            on_progress("loaded")
+            points = measure(system, workload, time.perf_counter, lambda batch: on_progress(f"batch {batch}"))
     except ClusterError as error:
-        raise error if str(error).startswith(spec.name) else ClusterError(f"{spec.name}: {error}") from None
-    finally:
-        system.close()
+        raise ClusterError(f"{spec.name}: {error}") from error
     return SystemResult(name=spec.name, detail=system.detail, load_s=system.load_s, points=points)
 
 

@@ -49,8 +49,9 @@ class ExpertShard:
     ) -> None:
         """Replaces what is held by the experts of `experts`: layer id -> expert ids. Blocks until read.
 
-        Opens only these experts' tensors. Peak memory is the slice plus one tensor; plus one expert where weights are
-        packed. Raises CheckpointError for a missing or misshapen tensor, a damaged file.
+        Opens only these experts' tensors. Peak memory is the slice plus one tensor; plus one product's weight where
+        weights are packed, which is gate and up together.
+        Raises CheckpointError for a missing or misshapen tensor, a damaged file.
         """
         self.layers = {}
         if packs(self.dtype, self.device):
@@ -73,11 +74,30 @@ class ExpertShard:
         for layer_id, expert_ids in experts.items():
             packed: list[tuple[Weight, Weight]] = []
             for expert_id in expert_ids:
-                gate_up_proj, down_proj = self._allocate(1)
-                reader.load(_targets(layer_id, expert_id, gate_up_proj[0], down_proj[0]), progress)
-                packed.append((PackedWeight(gate_up_proj[0]), PackedWeight(down_proj[0])))
+                packed.append(
+                    (
+                        self._load_weight(reader, layer_id, expert_id, ("gate_proj", "up_proj"), progress),
+                        self._load_weight(reader, layer_id, expert_id, ("down_proj",), progress),
+                    )
+                )
             gate_up, down = ([pair[i] for pair in packed] for i in range(2))
             self.layers[layer_id] = self._layer(expert_ids, gate_up, down)
+
+    def _load_weight(
+        self,
+        reader: CheckpointReader,
+        layer_id: int,
+        expert_id: int,
+        names: Sequence[str],
+        progress: Callable[[int], None] | None,
+    ) -> PackedWeight:
+        """One product's weight, of tensors that stand one above the other in it."""
+        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        rows, columns = (hidden, width) if names == ("down_proj",) else (width, hidden)
+        plain = torch.empty((len(names) * rows, columns), dtype=self.dtype, device=self.device)
+        parts = plain.chunk(len(names))
+        reader.load({_name(layer_id, expert_id, name): part for name, part in zip(names, parts, strict=True)}, progress)
+        return PackedWeight(plain)
 
     def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sums this shard's weighted experts for each row, in float32.
@@ -133,10 +153,10 @@ class ExpertShard:
 
 def _targets(layer_id: int, expert_id: int, gate_up_proj: Tensor, down_proj: Tensor) -> dict[str, Tensor]:
     """Where the checkpoint's tensors of one expert go. gate_up_proj: [2I, H]; down_proj: [H, I]."""
-    prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
     gate, up = gate_up_proj.chunk(2)
-    return {
-        f"{prefix}.gate_proj.weight": gate,
-        f"{prefix}.up_proj.weight": up,
-        f"{prefix}.down_proj.weight": down_proj,
-    }
+    parts = {"gate_proj": gate, "up_proj": up, "down_proj": down_proj}
+    return {_name(layer_id, expert_id, name): part for name, part in parts.items()}
+
+
+def _name(layer_id: int, expert_id: int, projection: str) -> str:
+    return f"model.layers.{layer_id}.mlp.experts.{expert_id}.{projection}.weight"

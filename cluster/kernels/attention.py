@@ -188,6 +188,8 @@ def _attend_varlen(
             )  # fmt: skip
             assert isinstance(out, Tensor)
             return out
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError) as error:  # which block sizes a build's kernel takes is nowhere declared
             log.warning("flash attention does not read the cache's blocks, they are copied for it: %s", error)
             _reads_blocks = False

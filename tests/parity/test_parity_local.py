@@ -34,19 +34,24 @@ def test_prompts_in_chunks_of_7_give_the_same(oracle):
         assert tokens(llm) == oracle.token_ids
 
 
+def watch_batches(llm):
+    """The batches that are scheduled from now on, as they come."""
+    schedule, batches = llm.engine.scheduler.schedule, []
+
+    def watched():
+        batches.append(schedule())
+        return batches[-1]
+
+    llm.engine.scheduler.schedule = watched
+    return batches
+
+
 def test_prompts_whose_beginning_is_cached_give_the_same(oracle):
     with llm_for(oracle, num_expert_shards=2, block_size=4) as llm:
         assert tokens(llm) == oracle.token_ids
-        schedule, reused = llm.engine.scheduler.schedule, []
-
-        def counted():
-            batch = schedule()
-            reused.append(batch.num_reused_tokens)
-            return batch
-
-        llm.engine.scheduler.schedule = counted
+        batches = watch_batches(llm)
         assert tokens(llm) == oracle.token_ids
-        assert sum(reused) > 0
+        assert sum(batch.num_reused_tokens for batch in batches) > 0
 
 
 def test_steps_in_two_parts_give_the_same(oracle):
@@ -60,16 +65,9 @@ def test_preempted_sequences_give_the_same(oracle):
     with llm_for(oracle, num_expert_shards=2, block_size=4) as llm:
         block_bytes = 4 * llm.engine.runner.model.config.kv_bytes_per_token("float32")
     with llm_for(oracle, num_expert_shards=2, block_size=4, kv_cache_bytes=11 * block_bytes) as llm:
-        schedule, preempted = llm.engine.scheduler.schedule, []
-
-        def counted():
-            batch = schedule()
-            preempted.append(batch.num_preempted)
-            return batch
-
-        llm.engine.scheduler.schedule = counted
+        batches = watch_batches(llm)
         assert tokens(llm) == oracle.token_ids
-        assert sum(preempted) > 0
+        assert sum(batch.num_preempted for batch in batches) > 0
         assert llm.engine.blocks.num_used == 0
 
 

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from served_tools import samples, scrape, wait_until
 
+from cluster import LLM, SamplingParams
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
@@ -54,7 +55,7 @@ def plasma_objects(ray_cluster):
 
 
 def test_the_object_store_does_not_grow_over_1000_requests(served, stub, ray_cluster):
-    """Every eighth prompt is 500 tokens long, so that its batches (500 rows of 256 bytes) go through the store."""
+    """As it is deployed: streams carry the rows, requests and answers go through Serve."""
     before = plasma_objects(ray_cluster)
 
     def ask(index):
@@ -65,6 +66,20 @@ def test_the_object_store_does_not_grow_over_1000_requests(served, stub, ray_clu
         assert sum(len(answer.token_ids) for answer in pool.map(ask, range(1000))) == 1000
     wait_until(lambda: plasma_objects(ray_cluster) <= before, f"the store has no more than {before} objects")
     assert scrape(served)["moecluster_engine_kv_used_blocks"] == 0
+
+
+def test_nor_does_it_where_rows_go_through_it(ray_cluster, demo_checkpoint):
+    """Over Ray calls, without prefix caching: every eighth prompt is 500 tokens long, and its batches, some 430 rows of
+    256 bytes for each shard, are over the 100 KB from which Ray uses its store."""
+    with LLM(
+        demo_checkpoint, num_expert_shards=2, transport="ray", kv_cache_bytes=1 << 22, enable_prefix_caching=False
+    ) as llm:
+        prompts = [list(range(500)) if index % 8 == 0 else [index] for index in range(1000)]
+        params = SamplingParams(temperature=0, max_tokens=1)
+        llm.generate(prompts[:16], params)
+        before = plasma_objects(ray_cluster)
+        assert sum(len(output.token_ids) for output in llm.generate(prompts, params)) == 1000
+        wait_until(lambda: plasma_objects(ray_cluster) <= before, f"the store has no more than {before} objects")
 
 
 def test_metrics_tell_the_traffic_by_part(served, stub):

@@ -14,6 +14,7 @@ import pytest
 from cluster.bench import add_arguments
 from cluster.bench import checkpoint as bench_checkpoint
 from cluster.bench.checkpoint import default_directory, made_checkpoint, read_config
+from cluster.bench.command import PARTS, run
 from cluster.bench.machine import Machine, parse_cpuinfo, this_machine
 from cluster.bench.report import Report, to_json, to_markdown
 from cluster.bench.session import measure_all
@@ -394,7 +395,7 @@ def test_a_system_that_fails_leaves_the_others_figures(demo_dir: Path, capsys: p
 def test_the_command_lets_systems_take_turns(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def start(spec: SystemSpec, config: ModelConfig, workload: Workload) -> RemoteSystem:
         if spec.kind == "ray":
-            raise ClusterError("ray, 2 shards: too big")
+            raise ClusterError("too big")
         return RemoteSystem(spec, config, workload, build_instant)
 
     args = parse(str(demo_dir), "--batch", "2", "--repeat", "1", "--turns", "--output-tokens", "20")
@@ -420,7 +421,6 @@ def test_the_command_makes_the_checkpoint_that_it_measures(tmp_path: Path) -> No
         (["--shards", "65"], "--shards is 65, 1 to 64"),
         (["--prompt-tokens", "100000000"], "the checkpoint's context is"),
         (["--output-tokens", "1"], "--output-tokens is 1"),
-        (["--json", "/no/such/directory/file"], "--json"),
     ],
 )
 def test_arguments_that_cannot_be_carried_out_are_refused_before_anything_runs(
@@ -430,6 +430,14 @@ def test_arguments_that_cannot_be_carried_out_are_refused_before_anything_runs(
     with pytest.raises(SetupError, match=message):
         measure_all(parse(str(demo_dir), *arguments), run_one)
     assert run_one.specs == []
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_result_that_could_not_be_written_is_refused_first(part: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(SetupError, match="--json .* does not exist"):
+        run(parser.parse_args([part, "--json", "/no/such/directory/file"]))
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
