@@ -436,7 +436,7 @@ def test_arguments_that_cannot_be_carried_out_are_refused_before_anything_runs(
 def test_a_result_that_could_not_be_written_is_refused_first(part: str) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    with pytest.raises(SetupError, match="--json .* does not exist"):
+    with pytest.raises(SetupError, match=r"--json .* does not exist"):
         run(parser.parse_args([part, "--json", "/no/such/directory/file"]))
 
 
