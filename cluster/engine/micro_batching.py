@@ -25,7 +25,7 @@ class MicroBatching:
 
     def choose(self, num_tokens: int, num_sequences: int) -> int:
         """Into how many parts a step is split: 1 or 2."""
-        if not self.enabled or num_sequences < 2 or num_tokens < MIN_TOKENS:
+        if not self._has_choice(num_tokens, num_sequences):
             return 1
         size = num_tokens.bit_length()
         self._steps[size] = step = self._steps.get(size, 0) + 1
@@ -36,11 +36,14 @@ class MicroBatching:
         faster, slower = (1, 2) if medians[0] <= medians[1] else (2, 1)
         return slower if step % RETRY_STEPS == 0 else faster
 
-    def record(self, num_tokens: int, parts: int, seconds: float) -> None:
+    def record(self, num_tokens: int, num_sequences: int, parts: int, seconds: float) -> None:
         """What a step took."""
-        if self.enabled and num_tokens >= MIN_TOKENS:
+        if self._has_choice(num_tokens, num_sequences):
             times = self._times.setdefault((num_tokens.bit_length(), parts), deque(maxlen=TRIES))
             times.append(seconds / num_tokens)
+
+    def _has_choice(self, num_tokens: int, num_sequences: int) -> bool:
+        return self.enabled and num_sequences >= 2 and num_tokens >= MIN_TOKENS
 
 
 def split_evenly(scheduled: Sequence[ScheduledSequence], parts: int) -> list[Sequence[ScheduledSequence]]:

@@ -4,7 +4,6 @@ T: tokens in the step, B: sequences, V: vocabulary.
 """
 
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -35,14 +34,12 @@ class ModelRunner:
         experts: Experts,
         block_size: int,
         micro_batching: MicroBatching | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.cache = cache
         self.experts = experts
         self.block_size = block_size
         self.micro_batching = micro_batching or MicroBatching(enabled=False)
-        self.clock = clock
         self.device = model.model.norm.weight.device
 
     def run(self, batch: Batch) -> list[tuple[int, Logprobs | None] | None]:
@@ -64,10 +61,10 @@ class ModelRunner:
         """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated."""
         num_tokens = sum(s.num_tokens for s in scheduled)
         num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
-        started = self.clock()
+        started = time.monotonic()
         parts = [self._micro_batch(part) for part in split_evenly(scheduled, num_parts)]
         hidden_states: Tensor = self.model(parts, self.cache, self.experts)
-        self.micro_batching.record(num_tokens, num_parts, self.clock() - started)
+        self.micro_batching.record(num_tokens, len(scheduled), num_parts, time.monotonic() - started)
         return hidden_states
 
     def _micro_batch(self, scheduled: Seq[ScheduledSequence]) -> MicroBatch:

@@ -109,7 +109,7 @@ class ExpertDispatcher:
         return out.to(flight.like.dtype)
 
     def _send(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> list[Leg]:
-        plan = self.plans.current()
+        plan = self._current_plan()
         if plan.num_shards == 1:  # nothing to select, and on a GPU nothing to wait for
             batch = ExpertBatch(
                 layer_id=layer_id,
@@ -118,7 +118,6 @@ class ExpertDispatcher:
                 topk_ids=topk_ids,
                 topk_weights=topk_weights,
             )
-            self._see_epoch(plan)
             return [self._launch(0, None, batch)]
         shard_of = torch.where(
             topk_ids >= 0, self._owner(plan, layer_id, topk_ids.device)[topk_ids.clamp_min(0)], NOT_HERE
@@ -189,19 +188,17 @@ class ExpertDispatcher:
 
     def _owner(self, plan: PlacementPlan, layer_id: int, device: torch.device) -> Tensor:
         """[E] int64: the shard that computes each expert of a layer, its first copy."""
-        if self._see_epoch(plan):
-            self._owners = {}
         if layer_id not in self._owners:
             self._owners[layer_id] = torch.tensor([shards[0] for shards in plan.owners(layer_id)], device=device)
         return self._owners[layer_id]
 
-    def _see_epoch(self, plan: PlacementPlan) -> bool:
-        """Whether this plan is another than the last one."""
-        if plan.epoch == self._epoch:
-            return False
-        self._epoch = plan.epoch
-        self.metrics.plan_epoch(plan.epoch)
-        return True
+    def _current_plan(self) -> PlacementPlan:
+        plan = self.plans.current()
+        if plan.epoch != self._epoch:
+            self._epoch = plan.epoch
+            self._owners = {}
+            self.metrics.plan_epoch(plan.epoch)
+        return plan
 
 
 def _add(out: Tensor, rows: Tensor | None, value: Tensor) -> None:

@@ -13,7 +13,7 @@ def run(micro_batching, steps, seconds, num_tokens=512, num_sequences=8):
     chosen = []
     for _ in range(steps):
         parts = micro_batching.choose(num_tokens, num_sequences)
-        micro_batching.record(num_tokens, parts, seconds[parts])
+        micro_batching.record(num_tokens, num_sequences, parts, seconds[parts])
         chosen.append(parts)
     return chosen
 
