@@ -62,7 +62,8 @@ class ExpertShard:
             gate_up_proj, down_proj = self._allocate(len(expert_ids))
             self.layers[layer_id] = self._layer(expert_ids, gate_up_proj, down_proj)
             for local_id, expert_id in enumerate(expert_ids):
-                targets |= _targets(layer_id, expert_id, gate_up_proj[local_id], down_proj[local_id])
+                targets |= _gate_up_targets(layer_id, expert_id, gate_up_proj[local_id])
+                targets |= _down_targets(layer_id, expert_id, down_proj[local_id])
         reader.load(targets, progress)
 
     def _load_packed(
@@ -71,40 +72,26 @@ class ExpertShard:
         experts: Mapping[int, Sequence[int]],
         progress: Callable[[int], None] | None,
     ) -> None:
-        for layer_id, expert_ids in experts.items():
-            packed: list[tuple[Weight, Weight]] = []
-            for expert_id in expert_ids:
-                packed.append(
-                    (
-                        self._load_weight(reader, layer_id, expert_id, ("gate_proj", "up_proj"), progress),
-                        self._load_weight(reader, layer_id, expert_id, ("down_proj",), progress),
-                    )
-                )
-            gate_up, down = ([pair[i] for pair in packed] for i in range(2))
-            self.layers[layer_id] = self._layer(expert_ids, gate_up, down)
-
-    def _load_weight(
-        self,
-        reader: CheckpointReader,
-        layer_id: int,
-        expert_id: int,
-        names: Sequence[str],
-        progress: Callable[[int], None] | None,
-    ) -> PackedWeight:
-        """One product's weight, of tensors that stand one above the other in it."""
         hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
-        rows, columns = (hidden, width) if names == ("down_proj",) else (width, hidden)
-        plain = torch.empty((len(names) * rows, columns), dtype=self.dtype, device=self.device)
-        parts = plain.chunk(len(names))
-        reader.load({_name(layer_id, expert_id, name): part for name, part in zip(names, parts, strict=True)}, progress)
-        return PackedWeight(plain)
+        # Every weight is read into the same memory: freed between two packed ones it would stay a hole in the heap.
+        plain = torch.empty(2 * width * hidden, dtype=self.dtype, device=self.device)
+        gate_up = plain.view(2 * width, hidden)
+        down = plain[: hidden * width].view(hidden, width)
+        for layer_id, expert_ids in experts.items():
+            packed: tuple[list[Weight], list[Weight]] = ([], [])
+            for expert_id in expert_ids:
+                reader.load(_gate_up_targets(layer_id, expert_id, gate_up), progress)
+                packed[0].append(PackedWeight(gate_up))
+                reader.load(_down_targets(layer_id, expert_id, down), progress)
+                packed[1].append(PackedWeight(down))
+            self.layers[layer_id] = self._layer(expert_ids, *packed)
 
     def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sums this shard's weighted experts for each row, in float32.
 
-        hidden_states: [T, H].  topk_ids: [T, K] int64 logical ids, negative for "not here", on the
-        CPU or the shard's device.  topk_weights: [T, K]
-        float32.  Returns [T, H] in the dtype of hidden_states. Raises ShardUnavailable for an expert that is not here.
+        hidden_states: [T, H].  topk_ids: [T, K] int64 logical ids, negative for "not here", on the CPU or
+        the shard's device.  topk_weights: [T, K] float32.  Returns [T, H] in the dtype of hidden_states.
+        Raises ShardUnavailable for an expert that is not here.
         """
         layer = self.layers.get(layer_id)
         if layer is None:
@@ -151,11 +138,15 @@ class ExpertShard:
         return LayerSlice(tuple(expert_ids), local_ids.to(self.device), local_ids >= 0, gate_up_proj, down_proj)
 
 
-def _targets(layer_id: int, expert_id: int, gate_up_proj: Tensor, down_proj: Tensor) -> dict[str, Tensor]:
-    """Where the checkpoint's tensors of one expert go. gate_up_proj: [2I, H]; down_proj: [H, I]."""
+def _gate_up_targets(layer_id: int, expert_id: int, gate_up_proj: Tensor) -> dict[str, Tensor]:
+    """Where the checkpoint's tensors of one expert's first product go. gate_up_proj: [2I, H]."""
     gate, up = gate_up_proj.chunk(2)
-    parts = {"gate_proj": gate, "up_proj": up, "down_proj": down_proj}
-    return {_name(layer_id, expert_id, name): part for name, part in parts.items()}
+    return {_name(layer_id, expert_id, "gate_proj"): gate, _name(layer_id, expert_id, "up_proj"): up}
+
+
+def _down_targets(layer_id: int, expert_id: int, down_proj: Tensor) -> dict[str, Tensor]:
+    """As `_gate_up_targets`, of the second. down_proj: [H, I]."""
+    return {_name(layer_id, expert_id, "down_proj"): down_proj}
 
 
 def _name(layer_id: int, expert_id: int, projection: str) -> str:

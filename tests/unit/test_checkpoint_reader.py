@@ -145,8 +145,13 @@ def test_load_holds_at_most_one_tensor_beside_the_destinations(tmp_path: Path) -
 
 @pytest.mark.skipif(not packs(torch.bfloat16, torch.device("cpu")), reason="weights are not packed here")
 def test_packing_a_slice_holds_at_most_one_product_beside_it(tmp_path: Path) -> None:
-    """Eight experts of 48 MiB: gate and up together 32, down 16. An expert at a time would show as 48 beside them."""
+    """Eight experts of 48 MiB: gate and up together 32, down 16. An expert at a time would show as 48 beside them.
+
+    A freed block of just below 32 MiB makes glibc put later ones on its heap, where a freed weight leaves a hole that
+    the next one does not fit into: 16 MiB an expert, were each weight read into memory of its own.
+    """
     mib = 1 << 20
+    torch.empty(31 * mib, dtype=torch.uint8)
     raw = {
         **RAW, "hidden_size": 2048, "moe_intermediate_size": 4096, "num_experts": 8, "num_hidden_layers": 1,
         "shared_expert_intermediate_size": 16, "torch_dtype": "bfloat16",
