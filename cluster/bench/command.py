@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: 2)")
     parser.add_argument(
-        "--rows", type=_numbers, default=(1, 8, 64, 512), metavar="NUMBERS",
-        help="rows for each shard at a time (default: 1,8,64,512)",
+        "--rows", type=_numbers, default=(1, 8, 64, 512, 2048), metavar="NUMBERS",
+        help="rows for each shard at a time (default: 1,8,64,512,2048)",
     )  # fmt: skip
     parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="of a row (default: 2048)")
     parser.add_argument("--repeat", type=int, default=200, metavar="N", help="round trips each (default: 200)")

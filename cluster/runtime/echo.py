@@ -64,7 +64,7 @@ def echo_transports(num_shards: int, ray_address: str | None = None) -> Iterator
         carriers: dict[str, ExpertTransport] = {"ray": RayTransport(handles)}
         nodes = {offer.node for offer in ray.get([actor.stream_offer.remote() for actor in actors])}
         if nodes == {here}:
-            carriers["stream, Unix socket"] = StreamTransport(offers, node=here, fallback=None, timeout_s=_TIMEOUT_S)
+            carriers["stream, one host"] = StreamTransport(offers, node=here, fallback=None, timeout_s=_TIMEOUT_S)
         carriers["stream, TCP"] = StreamTransport(offers, node="", fallback=None, timeout_s=_TIMEOUT_S)
         yield carriers
     finally:

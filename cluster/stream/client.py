@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from hmac import compare_digest
 from typing import Protocol
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from cluster.errors import ClusterError, ProtocolError, ShardUnavailable
 from cluster.experts.transport import ExpertBatch, ExpertTransport, Flight
 from cluster.stream import frames
-from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, ReceiveBuffers, StreamOffer
+from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, ReceiveBuffers, Staging, StreamOffer
+from cluster.stream.region import Region, make_region
 from cluster.stream.server import prepare_socket, remaining
 
 log = logging.getLogger(__name__)
@@ -45,10 +47,9 @@ class OfferSource(Protocol):
 class StreamConnection:
     """One connection to one shard. Used by one thread."""
 
-    def __init__(self, offer: StreamOffer, shard_id: int, node: str) -> None:
-        """Connects and proves itself; over the Unix socket when the shard is on this host (node).
-
-        Raises OSError, ProtocolError.
+    def __init__(self, offer: StreamOffer, shard_id: int, node: str, device: torch.device) -> None:
+        """Connects and proves itself; over the Unix socket when the shard is on this host (node), where memory of
+        `device` is then shared for the rows. Raises OSError, ProtocolError.
         """
         self.shard_id = shard_id
         if offer.unix_name and offer.node == node:
@@ -62,13 +63,18 @@ class StreamConnection:
         self._early: dict[int, Tensor | ClusterError] = {}
         self._head = memoryview(bytearray(HEADER.size))
         self._poll = select.poll()
-        self._buffers: dict[bool, ReceiveBuffers] = {}
-        self._last: tuple[ReceiveBuffers, Tensor] | None = None
+        self._buffers = ReceiveBuffers(device.type == "cuda")
+        self._staging = Staging()
+        self._region: Region | None = None
+        self._slots: dict[int, int] = {}
+        self._release: Callable[[], None] | None = None
         try:
             self._sock.settimeout(CONNECT_TIMEOUT_S)
             prepare_socket(self._sock)
             self._sock.connect(address)
             self._shake_hands(offer.secret)
+            if self._sock.family == socket.AF_UNIX:
+                self._share_memory(device)
             self._sock.settimeout(None)
             self._poll.register(self._sock, select.POLLIN)
         except BaseException:
@@ -78,11 +84,20 @@ class StreamConnection:
     def send(self, batch: ExpertBatch, timeout_s: float | None = None) -> int:
         """Blocks until the kernel has it; returns the request's id. Raises StreamBroken."""
         rows = batch.hidden_states
+        slot = self._region.take(rows.nbytes) if self._region is not None else 0
+        staged: tuple[Tensor, Tensor | None] | None = None
+        if slot:
+            assert self._region is not None
+            self._region.rows(slot, rows.shape[0], rows.shape[1], rows.dtype).copy_(rows)
+        else:
+            staged = self._staging.copy(rows)
+        # On a GPU the copies to the host wait for the current stream, and so for the rows' copy above.
         parts = [
             frames.memory(batch.topk_ids.to(torch.int32).contiguous().cpu()),
             frames.memory(batch.topk_weights.contiguous().cpu()),
-            frames.memory(rows.contiguous().cpu()),
         ]
+        if staged is not None:
+            parts.append(frames.memory(staged[0]))
         request_id, self._next_id = self._next_id, self._next_id + 1
         head = Header(
             kind=Kind.REQUEST,
@@ -95,14 +110,19 @@ class StreamConnection:
             topk=batch.topk_ids.shape[1],
             epoch=batch.epoch,
             timeout_ms=NO_TIMEOUT if timeout_s is None else min(int(timeout_s * 1000), NO_TIMEOUT - 1),
+            slot=slot,
             sent_at=time.time(),
         )
+        if slot:
+            self._slots[request_id] = slot
         rest: list[memoryview] = [memoryview(head.pack()), *parts]
         try:
             while rest:
                 rest = remaining(rest, self._sock.sendmsg(rest))
         except OSError as error:
             raise StreamBroken(str(error)) from error
+        if staged is not None:
+            self._staging.give_back(staged[1])
         return request_id
 
     def receive(self, request_id: int, like: Tensor, timeout_s: float) -> Tensor:
@@ -111,9 +131,7 @@ class StreamConnection:
         Raises StreamBroken, ClusterError as the shard says, TimeoutError; after that the answer is dropped as it comes.
         """
         deadline = time.monotonic() + timeout_s
-        if self._last is not None:
-            self._last[0].give(self._last[1])
-            self._last = None
+        self._free_last()
         while request_id not in self._early:
             head = self._read_head(deadline, request_id)
             answer = self._read_answer(head, like, deadline)
@@ -123,10 +141,17 @@ class StreamConnection:
                 self._abandoned.discard(head.request_id)
             else:
                 self._early[head.request_id] = answer.clone() if isinstance(answer, Tensor) else answer
+            self._free_last()
         early = self._early.pop(request_id)
         if isinstance(early, ClusterError):
             raise early
         return early
+
+    def _free_last(self) -> None:
+        """What was read last is no longer needed; its memory takes the next."""
+        if self._release is not None:
+            self._release()
+            self._release = None
 
     def close(self) -> None:
         self._sock.close()
@@ -140,6 +165,21 @@ class StreamConnection:
         frames.check_version(magic, version)
         if not compare_digest(proof, frames.mac(secret, b"server", own)):
             raise ProtocolError(f"what answers at shard {self.shard_id}'s address does not know its secret")
+
+    def _share_memory(self, device: torch.device) -> None:
+        """Offers the shard memory for the rows; without it they go through the socket."""
+        region = make_region(device)
+        if region is None:
+            return
+        head = Header(kind=Kind.SHARE, request_id=0, payload_bytes=len(region.descriptor))
+        socket.send_fds(self._sock, [head.pack() + region.descriptor], region.fds)
+        region.close_fds()
+        answer = Header.unpack(self._exactly(HEADER.size))
+        message = self._exactly(answer.payload_bytes).decode(errors="replace")
+        if answer.kind is Kind.ANSWER:
+            self._region = region
+        else:
+            log.warning("rows go to shard %d through a socket: %s", self.shard_id, message)
 
     def _exactly(self, num_bytes: int) -> bytes:
         data = b""
@@ -164,6 +204,10 @@ class StreamConnection:
         return head
 
     def _read_answer(self, head: Header, like: Tensor, deadline: float) -> Tensor | ClusterError:
+        slot = self._slots.pop(head.request_id, 0)
+        if slot:
+            assert self._region is not None
+            self._release = partial(self._region.give, slot)
         if head.kind is not Kind.ANSWER:
             payload = bytearray(head.payload_bytes)
             self._fill(memoryview(payload), deadline)
@@ -175,9 +219,13 @@ class StreamConnection:
             return ClusterError(f"shard {self.shard_id} failed: {message}")
         if (head.hidden_size, head.dtype) != (like.shape[1], like.dtype):
             raise StreamBroken("the shard answered with rows of another shape or dtype")
-        buffers = self._buffers.setdefault(like.is_cuda, ReceiveBuffers(like.is_cuda))
-        buffer = buffers.take(head.payload_bytes)
-        self._last = (buffers, buffer)
+        if head.slot != slot:
+            raise StreamBroken("the shard answered in another slot")
+        if slot:
+            assert self._region is not None
+            return self._region.rows(slot, head.rows, head.hidden_size, head.dtype)
+        buffer = self._buffers.take(head.payload_bytes)
+        self._release = partial(self._buffers.give, buffer)
         self._fill(frames.memory(buffer)[: head.payload_bytes], deadline)
         return buffer[: head.payload_bytes].view(head.dtype).view(head.rows, -1).to(like.device)
 
@@ -245,7 +293,7 @@ class StreamTransport:
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
         try:
-            connection = self._connection(shard_id)
+            connection = self._connection(shard_id, batch.hidden_states.device)
         except StreamBroken as error:
             return self.fall_back(shard_id, batch, str(error))
         try:
@@ -276,7 +324,7 @@ class StreamTransport:
         if self._fallback is not None:
             self._fallback.close()
 
-    def _connection(self, shard_id: int) -> StreamConnection:
+    def _connection(self, shard_id: int, device: torch.device) -> StreamConnection:
         """Raises StreamBroken when there can be none now, ShardUnavailable for a shard that is gone."""
         incarnation = self._offers.incarnation(shard_id)
         known = self._connections.get(shard_id)
@@ -287,7 +335,7 @@ class StreamTransport:
         if self._clock() < self._retry_at.get(shard_id, 0.0):
             raise StreamBroken("it was down a moment ago")
         try:
-            connection = StreamConnection(self._offers.offer(shard_id), shard_id, self._node)
+            connection = StreamConnection(self._offers.offer(shard_id), shard_id, self._node, device)
         except (OSError, ProtocolError) as error:
             self._retry_at[shard_id] = self._clock() + RECONNECT_INTERVAL_S
             log.warning("no stream to shard %d: %s", shard_id, error)

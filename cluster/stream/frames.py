@@ -4,7 +4,8 @@ The server greets with a nonce, the client answers it with the secret's MAC and 
 MAC: neither side ever sends the secret, and nothing else is read from a stranger. All numbers are little-endian.
 
 T: rows, H: hidden size, K: experts a token. A request's payload is topk_ids [T, K] int32, topk_weights [T, K]
-float32, rows [T, H]; an answer's is rows [T, H]; a refusal's is its message in UTF-8.
+float32, rows [T, H]; an answer's is rows [T, H]; a refusal's is its message in UTF-8. Where both sides share memory
+(`region.py`) the rows may lie in one of its slots instead, which the head then names.
 """
 
 import hashlib
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ProtocolError
+from cluster.stream.region import NUM_SLOTS, SLOT_BYTES
 
 MAGIC = b"moeX"
-VERSION = 1
+VERSION = 2
 NONCE_BYTES = 32
 GREETING = struct.Struct("<4sH2x32s")  # server's first words: its nonce
 HELLO = struct.Struct("<4sH2x32s32s")  # client's: its nonce, MAC of the server's
@@ -32,13 +34,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kind(IntEnum):
-    """REQUEST goes to the shard, the others come back. REFUSED: the frame itself was wrong, the stream ends."""
+    """REQUEST and SHARE go to the shard, the others come back. REFUSED: the frame itself was wrong, the stream ends.
+    SHARE: a region's descriptor; answered by an empty ANSWER, or FAILED where it cannot be opened."""
 
     REQUEST = 1
     ANSWER = 2
     UNAVAILABLE = 3
     FAILED = 4
     REFUSED = 5
+    SHARE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class StreamOffer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """One frame's head. timeout_ms: what is left of the caller's time, NO_TIMEOUT for no bound.
-    sent_at: seconds of the sender's wall clock."""
+    slot: where in the shared memory the rows lie, 0 for the payload.  sent_at: seconds of the sender's wall clock."""
 
     kind: Kind
     request_id: int
@@ -73,18 +77,19 @@ class Header:
     topk: int = 0
     epoch: int = 0
     timeout_ms: int = NO_TIMEOUT
+    slot: int = 0
     sent_at: float = 0.0
 
     def pack(self) -> bytes:
         return HEADER.pack(
             MAGIC, VERSION, self.kind, DTYPES.index(self.dtype), self.request_id, self.layer_id, self.rows,
-            self.hidden_size, self.topk, self.epoch, self.timeout_ms, 0, self.sent_at, self.payload_bytes,
+            self.hidden_size, self.topk, self.epoch, self.timeout_ms, self.slot, self.sent_at, self.payload_bytes,
         )  # fmt: skip
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> "Header":
         """Raises ProtocolError for a foreign, newer or oversized frame, and for sizes that contradict each other."""
-        (magic, version, kind, dtype, request_id, layer_id, rows, hidden_size, topk, epoch, timeout_ms, _, sent_at,
+        (magic, version, kind, dtype, request_id, layer_id, rows, hidden_size, topk, epoch, timeout_ms, slot, sent_at,
          payload_bytes) = HEADER.unpack(data)  # fmt: skip
         check_version(magic, version)
         if kind not in Kind.__members__.values() or dtype >= len(DTYPES):
@@ -92,16 +97,19 @@ class Header:
         if payload_bytes > MAX_PAYLOAD_BYTES:
             raise ProtocolError(f"a frame of {payload_bytes} bytes, at most {MAX_PAYLOAD_BYTES} are taken")
         row_bytes = hidden_size * DTYPES[dtype].itemsize
+        if slot > NUM_SLOTS or (slot and rows * row_bytes > SLOT_BYTES):
+            raise ProtocolError(f"{rows} rows of {row_bytes} bytes in slot {slot}, which does not hold them")
+        rows_bytes = 0 if slot else rows * row_bytes
         if kind == Kind.REQUEST and (
-            not (rows and hidden_size and topk) or payload_bytes != rows * (row_bytes + 8 * topk)
+            not (rows and hidden_size and topk) or payload_bytes != rows_bytes + rows * 8 * topk
         ):
             raise ProtocolError(f"a request of {rows} rows with {payload_bytes} bytes, which its shapes do not give")
-        if kind == Kind.ANSWER and payload_bytes != rows * row_bytes:
+        if kind == Kind.ANSWER and payload_bytes != rows_bytes:
             raise ProtocolError(f"an answer of {rows} rows with {payload_bytes} bytes, which its shapes do not give")
         return cls(
             kind=Kind(kind), request_id=request_id, payload_bytes=payload_bytes, dtype=DTYPES[dtype],
             layer_id=layer_id, rows=rows, hidden_size=hidden_size, topk=topk, epoch=epoch, timeout_ms=timeout_ms,
-            sent_at=sent_at,
+            slot=slot, sent_at=sent_at,
         )  # fmt: skip
 
 
@@ -141,3 +149,23 @@ class ReceiveBuffers:
 
     def give(self, buffer: Tensor) -> None:
         self._free.append(buffer)
+
+
+class Staging:
+    """Pinned memory for rows on their way from a GPU to a socket; a CPU tensor's are sent as they are."""
+
+    def __init__(self) -> None:
+        self._pinned = ReceiveBuffers(True)
+
+    def copy(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, H] contiguous on the CPU, from a GPU once the current stream has come so far; and the memory to give
+        back when they are sent, if any."""
+        if not rows.is_cuda:
+            return rows.contiguous(), None
+        buffer = self._pinned.take(rows.nbytes)
+        staged = buffer[: rows.nbytes].view(rows.dtype).view(rows.shape)
+        return staged.copy_(rows, non_blocking=True), buffer
+
+    def give_back(self, buffer: Tensor | None) -> None:
+        if buffer is not None:
+            self._pinned.give(buffer)

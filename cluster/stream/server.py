@@ -4,6 +4,7 @@ Requests of one layer that are there together become one product; the oldest wai
 nobody waits for more than what arrived before him. Nothing is waited for to make a group larger.
 """
 
+import array
 import logging
 import os
 import secrets
@@ -25,12 +26,15 @@ from torch import Tensor
 from cluster.errors import ClusterError, ProtocolError, ShardUnavailable
 from cluster.experts.transport import ExpertBatch
 from cluster.stream import frames
-from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, ReceiveBuffers, StreamOffer
+from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, ReceiveBuffers, Staging, StreamOffer
+from cluster.stream.region import Region, open_region
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0  # for a stranger to prove himself
+MAX_DESCRIPTOR_BYTES = 1 << 16  # of shared memory
 MAX_PENDING = 8  # requests of one caller that wait here; then nothing more is read from him
+_ANCILLARY_BYTES = socket.CMSG_SPACE(16)  # for a few file descriptors; the kernel closes those that find no room
 SOCKET_BUFFER_BYTES = 1 << 22  # a prefill chunk goes in few writes
 
 
@@ -56,11 +60,15 @@ class _Request:
         head = self.header
         ids_bytes = head.rows * head.topk * 4
         ids, weights = (self.buffer[i * ids_bytes : (i + 1) * ids_bytes] for i in range(2))
-        rows = self.buffer[2 * ids_bytes : head.payload_bytes]
+        if head.slot:
+            assert self.peer.region is not None
+            rows = self.peer.region.rows(head.slot, head.rows, head.hidden_size, head.dtype)
+        else:
+            rows = self.buffer[2 * ids_bytes : head.payload_bytes].view(head.dtype).view(head.rows, -1)
         return ExpertBatch(
             layer_id=head.layer_id,
             epoch=head.epoch,
-            hidden_states=rows.view(head.dtype).view(head.rows, -1).to(device, non_blocking=True),
+            hidden_states=rows.to(device, non_blocking=True),
             topk_ids=ids.view(torch.int32).view(head.rows, -1).to(torch.int64),  # stay here: the shard looks at them
             topk_weights=weights.view(torch.float32).view(head.rows, -1).to(device, non_blocking=True),
         )
@@ -68,7 +76,8 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """One caller's connection. header: None while the next frame's head is being read."""
+    """One caller's connection. header: None while the next frame's head is being read.
+    region: the memory that he shares.  fds: file descriptors that came with his words, not yet used."""
 
     sock: socket.socket
     nonce: bytes
@@ -79,6 +88,28 @@ class _Peer:
     buffer: Tensor | None = None
     num_pending: int = 0
     outgoing: deque[memoryview] = field(default_factory=deque)
+    region: Region | None = None
+    fds: list[int] = field(default_factory=list)
+
+    def receive(self) -> int:
+        """Reads on in the target; returns the bytes. Before a region is shared, descriptors may come with them.
+
+        Raises BlockingIOError, OSError.
+        """
+        target = self.target[self.filled :]
+        if self.region is not None or self.sock.family != socket.AF_UNIX:
+            return self.sock.recv_into(target)
+        count, ancillary, _, _ = self.sock.recvmsg_into([target], _ANCILLARY_BYTES)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self.fds += fds
+        return count
+
+    def close_fds(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
 
 
 class StreamServer:
@@ -91,6 +122,7 @@ class StreamServer:
         self._peers: set[_Peer] = set()
         self._waiting: deque[_Request] = deque()
         self._buffers = ReceiveBuffers(backend.device.type == "cuda")
+        self._staging = Staging()
         tcp = socket.create_server((host, 0), backlog=64)
         listeners, unix_name = [tcp], ""
         if sys.platform == "linux":
@@ -182,7 +214,7 @@ class StreamServer:
         """Takes in what has arrived. Raises ProtocolError, OSError."""
         while peer.num_pending < MAX_PENDING:
             try:
-                count = peer.sock.recv_into(peer.target[peer.filled :])
+                count = peer.receive()
             except BlockingIOError:
                 return
             if not count:
@@ -200,11 +232,17 @@ class StreamServer:
             peer.deadline = None
         elif peer.header is None:
             head = Header.unpack(peer.target)
-            if head.kind is not Kind.REQUEST:
+            if head.kind not in (Kind.REQUEST, Kind.SHARE):
                 raise ProtocolError(f"a caller sent a frame of kind {head.kind.name}")
+            if head.kind is Kind.SHARE and not 0 < head.payload_bytes <= MAX_DESCRIPTOR_BYTES:
+                raise ProtocolError(f"a description of shared memory of {head.payload_bytes} bytes")
+            if head.slot and peer.region is None:
+                raise ProtocolError(f"a request in slot {head.slot} of memory that was not shared")
             peer.header, peer.buffer = head, self._buffers.take(head.payload_bytes)
             peer.target = frames.memory(peer.buffer)[: head.payload_bytes]
             return
+        elif peer.header.kind is Kind.SHARE:
+            self._share(peer)
         else:
             assert peer.buffer is not None
             timeout_s = peer.header.timeout_ms / 1000 if peer.header.timeout_ms != NO_TIMEOUT else float("inf")
@@ -219,6 +257,24 @@ class StreamServer:
         if not compare_digest(proof, frames.mac(self._secret, b"client", peer.nonce)):
             raise ProtocolError("the caller does not know this shard's secret")
         self._send(peer, frames.WELCOME.pack(frames.MAGIC, frames.VERSION, frames.mac(self._secret, b"server", nonce)))
+
+    def _share(self, peer: _Peer) -> None:
+        """Opens the caller's memory and says whether it could. Raises ProtocolError for a second time."""
+        assert peer.header is not None
+        assert peer.buffer is not None
+        if peer.region is not None:
+            raise ProtocolError("a caller shared memory twice")
+        kind, message = Kind.ANSWER, b""
+        try:
+            descriptor = bytes(frames.memory(peer.buffer)[: peer.header.payload_bytes])
+            peer.region = open_region(descriptor, peer.fds, self._backend.device)
+        except ProtocolError as error:
+            kind, message = Kind.FAILED, str(error).encode()
+        peer.close_fds()
+        request_id = peer.header.request_id
+        self._buffers.give(peer.buffer)
+        peer.header = peer.buffer = None
+        self._send(peer, Header(kind=kind, request_id=request_id, payload_bytes=len(message)).pack(), message)
 
     def _next_group(self) -> list[_Request]:
         """The oldest request and all others of its layer and dtype that are here, as far as they fit."""
@@ -256,12 +312,29 @@ class StreamServer:
                 log.exception("layer %d failed", group[0].header.layer_id)
             self._end(group, Kind.FAILED, f"{type(error).__name__}: {error}")
         else:
-            out = out.contiguous().cpu()
-            start = 0
-            for request in group:
-                stop = start + request.header.rows
-                self._answer(request, Kind.ANSWER, frames.memory(out[start:stop]))
-                start = stop
+            self._hand_back(group, out)
+
+    def _hand_back(self, group: Sequence[_Request], out: Tensor) -> None:
+        """Each caller's part of a product [T, H]: into his memory, or through pinned memory and his socket."""
+        parts: Sequence[Tensor] = out.split([r.header.rows for r in group])  # type: ignore[no-untyped-call]
+        staged: list[tuple[Tensor, Tensor | None] | None] = []
+        for request, part in zip(group, parts, strict=True):
+            head = request.header
+            if head.slot:
+                assert request.peer.region is not None
+                request.peer.region.rows(head.slot, head.rows, head.hidden_size, head.dtype).copy_(part)
+                staged.append(None)
+            else:
+                staged.append(self._staging.copy(part))
+        if out.is_cuda:
+            torch.cuda.current_stream(out.device).synchronize()  # who gets the frame may read
+        for request, own in zip(group, staged, strict=True):
+            if own is None:
+                self._answer(request, Kind.ANSWER, b"")
+                continue
+            self._answer(request, Kind.ANSWER, frames.memory(own[0]))
+            if not request.peer.outgoing:
+                self._staging.give_back(own[1])
 
     def _end(self, group: Sequence[_Request], kind: Kind, message: str) -> None:
         """One caller's wrong ids must not fail the others' rows: a group that fails is computed one by one."""
@@ -279,7 +352,7 @@ class StreamServer:
             return
         answer = Header(
             kind=kind, request_id=head.request_id, payload_bytes=len(payload), dtype=head.dtype, layer_id=head.layer_id,
-            rows=head.rows, hidden_size=head.hidden_size,
+            rows=head.rows, hidden_size=head.hidden_size, slot=head.slot if kind is Kind.ANSWER else 0,
         )  # fmt: skip
         try:
             self._send(peer, answer.pack(), payload)
@@ -337,6 +410,7 @@ class StreamServer:
         if peer.sock in self._selector.get_map():
             self._selector.unregister(peer.sock)
         peer.sock.close()
+        peer.close_fds()
         if peer.buffer is not None:
             self._buffers.give(peer.buffer)
             peer.buffer = None

@@ -27,5 +27,5 @@ def test_every_carrier_is_measured(ray_cluster, tmp_path):
     file = tmp_path / "result.json"
     assert main(["bench", "transport", "--rows", "1,8", "--repeat", "5", "--json", str(file)]) == 0
     found = {(result["carrier"], result["rows"]) for result in json.loads(file.read_text())}
-    carriers = ("ray", "stream, Unix socket", "stream, TCP")
+    carriers = ("ray", "stream, one host", "stream, TCP")
     assert found == {(carrier, rows) for carrier in carriers for rows in (1, 8)}

@@ -7,66 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stream_tools import CPU, ELSEWHERE, HERE, Backend, answer, batch, connect, proven, read_all
 
 from cluster.errors import ClusterError, ProtocolError, ShardUnavailable
-from cluster.experts.transport import ExpertBatch
 from cluster.stream import frames
 from cluster.stream.client import StreamBroken, StreamConnection, StreamTransport
 from cluster.stream.frames import HEADER, Header, Kind, StreamOffer
 from cluster.stream.server import StreamServer
-
-HERE, ELSEWHERE = "this host", "another host"
-
-
-class Backend:
-    """Records the groups that it computes; waits at the gate before each."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Event()
-        self.groups = []
-
-    def forward(self, batch, waited_s):
-        self.entered.set()
-        assert self.gate.wait(20)
-        self.groups.append((batch.layer_id, batch.hidden_states.shape[0]))
-        if batch.topk_ids.max() == 7:
-            raise ShardUnavailable("expert 7 is not here", 0)
-        if batch.topk_ids.max() == 8:
-            raise ValueError("a bug")
-        return batch.hidden_states * (batch.layer_id + 1)
-
-
-@pytest.fixture
-def backend():
-    return Backend()
-
-
-@pytest.fixture
-def server(backend):
-    made = StreamServer(backend, host="127.0.0.1", node=HERE)
-    made.start()
-    yield made
-    backend.gate.set()
-    made.close()
-
-
-def batch(rows=3, layer_id=1, expert=0, dtype=torch.float32, hidden_size=6):
-    return ExpertBatch(
-        layer_id=layer_id, epoch=5, hidden_states=torch.randn(rows, hidden_size).to(dtype),
-        topk_ids=torch.full((rows, 2), expert), topk_weights=torch.rand(rows, 2),
-    )  # fmt: skip
-
-
-def connect(server, node=HERE):
-    return StreamConnection(server.offer, 0, node)
-
-
-def answer(connection, sent, timeout_s=20.0):
-    return connection.receive(connection.send(sent), sent.hidden_states, timeout_s)
 
 
 @pytest.mark.parametrize("node", [HERE, ELSEWHERE], ids=["unix", "tcp"])
@@ -154,7 +101,7 @@ def test_a_wrong_secret_is_refused_on_both_sides(server, caplog):
     offer = server.offer
     stranger = StreamOffer(offer.unix_name, offer.host, offer.port, offer.node, b"x" * 32)
     with pytest.raises((ConnectionResetError, ProtocolError)):
-        StreamConnection(stranger, 0, HERE)
+        StreamConnection(stranger, 0, HERE, CPU)
     assert torch.is_tensor(answer(connect(server), batch()))
     assert "does not know this shard's secret" in caplog.text
 
@@ -172,46 +119,40 @@ def test_a_server_that_does_not_know_the_secret_is_refused(backend):
 
     threading.Thread(target=impostor, daemon=True).start()
     with pytest.raises(ProtocolError, match="does not know its secret"):
-        StreamConnection(StreamOffer("", "127.0.0.1", listener.getsockname()[1], HERE, b"s" * 32), 0, HERE)
+        StreamConnection(StreamOffer("", "127.0.0.1", listener.getsockname()[1], HERE, b"s" * 32), 0, HERE, CPU)
     listener.close()
 
 
 def test_another_version_is_refused_with_both_numbers(server, monkeypatch, caplog):
-    monkeypatch.setattr(frames, "VERSION", 2)
+    monkeypatch.setattr(frames, "VERSION", 3)
     head = Header(kind=Kind.REQUEST, request_id=1, payload_bytes=28, rows=1, hidden_size=3, topk=2).pack()
     monkeypatch.undo()
-    with pytest.raises(ProtocolError, match=r"version 2 .* this one 1"):
+    with pytest.raises(ProtocolError, match=r"version 3 .* this one 2"):
         Header.unpack(head)
     raw = proven(server)
     raw.sendall(head)
-    assert b"version 2" in read_all(raw)
-    assert "version 2" in caplog.text
-
-
-def proven(server):
-    """A raw socket after the handshake."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(20)
-    sock.connect(f"\0{server.offer.unix_name}")
-    _, _, nonce = frames.GREETING.unpack(sock.recv(frames.GREETING.size, socket.MSG_WAITALL))
-    proof = frames.mac(server.offer.secret, b"client", nonce)
-    sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, b"o" * 32, proof))
-    sock.recv(frames.WELCOME.size, socket.MSG_WAITALL)
-    return sock
-
-
-def read_all(sock):
-    data = b""
-    while part := sock.recv(65536):
-        data += part
-    return data
+    assert b"version 3" in read_all(raw)
+    assert "version 3" in caplog.text
 
 
 def test_an_oversized_frame_is_refused_before_anything_is_allocated(server):
     raw = proven(server)
     raw.sendall(
         HEADER.pack(
-            frames.MAGIC, 1, Kind.REQUEST, 0, 1, 0, 1 << 30, 1 << 10, 2, 0, 0, 0, 0.0, (1 << 30) * ((1 << 12) + 16)
+            frames.MAGIC,
+            frames.VERSION,
+            Kind.REQUEST,
+            0,
+            1,
+            0,
+            1 << 30,
+            1 << 10,
+            2,
+            0,
+            0,
+            0,
+            0.0,
+            (1 << 30) * ((1 << 12) + 16),
         )
     )
     said = read_all(raw)
