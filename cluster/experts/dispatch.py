@@ -1,7 +1,7 @@
 """Sends each row to the shards that hold its experts and adds what comes back. Knows plans; knows no carrier, no Ray.
 
 Satisfies the `Experts` protocol of `model/moe.py`. Rows are kept until they are combined: a lost, hung or outdated
-shard costs a second sending, never an answer.
+shard costs a second sending, never an answer. Shards keep nothing of a call, so that it can be made again anywhere.
 T: tokens, H: hidden size, K: experts a token, E: experts of a layer, R: rows for one shard.
 """
 
@@ -22,6 +22,13 @@ from cluster.metrics import DispatchMetrics
 log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.5  # how long a resend waits for news of the plan; a respawn takes seconds (process start, load)
+HEDGE_FLOOR_S = 0.1  # rows go to another copy at the earliest after so long: 50 times a healthy round trip (1 to 2 ms)
+HEDGE_FACTOR = 4.0  # or after this many times the slowest recent answer to as many rows
+HEDGE_SHARE = 0.05  # of all sendings may be such second ones, so that a slow cluster is not loaded twice
+HEDGE_BURST = 10.0
+SLOWEST_DECAY = 0.99  # of the slowest answer, at each answer
+TURN_S = 0.01  # how long a hedged call waits at one of its copies before it looks at the other
+SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # a shard that failed n calls in a row gets no rows that have another copy
 
 
 class PlanSource(Protocol):
@@ -66,9 +73,19 @@ class DispatchFlight:
     like: Tensor
 
 
+@dataclass(slots=True)
+class _Suspect:
+    """A shard that failed calls in a row: until `until` it gets no rows that another one can compute."""
+
+    failures: int = 0
+    until: float = 0.0
+
+
 class ExpertDispatcher:
     """One engine's way to all experts. Used by one thread.
 
+    Rows of an expert with several copies are split between them. A copy that fails or is late is replaced by another
+    at once; without another, rows wait for its successor.
     shard_timeout_s: a call without an answer for so long counts as lost.
     recovery_timeout_s: how long rows look for a living copy before their step fails.
     """
@@ -89,8 +106,11 @@ class ExpertDispatcher:
         self.shard_timeout_s = shard_timeout_s
         self.recovery_timeout_s = recovery_timeout_s
         self.clock = clock
-        self._owners: dict[int, Tensor] = {}
+        self._routes: dict[tuple[int, frozenset[int]], _Route] = {}
         self._epoch = 0
+        self._suspects: dict[int, _Suspect] = {}
+        self._slowest: dict[int, float] = {}  # by the number of bits in the number of rows: seconds
+        self._hedges = HEDGE_BURST
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
         """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32."""
@@ -108,7 +128,15 @@ class ExpertDispatcher:
             _add(out, leg.rows, self._recover(leg, deadline) if value is None else value)
         return out.to(flight.like.dtype)
 
-    def _send(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> list[Leg]:
+    def _send(
+        self,
+        layer_id: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        avoid: frozenset[int] = frozenset(),
+    ) -> list[Leg]:
+        """avoid: shards that get only rows that no other can compute."""
         plan = self._current_plan()
         if plan.num_shards == 1:  # nothing to select, and on a GPU nothing to wait for
             batch = ExpertBatch(
@@ -119,9 +147,7 @@ class ExpertDispatcher:
                 topk_weights=topk_weights,
             )
             return [self._launch(0, None, batch)]
-        shard_of = torch.where(
-            topk_ids >= 0, self._owner(plan, layer_id, topk_ids.device)[topk_ids.clamp_min(0)], NOT_HERE
-        )  # [T, K]
+        shard_of = self._route(plan, layer_id, avoid | self._suspected(), topk_ids.device).shards(topk_ids)  # [T, K]
         legs = []
         for shard_id in range(plan.num_shards):
             mine = shard_of == shard_id
@@ -143,24 +169,109 @@ class ExpertDispatcher:
         try:
             flight = self.transport.submit(shard_id, batch)
             self.metrics.sent(shard_id, batch.hidden_states.shape[0], batch.num_bytes)
+            self._hedges = min(HEDGE_BURST, self._hedges + HEDGE_SHARE)
         except ShardUnavailable as error:
             log.debug("layer %d: %s", batch.layer_id, error)
         return Leg(shard_id, rows, batch, self.clock(), flight)
 
     def _receive(self, leg: Leg, deadline: float) -> Tensor | None:
         """Blocks for one leg's rows: [R, H] float32, or None when its shard is lost."""
+        value: Tensor | None = None
+        lost_at = min(leg.sent_at + self.shard_timeout_s, deadline)
+        late_at: float | None = leg.sent_at + self._patience_s(leg)
+        while value is None and leg.flight is not None and (now := self.clock()) < lost_at:
+            if late_at is not None and now >= late_at:
+                late_at = None
+                if self._can_hedge(leg):
+                    value = self._hedge(leg, deadline)
+                    break
+            if now - leg.sent_at >= RETRY_INTERVAL_S and self._current_plan().epoch > leg.batch.epoch:
+                break  # the shard may be another one by now
+            value = self._wait(leg, max(0.0, min(late_at or lost_at, lost_at, now + RETRY_INTERVAL_S) - now))
+        if value is None:
+            self._give_up(leg)
+        return value
+
+    def _wait(self, leg: Leg, timeout_s: float) -> Tensor | None:
+        """One leg's rows [R, H] float32; None when they are not there, and then without a flight if they never come."""
         if leg.flight is None:
             return None
         try:
-            value = leg.flight.result(min(self.shard_timeout_s, max(0.0, deadline - self.clock())))
+            value = leg.flight.result(timeout_s)
+        except TimeoutError:
+            return None
         except ShardUnavailable as error:
             log.debug("layer %d: %s", leg.batch.layer_id, error)
+            leg.flight = None
             return None
-        self.metrics.returned(leg.shard_id, self.clock() - leg.sent_at, value.nbytes)
+        seconds = self.clock() - leg.sent_at
+        self.metrics.returned(leg.shard_id, seconds, value.nbytes)
+        self._suspects.pop(leg.shard_id, None)
+        size = leg.batch.hidden_states.shape[0].bit_length()
+        self._slowest[size] = max(seconds, SLOWEST_DECAY * self._slowest.get(size, 0.0))
         return value.float()
 
+    def _give_up(self, leg: Leg) -> None:
+        """Its rows go elsewhere, and for a while so do others that can."""
+        if leg.flight is not None:
+            leg.flight.abandon()
+            leg.flight = None
+        suspect = self._suspects.setdefault(leg.shard_id, _Suspect())
+        suspect.until = self.clock() + SUSPECT_S[min(suspect.failures, len(SUSPECT_S) - 1)]
+        suspect.failures += 1
+
+    def _patience_s(self, leg: Leg) -> float:
+        """How long this leg's answer may take before it is asked of another copy: from what answers took lately."""
+        size = leg.batch.hidden_states.shape[0].bit_length()
+        slowest = self._slowest.get(size) or max(self._slowest.values(), default=self.shard_timeout_s)
+        return max(HEDGE_FLOOR_S, HEDGE_FACTOR * slowest)
+
+    def _can_hedge(self, leg: Leg) -> bool:
+        """Whether all of its experts have a copy on another shard that is up, and hedges are not used up."""
+        plan = self._current_plan()
+        if plan.num_shards == 1 or self._hedges < 1.0:
+            return False
+        avoid = self._suspected() | {leg.shard_id}
+        shards = self._route(plan, leg.batch.layer_id, avoid, leg.batch.topk_ids.device).shards(leg.batch.topk_ids)
+        return not any(bool((shards == shard_id).any()) for shard_id in avoid | plan.down)
+
+    def _hedge(self, late: Leg, deadline: float) -> Tensor | None:
+        """Asks other copies too, and takes what is whole first: [R, H] float32; None when neither comes."""
+        self._hedges -= 1.0
+        self.metrics.hedged(late.shard_id)
+        log.info("shard %d is late at layer %d; asking its other copies", late.shard_id, late.batch.layer_id)
+        kept = late.batch
+        others = self._send(
+            kept.layer_id, kept.hidden_states, kept.topk_ids, kept.topk_weights, frozenset({late.shard_id})
+        )
+        values: dict[int, Tensor] = {}
+        until = min(deadline, self.clock() + self.shard_timeout_s)
+        while self.clock() < until and (late.flight or all(o.flight or i in values for i, o in enumerate(others))):
+            for i, other in enumerate(others):
+                if i not in values and (value := self._wait(other, TURN_S)) is not None:
+                    values[i] = value.clone()  # the carrier may use its memory again
+                    other.flight = None
+            if len(values) == len(others):
+                out = torch.zeros(kept.hidden_states.shape, dtype=torch.float32, device=kept.hidden_states.device)
+                for i, other in enumerate(others):
+                    _add(out, other.rows, values[i])
+                self._give_up(late)
+                return out
+            value = self._wait(late, TURN_S if not any(other.flight for other in others) else 0.0)
+            if value is not None:
+                break
+        else:
+            value = None
+        for other in others:
+            if other.flight is not None:
+                other.flight.abandon()
+        return value
+
     def _recover(self, lost: Leg, deadline: float) -> Tensor:
-        """Sends a lost leg's rows again, as the plan of the moment says, until all are back: [R, H] float32."""
+        """Sends a lost leg's rows again, to other copies or as soon as the plan has news, until all are back.
+
+        Returns [R, H] float32. Raises ShardUnavailable.
+        """
         batch = lost.batch
         log.warning("shard %d is lost to layer %d; sending its rows again", lost.shard_id, batch.layer_id)
         out = torch.zeros(batch.hidden_states.shape, dtype=torch.float32, device=batch.hidden_states.device)
@@ -174,7 +285,8 @@ class ExpertDispatcher:
                     f"(plan epoch {leg.batch.epoch}) and its experts have no other copy: try again later",
                     leg.shard_id,
                 )
-            self.plans.wait_beyond(leg.batch.epoch, min(RETRY_INTERVAL_S, remaining))
+            if not self._has_other_copies(leg):
+                self.plans.wait_beyond(leg.batch.epoch, min(RETRY_INTERVAL_S, remaining))
             self.metrics.rerouted(leg.shard_id, rows.numel())
             kept = leg.batch
             for again in self._send(kept.layer_id, kept.hidden_states, kept.topk_ids, kept.topk_weights):
@@ -186,19 +298,65 @@ class ExpertDispatcher:
                     out.index_add_(0, own, value)
         return out
 
-    def _owner(self, plan: PlacementPlan, layer_id: int, device: torch.device) -> Tensor:
-        """[E] int64: the shard that computes each expert of a layer, its first copy."""
-        if layer_id not in self._owners:
-            self._owners[layer_id] = torch.tensor([shards[0] for shards in plan.owners(layer_id)], device=device)
-        return self._owners[layer_id]
+    def _has_other_copies(self, leg: Leg) -> bool:
+        """Whether the leg's rows, sent now, would all go to other shards than they just failed at."""
+        plan = self._current_plan()
+        if plan.num_shards == 1:
+            return False
+        route = self._route(plan, leg.batch.layer_id, self._suspected(), leg.batch.topk_ids.device)
+        return not bool((route.shards(leg.batch.topk_ids) == leg.shard_id).any())
+
+    def _suspected(self) -> frozenset[int]:
+        if not self._suspects:
+            return frozenset()
+        now = self.clock()
+        return frozenset(shard_id for shard_id, suspect in self._suspects.items() if suspect.until > now)
+
+    def _route(self, plan: PlacementPlan, layer_id: int, avoid: frozenset[int], device: torch.device) -> "_Route":
+        route = self._routes.get((layer_id, avoid))
+        if route is None:
+            route = self._routes[layer_id, avoid] = _Route(plan, layer_id, avoid, device)
+        return route
 
     def _current_plan(self) -> PlacementPlan:
         plan = self.plans.current()
         if plan.epoch != self._epoch:
             self._epoch = plan.epoch
-            self._owners = {}
+            self._routes = {}
+            self._suspects = {}
             self.metrics.plan_epoch(plan.epoch)
         return plan
+
+
+class _Route:
+    """Which shard computes an expert of one layer: of its copies those that are up and not avoided, if there are any.
+
+    copies: [E, C] int64 shard ids, an expert's own repeated to the width of the most copied one.  counts: [E] int64.
+    """
+
+    def __init__(self, plan: PlacementPlan, layer_id: int, avoid: frozenset[int], device: torch.device) -> None:
+        chosen = []
+        for owners in plan.owners(layer_id):
+            up = [shard_id for shard_id in owners if shard_id not in plan.down]
+            chosen.append([shard_id for shard_id in up if shard_id not in avoid] or up or list(owners))
+        width = max(map(len, chosen))
+        self.counts = torch.tensor([len(shards) for shards in chosen], device=device)
+        self.copies = torch.tensor(
+            [[shards[i % len(shards)] for i in range(width)] for shards in chosen], device=device
+        )
+
+    def shards(self, topk_ids: Tensor) -> Tensor:
+        """[T, K] int64: each slot's shard, NOT_HERE where the slot is empty. An expert's rows take its copies in turn.
+
+        topk_ids: [T, K] int64.
+        """
+        ids = topk_ids.clamp_min(0)
+        if self.copies.shape[1] == 1:
+            shards = self.copies[:, 0][ids]
+        else:
+            rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+            shards = self.copies[ids, (rows + ids) % self.counts[ids]]
+        return torch.where(topk_ids >= 0, shards, NOT_HERE)
 
 
 def _add(out: Tensor, rows: Tensor | None, value: Tensor) -> None:

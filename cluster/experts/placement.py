@@ -11,12 +11,14 @@ class PlacementPlan:
     """A frozen plan. `slices[shard][layer_id]` are the ids of the experts that the shard holds a copy of.
 
     epoch: grows with every change, a respawned shard included; callers compare it, nothing else.
+    down: shards that do not answer at the moment; what they hold counts as placed.
     Raises ValueError for an expert that no shard holds: a plan never lacks one.
     """
 
     epoch: int
     num_experts: int
     slices: tuple[Mapping[int, tuple[int, ...]], ...]
+    down: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         for layer_id in self.layer_ids:

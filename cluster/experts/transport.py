@@ -39,7 +39,13 @@ class Flight(Protocol):
     """A batch under way."""
 
     def result(self, timeout_s: float) -> Tensor:
-        """Blocks for the weighted sums: [T, H] in the batch's dtype. Raises ShardUnavailable; calling again is safe."""
+        """Blocks for the weighted sums: [T, H] in the batch's dtype.
+
+        Raises TimeoutError when they are not there yet, and may then be asked again; ShardUnavailable.
+        """
+
+    def abandon(self) -> None:
+        """Nobody will ask any more; an answer that still comes is dropped."""
 
 
 class ExpertTransport(Protocol):
@@ -58,6 +64,9 @@ class LocalFlight:
 
     def result(self, timeout_s: float) -> Tensor:
         return self.value
+
+    def abandon(self) -> None:
+        pass
 
 
 class LocalTransport:

@@ -15,7 +15,7 @@ _WAIT_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 class _ShardTraffic:
     """One replica's counters toward one shard."""
 
-    __slots__ = ("fallbacks", "received_bytes", "rerouted", "round_trip", "rows", "sent_bytes")
+    __slots__ = ("fallbacks", "hedged", "received_bytes", "rerouted", "round_trip", "rows", "sent_bytes")
 
     def __init__(self, define: Definitions, replica: str, shard_id: int) -> None:
         labels = ("replica", "shard_id")
@@ -45,6 +45,12 @@ class _ShardTraffic:
             "moecluster_dispatch_fallbacks_total",
             "Batches that went over Ray calls because the stream to this shard was down. Growing: look for the "
             "stream's error in the replica's log.",
+            *labels,
+        ).labels(replica, shard_id)
+        self.hedged = define.counter(
+            "moecluster_dispatch_hedged_total",
+            "Batches that were also asked of another copy because this shard was late. Growing: the shard is slow, "
+            "look at its compute time and its node.",
             *labels,
         ).labels(replica, shard_id)
         self.rerouted = define.counter(
@@ -83,6 +89,10 @@ class DispatchMetrics:
     def fell_back(self, shard_id: int) -> None:
         """A batch goes over Ray because the shard's stream is down."""
         (self._shards.get(shard_id) or self._shard(shard_id)).fallbacks.inc()
+
+    def hedged(self, shard_id: int) -> None:
+        """A batch is also asked of another copy. shard_id: the late shard."""
+        (self._shards.get(shard_id) or self._shard(shard_id)).hedged.inc()
 
     def rerouted(self, shard_id: int, rows: int) -> None:
         """Rows are sent again. shard_id: the shard that failed them, not the one that gets them now."""

@@ -90,9 +90,7 @@ class RayFlight:
         try:
             data = ray.get(self.ref, timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
-            raise ShardUnavailable(
-                f"shard {self.shard_id} did not answer in {timeout_s:.1f} s", self.shard_id
-            ) from error
+            raise TimeoutError from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ClusterError):
                 raise error.cause from None
@@ -100,6 +98,9 @@ class RayFlight:
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             raise ShardUnavailable(f"shard {self.shard_id} died", self.shard_id) from error
         return from_bytes(data, dtype_name(self.like.dtype), self.like.shape[0], self.like.device)
+
+    def abandon(self) -> None:
+        pass  # a cancelled call would hold up the later ones to this actor (Ray 2.60)
 
 
 class RayTransport:

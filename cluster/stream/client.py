@@ -128,12 +128,12 @@ class StreamConnection:
     def receive(self, request_id: int, like: Tensor, timeout_s: float) -> Tensor:
         """Blocks for one request's rows, as `like`; valid until the next call, which may use the same memory.
 
-        Raises StreamBroken, ClusterError as the shard says, TimeoutError; after that the answer is dropped as it comes.
+        Raises StreamBroken, ClusterError as the shard says, TimeoutError; after that it may be asked for again.
         """
         deadline = time.monotonic() + timeout_s
         self._free_last()
         while request_id not in self._early:
-            head = self._read_head(deadline, request_id)
+            head = self._read_head(deadline)
             answer = self._read_answer(head, like, deadline)
             if head.request_id == request_id and isinstance(answer, Tensor):
                 return answer
@@ -146,6 +146,11 @@ class StreamConnection:
         if isinstance(early, ClusterError):
             raise early
         return early
+
+    def abandon(self, request_id: int) -> None:
+        """Its answer will not be asked for: it is dropped as it comes."""
+        if self._early.pop(request_id, None) is None:
+            self._abandoned.add(request_id)
 
     def _free_last(self) -> None:
         """What was read last is no longer needed; its memory takes the next."""
@@ -190,9 +195,8 @@ class StreamConnection:
             data += part
         return data
 
-    def _read_head(self, deadline: float, request_id: int) -> Header:
+    def _read_head(self, deadline: float) -> Header:
         if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            self._abandoned.add(request_id)
             raise TimeoutError
         self._fill(self._head, deadline)
         try:
@@ -245,7 +249,7 @@ class StreamConnection:
             target = target[count:]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StreamFlight:
     """A batch on a stream; it goes over the fallback when the stream breaks under it."""
 
@@ -253,16 +257,23 @@ class StreamFlight:
     connection: StreamConnection
     request_id: int
     batch: ExpertBatch
+    second: Flight | None = None
 
     def result(self, timeout_s: float) -> Tensor:
-        shard_id = self.connection.shard_id
-        try:
-            return self.connection.receive(self.request_id, self.batch.hidden_states, timeout_s)
-        except TimeoutError as error:
-            raise ShardUnavailable(f"shard {shard_id} did not answer in {timeout_s:.1f} s", shard_id) from error
-        except StreamBroken as error:
-            self.transport.forget(self.connection, str(error))
-            return self.transport.fall_back(shard_id, self.batch, str(error)).result(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        if self.second is None:
+            try:
+                return self.connection.receive(self.request_id, self.batch.hidden_states, timeout_s)
+            except StreamBroken as error:
+                self.transport.forget(self.connection, str(error))
+                self.second = self.transport.fall_back(self.connection.shard_id, self.batch, str(error))
+        return self.second.result(max(0.0, deadline - time.monotonic()))
+
+    def abandon(self) -> None:
+        if self.second is None:
+            self.connection.abandon(self.request_id)
+        else:
+            self.second.abandon()
 
 
 class StreamTransport:

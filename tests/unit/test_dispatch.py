@@ -1,5 +1,8 @@
 """Rows out to shards and back, over a transport that fails on command. Expert e multiplies a row by e + 1."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +20,27 @@ class Flight:
         if isinstance(self.value, Exception):
             raise self.value
         return self.value
+
+    def abandon(self):
+        pass
+
+
+class LateFlight(Flight):
+    """Has its answer at a time of the clock; waiting for it lets the time pass."""
+
+    def __init__(self, value, ready_at, clock):
+        super().__init__(value)
+        self.ready_at, self.clock, self.abandoned = ready_at, clock, False
+
+    def result(self, timeout_s):
+        if self.clock.now + timeout_s < self.ready_at:
+            self.clock.now += max(timeout_s, 0.001)
+            raise TimeoutError
+        self.clock.now = max(self.clock.now, self.ready_at)
+        return super().result(timeout_s)
+
+    def abandon(self):
+        self.abandoned = True
 
 
 class FaultyTransport:
@@ -163,3 +187,154 @@ def test_more_shards_than_experts_is_refused(num_shards):
 def test_a_plan_that_lacks_an_expert_is_refused():
     with pytest.raises(ValueError, match=r"layer 0: experts \[1\]"):
         PlacementPlan(epoch=1, num_experts=2, slices=({0: (0,)},))
+
+
+TWO_COPIES = PlacementPlan(
+    epoch=1, num_experts=4, slices=({0: (0, 1)}, {0: (2, 3)}, {0: (0, 1, 2, 3)})
+)  # every expert is on shard 2, and on one other
+
+
+class SlowTransport(FaultyTransport):
+    """`delays`: seconds that a shard takes."""
+
+    def __init__(self, clock, **delays):
+        super().__init__()
+        self.clock, self.delays, self.flights = clock, {int(k[1:]): v for k, v in delays.items()}, []
+
+    def submit(self, shard_id, batch):
+        flight = super().submit(shard_id, batch)
+        late = LateFlight(flight.value, self.clock.now + self.delays.get(shard_id, 0.001), self.clock)
+        self.flights.append((shard_id, late))
+        return late
+
+
+def shards_of(transport):
+    return [shard_id for shard_id, _ in transport.sent]
+
+
+def warm(made, transport):
+    """Enough answers to know how long one takes."""
+    for _ in range(3):
+        run(made)
+    transport.sent.clear()
+    transport.flights.clear()
+
+
+def test_the_rows_of_an_expert_are_split_between_its_copies():
+    transport = FaultyTransport()
+    plan = PlacementPlan(epoch=1, num_experts=4, slices=({0: (0, 1, 2)}, {0: (0, 3)}, {0: (0,)}))
+    made = dispatcher(transport, FixedPlan(plan))
+    ids, weights = torch.zeros((30, 1), dtype=torch.int64), torch.ones((30, 1))
+    x = torch.arange(30.0).unsqueeze(1)
+    assert torch.equal(made.combine(made.dispatch(0, x, ids, weights)), x)
+    assert [batch.hidden_states.shape[0] for _, batch in transport.sent] == [10, 10, 10]
+
+
+def test_a_shard_that_is_down_gets_nothing_that_another_holds():
+    transport = FaultyTransport()
+    plan = replace(TWO_COPIES, down=frozenset({2}))
+    assert torch.equal(run(dispatcher(transport, FixedPlan(plan))), EXPECTED)
+    assert shards_of(transport) == [0, 1]
+
+
+@pytest.mark.parametrize("at_submit", [False, True])
+def test_rows_of_a_dead_shard_go_to_the_other_copies_without_waiting_for_news(at_submit):
+    transport = FaultyTransport(at_submit)
+    transport.dead = {2}
+    plans = ScriptedPlans(TWO_COPIES, on_wait=lambda: pytest.fail("waited"))
+    made = dispatcher(transport, plans)
+    assert torch.equal(run(made), EXPECTED)
+    transport.sent.clear()
+    assert torch.equal(run(made), EXPECTED)
+    assert 2 not in shards_of(transport)  # it is not tried again at once
+
+
+def test_a_suspect_is_tried_again_after_a_while_and_less_and_less_often():
+    clock, transport = Clock(), FaultyTransport()
+    transport.dead = {2}
+    made = dispatcher(transport, FixedPlan(TWO_COPIES), clock=clock)
+    tried_at = []
+    for _ in range(100):
+        transport.sent.clear()
+        assert torch.equal(run(made), EXPECTED)
+        if 2 in shards_of(transport):
+            tried_at.append(clock.now)
+        clock.now += 0.1
+    assert [round(b - a) for a, b in itertools.pairwise(tried_at)] == [1, 2, 4]
+    transport.dead = set()
+    clock.now += 20
+    run(made)
+    transport.sent.clear()
+    run(made)
+    assert 2 in shards_of(transport)
+
+
+def test_a_late_shard_is_overtaken_by_its_copies():
+    clock = Clock()
+    transport = SlowTransport(clock)
+    made = dispatcher(transport, FixedPlan(TWO_COPIES), clock=clock)
+    warm(made, transport)
+    transport.delays[2] = 1000.0
+    started = clock.now
+    assert torch.equal(run(made), EXPECTED)
+    assert clock.now - started < 0.2
+    assert [flight.abandoned for shard_id, flight in transport.flights if shard_id == 2] == [True]
+    transport.sent.clear()
+    assert torch.equal(run(made), EXPECTED)
+    assert 2 not in shards_of(transport)
+
+
+def test_a_late_shard_that_answers_before_its_copies_wins():
+    clock = Clock()
+    transport = SlowTransport(clock)
+    made = dispatcher(transport, FixedPlan(TWO_COPIES), clock=clock)
+    warm(made, transport)
+    transport.delays = {0: 1000.0, 1: 1000.0, 2: 0.15}
+    transport.dead = set()
+    alone = torch.tensor([[2, 2], [2, 2], [2, 2]])
+    flight = made.dispatch(0, X, alone, WEIGHTS)
+    if 2 not in shards_of(transport):  # rows are split: the first leg may be the other copy's
+        pytest.fail("no rows for shard 2")
+    late = [leg for leg in flight.legs if leg.shard_id == 2]
+    value = made._receive(late[0], clock.now + 100)
+    assert torch.equal(value, late[0].batch.hidden_states * 3 * late[0].batch.topk_weights.sum(1, keepdim=True))
+    assert all(flight.abandoned for shard_id, flight in transport.flights[len(flight.legs) :] if shard_id != 2)
+
+
+def test_second_sendings_are_a_small_share_of_all():
+    clock = Clock()
+    transport = SlowTransport(clock)
+    made = dispatcher(transport, FixedPlan(TWO_COPIES), clock=clock)
+    warm(made, transport)
+    made._patience_s = lambda leg: 0.0  # every answer counts as late
+    made._suspected = lambda: frozenset()
+    for _ in range(200):
+        assert torch.equal(run(made), EXPECTED)
+    first_sendings = 200 * len(made.dispatch(0, X, IDS, WEIGHTS).legs)
+    assert len(transport.sent) <= first_sendings + 2 * (10 + 0.06 * first_sendings)
+
+
+def test_without_another_copy_a_late_shard_is_waited_for():
+    clock = Clock()
+    transport = SlowTransport(clock)
+    made = dispatcher(transport, FixedPlan(plan_evenly([0], 4, 2)), clock=clock)
+    warm(made, transport)
+    transport.delays[1] = 5.0
+    assert torch.equal(run(made), EXPECTED)
+    assert shards_of(transport) == [0, 1]
+
+
+def test_rows_at_a_shard_of_an_older_plan_are_sent_again():
+    """A node that is cut off says nothing; its successor stands in the next plan."""
+    clock = Clock()
+    transport = SlowTransport(clock)
+    plan = plan_evenly([0], 4, 2)
+    plans = ScriptedPlans(plan)
+    made = dispatcher(transport, plans, clock=clock)
+    warm(made, transport)
+    transport.delays[1] = 1000.0
+    flight = made.dispatch(0, X, IDS, WEIGHTS)
+    plans.plans = [replace(plan, epoch=2)]
+    transport.delays[1] = 0.001
+    assert torch.equal(made.combine(flight), EXPECTED)
+    assert clock.now < 2.0

@@ -55,6 +55,7 @@ METRICS = {
     "moecluster_dispatch_received_bytes_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_round_trip_seconds": ("histogram", {"replica", "shard_id"}),
     "moecluster_dispatch_fallbacks_total": ("counter", {"replica", "shard_id"}),
+    "moecluster_dispatch_hedged_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_rerouted_rows_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_plan_epoch": ("gauge", {"replica"}),
     "moecluster_shard_compute_seconds": ("histogram", {"shard_id"}),
@@ -96,6 +97,7 @@ def filled(registry: CollectorRegistry) -> CollectorRegistry:
     dispatch.sent(1, rows=4, num_bytes=100)
     dispatch.returned(1, seconds=0.003, num_bytes=80)
     dispatch.rerouted(1, rows=2)
+    dispatch.hedged(1)
     dispatch.plan_epoch(5)
     shard = ShardMetrics(registry, 1)
     shard.computed(0.002, rows=4)
@@ -154,6 +156,7 @@ def test_values_arrive_where_they_belong(filled: CollectorRegistry) -> None:
     assert value("moecluster_dispatch_sent_bytes_total", replica="0", shard_id="1") == 100
     assert value("moecluster_dispatch_received_bytes_total", replica="0", shard_id="1") == 80
     assert value("moecluster_dispatch_rerouted_rows_total", replica="0", shard_id="1") == 2
+    assert value("moecluster_dispatch_hedged_total", replica="0", shard_id="1") == 1
     assert value("moecluster_expert_tokens_total", layer_id="2", expert_id="7") == 11
     assert value("moecluster_controller_up_shards") == 1
     assert value("moecluster_controller_wanted_shards") == 2
