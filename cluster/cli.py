@@ -9,8 +9,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: %(default)s)")
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
 
+    status = _command(commands, "status", _status, "show a running cluster: processes, loads of experts, faults")
+    _add_ray_address(status)
+    top = _command(commands, "top", _top, "show a running cluster, live, until Ctrl-C")
+    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
+    _add_ray_address(top)
+    rebalance = _command(commands, "rebalance", _rebalance, "move experts of a running cluster to where the load is")
+    _add_ray_address(rebalance)
+    scale = _command(commands, "scale", _scale, "change how many processes a running cluster has, one at a time")
+    scale.add_argument("--expert-shards", type=int, metavar="N", help="processes that share the routed experts")
+    scale.add_argument("--attention-replicas", type=int, metavar="N", help="processes with dense weights and KV cache")
+    _add_ray_address(scale)
+
     bench.add_arguments(_command(commands, "bench", bench.run, "measure tokens/s, side by side with other engines"))
     return parser
 
@@ -112,6 +126,8 @@ def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("expert_shards", int, "processes that share the routed experts")
     add("attention_replicas", int, "processes with the dense weights and a KV cache")
+    add("min_copies", int, "copies of each expert, on different shards")
+    add("redundant_experts", int, "further copies a layer, of the busiest experts")
     add("dtype", str, "float32, bfloat16, float16 or auto: the checkpoint's", "TYPE")
     add("device", str, "cpu, cuda or auto: cuda where there is one", "DEVICE")
     add("transport", str, "auto (streams, and Ray calls while one is down), stream or ray", "NAME")
@@ -133,9 +149,13 @@ def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grpc-port", type=int, default=9000, metavar="PORT", help="0: a free one (default: 9000, demo: 0)"
     )
+    _add_ray_address(parser, "else a Ray of this machine is started")
+
+
+def _add_ray_address(parser: argparse.ArgumentParser, otherwise: str = "else that of `moe-cluster serve` here") -> None:
     parser.add_argument(
         "--ray-address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDRESS",
-        help="a running Ray cluster (default: $RAY_ADDRESS, else a Ray of this machine is started)",
+        help=f"a running Ray cluster (default: $RAY_ADDRESS, {otherwise})",
     )  # fmt: skip
 
 
@@ -258,6 +278,79 @@ def _chat(args: argparse.Namespace) -> int:
             history.append(ChatMessage(role="user", content=line))
             answer = _print_stream(client.stream(history, _sampling(args)))
             history.append(ChatMessage(role="assistant", content=answer))
+
+
+def _status(args: argparse.Namespace) -> int:
+    from cluster.console import print_status
+    from cluster.runtime.operate import RunningCluster
+
+    with RunningCluster(args.ray_address) as cluster:
+        print_status(cluster.status())
+    return 0
+
+
+def _top(args: argparse.Namespace) -> int:
+    from cluster.console import watch_status
+    from cluster.runtime.operate import RunningCluster
+
+    if args.interval <= 0:
+        raise SetupError(f"--interval is {args.interval:g}, above 0 is needed")
+    with RunningCluster(args.ray_address) as cluster, suppress(KeyboardInterrupt):
+        watch_status(cluster.status, args.interval)
+    return 0
+
+
+def _rebalance(args: argparse.Namespace) -> int:
+    from cluster.runtime.operate import RunningCluster
+
+    with RunningCluster(args.ray_address) as cluster, _work_shown(cluster):
+        done = cluster.rebalance()
+    print(done)
+    return 0
+
+
+def _scale(args: argparse.Namespace) -> int:
+    from cluster.runtime.operate import RunningCluster
+
+    if args.expert_shards is None and args.attention_replicas is None:
+        raise SetupError("nothing to change: give --expert-shards, --attention-replicas or both")
+    with RunningCluster(args.ray_address) as cluster:
+        if args.expert_shards is not None:
+            with _work_shown(cluster):
+                done = cluster.scale_experts(args.expert_shards)
+            print(done)
+        if args.attention_replicas is not None:
+            print(cluster.scale_attention(args.attention_replicas))
+            while (running := cluster.attention_replicas()) != args.attention_replicas:
+                print(f"\r{running} of {args.attention_replicas} run", end="", file=sys.stderr, flush=True)
+                time.sleep(0.5)  # Serve starts and drains them in its own time
+            print(f"\r{running} attention replicas run", file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def _work_shown(cluster: Any) -> Iterator[None]:
+    """While a change goes on, what the controller says of it."""
+    done = threading.Event()
+
+    def show() -> None:
+        last = ""
+        while not done.wait(0.5):
+            try:
+                work = cluster.status().work
+            except ClusterError:
+                continue
+            if work and work != last:
+                print(work, file=sys.stderr, flush=True)
+            last = work
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _plan(args: argparse.Namespace) -> int:

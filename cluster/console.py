@@ -1,12 +1,19 @@
 """What the command line draws: a start's progress, placements, metrics. Knows no Ray and no requests."""
 
+import time
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
+
+_LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 class Served(Protocol):
@@ -61,6 +68,106 @@ def print_cluster(cluster: Served) -> None:
     print(f"gRPC     127.0.0.1:{cluster.grpc_port}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
     for address in status.metrics_addresses:
         print(f"metrics  {address}")
+
+
+def print_status(status: Any) -> None:
+    """A running cluster, once."""
+    Console().print(render_status(status))
+
+
+def watch_status(read: Callable[[], Any], interval_s: float) -> None:
+    """A running cluster, live, until Ctrl-C. A read that fails shows its error and is made again."""
+    with Live(console=Console(), screen=True, auto_refresh=False) as live:
+        last: Any = None
+        while True:
+            try:
+                status = read()
+            except ClusterError as error:
+                live.update(Text(f"{error}"), refresh=True)
+            else:
+                live.update(render_status(status, last), refresh=True)
+                last = status
+            time.sleep(interval_s)
+
+
+def render_status(status: Any, before: Any = None) -> RenderableType:
+    """Processes, loads, faults. before: an earlier one, for rates."""
+    state = "SERVING" if status.covered else f"some experts have had no copy for {status.uncovered_s:.0f} s"
+    state = status.failure or ("draining" if status.draining else state if status.published else "starting")
+    title = f"{state}   plan epoch {status.epoch}   imbalance {status.imbalance:.2f}"
+    parts: list[RenderableType] = [Text(title, style="bold")]
+    if status.work:
+        parts.append(Text(f"under way: {status.work}", style="yellow"))
+    parts.append(_replica_table(status, before))
+    parts.append(_shard_table(status))
+    if status.load is not None and status.plan is not None and any(map(sum, status.load)):
+        parts.append(_load_map(status))
+    if status.faults:
+        lines = (f"{time.strftime('%H:%M:%S', time.localtime(fault.at))}  {fault.what}" for fault in status.faults[-8:])
+        parts.append(Text("recent faults\n" + "\n".join(lines)))
+    return Group(*parts)
+
+
+def _replica_table(status: Any, before: Any) -> Table:
+    table = Table("attention replica", "pid", "running", "waiting", "KV cache", "tokens/s", "plan")
+    earlier = {} if before is None else {r.name: r.stats for r in before.replicas}
+    for replica in status.replicas:
+        stats, last = replica.stats, earlier.get(replica.name)
+        if stats is None:
+            table.add_row(replica.name, str(replica.process.pid), "", "", "", "", str(replica.epoch))
+            continue
+        rate = ""
+        if last is not None and stats.at > last.at:
+            rate = f"{(stats.generated_tokens - last.generated_tokens) / (stats.at - last.at):.1f}"
+        use = f"{stats.used_blocks / max(1, stats.num_blocks):.0%}"
+        table.add_row(
+            replica.name,
+            str(replica.process.pid),
+            str(stats.running),
+            str(stats.waiting),
+            use,
+            rate,
+            str(replica.epoch),
+        )
+    return table
+
+
+def _shard_table(status: Any) -> Table:
+    wanted = f" of {status.target_shards}" if status.target_shards != len(status.shards) else ""
+    table = Table(
+        f"expert shard ({len(status.shards)}{wanted})", "state", "pid", "experts", "share of load", "respawns"
+    )
+    shares = _shares(status)
+    for shard in status.shards:
+        held = status.plan.slices[shard.shard_id] if shard.shard_id < status.plan.num_shards else {}
+        table.add_row(
+            str(shard.shard_id), shard.state, "" if shard.process is None else str(shard.process.pid),
+            str(sum(map(len, held.values()))), f"{shares[shard.shard_id]:.0%}" if shares else "", str(shard.respawns),
+        )  # fmt: skip
+    return table
+
+
+def _shares(status: Any) -> dict[int, float]:
+    """Each shard's share of the load, copies of an expert in equal parts."""
+    loads = dict.fromkeys((shard.shard_id for shard in status.shards), 0.0)
+    for rates, layer_id in zip(status.load or (), status.plan.layer_ids if status.plan else (), strict=False):
+        for rate, owners in zip(rates, status.plan.owners(layer_id), strict=True):
+            for shard_id in owners:
+                loads[shard_id] = loads.get(shard_id, 0.0) + rate / len(owners)
+    total = sum(loads.values())
+    return {shard_id: load / total for shard_id, load in loads.items()} if total else {}
+
+
+def _load_map(status: Any) -> Text:
+    """A row for each layer, a character for each expert, as high as its load; experts with copies are underlined."""
+    text = Text("load of each expert, a row a layer (highest █; underlined: has copies)\n")
+    for rates, layer_id in zip(status.load, status.plan.layer_ids, strict=True):
+        text.append(f"{layer_id:3d} ")
+        for rate, owners in zip(rates, status.plan.owners(layer_id), strict=True):
+            level = min(len(_LEVELS) - 1, round(rate / (max(rates) or 1.0) * (len(_LEVELS) - 1)))
+            text.append(_LEVELS[level], style="underline" if len(owners) > 1 else "")
+        text.append("\n")
+    return text
 
 
 def print_placement(status: Any) -> None:

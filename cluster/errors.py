@@ -6,10 +6,12 @@
     ├── InvalidRequest               INVALID_ARGUMENT    400   carries the field's name
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
+    ├── PoisonedRequest              INTERNAL            500   every replica that it met died
     ├── ProtocolError                INTERNAL            500   a stream's other side does not speak its protocol
     ├── RequestCancelled             CANCELLED           499
     └── Unavailable                  UNAVAILABLE         503
         ├── ReplicaUnavailable                                 an attention replica or its engine died
+        │   └── ReplicaStopping                                it takes no more requests
         └── ShardUnavailable                                   carries the shard's id; callers send the rows again
 
 A `public` error's message is written for clients and reaches them. The others may name paths and addresses: a
@@ -52,6 +54,12 @@ class InvalidRequest(ClusterError):
         self.field = field
 
 
+class PoisonedRequest(ClusterError):
+    """A request whose attention replicas died one after the other; sending it again would kill more."""
+
+    public = True
+
+
 class ProtocolError(ClusterError):
     """What came over a stream is no frame of this version, or from a stranger; the connection ends."""
 
@@ -90,6 +98,10 @@ class Unavailable(ClusterError):
 
 class ReplicaUnavailable(Unavailable):
     """The attention replica of a request died, or the engine behind it."""
+
+
+class ReplicaStopping(ReplicaUnavailable):
+    """The attention replica is on its way out and has not begun the request: another one will."""
 
 
 class ShardUnavailable(Unavailable):

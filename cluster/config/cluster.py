@@ -52,12 +52,19 @@ class ClusterConfig:
 
     model: the checkpoint's directory, readable on every node.
     attention_replicas, expert_shards: how many processes of each role.
+    min_copies: of each expert, on different shards; with 2 a lost shard costs no wait.
+    redundant_experts: further copies a layer, of the experts with the highest load.
+    expert_memory_bytes: of one shard, for weights; None is what min_copies and redundant_experts need.
+    rebalance_interval_s: between two rebalances by measured load, 0 for none but by hand.
+    rebalance_threshold: the imbalance (slowest shard's load over the mean) that is worth one.
+    rebalance_max_moves: experts that one rebalance loads anew.
     transport: "auto" is a stream to each shard, and Ray calls while one is down; "stream" and "ray" are only one.
     gpus_per_*: GPUs a process, fractions allowed; None is one where the Ray cluster has GPUs, else none.
     cpus_per_*: Ray's logical CPUs a process.
     shard_timeout_s: a shard that does not answer one call in this time counts as hung.
     recovery_timeout_s: how long rows wait for a lost shard's successor before their request fails.
     drain_timeout_s: how long a stop waits for running requests.
+    max_replays: how often a request that lost its attention replica goes on at another one, without a token in between.
     max_ongoing_requests: requests in one ingress process at a time.
     max_request_bytes: a larger gRPC request is refused before it is parsed.
     metrics_port: every node serves /metrics there; 0 takes a free one.
@@ -70,6 +77,13 @@ class ClusterConfig:
     attention_replicas: int = 1
     expert_shards: int = 2
     ingress_replicas: int = 1
+    min_copies: int = 1
+    redundant_experts: int = 0
+    expert_memory_bytes: int | None = None
+    rebalance_interval_s: float = 0.0
+    rebalance_threshold: float = 1.2
+    rebalance_max_moves: int = 256
+    max_replays: int = 5
     transport: Transport = "auto"
     kv_cache_bytes: int = 1 << 30
     block_size: int = 16
@@ -98,11 +112,14 @@ class ClusterConfig:
             "attention_replicas",
             "expert_shards",
             "ingress_replicas",
+            "min_copies",
+            "rebalance_threshold",
+            "rebalance_max_moves",
             "max_ongoing_requests",
             "max_request_bytes",
         ):
             _check_number(self, name, 1)
-        for name in ("gpus_per_attention_replica", "gpus_per_expert_shard"):
+        for name in ("gpus_per_attention_replica", "gpus_per_expert_shard", "expert_memory_bytes"):
             if getattr(self, name) is not None:
                 _check_number(self, name, 0)
         for name in (
@@ -111,6 +128,9 @@ class ClusterConfig:
             "shard_timeout_s",
             "recovery_timeout_s",
             "drain_timeout_s",
+            "redundant_experts",
+            "rebalance_interval_s",
+            "max_replays",
         ):
             _check_number(self, name, 0)
         _check_number(self, "metrics_port", 0, 65535)

@@ -16,7 +16,7 @@ from cluster.engine.scheduler import Batch, Scheduler
 from cluster.engine.sequence import Sequence
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.metrics import EngineMetrics
-from cluster.types import EngineRequest, FinishReason, Logprobs, SequenceUpdate
+from cluster.types import EngineRequest, EngineStats, FinishReason, Logprobs, SequenceUpdate
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self.sequences: dict[str, Sequence] = {}
+        self.num_generated_tokens = 0
         self._finished: list[SequenceUpdate] = []
         self._cancelled_early: dict[str, None] = {}
 
@@ -59,12 +60,23 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.sequences or self._finished)
 
+    def stats(self) -> EngineStats:
+        """May be called from any thread."""
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            used_blocks=self.blocks.num_used,
+            num_blocks=self.blocks.num_blocks,
+            generated_tokens=self.num_generated_tokens,
+            at=time.time(),
+        )
+
     def submit(self, request: EngineRequest) -> None:
         """Queues a request. Raises Overloaded, InvalidRequest, RequestCancelled; then nothing of it is left here."""
         if request.request_id in self._cancelled_early:
             del self._cancelled_early[request.request_id]
             raise RequestCancelled("the request was cancelled before it began")
-        if self.scheduler.num_queued >= self.config.max_waiting:
+        if not request.num_replays and self.scheduler.num_queued >= self.config.max_waiting:
             raise Overloaded(f"the queue is full ({self.config.max_waiting} requests wait): try again later")
         if request.request_id in self.sequences:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request", "request_id")
@@ -96,6 +108,8 @@ class Engine:
         )
         self.sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
+        if request.output_token_ids and (reason := _end_of(sequence)):
+            self._end(sequence, reason)  # the earlier attempt got to the end, only its word for it was lost
 
     def cancel(self, request_id: str) -> None:
         """Stops a sequence and frees its blocks at once.
@@ -157,11 +171,8 @@ class Engine:
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None) -> SequenceUpdate:
         sequence.token_ids.append(token_id)
-        reason: FinishReason | None = None
-        if token_id in sequence.stop_token_ids:
-            reason = "stop"
-        elif sequence.num_output_tokens >= (sequence.params.max_tokens or 1):
-            reason = "length"
+        self.num_generated_tokens += 1
+        reason = _end_of(sequence)
         if reason:
             self._forget(sequence, reason)
         return SequenceUpdate(
@@ -188,3 +199,10 @@ class Engine:
         self.scheduler.remove(sequence)
         del self.sequences[sequence.request_id]
         self.metrics.finished(reason)
+
+
+def _end_of(sequence: Sequence) -> FinishReason | None:
+    """Why it ends with its last token, if it does."""
+    if sequence.token_ids[-1] in sequence.stop_token_ids:
+        return "stop"
+    return "length" if sequence.num_output_tokens >= (sequence.params.max_tokens or 1) else None

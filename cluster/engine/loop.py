@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cluster.engine.engine import Engine
 from cluster.errors import ClusterError
-from cluster.types import EngineRequest, SequenceUpdate
+from cluster.types import EngineRequest, EngineStats, SequenceUpdate
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ class EngineLoop:
                 self._message, self._updates = self._updates, []
                 self._number += 1
             return self._number, self._message
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     def stop(self) -> None:
         """Ends the thread after the step under way. Blocks."""

@@ -29,7 +29,7 @@ class Sequence:
     started: bool = False
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
 
     @property
     def request_id(self) -> str:

@@ -29,7 +29,7 @@ class LayerSlice:
 
 
 class ExpertShard:
-    """Experts of any layers in any number, uneven slices included. `load` and `forward` need one thread."""
+    """Experts of any layers in any number, uneven slices included. One thread may call `forward`, one `load`."""
 
     def __init__(self, shard_id: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shard_id = shard_id
@@ -37,6 +37,7 @@ class ExpertShard:
         self.dtype = dtype
         self.device = device
         self.layers: dict[int, LayerSlice] = {}
+        self._plain: Tensor | None = None  # where weights are read before they are packed, during a load
         self.expert_tokens = torch.zeros(
             (config.num_hidden_layers, config.num_experts), dtype=torch.int64, device=device
         )  # rows that each expert has computed here since the start: the load that placement balances
@@ -47,44 +48,72 @@ class ExpertShard:
         experts: Mapping[int, Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Replaces what is held by the experts of `experts`: layer id -> expert ids. Blocks until read.
+        """Holds `experts` (layer id -> expert ids) from now on: reads what is not here, then lets go of the rest.
 
-        Opens only these experts' tensors. Peak memory is the slice plus one tensor; plus one product's weight where
-        weights are packed, which is gate and up together.
-        Raises CheckpointError for a missing or misshapen tensor, a damaged file.
+        Blocks until read; layers change one after another, `forward` goes on beside it. Opens only the tensors that
+        are read. Peak memory is the slice plus one tensor, or one product's weight where weights are packed, which is
+        gate and up together; where a layer that is held changes and weights are not packed, that layer's slice is
+        there twice. Raises CheckpointError for a missing or misshapen tensor, a damaged file; layers that were through
+        before stay changed.
         """
-        self.layers = {}
-        if packs(self.dtype, self.device):
-            self._load_packed(reader, experts, progress)
-            return
-        targets: dict[str, Tensor] = {}
+        change = self._load_packed if packs(self.dtype, self.device) else self._load_plain
         for layer_id, expert_ids in experts.items():
-            gate_up_proj, down_proj = self._allocate(len(expert_ids))
-            self.layers[layer_id] = self._layer(expert_ids, gate_up_proj, down_proj)
-            for local_id, expert_id in enumerate(expert_ids):
+            held = self.layers.get(layer_id)
+            if held is None or held.expert_ids != tuple(expert_ids):
+                self.layers[layer_id] = change(reader, layer_id, tuple(expert_ids), held, progress)
+        self._plain = None
+        for layer_id in self.layers.keys() - experts.keys():
+            del self.layers[layer_id]
+
+    def _load_plain(
+        self,
+        reader: CheckpointReader,
+        layer_id: int,
+        expert_ids: tuple[int, ...],
+        held: LayerSlice | None,
+        progress: Callable[[int], None] | None,
+    ) -> LayerSlice:
+        gate_up_proj, down_proj = self._allocate(len(expert_ids))
+        targets: dict[str, Tensor] = {}
+        for local_id, expert_id in enumerate(expert_ids):
+            if held is not None and expert_id in held.expert_ids:
+                before = held.expert_ids.index(expert_id)
+                assert isinstance(held.gate_up_proj, Tensor)
+                assert isinstance(held.down_proj, Tensor)
+                gate_up_proj[local_id] = held.gate_up_proj[before]
+                down_proj[local_id] = held.down_proj[before]
+            else:
                 targets |= _gate_up_targets(layer_id, expert_id, gate_up_proj[local_id])
                 targets |= _down_targets(layer_id, expert_id, down_proj[local_id])
         reader.load(targets, progress)
+        return self._layer(expert_ids, gate_up_proj, down_proj)
 
     def _load_packed(
         self,
         reader: CheckpointReader,
-        experts: Mapping[int, Sequence[int]],
+        layer_id: int,
+        expert_ids: tuple[int, ...],
+        held: LayerSlice | None,
         progress: Callable[[int], None] | None,
-    ) -> None:
+    ) -> LayerSlice:
         hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
-        # Every weight is read into the same memory: freed between two packed ones it would stay a hole in the heap.
-        plain = torch.empty(2 * width * hidden, dtype=self.dtype, device=self.device)
-        gate_up = plain.view(2 * width, hidden)
-        down = plain[: hidden * width].view(hidden, width)
-        for layer_id, expert_ids in experts.items():
-            packed: tuple[list[Weight], list[Weight]] = ([], [])
-            for expert_id in expert_ids:
-                reader.load(_gate_up_targets(layer_id, expert_id, gate_up), progress)
-                packed[0].append(PackedWeight(gate_up))
-                reader.load(_down_targets(layer_id, expert_id, down), progress)
-                packed[1].append(PackedWeight(down))
-            self.layers[layer_id] = self._layer(expert_ids, *packed)
+        if self._plain is None:
+            # Every weight is read into the same memory: freed between two packed ones it would stay a hole in the heap.
+            self._plain = torch.empty(2 * width * hidden, dtype=self.dtype, device=self.device)
+        gate_up = self._plain.view(2 * width, hidden)
+        down = self._plain[: hidden * width].view(hidden, width)
+        packed: tuple[list[Weight], list[Weight]] = ([], [])
+        for expert_id in expert_ids:
+            if held is not None and expert_id in held.expert_ids:
+                before = held.expert_ids.index(expert_id)
+                packed[0].append(held.gate_up_proj[before])
+                packed[1].append(held.down_proj[before])
+                continue
+            reader.load(_gate_up_targets(layer_id, expert_id, gate_up), progress)
+            packed[0].append(PackedWeight(gate_up))
+            reader.load(_down_targets(layer_id, expert_id, down), progress)
+            packed[1].append(PackedWeight(down))
+        return self._layer(expert_ids, *packed)
 
     def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sums this shard's weighted experts for each row, in float32.
@@ -120,7 +149,7 @@ class ExpertShard:
     @property
     def num_bytes(self) -> int:
         """Bytes of the weights held."""
-        slices = (weights for layer in self.layers.values() for weights in (layer.gate_up_proj, layer.down_proj))
+        slices = (weights for layer in list(self.layers.values()) for weights in (layer.gate_up_proj, layer.down_proj))
         return sum(weight.nbytes for weights in slices for weight in weights)
 
     def _allocate(self, num_experts: int) -> tuple[Tensor, Tensor]:

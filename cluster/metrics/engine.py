@@ -59,6 +59,11 @@ class IngressMetrics:
             "long answers take long.",
             _REQUEST_BUCKETS,
         )
+        self._replays = define.counter(
+            "moecluster_request_replays_total",
+            "Times that a request went on at another attention replica because its own died. Growing without deploys: "
+            "look why replicas die.",
+        )
         self._prompt_tokens = define.counter(
             "moecluster_prompt_tokens_total",
             "Tokens of accepted prompts. Its rate is the prefill load to plan capacity for.",
@@ -72,6 +77,9 @@ class IngressMetrics:
     def started(self) -> None:
         """A request arrived; `finished` must follow."""
         self._running.inc()
+
+    def replayed(self) -> None:
+        self._replays.inc()
 
     def finished(self, outcome: str) -> None:
         """A request ended. outcome: a finish reason or a gRPC code in lower case, never free text."""

@@ -190,6 +190,22 @@ class ControllerMetrics:
             "livemostrecent",
             "copies",
         )
+        self._imbalance = define.gauge(
+            "moecluster_controller_imbalance",
+            "The slowest shard's load against the mean, summed over layers; 1 is even. Above 1.2 for long: rebalance.",
+            "livemostrecent",
+        )
+        self._changes = define.counter(
+            "moecluster_controller_changes_total",
+            "Changes of placement by kind (rebalance, add, remove) and outcome. Failed ones: read the "
+            "controller's log.",
+            "kind",
+            "outcome",
+        )
+        self._moved = define.counter(
+            "moecluster_controller_moved_experts_total",
+            "Experts that changes of placement have loaded anew. Growing all the time: raise the threshold.",
+        )
         self._zero, self._one, self._more = (coverage.labels(copies) for copies in ("0", "1", "2+"))
 
     def plan_epoch(self, epoch: int) -> None:
@@ -206,3 +222,11 @@ class ControllerMetrics:
         self._zero.set(zero)
         self._one.set(one)
         self._more.set(more)
+
+    def imbalance(self, value: float) -> None:
+        self._imbalance.set(value)
+
+    def changed(self, kind: str, outcome: str, num_moves: int) -> None:
+        """A change of placement has ended. outcome: "done" or "failed"."""
+        self._changes.labels(kind, outcome).inc()
+        self._moved.inc(num_moves)

@@ -1,6 +1,7 @@
 """The Ray actors that compute: an expert shard, an engine. Each is a thin shell around a part that knows no Ray."""
 
 import logging
+import os
 import threading
 import time
 import warnings
@@ -22,11 +23,11 @@ from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
 from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry
 from cluster.runtime.directory import ShardDirectory
-from cluster.runtime.protocol import ProcessInfo, process_info
+from cluster.runtime.protocol import ClusterRecord, ProcessInfo, process_info
 from cluster.runtime.transports import decode, make_transport, to_bytes
 from cluster.stream.frames import StreamOffer
 from cluster.stream.server import StreamServer
-from cluster.types import EngineRequest, SequenceUpdate
+from cluster.types import EngineRequest, EngineStats, SequenceUpdate
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,14 @@ class ExpertShardActor:
         prepare_process(num_threads)
         self.shard_id = shard_id
         self.shard: ExpertShard | None = None
+        self.record: ClusterRecord | None = None
         self.metrics = ShardMetrics(new_registry(), shard_id)
         self._reported: dict[tuple[int, int], int] = {}
         self._computing = threading.Lock()  # a Ray call and the stream's thread may come at once
         self._streams: StreamServer | None = None
         threading.Thread(target=self._flush_loads, name="loads", daemon=True).start()
 
+    @ray.method(concurrency_group="load")
     def load(
         self,
         model_dir: str,
@@ -83,21 +86,23 @@ class ExpertShardActor:
         device: str,
         controller: Any = None,
     ) -> int:
-        """Replaces the experts held; returns the bytes of their weights. Raises CheckpointError, SetupError."""
+        """Holds `experts` from now on, while calls go on; returns the bytes of their weights.
+
+        Raises CheckpointError, SetupError.
+        """
         reader = CheckpointReader(model_dir)
-        num_experts = sum(len(ids) for ids in experts.values())
-        total = num_experts * reader.config.expert_bytes(reader.config.dtype)
-        progress = ProgressReport(controller, f"shard-{self.shard_id}", total) if controller is not None else None
-        shard = ExpertShard(
+        shard = self.shard or ExpertShard(
             self.shard_id,
             reader.config,
             dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
             device=resolve_device(device),
         )
-        self.shard = None
+        held = {layer_id: set(layer.expert_ids) for layer_id, layer in shard.layers.items()}
+        missing = sum(len(set(ids) - held.get(layer_id, set())) for layer_id, ids in experts.items())
+        total = missing * reader.config.expert_bytes(reader.config.dtype)
+        progress = ProgressReport(controller, f"shard-{self.shard_id}", total) if controller is not None else None
         shard.load(reader, experts, progress)
         self.shard = shard
-        self._reported = {}
         if self._streams is None:
             info = process_info()
             self._streams = StreamServer(
@@ -105,12 +110,14 @@ class ExpertShardActor:
             )
             self._streams.start()
         self.metrics.weights_bytes(shard.num_bytes)
-        log.info("shard %d holds %d experts, %d bytes", self.shard_id, num_experts, shard.num_bytes)
+        num_experts = sum(len(ids) for ids in experts.values())
+        log.info("shard %d holds %d experts (%d read), %d bytes", self.shard_id, num_experts, missing, shard.num_bytes)
         return shard.num_bytes
 
     def forward(self, *wire: Any) -> bytes:
         """One `WireBatch` in, the rows' weighted sums [T, H] in their dtype out. Raises ShardUnavailable."""
-        assert self.shard is not None, "forward before load"
+        if self.shard is None:
+            raise ShardUnavailable(f"shard {self.shard_id} is loading", self.shard_id)
         waited_s = max(0.0, time.time() - wire[0])  # hosts' clocks may differ
         return to_bytes(self.compute(decode(wire, self.shard.device), waited_s))
 
@@ -138,7 +145,21 @@ class ExpertShardActor:
     def held(self) -> dict[int, tuple[int, ...]]:
         """Layer id -> ids of the experts held; empty before the load is through."""
         shard = self.shard
-        return {} if shard is None else {i: layer.expert_ids for i, layer in shard.layers.items()}
+        return {} if shard is None else {i: layer.expert_ids for i, layer in list(shard.layers.items())}
+
+    @ray.method(concurrency_group="control")
+    def expert_tokens(self) -> Tensor | None:
+        """[layers, E] int64: rows that each expert has computed here since the start; None before it is loaded."""
+        return None if self.shard is None else self.shard.expert_tokens.cpu()
+
+    @ray.method(concurrency_group="control")
+    def remember(self, record: ClusterRecord) -> None:
+        """Keeps what a successor of the controller must know."""
+        self.record = record
+
+    @ray.method(concurrency_group="control")
+    def recall(self) -> ClusterRecord | None:
+        return self.record
 
     @ray.method(concurrency_group="watch")
     def hold(self) -> None:
@@ -201,8 +222,14 @@ class EngineActor:
         self.loop.start()
         log.info("engine %s is loaded, %d KV cache blocks", replica, engine.blocks.num_blocks)
 
-    def ready(self) -> None:
-        """Returns once the constructor is through."""
+    def ready(self) -> int:
+        """Returns this process's id once the constructor is through."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="watch")
+    def hold(self) -> None:
+        """As a shard's: whoever waits for it hears of this process's death at once."""
+        threading.Event().wait()
 
     @ray.method(concurrency_group="control")
     def submit(self, requests: Sequence[EngineRequest]) -> None:
@@ -212,11 +239,15 @@ class EngineActor:
     def cancel(self, request_ids: Sequence[str]) -> None:
         self.loop.cancel(request_ids)
 
+    @ray.method(concurrency_group="control")
+    def stats(self) -> EngineStats:
+        return self.loop.stats()
+
     @ray.method(concurrency_group="poll")
     def poll(self, timeout_s: float, received: int) -> tuple[int, list[SequenceUpdate]]:
         """As `EngineLoop.poll`: one message a step for all sequences, or one for several when asked late."""
         return self.loop.poll(timeout_s, received)
 
 
-SHARD_GROUPS = {"control": 1, "watch": 1}
-ENGINE_GROUPS = {"control": 1, "poll": 1}
+SHARD_GROUPS = {"control": 1, "watch": 1, "load": 1}
+ENGINE_GROUPS = {"control": 1, "poll": 1, "watch": 1}

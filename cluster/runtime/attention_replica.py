@@ -4,7 +4,10 @@ import asyncio
 import contextvars
 import logging
 import os
+import signal
 from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
 
 import ray
 from ray import serve
@@ -12,7 +15,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.errors import InvalidRequest, ReplicaUnavailable, SetupError
+from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
 from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
 from cluster.runtime.controller import get_controller
 from cluster.runtime.process import actor_environment, num_threads
@@ -21,7 +24,8 @@ from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
 
-LOST = "the attention replica of this request lost its engine: send it again"
+LOST = "the attention replica of this request lost its engine"
+HUNG_S = LONG_POLL_S + 10.0  # an engine that answers no poll for so long hangs: a healthy one does within LONG_POLL_S
 LAST_WORDS_S = 0.2  # for the ends of the streams to leave the process
 
 
@@ -79,7 +83,7 @@ class AttentionReplica:
             .remote(config, self.name, get_controller(group, config), threads)
         )
         try:
-            await self.engine.ready.remote()
+            self._engine_pid: int = await self.engine.ready.remote()
         except ray.exceptions.RayActorError as error:
             raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
         self._streams: dict[str, UpdateQueue] = {}
@@ -119,7 +123,7 @@ class AttentionReplica:
 
     def _refusal(self, request: EngineRequest) -> Exception | None:
         if self._lost:
-            return ReplicaUnavailable(LOST)
+            return ReplicaStopping(self._lost)
         if request.request_id in self._streams:
             return InvalidRequest(f"request_id {request.request_id!r} is that of a running request", "request_id")
         return None
@@ -128,8 +132,13 @@ class AttentionReplica:
         """Asks the engine for each step's message, for as long as it lives."""
         received = 0
         while not self._lost:
+            news = asyncio.ensure_future(_as_future(self.engine.poll.remote(LONG_POLL_S, received)))
+            if not (await asyncio.wait([news], timeout=HUNG_S))[0]:
+                self._lost = f"the engine of attention replica {self.name} answers nothing for {HUNG_S:g} s"
+                log.error("%s", self._lost)
+                break
             try:
-                received, updates = await self.engine.poll.remote(LONG_POLL_S, received)
+                received, updates = news.result()
             except ray.exceptions.ActorUnavailableError as error:
                 log.info("attention replica %s asks its engine again: %s", self.name, type(error).__name__)
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
@@ -142,4 +151,10 @@ class AttentionReplica:
         for request_id, stream in self._streams.items():
             stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=ReplicaUnavailable(LOST)))
         await asyncio.sleep(LAST_WORDS_S)
+        with suppress(ProcessLookupError):
+            os.kill(self._engine_pid, signal.SIGKILL)  # Ray's word does not reach a process that is stopped
         os._exit(1)  # Serve hears of it at once and makes another; its next health check would be seconds away
+
+
+async def _as_future(ref: Any) -> Any:
+    return await ref

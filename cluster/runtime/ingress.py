@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -21,6 +20,7 @@ from cluster.runtime.controller import get_controller
 from cluster.runtime.protocol import shard_group
 from cluster.serving.grpc_server import GrpcInferenceService
 from cluster.serving.health import GrpcHealthService, HealthState
+from cluster.serving.replay import ReplayingBackend
 from cluster.serving.service import InferenceService, ServiceLimits
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import EngineRequest, SequenceUpdate
@@ -28,11 +28,10 @@ from cluster.types import EngineRequest, SequenceUpdate
 log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5  # between two looks at replicas and shards
-TRIES = 3  # replicas that a request meets at most, before its first token
 READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long is not counted as up
 
 
-class ReplicaBalancer:
+class ServeReplicas:
     """A generation backend: Serve's own balancer chooses the replica with fewer requests under way."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
@@ -42,26 +41,7 @@ class ReplicaBalancer:
         self._own = contextvars.copy_context()  # for calls that are not cancelled with their request
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        """Raises Overloaded, Unavailable. Closing the generator cancels the sequence on its replica.
-
-        A replica that is lost before the first token costs another try, on another one; after it, the stream.
-        """
-        started = False
-        for tries_left in reversed(range(TRIES)):
-            try:
-                async with aclosing(self._stream(request)) as updates:
-                    async for update in updates:
-                        if isinstance(update.error, ReplicaUnavailable):
-                            raise update.error
-                        started = True
-                        yield update
-                return
-            except ReplicaUnavailable as error:
-                if started or not tries_left:
-                    raise
-                log.info("request %s: %s; trying another", request.request_id, error)
-
-    async def _stream(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
+        """Raises Overloaded, ReplicaUnavailable. Closing the generator cancels the sequence on its replica."""
         response = self._generate.remote(request)
         ended = False
         try:
@@ -71,7 +51,7 @@ class ReplicaBalancer:
         except BackPressureError as error:
             raise Overloaded("all attention replicas have as many requests as they take: try again later") from error
         except (ray.exceptions.RayActorError, RayServeException) as error:
-            raise ReplicaUnavailable("the attention replica of this request died: send it again") from error
+            raise ReplicaUnavailable("the attention replica of this request died") from error
         except ray.exceptions.RayTaskError as error:
             raise ClusterError(f"the attention replica failed: {error.cause!r}") from error
         finally:
@@ -96,15 +76,22 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
 
     def __init__(self, config: ClusterConfig, replicas: DeploymentHandle) -> None:
         prepare_process(1)
-        self._group = shard_group(config)
-        self._controller = get_controller(self._group, config)
-        self._balancer = ReplicaBalancer(replicas)
+        self._config = config
+        self._controller = get_controller(shard_group(config), config)
+        self._controller.apply.remote(config)
+        self._replicas = ServeReplicas(replicas)
+        metrics = IngressMetrics(new_registry())
         self._service = InferenceService(
             tokenizer=Tokenizer(config.model),
             info=model_info(config.model, config.engine(), config.model_id),
             defaults=read_sampling_defaults(config.model),
-            backend=self._balancer,
-            metrics=IngressMetrics(new_registry()),
+            backend=ReplayingBackend(
+                self._replicas,
+                max_replays=config.max_replays,
+                room_timeout_s=config.recovery_timeout_s,
+                on_replay=metrics.replayed,
+            ),
+            metrics=metrics,
             limits=ServiceLimits(max_request_bytes=config.max_request_bytes),
         )
         self._health = HealthState()
@@ -117,18 +104,19 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         return self._service.num_running
 
     async def _watch_cluster(self) -> None:
-        """Keeps the health true: serving once replicas and shards are up, until draining."""
+        """Keeps the health true: serving once replicas and shards are up, until draining, or until some expert has
+        had no copy for longer than its requests wait."""
         covered = False
         while True:
             try:
                 status = await self._controller.status.remote()
-                covered = status.covered
-                self._balancer.engines = tuple(r.engine for r in status.replicas if r.engine is not None)
+                covered = status.published and status.uncovered_s <= self._config.recovery_timeout_s
+                self._replicas.engines = tuple(r.engine for r in status.replicas if r.engine is not None)
                 if status.draining:
                     self._service.drain()
             except ray.exceptions.RayError as error:
                 log.warning("the expert controller does not answer, the last state stays: %s", error)
-            serving = covered and not self._service.draining and await self._balancer.answers()
+            serving = covered and not self._service.draining and await self._replicas.answers()
             if serving != self._health.serving:
                 log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
             self._health.set(serving)

@@ -31,6 +31,7 @@ from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.ingress import Ingress
+from cluster.runtime.operate import APPLICATION, leave_address
 from cluster.runtime.process import actor_environment
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
 from cluster.runtime.transports import make_transport
@@ -38,13 +39,13 @@ from cluster.serving.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-APPLICATION = "moe-cluster"
 GRPC_SERVICERS = [
     "cluster.runtime.proxy.add_inference_service",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 OBJECT_STORE_BYTES = 256 << 20  # of a Ray that we start: batches pass through, nothing stays
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
+HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replaced; it does nothing that takes seconds
 STATUS_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 30.0
 
@@ -170,6 +171,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         max_ongoing_requests=config.max_num_seqs + config.max_waiting + 64,
         max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
     )
@@ -218,6 +220,7 @@ class ServedCluster:
             + config.ingress_replicas * INGRESS_CPUS
         )
         self._stop_ray = start_ray(num_cpus=num_cpus, address=options.ray_address)
+        self._forget_address = leave_address(ray.get_runtime_context().gcs_address)
         try:
             self.config = resolve_gpus(config)
             check_gpus(self.config, attention_replicas=config.attention_replicas)
@@ -247,6 +250,7 @@ class ServedCluster:
         controller = _find(f"{self.group}:controller") if self.group and ray.is_initialized() else None
         if controller is not None and drain:
             self.drain()
+        self._forget_address()
         # Ray prints that calls to the stopped Serve controller will be retried: nothing to act on.
         with contextlib.redirect_stdout(io.StringIO()) as noise, contextlib.redirect_stderr(noise):
             if ray.is_initialized():
@@ -264,7 +268,7 @@ class ServedCluster:
                 port=self.grpc_port, grpc_servicer_functions=GRPC_SERVICERS, enable_reflection=True
             ),
         )
-        serve.run(build_application(self.config), name=APPLICATION, route_prefix="/")
+        serve.run(build_application(self.config), name=APPLICATION, route_prefix="/", external_scaler_enabled=True)
 
     def _find_controller(self) -> Any:
         controller = _find(f"{self.group}:controller")

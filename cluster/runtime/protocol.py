@@ -13,6 +13,7 @@ import ray
 
 from cluster.config import ClusterConfig
 from cluster.experts.placement import PlacementPlan
+from cluster.types import EngineStats
 
 NAMESPACE = "moe-cluster"  # of all named actors, so that `ray list actors` shows them together
 LONG_POLL_S = 10.0  # how long a question for news waits at the controller
@@ -55,25 +56,54 @@ class ShardStatus:
     respawns: int = 0
     process: ProcessInfo | None = None
 
+    @property
+    def node_id(self) -> str:
+        return "" if self.process is None else self.process.node_id
+
 
 @dataclass(slots=True, kw_only=True)
 class ReplicaStatus:
     """One attention replica's engine as the controller sees it.
 
-    engine: its actor; None for one that is not.  asked_at: when it last asked for the plan.
+    engine: its actor; None for one that is not.  asked_at: when it last asked for the plan.  epoch: of the plan it has.
     """
 
     name: str
     process: ProcessInfo
     engine: Any | None
     asked_at: float
+    epoch: int = 0
+    stats: EngineStats | None = None
     loaded_bytes: int = 0
     total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Something that went wrong and was dealt with. at: seconds of the wall clock."""
+
+    at: float
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterRecord:
+    """What a controller leaves with the shards for its successor. version: grows with every change."""
+
+    version: float
+    plan: PlacementPlan
+    target: int
+    config: ClusterConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """The controller's view. replicas: the engines that have asked for the plan lately."""
+    """The controller's view.
+
+    replicas: the engines that have asked for the plan lately.  uncovered_s: for how long some expert has had no copy
+    that is up, 0 if none.  target_shards: as many as were asked for.  work: the change under way, "" for none.
+    load: [sparse layers][experts] tokens/s, lately.  imbalance: the slowest shard's share of the load against the mean.
+    """
 
     epoch: int
     shards: tuple[ShardStatus, ...]
@@ -82,21 +112,30 @@ class ClusterStatus:
     draining: bool
     failure: str = ""
     plan: PlacementPlan | None = None
+    published: bool = False
+    uncovered_s: float = 0.0
+    target_shards: int = 0
+    work: str = ""
+    load: list[list[float]] | None = None
+    imbalance: float = 1.0
+    faults: tuple[Fault, ...] = ()
+    config: ClusterConfig | None = None
 
     @property
     def covered(self) -> bool:
         """Whether every expert has a copy that is up."""
-        return bool(self.shards) and all(shard.state == "up" for shard in self.shards)
+        return self.published and not self.uncovered_s
 
 
 def shard_group(config: ClusterConfig) -> str:
     """A name for the shards of a configuration: what would load or place them otherwise names them otherwise.
 
-    A redeployed application with the same experts finds the running shards; one with others makes new ones beside.
+    A redeployed application with the same experts finds the running shards, whatever their number; one with others
+    makes new ones beside.
     """
     fields = (
-        config.model, config.dtype, config.device, config.expert_shards, config.gpus_per_expert_shard,
-        config.cpus_per_expert_shard, config.metrics_port,
+        config.model, config.dtype, config.device, config.gpus_per_expert_shard, config.cpus_per_expert_shard,
+        config.metrics_port,
     )  # fmt: skip
     digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:8]
     return f"moe-{digest}"

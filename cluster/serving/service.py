@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 class UpdateStream(Protocol):
     """One sequence's updates; an async generator is one. `aclose` cancels the sequence if it still runs."""
+
+    def __aiter__(self) -> AsyncIterator[SequenceUpdate]: ...
 
     def __anext__(self) -> Awaitable[SequenceUpdate]: ...
 

@@ -115,7 +115,7 @@ class StreamConnection:
         )
         if slot:
             self._slots[request_id] = slot
-        rest: list[memoryview] = [memoryview(head.pack()), *parts]
+        rest: list[memoryview] = [memoryview(head.pack(*parts)), *parts]
         try:
             while rest:
                 rest = remaining(rest, self._sock.sendmsg(rest))
@@ -177,7 +177,7 @@ class StreamConnection:
         if region is None:
             return
         head = Header(kind=Kind.SHARE, request_id=0, payload_bytes=len(region.descriptor))
-        socket.send_fds(self._sock, [head.pack() + region.descriptor], region.fds)
+        socket.send_fds(self._sock, [head.pack(region.descriptor) + region.descriptor], region.fds)
         region.close_fds()
         answer = Header.unpack(self._exactly(HEADER.size))
         message = self._exactly(answer.payload_bytes).decode(errors="replace")
@@ -213,9 +213,10 @@ class StreamConnection:
             assert self._region is not None
             self._release = partial(self._region.give, slot)
         if head.kind is not Kind.ANSWER:
-            payload = bytearray(head.payload_bytes)
-            self._fill(memoryview(payload), deadline)
-            message = payload.decode(errors="replace")
+            words = bytearray(head.payload_bytes)
+            self._fill(memoryview(words), deadline)
+            _check(head, memoryview(words))
+            message = words.decode(errors="replace")
             if head.kind is Kind.REFUSED:
                 raise StreamBroken(f"the shard refused a frame: {message}")
             if head.kind is Kind.UNAVAILABLE:
@@ -227,10 +228,13 @@ class StreamConnection:
             raise StreamBroken("the shard answered in another slot")
         if slot:
             assert self._region is not None
+            _check(head, memoryview(b""))
             return self._region.rows(slot, head.rows, head.hidden_size, head.dtype)
         buffer = self._buffers.take(head.payload_bytes)
         self._release = partial(self._buffers.give, buffer)
-        self._fill(frames.memory(buffer)[: head.payload_bytes], deadline)
+        payload = frames.memory(buffer)[: head.payload_bytes]
+        self._fill(payload, deadline)
+        _check(head, payload)
         return buffer[: head.payload_bytes].view(head.dtype).view(head.rows, -1).to(like.device)
 
     def _fill(self, target: memoryview, deadline: float) -> None:
@@ -247,6 +251,14 @@ class StreamConnection:
             if not count:
                 raise StreamBroken("the shard closed it")
             target = target[count:]
+
+
+def _check(head: Header, payload: memoryview) -> None:
+    """Raises StreamBroken for a damaged frame."""
+    try:
+        head.check(payload)
+    except ProtocolError as error:
+        raise StreamBroken(str(error)) from error
 
 
 @dataclass(slots=True)

@@ -11,9 +11,12 @@ float32, rows [T, H]; an answer's is rows [T, H]; a refusal's is its message in 
 import hashlib
 import hmac
 import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +29,11 @@ NONCE_BYTES = 32
 GREETING = struct.Struct("<4sH2x32s")  # server's first words: its nonce
 HELLO = struct.Struct("<4sH2x32s32s")  # client's: its nonce, MAC of the server's
 WELCOME = struct.Struct("<4sH2x32s")  # server's answer: MAC of the client's nonce
-HEADER = struct.Struct("<4sHBBQIIIIQIIdQ")
+HEADER = struct.Struct("<4sHBBQIIIIQIIdQI")
 NO_TIMEOUT = 0xFFFFFFFF
 MAX_PAYLOAD_BYTES = 1 << 28  # 8192 rows of Qwen2-57B-A14B in float32 are 0.12 GB
+
+_FOLDED_BYTES = 1 << 12
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +70,8 @@ class StreamOffer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """One frame's head. timeout_ms: what is left of the caller's time, NO_TIMEOUT for no bound.
-    slot: where in the shared memory the rows lie, 0 for the payload.  sent_at: seconds of the sender's wall clock."""
+    slot: where in the shared memory the rows lie, 0 for the payload.  sent_at: seconds of the sender's wall clock.
+    checksum: of the head without it and the payload; made by `pack`, compared by `check`."""
 
     kind: Kind
     request_id: int
@@ -79,18 +85,31 @@ class Header:
     timeout_ms: int = NO_TIMEOUT
     slot: int = 0
     sent_at: float = 0.0
+    checksum: int = 0
 
-    def pack(self) -> bytes:
+    def pack(self, *payload: bytes | memoryview) -> bytes:
+        """With the checksum of a payload, whose bytes are counted already. A request's has three parts."""
+        return self._pack(_checksum(self._pack(0), payload))
+
+    def check(self, payload: memoryview) -> None:
+        """Raises ProtocolError for a frame that changed on its way."""
+        ids_bytes = 4 * self.rows * self.topk if self.kind is Kind.REQUEST else 0
+        parts = (payload[:ids_bytes], payload[ids_bytes : 2 * ids_bytes], payload[2 * ids_bytes :])
+        if _checksum(self._pack(0), parts) != self.checksum:
+            raise ProtocolError("a frame was damaged on its way: its checksum is another one")
+
+    def _pack(self, checksum: int) -> bytes:
         return HEADER.pack(
             MAGIC, VERSION, self.kind, DTYPES.index(self.dtype), self.request_id, self.layer_id, self.rows,
-            self.hidden_size, self.topk, self.epoch, self.timeout_ms, self.slot, self.sent_at, self.payload_bytes,
+            self.hidden_size, self.topk, self.epoch, self.timeout_ms, self.slot, self.sent_at,
+            self.payload_bytes, checksum,
         )  # fmt: skip
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> "Header":
         """Raises ProtocolError for a foreign, newer or oversized frame, and for sizes that contradict each other."""
         (magic, version, kind, dtype, request_id, layer_id, rows, hidden_size, topk, epoch, timeout_ms, slot, sent_at,
-         payload_bytes) = HEADER.unpack(data)  # fmt: skip
+         payload_bytes, checksum) = HEADER.unpack(data)  # fmt: skip
         check_version(magic, version)
         if kind not in Kind.__members__.values() or dtype >= len(DTYPES):
             raise ProtocolError(f"a frame of kind {kind} and dtype {dtype}, which this version does not have")
@@ -109,8 +128,21 @@ class Header:
         return cls(
             kind=Kind(kind), request_id=request_id, payload_bytes=payload_bytes, dtype=DTYPES[dtype],
             layer_id=layer_id, rows=rows, hidden_size=hidden_size, topk=topk, epoch=epoch, timeout_ms=timeout_ms,
-            slot=slot, sent_at=sent_at,
+            slot=slot, sent_at=sent_at, checksum=checksum,
         )  # fmt: skip
+
+
+def _checksum(head: bytes, payload: Sequence[bytes | memoryview]) -> int:
+    """CRC-32, at 3 GB/s; of larger parts only that of their 64-bit words' exclusive or, at 37 GB/s (Zen 4)."""
+    crc = zlib.crc32(head)
+    for part in payload:
+        if len(part) > _FOLDED_BYTES:
+            whole = len(part) // 8 * 8
+            folded = np.bitwise_xor.reduce(np.frombuffer(part[:whole], dtype=np.uint64))
+            crc = zlib.crc32(int(folded).to_bytes(8, "little"), crc)
+            part = part[whole:]
+        crc = zlib.crc32(part, crc)
+    return crc
 
 
 def check_version(magic: bytes, version: int) -> None:

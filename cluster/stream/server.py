@@ -242,9 +242,11 @@ class StreamServer:
             peer.target = frames.memory(peer.buffer)[: head.payload_bytes]
             return
         elif peer.header.kind is Kind.SHARE:
+            peer.header.check(peer.target)
             self._share(peer)
         else:
             assert peer.buffer is not None
+            peer.header.check(peer.target)
             timeout_s = peer.header.timeout_ms / 1000 if peer.header.timeout_ms != NO_TIMEOUT else float("inf")
             self._waiting.append(_Request(peer, peer.header, peer.buffer, time.monotonic() + timeout_s))
             peer.num_pending += 1
@@ -274,7 +276,7 @@ class StreamServer:
         request_id = peer.header.request_id
         self._buffers.give(peer.buffer)
         peer.header = peer.buffer = None
-        self._send(peer, Header(kind=kind, request_id=request_id, payload_bytes=len(message)).pack(), message)
+        self._send(peer, Header(kind=kind, request_id=request_id, payload_bytes=len(message)).pack(message), message)
 
     def _next_group(self) -> list[_Request]:
         """The oldest request and all others of its layer and dtype that are here, as far as they fit."""
@@ -355,7 +357,7 @@ class StreamServer:
             rows=head.rows, hidden_size=head.hidden_size, slot=head.slot if kind is Kind.ANSWER else 0,
         )  # fmt: skip
         try:
-            self._send(peer, answer.pack(), payload)
+            self._send(peer, answer.pack(payload), payload)
             self._watch(peer)
         except OSError as error:
             log.info("a caller's connection ended: %s", error)
@@ -402,7 +404,8 @@ class StreamServer:
         payload = message.encode()
         with suppress(OSError):  # it is being closed anyway
             if peer.deadline is None:
-                peer.sock.sendmsg([Header(kind=Kind.REFUSED, request_id=0, payload_bytes=len(payload)).pack(), payload])
+                head = Header(kind=Kind.REFUSED, request_id=0, payload_bytes=len(payload))
+                peer.sock.sendmsg([head.pack(payload), payload])
         self._drop(peer)
 
     def _drop(self, peer: _Peer) -> None:

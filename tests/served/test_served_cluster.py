@@ -2,12 +2,11 @@
 
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from served_tools import samples, scrape, wait_until
+from served_tools import scrape, wait_until
 
 from cluster import LLM, SamplingParams
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -142,39 +141,47 @@ def test_a_killed_controller_comes_back_to_the_running_shards(served, stub, ray_
     wait_until(adopted, "the controller has the same shards again", timeout_s=40)
 
 
-def end_of(call):
-    """Reads a stream to its end, which is an error, and returns its code and details."""
+def answer_of(call):
+    """Token ids and text of a stream, its code if it fails."""
+    token_ids, text = [], ""
     try:
-        for _ in call:
-            pass
+        for piece in call:
+            token_ids += piece.token_ids
+            text += piece.text
     except grpc.RpcError as error:
-        return error.code(), error.details()
-    return grpc.StatusCode.OK, ""
+        return token_ids, f"{error.code()}: {error.details()}"
+    return token_ids, text
 
 
-def test_a_killed_engine_ends_its_streams_with_unavailable_and_is_replaced(served, stub):
-    calls = [stub.GenerateStream(pb.GenerateStreamRequest(text="x", sampling_params=greedy(2000))) for _ in range(6)]
-    for call in calls:
-        next(call)
-    wait_until(lambda: len(engine_pids(served)) == 2, "the controller knows both engines")
-    running = {
-        sample.labels["replica"]: sample.value
-        for sample in samples(served)
-        if sample.name == "moecluster_engine_running_sequences"
-    }
-    busiest = max(running, key=running.get)
-    [killed] = [replica.process.pid for replica in served.status().replicas if replica.name == busiest]
-    with ThreadPoolExecutor(len(calls)) as pool:
-        ends = [pool.submit(end_of, call) for call in calls]
-        os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: any(end.done() for end in ends), "a stream ends", timeout_s=10)
-        time.sleep(0.5)  # the others of the same engine end within the same moment
+@pytest.mark.parametrize("part", ["engine", "replica"])
+def test_streams_of_a_killed_attention_replica_go_on_without_a_gap(served, stub, ray_cluster, part):
+    """Greedy and seeded ones; what the client sees is what it would have seen without the fault."""
+    wait_until(lambda: len(engine_pids(served)) == 2, "the controller knows both engines", timeout_s=60)
+    asked = [
+        pb.GenerateStreamRequest(
+            text=f"story {i}",
+            sampling_params=pb.SamplingParams(temperature=i % 2, seed=i, max_tokens=150, ignore_eos=True),
+        )
+        for i in range(6)
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        expected = list(pool.map(lambda request: answer_of(stub.GenerateStream(request)), asked))
+        calls = [stub.GenerateStream(request) for request in asked]
         for call in calls:
-            call.cancel()
-    codes = [code for code, details in (end.result() for end in ends) if code != grpc.StatusCode.CANCELLED]
-    assert all("send it again" in end.result()[1] for end in ends if end.result()[0] == grpc.StatusCode.UNAVAILABLE)
-    assert codes
-    assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
-    wait_until(
-        lambda: len(engine_pids(served)) == 2 and killed not in engine_pids(served), "a new engine", timeout_s=60
-    )
+            next(call)
+        before = scrape(served).get("moecluster_request_replays_total", 0)
+        victim = served.status().replicas[0]
+        rests = [pool.submit(answer_of, call) for call in calls]
+        if part == "engine":
+            os.kill(victim.process.pid, signal.SIGKILL)
+        else:
+            names = [actor["name"] for actor in ray_cluster.util.list_named_actors(all_namespaces=True)]
+            [name] = [name for name in names if name.endswith(f"#{victim.name}")]
+            ray_cluster.kill(ray_cluster.get_actor(name, namespace="serve"))
+        answers = [rest.result() for rest in rests]
+    for (token_ids, text), whole in zip(answers, expected, strict=True):
+        assert token_ids == whole[0][-len(token_ids) :]  # the first piece was read before the fault
+        assert whole[1].endswith(text)
+        assert len(token_ids) > 120
+    assert scrape(served)["moecluster_request_replays_total"] > before
+    wait_until(lambda: len(engine_pids(served)) == 2, "a new engine", timeout_s=60)

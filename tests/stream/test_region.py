@@ -106,13 +106,13 @@ def test_a_slot_of_memory_that_was_not_shared_or_that_is_too_small_is_refused(se
     ):
         raw = proven(server)
         sizes = {"rows": rows, "hidden_size": 3, "topk": 2, "slot": slot}
-        raw.sendall(Header(kind=Kind.REQUEST, request_id=1, payload_bytes=rows * 16, **sizes).pack())
+        raw.sendall(Header(kind=Kind.REQUEST, request_id=1, payload_bytes=rows * 16, **sizes).pack())  # the head only
         assert said in read_all(raw)
 
 
 def test_memory_is_shared_once(server):
     raw, region = proven(server), make_region(CPU)
-    head = Header(kind=Kind.SHARE, request_id=0, payload_bytes=len(region.descriptor)).pack()
+    head = Header(kind=Kind.SHARE, request_id=0, payload_bytes=len(region.descriptor)).pack(region.descriptor)
     for _ in range(2):
         socket.send_fds(raw, [head + region.descriptor], region.fds)
     assert b"twice" in read_all(raw)

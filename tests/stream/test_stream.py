@@ -137,24 +137,12 @@ def test_another_version_is_refused_with_both_numbers(server, monkeypatch, caplo
 
 def test_an_oversized_frame_is_refused_before_anything_is_allocated(server):
     raw = proven(server)
-    raw.sendall(
-        HEADER.pack(
-            frames.MAGIC,
-            frames.VERSION,
-            Kind.REQUEST,
-            0,
-            1,
-            0,
-            1 << 30,
-            1 << 10,
-            2,
-            0,
-            0,
-            0,
-            0.0,
-            (1 << 30) * ((1 << 12) + 16),
-        )
-    )
+    rows, hidden_size, topk = 1 << 30, 1 << 10, 2
+    head = Header(
+        kind=Kind.REQUEST, request_id=1, rows=rows, hidden_size=hidden_size, topk=topk,
+        payload_bytes=rows * (4 * hidden_size + 8 * topk),
+    )  # fmt: skip
+    raw.sendall(head.pack())
     said = read_all(raw)
     assert Header.unpack(said[: HEADER.size]).kind is Kind.REFUSED
     assert b"at most" in said
@@ -288,3 +276,58 @@ def test_a_dead_server_is_noticed_while_waiting(server, backend):
     with pytest.raises(StreamBroken):
         connection.receive(request_id, sent.hidden_states, 20)
         connection.receive(connection.send(sent), sent.hidden_states, 20)
+
+
+class DamagingProxy:
+    """Carries a stream over TCP and changes one byte of what comes from one side, at a place of its own choice."""
+
+    def __init__(self, target, place, from_server):
+        self.place, self.from_server = place, from_server
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.target = target
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self):
+        return self.listener.getsockname()[1]
+
+    def _accept(self):
+        client, _ = self.listener.accept()
+        server = socket.create_connection(self.target)
+        for source, sink, damages in ((client, server, not self.from_server), (server, client, self.from_server)):
+            threading.Thread(target=self._carry, args=(source, sink, damages), daemon=True).start()
+
+    def _carry(self, source, sink, damages):
+        seen = 0
+        try:
+            while data := source.recv(65536):
+                if damages and seen <= self.place < seen + len(data):
+                    at = self.place - seen
+                    data = data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+                seen += len(data)
+                sink.sendall(data)
+        except OSError:
+            pass
+        for sock in (source, sink):
+            sock.close()
+
+
+HELLO_BYTES, GREETING_BYTES = frames.HELLO.size, frames.GREETING.size + frames.WELCOME.size
+
+
+@pytest.mark.parametrize("from_server", [False, True])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_byte_that_changes_on_its_way_never_changes_an_answer(server, from_server, data):
+    """Head or payload, question or answer: the stream ends, and the rows come over the fallback."""
+    sent = batch(rows=20, hidden_size=64)
+    payload = 20 * 64 * 4 + (0 if from_server else 20 * 2 * 8)
+    start = GREETING_BYTES if from_server else HELLO_BYTES
+    place = start + data.draw(st.integers(0, HEADER.size + payload - 1))
+    proxy = DamagingProxy((server.offer.host, server.offer.port), place, from_server)
+    offers, fallback = Offers(server), Fallback()
+    offers.server = type("Far", (), {"offer": StreamOffer("", "127.0.0.1", proxy.port, HERE, server.offer.secret)})
+    transport = StreamTransport(offers, node=HERE, fallback=fallback, timeout_s=20.0)
+    assert torch.equal(transport.submit(0, sent).result(20.0), sent.hidden_states * 2)
+    assert fallback.used == 1
+    transport.close()

@@ -1,0 +1,179 @@
+"""A served cluster found on a Ray cluster, to be looked at and changed from outside while it serves."""
+
+import json
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+from ray import serve
+from ray.serve._private.common import DeploymentID
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.errors import ClusterError, SetupError
+from cluster.runtime.protocol import NAMESPACE, ClusterStatus, ProcessInfo
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "moe-cluster"
+CONNECT_HINT = "give --ray-address, or run this where `moe-cluster serve` or `ray start` runs"
+STATUS_TIMEOUT_S = 10.0
+CHANGE_TIMEOUT_S = 3600.0  # for experts to move: as many loads as shards, one after another
+
+
+def address_file() -> Path:
+    """Where `moe-cluster serve` leaves the address of the Ray that it started, for this user's other commands."""
+    return Path(tempfile.gettempdir()) / f"moe-cluster-{os.getuid()}.json"
+
+
+def leave_address(ray_address: str) -> Callable[[], None]:
+    """Writes it down; returns what takes it away again."""
+    file, text = address_file(), json.dumps({"ray_address": ray_address, "pid": os.getpid()})
+    with suppress(FileNotFoundError):
+        file.unlink()
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        out.write(text)
+
+    def remove() -> None:
+        with suppress(FileNotFoundError):
+            if file.read_text() == text:
+                file.unlink()
+
+    return remove
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A process of the cluster. role: "shard", "replica" (its engine) or "controller"."""
+
+    role: str
+    name: str
+    process: ProcessInfo
+
+
+class RunningCluster:
+    """Close it. The cluster stays as it is."""
+
+    def __init__(self, ray_address: str | None = None) -> None:
+        """Raises SetupError when no Ray, or no served cluster, is found there."""
+        self._connected = not ray.is_initialized()
+        if self._connected:
+            try:
+                ray.init(
+                    address=ray_address or _known_address() or "auto",
+                    namespace=NAMESPACE,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise SetupError(f"no running Ray cluster was found ({reason}): {CONNECT_HINT}") from None
+        try:
+            self.group = self._find_group()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._connected:
+            ray.shutdown()
+
+    def status(self) -> ClusterStatus:
+        return self._ask("status", STATUS_TIMEOUT_S)  # type: ignore[no-any-return]
+
+    def rebalance(self) -> str:
+        """Moves experts by the measured load; blocks; returns what was done. Raises ClusterError."""
+        return self._ask("rebalance", CHANGE_TIMEOUT_S)  # type: ignore[no-any-return]
+
+    def scale_experts(self, num_shards: int) -> str:
+        """Adds or removes expert shards one at a time; blocks; returns what was done. Raises ClusterError."""
+        return self._ask("scale", CHANGE_TIMEOUT_S, num_shards)  # type: ignore[no-any-return]
+
+    def scale_attention(self, num_replicas: int) -> str:
+        """Tells Serve how many attention replicas to have; what goes ends its requests first. Raises SetupError."""
+        if num_replicas < 1:
+            raise SetupError(f"{num_replicas} attention replicas: at least 1 is needed")
+        from ray.serve.context import _get_global_client  # the public way is HTTP to Ray's dashboard
+
+        controller = _get_global_client()._controller
+        try:
+            ray.get(
+                controller.update_deployment_replicas.remote(
+                    DeploymentID("AttentionReplica", APPLICATION), num_replicas
+                ),
+                timeout=STATUS_TIMEOUT_S,
+            )
+        except ray.exceptions.RayTaskError as error:
+            raise SetupError(f"Serve refuses it: {str(error.cause).splitlines()[0]}") from None
+        return f"{num_replicas} attention replicas are asked for"
+
+    def attention_replicas(self) -> int:
+        """Those that Serve has running."""
+        app = serve.status().applications.get(APPLICATION)
+        return 0 if app is None else app.deployments["AttentionReplica"].replica_states.get("RUNNING", 0)
+
+    def parts(self) -> list[Part]:
+        """The processes that may fail one at a time, as far as they are up."""
+        status = self.status()
+        found = [Part(role="controller", name="controller", process=self._ask("process", STATUS_TIMEOUT_S))]
+        found += [
+            Part(role="shard", name=f"shard {s.shard_id}", process=s.process)
+            for s in status.shards
+            if s.process is not None and s.state == "up"
+        ]
+        return found + [Part(role="replica", name=r.name, process=r.process) for r in status.replicas if r.engine]
+
+    def send_signal(self, process: ProcessInfo, number: signal.Signals) -> None:
+        """By a task on its node. A process that is gone is no error."""
+        where = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+        remote = ray.remote(num_cpus=0, max_retries=0)(_send_signal).options(scheduling_strategy=where)
+        ray.get(remote.remote(process.pid, int(number)), timeout=STATUS_TIMEOUT_S)
+
+    def _ask(self, method: str, timeout_s: float, *args: Any) -> Any:
+        try:
+            controller = ray.get_actor(f"{self.group}:controller", namespace=NAMESPACE)
+            return ray.get(getattr(controller, method).remote(*args), timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ClusterError):
+                raise error.cause from None
+            raise ClusterError(f"the expert controller failed: {error.cause!r}") from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise ClusterError(f"the expert controller did not answer in {timeout_s:g} s") from error
+        except (ray.exceptions.RayActorError, ValueError) as error:
+            raise ClusterError("the expert controller is being restarted: try again in a few seconds") from error
+
+    def _find_group(self) -> str:
+        names = (a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
+        groups: list[str] = [name.removesuffix(":controller") for name in names if name.endswith(":controller")]
+        if not groups:
+            raise SetupError(f"there is a Ray cluster, but nothing is served on it: {CONNECT_HINT}")
+        served = [group for group in groups if group.startswith("moe-")]
+        return served[-1] if served else groups[-1]
+
+
+def _send_signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _known_address() -> str | None:
+    """The address that a `moe-cluster serve` which still runs has left."""
+    try:
+        said = json.loads(address_file().read_text())
+        os.kill(said["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    address: str = said["ray_address"]
+    return address
