@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from cluster import bench
+from cluster import bench, chaos
 from cluster.config import ClusterConfig
+from cluster.config.local_address import find_address
 from cluster.errors import ClusterError, SetupError
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
@@ -100,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--expert-shards", type=int, metavar="N", help="processes that share the routed experts")
     scale.add_argument("--attention-replicas", type=int, metavar="N", help="processes with dense weights and KV cache")
     _add_ray_address(scale)
+
+    chaos_parser = _command(commands, "chaos", _chaos, "break a running cluster part by part under streams, compare")
+    chaos.add_arguments(chaos_parser)
+    _add_ray_address(chaos_parser)
 
     bench.add_arguments(_command(commands, "bench", bench.run, "measure tokens/s, side by side with other engines"))
     return parser
@@ -280,41 +285,49 @@ def _chat(args: argparse.Namespace) -> int:
             history.append(ChatMessage(role="assistant", content=answer))
 
 
+def _running(args: argparse.Namespace) -> Any:
+    """The running cluster that the arguments mean."""
+    address = args.ray_address or find_address()
+    from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
+
+    return RunningCluster(address)
+
+
+def _chaos(args: argparse.Namespace) -> int:
+    chaos.check(args)
+    with _running(args) as cluster:
+        return chaos.run(args, cluster)
+
+
 def _status(args: argparse.Namespace) -> int:
     from cluster.console import print_status
-    from cluster.runtime.operate import RunningCluster
 
-    with RunningCluster(args.ray_address) as cluster:
+    with _running(args) as cluster:
         print_status(cluster.status())
     return 0
 
 
 def _top(args: argparse.Namespace) -> int:
     from cluster.console import watch_status
-    from cluster.runtime.operate import RunningCluster
 
     if args.interval <= 0:
         raise SetupError(f"--interval is {args.interval:g}, above 0 is needed")
-    with RunningCluster(args.ray_address) as cluster, suppress(KeyboardInterrupt):
+    with _running(args) as cluster, suppress(KeyboardInterrupt):
         watch_status(cluster.status, args.interval)
     return 0
 
 
 def _rebalance(args: argparse.Namespace) -> int:
-    from cluster.runtime.operate import RunningCluster
-
-    with RunningCluster(args.ray_address) as cluster, _work_shown(cluster):
+    with _running(args) as cluster, _work_shown(cluster):
         done = cluster.rebalance()
     print(done)
     return 0
 
 
 def _scale(args: argparse.Namespace) -> int:
-    from cluster.runtime.operate import RunningCluster
-
     if args.expert_shards is None and args.attention_replicas is None:
         raise SetupError("nothing to change: give --expert-shards, --attention-replicas or both")
-    with RunningCluster(args.ray_address) as cluster:
+    with _running(args) as cluster:
         if args.expert_shards is not None:
             with _work_shown(cluster):
                 done = cluster.scale_experts(args.expert_shards)

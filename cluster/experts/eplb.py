@@ -185,17 +185,15 @@ class _Task:
 def _search(task: _Task, needed: Held, budget: float, min_gain: float) -> Held:
     """From what is needed, the steps that gain most for each newly loaded copy; or layers placed anew, where better.
 
-    In the first round a layer takes no more than its quota, later what the others have left.
+    In a round, all layers plan for the same free places; who finds them taken has the next round.
     """
     anew = [_place_anew(task, extra, sticky) for extra, sticky in WAYS_ANEW]
     best = needed
-    for num_round in range(MAX_ROUNDS):
-        room = task.room(best)
+    for _ in range(MAX_ROUNDS):
         options: list[_Option] = []
         for layer, now in enumerate(best):
-            spare = room if num_round else np.clip(task.quota[layer] - now.sum(axis=0), 0, room)
-            ways = [*_improve(task, layer, now, spare), *(held[layer] for held in anew)]
-            options.extend(_options(task, layer, now, ways))
+            steps = _improve(task, layer, now, task.room(best))
+            options.extend(_options(task, layer, now, [*steps, *(held[layer] for held in anew)]))
         chosen = _choose(task, best, sorted(options, key=_Option.rank), budget, min_gain)
         for held in anew:  # where no layer finds room alone, all of them at once still do
             if task.num_moves(held) <= budget and _gains(task.cost(chosen).sum(), task.cost(held).sum(), min_gain):
@@ -341,27 +339,26 @@ def _pack(load: Loads, home: Held, quota: Counts, copies: int, extra: float, tot
     """One layer: [E, S]. Each further copy to the expert with most load a copy. Then the heaviest first: to a shard
     that has it in `home` while that stays below the mean, else to the lightest. total: [S], breaks ties.
 
-    Leaves out a copy when only shards with the same expert have room.
+    Where two copies meet on one shard, as in DeepSeek's plans, only one is placed; the search uses the other's place.
     """
     num_shards = int((quota > 0).sum())
+    mean = load.sum() / num_shards
     count = np.full(len(load), copies)
     for _ in range(int(min(extra * num_shards, quota.sum() - count.sum()))):
-        share = np.where((count < num_shards) | (extra > 9), load / count, 0.0)
-        if share.max() * GRAIN <= load.sum() / num_shards:
+        hottest = (load / count).argmax()
+        if load[hottest] * GRAIN <= mean * count[hottest]:
             break
-        count[share.argmax()] += 1
+        count[hottest] += 1
     share = load / count
     held = np.zeros_like(home)
     room, shard_load = quota.copy(), np.zeros(len(quota))
     heaviest_first = np.argsort(-share, kind="stable")
     for expert in np.repeat(heaviest_first, count[heaviest_first]):
-        closed = (room <= 0) | (held[expert] & (extra < 9))
-        stays = home[expert] & (shard_load + share[expert] <= load.sum() / num_shards)
-        shard_id = np.lexsort((total, shard_load, ~stays, closed))[0]
-        if not closed[shard_id]:
-            held[expert, shard_id] = True
-            room[shard_id] -= 1
-            shard_load[shard_id] += share[expert]
+        stays = home[expert] & ~held[expert] & (shard_load + share[expert] <= mean)
+        shard_id = np.lexsort((total, shard_load, ~stays, room <= 0))[0]
+        held[expert, shard_id] = True
+        room[shard_id] -= 1
+        shard_load[shard_id] += share[expert]
     return held
 
 
@@ -385,7 +382,7 @@ def _add_copy(task: _Task, held: Held, layer: int, expert: int) -> bool:
     shard_load = _shard_load(task.load[layer], held[layer])
     shard_id = np.lexsort((-room, shard_load, used >= task.quota[layer], closed))[0]
     held[layer, expert, shard_id] |= not closed[shard_id]
-    return not closed[shard_id]
+    return bool(~closed[shard_id])
 
 
 def _make_way(task: _Task, held: Held, layer: int, expert: int) -> None:

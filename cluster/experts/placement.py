@@ -1,7 +1,8 @@
 """Which shard holds which physical experts. Pure values; knows no weights and no network."""
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import SetupError
 
@@ -60,3 +61,19 @@ def plan_evenly(layer_ids: Sequence[int], num_experts: int, num_shards: int, *, 
         slices.append({layer_id: tuple(range(start, stop)) for layer_id in layer_ids})
         start = stop
     return PlacementPlan(epoch=epoch, num_experts=num_experts, slices=tuple(slices))
+
+
+def swapped(plan: PlacementPlan, num_swaps: int, seed: int) -> PlacementPlan:
+    """The plan with pairs of experts, num_swaps at most, that changed shards; each shard has as many as before."""
+    rng = random.Random(seed)
+    slices = [dict(layers) for layers in plan.slices]
+    filled = [i for i, layers in enumerate(slices) if layers]
+    for _ in range(num_swaps if len(filled) > 1 else 0):
+        layer_id = rng.choice(plan.layer_ids)
+        a, b = rng.sample(filled, 2)
+        ours, theirs = (set(slices[i].get(layer_id, ())) for i in (a, b))
+        if ours - theirs and theirs - ours:
+            out, back = rng.choice(sorted(ours - theirs)), rng.choice(sorted(theirs - ours))
+            slices[a][layer_id] = tuple(sorted(ours - {out} | {back}))
+            slices[b][layer_id] = tuple(sorted(theirs - {back} | {out}))
+    return replace(plan, slices=tuple(slices))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +167,13 @@ def paged_attention(
         else:
             out.index_copy_(0, group.query_rows[group.real], part[group.real])
     return out
+
+
+def varlen_attn(*args: Any, **options: Any) -> Any:
+    """torch's, which loads with its first call: it takes 1.4 s, and a process on a CPU has no use for it."""
+    from torch.nn.attention.varlen import varlen_attn as attend
+
+    return attend(*args, **options)
 
 
 def _attend_varlen(

@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -32,6 +32,8 @@ from cluster.types import EngineRequest, EngineStats, SequenceUpdate
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 0.5  # between two reports of a load's progress
+SLOW_S = 0.3  # for each product of a shard that is slow as a rehearsal: longer than any patience for a copy
+Disturbance = Literal["cut", "damage", "slow", "no memory"]
 LOAD_FLUSH_INTERVAL_S = 1.0  # between two reports of the experts' loads to the metrics
 
 
@@ -73,6 +75,8 @@ class ExpertShardActor:
         self.record: ClusterRecord | None = None
         self.metrics = ShardMetrics(new_registry(), shard_id)
         self._reported: dict[tuple[int, int], int] = {}
+        self._slow_until = 0.0
+        self._refuse_load = False
         self._computing = threading.Lock()  # a Ray call and the stream's thread may come at once
         self._streams: StreamServer | None = None
         threading.Thread(target=self._flush_loads, name="loads", daemon=True).start()
@@ -97,6 +101,9 @@ class ExpertShardActor:
             dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
             device=resolve_device(device),
         )
+        if self._refuse_load:
+            self._refuse_load = False
+            raise MemoryError("no memory, as a rehearsal")
         held = {layer_id: set(layer.expert_ids) for layer_id, layer in shard.layers.items()}
         missing = sum(len(set(ids) - held.get(layer_id, set())) for layer_id, ids in experts.items())
         total = missing * reader.config.expert_bytes(reader.config.dtype)
@@ -125,6 +132,8 @@ class ExpertShardActor:
         """[T, H] in the rows' dtype, whichever carrier brought them. Raises ShardUnavailable."""
         self.metrics.queue_wait(waited_s)
         started = time.monotonic()
+        if started < self._slow_until:
+            time.sleep(SLOW_S)
         with self._computing:
             if self.shard is None:
                 raise ShardUnavailable(f"shard {self.shard_id} is loading", self.shard_id)
@@ -165,6 +174,19 @@ class ExpertShardActor:
     def hold(self) -> None:
         """Never returns: whoever waits for it hears of this process's death at once."""
         threading.Event().wait()
+
+    @ray.method(concurrency_group="control")
+    def disturb(self, what: Disturbance, seconds: float) -> None:
+        """A fault to rehearse recovery with: ends all streams, damages the next answer on one, computes slowly for
+        some seconds, or finds no memory for the next load."""
+        if what == "cut" and self._streams is not None:
+            self._streams.cut()
+        elif what == "damage" and self._streams is not None:
+            self._streams.damage()
+        elif what == "slow":
+            self._slow_until = time.monotonic() + seconds
+        elif what == "no memory":
+            self._refuse_load = True
 
     def _flush_loads(self) -> None:
         while True:

@@ -21,7 +21,7 @@ from cluster.config import ClusterConfig
 from cluster.engine.local import resolve_dtype, torch_dtype
 from cluster.errors import ClusterError, SetupError
 from cluster.experts import eplb
-from cluster.experts.placement import PlacementPlan, plan_evenly
+from cluster.experts.placement import PlacementPlan, plan_evenly, swapped
 from cluster.metrics import ControllerMetrics, new_registry
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.collector import NodeMetricsActor
@@ -51,6 +51,8 @@ LOAD_HALF_LIFE_S = 60.0  # of the loads that placement follows: longer than a bu
 LOAD_TIMEOUT_S = 2.0
 ADOPTION_TIMEOUT_S = 5.0  # for engines to have a new plan; who comes later is refused by the shard and sends again
 RECALL_TIMEOUT_S = 5.0
+GROW_TIMEOUT_S = 600.0  # for a new shard's process: a cluster that grows itself takes minutes for a node
+MIN_GAIN = 0.05  # of a layer's slowest shard; less is not worth a move
 MAX_FAULTS = 50  # that `status` remembers
 
 
@@ -154,7 +156,15 @@ class ExpertController:
         """Follows the measured load; returns what was done. Raises SetupError."""
         await self._start()
         async with self._changing:
-            return await self._balance("rebalance", min_gain=0.0)
+            return await self._balance("rebalance")
+
+    async def shuffle(self, num_swaps: int, seed: int) -> str:
+        """Swaps experts between shards for the sake of it: a rehearsal of moves. Raises ClusterError."""
+        await self._start()
+        async with self._changing:
+            assert self.plan is not None
+            await self._move(swapped(self.plan, num_swaps, seed), "shuffle")
+        return f"{num_swaps} pairs of experts changed places"
 
     async def report_load(self, name: str, loaded_bytes: int, total_bytes: int) -> None:
         """Takes note of how far a shard's or an attention replica's load is."""
@@ -423,16 +433,26 @@ class ExpertController:
                 await (self._grow() if len(self.shards) < self.target else self._shrink())
             self.metrics.shards(len(self._handles()), self.target)
             if before == len(self.shards):
-                return await self._balance("settle", min_gain=0.0)
+                return await self._balance("settle")
             return f"{before} -> {len(self.shards)} expert shards"
 
     async def _grow(self) -> None:
         shard_id = len(self.shards)
         shard = self._add_shard(shard_id)
-        self.work = f"adding shard {shard_id}"
+        self.work = f"adding shard {shard_id}: waiting for its process"
         try:
-            await self._until(lambda: shard.handle is not None)
-            await self._balance(f"add shard {shard_id}", min_gain=0.0, spread=True)
+            try:
+                async with asyncio.timeout(GROW_TIMEOUT_S):
+                    await self._until(lambda: shard.handle is not None)
+            except TimeoutError:
+                self.target = shard_id
+                self._remove_last()
+                raise SetupError(
+                    f"a process for shard {shard_id} was not there after {GROW_TIMEOUT_S:g} s: the Ray cluster has no "
+                    f"room for {self.config.cpus_per_expert_shard:g} CPUs and "
+                    f"{self.config.gpus_per_expert_shard or 0:g} GPUs more"
+                ) from None
+            await self._balance(f"add shard {shard_id}", spread=True)
         finally:
             self.work = ""
 
@@ -448,8 +468,7 @@ class ExpertController:
                 min_copies=self.config.min_copies,
             )
             await self._move(replace(plan, slices=plan.slices[:last]), f"remove shard {last}")
-            self._supervisors.pop(last).cancel()
-            self.shards.pop(last).remove()
+            self._remove_last()
             async with self._news:
                 self._publish(self.plan)
         except SetupError:
@@ -458,7 +477,12 @@ class ExpertController:
         finally:
             self.work = ""
 
-    async def _balance(self, why: str, *, min_gain: float, spread: bool = False) -> str:
+    def _remove_last(self) -> None:
+        last = len(self.shards) - 1
+        self._supervisors.pop(last).cancel()
+        self.shards.pop(last).remove()
+
+    async def _balance(self, why: str, *, spread: bool = False) -> str:
         """Moves experts to where the load asks for. spread: also to a shard that has none, whatever was measured."""
         assert self.plan is not None
         before = self._padded(self.plan, len(self.shards))
@@ -469,7 +493,7 @@ class ExpertController:
             shards=self._capacities(len(self.shards)),
             min_copies=self.config.min_copies,
             max_moves=None if spread else self.config.rebalance_max_moves,
-            min_gain=min_gain,
+            min_gain=MIN_GAIN,
         )
         was, now = (eplb.imbalance(p, load, num_shards=len(self.shards)) for p in (before, plan))
         num_moves = len(eplb.moves(before, plan).loaded)
@@ -565,7 +589,7 @@ class ExpertController:
             if due and imbalance > self.config.rebalance_threshold and not self._changing.locked():
                 balanced_at = time.monotonic()
                 async with self._changing:
-                    await self._guard_change(self._balance("rebalance", min_gain=0.05))
+                    await self._guard_change(self._balance("rebalance"))
 
     async def _measure_shard(self, shard: ShardProcess) -> None:
         if shard.handle is None or self.load is None:

@@ -20,6 +20,7 @@ from ray.serve.config import gRPCOptions
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
+from cluster.config.local_address import leave_address
 from cluster.engine.local import max_model_len, resolve_dtype
 from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher
@@ -31,7 +32,7 @@ from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.ingress import Ingress
-from cluster.runtime.operate import APPLICATION, leave_address
+from cluster.runtime.operate import APPLICATION
 from cluster.runtime.process import actor_environment
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
 from cluster.runtime.transports import make_transport
@@ -44,6 +45,7 @@ GRPC_SERVICERS = [
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 OBJECT_STORE_BYTES = 256 << 20  # of a Ray that we start: batches pass through, nothing stays
+ROOM_TO_GROW_CPUS = 64  # logical ones of a Ray that we start: `moe-cluster scale` adds processes later
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
 HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replaced; it does nothing that takes seconds
 STATUS_TIMEOUT_S = 5.0
@@ -97,7 +99,7 @@ def start_ray(*, num_cpus: float, address: str | None = None) -> Callable[[], No
     temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)),
+        num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
         namespace=NAMESPACE,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -105,6 +107,8 @@ def start_ray(*, num_cpus: float, address: str | None = None) -> Callable[[], No
         logging_level=logging.ERROR,
         _temp_dir=temp_dir,
         _node_ip_address="127.0.0.1",
+        # Ray would start a worker for each logical CPU; our actors have environments of their own and use none of them.
+        _system_config={"prestart_worker_first_driver": False},
     )
 
     def stop() -> None:

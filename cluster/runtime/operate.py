@@ -1,14 +1,10 @@
 """A served cluster found on a Ray cluster, to be looked at and changed from outside while it serves."""
 
-import json
 import logging
 import os
 import signal
-import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -25,27 +21,6 @@ APPLICATION = "moe-cluster"
 CONNECT_HINT = "give --ray-address, or run this where `moe-cluster serve` or `ray start` runs"
 STATUS_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 3600.0  # for experts to move: as many loads as shards, one after another
-
-
-def address_file() -> Path:
-    """Where `moe-cluster serve` leaves the address of the Ray that it started, for this user's other commands."""
-    return Path(tempfile.gettempdir()) / f"moe-cluster-{os.getuid()}.json"
-
-
-def leave_address(ray_address: str) -> Callable[[], None]:
-    """Writes it down; returns what takes it away again."""
-    file, text = address_file(), json.dumps({"ray_address": ray_address, "pid": os.getpid()})
-    with suppress(FileNotFoundError):
-        file.unlink()
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        out.write(text)
-
-    def remove() -> None:
-        with suppress(FileNotFoundError):
-            if file.read_text() == text:
-                file.unlink()
-
-    return remove
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +41,7 @@ class RunningCluster:
         if self._connected:
             try:
                 ray.init(
-                    address=ray_address or _known_address() or "auto",
+                    address=ray_address or "auto",
                     namespace=NAMESPACE,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -76,6 +51,7 @@ class RunningCluster:
                 raise SetupError(f"no running Ray cluster was found ({reason}): {CONNECT_HINT}") from None
         try:
             self.group = self._find_group()
+            self.first_shards = self.status().target_shards  # when this object came
         except BaseException:
             self.close()
             raise
@@ -119,6 +95,18 @@ class RunningCluster:
             raise SetupError(f"Serve refuses it: {str(error.cause).splitlines()[0]}") from None
         return f"{num_replicas} attention replicas are asked for"
 
+    def shuffle(self, num_swaps: int, seed: int) -> str:
+        """Changes the placement of some experts, for the sake of it; blocks. Raises ClusterError."""
+        return self._ask("shuffle", CHANGE_TIMEOUT_S, num_swaps, seed)  # type: ignore[no-any-return]
+
+    def disturb(self, shard_id: int, what: str, seconds: float) -> None:
+        """As `ExpertShardActor.disturb`. A shard that is gone is no error."""
+        try:
+            shard = ray.get_actor(f"{self.group}:shard-{shard_id}", namespace=NAMESPACE)
+            ray.get(shard.disturb.remote(what, seconds), timeout=STATUS_TIMEOUT_S)
+        except (ValueError, ray.exceptions.RayError) as error:
+            log.debug("shard %d is not there to be disturbed: %s", shard_id, error)
+
     def attention_replicas(self) -> int:
         """Those that Serve has running."""
         app = serve.status().applications.get(APPLICATION)
@@ -136,7 +124,10 @@ class RunningCluster:
         return found + [Part(role="replica", name=r.name, process=r.process) for r in status.replicas if r.engine]
 
     def send_signal(self, process: ProcessInfo, number: signal.Signals) -> None:
-        """By a task on its node. A process that is gone is no error."""
+        """By a task on its node, if that is another one. A process that is gone is no error."""
+        if process.node_id == ray.get_runtime_context().get_node_id():
+            _send_signal(process.pid, int(number))
+            return
         where = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
         remote = ray.remote(num_cpus=0, max_retries=0)(_send_signal).options(scheduling_strategy=where)
         ray.get(remote.remote(process.pid, int(number)), timeout=STATUS_TIMEOUT_S)
@@ -166,14 +157,3 @@ class RunningCluster:
 def _send_signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _known_address() -> str | None:
-    """The address that a `moe-cluster serve` which still runs has left."""
-    try:
-        said = json.loads(address_file().read_text())
-        os.kill(said["pid"], 0)
-    except (OSError, ValueError, KeyError):
-        return None
-    address: str = said["ray_address"]
-    return address

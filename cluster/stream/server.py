@@ -138,7 +138,7 @@ class StreamServer:
         for sock in (*listeners, self._wake_reader):
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
-        self._closing = False
+        self._closing = self._cut = self._damage = False
         self._thread = threading.Thread(target=self._serve, name="stream-server", daemon=True)
 
     def start(self) -> None:
@@ -158,6 +158,15 @@ class StreamServer:
             sock.close()
         self._selector.close()
 
+    def cut(self) -> None:
+        """Ends all connections, as a network may: to rehearse recovery."""
+        self._cut = True
+        self._wake_writer.send(b"x")
+
+    def damage(self) -> None:
+        """Damages the next answer, as a network may: to rehearse recovery."""
+        self._damage = True
+
     @property
     def num_connections(self) -> int:
         return len(self._peers)
@@ -171,7 +180,9 @@ class StreamServer:
     def _read_and_write(self, timeout_s: float | None) -> None:
         for key, events in self._selector.select(timeout_s):
             if key.data is None:
-                if key.fileobj is not self._wake_reader:
+                if key.fileobj is self._wake_reader:
+                    self._wake_reader.recv(64)
+                else:
                     self._accept(key.fileobj)  # type: ignore[arg-type]
                 continue
             peer: _Peer = key.data
@@ -185,6 +196,10 @@ class StreamServer:
                 self._refuse(peer, str(error))
             except OSError as error:
                 log.info("a caller's connection ended: %s", error)
+                self._drop(peer)
+        if self._cut:
+            self._cut = False
+            for peer in list(self._peers):
                 self._drop(peer)
         now = time.monotonic()
         for peer in [p for p in self._peers if p.deadline is not None and p.deadline <= now]:
@@ -356,8 +371,12 @@ class StreamServer:
             kind=kind, request_id=head.request_id, payload_bytes=len(payload), dtype=head.dtype, layer_id=head.layer_id,
             rows=head.rows, hidden_size=head.hidden_size, slot=head.slot if kind is Kind.ANSWER else 0,
         )  # fmt: skip
+        packed = answer.pack(payload)
+        if self._damage:
+            self._damage = False
+            packed = packed[:-1] + bytes([packed[-1] ^ 1])
         try:
-            self._send(peer, answer.pack(payload), payload)
+            self._send(peer, packed, payload)
             self._watch(peer)
         except OSError as error:
             log.info("a caller's connection ended: %s", error)

@@ -1,0 +1,219 @@
+"""The arguments and the report of `moe-cluster chaos`."""
+
+import argparse
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+
+from cluster.chaos.traffic import Question, Reply, ask_all, make_questions
+from cluster.errors import ClusterError, SetupError, Unavailable
+from cluster.serving.client import Client
+
+if TYPE_CHECKING:
+    from cluster.runtime.operate import RunningCluster
+
+_READY_S = 30.0
+_DISTINCT = 30  # questions; each is asked several times, so that the quiet run before is short
+
+QUICK_KINDS = ("kill-shard", "kill-replica", "kill-controller", "stop-shard", "cut-streams", "damage-frame")
+KINDS = (
+    *QUICK_KINDS, "stop-replica", "slow-shard", "refuse-memory", "move-experts", "rebalance", "scale-experts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run of chaos found. Seconds. different: answers with another token or text than without faults."""
+
+    requests: int
+    failed: int
+    different: int
+    faults: dict[str, int]
+    worst_stall_s: float
+    quiet_stall_s: float
+    worst_recovery_s: float
+    seconds: float
+    errors: tuple[str, ...]
+    log: tuple[str, ...]
+
+    @property
+    def lossless(self) -> bool:
+        return not self.failed and not self.different
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default="127.0.0.1:9000", metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--requests", type=int, default=300, metavar="N", help="streams at least (default: %(default)s)"
+    )
+    parser.add_argument("--faults", type=int, default=60, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--concurrency", type=int, default=6, metavar="N", help="streams at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kinds",
+        default=",".join(KINDS),
+        metavar="NAMES",
+        help=f"of faults, in turn (default: all: {', '.join(KINDS)})",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of questions and faults (default: 0)")
+    parser.add_argument(
+        "--recovery-timeout", type=float, default=120.0, metavar="SECONDS", help="for one fault (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises SetupError for arguments that cannot be, before anything is connected."""
+    if unknown := set(args.kinds.split(",")) - set(KINDS):
+        raise SetupError(f"--kinds has {sorted(unknown)[0]!r}, known are {', '.join(KINDS)}")
+    for name, least in (("requests", 1), ("concurrency", 1), ("faults", 0)):
+        if getattr(args, name) < least:
+            raise SetupError(f"--{name} is {getattr(args, name)}, at least {least} is needed")
+
+
+def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
+    """Exit code 1 when a request failed or an answer was different. Raises ClusterError."""
+    kinds = tuple(args.kinds.split(","))
+    with Client(args.address) as client:
+        if not client.is_serving(_READY_S):
+            raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
+        outcome = unleash(
+            cluster, client, requests=args.requests, faults=args.faults, kinds=kinds, concurrency=args.concurrency,
+            seed=args.seed, recovery_timeout_s=args.recovery_timeout, console=Console(stderr=True),
+        )  # fmt: skip
+        dtype = client.model_info().dtype
+    _print(outcome, dtype)
+    if args.json:
+        args.json.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    return 0 if outcome.lossless else 1
+
+
+def unleash(
+    cluster: "RunningCluster",
+    client: Client,
+    *,
+    requests: int,
+    faults: int,
+    kinds: Sequence[str],
+    concurrency: int,
+    seed: int = 0,
+    recovery_timeout_s: float = 120.0,
+    console: Console | None = None,
+) -> Outcome:
+    """First all questions in peace, then again under faults, until both numbers are reached.
+
+    Raises ClusterError when the cluster does not recover.
+    """
+    from cluster.chaos.faults import Injected, inject, wait_whole
+
+    questions = make_questions(min(_DISTINCT, requests), client.model_info().vocab_size, seed)
+    num_replicas = sum(replica.engine is not None for replica in cluster.status().replicas)
+    wait_whole(cluster, num_replicas, recovery_timeout_s)
+    rng = random.Random(seed)
+    injected: list[Injected] = []
+    with Progress(console=console or Console(quiet=True)) as progress:
+        quiet_task = progress.add_task("without faults", total=len(questions))
+        quiet = ask_all(client, questions, concurrency, lambda _: progress.update(quiet_task, advance=1))
+        if wrong := [reply.error for reply in quiet if reply.error]:
+            raise ClusterError(f"requests fail without any fault: {wrong[0]}")
+        request_task = progress.add_task("under faults", total=requests)
+        fault_task = progress.add_task("faults", total=faults)
+        traffic = _Traffic(client, questions, concurrency, lambda: progress.update(request_task, advance=1))
+        started = time.monotonic()
+        traffic.start()
+        try:
+            for number in range(faults):
+                kind = kinds[number % len(kinds)]
+                injected.append(inject(kind, cluster, rng, num_replicas, recovery_timeout_s))
+                progress.update(fault_task, advance=1)
+                progress.console.print(
+                    f"{injected[-1].recovered_s:6.1f} s  {kind}: {injected[-1].what}", highlight=False
+                )
+            traffic.wait_for(requests)
+        finally:
+            asked = traffic.stop()
+        seconds = time.monotonic() - started
+    different = [
+        (question, reply)
+        for question, reply in asked
+        if not reply.error and (reply.token_ids, reply.text) != (quiet[question].token_ids, quiet[question].text)
+    ]
+    failed = [reply.error for _, reply in asked if reply.error]
+    return Outcome(
+        requests=len(asked),
+        failed=len(failed),
+        different=len(different),
+        faults=dict(Counter(fault.kind for fault in injected)),
+        worst_stall_s=max((reply.worst_stall_s for _, reply in asked), default=0.0),
+        quiet_stall_s=max(reply.worst_stall_s for reply in quiet),
+        worst_recovery_s=max((fault.recovered_s for fault in injected), default=0.0),
+        seconds=seconds,
+        errors=tuple(sorted(set(failed))[:10]),
+        log=tuple(f"{fault.at - started:.1f} s {fault.kind}: {fault.what}" for fault in injected),
+    )
+
+
+class _Traffic:
+    """Asks the questions again and again until it is stopped."""
+
+    def __init__(
+        self, client: Client, questions: Sequence[Question], concurrency: int, on_reply: Callable[[], None]
+    ) -> None:
+        self._client, self._questions, self._on_reply = client, questions, on_reply
+        self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
+        self._next = 0
+        self._asked: list[tuple[int, Reply]] = []
+        self._stopped = False
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(concurrency)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def wait_for(self, requests: int) -> None:
+        with self._news:
+            self._news.wait_for(lambda: len(self._asked) >= requests)
+
+    def stop(self) -> list[tuple[int, Reply]]:
+        """Lets the running ones end. Returns (number of the question, reply)."""
+        self._stopped = True
+        for thread in self._threads:
+            thread.join()
+        return self._asked
+
+    def _run(self) -> None:
+        while not self._stopped:
+            with self._lock:
+                index = self._next % len(self._questions)
+                self._next += 1
+            [reply] = ask_all(self._client, [self._questions[index]], 1)
+            with self._news:
+                self._asked.append((index, reply))
+                self._news.notify_all()
+            self._on_reply()
+
+
+def _print(outcome: Outcome, dtype: str) -> None:
+    print(f"\nfaults            {sum(outcome.faults.values())}")
+    for kind, count in outcome.faults.items():
+        print(f"  {kind:16}{count}")
+    print(f"requests          {outcome.requests} in {outcome.seconds:.0f} s")
+    print(f"failed            {outcome.failed}")
+    print(f"different         {outcome.different}")
+    print(f"worst stall       {outcome.worst_stall_s:.2f} s (without faults {outcome.quiet_stall_s:.2f} s)")
+    print(f"worst recovery    {outcome.worst_recovery_s:.1f} s, until every process was there again")
+    for error in outcome.errors:
+        print(f"error             {error}")
+    if dtype != "float32":
+        print(f"The model runs in {dtype}: sums in another order round differently; compare answers in float32.")

@@ -1,0 +1,164 @@
+"""What is done to a running cluster. Each fault says in a few words what it did."""
+
+import random
+import signal
+import time
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+from cluster.errors import ClusterError
+from cluster.runtime.operate import Part, RunningCluster
+from cluster.runtime.protocol import ProcessInfo
+
+_STOPPED_S = (0.5, 3.0)
+_SLOW_S = 3.0
+_WHOLE_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injected:
+    """at: when, on the monotonic clock.  recovered_s: from its end until the cluster was whole again."""
+
+    kind: str
+    what: str
+    at: float
+    recovered_s: float
+
+
+def kill_shard(cluster: RunningCluster, rng: random.Random) -> str:
+    return _signal(cluster, rng, "shard", signal.SIGKILL)
+
+
+def kill_replica(cluster: RunningCluster, rng: random.Random) -> str:
+    return _signal(cluster, rng, "replica", signal.SIGKILL)
+
+
+def kill_controller(cluster: RunningCluster, rng: random.Random) -> str:
+    return _signal(cluster, rng, "controller", signal.SIGKILL)
+
+
+def stop_shard(cluster: RunningCluster, rng: random.Random) -> str:
+    return _stop(cluster, rng, "shard")
+
+
+def stop_replica(cluster: RunningCluster, rng: random.Random) -> str:
+    return _stop(cluster, rng, "replica")
+
+
+def cut_streams(cluster: RunningCluster, rng: random.Random) -> str:
+    return _disturb(cluster, rng, "cut", 0.0)
+
+
+def damage_frame(cluster: RunningCluster, rng: random.Random) -> str:
+    return _disturb(cluster, rng, "damage", 0.0)
+
+
+def slow_shard(cluster: RunningCluster, rng: random.Random) -> str:
+    return _disturb(cluster, rng, "slow", _SLOW_S)
+
+
+def refuse_memory(cluster: RunningCluster, rng: random.Random) -> str:
+    """The next experts that one shard shall load find no memory: the move fails, the old plan stays."""
+    what = _disturb(cluster, rng, "no memory", 0.0)
+    try:
+        return f"{what}; {cluster.shuffle(rng.randrange(4, 16), rng.randrange(1 << 30))}"
+    except ClusterError as error:
+        return f"{what}; {error}"
+
+
+def move_experts(cluster: RunningCluster, rng: random.Random) -> str:
+    return cluster.shuffle(rng.randrange(4, 16), rng.randrange(1 << 30))
+
+
+def rebalance(cluster: RunningCluster, rng: random.Random) -> str:
+    return cluster.rebalance()
+
+
+def scale_experts(cluster: RunningCluster, rng: random.Random) -> str:
+    """One shard more, or back to as many as before."""
+    now, first = len(cluster.status().shards), cluster.first_shards
+    return cluster.scale_experts(now + 1 if now <= first else first)
+
+
+KINDS: dict[str, Callable[[RunningCluster, random.Random], str]] = {
+    "kill-shard": kill_shard,
+    "kill-replica": kill_replica,
+    "kill-controller": kill_controller,
+    "stop-shard": stop_shard,
+    "stop-replica": stop_replica,
+    "cut-streams": cut_streams,
+    "damage-frame": damage_frame,
+    "slow-shard": slow_shard,
+    "refuse-memory": refuse_memory,
+    "move-experts": move_experts,
+    "rebalance": rebalance,
+    "scale-experts": scale_experts,
+}
+
+
+def inject(kind: str, cluster: RunningCluster, rng: random.Random, num_replicas: int, timeout_s: float) -> Injected:
+    """One fault, on a whole cluster, and then until it is whole again. Raises ClusterError when it does not recover."""
+    before = {part.process for part in cluster.parts()}
+    at = time.monotonic()
+    what = KINDS[kind](cluster, rng)
+    done = time.monotonic()
+    dead = {p for p in before if kind.startswith("kill-") and f"({p.pid})" in what}
+    wait_whole(cluster, num_replicas, timeout_s, dead)
+    return Injected(kind=kind, what=what, at=at, recovered_s=time.monotonic() - done)
+
+
+def wait_whole(
+    cluster: RunningCluster, num_replicas: int, timeout_s: float, dead: Set[ProcessInfo] = frozenset()
+) -> None:
+    """Until all shards and attention replicas are up again, none of them `dead`. Raises ClusterError."""
+    deadline = time.monotonic() + timeout_s
+    missing = "the controller"
+    while time.monotonic() < deadline:
+        try:
+            status = cluster.status()
+            processes = {part.process for part in cluster.parts()}
+        except ClusterError:
+            time.sleep(_WHOLE_POLL_S)
+            continue
+        up = sum(replica.stats is not None for replica in status.replicas)
+        shards_up = status.published and all(shard.state == "up" for shard in status.shards)
+        if (
+            not dead & processes
+            and shards_up
+            and up >= num_replicas
+            and not status.work
+            and len(status.shards) == status.target_shards
+        ):
+            return
+        missing = f"{up} of {num_replicas} attention replicas, shards {[shard.state for shard in status.shards]}"
+        time.sleep(_WHOLE_POLL_S)
+    raise ClusterError(f"the cluster was not whole again after {timeout_s:g} s: {missing}")
+
+
+def _pick(cluster: RunningCluster, rng: random.Random, role: str) -> Part:
+    parts = [part for part in cluster.parts() if part.role == role]
+    if not parts:
+        raise ClusterError(f"there is no {role} to be disturbed")
+    return rng.choice(parts)
+
+
+def _signal(cluster: RunningCluster, rng: random.Random, role: str, number: signal.Signals) -> str:
+    part = _pick(cluster, rng, role)
+    cluster.send_signal(part.process, number)
+    return f"{number.name} to {part.name} ({part.process.pid})"
+
+
+def _stop(cluster: RunningCluster, rng: random.Random, role: str) -> str:
+    part, seconds = _pick(cluster, rng, role), rng.uniform(*_STOPPED_S)
+    cluster.send_signal(part.process, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        cluster.send_signal(part.process, signal.SIGCONT)
+    return f"{part.name} ({part.process.pid}) stopped for {seconds:.1f} s"
+
+
+def _disturb(cluster: RunningCluster, rng: random.Random, what: str, seconds: float) -> str:
+    shard_id = rng.choice([shard.shard_id for shard in cluster.status().shards])
+    cluster.disturb(shard_id, what, seconds)
+    return f"{what} at shard {shard_id}"

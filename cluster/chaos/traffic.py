@@ -1,0 +1,77 @@
+"""Streams of mixed lengths, greedy and seeded, and what became of them."""
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cluster.errors import ClusterError
+from cluster.serving.client import Client
+from cluster.types import SAMPLING_DEFAULTS, SamplingParams
+
+_OUTPUT_TOKENS = (8, 32, 96)
+_PROMPT_TOKENS = (1, 7, 40)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """token_ids as they came. arrivals: when pieces came, in seconds of the monotonic clock, the asking first."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    arrivals: tuple[float, ...]
+    error: str = ""
+
+    @property
+    def worst_stall_s(self) -> float:
+        """The longest wait between two pieces; the first piece's wait is queueing and does not count."""
+        pieces = self.arrivals[1:]
+        return max((b - a for a, b in itertools.pairwise(pieces)), default=0.0)
+
+
+def make_questions(count: int, vocab_size: int, seed: int) -> list[Question]:
+    """Every other one is greedy, the others are drawn with a seed; the same for the same arguments."""
+    rng = random.Random(seed)
+    questions = []
+    for i in range(count):
+        prompt = tuple(rng.randrange(vocab_size // 2) for _ in range(rng.choice(_PROMPT_TOKENS)))
+        params = SamplingParams(
+            temperature=0.0 if i % 2 == 0 else 0.9, seed=i, max_tokens=rng.choice(_OUTPUT_TOKENS), ignore_eos=True
+        )
+        questions.append(Question(prompt=prompt, params=params.with_defaults(SAMPLING_DEFAULTS)))
+    return questions
+
+
+def ask_all(
+    client: Client, questions: Sequence[Question], concurrency: int, on_reply: Callable[[Reply], None] = lambda _: None
+) -> list[Reply]:
+    """Asks all, `concurrency` at a time; replies in the order of the questions."""
+
+    def one(question: Question) -> Reply:
+        reply = _ask(client, question)
+        on_reply(reply)
+        return reply
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(one, questions))
+
+
+def _ask(client: Client, question: Question) -> Reply:
+    arrivals, text, error = [time.monotonic()], "", ""
+    token_ids: list[int] = []
+    try:
+        for piece in client.stream(question.prompt, question.params):
+            arrivals.append(time.monotonic())
+            token_ids += piece.token_ids
+            text += piece.text
+    except ClusterError as failure:
+        error = str(failure)
+    return Reply(token_ids=tuple(token_ids), text=text, arrivals=tuple(arrivals), error=error)

@@ -1,0 +1,150 @@
+"""Shards that come, go and change what they hold while rows are on their way; the dispatcher's answers never change."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError, SetupError
+from cluster.metrics import DispatchMetrics, new_registry
+from cluster.runtime.launch import RayExperts
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+
+@pytest.fixture(scope="module")
+def config(demo_checkpoint):
+    return ClusterConfig(
+        model=str(demo_checkpoint), dtype="float32", device="cpu", expert_shards=2, gpus_per_expert_shard=0.0,
+        redundant_experts=4, rebalance_max_moves=64,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experts(ray_cluster, config):
+    made = RayExperts(config, DispatchMetrics(new_registry(), "test"))
+    yield made
+    made.close()
+
+
+def ask(ray, experts, method, *args):
+    """Raises what the controller raises."""
+    try:
+        return ray.get(getattr(experts._controller, method).remote(*args), timeout=60)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+@contextmanager
+def steady_rows(experts, skew=False):
+    """Rows through all layers all the time; each answer is compared with the first. Yields the seconds of each round.
+
+    skew: to a few experts only.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 64, generator=generator)
+    ids = torch.stack([torch.randperm(64, generator=generator)[:4] for _ in range(32)])
+    if skew:
+        ids = ids % 6
+        ids = torch.stack([row.unique(sorted=True)[:1].expand(4) for row in ids])
+    weights = torch.rand(32, 4, generator=generator)
+    layers = experts.dispatcher.plans.current().layer_ids
+
+    def through():
+        return [experts.dispatcher.combine(experts.dispatcher.dispatch(i, x, ids, weights)) for i in layers]
+
+    first, done, rounds = through(), threading.Event(), []
+
+    def run():
+        while not done.is_set():
+            started = time.monotonic()
+            for got, wanted in zip(through(), first, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+            rounds.append(time.monotonic() - started)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            yield rounds
+        finally:
+            done.set()
+        running.result()
+
+
+def num_experts(experts):
+    return [sum(map(len, layers.values())) for layers in experts.dispatcher.plans.current().slices]
+
+
+def test_shards_are_added_and_removed_one_at_a_time_under_rows(ray_cluster, experts):
+    with steady_rows(experts) as rounds:
+        assert ask(ray_cluster, experts, "scale", 4) == "2 -> 4 expert shards"
+        assert len(num_experts(experts)) == 4
+        assert max(num_experts(experts)) <= 68
+        assert ask(ray_cluster, experts, "scale", 2) == "4 -> 2 expert shards"
+        assert len(rounds) > 10
+    assert len(num_experts(experts)) == 2
+    assert sum(num_experts(experts)) >= 4 * 64
+
+
+def test_a_skewed_load_is_spread_and_the_busiest_experts_get_copies(ray_cluster, experts):
+    with steady_rows(experts, skew=True):
+        threading.Event().wait(6)  # the controller looks at the loads every 2 s
+        before = ask(ray_cluster, experts, "status").imbalance
+        said = ask(ray_cluster, experts, "rebalance")
+        after = ask(ray_cluster, experts, "status").imbalance
+    assert before > 1.2, said
+    assert after <= 1.15, said
+
+
+def test_experts_change_places_under_rows(ray_cluster, experts):
+    epoch = experts.dispatcher.plans.current().epoch
+    with steady_rows(experts):
+        for seed in range(5):
+            ask(ray_cluster, experts, "shuffle", 8, seed)
+    assert experts.dispatcher.plans.current().epoch >= epoch + 5
+
+
+def test_a_shard_without_memory_keeps_the_old_plan(ray_cluster, experts):
+    handle = experts.dispatcher.plans._current().handles[0]
+    slices = experts.dispatcher.plans.current().slices
+    with steady_rows(experts):
+        ray_cluster.get(handle.disturb.remote("no memory", 0.0))
+        with pytest.raises(ClusterError, match="the old plan stays"):
+            ask(ray_cluster, experts, "shuffle", 8, 99)
+    assert experts.dispatcher.plans.current().slices == slices
+    assert any("did not load" in fault.what for fault in ask(ray_cluster, experts, "status").faults)
+
+
+@pytest.mark.parametrize("wrong", [0, 65])
+def test_a_number_of_shards_that_cannot_be_is_refused(ray_cluster, experts, wrong):
+    with pytest.raises(SetupError, match="ask for 1 to 64"):
+        ask(ray_cluster, experts, "scale", wrong)
+
+
+def test_with_two_copies_a_killed_shard_costs_no_wait(ray_cluster, config):
+    """Its successor takes seconds; a step must not. Nor may one whose shard is stopped and says nothing."""
+    experts = RayExperts(
+        replace(config, expert_shards=3, min_copies=2, redundant_experts=0), DispatchMetrics(new_registry(), "test")
+    )
+    try:
+        assert sum(num_experts(experts)) >= 2 * 4 * 64
+        with steady_rows(experts) as rounds:
+            threading.Event().wait(1.0)
+            handles = experts.dispatcher.plans._current().handles
+            ray_cluster.kill(handles[1])
+            threading.Event().wait(2.0)
+            stopped = ray_cluster.get(handles[2].process.remote()).pid
+            os.kill(stopped, signal.SIGSTOP)
+            threading.Event().wait(3.0)
+            os.kill(stopped, signal.SIGCONT)
+        assert max(rounds) < 1.0
+        assert len(rounds) > 50
+    finally:
+        experts.close()
