@@ -65,11 +65,15 @@ class ProtocolError(ClusterError):
 
 
 class Overloaded(ClusterError):
-    """A bounded queue is full; the same request may succeed later."""
+    """A bounded queue is full; the same request may succeed later. retry_after_s: when it is worth a try."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 429
     public = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(ClusterError):

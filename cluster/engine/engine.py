@@ -20,6 +20,7 @@ from cluster.types import EngineRequest, EngineStats, FinishReason, Logprobs, Se
 
 log = logging.getLogger(__name__)
 
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0  # what a refused client is told to wait: until about half the queue is through
 MAX_CANCELLED_EARLY = 1024  # ids kept of cancels that found no sequence; most are of finished ones
 
 
@@ -53,6 +54,7 @@ class Engine:
         )
         self.sequences: dict[str, Sequence] = {}
         self.num_generated_tokens = 0
+        self._ended_at, self._end_interval_s = self.clock(), 0.0  # when a sequence ended last; seconds between two
         self._finished: list[SequenceUpdate] = []
         self._cancelled_early: dict[str, None] = {}
 
@@ -76,8 +78,6 @@ class Engine:
         if request.request_id in self._cancelled_early:
             del self._cancelled_early[request.request_id]
             raise RequestCancelled("the request was cancelled before it began")
-        if not request.num_replays and self.scheduler.num_queued >= self.config.max_waiting:
-            raise Overloaded(f"the queue is full ({self.config.max_waiting} requests wait): try again later")
         if request.request_id in self.sequences:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request", "request_id")
         params = request.params
@@ -95,6 +95,8 @@ class Engine:
                 "request, or serve with a larger kv_cache_bytes",
                 "max_tokens",
             )
+        if not request.num_replays and self.scheduler.num_queued >= self.config.max_waiting:
+            self._make_room(request.client)
         if params.seed is None:
             params = replace(params, seed=self.seeds.getrandbits(63))
         stop_token_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
@@ -140,6 +142,18 @@ class Engine:
             self.blocks.num_blocks,
         )
         return updates
+
+    def _make_room(self, client: str) -> None:
+        """In a full queue the client with the most waiting requests loses its latest. Raises Overloaded if that is
+        this one."""
+        later_s = min(MAX_RETRY_S, max(MIN_RETRY_S, self.config.max_waiting / 2 * self._end_interval_s))
+        full = Overloaded(
+            f"the queue is full ({self.config.max_waiting} requests wait): try again in {later_s:.1f} s", later_s
+        )
+        loser = self.scheduler.waiting.to_make_room(client)
+        if loser is None:
+            raise full
+        self._end(loser, "error", full)
 
     def _run(self, batch: Batch) -> list[SequenceUpdate]:
         started = self.clock()
@@ -196,6 +210,9 @@ class Engine:
         self._finished.append(SequenceUpdate(request_id=sequence.request_id, finish_reason=reason, error=error))
 
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
+        now = self.clock()
+        self._end_interval_s += 0.1 * (now - self._ended_at - self._end_interval_s)
+        self._ended_at = now
         self.scheduler.remove(sequence)
         del self.sequences[sequence.request_id]
         self.metrics.finished(reason)

@@ -1,13 +1,13 @@
 """Chooses what each step computes. Knows blocks and tokens as numbers; knows no tensors and no clock.
 
-Running sequences come first, in the order of their arrival, then waiting ones; each gets as many of its uncomputed
-tokens as the budget leaves, so prompts are computed in chunks beside the decode rows of others.
+Running sequences come first, in the order of their arrival, then waiting ones, clients in rotation; each gets as many
+of its uncomputed tokens as the budget leaves, so prompts are computed in chunks beside the decode rows of others.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.fair_queue import FairQueue
 from cluster.engine.sequence import Sequence
 
 
@@ -45,12 +45,12 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(len(self.waiting) or self.running)
 
     @property
     def num_queued(self) -> int:
@@ -88,8 +88,8 @@ class Scheduler:
                 scheduled.append(ScheduledSequence(sequence, num_tokens))
                 budget -= num_tokens
             position += 1
-        while self.waiting and budget and len(self.running) < self.max_num_seqs and not num_preempted:
-            sequence = self.waiting[0]
+        while len(self.waiting) and budget and len(self.running) < self.max_num_seqs and not num_preempted:
+            sequence = self.waiting.peek()
             num_reused = self.blocks.reuse(sequence)
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if not self.blocks.allocate(sequence, num_reused + num_tokens):
@@ -97,7 +97,7 @@ class Scheduler:
                 sequence.num_computed_tokens = 0
                 break
             num_reused_tokens += num_reused
-            self.waiting.popleft()
+            self.waiting.pop()
             self.running.append(sequence)
             scheduled.append(ScheduledSequence(sequence, num_tokens))
             budget -= num_tokens
@@ -107,4 +107,4 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.free(sequence)
         sequence.num_computed_tokens = 0
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)

@@ -521,8 +521,10 @@ class ExpertController:
             await self._adopted(epoch)
         except ray.exceptions.RayError as error:
             self.metrics.changed(why.split()[0], "failed", 0)
-            self._note(f"{why} failed: a shard did not load ({type(error).__name__}); the old plan stays")
-            raise ClusterError(f"{why} failed, the old plan stays: {error}") from error
+            cause = getattr(error, "cause", None) or error
+            text = f"{why} failed: a shard did not load ({cause!r}); the old plan stays"
+            self._note(text)
+            raise ClusterError(text) from error
         finally:
             self.work = ""
             await self._trim(changed)

@@ -12,14 +12,14 @@ How an error reaches the client (Ray Serve 2.60, both proxies):
 """
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from cluster.errors import ClusterError, InvalidRequest
+from cluster.errors import ClusterError, InvalidRequest, Overloaded
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving import messages
 from cluster.serving.service import InferenceService
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MAX_DETAILS_CHARS = 1000
 MAX_DETAILS_BYTES = 2000  # gRPC writes a byte that is not ASCII as three; 8 KB of trailers is the limit
+
+MAX_CLIENT_CHARS = 128
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -40,6 +42,12 @@ class GrpcContext(Protocol):
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
     def set_details(self, details: str) -> None: ...
+
+    def set_trailing_metadata(self, metadata: list[tuple[str, str]]) -> None: ...
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str]]: ...
+
+    def peer(self) -> str: ...
 
 
 class StreamFailed(Exception):
@@ -61,6 +69,7 @@ class GrpcInferenceService:
                 messages.to_sampling_params(message.sampling_params),
                 request_id=message.request_id or request_id,
                 timeout_s=messages.to_timeout_s(message),
+                client=client_of(grpc_context),
             )
             return messages.to_generate_response(output)
 
@@ -79,6 +88,7 @@ class GrpcInferenceService:
                 messages.to_sampling_params(message.sampling_params),
                 request_id=request_id,
                 timeout_s=messages.to_timeout_s(message),
+                client=client_of(grpc_context),
             )
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
@@ -137,6 +147,14 @@ class GrpcInferenceService:
             raise InvalidRequest(f"the request cannot be read: {error}", "request") from error
 
 
+def client_of(context: GrpcContext) -> str:
+    """Whom a request counts for where clients take turns: its x-client-id, or the host that it comes from."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-client-id":
+            return value[:MAX_CLIENT_CHARS]
+    return (context.peer() or "").rpartition(":")[0]
+
+
 def set_status(context: GrpcContext, error: Exception, request_id: str) -> str:
     """Sets the code and the details that a client sees of an error; returns the details.
 
@@ -151,6 +169,8 @@ def set_status(context: GrpcContext, error: Exception, request_id: str) -> str:
     details = _truncate(details)
     context.set_code(grpc.StatusCode[code])
     context.set_details(details)
+    if isinstance(error, Overloaded):  # gRPC's own name for it: clients with a retry policy follow it by themselves
+        context.set_trailing_metadata([("grpc-retry-pushback-ms", str(round(1000 * error.retry_after_s)))])
     return details
 
 

@@ -146,11 +146,17 @@ class InferenceService:
         self._draining = True
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str = "", timeout_s: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        timeout_s: float | None = None,
+        client: str = "",
     ) -> CompletionOutput:
         """Returns the whole answer. Raises ClusterError; cancelling the call cancels the sequence."""
         with self._track(request_id, timeout_s) as tracked:
-            request = await self._prepare_in_time(prompt, params, tracked)
+            request = replace(await self._prepare_in_time(prompt, params, tracked), client=client)
             deltas = [delta async for delta in self._run(request, tracked)]
         return CompletionOutput(
             request_id=request.request_id,
@@ -162,11 +168,17 @@ class InferenceService:
         )
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str = "", timeout_s: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        timeout_s: float | None = None,
+        client: str = "",
     ) -> AsyncGenerator[TextDelta, None]:
         """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence."""
         with self._track(request_id, timeout_s) as tracked:
-            request = await self._prepare_in_time(prompt, params, tracked)
+            request = replace(await self._prepare_in_time(prompt, params, tracked), client=client)
             async with aclosing(self._run(request, tracked)) as deltas:
                 async for delta in deltas:
                     yield delta

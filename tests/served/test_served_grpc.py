@@ -233,7 +233,7 @@ def test_a_full_queue_is_refused_with_resource_exhausted(stub, served):
         try:
             next(call)
         except grpc.RpcError as error:
-            return error.code(), error.details()
+            return error.code(), error.details(), dict(error.trailing_metadata() or ())
         return None
 
     with ThreadPoolExecutor(len(calls)) as pool:
@@ -241,11 +241,12 @@ def test_a_full_queue_is_refused_with_resource_exhausted(stub, served):
         wait_until(lambda: any(answer.done() and answer.result() for answer in answers), "a refusal")
         for call in calls:
             call.cancel()
-    codes = [answer.result() for answer in answers if answer.result()]
-    assert {code for code, _ in codes} <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
-    refused = [details for code, details in codes if code == grpc.StatusCode.RESOURCE_EXHAUSTED]
+    ends = [answer.result() for answer in answers if answer.result()]
+    assert {code for code, _, _ in ends} <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
+    refused = [end for end in ends if end[0] == grpc.StatusCode.RESOURCE_EXHAUSTED]
     assert refused
-    assert all("try again later" in details for details in refused)
+    assert all("try again in" in details for _, details, _ in refused)
+    assert all(100 <= int(trailing["grpc-retry-pushback-ms"]) <= 60_000 for _, _, trailing in refused)
     wait_until(lambda: scrape(served)["moecluster_engine_kv_used_blocks"] == 0, "blocks are free")
 
 

@@ -137,7 +137,7 @@ def test_a_full_queue_refuses():
     engine.submit(request("a"))
     engine.step()
     engine.submit(request("b"))
-    with pytest.raises(Overloaded, match="try again later"):
+    with pytest.raises(Overloaded, match=r"the queue is full \(1 requests wait\): try again in 0.1 s"):
         engine.submit(request("c"))
     assert set(run_to_end(engine)) == {"a", "b"}
 

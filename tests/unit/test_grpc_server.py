@@ -39,9 +39,19 @@ class FakeContext:
 
     def __init__(self):
         self.code = self.details = None
+        self.metadata, self.trailing = (), {}
 
     def set_code(self, code):
         self.code = code
+
+    def set_trailing_metadata(self, metadata):
+        self.trailing = dict(metadata)
+
+    def invocation_metadata(self):
+        return self.metadata
+
+    def peer(self):
+        return "ipv4:192.0.2.7:51234"
 
     def set_details(self, details):
         self.details = details

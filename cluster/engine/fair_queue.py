@@ -1,0 +1,71 @@
+"""Sequences that wait for their turn: clients in rotation, each one's own in the order of their arrival.
+
+A client that sends a thousand requests delays another's first one by one request, not by a thousand.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+
+from cluster.engine.sequence import Sequence
+
+
+class FairQueue:
+    """Used by one thread."""
+
+    def __init__(self) -> None:
+        self._returned: deque[Sequence] = deque()  # had begun and lost their blocks: before all others
+        self._clients: OrderedDict[str, deque[Sequence]] = OrderedDict()  # the first one's turn is next
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._returned
+        for own in self._clients.values():
+            yield from own
+
+    def append(self, sequence: Sequence) -> None:
+        self._clients.setdefault(sequence.request.client, deque()).append(sequence)
+        self._length += 1
+
+    def put_back(self, sequence: Sequence) -> None:
+        """It had its turn and needs another one: it is next."""
+        self._returned.appendleft(sequence)
+        self._length += 1
+
+    def peek(self) -> Sequence:
+        """What `pop` would take."""
+        return self._returned[0] if self._returned else next(iter(self._clients.values()))[0]
+
+    def pop(self) -> Sequence:
+        self._length -= 1
+        if self._returned:
+            return self._returned.popleft()
+        client, own = next(iter(self._clients.items()))
+        sequence = own.popleft()
+        if own:
+            self._clients.move_to_end(client)
+        else:
+            del self._clients[client]
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Raises ValueError for one that is not here."""
+        if sequence in self._returned:
+            self._returned.remove(sequence)
+        else:
+            client = sequence.request.client
+            own = self._clients.get(client, deque())
+            own.remove(sequence)
+            if not own:
+                del self._clients[client]
+        self._length -= 1
+
+    def to_make_room(self, client: str) -> Sequence | None:
+        """Whom a request of `client` may take the place of: the latest of the client with the most that wait here, if
+        that is at least two more than `client` itself has. What was let in by another replica keeps its place."""
+        largest = max(self._clients.values(), key=len, default=deque())
+        if len(largest) < len(self._clients.get(client, ())) + 2:
+            return None
+        return next((sequence for sequence in reversed(largest) if not sequence.request.num_replays), None)
