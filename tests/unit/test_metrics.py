@@ -37,6 +37,7 @@ METRICS = {
     "moecluster_time_to_first_token_seconds": ("histogram", set()),
     "moecluster_inter_token_latency_seconds": ("histogram", set()),
     "moecluster_request_duration_seconds": ("histogram", set()),
+    "moecluster_request_replays_total": ("counter", set()),
     "moecluster_prompt_tokens_total": ("counter", set()),
     "moecluster_generated_tokens_total": ("counter", set()),
     "moecluster_engine_running_sequences": ("gauge", {"replica"}),
@@ -55,6 +56,9 @@ METRICS = {
     "moecluster_dispatch_received_bytes_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_round_trip_seconds": ("histogram", {"replica", "shard_id"}),
     "moecluster_dispatch_fallbacks_total": ("counter", {"replica", "shard_id"}),
+    "moecluster_controller_imbalance": ("gauge", set()),
+    "moecluster_controller_changes_total": ("counter", {"kind", "outcome"}),
+    "moecluster_controller_moved_experts_total": ("counter", set()),
     "moecluster_dispatch_hedged_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_rerouted_rows_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_plan_epoch": ("gauge", {"replica"}),
@@ -107,6 +111,8 @@ def filled(registry: CollectorRegistry) -> CollectorRegistry:
     controller = ControllerMetrics(registry)
     controller.plan_epoch(5)
     controller.shards(up=1, wanted=2)
+    controller.imbalance(1.5)
+    controller.changed("rebalance", "done", 7)
     controller.respawned(1)
     controller.coverage(zero=1, one=60, more=3)
     return registry
