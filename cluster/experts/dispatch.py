@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.5  # how long a resend waits for news of the plan; a respawn takes seconds (process start, load)
 HEDGE_FLOOR_S = 0.1  # rows go to another copy at the earliest after so long: 50 times a healthy round trip (1 to 2 ms)
-HEDGE_FACTOR = 4.0  # or after this many times the slowest recent answer to as many rows
+HEDGE_CEILING_S = 5.0  # and at the latest after so long
+HEDGE_FACTOR = 4.0  # between them after this many times the longest recent wait for an answer to as many rows
 HEDGE_SHARE = 0.05  # of all sendings may be such second ones, so that a slow cluster is not loaded twice
 HEDGE_BURST = 10.0
 SLOWEST_DECAY = 0.99  # of the slowest answer, at each answer
@@ -109,7 +110,7 @@ class ExpertDispatcher:
         self._routes: dict[tuple[int, frozenset[int]], _Route] = {}
         self._epoch = 0
         self._suspects: dict[int, _Suspect] = {}
-        self._slowest: dict[int, float] = {}  # by the number of bits in the number of rows: seconds
+        self._slowest: dict[int, float] = {}  # longest recent wait by the number of bits in the number of rows: seconds
         self._hedges = HEDGE_BURST
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
@@ -178,7 +179,7 @@ class ExpertDispatcher:
         """Blocks for one leg's rows: [R, H] float32, or None when its shard is lost."""
         value: Tensor | None = None
         lost_at = min(leg.sent_at + self.shard_timeout_s, deadline)
-        late_at: float | None = leg.sent_at + self._patience_s(leg)
+        late_at: float | None = self.clock() + self._patience_s(leg)
         while value is None and leg.flight is not None and (now := self.clock()) < lost_at:
             if late_at is not None and now >= late_at:
                 late_at = None
@@ -196,6 +197,7 @@ class ExpertDispatcher:
         """One leg's rows [R, H] float32; None when they are not there, and then without a flight if they never come."""
         if leg.flight is None:
             return None
+        began = self.clock()
         try:
             value = leg.flight.result(timeout_s)
         except TimeoutError:
@@ -204,11 +206,12 @@ class ExpertDispatcher:
             log.debug("layer %d: %s", leg.batch.layer_id, error)
             leg.flight = None
             return None
-        seconds = self.clock() - leg.sent_at
-        self.metrics.returned(leg.shard_id, seconds, value.nbytes)
+        now = self.clock()
+        self.metrics.returned(leg.shard_id, now - leg.sent_at, value.nbytes)
         self._suspects.pop(leg.shard_id, None)
         size = leg.batch.hidden_states.shape[0].bit_length()
-        self._slowest[size] = max(seconds, SLOWEST_DECAY * self._slowest.get(size, 0.0))
+        # From when it was waited for: an answer that lay there while another was late says nothing.
+        self._slowest[size] = max(now - began, SLOWEST_DECAY * self._slowest.get(size, 0.0))
         return value.float()
 
     def _give_up(self, leg: Leg) -> None:
@@ -223,8 +226,8 @@ class ExpertDispatcher:
     def _patience_s(self, leg: Leg) -> float:
         """How long this leg's answer may take before it is asked of another copy: from what answers took lately."""
         size = leg.batch.hidden_states.shape[0].bit_length()
-        slowest = self._slowest.get(size) or max(self._slowest.values(), default=self.shard_timeout_s)
-        return max(HEDGE_FLOOR_S, HEDGE_FACTOR * slowest)
+        slowest = self._slowest.get(size, max(self._slowest.values(), default=HEDGE_CEILING_S))
+        return min(HEDGE_CEILING_S, max(HEDGE_FLOOR_S, HEDGE_FACTOR * slowest))
 
     def _can_hedge(self, leg: Leg) -> bool:
         """Whether all of its experts have a copy on another shard that is up, and hedges are not used up."""
