@@ -24,10 +24,9 @@ log = logging.getLogger(__name__)
 RETRY_INTERVAL_S = 0.5  # how long a resend waits for news of the plan; a respawn takes seconds (process start, load)
 HEDGE_FLOOR_S = 0.1  # rows go to another copy at the earliest after so long: 50 times a healthy round trip (1 to 2 ms)
 HEDGE_CEILING_S = 5.0  # and at the latest after so long
-HEDGE_FACTOR = 4.0  # between them after this many times the longest recent wait for an answer to as many rows
+HEDGE_UNKNOWN_S = 1.0  # before anything is known
 HEDGE_SHARE = 0.05  # of all sendings may be such second ones, so that a slow cluster is not loaded twice
 HEDGE_BURST = 10.0
-SLOWEST_DECAY = 0.99  # of the slowest answer, at each answer
 TURN_S = 0.01  # how long a hedged call waits at one of its copies before it looks at the other
 SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # a shard that failed n calls in a row gets no rows that have another copy
 
@@ -82,6 +81,26 @@ class _Suspect:
     until: float = 0.0
 
 
+@dataclass(slots=True)
+class _Waits:
+    """What recent waits for an answer took, and what is longer than usual: mean plus four mean deviations, as TCP
+    decides when to send again (RFC 6298, with its 1/8 and 1/4)."""
+
+    mean_s: float = -1.0
+    deviation_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        if self.mean_s < 0:
+            self.mean_s, self.deviation_s = seconds, seconds / 2
+        else:
+            self.deviation_s += (abs(seconds - self.mean_s) - self.deviation_s) / 4
+            self.mean_s += (seconds - self.mean_s) / 8
+
+    @property
+    def limit_s(self) -> float:
+        return self.mean_s + 4 * self.deviation_s
+
+
 class ExpertDispatcher:
     """One engine's way to all experts. Used by one thread.
 
@@ -110,7 +129,7 @@ class ExpertDispatcher:
         self._routes: dict[tuple[int, frozenset[int]], _Route] = {}
         self._epoch = 0
         self._suspects: dict[int, _Suspect] = {}
-        self._slowest: dict[int, float] = {}  # longest recent wait by the number of bits in the number of rows: seconds
+        self._waits: dict[int, _Waits] = {}  # by the number of bits in the number of rows
         self._hedges = HEDGE_BURST
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
@@ -211,7 +230,7 @@ class ExpertDispatcher:
         self._suspects.pop(leg.shard_id, None)
         size = leg.batch.hidden_states.shape[0].bit_length()
         # From when it was waited for: an answer that lay there while another was late says nothing.
-        self._slowest[size] = max(now - began, SLOWEST_DECAY * self._slowest.get(size, 0.0))
+        self._waits.setdefault(size, _Waits()).add(now - began)
         return value.float()
 
     def _give_up(self, leg: Leg) -> None:
@@ -226,8 +245,9 @@ class ExpertDispatcher:
     def _patience_s(self, leg: Leg) -> float:
         """How long this leg's answer may take before it is asked of another copy: from what answers took lately."""
         size = leg.batch.hidden_states.shape[0].bit_length()
-        slowest = self._slowest.get(size, max(self._slowest.values(), default=HEDGE_CEILING_S))
-        return min(HEDGE_CEILING_S, max(HEDGE_FLOOR_S, HEDGE_FACTOR * slowest))
+        waits = self._waits.get(size)
+        expected = HEDGE_UNKNOWN_S if waits is None else waits.limit_s
+        return min(HEDGE_CEILING_S, max(HEDGE_FLOOR_S, expected))
 
     def _can_hedge(self, leg: Leg) -> bool:
         """Whether all of its experts have a copy on another shard that is up, and hedges are not used up."""
