@@ -126,7 +126,7 @@ class ExpertDispatcher:
         self.shard_timeout_s = shard_timeout_s
         self.recovery_timeout_s = recovery_timeout_s
         self.clock = clock
-        self._routes: dict[tuple[int, frozenset[int]], _Route] = {}
+        self._routes: dict[tuple[int, frozenset[int], frozenset[int]], _Route] = {}
         self._epoch = 0
         self._suspects: dict[int, _Suspect] = {}
         self._waits: dict[int, _Waits] = {}  # by the number of bits in the number of rows
@@ -167,7 +167,7 @@ class ExpertDispatcher:
                 topk_weights=topk_weights,
             )
             return [self._launch(0, None, batch)]
-        shard_of = self._route(plan, layer_id, avoid | self._suspected(), topk_ids.device).shards(topk_ids)  # [T, K]
+        shard_of = self._route(plan, layer_id, avoid, topk_ids.device).shards(topk_ids)  # [T, K]
         legs = []
         for shard_id in range(plan.num_shards):
             mine = shard_of == shard_id
@@ -254,9 +254,9 @@ class ExpertDispatcher:
         plan = self._current_plan()
         if plan.num_shards == 1 or self._hedges < 1.0:
             return False
-        avoid = self._suspected() | {leg.shard_id}
-        shards = self._route(plan, leg.batch.layer_id, avoid, leg.batch.topk_ids.device).shards(leg.batch.topk_ids)
-        return not any(bool((shards == shard_id).any()) for shard_id in avoid | plan.down)
+        route = self._route(plan, leg.batch.layer_id, frozenset({leg.shard_id}), leg.batch.topk_ids.device)
+        shards = route.shards(leg.batch.topk_ids)
+        return not any(bool((shards == shard_id).any()) for shard_id in plan.down | {leg.shard_id})
 
     def _hedge(self, late: Leg, deadline: float) -> Tensor | None:
         """Asks other copies too, and takes what is whole first: [R, H] float32; None when neither comes."""
@@ -326,7 +326,7 @@ class ExpertDispatcher:
         plan = self._current_plan()
         if plan.num_shards == 1:
             return False
-        route = self._route(plan, leg.batch.layer_id, self._suspected(), leg.batch.topk_ids.device)
+        route = self._route(plan, leg.batch.layer_id, frozenset(), leg.batch.topk_ids.device)
         return not bool((route.shards(leg.batch.topk_ids) == leg.shard_id).any())
 
     def _suspected(self) -> frozenset[int]:
@@ -336,9 +336,10 @@ class ExpertDispatcher:
         return frozenset(shard_id for shard_id, suspect in self._suspects.items() if suspect.until > now)
 
     def _route(self, plan: PlacementPlan, layer_id: int, avoid: frozenset[int], device: torch.device) -> "_Route":
-        route = self._routes.get((layer_id, avoid))
+        key = (layer_id, avoid, self._suspected())
+        route = self._routes.get(key)
         if route is None:
-            route = self._routes[layer_id, avoid] = _Route(plan, layer_id, avoid, device)
+            route = self._routes[key] = _Route(plan, *key, device)
         return route
 
     def _current_plan(self) -> PlacementPlan:
@@ -352,16 +353,26 @@ class ExpertDispatcher:
 
 
 class _Route:
-    """Which shard computes an expert of one layer: of its copies those that are up and not avoided, if there are any.
+    """Which shard computes an expert of one layer: of its copies those that are up and not avoided, without the
+    suspected ones where that leaves any.
 
     copies: [E, C] int64 shard ids, an expert's own repeated to the width of the most copied one.  counts: [E] int64.
     """
 
-    def __init__(self, plan: PlacementPlan, layer_id: int, avoid: frozenset[int], device: torch.device) -> None:
-        chosen = []
+    def __init__(
+        self,
+        plan: PlacementPlan,
+        layer_id: int,
+        avoid: frozenset[int],
+        suspected: frozenset[int],
+        device: torch.device,
+    ) -> None:
+        chosen: list[tuple[int, ...]] = []
         for owners in plan.owners(layer_id):
-            up = [shard_id for shard_id in owners if shard_id not in plan.down]
-            chosen.append([shard_id for shard_id in up if shard_id not in avoid] or up or list(owners))
+            best = owners
+            for worse in (plan.down, avoid, suspected):
+                best = tuple(shard_id for shard_id in best if shard_id not in worse) or best
+            chosen.append(best)
         width = max(map(len, chosen))
         self.counts = torch.tensor([len(shards) for shards in chosen], device=device)
         self.copies = torch.tensor(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.errors import SetupError, ShardUnavailable
-from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.dispatch import ExpertDispatcher, FixedPlan, Leg
 from cluster.experts.placement import PlacementPlan, plan_evenly
 from cluster.metrics import DispatchMetrics, new_registry
 
@@ -282,6 +282,21 @@ def test_a_late_shard_is_overtaken_by_its_copies():
     transport.sent.clear()
     assert torch.equal(run(made), EXPECTED)
     assert 2 not in shards_of(transport)
+
+
+def test_a_late_shard_is_overtaken_even_by_a_copy_that_was_late_itself_a_moment_ago():
+    """On a busy machine everyone is late at times: who really hangs must not find the others barred."""
+    clock = Clock()
+    transport = SlowTransport(clock)
+    plan = PlacementPlan(epoch=1, num_experts=4, slices=({0: (0, 1)}, {0: (2, 3)}, {0: (0, 1)}, {0: (2, 3)}))
+    made = dispatcher(transport, FixedPlan(plan), clock=clock)
+    warm(made, transport)
+    for shard_id in (0, 1):
+        made._give_up(Leg(shard_id, None, None, clock.now, None))
+    transport.delays = {2: 1000.0, 3: 1000.0}
+    started = clock.now
+    assert torch.equal(run(made), EXPECTED)
+    assert clock.now - started < 0.5
 
 
 def test_a_late_shard_that_answers_before_its_copies_wins():
