@@ -19,34 +19,41 @@ from cluster.bench.systems import SystemSpec, check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.config import ModelConfig
-from cluster.errors import ClusterError, SetupError, Unavailable
+from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
 from cluster.serving.client import Client
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 _READY_S = 10.0
+_MAX_THREADS = 1000  # streams of an open loop at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamTiming:
-    """One answer. arrivals_s: when each of its tokens came, after it was asked for; several may come in one piece."""
+    """One answer. arrivals_s: when each of its tokens came, after it was asked for; several may come in one piece.
+    refused_s: when it was refused for want of room, None if it was not."""
 
     arrivals_s: tuple[float, ...]
     error: str = ""
+    refused_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadResult:
-    """Milliseconds by percentile (50, 90, 99). gap: between two pieces of an answer.
+    """Milliseconds by percentile (50, 90, 99). gap: between two pieces of an answer.  whole: to its last token.
+    refusal: to being refused for want of room, which is no failure.
 
     server_bytes: the memory of the server's processes before and after.
     """
 
     requests: int
     failed: int
+    refused: int
     tokens_per_s: float
     first_token_ms: tuple[float, float, float]
     gap_ms: tuple[float, float, float]
     per_token_ms: tuple[float, float, float]
+    whole_ms: tuple[float, float, float]
+    refusal_ms: tuple[float, float, float]
     errors: tuple[str, ...] = ()
     offline_tokens_per_s: float | None = None
     server_bytes: tuple[int, int] | None = None
@@ -87,16 +94,20 @@ def measure_server(args: argparse.Namespace) -> int:
 
 def summarize(timings: list[StreamTiming], took_s: float) -> LoadResult:
     """took_s: from the first request to the end of the last."""
-    good = [timing for timing in timings if not timing.error]
+    good = [timing for timing in timings if not timing.error and timing.refused_s is None]
+    refused = [timing.refused_s for timing in timings if timing.refused_s is not None]
     gaps = [b - a for t in good for a, b in zip(t.arrivals_s, t.arrivals_s[1:], strict=False) if b > a]
     per_token = [(t.arrivals_s[-1] - t.arrivals_s[0]) / (len(t.arrivals_s) - 1) for t in good if len(t.arrivals_s) > 1]
     return LoadResult(
         requests=len(timings),
-        failed=len(timings) - len(good),
+        failed=len(timings) - len(good) - len(refused),
+        refused=len(refused),
         tokens_per_s=sum(len(t.arrivals_s) for t in good) / took_s,
         first_token_ms=_percentiles([t.arrivals_s[0] for t in good]),
         gap_ms=_percentiles(gaps),
         per_token_ms=_percentiles(per_token),
+        whole_ms=_percentiles([t.arrivals_s[-1] for t in good]),
+        refusal_ms=_percentiles(refused),
         errors=tuple(sorted({t.error for t in timings if t.error})),
     )
 
@@ -114,7 +125,7 @@ def _run(client: Client, args: argparse.Namespace, vocab_size: int, advance: Cal
     if args.rate is None:
         with ThreadPoolExecutor(args.concurrency) as pool:
             return list(pool.map(ask, prompts))
-    with ThreadPoolExecutor(args.requests) as pool:
+    with ThreadPoolExecutor(min(args.requests, _MAX_THREADS)) as pool:
         asked = []
         for prompt in prompts:
             asked.append(pool.submit(ask, prompt))
@@ -169,6 +180,8 @@ def _time_stream(client: Client, prompt: list[int], params: SamplingParams) -> S
     try:
         for piece in client.stream(prompt, params):
             arrivals += [time.perf_counter() - started] * len(piece.token_ids)
+    except Overloaded:
+        return StreamTiming(arrivals_s=(), refused_s=time.perf_counter() - started)
     except ClusterError as error:
         return StreamTiming(arrivals_s=tuple(arrivals), error=str(error))
     return StreamTiming(arrivals_s=tuple(arrivals), error="" if arrivals else "an answer without a token")
@@ -187,7 +200,7 @@ def _print(result: LoadResult, args: argparse.Namespace) -> None:
     loop = f"{args.concurrency} streams at a time" if args.rate is None else f"{args.rate:g} requests/s"
     print(
         f"{result.requests} requests of {args.prompt_tokens} prompt and {args.output_tokens} output tokens, {loop}: "
-        f"{result.tokens_per_s:.1f} tokens/s, {result.failed} failed\n"
+        f"{result.tokens_per_s:.1f} tokens/s, {result.failed} failed, {result.refused} refused\n"
     )
     if result.offline_tokens_per_s is not None:
         ratio = result.tokens_per_s / result.offline_tokens_per_s
@@ -199,7 +212,10 @@ def _print(result: LoadResult, args: argparse.Namespace) -> None:
     rows: list[tuple[str, ...]] = [("milliseconds", "50 %", "90 %", "99 %")]
     for name, values in (
         ("first token", result.first_token_ms), ("between pieces", result.gap_ms), ("for a token", result.per_token_ms),
+        ("whole answer", result.whole_ms), ("refusal", result.refusal_ms),
     ):  # fmt: skip
+        if name == "refusal" and not result.refused:
+            continue
         rows.append((name, *(f"{value:.1f}" for value in values)))
     print("\n".join(markdown_table(rows)))
     for error in result.errors:

@@ -32,7 +32,10 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run of chaos found. Seconds. different: answers with another token or text than without faults."""
+    """What a run of chaos found. different: answers with another token or text than without faults.
+
+    stall: the longest wait between two pieces of an answer; gap: 99 % of them are shorter. In seconds.
+    """
 
     requests: int
     failed: int
@@ -40,6 +43,8 @@ class Outcome:
     faults: dict[str, int]
     worst_stall_s: float
     quiet_stall_s: float
+    gap_s: float
+    quiet_gap_s: float
     worst_recovery_s: float
     seconds: float
     errors: tuple[str, ...]
@@ -148,14 +153,18 @@ def unleash(
         for question, reply in asked
         if not reply.error and (reply.token_ids, reply.text) != (quiet[question].token_ids, quiet[question].text)
     ]
+    gaps = [gap for _, reply in asked for gap in reply.gaps_s]
+    quiet_gaps = [gap for reply in quiet for gap in reply.gaps_s]
     failed = [reply.error for _, reply in asked if reply.error]
     return Outcome(
         requests=len(asked),
         failed=len(failed),
         different=len(different),
         faults=dict(Counter(fault.kind for fault in injected)),
-        worst_stall_s=max((reply.worst_stall_s for _, reply in asked), default=0.0),
-        quiet_stall_s=max(reply.worst_stall_s for reply in quiet),
+        worst_stall_s=max(gaps, default=0.0),
+        quiet_stall_s=max(quiet_gaps, default=0.0),
+        gap_s=_percentile(gaps, 0.99),
+        quiet_gap_s=_percentile(quiet_gaps, 0.99),
         worst_recovery_s=max((fault.recovered_s for fault in injected), default=0.0),
         seconds=seconds,
         errors=tuple(sorted(set(failed))[:10]),
@@ -204,6 +213,11 @@ class _Traffic:
             self._on_reply()
 
 
+def _percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
 def _print(outcome: Outcome, dtype: str) -> None:
     print(f"\nfaults            {sum(outcome.faults.values())}")
     for kind, count in outcome.faults.items():
@@ -212,6 +226,7 @@ def _print(outcome: Outcome, dtype: str) -> None:
     print(f"failed            {outcome.failed}")
     print(f"different         {outcome.different}")
     print(f"worst stall       {outcome.worst_stall_s:.2f} s (without faults {outcome.quiet_stall_s:.2f} s)")
+    print(f"99 % of gaps      {outcome.gap_s:.3f} s (without faults {outcome.quiet_gap_s:.3f} s)")
     print(f"worst recovery    {outcome.worst_recovery_s:.1f} s, until every process was there again")
     for error in outcome.errors:
         print(f"error             {error}")

@@ -31,10 +31,9 @@ class Reply:
     error: str = ""
 
     @property
-    def worst_stall_s(self) -> float:
-        """The longest wait between two pieces; the first piece's wait is queueing and does not count."""
-        pieces = self.arrivals[1:]
-        return max((b - a for a, b in itertools.pairwise(pieces)), default=0.0)
+    def gaps_s(self) -> list[float]:
+        """Waits between two pieces; the first piece's wait is queueing and does not count."""
+        return [b - a for a, b in itertools.pairwise(self.arrivals[1:])]
 
 
 def make_questions(count: int, vocab_size: int, seed: int) -> list[Question]:
