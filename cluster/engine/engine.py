@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.retry_hint import RetryHint
 from cluster.engine.runner import ModelRunner
 from cluster.engine.scheduler import Batch, Scheduler
 from cluster.engine.sequence import Sequence
@@ -20,7 +21,6 @@ from cluster.types import EngineRequest, EngineStats, FinishReason, Logprobs, Se
 
 log = logging.getLogger(__name__)
 
-MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0  # what a refused client is told to wait: until about half the queue is through
 MAX_CANCELLED_EARLY = 1024  # ids kept of cancels that found no sequence; most are of finished ones
 
 
@@ -54,7 +54,7 @@ class Engine:
         )
         self.sequences: dict[str, Sequence] = {}
         self.num_generated_tokens = 0
-        self._ended_at, self._end_interval_s = self.clock(), 0.0  # when a sequence ended last; seconds between two
+        self._retry_hint = RetryHint(self.clock())
         self._finished: list[SequenceUpdate] = []
         self._cancelled_early: dict[str, None] = {}
 
@@ -146,7 +146,7 @@ class Engine:
     def _make_room(self, client: str) -> None:
         """In a full queue the client with the most waiting requests loses its latest. Raises Overloaded if that is
         this one."""
-        later_s = min(MAX_RETRY_S, max(MIN_RETRY_S, self.config.max_waiting / 2 * self._end_interval_s))
+        later_s = self._retry_hint.seconds(self.config.max_waiting)
         full = Overloaded(
             f"the queue is full ({self.config.max_waiting} requests wait): try again in {later_s:.1f} s", later_s
         )
@@ -210,9 +210,7 @@ class Engine:
         self._finished.append(SequenceUpdate(request_id=sequence.request_id, finish_reason=reason, error=error))
 
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
-        now = self.clock()
-        self._end_interval_s += 0.1 * (now - self._ended_at - self._end_interval_s)
-        self._ended_at = now
+        self._retry_hint.ended(self.clock())
         self.scheduler.remove(sequence)
         del self.sequences[sequence.request_id]
         self.metrics.finished(reason)

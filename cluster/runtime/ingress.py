@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import logging
+import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -93,11 +94,20 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             ),
             metrics=metrics,
             limits=ServiceLimits(max_request_bytes=config.max_request_bytes),
+            room=self._room,
         )
         self._health = HealthState()
         GrpcInferenceService.__init__(self, self._service)
         GrpcHealthService.__init__(self, self._health)
         self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
+
+    def _room(self) -> float:
+        """This ingress's part of what all engines run and queue; unknown before the first look at them."""
+        engines = len(self._replicas.engines)
+        if not engines:
+            return math.inf
+        config = self._config
+        return engines * (config.max_num_seqs + config.max_waiting) / config.ingress_replicas
 
     async def num_running(self) -> int:
         """Requests under way; a stop waits for none."""

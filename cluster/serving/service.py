@@ -6,14 +6,17 @@ balancer over attention replicas, or an engine of this process.
 
 import asyncio
 import logging
+import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, RequestCancelled, Unavailable
+from cluster.engine.retry_hint import RetryHint
+from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
 from cluster.serving.detokenizer import StreamDetokenizer, TokenBytes
 from cluster.serving.prepare import Prompt, RequestPreparer
 from cluster.serving.tokenizer import Tokenizer
@@ -104,6 +107,7 @@ class InferenceService:
     """One model's service. Not thread-safe: call it from one event loop.
 
     defaults: the checkpoint's generation_config; None fields take `SAMPLING_DEFAULTS`.
+    room: how many requests the backend has place for; beyond it they are refused before anything is done for them.
     clock: monotonic seconds.
     """
 
@@ -116,6 +120,7 @@ class InferenceService:
         backend: GenerationBackend,
         metrics: RequestMetrics,
         limits: ServiceLimits | None = None,
+        room: Callable[[], float] = lambda: math.inf,
         clock: Callable[[], float] = time.monotonic,
         new_request_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
@@ -127,7 +132,10 @@ class InferenceService:
         self._backend = backend
         self._metrics = metrics
         self._clock = clock
-        self._running: set[str] = set()
+        self._room = room
+        self._running: dict[str, str] = {}  # request id -> client
+        self._by_client: Counter[str] = Counter()
+        self._retry_hint = RetryHint(clock())
         self._draining = False
 
     @property
@@ -155,7 +163,7 @@ class InferenceService:
         client: str = "",
     ) -> CompletionOutput:
         """Returns the whole answer. Raises ClusterError; cancelling the call cancels the sequence."""
-        with self._track(request_id, timeout_s) as tracked:
+        with self._track(request_id, timeout_s, client) as tracked:
             request = replace(await self._prepare_in_time(prompt, params, tracked), client=client)
             deltas = [delta async for delta in self._run(request, tracked)]
         return CompletionOutput(
@@ -177,7 +185,7 @@ class InferenceService:
         client: str = "",
     ) -> AsyncGenerator[TextDelta, None]:
         """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence."""
-        with self._track(request_id, timeout_s) as tracked:
+        with self._track(request_id, timeout_s, client) as tracked:
             request = replace(await self._prepare_in_time(prompt, params, tracked), client=client)
             async with aclosing(self._run(request, tracked)) as deltas:
                 async for delta in deltas:
@@ -267,13 +275,13 @@ class InferenceService:
             raise
 
     @contextmanager
-    def _track(self, request_id: str, timeout_s: float | None) -> Iterator[_Request]:
+    def _track(self, request_id: str, timeout_s: float | None, client: str) -> Iterator[_Request]:
         """Counts a request from its arrival to its end, whatever the end, and logs the end."""
         tracked = _Request(request_id or self.new_request_id(), self._clock(), timeout_s)
         self._metrics.started()
         reason = ""
         try:
-            with self._admitted(tracked):
+            with self._admitted(tracked, client):
                 yield tracked
         except (asyncio.CancelledError, GeneratorExit, RequestCancelled):
             # Closed after its last delta, a request has its outcome already.
@@ -294,7 +302,7 @@ class InferenceService:
             )  # fmt: skip
 
     @contextmanager
-    def _admitted(self, tracked: _Request) -> Iterator[None]:
+    def _admitted(self, tracked: _Request, client: str) -> Iterator[None]:
         """Refuses what cannot be let in, and holds a place in `_running`."""
         request_id, timeout_s = tracked.request_id, tracked.timeout_s
         if self._draining:
@@ -304,11 +312,23 @@ class InferenceService:
             raise InvalidRequest(f"request_id {request_id!r} is that of a running request", "request_id")
         if timeout_s is not None and not 0 < timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_ms is {timeout_s * 1000:g}, it must be above 0", "timeout_ms")
-        self._running.add(request_id)
+        if len(self._running) >= self._room() and not self._is_modest(client):
+            later_s = self._retry_hint.seconds(len(self._running))
+            raise Overloaded(f"all attention replicas are full: try again in {later_s:.1f} s", later_s)
+        self._running[request_id] = client
+        self._by_client[client] += 1
         try:
             yield
         finally:
-            self._running.discard(request_id)
+            del self._running[request_id]
+            self._by_client[client] -= 1
+            if not self._by_client[client]:
+                del self._by_client[client]
+            self._retry_hint.ended(self._clock())
+
+    def _is_modest(self, client: str) -> bool:
+        """Whether a full server should hear this client: another one has two more running; an engine then chooses."""
+        return self._by_client[client] + 2 <= max(self._by_client.values(), default=0)
 
 
 class Answer:
