@@ -52,6 +52,7 @@ class ClusterConfig:
 
     model: the checkpoint's directory, readable on every node.
     attention_replicas, expert_shards: how many processes of each role.
+    max_attention_replicas: Serve adds and removes some by waiting sequences and KV use up to so many; None is never.
     min_copies: of each expert, on different shards; with 2 a lost shard costs no wait.
     redundant_experts: further copies a layer, of the experts with the highest load.
     expert_memory_bytes: of one shard, for weights; None is what min_copies and redundant_experts need.
@@ -75,6 +76,7 @@ class ClusterConfig:
     dtype: str = "auto"
     device: str = "auto"
     attention_replicas: int = 1
+    max_attention_replicas: int | None = None
     expert_shards: int = 2
     ingress_replicas: int = 1
     min_copies: int = 1
@@ -134,6 +136,8 @@ class ClusterConfig:
         ):
             _check_number(self, name, 0)
         _check_number(self, "metrics_port", 0, 65535)
+        if self.max_attention_replicas is not None:
+            _check_number(self, "max_attention_replicas", self.attention_replicas)
         self.engine()
 
     def engine(self) -> EngineConfig:

@@ -74,6 +74,7 @@ class ExpertShardActor:
         self.shard: ExpertShard | None = None
         self.record: ClusterRecord | None = None
         self.metrics = ShardMetrics(new_registry(), shard_id)
+        self._source = ("", "", "")  # model, dtype and device of what is held
         self._reported: dict[tuple[int, int], int] = {}
         self._slow_until = 0.0
         self._refuse_load = False
@@ -92,15 +93,20 @@ class ExpertShardActor:
     ) -> int:
         """Holds `experts` from now on, while calls go on; returns the bytes of their weights.
 
-        Raises CheckpointError, SetupError.
+        What is here of the same model, dtype and device is not read again. Raises CheckpointError, SetupError.
         """
         reader = CheckpointReader(model_dir)
-        shard = self.shard or ExpertShard(
-            self.shard_id,
-            reader.config,
-            dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
-            device=resolve_device(device),
-        )
+        if self.shard is None or self._source != (model_dir, dtype, device):
+            self.shard = None
+            shard = ExpertShard(
+                self.shard_id,
+                reader.config,
+                dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
+                device=resolve_device(device),
+            )
+            self._reported, self._source = {}, (model_dir, dtype, device)
+        else:
+            shard = self.shard
         if self._refuse_load:
             self._refuse_load = False
             raise MemoryError("no memory, as a rehearsal")

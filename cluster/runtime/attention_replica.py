@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ClusterConfig
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
 from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
+from cluster.runtime.autoscaling import engine_load
 from cluster.runtime.controller import get_controller
 from cluster.runtime.process import actor_environment, num_threads
 from cluster.runtime.protocol import LONG_POLL_S, shard_group
@@ -88,6 +89,7 @@ class AttentionReplica:
             raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
         self._streams: dict[str, UpdateQueue] = {}
         self._lost = ""
+        self._max_num_seqs = config.max_num_seqs
         # Ray cancels what a cancelled request called, and a cancelled call holds up all later ones of its caller to
         # the same actor for 30 s (Ray 2.60): calls to the engine are made in the replica's name, not in a request's.
         self._own = contextvars.copy_context()
@@ -115,6 +117,11 @@ class AttentionReplica:
             del self._streams[request.request_id]
             if not ended:
                 self._own.run(self.engine.cancel.remote, [request.request_id])
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks, where it scales by load."""
+        stats = await _as_future(self._own.run(self.engine.stats.remote))
+        return engine_load(stats, self._max_num_seqs)
 
     def check_health(self) -> None:
         """Serve asks; a replica whose engine is gone is replaced."""

@@ -29,6 +29,7 @@ from cluster.experts.transport import ExpertTransport
 from cluster.metrics import DispatchMetrics
 from cluster.model.kv_cache import num_kv_blocks
 from cluster.runtime.attention_replica import AttentionReplica
+from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.ingress import Ingress
@@ -167,7 +168,10 @@ def build_application(config: ClusterConfig) -> serve.Application:
     environment = actor_environment(shard_group(config), 1)
     replicas = serve.deployment(AttentionReplica).options(
         name="AttentionReplica",
-        num_replicas=config.attention_replicas,
+        num_replicas=config.attention_replicas if config.max_attention_replicas is None else "auto",
+        autoscaling_config=None
+        if config.max_attention_replicas is None
+        else autoscaling_config(config.attention_replicas, config.max_attention_replicas),
         placement_group_bundles=[bundle],
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
@@ -272,7 +276,12 @@ class ServedCluster:
                 port=self.grpc_port, grpc_servicer_functions=GRPC_SERVICERS, enable_reflection=True
             ),
         )
-        serve.run(build_application(self.config), name=APPLICATION, route_prefix="/", external_scaler_enabled=True)
+        serve.run(
+            build_application(self.config),
+            name=APPLICATION,
+            route_prefix="/",
+            external_scaler_enabled=self.config.max_attention_replicas is None,  # else Serve scales by itself
+        )
 
     def _find_controller(self) -> Any:
         controller = _find(f"{self.group}:controller")

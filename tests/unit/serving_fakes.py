@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
@@ -161,6 +162,7 @@ def make_service(
     max_request_bytes: int = 10_000,
     max_model_len: int = MAX_MODEL_LEN,
     clock: TickingClock | None = None,
+    room: float = math.inf,
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
     info = ModelInfo(
@@ -175,6 +177,7 @@ def make_service(
         backend=backend,
         metrics=metrics or FakeMetrics(),
         limits=ServiceLimits(max_request_bytes=max_request_bytes),
+        room=lambda: room,
         clock=clock or TickingClock(),
         new_request_id=lambda: f"generated-{next(ids)}",
     )

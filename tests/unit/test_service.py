@@ -17,7 +17,7 @@ from serving_fakes import (
     write_tokenizer,
 )
 
-from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, RequestCancelled, Unavailable
+from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
 from cluster.serving.prepare import Prompt
 from cluster.serving.service import MAX_REQUEST_ID_CHARS
 from cluster.serving.tokenizer import Tokenizer
@@ -403,3 +403,44 @@ def test_each_request_leaves_one_log_line_with_its_id(service, caplog):
     (record,) = caplog.records
     assert "'mine' ended with stop" in record.getMessage()
     assert "3 prompt tokens, 4 generated" in record.getMessage()
+
+
+# Too many at once
+
+
+async def started(service, client):
+    """A stream that hangs before its first token; returns its task."""
+    stream = service.stream(Prompt(text="hello"), GREEDY, client=client)
+    task = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    return task
+
+
+def test_what_finds_no_room_is_refused_before_it_is_looked_at(tokenizer):
+    service = make_service(tokenizer, EchoBackend(hang=True), room=2)
+
+    async def run():
+        tasks = [await started(service, client) for client in ("a", "b")]
+        with pytest.raises(Overloaded, match="try again in") as refused:
+            await service.generate(Prompt(token_ids=[-1]), GREEDY, client="c")  # nor is its prompt read
+        for task in tasks:
+            task.cancel()
+        return refused.value.retry_after_s
+
+    assert asyncio.run(run()) >= 0.1
+    assert service.num_running == 0
+
+
+def test_a_client_with_few_requests_is_heard_where_another_has_many(tokenizer):
+    service = make_service(tokenizer, EchoBackend(hang=True), room=3)
+
+    async def run():
+        tasks = [await started(service, "greedy") for _ in range(3)]
+        with pytest.raises(Overloaded):
+            await service.generate(Prompt(text="hello"), GREEDY, client="greedy")
+        tasks.append(await started(service, "modest"))
+        assert service.num_running == 4
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(run())
