@@ -39,6 +39,7 @@ def ray_cluster() -> Iterator[Any]:
         logging_level=logging.ERROR,
         _temp_dir=temp_dir,
         _node_ip_address="127.0.0.1",
+        _system_config={"prestart_worker_first_driver": False},  # else 64 workers start that nobody uses
     )
     yield ray
     ray.shutdown()

@@ -21,6 +21,7 @@ from cluster.config import ClusterConfig
 from cluster.engine.local import resolve_dtype, torch_dtype
 from cluster.errors import ClusterError, SetupError
 from cluster.experts import eplb
+from cluster.experts.load_meter import LoadMeter
 from cluster.experts.placement import PlacementPlan, plan_evenly, swapped
 from cluster.metrics import ControllerMetrics, new_registry
 from cluster.runtime.actors import prepare_process
@@ -72,7 +73,7 @@ class ExpertController:
         self.collectors: dict[str, tuple[Any, str]] = {}
         self.faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
         self.plan: PlacementPlan | None = None
-        self.load: eplb.LoadMeter | None = None
+        self.load: LoadMeter | None = None
         self.published = False
         self.draining = False
         self.failure: SetupError | None = None
@@ -229,7 +230,7 @@ class ExpertController:
             self._expert_bytes = reader.config.expert_bytes(str(dtype).removeprefix("torch."))
             self._num_experts = reader.config.num_experts
             self._sparse_layers = tuple(reader.config.sparse_layers)
-            self.load = eplb.LoadMeter(len(self._sparse_layers), self._num_experts, half_life_s=LOAD_HALF_LIFE_S)
+            self.load = LoadMeter(len(self._sparse_layers), self._num_experts, half_life_s=LOAD_HALF_LIFE_S)
             found = await self._recall()
             if found is not None:
                 self.config, self.target, self.plan = found.config, found.target, found.plan
@@ -461,7 +462,8 @@ class ExpertController:
         last = len(self.shards) - 1
         self.work = f"removing shard {last}"
         try:
-            plan = eplb.rebalance(
+            plan = await asyncio.to_thread(
+                eplb.rebalance,
                 self._padded(self.plan, last + 1),
                 self._balance_load(),
                 shards=self._capacities(last, last + 1),
@@ -487,7 +489,8 @@ class ExpertController:
         assert self.plan is not None
         before = self._padded(self.plan, len(self.shards))
         load = self._balance_load()
-        plan = eplb.rebalance(
+        plan = await asyncio.to_thread(  # 0.5 s for 28 layers of 64 experts on 16 shards
+            eplb.rebalance,
             before,
             load,
             shards=self._capacities(len(self.shards)),

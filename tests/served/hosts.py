@@ -1,0 +1,135 @@
+"""Hosts on one machine: network namespaces, each with a raylet, on a bridge in the first one's."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import contextmanager
+
+import pytest
+
+needs_namespaces = pytest.mark.skipif(
+    shutil.which("ip") is None or os.geteuid() != 0, reason="network namespaces need root and iproute2"
+)
+
+
+class Hosts:
+    """Host 0 is Ray's head, without room for actors; the others have `num_cpus` each."""
+
+    def __init__(self, num_hosts, num_cpus=4):
+        self._name, self._net = uuid.uuid4().hex[:5], f"10.{os.getpid() % 200 + 20}.77"
+        self._spaces = [f"moe-{self._name}-{i}" for i in range(num_hosts)]
+        self._temp_dir = f"/tmp/moe-{self._name}"  # short: Ray's sockets lie below
+        self._environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        self._num_cpus = num_cpus
+        self.address = f"{self._net}.1:6399"
+
+    def start(self):
+        for space in self._spaces:
+            self._ip("netns", "add", space)
+            self._ip("-n", space, "link", "set", "lo", "up")
+        first, bridge = self._spaces[0], f"b{self._name}"
+        self._ip("-n", first, "link", "add", bridge, "type", "bridge")
+        self._ip("-n", first, "addr", "add", f"{self._net}.1/24", "dev", bridge)
+        self._ip("-n", first, "link", "set", bridge, "up")
+        for i, space in enumerate(self._spaces[1:], 1):
+            ends = self.link(i), f"w{self._name}{i}"
+            self._ip("link", "add", ends[0], "netns", first, "type", "veth", "peer", "name", ends[1], "netns", space)
+            self._ip("-n", first, "link", "set", ends[0], "master", bridge)
+            self._ip("-n", first, "link", "set", ends[0], "up")
+            self._ip("-n", space, "addr", "add", f"{self._net}.{i + 1}/24", "dev", ends[1])
+            self._ip("-n", space, "link", "set", ends[1], "up")
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--object-store-memory=100000000"]
+        for i in range(len(self._spaces)):
+            own = [f"--node-ip-address={self._net}.{i + 1}"]
+            if i == 0:
+                own += ["--head", "--num-cpus=0", "--port=6399", "--include-dashboard=false"]
+                own += [f"--temp-dir={self._temp_dir}"]
+            else:
+                own += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
+            done = self.run(i, *ray, *own)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    def stop(self):
+        for i, space in enumerate(self._spaces):
+            for pid in self.pids(i):
+                subprocess.run(["kill", "-9", pid], check=False, capture_output=True)
+            subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def command(self, host, *arguments):
+        return ["ip", "netns", "exec", self._spaces[host], *arguments]
+
+    def run(self, host, *arguments, timeout_s=120):
+        return subprocess.run(
+            self.command(host, *arguments), check=False, env=self._environment, capture_output=True, text=True,
+            timeout=timeout_s,
+        )  # fmt: skip
+
+    def popen(self, host, *arguments):
+        return subprocess.Popen(
+            self.command(host, *arguments), env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    def link(self, host):
+        """The bridge's end of a host's link."""
+        return f"v{self._name}{host}"
+
+    @contextmanager
+    def cut_off(self, host):
+        """The host's packets are lost, without a word to either side."""
+        self._ip("-n", self._spaces[0], "link", "set", self.link(host), "down")
+        try:
+            yield
+        finally:
+            self._ip("-n", self._spaces[0], "link", "set", self.link(host), "up")
+
+    @contextmanager
+    def slowed(self, host, milliseconds=50):
+        """Every packet to the host is late; where the kernel cannot do it, nothing happens."""
+        where = ["ip", "netns", "exec", self._spaces[0], "tc", "qdisc"]
+        delay = ["dev", self.link(host), "root", "netem", "delay", f"{milliseconds}ms"]
+        done = subprocess.run([*where, "add", *delay], check=False, capture_output=True)
+        try:
+            yield done.returncode == 0
+        finally:
+            if done.returncode == 0:
+                subprocess.run([*where, "del", *delay[:3]], check=True, capture_output=True)
+
+    def pids(self, host):
+        space = self._spaces[host]
+        return subprocess.run(
+            ["ip", "netns", "pids", space], check=False, capture_output=True, text=True
+        ).stdout.split()
+
+    def kill_raylet(self, host):
+        for pid in self.pids(host):
+            with open(f"/proc/{pid}/cmdline") as file:
+                if file.read().split("\0")[0].endswith("/raylet"):
+                    os.kill(int(pid), 9)
+
+    @staticmethod
+    def _ip(*arguments):
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@contextmanager
+def hosts(num_hosts):
+    made = Hosts(num_hosts)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def read_line(process, timeout_s=60.0):
+    """The next line of a process; fails with its errors when it ends first."""
+    started = time.monotonic()
+    line = process.stdout.readline()
+    assert line, process.stderr.read()[-3000:]
+    assert time.monotonic() - started < timeout_s
+    return line
