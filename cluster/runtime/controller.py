@@ -386,7 +386,7 @@ class ExpertController:
 
     def _emptiest_node(self) -> str | None:
         """The node with the fewest shards, of those that are large enough for one."""
-        held = Counter(s.status.node_id for s in self.shards.values())
+        held = Counter(shard.node_id for shard in self.shards.values())
         need = {"CPU": self.config.cpus_per_expert_shard, "GPU": self.config.gpus_per_expert_shard or 0}
         fits = [
             node["NodeID"]

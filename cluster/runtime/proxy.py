@@ -6,10 +6,14 @@ tokens), and the replica generates to the end for nobody. `relay_cancels` closes
 """
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from cluster.serving import grpc_server
+from cluster.serving.grpc_server import RETRY_KEY
+
+_HINT = re.compile(r"try again in ([0-9.]+) s")
 
 
 def add_inference_service(servicer: Any, server: Any) -> None:
@@ -39,6 +43,16 @@ class ContextShield:
     def detach(self) -> None:
         """From now on every method does nothing and returns None."""
         self._context = None
+
+    def set_details(self, details: str) -> None:
+        """Serve passes on a stream's code and details, not its trailing metadata: the hint is taken from the words."""
+        if self._context is None:
+            return
+        self._context.set_details(details)
+        hint = _HINT.search(details)
+        if hint is not None:
+            before = tuple(self._context.trailing_metadata() or ())
+            self._context.set_trailing_metadata((*before, (RETRY_KEY, str(round(1000 * float(hint[1]))))))
 
     def __getattr__(self, name: str) -> Any:
         if self._context is None:

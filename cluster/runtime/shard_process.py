@@ -41,10 +41,16 @@ class ShardProcess:
         self.status = ShardStatus(shard_id=shard_id)
         self.handle: Any | None = None
         self._actor: Any | None = None
+        self._wanted_node = ""
 
     @property
     def shard_id(self) -> int:
         return self.status.shard_id
+
+    @property
+    def node_id(self) -> str:
+        """Where it is, or was meant to be while it is not there yet."""
+        return self.status.node_id or self._wanted_node
 
     @property
     def name(self) -> str:
@@ -55,6 +61,7 @@ class ShardProcess:
         """Finds the running actor or makes one; waits for the cluster to have room. node_id: where it had best be."""
         self._actor = self.find()
         if self._actor is None:
+            self._wanted_node, self.status.process = node_id or "", None
             place = await self._reserve(node_id)
             self._actor = self._create(place)
         self.status.state = "loading"

@@ -31,6 +31,7 @@ MAX_DETAILS_CHARS = 1000
 MAX_DETAILS_BYTES = 2000  # gRPC writes a byte that is not ASCII as three; 8 KB of trailers is the limit
 
 MAX_CLIENT_CHARS = 128
+RETRY_KEY = "grpc-retry-pushback-ms"  # gRPC's own name for it: clients with a retry policy follow it by themselves
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -169,8 +170,8 @@ def set_status(context: GrpcContext, error: Exception, request_id: str) -> str:
     details = _truncate(details)
     context.set_code(grpc.StatusCode[code])
     context.set_details(details)
-    if isinstance(error, Overloaded):  # gRPC's own name for it: clients with a retry policy follow it by themselves
-        context.set_trailing_metadata([("grpc-retry-pushback-ms", str(round(1000 * error.retry_after_s)))])
+    if isinstance(error, Overloaded):
+        context.set_trailing_metadata([(RETRY_KEY, str(round(1000 * error.retry_after_s)))])
     return details
 
 

@@ -127,9 +127,11 @@ def hosts(num_hosts):
 
 
 def read_line(process, timeout_s=60.0):
-    """The next line of a process; fails with its errors when it ends first."""
+    """The next line of JSON from a process, past what Ray prints; fails with its errors when it ends first."""
     started = time.monotonic()
-    line = process.stdout.readline()
-    assert line, process.stderr.read()[-3000:]
+    line = ""
+    while not line.startswith("{"):
+        line = process.stdout.readline()
+        assert line, process.stderr.read()[-3000:]
     assert time.monotonic() - started < timeout_s
     return line

@@ -29,7 +29,8 @@ print(json.dumps({"tokens": [list(output.token_ids) for output in outputs], "fam
 THROUGH_FAULTS = """
 import json, sys, time
 import ray
-from cluster.config import ClusterConfig, EngineConfig
+from cluster.checkpoint.generation import read_sampling_defaults
+from cluster.config import ClusterConfig
 from cluster.engine.local import load_engine
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.launch import RayExperts
@@ -43,7 +44,8 @@ experts = RayExperts(config, DispatchMetrics(registry, "test"))
 engine = load_engine(
     model_dir, config.engine(), experts.dispatcher, EngineMetrics(registry, "test"), remote_experts=True
 )
-params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True).with_defaults(SAMPLING_DEFAULTS)
+params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+params = params.with_defaults(read_sampling_defaults(model_dir)).with_defaults(SAMPLING_DEFAULTS)
 number = 0
 while True:
     tokens, worst = {}, 0.0
