@@ -160,7 +160,7 @@ def test_streams_of_a_killed_attention_replica_go_on_without_a_gap(served, stub,
     asked = [
         pb.GenerateStreamRequest(
             text=f"story {i}",
-            sampling_params=pb.SamplingParams(temperature=i % 2, seed=i, max_tokens=150, ignore_eos=True),
+            sampling_params=pb.SamplingParams(temperature=i % 2, seed=i, max_tokens=100, ignore_eos=True),
         )
         for i in range(6)
     ]
@@ -182,6 +182,6 @@ def test_streams_of_a_killed_attention_replica_go_on_without_a_gap(served, stub,
     for (token_ids, text), whole in zip(answers, expected, strict=True):
         assert token_ids == whole[0][-len(token_ids) :]  # the first piece was read before the fault
         assert whole[1].endswith(text)
-        assert len(token_ids) > 120
+        assert len(token_ids) > 80
     assert scrape(served)["moecluster_request_replays_total"] > before
     wait_until(lambda: len(engine_pids(served)) == 2, "a new engine", timeout_s=60)
