@@ -154,6 +154,11 @@ def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grpc-port", type=int, default=9000, metavar="PORT", help="0: a free one (default: 9000, demo: 0)"
     )
+    parser.add_argument(
+        "--proxy", choices=("haproxy", "serve"), default="haproxy",
+        help="what takes the connections: HAProxy, or Serve's own proxy (default: %(default)s; "
+        "a running Ray cluster decides by its environment)",
+    )  # fmt: skip
     _add_ray_address(parser, "else a Ray of this machine is started")
 
 
@@ -202,9 +207,8 @@ def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
     signal.signal(signal.SIGTERM, interrupt)
     config = _cluster_config(args, model)
     with LoadProgress("starting Ray and Ray Serve") as progress:
-        cluster = ServedCluster(
-            config, ServeOptions(grpc_port=args.grpc_port, ray_address=args.ray_address), progress.update
-        )
+        options = ServeOptions(grpc_port=args.grpc_port, ray_address=args.ray_address, haproxy=args.proxy == "haproxy")
+        cluster = ServedCluster(config, options, progress.update)
     try:
         yield cluster
     finally:

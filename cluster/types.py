@@ -181,6 +181,7 @@ class SequenceUpdate:
     """One sequence's share of what the engine made since it last reported.
 
     logprobs: as long as token_ids when asked for, else empty.  error: set iff finish_reason is "error".
+    replica: who runs it; stands alone in the first update of an attention replica.
     """
 
     request_id: str
@@ -188,6 +189,7 @@ class SequenceUpdate:
     logprobs: tuple[Logprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    replica: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,20 +27,23 @@ def ray_cluster() -> Iterator[Any]:
     """A connected Ray in a directory of its own, on loopback, with logical CPUs and GPUs for every test."""
     import ray
 
+    from cluster.runtime.haproxy import serve_environment, set_environment
+
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
-    ray.init(
-        address="local",
-        num_cpus=64,
-        num_gpus=LOGICAL_GPUS,
-        namespace="moe-cluster",
-        include_dashboard=False,
-        object_store_memory=256 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=temp_dir,
-        _node_ip_address="127.0.0.1",
-        _system_config={"prestart_worker_first_driver": False},  # else 64 workers start that nobody uses
-    )
+    with set_environment(serve_environment(Path(temp_dir))):
+        ray.init(
+            address="local",
+            num_cpus=64,
+            num_gpus=LOGICAL_GPUS,
+            namespace="moe-cluster",
+            include_dashboard=False,
+            object_store_memory=256 << 20,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=temp_dir,
+            _node_ip_address="127.0.0.1",
+            _system_config={"prestart_worker_first_driver": False},  # else 64 workers start that nobody uses
+        )
     yield ray
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)

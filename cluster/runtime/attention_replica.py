@@ -100,7 +100,8 @@ class AttentionReplica:
         """Returns when the engine is loaded; Serve lets no call in before."""
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        """One sequence's updates, the last with a finish_reason; closing the generator cancels the sequence."""
+        """Who runs it, then the sequence's updates, the last with a finish_reason; closing it cancels the sequence."""
+        yield SequenceUpdate(request_id=request.request_id, replica=self.name)
         refusal = self._refusal(request)
         if refusal is not None:
             yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,6 +33,7 @@ from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
+from cluster.runtime.haproxy import serve_environment, set_environment
 from cluster.runtime.ingress import Ingress
 from cluster.runtime.operate import APPLICATION
 from cluster.runtime.process import actor_environment
@@ -50,6 +52,7 @@ ROOM_TO_GROW_CPUS = 64  # logical ones of a Ray that we start: `moe-cluster scal
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
 HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replaced; it does nothing that takes seconds
 STATUS_TIMEOUT_S = 5.0
+NO_ACCESS_LOG = {"enable_access_log": False}  # the service has a line of its own for each request
 STOP_TIMEOUT_S = 30.0
 
 OnStatus = Callable[[ClusterStatus], None]
@@ -85,10 +88,11 @@ def check_gpus(config: ClusterConfig, *, attention_replicas: int) -> None:
         )
 
 
-def start_ray(*, num_cpus: float, address: str | None = None) -> Callable[[], None]:
+def start_ray(*, num_cpus: float, address: str | None = None, haproxy: bool = False) -> Callable[[], None]:
     """Connects to a Ray cluster, or starts one of this machine on loopback with a directory of its own.
 
     num_cpus: Ray's logical ones, so that the processes asked for find room whatever the machine has.
+    haproxy: whether a Serve on the Ray that is started uses HAProxy; a running Ray's environment decides for itself.
     Returns what undoes it; a Ray that was connected before stays as it is.
     """
     if ray.is_initialized():
@@ -98,19 +102,20 @@ def start_ray(*, num_cpus: float, address: str | None = None) -> Callable[[], No
         return lambda: ray.shutdown()
     # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=temp_dir,
-        _node_ip_address="127.0.0.1",
-        # Ray would start a worker for each logical CPU; our actors have environments of their own and use none of them.
-        _system_config={"prestart_worker_first_driver": False},
-    )
+    with set_environment(serve_environment(Path(temp_dir)) if haproxy else {}):
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=temp_dir,
+            _node_ip_address="127.0.0.1",
+            # Ray would start a worker for each logical CPU; our actors have environments of their own and use none.
+            _system_config={"prestart_worker_first_driver": False},
+        )
 
     def stop() -> None:
         ray.shutdown()
@@ -182,6 +187,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config=NO_ACCESS_LOG,
     )
     ingress = serve.deployment(Ingress).options(
         name="Ingress",
@@ -192,6 +198,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config=NO_ACCESS_LOG,
     )
     application: serve.Application = ingress.bind(config, replicas.bind(config))
     return application
@@ -199,11 +206,12 @@ def build_application(config: ClusterConfig) -> serve.Application:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Ports of a cluster on this machine; 0 takes a free one."""
+    """Ports of a cluster on this machine; 0 takes a free one. haproxy: in front, else Serve's own proxy."""
 
     grpc_port: int = 9000
     http_port: int = 0
     ray_address: str | None = None
+    haproxy: bool = True
 
 
 class ServedCluster:
@@ -227,7 +235,7 @@ class ServedCluster:
             + config.expert_shards * config.cpus_per_expert_shard
             + config.ingress_replicas * INGRESS_CPUS
         )
-        self._stop_ray = start_ray(num_cpus=num_cpus, address=options.ray_address)
+        self._stop_ray = start_ray(num_cpus=num_cpus, address=options.ray_address, haproxy=options.haproxy)
         self._forget_address = leave_address(ray.get_runtime_context().gcs_address)
         try:
             self.config = resolve_gpus(config)

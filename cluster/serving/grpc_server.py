@@ -8,7 +8,8 @@ How an error reaches the client (Ray Serve 2.60, both proxies):
     unary    code and details set on the context, and any message returned. Raising works too, but Serve then
              logs a traceback for every bad request.
     stream   code and details set, and an exception raised: the default proxy learns of the context only with
-             a message or an exception, so that a stream that just ends would look like a success.
+             a message or an exception, so that a stream that just ends would look like a success. Behind HAProxy
+             the context is the server's own: the stream just ends, and Serve logs no traceback.
 """
 
 import logging
@@ -56,10 +57,14 @@ class StreamFailed(Exception):
 
 
 class GrpcInferenceService:
-    """A mixin of the ingress deployment: one method an rpc, taking the request's bytes. Not thread-safe."""
+    """A mixin of the ingress deployment: one method an rpc, taking the request's bytes. Not thread-safe.
 
-    def __init__(self, service: InferenceService) -> None:
+    raise_failures: whether a stream that failed must end with an exception (see above).
+    """
+
+    def __init__(self, service: InferenceService, *, raise_failures: bool = True) -> None:
         self._service = service
+        self._raise_failures = raise_failures
 
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
         request_id = self._service.new_request_id()
@@ -96,7 +101,9 @@ class GrpcInferenceService:
                     yield messages.to_stream_response(delta, first_id)
                     first_id = ""
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
-            raise StreamFailed(set_status(grpc_context, error, request_id)) from None
+            details = set_status(grpc_context, error, request_id)
+            if self._raise_failures:
+                raise StreamFailed(details) from None
 
     async def Tokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.TokenizeResponse:
         async def answer(message: pb.TokenizeRequest) -> pb.TokenizeResponse:
@@ -150,10 +157,9 @@ class GrpcInferenceService:
 
 def client_of(context: GrpcContext) -> str:
     """Whom a request counts for where clients take turns: its x-client-id, or the host that it comes from."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-client-id":
-            return value[:MAX_CLIENT_CHARS]
-    return (context.peer() or "").rpartition(":")[0]
+    metadata = dict(context.invocation_metadata() or ())
+    client = metadata.get("x-client-id") or metadata.get("x-forwarded-for") or (context.peer() or "").rpartition(":")[0]
+    return client[:MAX_CLIENT_CHARS]
 
 
 def set_status(context: GrpcContext, error: Exception, request_id: str) -> str:

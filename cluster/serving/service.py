@@ -295,7 +295,9 @@ class InferenceService:
             outcome = tracked.outcome or "INTERNAL"
             elapsed_s = self._clock() - tracked.arrived_s
             self._metrics.finished(outcome)
-            log.info(
+            refused = outcome == Overloaded.grpc_code
+            log.log(
+                logging.DEBUG if refused else logging.INFO,  # hundreds a second, which the metrics count
                 "request %r ended with %s after %.3f s, %d prompt tokens, %d generated%s",
                 tracked.request_id[:MAX_REQUEST_ID_CHARS], outcome, elapsed_s,
                 tracked.num_prompt_tokens, tracked.num_generated_tokens, reason,

@@ -25,9 +25,11 @@ from cluster.serving.grpc_server import (
     GrpcInferenceService,
     StreamFailed,
     add_inference_service,
+    client_of,
     set_status,
 )
 from cluster.serving.health import GrpcHealthService, HealthState
+from cluster.serving.service import ServiceLimits
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
 
@@ -403,6 +405,33 @@ def test_long_details_are_cut_to_what_trailers_carry(char):
 def test_the_exception_of_a_failed_stream_travels_between_actors():
     copy = pickle.loads(pickle.dumps(StreamFailed("details")))
     assert str(copy) == "details"
+
+
+def test_behind_haproxy_a_failed_stream_ends_with_its_status_and_no_exception():
+    context = FakeContext()
+    ingress = GrpcInferenceService(None, raise_failures=False)
+    ingress._service = type("Service", (), {"new_request_id": lambda self: "r", "limits": ServiceLimits()})()
+
+    async def pieces():
+        return [piece async for piece in ingress.GenerateStream(b"\xff", context)]
+
+    assert asyncio.run(pieces()) == []
+    assert context.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "cannot be read" in context.details
+
+
+@pytest.mark.parametrize(
+    ("metadata", "client"),
+    [
+        ((), "ipv4:192.0.2.7"),
+        ((("x-forwarded-for", "198.51.100.4"),), "198.51.100.4"),
+        ((("x-forwarded-for", "198.51.100.4"), ("x-client-id", "team")), "team"),
+    ],
+)
+def test_a_request_counts_for_its_client_id_else_for_the_host_that_it_comes_from(metadata, client):
+    context = FakeContext()
+    context.metadata = metadata
+    assert client_of(context) == client
 
 
 def test_registration_routes_every_method_as_bytes():

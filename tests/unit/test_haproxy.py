@@ -1,0 +1,69 @@
+"""HAProxy's configuration as Serve writes it, as we change it, and as HAProxy itself reads it. Starts no server."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from cluster.runtime.haproxy import BINARY, PROGRAM, adapted, serve_environment, set_environment
+
+NODE_ID_CHARS = 56
+SOCKET_PATH_CHARS = 97  # HAProxy's limit
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The file that Serve writes before any deployment runs."""
+    path = tmp_path / "haproxy.cfg"
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=8001),
+        grpc_options=gRPCOptions(port=9001, grpc_servicer_functions=["any"]),
+        socket_path=str(tmp_path / "a.sock"),
+        metrics_socket_path=str(tmp_path / "m.sock"),
+        is_head=True,
+    )
+    HAProxyApi(cfg=config, config_file_path=str(path))._generate_config_file_internal()
+    return path
+
+
+def test_only_the_served_ports_are_open_and_clients_keep_their_address(written):
+    before, after = written.read_text(), adapted(written.read_text())
+    assert re.findall(r"bind (\S+):\d+", after) == ["127.0.0.1"] * 4
+    grpc = after[after.index("frontend grpc_frontend") :]
+    assert re.search(r"bind 127\.0\.0\.1:9001 proto h2\n +http-request set-header x-forwarded-for %\[src\]\n", grpc)
+    kept = [line for line in after.splitlines() if line in before.splitlines()]
+    assert len(after.splitlines()) == len(before.splitlines()) + 1 == len(kept) + 3
+
+
+def test_the_program_becomes_haproxy_which_accepts_the_file(written):
+    """Serve's variable that names the program must not make it find itself."""
+    program = str(Path(sys.executable).parent / PROGRAM)
+    done = subprocess.run(
+        [program, "-c", "-f", str(written)], env={**os.environ, BINARY: program}, capture_output=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_file_of_another_serve_is_refused(written):
+    with pytest.raises(ValueError, match="does not know"):
+        adapted(written.read_text().replace("listen stats", "listen statistics"))
+
+
+def test_every_socket_path_is_short_enough_below_the_directories_that_are_made_here():
+    environment = serve_environment(Path("/tmp/moe-test-12345678"))
+    sockets = [path for name, path in environment.items() if name.endswith("SOCKET_PATH")]
+    assert len(sockets) == 2
+    assert max(len(path) + NODE_ID_CHARS + 1 for path in sockets) <= SOCKET_PATH_CHARS
+
+
+def test_what_is_set_outside_stays_and_what_is_set_here_goes(monkeypatch):
+    monkeypatch.setenv("MOE_OUTSIDE", "theirs")
+    with set_environment({"MOE_OUTSIDE": "ours", "MOE_HERE": "ours"}):
+        assert (os.environ["MOE_OUTSIDE"], os.environ["MOE_HERE"]) == ("theirs", "ours")
+    assert os.environ["MOE_OUTSIDE"] == "theirs"
+    assert "MOE_HERE" not in os.environ
