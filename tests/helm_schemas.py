@@ -92,7 +92,12 @@ SPECS = {
         selector=fields(matchLabels=TEXTS),
         podTargetLabels=items(TEXT),
         podMetricsEndpoints=items(
-            fields(port=TEXT, path=TEXT, interval={"type": "string", "pattern": "^[0-9]+[smh]$"})
+            fields(
+                port=TEXT,
+                path=TEXT,
+                interval={"type": "string", "pattern": "^[0-9]+[smh]$"},
+                relabelings=items(fields(action=one_of("replace"), targetLabel=TEXT, replacement=TEXT)),
+            )
         ),
     ),
     ("monitoring.coreos.com/v1", "PrometheusRule"): fields(

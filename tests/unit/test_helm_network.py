@@ -134,6 +134,14 @@ def test_the_monitor_scrapes_both_ports_of_every_ray_pod():
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
 
+def test_a_cluster_is_one_job_that_the_rules_know_whatever_its_name():
+    """The alerts look for jobs with moe-cluster in their names, and for the controller in each of them."""
+    monitor = rendered("57b", {"fullnameOverride": "qwen"}).one("PodMonitor")
+    for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+        [rule] = endpoint["relabelings"]
+        assert rule == {"action": "replace", "targetLabel": "job", "replacement": "moe-cluster/serving/qwen"}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pods_name_secrets_and_hold_none(shape):
     objects = rendered(shape, KEYS)

@@ -176,7 +176,10 @@ def test_haproxy_is_told_to_every_ray_container():
         on, off = (container(rendered(shape).pods[role])["env"] for shape in ("a2.7b", "cpu-experts"))
         assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in on
         assert {"name": "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "value": "10"} in on
-        assert not any("HA_PROXY" in variable["name"] for variable in off)
+        assert {"name": "RAY_SERVE_HAPROXY_BINARY_PATH", "value": "/opt/venv/bin/moe-cluster-haproxy"} in on
+        assert not any("PROXY" in variable["name"] for variable in off)
+    own = container(rendered("a2.7b", {"haproxy.program": ""}).pods["head"])["env"]
+    assert not any("BINARY" in variable["name"] for variable in own)
 
 
 def test_only_the_autoscalers_pod_gets_a_token():

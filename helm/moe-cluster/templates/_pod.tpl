@@ -127,6 +127,12 @@ spec:
 {{- if $values.haproxy.enabled }}
 - name: RAY_SERVE_ENABLE_HA_PROXY
   value: "1"
+- name: RAY_SERVE_THROUGHPUT_OPTIMIZED
+  value: "1"
+{{- with $values.haproxy.program }}
+- name: RAY_SERVE_HAPROXY_BINARY_PATH
+  value: {{ . | quote }}
+{{- end }}
 - name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S
   value: {{ $values.haproxy.minDrainingPeriodSeconds | quote }}
 - name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S
