@@ -110,6 +110,15 @@ REFUSED = {
     "two caches": ({"model.cache": {"claimName": "a", "hostPath": "/b"}}, "model.cache"),
     "more shards than GPUs": ({"cluster.expert_shards": 3}, "groups.experts has 2 pods with 1 GPUs"),
     "more replicas than GPUs": ({"cluster.attention_replicas": 2}, "groups.attention has 1 pods with 1 GPUs"),
+    "an ingress pod without a process": ({"groups.ingress.replicas": 2}, "cluster.ingress_replicas is 1"),
+    "more pods than the most": (
+        {"autoscaling.enabled": True, "groups.experts.maxReplicas": 1},
+        "groups.experts.replicas is 2, at least minReplicas (2) and at most maxReplicas (1)",
+    ),
+    "fewer pods than the fewest": (
+        {"autoscaling.enabled": True, "groups.attention.minReplicas": 2},
+        "groups.attention.replicas is 1, at least minReplicas (2)",
+    ),
     "keys without a file": ({"apiKeys.enabled": True}, "apiKeys.existingSecret"),
     "an ingress without a host": ({"ingress.enabled": True}, "ingress.host"),
     "a route without a gateway": ({"grpcRoute.enabled": True}, "grpcRoute.parentRefs"),

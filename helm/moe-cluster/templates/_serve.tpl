@@ -49,7 +49,23 @@ applications:
       {{- include "moe-cluster.args" . | nindent 6 }}
 {{- end }}
 
-{{/* Processes that no node has room for would wait forever: said before anything is installed. */}}
+{{/* Pods and processes that would wait for one another forever: said before anything is installed. */}}
+{{- define "moe-cluster.checkPods" -}}
+{{- $ingress := .Values.groups.ingress }}
+{{- if lt (int .Values.cluster.ingress_replicas) (int $ingress.replicas) }}
+{{- fail (printf "groups.ingress has %d pods, cluster.ingress_replicas is %d: a pod without an ingress process never gets ready, set at least as many" (int $ingress.replicas) (int .Values.cluster.ingress_replicas)) }}
+{{- end }}
+{{- range $name, $group := .Values.groups }}
+{{- $replicas := int $group.replicas }}
+{{- $most := int (default $replicas $group.maxReplicas) }}
+{{- $fewest := ternary $replicas (int $group.minReplicas) (kindIs "invalid" $group.minReplicas) }}
+{{- if and $.Values.autoscaling.enabled (or (gt $fewest $replicas) (gt $replicas $most)) }}
+{{- fail (printf "groups.%s.replicas is %d, at least minReplicas (%d) and at most maxReplicas (%d) are needed" $name $replicas $fewest $most) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Processes that no node has a GPU for. */}}
 {{- define "moe-cluster.checkGpus" -}}
 {{- $attention := .Values.groups.attention }}
 {{- $experts := .Values.groups.experts }}
