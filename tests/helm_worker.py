@@ -1,0 +1,25 @@
+"""Helm 4 in a process of its own: requests as JSON lines in, answers as JSON lines out.
+
+Its library brings Go's runtime and signal handlers, which stay out of the tests' process so.
+"""
+
+import json
+import sys
+
+import helm_python as helm
+
+
+def answer(request):
+    if request["lint"]:
+        return helm.lint(request["chart"], request["values"], strict=True)
+    with helm.Chart.load(request["chart"]) as chart:
+        return chart.render(request["values"], name=request["name"], namespace="serving")
+
+
+for line in sys.stdin:
+    try:
+        reply = {"result": answer(json.loads(line))}
+    except helm.HelmError as error:
+        reply = {"error": str(error)}
+    sys.stdout.write(json.dumps(reply) + "\n")
+    sys.stdout.flush()

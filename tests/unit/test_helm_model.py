@@ -1,0 +1,139 @@
+"""How pods get the checkpoint. The init container's script runs here, with downloads that only pretend."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helm_charts import rendered
+
+from cluster.checkpoint.reader import CheckpointReader
+
+HUB = {"model.source": {"huggingFace": {"repository": "Qwen/Qwen1.5-MoE-A2.7B-Chat", "revision": "ec05"}}}
+GCS = {"model.source": {"objectStorage": {"url": "gs://bucket/a/model", "secretName": "gcs"}}}
+DEMO = {"model.source": {"demo": {"seed": 3}}, "model.name": "demo"}
+
+
+def init_container(shape, changes=None, role="attention"):
+    [found] = rendered(shape, changes).pods[role]["spec"]["initContainers"]
+    return found
+
+
+class Node:
+    """A node's cache, and programs in the place of those that download."""
+
+    def __init__(self, folder):
+        self.folder, self.programs, self.calls = folder, folder / "bin", folder / "calls"
+        self.programs.mkdir()
+        self.calls.touch()
+
+    def install(self, name, script):
+        program = self.programs / name
+        program.write_text(f'#!/bin/sh\necho "$@" >> {self.calls}\n{script}\n')
+        program.chmod(0o755)
+
+    def start(self, found):
+        said = {v["name"]: v["value"] for v in found["env"] if "value" in v}
+        said["MODEL_DIR"] = str(self.folder / Path(said["MODEL_DIR"]).name)
+        path = f"{self.programs}:{Path(sys.executable).parent}:/usr/bin:/bin"
+        environment = {"PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)} | said
+        command = [*found["command"], *found["args"]]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, found):
+        process = self.start(found)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out + err
+
+
+@pytest.fixture
+def node(tmp_path):
+    node = Node(tmp_path)
+    node.install("hf", 'for last in "$@"; do :; done; echo weights > "$last/model.safetensors"')
+    return node
+
+
+def test_a_download_happens_once(node):
+    found = init_container("a2.7b", HUB)
+    assert node.run(found) == (0, "")
+    assert (node.folder / "Qwen1.5-MoE-A2.7B-Chat" / "model.safetensors").read_text() == "weights\n"
+    code, said = node.run(found)
+    assert code == 0
+    assert "is there" in said
+    [call] = node.calls.read_text().splitlines()
+    assert call.startswith("download Qwen/Qwen1.5-MoE-A2.7B-Chat --revision ec05 --local-dir ")
+
+
+def test_pods_that_start_together_download_once(node):
+    processes = [node.start(init_container("a2.7b", HUB)) for _ in range(4)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
+    assert len(node.calls.read_text().splitlines()) == 1
+    for process in processes:
+        process.communicate()
+
+
+def test_a_download_that_breaks_off_leaves_no_model_and_goes_on_later(node):
+    node.install("hf", 'for last in "$@"; do :; done; touch "$last/part"; exit 1')
+    code, _ = node.run(init_container("a2.7b", HUB))
+    assert code == 1
+    assert not (node.folder / "Qwen1.5-MoE-A2.7B-Chat").exists()
+    node.install("hf", "exit 0")
+    assert node.run(init_container("a2.7b", HUB)) == (0, "")
+    assert (node.folder / "Qwen1.5-MoE-A2.7B-Chat" / "part").exists()
+
+
+def test_another_model_under_the_same_name_is_refused(node):
+    node.run(init_container("a2.7b", HUB))
+    code, said = node.run(init_container("a2.7b"))
+    assert code == 1
+    assert "holds hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@ec05, not hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@main" in said
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "remote"),
+    [
+        ("cpu-experts", None, ":s3,provider=AWS,env_auth=true:models.example.com/Qwen1.5-MoE-A2.7B-Chat"),
+        ("cpu-experts", GCS, ":gcs,env_auth=true,bucket_policy_only=true:bucket/a/model"),
+    ],
+)
+def test_object_storage_is_copied_by_rclone(node, shape, changes, remote):
+    node.install("rclone", 'for last in "$@"; do :; done; touch "$last/config.json"')
+    assert node.run(init_container(shape, changes)) == (0, "")
+    assert remote in node.calls.read_text()
+    assert (node.folder / "Qwen1.5-MoE-A2.7B-Chat" / "config.json").exists()
+
+
+def test_the_demo_makes_a_checkpoint_that_loads(node):
+    assert node.run(init_container("laptop", DEMO)) == (0, "")
+    CheckpointReader(node.folder / "demo").check_names()
+
+
+def test_tokens_come_from_secrets():
+    [token] = [v for v in init_container("a2.7b")["env"] if v["name"] == "HF_TOKEN"]
+    assert token["valueFrom"]["secretKeyRef"] == {"name": "hugging-face", "key": "token"}
+    assert init_container("cpu-experts", GCS)["envFrom"] == [{"secretRef": {"name": "gcs"}}]
+
+
+def volume(shape, changes=None):
+    [found] = [v for v in rendered(shape, changes).pods["experts"]["spec"]["volumes"] if v["name"] == "model"]
+    return {key: value for key, value in found.items() if key != "name"}
+
+
+def test_a_claim_with_the_model_is_mounted_where_it_is_looked_for():
+    objects = rendered("57b")
+    for pod in objects.pods.values():
+        assert "initContainers" not in pod["spec"]
+        [found] = pod["spec"]["containers"]
+        [mount] = [mount for mount in found["volumeMounts"] if mount["name"] == "model"]
+        assert mount["mountPath"] == objects.serve_config["applications"][0]["args"]["model"]
+        assert mount["subPath"] == "Qwen2-57B-A14B-Instruct"
+    assert volume("57b") == {"persistentVolumeClaim": {"claimName": "checkpoints", "readOnly": True}}
+
+
+def test_a_download_is_kept_where_it_is_said():
+    assert volume("a2.7b") == {"persistentVolumeClaim": {"claimName": "models"}}
+    assert volume("cpu-experts") == {"emptyDir": {"sizeLimit": "40Gi"}}
+    assert volume("laptop") == {"emptyDir": {}}
+    on_node = volume("laptop", {"model.cache": {"hostPath": "/var/lib/models"}})
+    assert on_node == {"hostPath": {"path": "/var/lib/models", "type": "DirectoryOrCreate"}}
