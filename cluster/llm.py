@@ -91,6 +91,7 @@ class LLM:
                     device=device,
                     expert_shards=num_expert_shards,
                     transport=transport,
+                    spare_processes=False,
                     cpus_per_expert_shard=cpus_per_expert_shard,
                     gpus_per_expert_shard=gpus_per_expert_shard,
                 ),

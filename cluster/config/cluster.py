@@ -56,6 +56,7 @@ class ClusterConfig:
     min_copies: of each expert, on different shards; with 2 a lost shard costs no wait.
     redundant_experts: further copies a layer, of the experts with the highest load.
     expert_memory_bytes: of one shard, for weights; None is what min_copies and redundant_experts need.
+    spare_processes: on each node with shards a started process waits for one to die (not where shards have GPUs).
     rebalance_interval_s: between two rebalances by measured load, 0 for none but by hand.
     rebalance_threshold: the imbalance (slowest shard's load over the mean) that is worth one.
     rebalance_max_moves: experts that one rebalance loads anew.
@@ -82,6 +83,7 @@ class ClusterConfig:
     min_copies: int = 1
     redundant_experts: int = 0
     expert_memory_bytes: int | None = None
+    spare_processes: bool = True
     rebalance_interval_s: float = 0.0
     rebalance_threshold: float = 1.2
     rebalance_max_moves: int = 256

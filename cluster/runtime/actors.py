@@ -69,11 +69,12 @@ class ExpertShardActor:
     """An expert shard's process. `forward` runs one call at a time; the other groups answer beside it."""
 
     def __init__(self, shard_id: int, num_threads: int) -> None:
+        """shard_id: below 0 for a spare process, which becomes a shard later."""
         prepare_process(num_threads)
-        self.shard_id = shard_id
         self.shard: ExpertShard | None = None
         self.record: ClusterRecord | None = None
-        self.metrics = ShardMetrics(new_registry(), shard_id)
+        self.metrics: ShardMetrics
+        self.become(shard_id)
         self._source = ("", "", "")  # model, dtype and device of what is held
         self._reported: dict[tuple[int, int], int] = {}
         self._slow_until = 0.0
@@ -81,6 +82,18 @@ class ExpertShardActor:
         self._computing = threading.Lock()  # a Ray call and the stream's thread may come at once
         self._streams: StreamServer | None = None
         threading.Thread(target=self._flush_loads, name="loads", daemon=True).start()
+
+    @ray.method(concurrency_group="control")
+    def become(self, shard_id: int) -> None:
+        """Is that shard from now on. Before it holds anything only."""
+        self.shard_id = shard_id
+        if shard_id >= 0:
+            self.metrics = ShardMetrics(new_registry(), shard_id)
+
+    @ray.method(concurrency_group="control")
+    def which(self) -> int:
+        """The shard that this is; below 0 for a spare process."""
+        return self.shard_id
 
     @ray.method(concurrency_group="load")
     def load(

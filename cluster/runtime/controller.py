@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,13 +41,14 @@ from cluster.runtime.protocol import (
     process_info,
 )
 from cluster.runtime.shard_process import ShardProcess, Slice
+from cluster.runtime.spares import NO_SHARD, SpareProcesses
 
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 5.0  # between two looks at the lease and at the cluster's nodes
 RESPAWN_BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # before the n-th respawn in a row; the last one repeats
 REPLICA_SILENCE_S = 2.5 * LONG_POLL_S  # an engine asks for the plan once a long poll; a dead one no more
-STABLE_S = 60.0  # a shard that was up for so long starts again at the first backoff
+STABLE_S = 2.0  # a shard that was up for so long starts again at the first backoff: no row that it was sent kills it
 LOAD_INTERVAL_S = 2.0  # between two looks at the experts' loads
 LOAD_HALF_LIFE_S = 60.0  # of the loads that placement follows: longer than a burst, shorter than a change of traffic
 LOAD_TIMEOUT_S = 2.0
@@ -69,6 +71,7 @@ class ExpertController:
         self.metrics = ControllerMetrics(new_registry())
         self.target = config.expert_shards
         self.shards: dict[int, ShardProcess] = {}
+        self.spares = SpareProcesses(group, config)
         self.replicas: dict[str, ReplicaStatus] = {}
         self.collectors: dict[str, tuple[Any, str]] = {}
         self.faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
@@ -85,7 +88,9 @@ class ExpertController:
         self._sparse_layers: tuple[int, ...] = ()
         self._news = asyncio.Condition()
         self._changing = asyncio.Lock()
+        self._look = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._running: dict[int, str] = {}  # shard -> actor, as found at the start
         self._supervisors: dict[int, asyncio.Task[None]] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._starting: asyncio.Task[None] | None = None
@@ -208,7 +213,9 @@ class ExpertController:
         """Takes the shards down and gives their resources back; this actor is then of no more use."""
         for task in (*self._tasks, *self._supervisors.values(), *self._watchers.values()):
             task.cancel()
-        for shard_id in {*self.shards, *(self._shards_by_name())}:
+        for _, actor in self._actors():
+            ray.kill(actor)
+        for shard_id in {*self.shards, *self._running}:
             ShardProcess(self.group, shard_id, self.config).remove()
         for handle, _ in self.collectors.values():
             ray.kill(handle)
@@ -255,18 +262,21 @@ class ExpertController:
         return replace(plan, epoch=0)
 
     async def _recall(self) -> ClusterRecord | None:
-        """What an earlier controller of this group left with its shards; the newest, if any."""
-        found = (ShardProcess(self.group, i, self.config).find() for i in self._shards_by_name())
-        refs = [actor.recall.remote() for actor in found if actor is not None]
+        """What an earlier controller of this group left with its shards; the newest, if any. Finds which actor is
+        which shard; spare processes that it had are ended."""
         records: list[ClusterRecord] = []
-        for ref in refs:
+        for name, actor in self._actors():
             try:
                 async with asyncio.timeout(RECALL_TIMEOUT_S):
-                    record = await ref
+                    shard_id, record = await actor.which.remote(), await actor.recall.remote()
             except (TimeoutError, ray.exceptions.RayError) as error:
-                log.warning("%s: a shard does not answer: %r", self.group, error)
-            else:
-                records += [] if record is None else [record]
+                log.warning("%s: %s does not answer: %r", self.group, name, error)
+                continue
+            if shard_id == NO_SHARD:
+                ray.kill(actor)
+                continue
+            self._running[shard_id] = name
+            records += [] if record is None else [record]
         return max(records, key=lambda record: record.version, default=None)
 
     def _remember(self) -> None:
@@ -280,10 +290,16 @@ class ExpertController:
             if shard.handle is not None:
                 shard.handle.remember.remote(record)
 
-    def _shards_by_name(self) -> list[int]:
-        prefix = f"{self.group}:shard-"
-        names = (actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True))
-        return sorted(int(name.removeprefix(prefix)) for name in names if name and name.startswith(prefix))
+    def _actors(self) -> list[tuple[str, Any]]:
+        """The running processes of this group's shards, and those that wait to become one, by name."""
+        prefixes = f"{self.group}:shard-", f"{self.group}:spare-"
+        names = sorted(actor["name"] or "" for actor in ray.util.list_named_actors(all_namespaces=True))
+        found = []
+        for name in names:
+            if name.startswith(prefixes):
+                with suppress(ValueError):  # it died since
+                    found.append((name, ray.get_actor(name, namespace=NAMESPACE)))
+        return found
 
     # Plans
 
@@ -319,6 +335,7 @@ class ExpertController:
 
     def _add_shard(self, shard_id: int) -> ShardProcess:
         shard = self.shards[shard_id] = ShardProcess(self.group, shard_id, self.config)
+        shard.status.actor = self._running.pop(shard_id, shard.name)
         self._supervisors[shard_id] = asyncio.create_task(self._guard(self._supervise(shard)))
         return shard
 
@@ -368,7 +385,7 @@ class ExpertController:
 
     async def _bring_up(self, shard: ShardProcess) -> None:
         """Finds or makes a shard's actor, loads its slice, publishes it."""
-        await shard.start(self._emptiest_node())
+        await shard.start(self._emptiest_node(), self.spares)
         loaded: Slice | None = None
         while loaded != (wanted := self._slice(shard.shard_id)):  # the plan may change while it loads
             await shard.load(wanted, _me())
@@ -378,6 +395,7 @@ class ExpertController:
             assert self.plan is not None
             if self.published or all(other.handle is not None for other in self.shards.values()):
                 self._publish(self.plan)
+        self._look.set()
         log.info("%s: shard %d is up (%s)", self.group, shard.shard_id, shard.status.process)
 
     def _slice(self, shard_id: int) -> dict[int, tuple[int, ...]]:
@@ -628,7 +646,12 @@ class ExpertController:
                 ray.actor.exit_actor()
             if self.collect_metrics:
                 await self._collect_from_nodes()
-            await asyncio.sleep(CHECK_INTERVAL_S)
+            if self.shards and all(shard.handle is not None for shard in self.shards.values()):
+                await self.spares.keep(shard.node_id for shard in self.shards.values())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_INTERVAL_S):
+                    await self._look.wait()
+            self._look.clear()
 
     async def _collect_from_nodes(self) -> None:
         alive: Mapping[str, str] = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}

@@ -99,10 +99,13 @@ class RunningCluster:
         """Changes the placement of some experts, for the sake of it; blocks. Raises ClusterError."""
         return self._ask("shuffle", CHANGE_TIMEOUT_S, num_swaps, seed)  # type: ignore[no-any-return]
 
+    def _shard_actor(self, shard_id: int) -> str:
+        return next((s.actor for s in self.status().shards if s.shard_id == shard_id), f"no shard {shard_id}")
+
     def disturb(self, shard_id: int, what: str, seconds: float) -> None:
         """As `ExpertShardActor.disturb`. A shard that is gone is no error."""
         try:
-            shard = ray.get_actor(f"{self.group}:shard-{shard_id}", namespace=NAMESPACE)
+            shard = ray.get_actor(self._shard_actor(shard_id), namespace=NAMESPACE)
             ray.get(shard.disturb.remote(what, seconds), timeout=STATUS_TIMEOUT_S)
         except (ValueError, ray.exceptions.RayError) as error:
             log.debug("shard %d is not there to be disturbed: %s", shard_id, error)

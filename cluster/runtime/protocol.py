@@ -47,9 +47,10 @@ def process_info() -> ProcessInfo:
 
 @dataclass(slots=True, kw_only=True)
 class ShardStatus:
-    """One shard as the controller sees it. loaded_bytes of total_bytes are read while it loads."""
+    """One shard as the controller sees it. loaded_bytes of total_bytes are read while it loads. actor: its name."""
 
     shard_id: int
+    actor: str = ""
     state: ShardState = "waiting for resources"
     loaded_bytes: int = 0
     total_bytes: int = 0

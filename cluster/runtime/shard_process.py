@@ -23,6 +23,7 @@ from cluster.config import ClusterConfig
 from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
 from cluster.runtime.process import actor_environment, num_threads
 from cluster.runtime.protocol import NAMESPACE, ShardStatus
+from cluster.runtime.spares import SpareProcesses
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class ShardProcess:
     def __init__(self, group: str, shard_id: int, config: ClusterConfig) -> None:
         self.group = group
         self.config = config
-        self.status = ShardStatus(shard_id=shard_id)
+        self.status = ShardStatus(shard_id=shard_id, actor=f"{group}:shard-{shard_id}")
         self.handle: Any | None = None
         self._actor: Any | None = None
         self._wanted_node = ""
@@ -54,17 +55,28 @@ class ShardProcess:
 
     @property
     def name(self) -> str:
-        """Of the actor, and of its placement group."""
+        """Of the placement group, and of the actor unless that was a spare process."""
         return f"{self.group}:shard-{self.shard_id}"
 
-    async def start(self, node_id: str | None) -> None:
-        """Finds the running actor or makes one; waits for the cluster to have room. node_id: where it had best be."""
+    async def start(self, node_id: str | None, spares: SpareProcesses) -> None:
+        """Finds the running actor, takes a spare process or makes one; waits for the cluster to have room.
+
+        node_id: where it had best be.
+        """
         self._actor = self.find()
         if self._actor is None:
             self._wanted_node, self.status.process = node_id or "", None
             place = await self._reserve(node_id)
-            self._actor = self._create(place)
+            self._actor = await self._spare(place, spares) or self._create(place)
         self.status.state = "loading"
+
+    async def _spare(self, place: PlacementGroup, spares: SpareProcesses) -> Any | None:
+        [node_id] = placement_group_table(place)["bundles_to_node_id"].values()
+        spare = await spares.take(node_id, self.shard_id)
+        if spare is None:
+            return None
+        self.status.actor = spare.name
+        return spare.actor
 
     async def load(self, experts: Slice, controller: Any) -> None:
         """Makes the actor hold `experts`; nothing is read when it does. Raises RayActorError, RayTaskError."""
@@ -101,12 +113,13 @@ class ShardProcess:
 
     def down(self) -> None:
         self.handle = self._actor = None
+        self.status.actor = self.name
         self.status.state, self.status.loaded_bytes = "lost", 0
         self.status.respawns += 1
 
     def find(self) -> Any | None:
         try:
-            return ray.get_actor(self.name, namespace=NAMESPACE)
+            return ray.get_actor(self.status.actor, namespace=NAMESPACE)
         except ValueError:
             return None
 
