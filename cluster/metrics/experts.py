@@ -158,6 +158,10 @@ class ShardMetrics:
         self._weights_bytes.set(n)
 
 
+# Series that exist from the start: `rate` misses the first event of one that appears with it.
+CHANGES = ("rebalance", "settle", "add", "remove", "shuffle")
+
+
 class ControllerMetrics:
     """The expert controller's view of the shards."""
 
@@ -197,7 +201,7 @@ class ControllerMetrics:
         )
         self._changes = define.counter(
             "moecluster_controller_changes_total",
-            "Changes of placement by kind (rebalance, add, remove) and outcome. Failed ones: read the "
+            "Changes of placement by kind (rebalance, settle, add, remove, shuffle) and outcome. Failed ones: read the "
             "controller's log.",
             "kind",
             "outcome",
@@ -206,6 +210,9 @@ class ControllerMetrics:
             "moecluster_controller_moved_experts_total",
             "Experts that changes of placement have loaded anew. Growing all the time: raise the threshold.",
         )
+        for kind in CHANGES:
+            for outcome in ("done", "failed"):
+                self._changes.labels(kind, outcome)
         self._zero, self._one, self._more = (coverage.labels(copies) for copies in ("0", "1", "2+"))
 
     def plan_epoch(self, epoch: int) -> None:
@@ -214,6 +221,10 @@ class ControllerMetrics:
     def shards(self, up: int, wanted: int) -> None:
         self._up.set(up)
         self._wanted.set(wanted)
+
+    def expected(self, shard_id: int) -> None:
+        """There is to be such a shard."""
+        self._respawns.labels(shard_id)
 
     def respawned(self, shard_id: int) -> None:
         self._respawns.labels(shard_id).inc()

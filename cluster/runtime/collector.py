@@ -1,6 +1,5 @@
 """The actor that serves /metrics for all processes of its node."""
 
-from cluster.errors import SetupError
 from cluster.metrics import NodeCollector
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.protocol import metrics_dir
@@ -12,10 +11,7 @@ class NodeMetricsActor:
     def __init__(self, group: str, host: str, port: int) -> None:
         prepare_process(1)
         self._collector = NodeCollector(metrics_dir(group), host, port)
-        try:
-            self._port = self._collector.start()
-        except SetupError:
-            raise
+        self._port = self._collector.start()
         self._host = host
 
     def address(self) -> str:

@@ -54,6 +54,7 @@ LOAD_HALF_LIFE_S = 60.0  # of the loads that placement follows: longer than a bu
 LOAD_TIMEOUT_S = 2.0
 ADOPTION_TIMEOUT_S = 5.0  # for engines to have a new plan; who comes later is refused by the shard and sends again
 RECALL_TIMEOUT_S = 5.0
+COLLECTOR_TIMEOUT_S = 1.0
 GROW_TIMEOUT_S = 600.0  # for a new shard's process: a cluster that grows itself takes minutes for a node
 MIN_GAIN = 0.05  # of a layer's slowest shard; less is not worth a move
 MAX_FAULTS = 50  # that `status` remembers
@@ -336,6 +337,7 @@ class ExpertController:
     def _add_shard(self, shard_id: int) -> ShardProcess:
         shard = self.shards[shard_id] = ShardProcess(self.group, shard_id, self.config)
         shard.status.actor = self._running.pop(shard_id, shard.name)
+        self.metrics.expected(shard_id)
         self._supervisors[shard_id] = asyncio.create_task(self._guard(self._supervise(shard)))
         return shard
 
@@ -466,6 +468,7 @@ class ExpertController:
             except TimeoutError:
                 self.target = shard_id
                 self._remove_last()
+                self.metrics.changed("add", "failed", 0)
                 raise SetupError(
                     f"a process for shard {shard_id} was not there after {GROW_TIMEOUT_S:g} s: the Ray cluster has no "
                     f"room for {self.config.cpus_per_expert_shard:g} CPUs and "
@@ -493,6 +496,7 @@ class ExpertController:
                 self._publish(self.plan)
         except SetupError:
             self.target = len(self.shards)  # there is no room: it stays
+            self.metrics.changed("remove", "failed", 0)
             raise
         finally:
             self.work = ""
@@ -655,8 +659,9 @@ class ExpertController:
 
     async def _collect_from_nodes(self) -> None:
         alive: Mapping[str, str] = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        for node_id in self.collectors.keys() - alive.keys():
-            del self.collectors[node_id]
+        for node_id in list(self.collectors):
+            if node_id not in alive or not await _lives(self.collectors[node_id][0]):
+                del self.collectors[node_id]
         for node_id in alive.keys() - self.collectors.keys():
             handle = (
                 ray.remote(NodeMetricsActor)
@@ -688,6 +693,17 @@ def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool =
         )
         .remote(group, config, collect_metrics=collect_metrics)
     )
+
+
+async def _lives(collector: Any) -> bool:
+    """False for one that died; one that is slow to answer is still there."""
+    with suppress(TimeoutError):
+        try:
+            async with asyncio.timeout(COLLECTOR_TIMEOUT_S):
+                await collector.address.remote()
+        except ray.exceptions.RayActorError:
+            return False
+    return True
 
 
 def _me() -> Any:

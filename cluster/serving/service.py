@@ -61,13 +61,13 @@ class RequestMetrics(Protocol):
     def started(self) -> None: ...
 
     def finished(self, outcome: str) -> None:
-        """outcome: "stop", "length", "cancelled", or the gRPC code's name of an error."""
+        """outcome: "stop", "length", "cancelled", or the gRPC code's name of an error in lower case."""
 
     def first_token(self, seconds: float) -> None:
         """seconds: from the request's arrival."""
 
     def inter_token(self, seconds: float, num_tokens: int) -> None:
-        """seconds: a token, over the `num_tokens` of one delta."""
+        """seconds: since the delta before, for the `num_tokens` of this one."""
 
     def end_to_end(self, seconds: float) -> None:
         """seconds: from arrival to the last token, of requests that were answered."""
@@ -250,7 +250,7 @@ class InferenceService:
         if tracked.last_token_s is None:
             self._metrics.first_token(now_s - tracked.arrived_s)
         else:
-            self._metrics.inter_token((now_s - tracked.last_token_s) / count, count)
+            self._metrics.inter_token(now_s - tracked.last_token_s, count)
         tracked.last_token_s = now_s
         tracked.num_generated_tokens += count
         self._metrics.generated_tokens(count)
@@ -288,14 +288,14 @@ class InferenceService:
             tracked.outcome = tracked.outcome or "cancelled"
             raise
         except ClusterError as error:
-            tracked.outcome = error.grpc_code
+            tracked.outcome = error.grpc_code.lower()
             reason = f": {error}"
             raise
         finally:
-            outcome = tracked.outcome or "INTERNAL"
+            outcome = tracked.outcome or "internal"
             elapsed_s = self._clock() - tracked.arrived_s
             self._metrics.finished(outcome)
-            refused = outcome == Overloaded.grpc_code
+            refused = outcome == Overloaded.grpc_code.lower()
             log.log(
                 logging.DEBUG if refused else logging.INFO,  # hundreds a second, which the metrics count
                 "request %r ended with %s after %.3f s, %d prompt tokens, %d generated%s",

@@ -73,7 +73,7 @@ def test_a_matcher_matches_a_value_that_the_code_gives(label_values):
                 for wanted in re.sub(r"^\(\?i:(.*)\)$", r"\1", matcher.value).split("|"):
                     assert wanted in values, f"{place}: {matcher.name} is one of {sorted(values)}"
                     checked += 1
-    assert checked > 20
+    assert checked > 15
 
 
 def test_every_alert_says_how_bad_what_and_where_to_read_on(known):
