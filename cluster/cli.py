@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a request or a bench failed, 2 wrong usage or a set-up tha
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -101,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--expert-shards", type=int, metavar="N", help="processes that share the routed experts")
     scale.add_argument("--attention-replicas", type=int, metavar="N", help="processes with dense weights and KV cache")
     _add_ray_address(scale)
+
+    _command(commands, "ray-env", _ray_env, "print what `ray start` needs in its environment, for a shell to eval")
 
     chaos_parser = _command(commands, "chaos", _chaos, "break a running cluster part by part under streams, compare")
     chaos.add_arguments(chaos_parser)
@@ -254,6 +257,14 @@ def _demo(args: argparse.Namespace) -> int:
                 _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _ray_env(args: argparse.Namespace) -> int:
+    from cluster.runtime.haproxy import ray_environment
+
+    for name, value in ray_environment().items():
+        print(f"export {name}={shlex.quote(value)}")
     return 0
 
 

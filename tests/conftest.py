@@ -27,10 +27,10 @@ def ray_cluster() -> Iterator[Any]:
     """A connected Ray in a directory of its own, on loopback, with logical CPUs and GPUs for every test."""
     import ray
 
-    from cluster.runtime.haproxy import serve_environment, set_environment
+    from cluster.runtime.haproxy import local_environment, set_environment
 
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
-    with set_environment(serve_environment(Path(temp_dir))):
+    with set_environment(local_environment(Path(temp_dir))):
         ray.init(
             address="local",
             num_cpus=64,

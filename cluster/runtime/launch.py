@@ -33,7 +33,7 @@ from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
-from cluster.runtime.haproxy import serve_environment, set_environment
+from cluster.runtime.haproxy import local_environment, set_environment
 from cluster.runtime.ingress import Ingress
 from cluster.runtime.operate import APPLICATION
 from cluster.runtime.process import actor_environment
@@ -102,7 +102,7 @@ def start_ray(*, num_cpus: float, address: str | None = None, haproxy: bool = Fa
         return lambda: ray.shutdown()
     # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
-    with set_environment(serve_environment(Path(temp_dir)) if haproxy else {}):
+    with set_environment(local_environment(Path(temp_dir)) if haproxy else {}):
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,

@@ -10,7 +10,7 @@ import pytest
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.runtime.haproxy import BINARY, PROGRAM, adapted, serve_environment, set_environment
+from cluster.runtime.haproxy import BINARY, PROGRAM, adapted, local_environment, set_environment
 
 NODE_ID_CHARS = 56
 SOCKET_PATH_CHARS = 97  # HAProxy's limit
@@ -55,7 +55,7 @@ def test_a_file_of_another_serve_is_refused(written):
 
 
 def test_every_socket_path_is_short_enough_below_the_directories_that_are_made_here():
-    environment = serve_environment(Path("/tmp/moe-test-12345678"))
+    environment = local_environment(Path("/tmp/moe-test-12345678"))
     sockets = [path for name, path in environment.items() if name.endswith("SOCKET_PATH")]
     assert len(sockets) == 2
     assert max(len(path) + NODE_ID_CHARS + 1 for path in sockets) <= SOCKET_PATH_CHARS

@@ -5,6 +5,8 @@ import math
 import pytest
 from helm_charts import SHAPES, container, rendered, values_of
 
+from cluster.runtime.haproxy import SERVE_ENVIRONMENT
+
 ROLES = ("head", "ingress", "attention", "experts")
 BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "m": 1e-3}
 
@@ -174,7 +176,11 @@ def test_a_new_chart_version_alone_starts_no_second_cluster():
 def test_haproxy_is_told_to_every_ray_container():
     for role in ROLES:
         on, off = (container(rendered(shape).pods[role])["env"] for shape in ("a2.7b", "cpu-experts"))
-        assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in on
+        environment = {variable["name"]: variable.get("value") for variable in on}
+        assert {name: environment.get(name) for name in SERVE_ENVIRONMENT if not name.endswith("_S")} == {
+            name: value for name, value in SERVE_ENVIRONMENT.items() if not name.endswith("_S")
+        }
+        assert {name for name in SERVE_ENVIRONMENT if name.endswith("_S")} <= environment.keys()
         assert {"name": "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "value": "10"} in on
         assert {"name": "RAY_SERVE_HAPROXY_BINARY_PATH", "value": "/opt/venv/bin/moe-cluster-haproxy"} in on
         assert not any("PROXY" in variable["name"] for variable in off)

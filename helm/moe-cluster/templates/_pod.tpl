@@ -127,7 +127,11 @@ spec:
 {{- if $values.haproxy.enabled }}
 - name: RAY_SERVE_ENABLE_HA_PROXY
   value: "1"
-- name: RAY_SERVE_THROUGHPUT_OPTIMIZED
+- name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD
+  value: "0"
+- name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP
+  value: "0"
+- name: RAY_SERVE_FREEZE_GC_ON_STARTUP
   value: "1"
 {{- with $values.haproxy.program }}
 - name: RAY_SERVE_HAPROXY_BINARY_PATH
