@@ -26,7 +26,8 @@ _DISTINCT = 30  # questions; each is asked several times, so that the quiet run 
 
 QUICK_KINDS = ("kill-shard", "kill-replica", "kill-controller", "stop-shard", "cut-streams", "damage-frame")
 KINDS = (
-    *QUICK_KINDS, "stop-replica", "slow-shard", "refuse-memory", "move-experts", "rebalance", "scale-experts",
+    *QUICK_KINDS, "end-shard", "end-replica", "stop-replica", "slow-shard", "refuse-memory", "move-experts",
+    "rebalance", "scale-experts",
 )  # fmt: skip
 
 
@@ -149,9 +150,7 @@ def unleash(
             asked = traffic.stop()
         seconds = time.monotonic() - started
     different = [
-        (question, reply)
-        for question, reply in asked
-        if not reply.error and (reply.token_ids, reply.text) != (quiet[question].token_ids, quiet[question].text)
+        (question, reply) for question, reply in asked if not reply.error and not reply.says_the_same(quiet[question])
     ]
     gaps = [gap for _, reply in asked for gap in reply.gaps_s]
     quiet_gaps = [gap for reply in quiet for gap in reply.gaps_s]

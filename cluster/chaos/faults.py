@@ -37,6 +37,14 @@ def kill_controller(cluster: RunningCluster, rng: random.Random) -> str:
     return _signal(cluster, rng, "controller", signal.SIGKILL)
 
 
+def end_shard(cluster: RunningCluster, rng: random.Random) -> str:
+    return _signal(cluster, rng, "shard", signal.SIGTERM)
+
+
+def end_replica(cluster: RunningCluster, rng: random.Random) -> str:
+    return _signal(cluster, rng, "replica", signal.SIGTERM)
+
+
 def stop_shard(cluster: RunningCluster, rng: random.Random) -> str:
     return _stop(cluster, rng, "shard")
 
@@ -84,6 +92,8 @@ KINDS: dict[str, Callable[[RunningCluster, random.Random], str]] = {
     "kill-shard": kill_shard,
     "kill-replica": kill_replica,
     "kill-controller": kill_controller,
+    "end-shard": end_shard,
+    "end-replica": end_replica,
     "stop-shard": stop_shard,
     "stop-replica": stop_replica,
     "cut-streams": cut_streams,
@@ -102,7 +112,7 @@ def inject(kind: str, cluster: RunningCluster, rng: random.Random, num_replicas:
     at = time.monotonic()
     what = KINDS[kind](cluster, rng)
     done = time.monotonic()
-    dead = {p for p in before if kind.startswith("kill-") and f"({p.pid})" in what}
+    dead = {p for p in before if kind.startswith(("kill-", "end-")) and f"({p.pid})" in what}
     wait_whole(cluster, num_replicas, timeout_s, dead)
     return Injected(kind=kind, what=what, at=at, recovered_s=time.monotonic() - done)
 

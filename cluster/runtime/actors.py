@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 import time
 import warnings
@@ -50,6 +51,13 @@ def prepare_process(num_threads: int) -> None:
         log.warning("Ray gave this process GPUs %s, but its torch has no CUDA", ray.get_gpu_ids())
 
 
+def end_at_sigterm() -> None:
+    """Ray's own handler waits for the calls under way, `hold` among them, which never end: the process would hang, and
+    those who wait for it would find out by its silence only. Nothing here needs a farewell: call it in the main thread.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class ProgressReport:
     """Tells the controller how far a load is, a few times a second."""
 
@@ -71,6 +79,7 @@ class ExpertShardActor:
     def __init__(self, shard_id: int, num_threads: int) -> None:
         """shard_id: below 0 for a spare process, which becomes a shard later."""
         prepare_process(num_threads)
+        end_at_sigterm()
         self.shard: ExpertShard | None = None
         self.record: ClusterRecord | None = None
         self.metrics: ShardMetrics
@@ -237,6 +246,7 @@ class EngineActor:
 
     def __init__(self, config: ClusterConfig, replica: str, controller: Any, num_threads: int) -> None:
         prepare_process(num_threads)
+        end_at_sigterm()
         registry = new_registry()
         metrics = DispatchMetrics(registry, replica)
         self.directory = ShardDirectory(controller, replica, process_info(), ray.get_runtime_context().current_actor)

@@ -161,7 +161,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         while True:
             try:
                 status = await self._controller.status.remote()
-                covered = status.published and status.uncovered_s <= self._config.recovery_timeout_s
+                covered = status.serves(self._config.recovery_timeout_s)
                 self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
                 if status.draining:
                     self._service.drain()

@@ -122,6 +122,10 @@ class ClusterStatus:
     faults: tuple[Fault, ...] = ()
     config: ClusterConfig | None = None
 
+    def serves(self, patience_s: float) -> bool:
+        """Whether requests are answered: no expert has been without a copy for longer than they wait for one."""
+        return self.published and self.uncovered_s <= patience_s
+
     @property
     def covered(self) -> bool:
         """Whether every expert has a copy that is up."""

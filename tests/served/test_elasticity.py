@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from served_tools import wait_until
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, SetupError
@@ -43,16 +44,16 @@ def ask(ray, experts, method, *args):
 
 
 @contextmanager
-def steady_rows(experts, skew=False):
+def steady_rows(experts, hot=None):
     """Rows through all layers all the time; each answer is compared with the first. Yields the seconds of each round.
 
-    skew: to a few experts only.
+    hot: the first of the few experts that get all rows.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 64, generator=generator)
     ids = torch.stack([torch.randperm(64, generator=generator)[:4] for _ in range(32)])
-    if skew:
-        ids = ids % 6
+    if hot is not None:
+        ids = ids % 6 + hot
         ids = torch.stack([row.unique(sorted=True)[:1].expand(4) for row in ids])
     weights = torch.rand(32, 4, generator=generator)
     layers = experts.dispatcher.plans.current().layer_ids
@@ -78,6 +79,11 @@ def steady_rows(experts, skew=False):
         running.result()
 
 
+def shard_is_back(ray, experts, shard_id):
+    shard = ask(ray, experts, "status").shards[shard_id]
+    return shard.state == "up" and shard.respawns == 1
+
+
 def num_experts(experts):
     return [sum(map(len, layers.values())) for layers in experts.dispatcher.plans.current().slices]
 
@@ -94,13 +100,24 @@ def test_shards_are_added_and_removed_one_at_a_time_under_rows(ray_cluster, expe
 
 
 def test_a_skewed_load_is_spread_and_the_busiest_experts_get_copies(ray_cluster, experts):
-    with steady_rows(experts, skew=True):
+    with steady_rows(experts, hot=0):
         threading.Event().wait(6)  # the controller looks at the loads every 2 s
         before = ask(ray_cluster, experts, "status").imbalance
         said = ask(ray_cluster, experts, "rebalance")
         after = ask(ray_cluster, experts, "status").imbalance
     assert before > 1.2, said
     assert after <= 1.15, said
+
+
+def test_a_policy_follows_the_load_by_itself(ray_cluster, experts, config):
+    """Of other experts than those that have copies by now, from a redeployed configuration that says so."""
+    policy = replace(config, rebalance_interval_s=0.5, rebalance_threshold=1.1, rebalance_max_moves=256)
+    epoch = ask(ray_cluster, experts, "status").epoch
+    with steady_rows(experts, hot=40):
+        ask(ray_cluster, experts, "apply", policy)
+        wait_until(lambda: ask(ray_cluster, experts, "status").epoch > epoch, "the experts move")
+        wait_until(lambda: ask(ray_cluster, experts, "status").imbalance <= 1.15, "the load is even")
+    ask(ray_cluster, experts, "apply", config)
 
 
 def test_experts_change_places_under_rows(ray_cluster, experts):

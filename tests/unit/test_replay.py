@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 from engine_fakes import Clock, make_engine, request, run_to_end
+from serving_fakes import EchoBackend, byte_ids, make_service, write_tokenizer
 
 from cluster.errors import ClusterError, Overloaded, PoisonedRequest, ReplicaStopping, ReplicaUnavailable
+from cluster.serving.prepare import Prompt
 from cluster.serving.replay import ReplayingBackend
-from cluster.types import SequenceUpdate
+from cluster.serving.tokenizer import Tokenizer
+from cluster.types import SamplingParams, SequenceUpdate
 
 
 class DyingReplicas:
@@ -43,6 +46,28 @@ class DyingReplicas:
             self.closed += 1
 
 
+class DyingEchoes:
+    """An echo that goes on where an earlier attempt ended; attempts die after as many tokens as `lives` says."""
+
+    def __init__(self, lives):
+        self.lives = list(lives)
+
+    async def generate(self, asked):
+        life = self.lives.pop(0) if self.lives else None
+        rest = replace(asked, prompt_token_ids=asked.prompt_token_ids[len(asked.output_token_ids) :])
+        async for n, update in aenumerate(EchoBackend().generate(rest)):
+            if n == life:
+                raise ReplicaUnavailable("the attention replica died")
+            yield update
+
+
+async def aenumerate(updates):
+    n = 0
+    async for update in updates:
+        yield n, update
+        n += 1
+
+
 def collect(replicas, asked, clock=None, **options):
     clock = clock or Clock()
 
@@ -70,6 +95,20 @@ def test_an_answer_goes_on_at_the_next_token_however_the_death_is_told(how):
     assert [asked.output_token_ids for asked in replicas.seen] == [(), (6, 7, 8), (6, 7, 8), (6, 7, 8, 9)]
     assert len({asked.request_id for asked in replicas.seen}) == 4
     assert (len(replayed), replicas.closed) == (3, 4)
+
+
+@pytest.mark.parametrize("lives", [(), (1,), (2,), (3, 1), (0, 5)])
+def test_text_stop_strings_and_logprobs_are_those_of_a_run_without_the_death(tmp_path, lives):
+    """The replicas echo "one stop two" byte by byte; the stop string is met across any of the deaths."""
+    service = make_service(
+        Tokenizer(write_tokenizer(tmp_path)),
+        ReplayingBackend(DyingEchoes(lives), max_replays=2, room_timeout_s=5.0, on_replay=lambda: None),
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=40, stop=("e sto",), logprobs=1)
+    output = asyncio.run(service.generate(Prompt(token_ids=byte_ids("one stop two")), params))
+    assert (output.text, output.finish_reason) == ("on", "stop")
+    assert output.token_ids == byte_ids("one stop two")[: len(output.token_ids)]
+    assert [entry.logprob for entry in output.logprobs] == [-float(token) for token in output.token_ids]
 
 
 def test_every_attempt_has_the_same_seed_and_what_is_left_of_the_time():
