@@ -35,6 +35,7 @@ def ray_cluster() -> Iterator[Any]:
             address="local",
             num_cpus=64,
             num_gpus=LOGICAL_GPUS,
+            resources={"expert_node": 1},
             namespace="moe-cluster",
             include_dashboard=False,
             object_store_memory=256 << 20,

@@ -63,6 +63,7 @@ class ClusterConfig:
     transport: "auto" is a stream to each shard, and Ray calls while one is down; "stream" and "ray" are only one.
     gpus_per_*: GPUs a process, fractions allowed; None is one where the Ray cluster has GPUs, else none.
     cpus_per_*: Ray's logical CPUs a process.
+    *_resource: a custom resource of Ray's nodes that processes of the role are kept to; "" lets them run anywhere.
     shard_timeout_s: a shard that does not answer one call in this time counts as hung.
     recovery_timeout_s: how long rows wait for a lost shard's successor before their request fails.
     drain_timeout_s: how long a stop waits for running requests.
@@ -102,6 +103,9 @@ class ClusterConfig:
     gpus_per_expert_shard: float | None = None
     cpus_per_attention_replica: float = 1.0
     cpus_per_expert_shard: float = 1.0
+    ingress_resource: str = ""
+    attention_resource: str = ""
+    expert_resource: str = ""
     shard_timeout_s: float = 30.0
     recovery_timeout_s: float = 60.0
     drain_timeout_s: float = 30.0

@@ -27,7 +27,7 @@ from cluster.experts.placement import PlacementPlan, plan_evenly, swapped
 from cluster.metrics import ControllerMetrics, new_registry
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.collector import NodeMetricsActor
-from cluster.runtime.process import actor_environment
+from cluster.runtime.process import actor_environment, share_of
 from cluster.runtime.protocol import (
     LEASE_S,
     LONG_POLL_S,
@@ -408,6 +408,7 @@ class ExpertController:
         """The node with the fewest shards, of those that are large enough for one."""
         held = Counter(shard.node_id for shard in self.shards.values())
         need = {"CPU": self.config.cpus_per_expert_shard, "GPU": self.config.gpus_per_expert_shard or 0}
+        need |= share_of(self.config.expert_resource)
         fits = [
             node["NodeID"]
             for node in ray.nodes()
@@ -684,6 +685,7 @@ def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool =
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            resources=share_of(config.ingress_resource),
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=1000,

@@ -36,7 +36,7 @@ from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.haproxy import local_environment, set_environment
 from cluster.runtime.ingress import Ingress
 from cluster.runtime.operate import APPLICATION
-from cluster.runtime.process import actor_environment
+from cluster.runtime.process import actor_environment, share_of
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
 from cluster.runtime.transports import make_transport
 from cluster.serving.tokenizer import Tokenizer
@@ -170,6 +170,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
     bundle = {"CPU": config.cpus_per_attention_replica}
     if config.gpus_per_attention_replica:
         bundle["GPU"] = config.gpus_per_attention_replica
+    bundle |= share_of(config.attention_resource)
     environment = actor_environment(shard_group(config), 1)
     replicas = serve.deployment(AttentionReplica).options(
         name="AttentionReplica",
@@ -192,7 +193,11 @@ def build_application(config: ClusterConfig) -> serve.Application:
     ingress = serve.deployment(Ingress).options(
         name="Ingress",
         num_replicas=config.ingress_replicas,
-        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": environment},
+        ray_actor_options={
+            "num_cpus": INGRESS_CPUS,
+            "resources": share_of(config.ingress_resource),
+            "runtime_env": environment,
+        },
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.config import ClusterConfig
 from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
-from cluster.runtime.process import actor_environment, num_threads
+from cluster.runtime.process import actor_environment, num_threads, share_of
 from cluster.runtime.protocol import NAMESPACE, ShardStatus
 from cluster.runtime.spares import SpareProcesses
 
@@ -138,6 +138,7 @@ class ShardProcess:
             bundle = {"CPU": self.config.cpus_per_expert_shard}
             if self.config.gpus_per_expert_shard:
                 bundle["GPU"] = self.config.gpus_per_expert_shard
+            bundle |= share_of(self.config.expert_resource)
             place = placement_group(
                 [bundle], strategy="STRICT_PACK", name=self.name, lifetime="detached", _soft_target_node_id=node_id
             )

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ray.util.placement_group import placement_group_table
 from served_tools import wait_until
 
 from cluster.config import ClusterConfig
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 def config(demo_checkpoint):
     return ClusterConfig(
         model=str(demo_checkpoint), dtype="float32", device="cpu", expert_shards=2, gpus_per_expert_shard=0.0,
-        redundant_experts=4, rebalance_max_moves=64,
+        redundant_experts=4, rebalance_max_moves=64, expert_resource="expert_node",
     )  # fmt: skip
 
 
@@ -86,6 +87,11 @@ def shard_is_back(ray, experts, shard_id):
 
 def num_experts(experts):
     return [sum(map(len, layers.values())) for layers in experts.dispatcher.plans.current().slices]
+
+
+def test_shards_are_kept_to_the_nodes_with_their_resource(ray_cluster, experts):
+    [place] = [p for p in placement_group_table().values() if p["name"] == f"{experts._group}:shard-0"]
+    assert place["bundles"][0]["expert_node"] == pytest.approx(0.001)
 
 
 def test_shards_are_added_and_removed_one_at_a_time_under_rows(ray_cluster, experts):
