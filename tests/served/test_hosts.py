@@ -13,19 +13,6 @@ pytestmark = [pytest.mark.ray, needs_namespaces]
 
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5], list(range(40))]
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-OVER_TCP = """
-import json, sys
-import ray
-from cluster import LLM, SamplingParams
-from cluster.runtime.protocol import NAMESPACE
-address, model_dir, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
-with LLM(model_dir, num_expert_shards=2, transport="stream", kv_cache_bytes=1 << 22, skip_tokenizer=True) as llm:
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
-    connections = llm.experts.transport._connections.values()
-    families = [connection._sock.family.name for _, connection in connections]
-print(json.dumps({"tokens": [list(output.token_ids) for output in outputs], "families": families}))
-"""
 THROUGH_FAULTS = """
 import json, sys, time
 import ray
@@ -64,7 +51,9 @@ while True:
         nodes = sorted(shard.process.node_id for shard in shards if shard.state == "up")
     except ray.exceptions.RayError:
         nodes = []  # the controller is on the host that is away
-    print(json.dumps({"tokens": list(tokens.values()), "worst_s": worst, "nodes": nodes}), flush=True)
+    families = [connection._sock.family.name for _, connection in experts._transport._connections.values()]
+    result = {"tokens": list(tokens.values()), "worst_s": worst, "nodes": nodes, "families": families}
+    print(json.dumps(result), flush=True)
     number += 1
 """
 
@@ -75,52 +64,53 @@ def expected(demo_checkpoint):
         return [list(output.token_ids) for output in llm.generate(PROMPTS, PARAMS)]
 
 
-def test_experts_on_another_host_give_the_same_tokens_over_tcp(expected, demo_checkpoint, tmp_path):
-    with hosts(2) as net:
-        done = net.run(0, sys.executable, "-c", OVER_TCP, net.address, str(demo_checkpoint), json.dumps(PROMPTS))
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout.splitlines()[-1])
-        assert result["tokens"] == expected
-        assert result["families"] == ["AF_INET", "AF_INET"]
-        file = tmp_path / "transport.json"
-        bench = [sys.executable, "-m", "cluster.cli", "bench", "transport", "--ray-address", net.address]
-        done = net.run(0, *bench, "--json", str(file), "--rows", "8", "--repeat", "20")
-        assert done.returncode == 0, done.stderr
-        assert {entry["carrier"] for entry in json.loads(file.read_text())} == {"ray", "stream, TCP"}
+@pytest.fixture(scope="module")
+def net():
+    with hosts(3) as made:
+        yield made
+
+
+def test_round_trips_to_another_host_are_measured(net, tmp_path):
+    file = tmp_path / "transport.json"
+    bench = [sys.executable, "-m", "cluster.cli", "bench", "transport", "--ray-address", net.address]
+    done = net.run(0, *bench, "--json", str(file), "--rows", "8", "--repeat", "20")
+    assert done.returncode == 0, done.stderr
+    assert {entry["carrier"] for entry in json.loads(file.read_text())} == {"ray", "stream, TCP"}
 
 
 @pytest.mark.chaos
-def test_a_host_that_is_cut_off_slowed_and_dies_changes_no_token(expected, demo_checkpoint):
+def test_a_host_that_is_cut_off_slowed_and_dies_changes_no_token(net, expected, demo_checkpoint):
     """Every expert is on both hosts with room. Nobody is told of a cut link; a killed raylet takes its shard along."""
-    with hosts(3) as net:
-        driver = net.popen(
-            0, sys.executable, "-c", THROUGH_FAULTS, net.address, str(demo_checkpoint), json.dumps(PROMPTS)
-        )
+    driver = net.popen(
+        0, sys.executable, "-c", THROUGH_FAULTS, net.address, str(demo_checkpoint), json.dumps(PROMPTS)
+    )
 
-        def rounds(seconds):
-            """What the driver generates meanwhile."""
-            results, until = [], time.monotonic() + seconds
-            while time.monotonic() < until or not results:
-                results.append(json.loads(read_line(driver)))
-                assert results[-1]["tokens"] == expected
-            return results
+    def rounds(seconds):
+        """What the driver generates meanwhile."""
+        results, until = [], time.monotonic() + seconds
+        while time.monotonic() < until or not results:
+            results.append(json.loads(read_line(driver)))
+            assert results[-1]["tokens"] == expected
+        return results
 
-        try:
-            assert len(set(rounds(1.0)[-1]["nodes"])) == 2
-            with net.cut_off(2):
-                cut = rounds(4.0)
-            assert max(result["worst_s"] for result in cut) < 3.0
-            rounds(2.0)
-            with net.slowed(2):
-                slow = rounds(3.0)
-            assert max(result["worst_s"] for result in slow) < 3.0
-            net.kill_raylet(2)
-            rounds(2.0)
-            deadline = time.monotonic() + 60
-            nodes = []
-            while (len(nodes), len(set(nodes))) != (2, 1):  # at first nobody may have noticed
-                assert time.monotonic() < deadline, "its shard did not come up on the other host"
-                nodes = rounds(0.5)[-1]["nodes"]
-        finally:
-            driver.kill()
-            driver.wait()
+    try:
+        whole = rounds(1.0)[-1]
+        assert len(set(whole["nodes"])) == 2
+        assert whole["families"] == ["AF_INET", "AF_INET"]
+        with net.cut_off(2):
+            cut = rounds(4.0)
+        assert max(result["worst_s"] for result in cut) < 3.0
+        rounds(2.0)
+        with net.slowed(2):
+            slow = rounds(3.0)
+        assert max(result["worst_s"] for result in slow) < 3.0
+        net.kill_raylet(2)
+        rounds(2.0)
+        deadline = time.monotonic() + 60
+        nodes = []
+        while (len(nodes), len(set(nodes))) != (2, 1):  # at first nobody may have noticed
+            assert time.monotonic() < deadline, "its shard did not come up on the other host"
+            nodes = rounds(0.5)[-1]["nodes"]
+    finally:
+        driver.kill()
+        driver.wait()
