@@ -9,7 +9,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,7 +31,8 @@ from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
-from cluster.runtime.haproxy import local_environment
+from cluster.runtime.grpc_front import GrpcFront
+from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, local_environment
 from cluster.runtime.ingress import Ingress
 from cluster.runtime.local_ray import start_ray
 from cluster.runtime.operate import APPLICATION
@@ -171,12 +173,35 @@ def build_application(config: ClusterConfig) -> serve.Application:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Ports of a cluster on this machine; 0 takes a free one. haproxy: in front, else Serve's own proxy."""
+    """Ports of a cluster on this machine; 0 takes a free one. haproxy: in front, else Serve's own proxy.
+    front: where and how clients reach HAProxy; a running Ray's environment says it for its Serve."""
 
     grpc_port: int = 9000
     http_port: int = 0
     ray_address: str | None = None
     haproxy: bool = True
+    front: GrpcFront = field(default_factory=GrpcFront)
+
+    def serve_environment(self, directory: Path, config: ClusterConfig) -> dict[str, str]:
+        """What Serve finds in its environment; files go below `directory`. Raises SetupError."""
+        return {
+            **(local_environment(directory) if self.haproxy else {}),
+            "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(MAX_MESSAGE_BYTES, config.max_request_bytes)),
+            **self.front_environment(),
+        }
+
+    def front_environment(self) -> dict[str, str]:
+        """Raises SetupError for what cannot serve, or would not be looked at."""
+        said = self.front.environment()
+        if said and not self.haproxy:
+            raise SetupError("Serve's own proxy knows no TLS and no --host: leave them out, or use --proxy haproxy")
+        if said and self.ray_address:
+            settings = ", ".join(f"{name}={value}" for name, value in said.items())
+            raise SetupError(
+                f"the Ray at {self.ray_address} runs already, and its environment says how it is reached: leave --host "
+                f"and --tls-* out, and start its nodes with {settings}"
+            )
+        return said
 
 
 class ServedCluster:
@@ -190,6 +215,7 @@ class ServedCluster:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
         check_config(config)
         Tokenizer(config.model)  # the ingress needs it; a missing one is named here, not by a deployment that fails
+        options.front_environment()
         self.group = ""
         self.grpc_port = _free_port("grpc port", options.grpc_port)
         self.http_port = _free_port("http port", options.http_port)
@@ -203,7 +229,7 @@ class ServedCluster:
         self._ray = start_ray(
             num_cpus=num_cpus,
             address=options.ray_address,
-            environment=lambda directory: local_environment(directory) if options.haproxy else {},
+            environment=lambda directory: options.serve_environment(directory, config),
         )
         self._forget_address = leave_address(ray.get_runtime_context().gcs_address, self._ray.environment)
         try:
