@@ -39,6 +39,7 @@ from cluster.runtime.operate import APPLICATION
 from cluster.runtime.process import actor_environment, share_of
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
 from cluster.runtime.transports import make_transport
+from cluster.serving.api_keys import ApiKeys
 from cluster.serving.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
     if config.gpus_per_attention_replica:
         bundle["GPU"] = config.gpus_per_attention_replica
     bundle |= share_of(config.attention_resource)
-    environment = actor_environment(shard_group(config), 1)
+    environment = actor_environment(shard_group(config), 1, config.log_format)
     replicas = serve.deployment(AttentionReplica).options(
         name="AttentionReplica",
         num_replicas=config.attention_replicas if config.max_attention_replicas is None else "auto",
@@ -215,6 +216,8 @@ class ServedCluster:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
         check_config(config)
         Tokenizer(config.model)  # the ingress needs it; a missing one is named here, not by a deployment that fails
+        if config.api_keys_file:
+            ApiKeys(Path(config.api_keys_file), time.monotonic)  # as well
         options.front_environment()
         self.group = ""
         self.grpc_port = _free_port("grpc port", options.grpc_port)
