@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from cluster import bench, chaos
+from cluster import bench, chaos, connect
 from cluster.config import ClusterConfig
 from cluster.config.local_address import find_address
 from cluster.errors import ClusterError, SetupError
 
-DEFAULT_ADDRESS = "127.0.0.1:9000"
 DEMO_QUESTION = "Which experts answered this question?"
 DEMO_METRICS = (
     "moecluster_requests_total",
@@ -77,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "model", metavar="MODEL_DIR", help="directory of a qwen2_moe checkpoint (config.json, *.safetensors)"
     )
     _add_cluster_arguments(serve)
+    _add_security_arguments(serve)
 
     generate = _command(commands, "generate", _generate, "send a prompt to a running server, stream the answer")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to go on with (no chat template)")
@@ -108,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     chaos_parser = _command(commands, "chaos", _chaos, "break a running cluster part by part under streams, compare")
     chaos.add_arguments(chaos_parser)
     _add_ray_address(chaos_parser)
+
+    keys = _command(commands, "keys", _keys_new, "make API keys for clients")
+    new = keys.add_subparsers(metavar="ACTION", required=True).add_parser(
+        "new", help="print a fresh key, and its line for the file of --api-keys-file"
+    )
+    new.add_argument("name", metavar="NAME", help="whose it is: what logs and fairness between clients go by")
 
     bench.add_arguments(_command(commands, "bench", bench.run, "measure tokens/s, side by side with other engines"))
     return parser
@@ -154,6 +160,7 @@ def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     add("recovery_timeout_s", float, "how long requests wait for a lost shard's successor", "SECONDS")
     add("drain_timeout_s", float, "how long a stop waits for running requests", "SECONDS")
     add("metrics_port", int, "where /metrics is served; 0: a free port", "PORT")
+    add("log_format", str, "of all processes' log lines: text, or json, one object a line", "FORMAT")
     parser.add_argument(
         "--grpc-port", type=int, default=9000, metavar="PORT", help="0: a free one (default: 9000, demo: 0)"
     )
@@ -165,6 +172,32 @@ def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     _add_ray_address(parser, "else a Ray of this machine is started")
 
 
+def _add_security_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api-keys-file",
+        default="",
+        metavar="FILE",
+        help="with hashed keys (`moe-cluster keys new`); clients need one",
+    )
+    parser.add_argument(
+        "--max-streams-per-client",
+        type=int,
+        default=0,
+        metavar="N",
+        help="requests of a client at a time (default: any)",
+    )
+    parser.add_argument(
+        "--host", default="", metavar="HOST", help="where gRPC listens; 0.0.0.0: on all interfaces (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="PEM of this server's certificate and chain: TLS only"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key (default: in the same file)")
+    parser.add_argument(
+        "--tls-client-ca", type=Path, metavar="FILE", help="PEM of who signs clients' certificates; they need one then"
+    )
+
+
 def _add_ray_address(parser: argparse.ArgumentParser, otherwise: str = "else that of `moe-cluster serve` here") -> None:
     parser.add_argument(
         "--ray-address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDRESS",
@@ -173,9 +206,7 @@ def _add_ray_address(parser: argparse.ArgumentParser, otherwise: str = "else tha
 
 
 def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="gRPC server (default: %(default)s)"
-    )
+    connect.add_arguments(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of answer at most")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
     parser.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the checkpoint's)")
@@ -195,14 +226,29 @@ def _cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
     ):
         if given[cpus] is None:
             given[cpus] = float(max(1, cores // max(1, processes)))
+    if given.get("api_keys_file"):
+        given["api_keys_file"] = str(Path(given["api_keys_file"]).resolve())
     return ClusterConfig(model=str(Path(model).resolve()), **given)
+
+
+def _serve_options(args: argparse.Namespace) -> Any:
+    from cluster.runtime.grpc_front import GrpcFront
+    from cluster.runtime.launch import ServeOptions
+
+    given = {f.name: getattr(args, f.name) for f in fields(GrpcFront) if hasattr(args, f.name)}
+    return ServeOptions(
+        grpc_port=args.grpc_port,
+        ray_address=args.ray_address,
+        haproxy=args.proxy == "haproxy",
+        front=GrpcFront(**given),
+    )
 
 
 @contextmanager
 def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
     """A served cluster, with its start and its stop shown; SIGTERM ends it like Ctrl-C."""
     from cluster.console import LoadProgress  # torch and ray load with these: not for --help
-    from cluster.runtime.launch import ServedCluster, ServeOptions
+    from cluster.runtime.launch import ServedCluster
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -210,8 +256,7 @@ def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
     signal.signal(signal.SIGTERM, interrupt)
     config = _cluster_config(args, model)
     with LoadProgress("starting Ray and Ray Serve") as progress:
-        options = ServeOptions(grpc_port=args.grpc_port, ray_address=args.ray_address, haproxy=args.proxy == "haproxy")
-        cluster = ServedCluster(config, options, progress.update)
+        cluster = ServedCluster(config, _serve_options(args), progress.update)
     try:
         yield cluster
     finally:
@@ -269,19 +314,16 @@ def _ray_env(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from cluster.serving.client import Client
-
-    with Client(args.address) as client:
+    with connect.connect(args) as client:
         _print_stream(client.stream(args.prompt, _sampling(args)))
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from cluster.serving.client import Client
     from cluster.types import ChatMessage
 
     history = [ChatMessage(role="system", content=args.system)] if args.system else []
-    with Client(args.address) as client:
+    with connect.connect(args) as client:
         if not client.is_serving(timeout_s=10.0):
             print(
                 f"moe-cluster: no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`",
@@ -396,6 +438,15 @@ def _plan(args: argparse.Namespace) -> int:
         raise SetupError(f"dtype is {dtype!r}, one of auto, {', '.join(DTYPE_BYTES)} is needed")
     plan = plan_evenly(config.sparse_layers, config.num_experts, args.shards)
     print_plan(plan, dtype, config.expert_bytes(dtype), dense_bytes(config, dtype), config.kv_bytes_per_token(dtype))
+    return 0
+
+
+def _keys_new(args: argparse.Namespace) -> int:
+    from cluster.serving.api_keys import new_key
+
+    key, line = new_key(args.name)
+    print(f"the key, for its user; it is kept nowhere:\n{key}\nits line for the file of keys:", file=sys.stderr)
+    print(line)
     return 0
 
 

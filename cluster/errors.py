@@ -4,8 +4,10 @@
     ├── SetupError                   INTERNAL            500   the command line ends with exit code 2
     │   └── CheckpointError                                    a model directory that cannot be served
     ├── InvalidRequest               INVALID_ARGUMENT    400   carries the field's name
+    ├── Unauthenticated              UNAUTHENTICATED     401   no API key, or an unknown one
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
+    ├── Forbidden                    PERMISSION_DENIED   403   this way in is not for this caller
     ├── PoisonedRequest              INTERNAL            500   every replica that it met died
     ├── ProtocolError                INTERNAL            500   a stream's other side does not speak its protocol
     ├── RequestCancelled             CANCELLED           499
@@ -52,6 +54,22 @@ class InvalidRequest(ClusterError):
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message, field)
         self.field = field
+
+
+class Unauthenticated(ClusterError):
+    """The server asks for an API key, and the caller has none that it knows."""
+
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
+    public = True
+
+
+class Forbidden(ClusterError):
+    """The caller may not come this way, whoever he is."""
+
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+    public = True
 
 
 class PoisonedRequest(ClusterError):

@@ -28,9 +28,10 @@ def ray_cluster() -> Iterator[Any]:
     import ray
 
     from cluster.runtime.haproxy import local_environment, set_environment
+    from cluster.runtime.local_ray import loopback
 
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
-    with set_environment(local_environment(Path(temp_dir))):
+    with set_environment(local_environment(Path(temp_dir))), loopback():
         ray.init(
             address="local",
             num_cpus=64,

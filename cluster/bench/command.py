@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster import connect
 from cluster.errors import SetupError
 
 PARTS = ("throughput", "latency", "transport", "serve", "growth", "gpu")
@@ -97,7 +98,7 @@ def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default="127.0.0.1:9000", help="of the server (default: %(default)s)")
+    connect.add_arguments(parser)
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="in all (default: 64)")
     parser.add_argument(
         "--concurrency", type=int, default=32, metavar="N",

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from rich.console import Console
 from rich.progress import Progress
 
+from cluster import connect
 from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
@@ -71,7 +72,7 @@ def measure_server(args: argparse.Namespace) -> int:
         raise SetupError(f"--rate is {args.rate}, more than 0 is needed")
     if args.offline is not None:
         offline = _offline_spec(args)
-    with Client(args.address) as client:
+    with connect.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         vocab_size = client.model_info().vocab_size

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress
 
+from cluster import connect
 from cluster.chaos.traffic import Question, Reply, ask_all, make_questions
 from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.serving.client import Client
@@ -57,7 +58,7 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default="127.0.0.1:9000", metavar="HOST:PORT", help="default: %(default)s")
+    connect.add_arguments(parser)
     parser.add_argument(
         "--requests", type=int, default=300, metavar="N", help="streams at least (default: %(default)s)"
     )
@@ -90,7 +91,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     """Exit code 1 when a request failed or an answer was different. Raises ClusterError."""
     kinds = tuple(args.kinds.split(","))
-    with Client(args.address) as client:
+    with connect.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         outcome = unleash(

@@ -12,6 +12,8 @@ from cluster.errors import SetupError
 
 Transport = Literal["local", "auto", "stream", "ray"]
 TRANSPORTS: tuple[Transport, ...] = ("auto", "stream", "ray")  # between processes
+LogFormat = Literal["text", "json"]
+LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,11 @@ class ClusterConfig:
     max_replays: how often a request that lost its attention replica goes on at another one, without a token in between.
     max_ongoing_requests: requests in one ingress process at a time.
     max_request_bytes: a larger gRPC request is refused before it is parsed.
+    max_streams_per_client: requests of one client in one ingress process at a time; 0 for no bound.
+    api_keys_file: clients' keys, hashed (`cluster.serving.api_keys` says how), at this path wherever an ingress runs;
+        "" asks for none.
     metrics_port: every node serves /metrics there; 0 takes a free one.
+    log_format: of the log lines of all processes; "json" is one object a line.
     """
 
     model: str
@@ -99,6 +105,8 @@ class ClusterConfig:
     enable_prefix_caching: bool = True
     max_ongoing_requests: int = 512
     max_request_bytes: int = 1 << 20
+    max_streams_per_client: int = 0
+    api_keys_file: str = ""
     gpus_per_attention_replica: float | None = None
     gpus_per_expert_shard: float | None = None
     cpus_per_attention_replica: float = 1.0
@@ -111,11 +119,13 @@ class ClusterConfig:
     drain_timeout_s: float = 30.0
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         if not self.model:
             raise SetupError("model is empty: give the directory of a qwen2_moe checkpoint")
         _check_choice(self, "transport", TRANSPORTS)
+        _check_choice(self, "log_format", LOG_FORMATS)
         for name in (
             "attention_replicas",
             "expert_shards",
@@ -139,6 +149,7 @@ class ClusterConfig:
             "redundant_experts",
             "rebalance_interval_s",
             "max_replays",
+            "max_streams_per_client",
         ):
             _check_number(self, name, 0)
         _check_number(self, "metrics_port", 0, 65535)

@@ -1,9 +1,9 @@
-"""Where `moe-cluster serve` leaves the address of the Ray that it started, for other commands of the same user."""
+"""Where `moe-cluster serve` leaves how to reach the Ray that it started, for other commands of the same user."""
 
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,10 +12,12 @@ def _file() -> Path:
     return Path(tempfile.gettempdir()) / f"moe-cluster-{os.getuid()}.json"
 
 
-def leave_address(ray_address: str) -> Callable[[], None]:
-    """Writes it down, readable by this user only; returns what takes it away again."""
-    said = {"ray_address": ray_address, "pid": os.getpid(), "auth_mode": os.environ.get("RAY_AUTH_MODE", "")}
-    text = json.dumps(said)
+def leave_address(ray_address: str, environment: Mapping[str, str]) -> Callable[[], None]:
+    """Writes it down, readable by this user only; returns what takes it away again.
+
+    environment: what a process needs to be let in, such as a token.
+    """
+    text = json.dumps({"ray_address": ray_address, "pid": os.getpid(), "environment": dict(environment)})
     with suppress(FileNotFoundError):
         _file().unlink()
     with open(os.open(_file(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
@@ -30,14 +32,13 @@ def leave_address(ray_address: str) -> Callable[[], None]:
 
 
 def find_address() -> str | None:
-    """The address that a process which still runs has left. Sets how its Ray is spoken to: call it before ray loads."""
+    """The address that a process which still runs has left. Sets its environment too: call it before ray loads."""
     try:
         if _file().stat().st_uid != os.getuid():
             return None
         said = json.loads(_file().read_text())
         os.kill(said["pid"], 0)
-        if said["auth_mode"]:
-            os.environ.setdefault("RAY_AUTH_MODE", said["auth_mode"])
+        os.environ.update(said["environment"])
         return str(said["ray_address"])
     except (OSError, ValueError, KeyError):
         return None

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
+from cluster.logs import make_formatter
 from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.protocol import ClusterRecord, ProcessInfo, process_info
@@ -40,8 +42,10 @@ LOAD_FLUSH_INTERVAL_S = 1.0  # between two reports of the experts' loads to the 
 
 def prepare_process(num_threads: int) -> None:
     """What every actor's process does first: log lines to Ray's log files, and no more threads than it was given."""
-    handler = logging.StreamHandler()  # Ray has handlers of its own on the root logger; these lines are ours
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # Ray has handlers of its own on the root logger, and Serve puts a buffer of 1000 lines in a replica's sys.stderr.
+    handler = logging.StreamHandler(sys.__stderr__)
+    title = ray._raylet.getproctitle().removeprefix("ray::").partition(".")[0]
+    handler.setFormatter(make_formatter(ray.get_runtime_context().get_actor_name() or title))
     ours = logging.getLogger("cluster")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)

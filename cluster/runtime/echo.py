@@ -10,7 +10,7 @@ import torch
 from cluster.errors import ShardUnavailable
 from cluster.experts.transport import ExpertBatch, ExpertTransport
 from cluster.runtime.actors import prepare_process
-from cluster.runtime.launch import start_ray
+from cluster.runtime.local_ray import start_ray
 from cluster.runtime.protocol import process_info
 from cluster.runtime.transports import RayOffers, RayTransport, decode, to_bytes
 from cluster.stream.client import StreamTransport
@@ -56,7 +56,7 @@ def echo_transports(num_shards: int, ray_address: str | None = None) -> Iterator
     ray_address: a running Ray, which may put the echoes on other hosts; None starts one of this machine, where TCP goes
     over loopback.
     """
-    stop = start_ray(num_cpus=num_shards, address=ray_address)
+    connected = start_ray(num_cpus=num_shards, address=ray_address)
     try:
         actors = [ray.remote(EchoActor).options(num_cpus=1).remote() for _ in range(num_shards)]
         handles = _Handles(actors)
@@ -68,4 +68,4 @@ def echo_transports(num_shards: int, ray_address: str | None = None) -> Iterator
         carriers["stream, TCP"] = StreamTransport(offers, node="", fallback=None, timeout_s=_TIMEOUT_S)
         yield carriers
     finally:
-        stop()
+        connected.stop()

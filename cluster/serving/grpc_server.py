@@ -2,7 +2,8 @@
 
 Serve's proxy owns the port. It calls `add_inference_service` at its start, then hands each request's bytes
 to the ingress deployment's method of the rpc's name, with a `grpc_context`. Parsing here, not in the proxy,
-is what makes a broken or an oversized request an INVALID_ARGUMENT with a reason.
+is what makes a broken or an oversized request an INVALID_ARGUMENT with a reason. Where API keys are asked for, nothing
+of a request without one is parsed; health and reflection are for everybody.
 
 How an error reaches the client (Ray Serve 2.60, both proxies):
     unary    code and details set on the context, and any message returned. Raising works too, but Serve then
@@ -13,16 +14,19 @@ How an error reaches the client (Ray Serve 2.60, both proxies):
 """
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
+from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from cluster.errors import ClusterError, InvalidRequest, Overloaded
+from cluster.errors import ClusterError, Forbidden, InvalidRequest, Overloaded
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving import messages
+from cluster.serving.api_keys import ApiKeys
 from cluster.serving.service import InferenceService
 
 log = logging.getLogger(__name__)
@@ -59,23 +63,34 @@ class StreamFailed(Exception):
 class GrpcInferenceService:
     """A mixin of the ingress deployment: one method an rpc, taking the request's bytes. Not thread-safe.
 
+    keys: whom it answers; None is everybody.
+    local_only: whether it answers only who calls from this machine: what stands between it and the others.
     raise_failures: whether a stream that failed must end with an exception (see above).
     """
 
-    def __init__(self, service: InferenceService, *, raise_failures: bool = True) -> None:
+    def __init__(
+        self,
+        service: InferenceService,
+        *,
+        keys: ApiKeys | None = None,
+        local_only: bool = False,
+        raise_failures: bool = True,
+    ) -> None:
         self._service = service
+        self._keys = keys
+        self._local_only = local_only
         self._raise_failures = raise_failures
 
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
         request_id = self._service.new_request_id()
 
-        async def answer(message: pb.GenerateRequest) -> pb.GenerateResponse:
+        async def answer(message: pb.GenerateRequest, client: str) -> pb.GenerateResponse:
             output = await self._service.generate(
                 messages.to_prompt(message),
                 messages.to_sampling_params(message.sampling_params),
                 request_id=message.request_id or request_id,
                 timeout_s=messages.to_timeout_s(message),
-                client=client_of(grpc_context),
+                client=client,
             )
             return messages.to_generate_response(output)
 
@@ -86,34 +101,35 @@ class GrpcInferenceService:
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         request_id = self._service.new_request_id()
         try:
-            message = self._parse(request, pb.GenerateStreamRequest)
-            request_id = message.request_id or request_id
-            first_id = request_id
-            stream = self._service.stream(
-                messages.to_prompt(message),
-                messages.to_sampling_params(message.sampling_params),
-                request_id=request_id,
-                timeout_s=messages.to_timeout_s(message),
-                client=client_of(grpc_context),
-            )
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    yield messages.to_stream_response(delta, first_id)
-                    first_id = ""
+            with self._let_in(grpc_context) as client:
+                message = self._parse(request, pb.GenerateStreamRequest)
+                request_id = message.request_id or request_id
+                first_id = request_id
+                stream = self._service.stream(
+                    messages.to_prompt(message),
+                    messages.to_sampling_params(message.sampling_params),
+                    request_id=request_id,
+                    timeout_s=messages.to_timeout_s(message),
+                    client=client,
+                )
+                async with aclosing(stream) as deltas:
+                    async for delta in deltas:
+                        yield messages.to_stream_response(delta, first_id)
+                        first_id = ""
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
             details = set_status(grpc_context, error, request_id)
             if self._raise_failures:
                 raise StreamFailed(details) from None
 
     async def Tokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.TokenizeResponse:
-        async def answer(message: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        async def answer(message: pb.TokenizeRequest, _: str) -> pb.TokenizeResponse:
             token_ids = await self._service.tokenize(messages.to_prompt(message))
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=self._service.info.max_model_len)
 
         return await self._answer(request, grpc_context, pb.TokenizeRequest, pb.TokenizeResponse, answer)
 
     async def Detokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.DetokenizeResponse:
-        async def answer(message: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        async def answer(message: pb.DetokenizeRequest, _: str) -> pb.DetokenizeResponse:
             skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
             text = await self._service.detokenize(tuple(message.token_ids), skip_special_tokens=skip)
             return pb.DetokenizeResponse(text=text)
@@ -121,7 +137,7 @@ class GrpcInferenceService:
         return await self._answer(request, grpc_context, pb.DetokenizeRequest, pb.DetokenizeResponse, answer)
 
     async def GetModelInfo(self, request: bytes, grpc_context: GrpcContext) -> pb.GetModelInfoResponse:
-        async def answer(_: pb.GetModelInfoRequest) -> pb.GetModelInfoResponse:
+        async def answer(_: pb.GetModelInfoRequest, __: str) -> pb.GetModelInfoResponse:
             return messages.to_model_info_response(self._service.info)
 
         return await self._answer(request, grpc_context, pb.GetModelInfoRequest, pb.GetModelInfoResponse, answer)
@@ -132,18 +148,39 @@ class GrpcInferenceService:
         context: GrpcContext,
         request_type: type[Request],
         response_type: type[Response],
-        answer: Callable[[Request], Awaitable[Response]],
+        answer: Callable[[Request, str], Awaitable[Response]],
         request_id: str = "",
     ) -> Response:
-        """Parses and answers a unary request; a failed one gets a status and an empty response."""
+        """Parses and answers a unary request; a failed one gets a status and an empty response.
+
+        answer: from the message and whom it counts for.
+        """
         request_id = request_id or self._service.new_request_id()
         try:
-            message = self._parse(request, request_type)
-            request_id = getattr(message, "request_id", "") or request_id
-            return await answer(message)
+            with self._let_in(context) as client:
+                message = self._parse(request, request_type)
+                request_id = getattr(message, "request_id", "") or request_id
+                return await answer(message, client)
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
             set_status(context, error, request_id)
             return response_type()
+
+    @contextmanager
+    def _let_in(self, context: GrpcContext) -> Iterator[str]:
+        """Whom a call counts for, while it lasts. Raises Forbidden, Unauthenticated, Overloaded."""
+        with ExitStack() as place:
+            try:
+                if self._local_only and not is_local(context.peer()):
+                    raise Forbidden("this port is for the proxy of its machine only: call the served one")
+                if self._keys is None:
+                    client = client_of(context)
+                else:
+                    client = self._keys.identify(_metadata(context).get("authorization"))
+                    place.enter_context(self._keys.admitted(client))
+            except ClusterError as error:
+                self._service.count_refused(error)
+                raise
+            yield client
 
     def _parse(self, request: bytes, request_type: type[Request]) -> Request:
         limit = self._service.limits.max_request_bytes
@@ -156,10 +193,24 @@ class GrpcInferenceService:
 
 
 def client_of(context: GrpcContext) -> str:
-    """Whom a request counts for where clients take turns: its x-client-id, or the host that it comes from."""
-    metadata = dict(context.invocation_metadata() or ())
+    """Whom a request without a key counts for where clients take turns: its x-client-id, or the host it comes from."""
+    metadata = _metadata(context)
     client = metadata.get("x-client-id") or metadata.get("x-forwarded-for") or (context.peer() or "").rpartition(":")[0]
     return client[:MAX_CLIENT_CHARS]
+
+
+def is_local(peer: str) -> bool:
+    """peer: as gRPC writes it, "ipv4:127.0.0.1:51234" or "ipv6:[::1]:51234", also percent-encoded."""
+    host = unquote(peer or "").partition(":")[2].rpartition(":")[0].strip("[]")
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _metadata(context: GrpcContext) -> dict[str, str]:
+    return dict(context.invocation_metadata() or ())
 
 
 def set_status(context: GrpcContext, error: Exception, request_id: str) -> str:
@@ -171,7 +222,7 @@ def set_status(context: GrpcContext, error: Exception, request_id: str) -> str:
     if isinstance(error, ClusterError) and error.public:
         details = str(error)
     else:
-        log.error("request %s failed", request_id, exc_info=error)
+        log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
         details = f"internal error, request id {request_id}; see the server's log"
     details = _truncate(details)
     context.set_code(grpc.StatusCode[code])

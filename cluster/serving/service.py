@@ -79,9 +79,10 @@ class RequestMetrics(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLimits:
-    """max_request_bytes: of one request on the wire."""
+    """max_request_bytes: of one request on the wire.  max_streams_per_client: requests at a time; 0 for no bound."""
 
     max_request_bytes: int = 1 << 20
+    max_streams_per_client: int = 0
 
 
 @dataclass(slots=True)
@@ -108,6 +109,7 @@ class InferenceService:
 
     defaults: the checkpoint's generation_config; None fields take `SAMPLING_DEFAULTS`.
     room: how many requests the backend has place for; beyond it they are refused before anything is done for them.
+    spend: told each request's client and tokens, prompt and answer together, when it has ended.
     clock: monotonic seconds.
     """
 
@@ -121,6 +123,7 @@ class InferenceService:
         metrics: RequestMetrics,
         limits: ServiceLimits | None = None,
         room: Callable[[], float] = lambda: math.inf,
+        spend: Callable[[str, int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_request_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
@@ -133,6 +136,7 @@ class InferenceService:
         self._metrics = metrics
         self._clock = clock
         self._room = room
+        self._spend = spend
         self._running: dict[str, str] = {}  # request id -> client
         self._by_client: Counter[str] = Counter()
         self._retry_hint = RetryHint(clock())
@@ -152,6 +156,12 @@ class InferenceService:
         if not self._draining:
             log.info("draining: %d requests are running", self.num_running)
         self._draining = True
+
+    def count_refused(self, error: ClusterError) -> None:
+        """Counts a call that ended before it was read: its caller may not make it."""
+        self._metrics.started()
+        self._metrics.finished(error.grpc_code.lower())
+        log.debug("a call was refused: %s", error)
 
     async def generate(
         self,
@@ -295,12 +305,15 @@ class InferenceService:
             outcome = tracked.outcome or "internal"
             elapsed_s = self._clock() - tracked.arrived_s
             self._metrics.finished(outcome)
+            if self._spend is not None:
+                self._spend(client, tracked.num_prompt_tokens + tracked.num_generated_tokens)
             refused = outcome == Overloaded.grpc_code.lower()
             log.log(
                 logging.DEBUG if refused else logging.INFO,  # hundreds a second, which the metrics count
                 "request %r ended with %s after %.3f s, %d prompt tokens, %d generated%s",
                 tracked.request_id[:MAX_REQUEST_ID_CHARS], outcome, elapsed_s,
                 tracked.num_prompt_tokens, tracked.num_generated_tokens, reason,
+                extra={"request_id": tracked.request_id[:MAX_REQUEST_ID_CHARS]},
             )  # fmt: skip
 
     @contextmanager
@@ -314,6 +327,12 @@ class InferenceService:
             raise InvalidRequest(f"request_id {request_id!r} is that of a running request", "request_id")
         if timeout_s is not None and not 0 < timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_ms is {timeout_s * 1000:g}, it must be above 0", "timeout_ms")
+        limit = self.limits.max_streams_per_client
+        if limit and self._by_client[client] >= limit:
+            later_s = self._retry_hint.seconds(limit)
+            raise Overloaded(
+                f"this client has {limit} requests running, as many as it may: try again in {later_s:.1f} s", later_s
+            )
         if len(self._running) >= self._room() and not self._is_modest(client):
             later_s = self._retry_hint.seconds(len(self._running))
             raise Overloaded(f"all attention replicas are full: try again in {later_s:.1f} s", later_s)

@@ -8,7 +8,8 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, SetupError
 from cluster.metrics import DispatchMetrics, new_registry
-from cluster.runtime.launch import RayExperts, start_ray
+from cluster.runtime.launch import RayExperts
+from cluster.runtime.local_ray import start_ray
 
 pytestmark = pytest.mark.ray
 
@@ -52,5 +53,5 @@ def test_a_damaged_slice_is_named_when_its_shard_loads(ray_cluster, config, tmp_
 
 
 def test_a_connected_ray_is_left_as_it_is(ray_cluster):
-    start_ray(num_cpus=1)()
+    start_ray(num_cpus=1).stop()
     assert ray_cluster.is_initialized()

@@ -1,7 +1,9 @@
 """Streams between a client and a server in this process; a shard of these tests multiplies its rows by layer + 1."""
 
+import pickle
 import socket
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -175,6 +177,40 @@ def test_noise_harms_nobody_else(server, data, change, byte):
     assert torch.equal(answer(neighbour, sent), sent.hidden_states * 2)
     for sock in (stranger, caller, neighbour):
         sock.close()
+
+
+class Bomb:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_is_loaded_neither_from_a_stranger_nor_from_a_caller(server, tmp_path):
+    """Instead of a handshake; instead of a frame; as a request's rows; as the description of shared memory."""
+    bomb = pickle.dumps(Bomb(str(tmp_path / "it works")))
+    pickle.loads(bomb)
+    assert (tmp_path / "it works").exists()
+    bomb = pickle.dumps(Bomb(str(tmp_path / "boom")))
+    bomb += b"." * (-len(bomb) % 4)
+    request = Header(
+        kind=Kind.REQUEST, request_id=1, payload_bytes=len(bomb) + 8, rows=1, hidden_size=len(bomb) // 4, topk=1
+    )
+    share = Header(kind=Kind.SHARE, request_id=1, payload_bytes=len(bomb))
+    stranger = socket.create_connection((server.offer.host, server.offer.port))
+    stranger.sendall(bomb + b"." * 100)
+    with suppress(ConnectionResetError):
+        read_all(stranger)
+    callers = [proven(server) for _ in range(3)]
+    callers[0].sendall(bomb + b"." * HEADER.size)
+    callers[1].sendall(request.pack(b"\0" * 4, b"\0" * 4, bomb) + b"\0" * 8 + bomb)
+    callers[2].sendall(share.pack(bomb) + bomb)
+    heads = [Header.unpack(caller.recv(HEADER.size, socket.MSG_WAITALL)) for caller in callers]
+    assert [head.kind for head in heads] == [Kind.REFUSED, Kind.ANSWER, Kind.FAILED]
+    assert not (tmp_path / "boom").exists()
 
 
 class Offers:

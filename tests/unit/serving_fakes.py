@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -163,6 +163,8 @@ def make_service(
     max_model_len: int = MAX_MODEL_LEN,
     clock: TickingClock | None = None,
     room: float = math.inf,
+    max_streams_per_client: int = 0,
+    spend: Callable[[str, int], None] | None = None,
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
     info = ModelInfo(
@@ -176,8 +178,9 @@ def make_service(
         defaults=defaults or SamplingParams(temperature=0.7, top_k=20),
         backend=backend,
         metrics=metrics or FakeMetrics(),
-        limits=ServiceLimits(max_request_bytes=max_request_bytes),
+        limits=ServiceLimits(max_request_bytes=max_request_bytes, max_streams_per_client=max_streams_per_client),
         room=lambda: room,
+        spend=spend,
         clock=clock or TickingClock(),
         new_request_id=lambda: f"generated-{next(ids)}",
     )

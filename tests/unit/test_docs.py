@@ -44,7 +44,7 @@ def test_every_metric_in_the_readme_exists():
     assert named - known == set()
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "BENCHMARKS.md"])
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "BENCHMARKS.md", "SECURITY.md"])
 def test_links_lead_somewhere(name):
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []

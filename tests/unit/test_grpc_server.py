@@ -7,17 +7,27 @@ over code and details with a unary message or with an exception, and otherwise e
 import asyncio
 import logging
 import pickle
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
-from serving_fakes import HELLO, IM_END, VOCAB_SIZE, EchoBackend, byte_ids, make_service, write_tokenizer
+from serving_fakes import (
+    HELLO,
+    IM_END,
+    VOCAB_SIZE,
+    EchoBackend,
+    TickingClock,
+    byte_ids,
+    make_service,
+    write_tokenizer,
+)
 
 from cluster.errors import CheckpointError, Overloaded, ShardUnavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.serving.api_keys import ApiKeys, new_key
 from cluster.serving.grpc_server import (
     MAX_DETAILS_BYTES,
     MAX_DETAILS_CHARS,
@@ -26,22 +36,24 @@ from cluster.serving.grpc_server import (
     StreamFailed,
     add_inference_service,
     client_of,
+    is_local,
     set_status,
 )
 from cluster.serving.health import GrpcHealthService, HealthState
 from cluster.serving.service import ServiceLimits
 from cluster.serving.tokenizer import Tokenizer
-from cluster.types import SequenceUpdate
+from cluster.types import ModelInfo, SequenceUpdate
 
 MAX_REQUEST_BYTES = 2000
+UNARY = ("Generate", "Tokenize", "Detokenize", "GetModelInfo")
 
 
 class FakeContext:
     """The part of RayServegRPCContext that handlers use."""
 
-    def __init__(self):
+    def __init__(self, metadata=()):
         self.code = self.details = None
-        self.metadata, self.trailing = (), {}
+        self.metadata, self.trailing = metadata, {}
 
     def set_code(self, code):
         self.code = code
@@ -69,7 +81,7 @@ class ServeLike:
         method = getattr(self.ingress, name)
 
         async def unary(request, wire):
-            context = FakeContext()
+            context = FakeContext(wire.invocation_metadata())
             response = await method(request, grpc_context=context)
             if context.code:
                 wire.set_code(context.code)
@@ -77,7 +89,7 @@ class ServeLike:
             return response
 
         async def stream(request, wire):
-            context = FakeContext()
+            context = FakeContext(wire.invocation_metadata())
             try:
                 async for response in method(request, grpc_context=context):
                     yield response
@@ -88,8 +100,8 @@ class ServeLike:
 
 
 class Ingress(GrpcInferenceService, GrpcHealthService):
-    def __init__(self, service, state):
-        GrpcInferenceService.__init__(self, service)
+    def __init__(self, service, state, keys):
+        GrpcInferenceService.__init__(self, service, keys=keys)
         GrpcHealthService.__init__(self, state)
 
 
@@ -111,10 +123,11 @@ def serve(tokenizer):
     """Returns a function that runs an async scenario against a server: scenario(served)."""
 
     @asynccontextmanager
-    async def running(backend):
-        service = make_service(tokenizer, backend, max_request_bytes=MAX_REQUEST_BYTES)
+    async def running(backend, keys):
+        spend = None if keys is None else keys.spend
+        service = make_service(tokenizer, backend, max_request_bytes=MAX_REQUEST_BYTES, spend=spend)
         health, server = HealthState(), grpc.aio.server()
-        servicer = ServeLike(Ingress(service, health))
+        servicer = ServeLike(Ingress(service, health, keys))
         add_inference_service(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -126,9 +139,9 @@ def serve(tokenizer):
         finally:
             await server.stop(None)
 
-    def run(scenario, backend=None):
+    def run(scenario, backend=None, keys=None):
         async def main():
-            async with running(backend or EchoBackend()) as served:
+            async with running(backend or EchoBackend(), keys) as served:
                 return await asyncio.wait_for(scenario(served), 20)
 
         return asyncio.run(main())
@@ -409,8 +422,7 @@ def test_the_exception_of_a_failed_stream_travels_between_actors():
 
 def test_behind_haproxy_a_failed_stream_ends_with_its_status_and_no_exception():
     context = FakeContext()
-    ingress = GrpcInferenceService(None, raise_failures=False)
-    ingress._service = type("Service", (), {"new_request_id": lambda self: "r", "limits": ServiceLimits()})()
+    ingress = GrpcInferenceService(FakeService(), raise_failures=False)
 
     async def pieces():
         return [piece async for piece in ingress.GenerateStream(b"\xff", context)]
@@ -418,6 +430,225 @@ def test_behind_haproxy_a_failed_stream_ends_with_its_status_and_no_exception():
     assert asyncio.run(pieces()) == []
     assert context.code == grpc.StatusCode.INVALID_ARGUMENT
     assert "cannot be read" in context.details
+
+
+# API keys
+
+
+class Bomb:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+class FakeService:
+    """What refuses needs of a service."""
+
+    limits = ServiceLimits()
+
+    def new_request_id(self):
+        return "r"
+
+    def count_refused(self, error):
+        pass
+
+
+class Keyed:
+    """Keys of one client, "alice", and the metadata that she sends."""
+
+    def __init__(self, folder, *limits):
+        key, line = new_key("alice")
+        (folder / "keys").write_text(" ".join((line, *limits)))
+        self.keys = ApiKeys(folder / "keys", TickingClock())
+        self.metadata = (("authorization", f"Bearer {key}"),)
+
+
+def every_call(stub, metadata=()):
+    """Each rpc of the service, once."""
+    return [
+        stub.Generate(pb.GenerateRequest(text="a"), metadata=metadata),
+        collect(stub.GenerateStream(pb.GenerateStreamRequest(text="a"), metadata=metadata)),
+        stub.Tokenize(pb.TokenizeRequest(text="a"), metadata=metadata),
+        stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), metadata=metadata),
+        stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=metadata),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ((), "an API key is needed"),
+        ((("authorization", "Bearer moe-guess"),), "not known here"),
+        ((("x-client-id", "alice"),), "an API key is needed"),
+    ],
+)
+def test_without_a_known_key_no_call_is_answered_and_each_is_counted(serve, tmp_path, metadata, words):
+    async def scenario(served):
+        calls = every_call(served.stub, metadata)
+        for call in calls:
+            code, details = await refusal(call)
+            assert (code, words in details) == (grpc.StatusCode.UNAUTHENTICATED, True)
+        assert served.service._metrics.named("finished") == [("unauthenticated",)] * len(calls)
+        assert served.service._metrics.named("started") == [()] * len(calls)
+        assert not served.backend.requests
+
+    serve(scenario, keys=Keyed(tmp_path).keys)
+
+
+def test_nothing_of_a_strangers_request_is_parsed(serve, tmp_path):
+    async def scenario(served):
+        return await refusal(served.channel.unary_unary(f"/{SERVICE_NAME}/Generate")(b"\xff" * (2 * MAX_REQUEST_BYTES)))
+
+    assert serve(scenario, keys=Keyed(tmp_path).keys)[0] is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_with_a_key_every_call_is_answered_and_counts_for_its_name(serve, tmp_path):
+    alice = Keyed(tmp_path)
+
+    async def scenario(served):
+        for call in every_call(
+            served.stub, (*alice.metadata, ("x-client-id", "bob"), ("x-forwarded-for", "192.0.2.1"))
+        ):
+            await call
+        return [request.client for request in served.backend.requests]
+
+    assert serve(scenario, keys=alice.keys) == ["alice", "alice"]
+
+
+def test_health_and_reflection_are_for_everybody(serve, tmp_path):
+    async def scenario(served):
+        served.health.set(True)
+        check = await served.health_stub.Check(health_pb2.HealthCheckRequest())
+        watch = served.health_stub.Watch(health_pb2.HealthCheckRequest())
+        stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        [found] = await collect(stub.ServerReflectionInfo(iter([ask])))
+        return check.status, (await watch.read()).status, len(found.list_services_response.service)
+
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert serve(scenario, keys=Keyed(tmp_path).keys) == (serving, serving, 2)
+
+
+@pytest.mark.parametrize(
+    ("peer", "local"),
+    [
+        ("ipv4:127.0.0.1:51234", True),
+        ("ipv6:[::1]:51234", True),
+        ("ipv6:%5B::1%5D:51234", True),
+        ("ipv6:[::ffff:127.0.0.1]:51234", True),
+        ("ipv4:192.0.2.7:51234", False),
+        ("ipv6:[::ffff:192.0.2.7]:51234", False),
+        ("ipv6:[2001:db8::1]:51234", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_behind_a_proxy_of_this_machine_nobody_else_is_answered(peer, local):
+    assert is_local(peer) == local
+    refused = []
+    service = FakeService()
+    service.count_refused = refused.append
+    service.info = ModelInfo(
+        model_id="tiny", vocab_size=1, max_model_len=1, num_hidden_layers=1, num_experts=1, num_experts_per_tok=1,
+        dtype="float32", eos_token_ids=(),
+    )  # fmt: skip
+    context = FakeContext()
+    context.peer = lambda: peer
+    info = asyncio.run(GrpcInferenceService(service, local_only=True).GetModelInfo(b"", context))
+    assert info.model_id == ("tiny" if local else "")
+    assert context.code == (None if local else grpc.StatusCode.PERMISSION_DENIED)
+    assert len(refused) == (not local)
+
+
+def test_a_key_over_its_limit_hears_when_to_come_again(serve, tmp_path):
+    """One request a minute: the next in 60 s. The answer to "a" is one token and EOS, with the prompt 3 tokens."""
+    alice = Keyed(tmp_path, "requests_per_minute=1")
+
+    async def scenario(served):
+        await served.stub.Generate(pb.GenerateRequest(text="a"), metadata=alice.metadata)
+        return [await refusal(call) for call in every_call(served.stub, alice.metadata)]
+
+    refusals = serve(scenario, keys=alice.keys)
+    assert {code for code, _ in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert all("requests_per_minute=1: try again in 60.0 s" in details for _, details in refusals)
+
+
+def test_the_hint_of_a_limit_is_the_one_that_grpc_clients_follow(tmp_path):
+    alice = Keyed(tmp_path, "requests_per_minute=1")
+    ingress = GrpcInferenceService(FakeService(), keys=alice.keys)
+    with alice.keys.admitted("alice"):
+        pass
+    context = FakeContext(alice.metadata)
+    asyncio.run(ingress.GetModelInfo(b"", context))
+    assert context.trailing == {"grpc-retry-pushback-ms": "60000"}
+
+
+def test_a_stream_holds_its_keys_place_until_its_client_leaves(serve, tmp_path):
+    alice = Keyed(tmp_path, "concurrent=1")
+
+    async def scenario(served):
+        request = pb.GenerateStreamRequest(text="a")
+        first = served.stub.GenerateStream(request, metadata=alice.metadata)
+        await served.backend.reached.wait()
+        refused = await refusal(collect(served.stub.GenerateStream(request, metadata=alice.metadata)))
+        first.cancel()
+        while served.service.num_running:
+            await asyncio.sleep(0.001)
+        await served.stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=alice.metadata)
+        return refused
+
+    code, details = serve(scenario, EchoBackend(hang=True), keys=alice.keys)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "concurrent=1" in details
+
+
+def test_a_key_pays_for_the_tokens_of_its_stream(serve, tmp_path):
+    """4 tokens a minute; "ab" is 2, answered by 2 and EOS: 5. The next request waits for 2 tokens, 30 s."""
+    alice = Keyed(tmp_path, "tokens_per_minute=4")
+
+    async def scenario(served):
+        request = pb.GenerateStreamRequest(text="ab")
+        await collect(served.stub.GenerateStream(request, metadata=alice.metadata))
+        return await refusal(collect(served.stub.GenerateStream(request, metadata=alice.metadata)))
+
+    assert "tokens_per_minute=4: try again in 30.0 s" in serve(scenario, keys=alice.keys)[1]
+
+
+def test_no_key_is_ever_logged(serve, tmp_path, caplog):
+    alice = Keyed(tmp_path)
+
+    async def scenario(served):
+        for metadata in (alice.metadata, (("authorization", "Bearer moe-guess"),)):
+            for call in every_call(served.stub, metadata):
+                with suppress(grpc.aio.AioRpcError):
+                    await call
+
+    with caplog.at_level(logging.DEBUG):
+        serve(scenario, keys=alice.keys)
+    assert "moe-" not in caplog.text
+    assert "a call was refused" in caplog.text
+
+
+def test_a_pickle_for_a_request_is_not_loaded(serve, tmp_path):
+    bomb = pickle.dumps(Bomb(str(tmp_path / "it works")))
+    pickle.loads(bomb)
+    assert (tmp_path / "it works").exists()
+    bomb = pickle.dumps(Bomb(str(tmp_path / "boom")))
+
+    async def scenario(served):
+        calls = [served.channel.unary_unary(f"/{SERVICE_NAME}/{name}")(bomb) for name in UNARY]
+        calls += [served.channel.unary_unary(f"/grpc.health.v1.Health/{name}")(bomb) for name in ("Check", "List")]
+        calls.append(collect(served.channel.unary_stream(f"/{SERVICE_NAME}/GenerateStream")(bomb)))
+        for call in calls:
+            with suppress(grpc.aio.AioRpcError):
+                await call
+
+    serve(scenario)
+    assert not (tmp_path / "boom").exists()
 
 
 @pytest.mark.parametrize(

@@ -444,3 +444,38 @@ def test_a_client_with_few_requests_is_heard_where_another_has_many(tokenizer):
             task.cancel()
 
     asyncio.run(run())
+
+
+def test_a_client_has_no_more_streams_at_a_time_than_it_may(tokenizer):
+    service = make_service(tokenizer, EchoBackend(hang=True), max_streams_per_client=2)
+
+    async def run():
+        tasks = [await started(service, client) for client in ("a", "a", "b")]
+        with pytest.raises(Overloaded, match=r"has 2 requests running, as many as it may: try again in \d"):
+            await service.generate(Prompt(text="hello"), GREEDY, client="a")
+        tasks.append(await started(service, "b"))
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        tasks.append(await started(service, "a"))
+        assert service.num_running == 4
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_clients_tokens_are_told_when_its_request_ends_however_it_does(tokenizer):
+    """ "abc" is 3 tokens, answered by 3 and EOS: 7. Left after the first piece: 3 and 1. Refused: none."""
+    spent = []
+    service = make_service(tokenizer, EchoBackend(), spend=lambda client, count: spent.append((client, count)))
+
+    async def leave():
+        deltas = service.stream(Prompt(text="abc"), GREEDY, client="b")
+        await anext(deltas)
+        await deltas.aclose()
+
+    generate(service, Prompt(text="abc"), client="a")
+    asyncio.run(leave())
+    with pytest.raises(InvalidRequest):
+        generate(service, Prompt(text=""), client="c")
+    assert spent == [("a", 7), ("b", 4), ("c", 0)]

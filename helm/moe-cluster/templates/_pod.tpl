@@ -133,6 +133,8 @@ spec:
   value: "0"
 - name: RAY_SERVE_FREEZE_GC_ON_STARTUP
   value: "1"
+- name: RAY_SERVE_GRPC_MAX_MESSAGE_SIZE
+  value: "67108864"
 {{- with $values.haproxy.program }}
 - name: RAY_SERVE_HAPROXY_BINARY_PATH
   value: {{ . | quote }}

@@ -1,0 +1,47 @@
+"""How the command line's clients reach a server: their options, and the API key of the environment."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import SetupError
+
+if TYPE_CHECKING:
+    from cluster.serving.client import Client
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+API_KEY = "MOE_CLUSTER_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="gRPC server (default: %(default)s)"
+    )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"with the API key (default: ${API_KEY})")
+    parser.add_argument("--tls", action="store_true", help="speak TLS, with the authorities that this machine trusts")
+    parser.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="speak TLS; PEM of who signed the server's certificate"
+    )
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="PEM of this client's certificate, where one is asked for"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
+
+
+def connect(args: argparse.Namespace) -> "Client":
+    """Raises SetupError."""
+    from cluster.serving.client import Client, TlsFiles  # grpc loads with it: not for --help
+
+    wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
+    tls = TlsFiles(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key) if wanted else None
+    return Client(args.address, api_key=_api_key(args.api_key_file), tls=tls)
+
+
+def _api_key(path: Path | None) -> str:
+    if path is None:
+        return os.environ.get(API_KEY, "").strip()
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise SetupError(f"--api-key-file {path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,109 @@
+"""A Ray of this machine alone: on loopback, with a token of its own, in a directory of its own.
+
+Ray (2.60) makes 127.0.0.1 the address that other hosts see, unless its switch for clusters of desktop systems is off:
+then the node is 127.0.0.1, and Ray's gRPC servers, which otherwise listen on all interfaces, listen there. The token
+that Ray makes by itself lies in the user's home, readable for everybody; ours is in its processes' environment only.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+
+from cluster.runtime.haproxy import set_environment
+from cluster.runtime.protocol import NAMESPACE
+
+OBJECT_STORE_BYTES = 256 << 20  # batches pass through, nothing stays
+ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
+AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectedRay:
+    """stop: undoes what was started; a Ray that was there before stays.
+    environment: what another process of this user needs to reach it."""
+
+    stop: Callable[[], None]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def start_ray(
+    *,
+    num_cpus: float,
+    address: str | None = None,
+    environment: Callable[[Path], Mapping[str, str]] = lambda directory: {},
+) -> ConnectedRay:
+    """Connects to a Ray cluster, or starts one of this machine.
+
+    num_cpus: Ray's logical ones, so that the processes asked for find room whatever the machine has.
+    environment: from the directory of the Ray that is started, what its processes find in theirs.
+    """
+    if ray.is_initialized():
+        return ConnectedRay(stop=lambda: None)
+    if address:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        return ConnectedRay(stop=lambda: ray.shutdown(), environment=_said(AUTH_MODE))
+    # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
+    temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
+    forget_token = _make_token()
+    with set_environment(environment(Path(temp_dir))), loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=temp_dir,
+            _node_ip_address="127.0.0.1",
+            # Ray would start a worker for each logical CPU; our actors have environments of their own and use none.
+            _system_config={"prestart_worker_first_driver": False},
+        )
+
+    def stop() -> None:
+        ray.shutdown()
+        forget_token()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+    return ConnectedRay(
+        stop=stop, environment={**_said(AUTH_MODE, TOKEN), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    )
+
+
+def _said(*names: str) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _make_token() -> Callable[[], None]:
+    """Sets a fresh one for Ray to take, unless the user has said otherwise; returns what takes it away again."""
+    if os.environ.get(AUTH_MODE, "token") != "token" or TOKEN in os.environ or TOKEN_PATH in os.environ:
+        return lambda: None
+    os.environ[TOKEN] = secrets.token_hex(32)
+    AuthenticationTokenLoader.instance().reset_cache()
+
+    def forget() -> None:
+        os.environ.pop(TOKEN, None)
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    return forget
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """The switch, for the processes that are started meanwhile and for this one, which has read it already."""
+    with set_environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+        before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = before

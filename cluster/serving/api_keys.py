@@ -1,0 +1,220 @@
+"""API keys: the file of their hashes, who a caller is by his key, and how much he may ask for. Knows no gRPC.
+
+One key a line of the file, blank lines and what follows a # left out:
+
+    NAME SHA256 [requests_per_minute=N] [concurrent=N] [tokens_per_minute=N]
+
+SHA256 is the key's hash in hex. Keys are 256 random bits (`new_key`), which nobody can search through: a slow hash, as
+for passwords, would only cost time. A minute's worth may come at once. Each ingress process counts by itself.
+"""
+
+import hashlib
+import logging
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hmac import compare_digest
+from pathlib import Path
+
+from cluster.errors import Overloaded, SetupError, Unauthenticated
+
+log = logging.getLogger(__name__)
+
+RELOAD_INTERVAL_S = 1.0  # between two looks at the file
+CONCURRENT_RETRY_S = 1.0  # when a place may be free again
+LIMITS = ("requests_per_minute", "concurrent", "tokens_per_minute")
+
+_NAME = re.compile(r"[A-Za-z0-9][-._A-Za-z0-9]{0,63}")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """sha256: of the key.  Limits: 0 is none.  tokens: of prompts and answers together."""
+
+    name: str
+    sha256: bytes
+    requests_per_minute: int = 0
+    concurrent: int = 0
+    tokens_per_minute: int = 0
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """Returns a fresh key and its line for the file. Raises SetupError for a name that cannot be."""
+    if not _NAME.fullmatch(name):
+        raise SetupError(f"{name!r} is no name for a key: at most 64 letters, digits, '-', '.' and '_' are needed")
+    key = f"moe-{secrets.token_urlsafe(32)}"
+    return key, f"{name} {_hash(key).hex()}"
+
+
+def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
+    """source: what errors call the text. Raises SetupError with the line's number."""
+    keys: list[ApiKey] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if words:
+            key = _parse_line(words, f"{source}, line {number}")
+            if any(key.name == other.name or key.sha256 == other.sha256 for other in keys):
+                raise SetupError(
+                    f"{source}, line {number}: {key.name!r} or its hash stands in a line before: delete one"
+                )
+            keys.append(key)
+    if not keys:
+        raise SetupError(f"{source} has no key: `moe-cluster keys new NAME` makes one")
+    return tuple(keys)
+
+
+class TokenBucket:
+    """What flows in steadily and may be taken at once, up to a minute's worth. now: seconds of any steady clock."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self._per_minute, self._level, self._last = per_minute, float(per_minute), now
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until one more may be taken; 0 now."""
+        self._level = min(self._per_minute, self._level + (now - self._last) * self._per_minute / 60)
+        self._last = now
+        return max(0.0, (1 - self._level) * 60 / self._per_minute)
+
+    def take(self, amount: float) -> None:
+        """May take more than there is; the next one then waits for it."""
+        self._level -= amount
+
+
+class _Account:
+    """What one key has used."""
+
+    def __init__(self, key: ApiKey, now: float) -> None:
+        self.key = key
+        self.running = 0
+        self.requests = TokenBucket(key.requests_per_minute, now) if key.requests_per_minute else None
+        self.tokens = TokenBucket(key.tokens_per_minute, now) if key.tokens_per_minute else None
+
+
+class ApiKeys:
+    """The keys of a file, read again when it changes. For one event loop; looks at the file once a second at most.
+
+    clock: monotonic seconds.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        """Raises SetupError."""
+        self._path, self._clock = path, clock
+        self._accounts: dict[str, _Account] = {}
+        self._looked_s = clock()
+        self._seen = self._stamp()
+        self._take(self._read())
+
+    def identify(self, authorization: str | None) -> str:
+        """The name of the caller's key. authorization: "Bearer KEY". Raises Unauthenticated."""
+        self._reload()
+        kind, _, key = (authorization or "").partition(" ")
+        if kind.lower() != "bearer" or not key.strip():
+            raise Unauthenticated("an API key is needed: send it as metadata, 'authorization: Bearer KEY'")
+        digest, found = _hash(key.strip()), ""
+        for account in self._accounts.values():  # all of them: the time it takes says nothing
+            if compare_digest(account.key.sha256, digest):
+                found = account.key.name
+        if not found:
+            raise Unauthenticated("this API key is not known here: ask the operator of this server for one")
+        return found
+
+    @contextmanager
+    def admitted(self, name: str) -> Iterator[None]:
+        """Counts a request of a key from here to its end. Raises Overloaded over one of its limits."""
+        account, now = self._accounts[name], self._clock()
+        key = account.key
+        if key.concurrent and account.running >= key.concurrent:
+            raise _over(key, "concurrent", CONCURRENT_RETRY_S)
+        for bucket, limit in ((account.tokens, "tokens_per_minute"), (account.requests, "requests_per_minute")):
+            if bucket is not None and (wait_s := bucket.wait_s(now)):
+                raise _over(key, limit, wait_s)
+        if account.requests is not None:
+            account.requests.take(1)
+        account.running += 1
+        try:
+            yield
+        finally:
+            account.running -= 1
+
+    def spend(self, name: str, num_tokens: int) -> None:
+        """Counts a request's tokens once it has ended; one that was let in is never cut short."""
+        account = self._accounts.get(name)
+        if account is not None and account.tokens is not None:
+            account.tokens.take(num_tokens)
+
+    def _reload(self) -> None:
+        now = self._clock()
+        if now - self._looked_s < RELOAD_INTERVAL_S:
+            return
+        self._looked_s = now
+        try:
+            stamp = self._stamp()
+            if stamp == self._seen:
+                return
+            self._seen = stamp
+            self._take(self._read())
+        except SetupError as error:
+            log.error("the API keys stay as they were: %s", error)
+        else:
+            log.info("read %d API keys again: %s", len(self._accounts), ", ".join(self._accounts))
+
+    def _take(self, keys: tuple[ApiKey, ...]) -> None:
+        """Accounts whose limits are the same go on."""
+        before, now = self._accounts, self._clock()
+        self._accounts = {}
+        for key in keys:
+            account = before.get(key.name)
+            if account is None or replace(key, sha256=b"") != replace(account.key, sha256=b""):
+                account = _Account(key, now)
+            account.key = key
+            self._accounts[key.name] = account
+
+    def _stamp(self) -> tuple[int, int, int]:
+        """Changes with the file, also when a link leads to another one."""
+        try:
+            stat = self._path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _read(self) -> tuple[ApiKey, ...]:
+        try:
+            return parse_keys(self._path.read_text(), str(self._path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> SetupError:
+        return SetupError(
+            f"api_keys_file {self._path} cannot be read ({error}): it must be there wherever an ingress runs"
+        )
+
+
+def _parse_line(words: list[str], where: str) -> ApiKey:
+    name, digest = words[0], words[1] if len(words) > 1 else ""
+    limits: dict[str, int] = {}
+    if not _NAME.fullmatch(name):
+        raise SetupError(f"{where}: {name!r} is no name: at most 64 letters, digits, '-', '.' and '_' are needed")
+    if not _SHA256.fullmatch(digest):
+        raise SetupError(
+            f"{where}: after {name!r} comes no SHA-256 of 64 hex digits: `moe-cluster keys new {name}` prints a line"
+        )
+    for word in words[2:]:
+        limit, _, value = word.partition("=")
+        if limit not in LIMITS or not value.isascii() or not value.isdigit() or int(value) < 1 or limit in limits:
+            raise SetupError(f"{where}: {word!r} is no limit: one each of {', '.join(LIMITS)}, =N from 1, is allowed")
+        limits[limit] = int(value)
+    return ApiKey(name=name, sha256=bytes.fromhex(digest), **limits)
+
+
+def _over(key: ApiKey, limit: str, wait_s: float) -> Overloaded:
+    wait_s = max(0.1, wait_s)
+    return Overloaded(
+        f"key {key.name!r} has reached its limit, {limit}={getattr(key, limit)}: try again in {wait_s:.1f} s", wait_s
+    )
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

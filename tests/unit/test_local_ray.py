@@ -1,0 +1,79 @@
+"""The Ray that `moe-cluster serve` starts keeps to itself. Starts one, and nothing on it, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.config import local_address
+from cluster.config.local_address import find_address, leave_address
+
+SCRIPT = """
+import json, os, subprocess, sys
+import grpc, ray
+from ray.core.generated import gcs_service_pb2 as pb, gcs_service_pb2_grpc
+from cluster.runtime.local_ray import start_ray
+
+def ask(address, *metadata):
+    with grpc.insecure_channel(address) as channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            stub.GetAllNodeInfo(pb.GetAllNodeInfoRequest(), timeout=10, metadata=metadata)
+            return "OK"
+        except grpc.RpcError as error:
+            return error.code().name
+
+@ray.remote
+def where():
+    return ray.util.get_node_ip_address()
+
+said, tokens = {}, []
+for _ in range(2):  # a process may start several, one after the other
+    connected = start_ray(num_cpus=1)
+    address = ray.get_runtime_context().gcs_address
+    said["address"] = address
+    said["worker"] = ray.get(where.remote())
+    token = connected.environment["RAY_AUTH_TOKEN"]
+    tokens.append(token)
+    said["nobody"] = ask(address)
+    said["guess"] = ask(address, ("authorization", "Bearer " + "0" * 64))
+    said["token"] = ask(address, ("authorization", "Bearer " + token))
+    if len(tokens) == 2:
+        look = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
+        environment = {**os.environ, **connected.environment}
+        other = subprocess.run([sys.executable, "-c", look, address], env=environment, capture_output=True, text=True)
+        said["other"] = other.stdout.strip()
+    connected.stop()
+said["tokens"] = len(set(tokens))
+said["left"] = "RAY_AUTH_TOKEN" in os.environ
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.ray
+def test_a_ray_of_ours_is_on_loopback_and_asks_for_its_token():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["address"].startswith("127.0.0.1:")
+    assert said["worker"] == "127.0.0.1"  # what a shard's stream binds to
+    assert (said["nobody"], said["guess"], said["token"]) == ("UNAUTHENTICATED", "UNAUTHENTICATED", "OK")
+    assert said["other"] == "1"
+    assert (said["tokens"], said["left"]) == (2, False)
+
+
+def test_other_commands_of_this_user_find_the_address_and_the_token_and_nobody_else_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_address, "_file", lambda: tmp_path / "left.json")
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "of another Ray")
+    forget = leave_address("127.0.0.1:6379", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"})
+    assert (tmp_path / "left.json").stat().st_mode & 0o777 == 0o600
+    assert find_address() == "127.0.0.1:6379"
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "secret")
+    forget()
+    assert find_address() is None

@@ -1,0 +1,60 @@
+"""Log lines as JSON: what a collector of logs reads."""
+
+import json
+import logging
+import sys
+from datetime import datetime
+
+import pytest
+
+from cluster.logs import LOG_FORMAT, JsonFormatter, make_formatter
+from cluster.runtime.process import actor_environment
+
+
+def record(message, *args, exc_info=None, **extra):
+    made = logging.getLogger("cluster.test").makeRecord(
+        "cluster.test", logging.WARNING, __file__, 1, message, args, exc_info, extra=extra
+    )
+    made.created = 1_700_000_000.25  # 2023-11-14T22:13:20.250Z
+    return made
+
+
+def test_a_line_is_one_object_with_time_level_and_whose_it_is():
+    line = JsonFormatter("moe-1:shard-3").format(record("shard %d\nis “gone”", 3, request_id="mine"))
+    assert "\n" not in line
+    said = json.loads(line)
+    assert said["message"] == "shard 3\nis “gone”"
+    assert (said["level"], said["logger"], said["process"]) == ("WARNING", "cluster.test", "moe-1:shard-3")
+    assert said["ts"] == "2023-11-14T22:13:20.250+00:00"
+    assert datetime.fromisoformat(said["ts"]).timestamp() == 1_700_000_000.25
+    assert said["request_id"] == "mine"
+    assert "exception" not in said
+
+
+def test_an_exception_is_a_string_of_the_same_object():
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        line = JsonFormatter("p").format(record("failed", exc_info=sys.exc_info()))
+    said = json.loads(line)
+    assert said["exception"].startswith("Traceback")
+    assert said["exception"].endswith("ValueError: broken")
+    assert "request_id" not in said
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"), [("json", JsonFormatter), ("text", logging.Formatter), (None, logging.Formatter)]
+)
+def test_the_environment_says_which(monkeypatch, said, kind):
+    monkeypatch.delenv(LOG_FORMAT, raising=False)
+    if said is not None:
+        monkeypatch.setenv(LOG_FORMAT, said)
+    assert type(make_formatter("p")) is kind
+
+
+def test_a_process_hands_the_format_down_to_those_it_makes(monkeypatch):
+    monkeypatch.delenv(LOG_FORMAT, raising=False)
+    assert LOG_FORMAT not in actor_environment("g", 1)["env_vars"]
+    assert actor_environment("g", 1, "json")["env_vars"][LOG_FORMAT] == "json"
+    monkeypatch.setenv(LOG_FORMAT, "json")
+    assert actor_environment("g", 1)["env_vars"][LOG_FORMAT] == "json"

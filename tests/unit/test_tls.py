@@ -1,0 +1,219 @@
+"""TLS in front of gRPC: HAProxy itself, on the configuration that Serve writes and we adapt, with real certificates.
+
+Behind it stands a plain gRPC server of this process instead of an ingress.
+"""
+
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.serve._private.common import RequestProtocol
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions, gRPCOptions
+from tls_files import Authority
+
+from cluster.errors import SetupError, Unavailable
+from cluster.runtime.grpc_front import GrpcFront
+from cluster.runtime.haproxy import PROGRAM
+from cluster.serving.client import Client, TlsFiles
+
+SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("certificates"), "ours")
+
+
+@pytest.fixture(scope="module")
+def server_pair(authority):
+    return authority.issue("server", server=True)
+
+
+@pytest.fixture(scope="module")
+def client_pair(authority):
+    return authority.issue("client", server=False)
+
+
+class Backend(health_pb2_grpc.HealthServicer):
+    """Remembers the metadata of the last call."""
+
+    metadata = None
+
+    def Check(self, request, context):
+        self.metadata = dict(context.invocation_metadata())
+        return SERVING
+
+
+@pytest.fixture
+def backend():
+    server, servicer = grpc.server(ThreadPoolExecutor(2)), Backend()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    servicer.port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield servicer
+    server.stop(None)
+
+
+def free_ports(count):
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@contextmanager
+def haproxy(folder, backend, front):
+    """Yields the port of gRPC once our program runs as HAProxy in front of the backend."""
+    http, port, metrics, stats = free_ports(4)
+    path = folder / "haproxy.cfg"
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=http),
+        grpc_options=gRPCOptions(port=port, grpc_servicer_functions=["any"]),
+        socket_path=str(folder / "a.sock"),
+        metrics_socket_path=str(folder / "m.sock"),
+        metrics_port=metrics,
+        stats_port=stats,
+        server_state_base=str(folder),
+        server_state_file=str(folder / "state"),
+        is_head=True,
+    )
+    api = HAProxyApi(cfg=config, config_file_path=str(path))
+    server = ServerConfig(name="ingress", host="127.0.0.1", port=backend.port)
+    unchecked = {"grpc_health_check_path": None}  # Serve's own question, which only its replicas answer
+    app = BackendConfig(
+        name="app", path_prefix="/", app_name="app", protocol=RequestProtocol.GRPC, servers=[server], **unchecked
+    )
+    api.set_backend_configs({"app": app})
+    api._generate_config_file_internal()
+    program = str(Path(sys.executable).parent / PROGRAM)
+    process = subprocess.Popen(
+        [program, "-f", str(path), "-db"], env={**os.environ, **front.environment()}, stderr=subprocess.PIPE
+    )
+    try:
+        await_port(process, port)
+        yield port
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def await_port(process, port):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    raise AssertionError("HAProxy does not listen")
+
+
+def is_serving(port, **how):
+    with Client(f"127.0.0.1:{port}", **how) as client:
+        return client.is_serving(timeout_s=5.0)
+
+
+def test_only_who_speaks_tls_and_trusts_the_certificate_is_answered(
+    tmp_path, backend, authority, server_pair, client_pair
+):
+    front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key)
+    stranger = Authority(tmp_path, "strangers")
+    with haproxy(tmp_path, backend, front) as port:
+        assert is_serving(port, tls=TlsFiles(ca=authority.cert))
+        assert backend.metadata["x-forwarded-for"] == "127.0.0.1"
+        assert is_serving(port, tls=TlsFiles(ca=authority.cert, cert=client_pair.cert, key=client_pair.key))
+        assert not is_serving(port)
+        assert not is_serving(port, tls=TlsFiles(ca=stranger.cert))
+
+
+def test_without_a_certificate_of_ours_no_client_comes_in(tmp_path, backend, authority, server_pair, client_pair):
+    front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key, tls_client_ca=authority.cert)
+    foreign = Authority(tmp_path, "strangers").issue("client", server=False)
+    with haproxy(tmp_path, backend, front) as port:
+        assert is_serving(port, tls=TlsFiles(ca=authority.cert, cert=client_pair.cert, key=client_pair.key))
+        backend.metadata = None
+        assert not is_serving(port, tls=TlsFiles(ca=authority.cert))
+        assert not is_serving(port, tls=TlsFiles(ca=authority.cert, cert=foreign.cert, key=foreign.key))
+        assert not is_serving(port)
+        assert backend.metadata is None
+
+
+def test_tls_is_1_2_at_least_and_http_2(tmp_path, backend, authority, server_pair):
+    context = ssl.create_default_context(cafile=str(authority.cert))
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    old = ssl.create_default_context(cafile=str(authority.cert))
+    old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    old.set_ciphers("ALL:@SECLEVEL=0")  # else this side would not even try
+    with haproxy(tmp_path, backend, GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key)) as port:
+        with context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="localhost") as sock:
+            assert sock.version() in ("TLSv1.2", "TLSv1.3")
+            assert sock.selected_alpn_protocol() == "h2"
+        with pytest.raises(ssl.SSLError):
+            old.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="localhost")
+
+
+def test_certificate_and_key_may_be_one_file_and_our_copy_is_for_this_user_only(
+    tmp_path, backend, authority, server_pair
+):
+    both = tmp_path / "both.pem"
+    both.write_bytes(server_pair.cert.read_bytes() + server_pair.key.read_bytes())
+    with haproxy(tmp_path, backend, GrpcFront(tls_cert=both)) as port:
+        assert is_serving(port, tls=TlsFiles(ca=authority.cert))
+        assert (tmp_path / "grpc.pem").stat().st_mode & 0o777 == 0o600
+        assert [path.name for path in tmp_path.glob("grpc*")] == ["grpc.pem"]
+
+
+def test_without_tls_plain_grpc_is_served_where_it_is_asked_for(tmp_path, backend):
+    with haproxy(tmp_path, backend, GrpcFront()) as port:
+        assert is_serving(port)
+        assert f"bind 127.0.0.1:{port} proto h2\n" in (tmp_path / "haproxy.adapted.cfg").read_text()
+    with haproxy(tmp_path, backend, GrpcFront(host="0.0.0.0")) as port:
+        assert is_serving(port)
+        assert f"bind 0.0.0.0:{port} proto h2\n" in (tmp_path / "haproxy.adapted.cfg").read_text()
+
+
+@pytest.mark.parametrize("missing", ["cert", "key", "ca"])
+def test_files_that_cannot_serve_are_refused_before_anything_starts(tmp_path, authority, server_pair, missing):
+    paths = {"cert": server_pair.cert, "key": server_pair.key, "ca": authority.cert, missing: tmp_path / "nothing"}
+    with pytest.raises(SetupError, match=r"nothing.* cannot be used"):
+        GrpcFront(tls_cert=paths["cert"], tls_key=paths["key"], tls_client_ca=paths["ca"]).environment()
+
+
+def test_a_key_of_another_certificate_is_refused(authority, server_pair, client_pair):
+    with pytest.raises(SetupError, match="cannot be used"):
+        GrpcFront(tls_cert=server_pair.cert, tls_key=client_pair.key).environment()
+
+
+def test_a_key_without_a_certificate_is_refused(server_pair, authority):
+    with pytest.raises(SetupError, match="need --tls-cert"):
+        GrpcFront(tls_key=server_pair.key).environment()
+    with pytest.raises(SetupError, match="need --tls-cert"):
+        GrpcFront(tls_client_ca=authority.cert).environment()
+
+
+def test_a_client_that_is_not_let_in_hears_that_it_may_be_tls(tmp_path, backend, authority, server_pair, client_pair):
+    front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key, tls_client_ca=authority.cert)
+    foreign = Authority(tmp_path, "strangers")
+    with haproxy(tmp_path, backend, front) as port:
+        for tls in (None, TlsFiles(ca=authority.cert), TlsFiles(ca=foreign.cert)):
+            with Client(f"127.0.0.1:{port}", tls=tls) as client, pytest.raises(Unavailable, match="--tls-ca"):
+                client.model_info()
+
+
+def test_a_client_says_what_is_wrong_with_its_files(tmp_path, client_pair):
+    with pytest.raises(SetupError, match="both --tls-cert and --tls-key"):
+        Client("127.0.0.1:1", tls=TlsFiles(cert=client_pair.cert))
+    with pytest.raises(SetupError, match="nothing cannot be read"):
+        Client("127.0.0.1:1", tls=TlsFiles(ca=tmp_path / "nothing"))
