@@ -6,6 +6,7 @@ gRPC itself behind it, with no proxy process of Python in between.
 """
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -33,6 +34,8 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # when HAProxy has reloaded, its old streams may end in this time
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),  # instead of 2 GiB
 }
+INGRESS_PORTS = 64  # that one cluster of this machine may use: old and new ingresses, and released ports that rest
+BLOCKS = range(20_000, 32_000)  # below what Linux gives to outgoing connections
 LOCAL_DRAINING_S = 1  # HAProxy on the same machine hears of it within milliseconds
 
 
@@ -45,10 +48,12 @@ def ray_environment() -> dict[str, str]:
 def local_environment(directory: Path) -> dict[str, str]:
     """The same for a Ray of this machine alone; HAProxy's files go below `directory`.
 
-    The fixed ports are taken from the free ones, so that several clusters can stand on one machine.
+    The fixed ports are taken from the free ones, so that several clusters can stand on one machine. Those of ingresses
+    are shared by SO_REUSEPORT: in a range that two clusters both used, one would get the other's requests.
     """
     files = directory / "ha"  # short, as the names below: HAProxy's socket paths end at 97 characters, 57 are Serve's
     ports = _free_ports(4)
+    http, grpc = _free_block(INGRESS_PORTS), _free_block(INGRESS_PORTS)
     return ray_environment() | {
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LOCAL_DRAINING_S),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
@@ -60,6 +65,10 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http[-1]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc[-1]),
     }
 
 
@@ -125,3 +134,20 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for probe in probes:
             probe.close()
+
+
+def _free_block(size: int) -> range:
+    """Ports in a row that nobody listens on, anywhere in BLOCKS."""
+    while True:
+        start = random.randrange(BLOCKS.start, BLOCKS.stop - size)
+        if all(_is_free(port) for port in range(start, start + size)):
+            return range(start, start + size)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

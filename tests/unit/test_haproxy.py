@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.runtime.haproxy import BINARY, PROGRAM, adapted, local_environment, set_environment
+from cluster.runtime.haproxy import BINARY, INGRESS_PORTS, PROGRAM, adapted, local_environment, set_environment
 
 NODE_ID_CHARS = 56
 SOCKET_PATH_CHARS = 97  # HAProxy's limit
@@ -59,6 +60,27 @@ def test_every_socket_path_is_short_enough_below_the_directories_that_are_made_h
     sockets = [path for name, path in environment.items() if name.endswith("SOCKET_PATH")]
     assert len(sockets) == 2
     assert max(len(path) + NODE_ID_CHARS + 1 for path in sockets) <= SOCKET_PATH_CHARS
+
+
+def test_ingresses_of_two_clusters_never_share_a_port():
+    """They bind with SO_REUSEPORT: the kernel would hand one's connections to the other."""
+    name = "RAY_SERVE_DIRECT_INGRESS_{}_{}_PORT"
+    taken = []
+    try:
+        for _ in range(10):
+            environment = local_environment(Path("/tmp/moe-test-12345678"))
+            for kind in ("HTTP", "GRPC"):
+                low, high = (int(environment[name.format(end, kind)]) for end in ("MIN", "MAX"))
+                assert high - low == INGRESS_PORTS - 1
+                for port in (low, high):
+                    other = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+                    taken.append(other)
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                    other.bind(("127.0.0.1", port))
+                    assert sum(sock.getsockname()[1] == port for sock in taken) == 1
+    finally:
+        for sock in taken:
+            sock.close()
 
 
 def test_what_is_set_outside_stays_and_what_is_set_here_goes(monkeypatch):
