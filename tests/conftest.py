@@ -9,10 +9,17 @@ from typing import Any
 
 import grpc
 import pytest
+import type_check
 
 from cluster.checkpoint.demo import write_demo_checkpoint
 
 LOGICAL_GPUS = 16  # only Ray's bookkeeping: which process is given which
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins the type check, if it is among the tests that run."""
+    if any(item.name == "test_types_are_right_under_mypy_strict" for item in session.items):
+        type_check.begin(session.config)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,20 @@
 """The command line as a user meets it: in a process of its own."""
 
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.cli import main
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.ray
 
@@ -85,11 +91,6 @@ def test_more_shards_than_experts_are_refused(demo_checkpoint):
     refused(run("plan", demo_checkpoint, "--shards", 65), "65 expert shards for 64 experts")
 
 
-def test_more_gpus_than_there_are_are_refused(demo_checkpoint):
-    done = run("serve", demo_checkpoint, "--gpus-per-expert-shard", 2, "--grpc-port", 0, "--metrics-port", 0)
-    refused(done, "4 GPUs are asked for", "has 0")
-
-
 def test_a_port_in_use_is_refused(served, demo_checkpoint):
     refused(run("serve", demo_checkpoint, "--grpc-port", served.grpc_port), f"grpc port {served.grpc_port} is taken")
 
@@ -115,28 +116,45 @@ def test_without_a_server_generate_says_how_to_start_one():
     )
 
 
-def test_the_demo_shows_ports_placement_an_answer_and_metrics_and_ends_clean():
-    done = run("demo")
-    assert done.returncode == 0, done.stderr
-    for text in ("gRPC     127.0.0.1:", "metrics  http://127.0.0.1:", "0-31", "32-63", "assistant:", "stopped"):
-        assert text in done.stdout
-    assert 'moecluster_requests_total{outcome="length"} 1.0' in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-
-
-def test_ctrl_c_drains_and_stops_a_server(demo_checkpoint):
-    serving = subprocess.Popen(
-        [*COMMAND, "serve", str(demo_checkpoint), "--grpc-port", "0", "--metrics-port", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in serving.stdout:
-        if "Ctrl-C drains" in line:
+def test_the_demo_shows_what_there_is_and_ctrl_c_drains_and_stops_it():
+    """With Serve's own proxy in front, where the session's cluster has HAProxy."""
+    demo = subprocess.Popen(
+        [*COMMAND, "demo", "--keep", "--proxy", "serve"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out = ""
+    for line in demo.stdout:
+        out += line
+        if "Ctrl-C stops" in line:
             break
-    serving.send_signal(signal.SIGINT)
-    out, err = serving.communicate(timeout=90)
-    assert serving.returncode == 0, err
-    assert "stopped" in out
-    assert "Traceback" not in out + err
+    for text in ("gRPC     127.0.0.1:", "metrics  http://127.0.0.1:", "0-31", "32-63", "assistant:"):
+        assert text in out
+    assert 'moecluster_requests_total{outcome="length"} 1.0' in out
+    [port] = re.findall(r"gRPC     127.0.0.1:(\d+)", out)
+    check_health_reflection_and_streaming(f"127.0.0.1:{port}")
+    demo.send_signal(signal.SIGINT)
+    rest, err = demo.communicate(timeout=90)
+    assert demo.returncode == 0, err
+    assert "stopped" in rest
+    assert "Traceback" not in out + rest + err
+
+
+def test_health_reflection_and_streaming_work_behind_haproxy_too(served):
+    check_health_reflection_and_streaming(f"127.0.0.1:{served.grpc_port}")
+
+
+def check_health_reflection_and_streaming(address):
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        listing = reflection_pb2.ServerReflectionRequest(list_services="")
+        [answer] = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([listing]))
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"moecluster.v1.InferenceService", "grpc.health.v1.Health"} <= names
+        params = pb.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        pieces = list(stub.GenerateStream(pb.GenerateStreamRequest(text="hello", sampling_params=params)))
+        assert sum(len(piece.token_ids) for piece in pieces) == 20
+        assert len(pieces) > 2
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_starts(demo_checkpoint, tmp_path, capsys):
