@@ -98,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_ray_address(top)
     rebalance = _command(commands, "rebalance", _rebalance, "move experts of a running cluster to where the load is")
     _add_ray_address(rebalance)
+    roll = _command(commands, "roll", _roll, "give controller and shards new processes, as for a new version")
+    _add_ray_address(roll)
     scale = _command(commands, "scale", _scale, "change how many processes a running cluster has, one at a time")
     scale.add_argument("--expert-shards", type=int, metavar="N", help="processes that share the routed experts")
     scale.add_argument("--attention-replicas", type=int, metavar="N", help="processes with dense weights and KV cache")
@@ -377,6 +379,13 @@ def _top(args: argparse.Namespace) -> int:
 def _rebalance(args: argparse.Namespace) -> int:
     with _running(args) as cluster, _work_shown(cluster):
         done = cluster.rebalance()
+    print(done)
+    return 0
+
+
+def _roll(args: argparse.Namespace) -> int:
+    with _running(args) as cluster, _work_shown(cluster):
+        done = cluster.roll()
     print(done)
     return 0
 

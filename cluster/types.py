@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from cluster.errors import InvalidRequest
+from cluster.evolving import evolving
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -16,6 +17,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256  # the detokenizer holds back up to this much text while a match is open
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens. A field left at None takes the checkpoint's `generation_config.json`, else vLLM's default.
@@ -136,6 +138,7 @@ class ChatMessage:
     content: str
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """What an engine works on: validated, tokenized, every sampling default filled in.
@@ -155,6 +158,7 @@ class EngineRequest:
     num_replays: int = 0
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """An engine at a moment: sequences, cache blocks, tokens generated since its start. at: seconds, wall clock."""
@@ -176,6 +180,7 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceUpdate:
     """One sequence's share of what the engine made since it last reported.

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from cluster.config.model import DTYPES
 from cluster.errors import SetupError
+from cluster.evolving import evolving
 
 Transport = Literal["local", "auto", "stream", "ray"]
 TRANSPORTS: tuple[Transport, ...] = ("auto", "stream", "ray")  # between processes
@@ -48,6 +49,7 @@ class EngineConfig:
             _check_number(self, "max_model_len", 1)
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """A deployed cluster: the arguments of `cluster.app:build` and of `moe-cluster serve`.

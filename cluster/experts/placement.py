@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.errors import SetupError
+from cluster.evolving import evolving
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementPlan:
     """A frozen plan. `slices[shard][layer_id]` are the ids of the experts that the shard holds a copy of.

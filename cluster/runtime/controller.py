@@ -173,6 +173,26 @@ class ExpertController:
             await self._move(swapped(self.plan, num_swaps, seed), "shuffle")
         return f"{num_swaps} pairs of experts changed places"
 
+    async def roll(self) -> str:
+        """Replaces each shard's process by a new one, for instance of another version of this package, one at a time:
+        a fresh spare process waits beside each that ends. Raises SetupError."""
+        await self._start()
+        async with self._changing:
+            await self._until(lambda: all(shard.handle is not None for shard in self.shards.values()))
+            await self.spares.clear()
+            for shard_id, shard in sorted(self.shards.items()):
+                self.work = f"roll: shard {shard_id} of {len(self.shards)}"
+                try:
+                    await self.spares.keep([shard.node_id])
+                    await self.spares.started(shard.node_id)
+                    old = shard.handle
+                    shard.leaves = True
+                    ray.kill(old)
+                    await self._until(lambda shard=shard, old=old: shard.handle not in (None, old))  # type: ignore[misc]
+                finally:
+                    self.work = ""
+        return f"{len(self.shards)} shards have new processes"
+
     async def report_load(self, name: str, loaded_bytes: int, total_bytes: int) -> None:
         """Takes note of how far a shard's or an attention replica's load is."""
         shards = {f"shard-{shard_id}": shard.status for shard_id, shard in self.shards.items()}
@@ -374,10 +394,11 @@ class ExpertController:
                 why = "died"
             failures = 0 if time.monotonic() - up_since > STABLE_S else failures
             log.warning("%s: shard %d %s (%s)", self.group, shard.shard_id, why, shard.status.process)
-            self._note(f"shard {shard.shard_id} {why}")
+            if not shard.leaves:
+                self._note(f"shard {shard.shard_id} {why}")
+                self.metrics.respawned(shard.shard_id)
             was_up = shard.handle is not None
             shard.down()
-            self.metrics.respawned(shard.shard_id)
             if was_up:
                 async with self._news:
                     assert self.plan is not None

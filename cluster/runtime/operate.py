@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 APPLICATION = "moe-cluster"
 CONNECT_HINT = "give --ray-address, or run this where `moe-cluster serve` or `ray start` runs"
+WAIT_INTERVAL_S = 0.2
 STATUS_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 3600.0  # for experts to move: as many loads as shards, one after another
 
@@ -94,6 +96,21 @@ class RunningCluster:
         except ray.exceptions.RayTaskError as error:
             raise SetupError(f"Serve refuses it: {str(error.cause).splitlines()[0]}") from None
         return f"{num_replicas} attention replicas are asked for"
+
+    def roll(self) -> str:
+        """Gives the controller and each shard a new process, one after the other; blocks. Raises ClusterError."""
+        before = self._ask("process", STATUS_TIMEOUT_S)
+        ray.kill(ray.get_actor(f"{self.group}:controller", namespace=NAMESPACE), no_restart=False)
+        deadline = time.monotonic() + CHANGE_TIMEOUT_S
+        while True:
+            try:
+                if self._ask("process", STATUS_TIMEOUT_S) != before and self.status().published:
+                    break
+            except ClusterError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(WAIT_INTERVAL_S)
+        return f"the controller and {self._ask('roll', CHANGE_TIMEOUT_S)}"
 
     def shuffle(self, num_swaps: int, seed: int) -> str:
         """Changes the placement of some experts, for the sake of it; blocks. Raises ClusterError."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import ray
 
 from cluster.config import ClusterConfig
+from cluster.evolving import evolving
 from cluster.experts.placement import PlacementPlan
 from cluster.types import EngineStats
 
@@ -22,6 +23,7 @@ LEASE_S = 60.0  # a controller that nobody has asked for so long takes its shard
 ShardState = Literal["waiting for resources", "loading", "up", "lost"]
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
     """A plan and the actor of each shard that is up. A shard that is being replaced has none."""
@@ -30,6 +32,7 @@ class Membership:
     handles: Mapping[int, Any]
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessInfo:
     """Where a process runs: its node's Ray id, and the ids of the GPUs that Ray gave it."""
@@ -45,6 +48,7 @@ def process_info() -> ProcessInfo:
     return ProcessInfo(pid=os.getpid(), node_id=context.get_node_id(), gpu_ids=tuple(ray.get_gpu_ids()))
 
 
+@evolving
 @dataclass(slots=True, kw_only=True)
 class ShardStatus:
     """One shard as the controller sees it. loaded_bytes of total_bytes are read while it loads. actor: its name."""
@@ -62,6 +66,7 @@ class ShardStatus:
         return "" if self.process is None else self.process.node_id
 
 
+@evolving
 @dataclass(slots=True, kw_only=True)
 class ReplicaStatus:
     """One attention replica's engine as the controller sees it.
@@ -79,6 +84,7 @@ class ReplicaStatus:
     total_bytes: int = 0
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """Something that went wrong and was dealt with. at: seconds of the wall clock."""
@@ -87,6 +93,7 @@ class Fault:
     what: str
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRecord:
     """What a controller leaves with the shards for its successor. version: grows with every change."""
@@ -97,6 +104,7 @@ class ClusterRecord:
     config: ClusterConfig
 
 
+@evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """The controller's view.

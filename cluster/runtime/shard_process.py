@@ -34,13 +34,14 @@ HEARTBEAT_S = 2.0  # between two looks at a shard
 
 
 class ShardProcess:
-    """handle: the actor while it is up, with its slice loaded; None else."""
+    """handle: the actor while it is up, with its slice loaded; None else.  leaves: its end is meant."""
 
     def __init__(self, group: str, shard_id: int, config: ClusterConfig) -> None:
         self.group = group
         self.config = config
         self.status = ShardStatus(shard_id=shard_id, actor=f"{group}:shard-{shard_id}")
         self.handle: Any | None = None
+        self.leaves = False
         self._actor: Any | None = None
         self._wanted_node = ""
 
@@ -115,7 +116,8 @@ class ShardProcess:
         self.handle = self._actor = None
         self.status.actor = self.name
         self.status.state, self.status.loaded_bytes = "lost", 0
-        self.status.respawns += 1
+        self.status.respawns += not self.leaves
+        self.leaves = False
 
     def find(self) -> Any | None:
         try:

@@ -51,6 +51,18 @@ class SpareProcesses:
             if self._by_node.get(node_id) is there:  # not taken meanwhile
                 self._by_node[node_id] = asyncio.create_task(self._start(node_id))
 
+    async def started(self, node_id: str) -> None:
+        """Waits for the one that begins to start there, if any."""
+        if starting := self._by_node.get(node_id):
+            await starting
+
+    async def clear(self) -> None:
+        """Ends all."""
+        for starting in list(self._by_node.values()):
+            if spare := await starting:
+                ray.kill(spare.actor)
+        self._by_node.clear()
+
     async def take(self, node_id: str, shard_id: int) -> Spare | None:
         """A process on that node, waited for if it is starting, that is the given shard from now on."""
         starting = self._by_node.pop(node_id, None)

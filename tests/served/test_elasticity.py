@@ -134,6 +134,15 @@ def test_experts_change_places_under_rows(ray_cluster, experts):
     assert experts.dispatcher.plans.current().epoch >= epoch + 5
 
 
+def test_every_shard_gets_a_new_process_under_rows(ray_cluster, experts):
+    before = ask(ray_cluster, experts, "status").shards
+    with steady_rows(experts):
+        assert ask(ray_cluster, experts, "roll") == "2 shards have new processes"
+    after = ask(ray_cluster, experts, "status").shards
+    assert not {shard.process.pid for shard in before} & {shard.process.pid for shard in after}
+    assert [shard.respawns for shard in after] == [shard.respawns for shard in before]  # no fault
+
+
 def test_a_shard_without_memory_keeps_the_old_plan(ray_cluster, experts):
     handle = experts.dispatcher.plans._current().handles[0]
     slices = experts.dispatcher.plans.current().slices
