@@ -1,0 +1,107 @@
+"""The way from an ingress to Serve's replicas, on fakes of Serve's handle and of an engine. Starts no Ray."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import ray
+from engine_fakes import request
+
+from cluster.errors import ReplicaStopping, ReplicaUnavailable
+from cluster.runtime import ingress
+from cluster.runtime.ingress import ServeReplicas
+from cluster.types import SequenceUpdate
+
+
+class SilentResponse:
+    """Serve's response of a replica that took a request and whose host then went away: no word, no broken connection.
+
+    As gRPC does it, a cancel ends the wait for the next message with CancelledError.
+    """
+
+    def __init__(self, *updates):
+        self.updates = list(updates)
+        self.cancelled = asyncio.Event()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if self.updates:
+            return self.updates.pop(0)
+        await self.cancelled.wait()
+        raise asyncio.CancelledError
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+class Engine:
+    """Dies when told to."""
+
+    def __init__(self):
+        self.death = asyncio.Event()
+        self.hold = self.cancel = self
+        self.cancelled = []
+
+    def remote(self, *arguments):
+        if arguments:
+            self.cancelled += arguments[0]
+            return None
+        return self._hold()
+
+    async def _hold(self):
+        await self.death.wait()
+        raise ray.exceptions.RayActorError
+
+
+def replicas_of(response):
+    method = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda asked: response))
+    return ServeReplicas(SimpleNamespace(generate=method, ready=None))
+
+
+async def collect(replicas):
+    return [update async for update in replicas.generate(request("a"))]
+
+
+def test_a_stream_of_a_host_that_is_gone_ends_with_rays_word_of_its_engine():
+    async def run():
+        response = SilentResponse(
+            SequenceUpdate(request_id="a", replica="r1"), SequenceUpdate(request_id="a", token_ids=(5,))
+        )
+        replicas, gone, other = replicas_of(response), Engine(), Engine()
+        replicas.watch({"r1": gone, "r2": other})
+        asking = asyncio.create_task(collect(replicas))
+        await asyncio.sleep(0)
+        assert not asking.done()
+        gone.death.set()
+        with pytest.raises(ReplicaUnavailable, match="gone, with its host"):
+            await asking
+        assert other.cancelled == ["a"]  # whoever may still run it
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_cancels_and_is_not_taken_for_a_lost_replica():
+    async def run():
+        response = SilentResponse(SequenceUpdate(request_id="a", replica="r1"))
+        replicas = replicas_of(response)
+        replicas.watch({"r1": Engine()})
+        asking = asyncio.create_task(collect(replicas))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert response.cancelled.is_set()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_no_replica_takes_may_go_to_another(monkeypatch):
+    monkeypatch.setattr(ingress, "ACCEPT_TIMEOUT_S", 0.0)
+    with pytest.raises(ReplicaStopping, match="no attention replica took"):
+        asyncio.run(ask_silence())
+
+
+async def ask_silence():
+    return await collect(replicas_of(SilentResponse()))
