@@ -19,7 +19,10 @@ _WAIT_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 
 # Series that exist from the start: `rate` and alerts miss the first event of one that appears with it.
 _FINISH_REASONS = ("stop", "length", "cancelled", "error")
-_ERROR_OUTCOMES = ("invalid_argument", "resource_exhausted", "deadline_exceeded", "unavailable", "internal")
+_ERROR_OUTCOMES = (
+    "invalid_argument", "unauthenticated", "permission_denied", "resource_exhausted", "deadline_exceeded",
+    "unavailable", "internal",
+)  # fmt: skip
 _OUTCOMES = ("stop", "length", "cancelled", *_ERROR_OUTCOMES)
 
 
