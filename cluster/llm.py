@@ -166,7 +166,8 @@ class LLM:
         try:
             while sequence.num_uncomputed_tokens:
                 size = min(sequence.num_uncomputed_tokens, self.engine.config.max_num_batched_tokens)
-                hidden_states = self.engine.runner.forward([ScheduledSequence(sequence, size)])  # [size, H]
+                chunk = ScheduledSequence(sequence, size)
+                hidden_states, _ = self.engine.runner.forward([chunk], waits=True)  # [size, H]
                 chunks.append(self.engine.runner.model.logits(hidden_states).float())
                 sequence.num_computed_tokens += size
         finally:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.retry_hint import RetryHint
-from cluster.engine.runner import ModelRunner
+from cluster.engine.runner import ModelRunner, StepResult
 from cluster.engine.scheduler import Batch, Scheduler
 from cluster.engine.sequence import Sequence
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
@@ -21,6 +21,8 @@ from cluster.types import EngineRequest, EngineStats, FinishReason, Logprobs, Se
 
 log = logging.getLogger(__name__)
 
+HOLD_S = 1.0  # a held sequence tries again at the latest after so long: a broken connection brings no news of the plan
+HOLD_POLL_S = 0.05  # when all are held the engine looks up so often: a new request may need other experts
 MAX_CANCELLED_EARLY = 1024  # ids kept of cancels that found no sequence; most are of finished ones
 
 
@@ -57,6 +59,8 @@ class Engine:
         self._retry_hint = RetryHint(self.clock())
         self._finished: list[SequenceUpdate] = []
         self._cancelled_early: dict[str, None] = {}
+        self._release_at = 0.0  # when held sequences go on, and of which plan they have news before
+        self._release_beyond = 0
 
     @property
     def has_work(self) -> bool:
@@ -128,6 +132,7 @@ class Engine:
     def step(self) -> list[SequenceUpdate]:
         """Makes one step and returns what it brought, ends of cancelled and expired sequences included. Blocks."""
         self._expire()
+        self._release()
         batch = self.scheduler.schedule()
         for _ in range(batch.num_preempted):
             self.metrics.preempted()
@@ -135,8 +140,12 @@ class Engine:
         updates = self._run(batch) if batch.scheduled else []
         updates += self._finished
         self._finished = []
+        held = sum(sequence.held for sequence in self.scheduler.running)
+        if held and not batch.scheduled and not updates:
+            self.runner.has_news(self._release_beyond, HOLD_POLL_S)
         self.metrics.state(
             len(self.scheduler.running),
+            held,
             len(self.scheduler.waiting),
             self.blocks.num_used,
             self.blocks.num_blocks,
@@ -163,7 +172,7 @@ class Engine:
                 self.metrics.queue_wait(started - s.sequence.arrived_at)
         num_decode_tokens = sum(s.num_tokens for s in batch.scheduled if s.samples and s.sequence.num_output_tokens)
         try:
-            results = self.runner.run(batch)
+            result = self.runner.run(batch)
         except ClusterError as error:
             log.warning("%d sequences end: %s", len(batch.scheduled), error)
             for s in batch.scheduled:
@@ -176,12 +185,39 @@ class Engine:
             len(batch.scheduled),
         )
         updates = []
-        for s, result in zip(batch.scheduled, results, strict=True):
+        self._hold(result, batch)
+        for i, s in enumerate(batch.scheduled):
+            if i in result.lost:
+                continue
+            s.sequence.lost_since = None
             s.sequence.num_computed_tokens += s.num_tokens
             self.blocks.remember(s.sequence)
-            if result is not None:
-                updates.append(self._append(s.sequence, *result))
+            if (token := result.tokens[i]) is not None:
+                updates.append(self._append(s.sequence, *token))
         return updates
+
+    def _hold(self, result: StepResult, batch: Batch) -> None:
+        """Sequences that need a lost expert keep their blocks and let the others go on; for too long lost ones end."""
+        if not result.lost:
+            return
+        now = self.clock()
+        if not any(sequence.held for sequence in self.scheduler.running):
+            self._release_at, self._release_beyond = now + HOLD_S, result.epoch
+        for i, error in result.lost.items():
+            sequence = batch.scheduled[i].sequence
+            if sequence.lost_since is None:
+                sequence.lost_since = now
+            sequence.held = True
+            if now - sequence.lost_since >= self.runner.recovery_timeout_s:
+                log.warning("sequence %s ends: %s", sequence.request_id, error)
+                self._end(sequence, "error", error)
+
+    def _release(self) -> None:
+        """Held sequences go on when the plan has changed, or to see whether it works again."""
+        held = [sequence for sequence in self.scheduler.running if sequence.held]
+        if held and (self.clock() >= self._release_at or self.runner.has_news(self._release_beyond, 0.0)):
+            for sequence in held:
+                sequence.held = False
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None) -> SequenceUpdate:
         sequence.token_ids.append(token_id)

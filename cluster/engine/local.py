@@ -18,7 +18,6 @@ from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.metrics import DispatchMetrics, EngineMetrics
 from cluster.model.kv_cache import KVCache, num_kv_blocks
-from cluster.model.moe import Experts
 from cluster.model.qwen2_moe import Qwen2Moe
 from cluster.types import ModelInfo
 
@@ -71,7 +70,7 @@ def model_info(model_dir: str | Path, config: EngineConfig, model_id: str = "") 
 def load_engine(
     model_dir: str | Path,
     config: EngineConfig,
-    experts: Experts,
+    experts: ExpertDispatcher,
     metrics: EngineMetrics,
     progress: Callable[[int], None] | None = None,
     *,

@@ -4,7 +4,9 @@ T: tokens in the step, B: sequences, V: vocabulary.
 """
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,12 +15,29 @@ from torch import Tensor
 from cluster.engine.micro_batching import MicroBatching, split_evenly
 from cluster.engine.scheduler import Batch, ScheduledSequence
 from cluster.engine.sequence import Sequence
+from cluster.errors import ShardUnavailable
+from cluster.experts.dispatch import ExpertDispatcher
+from cluster.experts.step import EverySequenceLost, StepExperts
 from cluster.kernels.attention import PagedBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.moe import Experts
 from cluster.model.qwen2_moe import MicroBatch, Qwen2Moe
 from cluster.model.sampler import SamplingRow, sample
 from cluster.types import Logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought each of its sequences.
+
+    tokens: the new token, None where a prompt is not through yet or the sequence is lost.
+    lost: for the number of a sequence that needs an expert without a living copy, the error. Nothing of what the step
+    computed for it counts.  epoch: of the plan that had no copy.
+    """
+
+    tokens: Seq[tuple[int, Logprobs | None] | None]
+    lost: Mapping[int, ShardUnavailable] = field(default_factory=dict)
+    epoch: int = 0
 
 
 class ModelRunner:
@@ -31,7 +50,7 @@ class ModelRunner:
         self,
         model: Qwen2Moe,
         cache: KVCache,
-        experts: Experts,
+        experts: ExpertDispatcher,
         block_size: int,
         micro_batching: MicroBatching | None = None,
     ) -> None:
@@ -42,32 +61,52 @@ class ModelRunner:
         self.micro_batching = micro_batching or MicroBatching(enabled=False)
         self.device = model.model.norm.weight.device
 
-    def run(self, batch: Batch) -> list[tuple[int, Logprobs | None] | None]:
-        """Computes a step and returns each sequence's new token, None where a prompt is not through yet.
+    @property
+    def recovery_timeout_s(self) -> float:
+        """How long a sequence waits for a lost shard's successor."""
+        return self.experts.recovery_timeout_s
 
-        Blocks. Raises ShardUnavailable; the step may then be run again.
-        """
-        hidden_states = self.forward(batch.scheduled)  # [T, H]
-        ends = np.cumsum([s.num_tokens for s in batch.scheduled]) - 1
-        sampling = [i for i, s in enumerate(batch.scheduled) if s.samples]
-        if not sampling:
-            return [None] * len(batch.scheduled)
-        last = torch.from_numpy(ends[sampling]).to(self.device)
-        logits = self.model.logits(hidden_states[last])  # [B, V]
-        sampled = iter(sample(logits, [_sampling_row(batch.scheduled[i].sequence) for i in sampling]))
-        return [next(sampled) if s.samples else None for s in batch.scheduled]
+    def has_news(self, epoch: int, timeout_s: float) -> bool:
+        """Whether there is a plan of a higher epoch; blocks for so long at most."""
+        return self.experts.plans.wait_beyond(epoch, timeout_s)
 
-    def forward(self, scheduled: Seq[ScheduledSequence]) -> Tensor:
-        """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated."""
+    def run(self, batch: Batch) -> StepResult:
+        """Computes a step. Blocks. Raises ClusterError; the step may then be run again."""
+        hidden_states, step = self.forward(batch.scheduled)  # [T, H]
+        tokens: list[tuple[int, Logprobs | None] | None] = [None] * len(batch.scheduled)
+        sampling = [i for i, s in enumerate(batch.scheduled) if s.samples and i not in step.lost]
+        if sampling:
+            ends = np.cumsum([s.num_tokens for s in batch.scheduled]) - 1
+            logits = self.model.logits(hidden_states[torch.from_numpy(ends[sampling]).to(self.device)])  # [B, V]
+            sampled = sample(logits, [_sampling_row(batch.scheduled[i].sequence) for i in sampling])
+            for i, token in zip(sampling, sampled, strict=True):
+                tokens[i] = token
+        return StepResult(tokens, step.lost, self.experts.epoch)
+
+    def forward(self, scheduled: Seq[ScheduledSequence], *, waits: bool = False) -> tuple[Tensor, StepExperts]:
+        """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated, and which sequences are lost:
+        theirs are without meaning, and [0, H] when all are. With `waits` none is. Raises ClusterError."""
         num_tokens = sum(s.num_tokens for s in scheduled)
         num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
         started = time.monotonic()
-        parts = [self._micro_batch(part) for part in split_evenly(scheduled, num_parts)]
-        hidden_states: Tensor = self.model(parts, self.cache, self.experts)
-        self.micro_batching.record(num_tokens, len(scheduled), num_parts, time.monotonic() - started)
-        return hidden_states
+        step = StepExperts(self.experts, len(scheduled), waits=waits)
+        parts, first = [], 0
+        for part in split_evenly(scheduled, num_parts):
+            parts.append(self._micro_batch(part, step.part(first, [s.num_tokens for s in part], self.device)))
+            first += len(part)
+        try:
+            hidden_states: Tensor = self.model(parts, self.cache)
+        except EverySequenceLost:
+            step.abandon()
+            return torch.empty(0, self.model.config.hidden_size, device=self.device), step
+        except BaseException:
+            step.abandon()
+            raise
+        if not step.lost:
+            self.micro_batching.record(num_tokens, len(scheduled), num_parts, time.monotonic() - started)
+        return hidden_states, step
 
-    def _micro_batch(self, scheduled: Seq[ScheduledSequence]) -> MicroBatch:
+    def _micro_batch(self, scheduled: Seq[ScheduledSequence], experts: Experts) -> MicroBatch:
         token_ids, positions, slots = [], [], []
         for s in scheduled:
             first, stop = s.sequence.num_computed_tokens, s.sequence.num_computed_tokens + s.num_tokens
@@ -80,6 +119,7 @@ class ModelRunner:
             token_ids=self._tensor(np.concatenate(token_ids)),
             positions=self._tensor(np.concatenate(positions)),
             paged=self._paged_batch(scheduled, np.concatenate(slots)),
+            experts=experts,
         )
 
     def _paged_batch(self, scheduled: Seq[ScheduledSequence], slots: np.ndarray) -> PagedBatch:

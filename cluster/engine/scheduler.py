@@ -77,6 +77,9 @@ class Scheduler:
         position = 0
         while position < len(self.running) and budget:
             sequence = self.running[position]
+            if sequence.held:
+                position += 1
+                continue
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_tokens):
                 victim = self.running[-1]
@@ -107,4 +110,5 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.free(sequence)
         sequence.num_computed_tokens = 0
+        sequence.held = False
         self.waiting.put_back(sequence)

@@ -12,7 +12,9 @@ class Sequence:
 
     token_ids: prompt and output.  num_computed_tokens: tokens whose keys and values are in the cache.
     block_table: ids of its cache blocks in order.  block_digests: of its first blocks, those full and computed.
-    deadline, arrived_at: on the engine's clock, in seconds.
+    deadline, arrived_at, lost_since: on the engine's clock, in seconds.
+    lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
+    held: it has blocks and takes part in no step, until there is news of that expert.
     stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
     """
 
@@ -27,6 +29,8 @@ class Sequence:
     block_digests: list[bytes] = field(default_factory=list)
     penalties: PenaltyState = field(default_factory=PenaltyState)
     started: bool = False
+    lost_since: float | None = None
+    held: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]

@@ -1,7 +1,7 @@
 """Sends each row to the shards that hold its experts and adds what comes back. Knows plans; knows no carrier, no Ray.
 
-Satisfies the `Experts` protocol of `model/moe.py`. Rows are kept until they are combined: a lost, hung or outdated
-shard costs a second sending, never an answer. Shards keep nothing of a call, so that it can be made again anywhere.
+Rows are kept until they are combined: a lost, hung or outdated shard costs a second sending, never an answer. Shards
+keep nothing of a call, so that it can be made again anywhere.
 T: tokens, H: hidden size, K: experts a token, E: experts of a layer, R: rows for one shard.
 """
 
@@ -29,6 +29,14 @@ HEDGE_SHARE = 0.05  # of all sendings may be such second ones, so that a slow cl
 HEDGE_BURST = 10.0
 TURN_S = 0.01  # how long a hedged call waits at one of its copies before it looks at the other
 SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # a shard that failed n calls in a row gets no rows that have another copy
+LOST_S = 0.5  # so long after a shard was lost the steps that can go on without it wait for its successor; a spare
+# process takes its place in 0.2 s (BENCHMARKS.md)
+LATE_S = 5.0  # such steps wait so long for an answer, twice as long for the next, … up to shard_timeout_s; or for twice
+# what answers took lately
+
+
+OnLost = Callable[[Tensor, ShardUnavailable], None]
+"""Told of rows that cannot be computed now: [R] int64 into the flight's rows."""
 
 
 class PlanSource(Protocol):
@@ -71,6 +79,13 @@ class DispatchFlight:
 
     legs: list[Leg]
     like: Tensor
+
+    def abandon(self) -> None:
+        """Nobody will combine it."""
+        for leg in self.legs:
+            if leg.flight is not None:
+                leg.flight.abandon()
+                leg.flight = None
 
 
 @dataclass(slots=True)
@@ -129,23 +144,30 @@ class ExpertDispatcher:
         self._routes: dict[tuple[int, frozenset[int], frozenset[int]], _Route] = {}
         self._epoch = 0
         self._suspects: dict[int, _Suspect] = {}
+        self._lost_since: dict[int, float] = {}
         self._waits: dict[int, _Waits] = {}  # by the number of bits in the number of rows
         self._hedges = HEDGE_BURST
+
+    @property
+    def epoch(self) -> int:
+        """Of the plan by which rows were sent last."""
+        return self._epoch
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
         """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32."""
         return DispatchFlight(self._send(layer_id, hidden_states, topk_ids, topk_weights), hidden_states)
 
-    def combine(self, flight: DispatchFlight) -> Tensor:
+    def combine(self, flight: DispatchFlight, on_lost: OnLost | None = None) -> Tensor:
         """Blocks for all legs: [T, H] in the rows' dtype, summed in float32 in shard order, whatever arrived first.
 
-        Raises ShardUnavailable when some rows found no living copy in recovery_timeout_s.
+        Raises ShardUnavailable when some rows found no living copy in recovery_timeout_s. With `on_lost` it is told of
+        them instead, after LOST_S, and their sums lack something.
         """
         out = torch.zeros(flight.like.shape, dtype=torch.float32, device=flight.like.device)
         deadline = self.clock() + self.recovery_timeout_s
         for leg in flight.legs:
-            value = self._receive(leg, deadline)
-            _add(out, leg.rows, self._recover(leg, deadline) if value is None else value)
+            value = self._receive(leg, deadline, on_lost is not None)
+            _add(out, leg.rows, self._recover(leg, deadline, on_lost) if value is None else value)
         return out.to(flight.like.dtype)
 
     def _send(
@@ -194,10 +216,10 @@ class ExpertDispatcher:
             log.debug("layer %d: %s", batch.layer_id, error)
         return Leg(shard_id, rows, batch, self.clock(), flight)
 
-    def _receive(self, leg: Leg, deadline: float) -> Tensor | None:
+    def _receive(self, leg: Leg, deadline: float, may_lose: bool = False) -> Tensor | None:
         """Blocks for one leg's rows: [R, H] float32, or None when its shard is lost."""
         value: Tensor | None = None
-        lost_at = min(leg.sent_at + self.shard_timeout_s, deadline)
+        lost_at = min(leg.sent_at + (self._late_s(leg) if may_lose else self.shard_timeout_s), deadline)
         late_at: float | None = self.clock() + self._patience_s(leg)
         while value is None and leg.flight is not None and (now := self.clock()) < lost_at:
             if late_at is not None and now >= late_at:
@@ -226,8 +248,10 @@ class ExpertDispatcher:
             leg.flight = None
             return None
         now = self.clock()
+        leg.flight = None
         self.metrics.returned(leg.shard_id, now - leg.sent_at, value.nbytes)
         self._suspects.pop(leg.shard_id, None)
+        self._lost_since.pop(leg.shard_id, None)
         size = leg.batch.hidden_states.shape[0].bit_length()
         # From when it was waited for: an answer that lay there while another was late says nothing.
         self._waits.setdefault(size, _Waits()).add(now - began)
@@ -238,25 +262,33 @@ class ExpertDispatcher:
         if leg.flight is not None:
             leg.flight.abandon()
             leg.flight = None
+        now = self.clock()
+        self._lost_since.setdefault(leg.shard_id, leg.sent_at)
         suspect = self._suspects.setdefault(leg.shard_id, _Suspect())
-        suspect.until = self.clock() + SUSPECT_S[min(suspect.failures, len(SUSPECT_S) - 1)]
+        suspect.until = now + SUSPECT_S[min(suspect.failures, len(SUSPECT_S) - 1)]
         suspect.failures += 1
 
     def _patience_s(self, leg: Leg) -> float:
         """How long this leg's answer may take before it is asked of another copy: from what answers took lately."""
-        size = leg.batch.hidden_states.shape[0].bit_length()
-        waits = self._waits.get(size)
-        expected = HEDGE_UNKNOWN_S if waits is None else waits.limit_s
-        return min(HEDGE_CEILING_S, max(HEDGE_FLOOR_S, expected))
+        return min(HEDGE_CEILING_S, max(HEDGE_FLOOR_S, self._expected_s(leg)))
+
+    def _late_s(self, leg: Leg) -> float:
+        """How long a step waits for it that can go on without: longer each time, for an answer may need that long."""
+        suspect = self._suspects.get(leg.shard_id)
+        failures = 0 if suspect is None else suspect.failures
+        return min(self.shard_timeout_s, max(LATE_S, 2 * self._expected_s(leg)) * 2.0 ** min(failures, 16))
+
+    def _expected_s(self, leg: Leg) -> float:
+        waits = self._waits.get(leg.batch.hidden_states.shape[0].bit_length())
+        return HEDGE_UNKNOWN_S if waits is None else waits.limit_s
 
     def _can_hedge(self, leg: Leg) -> bool:
         """Whether all of its experts have a copy on another shard that is up, and hedges are not used up."""
         plan = self._current_plan()
         if plan.num_shards == 1 or self._hedges < 1.0:
             return False
-        route = self._route(plan, leg.batch.layer_id, frozenset({leg.shard_id}), leg.batch.topk_ids.device)
-        shards = route.shards(leg.batch.topk_ids)
-        return not any(bool((shards == shard_id).any()) for shard_id in plan.down | {leg.shard_id})
+        late = frozenset({leg.shard_id})
+        return bool(self._reaches(plan, leg.batch, late, plan.down | late).all())
 
     def _hedge(self, late: Leg, deadline: float) -> Tensor | None:
         """Asks other copies too, and takes what is whole first: [R, H] float32; None when neither comes."""
@@ -290,10 +322,10 @@ class ExpertDispatcher:
                 other.flight.abandon()
         return value
 
-    def _recover(self, lost: Leg, deadline: float) -> Tensor:
+    def _recover(self, lost: Leg, deadline: float, on_lost: OnLost | None) -> Tensor:
         """Sends a lost leg's rows again, to other copies or as soon as the plan has news, until all are back.
 
-        Returns [R, H] float32. Raises ShardUnavailable.
+        Returns [R, H] float32. Raises ShardUnavailable, or tells `on_lost`.
         """
         batch = lost.batch
         log.warning("shard %d is lost to layer %d; sending its rows again", lost.shard_id, batch.layer_id)
@@ -301,19 +333,30 @@ class ExpertDispatcher:
         open_legs = [(torch.arange(out.shape[0], device=out.device), lost)]
         while open_legs:
             rows, leg = open_legs.pop(0)
-            remaining = deadline - self.clock()
-            if remaining <= 0:
-                raise ShardUnavailable(
-                    f"shard {leg.shard_id} did not answer for layer {batch.layer_id} in {self.recovery_timeout_s:g} s "
-                    f"(plan epoch {leg.batch.epoch}) and its experts have no other copy: try again later",
-                    leg.shard_id,
-                )
-            if not self._has_other_copies(leg):
-                self.plans.wait_beyond(leg.batch.epoch, min(RETRY_INTERVAL_S, remaining))
-            self.metrics.rerouted(leg.shard_id, rows.numel())
             kept = leg.batch
+            alone = ~self._has_copy(leg)  # [R]
+            if alone.any():
+                until = deadline
+                if on_lost is not None:
+                    until = min(deadline, self._lost_since.get(leg.shard_id, self.clock()) + LOST_S)
+                remaining = until - self.clock()
+                if remaining > 0:
+                    self.plans.wait_beyond(kept.epoch, min(RETRY_INTERVAL_S, remaining))
+                else:
+                    error = ShardUnavailable(
+                        f"shard {leg.shard_id} did not answer for layer {kept.layer_id} in "
+                        f"{self.recovery_timeout_s:g} s (plan epoch {kept.epoch}) and its experts have no other copy: "
+                        "try again later",
+                        leg.shard_id,
+                    )
+                    if on_lost is None:
+                        raise error
+                    gone = rows[alone]
+                    on_lost(gone if lost.rows is None else lost.rows[gone], error)
+                    rows, kept = rows[~alone], kept.of_rows(~alone)
+            self.metrics.rerouted(leg.shard_id, rows.numel())
             for again in self._send(kept.layer_id, kept.hidden_states, kept.topk_ids, kept.topk_weights):
-                value = self._receive(again, deadline)
+                value = self._receive(again, deadline, on_lost is not None)
                 own = rows if again.rows is None else rows[again.rows]
                 if value is None:
                     open_legs.append((own, again))
@@ -321,13 +364,18 @@ class ExpertDispatcher:
                     out.index_add_(0, own, value)
         return out
 
-    def _has_other_copies(self, leg: Leg) -> bool:
-        """Whether the leg's rows, sent now, would all go to other shards than they just failed at."""
+    def _has_copy(self, leg: Leg) -> Tensor:
+        """Which of the leg's rows, sent now, would go only to shards of which nothing bad is known: [R] bool."""
         plan = self._current_plan()
-        if plan.num_shards == 1:
-            return False
-        route = self._route(plan, leg.batch.layer_id, frozenset(), leg.batch.topk_ids.device)
-        return not bool((route.shards(leg.batch.topk_ids) == leg.shard_id).any())
+        bad = plan.down | self._suspected()
+        if plan.epoch == leg.batch.epoch:
+            bad |= {leg.shard_id}
+        return self._reaches(plan, leg.batch, frozenset(), bad)
+
+    def _reaches(self, plan: PlacementPlan, batch: ExpertBatch, avoid: frozenset[int], bad: frozenset[int]) -> Tensor:
+        """Which rows, sent now, would go to no bad shard: [R] bool."""
+        shards = self._route(plan, batch.layer_id, avoid, batch.topk_ids.device).shards(batch.topk_ids)
+        return ~torch.isin(shards, torch.tensor(sorted(bad), device=shards.device)).any(dim=1)
 
     def _suspected(self) -> frozenset[int]:
         if not self._suspects:

@@ -5,7 +5,7 @@ T: rows in the batch, H: hidden size, K: experts a token.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -33,6 +33,15 @@ class ExpertBatch:
     @property
     def num_bytes(self) -> int:
         return self.hidden_states.nbytes + self.topk_ids.nbytes + self.topk_weights.nbytes
+
+    def of_rows(self, rows: Tensor) -> "ExpertBatch":
+        """rows: [T] bool."""
+        return replace(
+            self,
+            hidden_states=self.hidden_states[rows],
+            topk_ids=self.topk_ids[rows],
+            topk_weights=self.topk_weights[rows],
+        )
 
 
 class Flight(Protocol):

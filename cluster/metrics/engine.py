@@ -121,6 +121,13 @@ class EngineMetrics:
             "livesum",
             "replica",
         ).labels(replica)
+        self._held = define.gauge(
+            "moecluster_engine_held_sequences",
+            "Running sequences that wait for an expert without a living copy while others go on. Above zero for longer "
+            "than a respawn takes: look for the shard that does not come up; min_copies=2 avoids it.",
+            "livesum",
+            "replica",
+        ).labels(replica)
         self._waiting = define.gauge(
             "moecluster_engine_waiting_sequences",
             "Sequences that wait for blocks or a place in the batch. Above zero for minutes: add attention replicas.",
@@ -190,8 +197,9 @@ class EngineMetrics:
             "replica",
         ).labels(replica)
 
-    def state(self, running: int, waiting: int, used_blocks: int, total_blocks: int) -> None:
+    def state(self, running: int, held: int, waiting: int, used_blocks: int, total_blocks: int) -> None:
         self._running.set(running)
+        self._held.set(held)
         self._waiting.set(waiting)
         self._used_blocks.set(used_blocks)
         self._capacity_blocks.set(total_blocks)

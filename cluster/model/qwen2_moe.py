@@ -1,4 +1,4 @@
-"""Qwen2-MoE without its routed experts, which arrive as an `Experts` argument. Attribute names are the checkpoint's.
+"""Qwen2-MoE without its routed experts, which each micro-batch brings along. Attribute names are the checkpoint's.
 
 T: tokens of all sequences in a step, H: hidden size, V: vocabulary.
 """
@@ -23,11 +23,12 @@ from cluster.model.rope import RotaryEmbedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A part of a step's sequences. token_ids, positions: [T] int64."""
+    """A part of a step's sequences, and where their routed rows are computed. token_ids, positions: [T] int64."""
 
     token_ids: Tensor
     positions: Tensor
     paged: PagedBatch
+    experts: Experts
 
 
 class RMSNorm(nn.Module):
@@ -118,11 +119,11 @@ class Qwen2Moe(nn.Module):
     rotary: RotaryEmbedding
 
     @torch.inference_mode()
-    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache, experts: Experts) -> Tensor:
+    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> Tensor:
         """Writes the cache. Returns the normed hidden states [T, H] of all micro-batches, in their order.
 
         With several, one computes attention while the rows of another are at their experts.
-        Raises ShardUnavailable from the experts; the cache then holds a half-written step, which a repeat overwrites.
+        Raises what the experts raise; the cache then holds a half-written step, which a repeat overwrites.
         """
         dtype = self.model.norm.weight.dtype
         rotary = [self.rotary(part.positions, dtype) for part in micro_batches]
@@ -133,7 +134,7 @@ class Qwen2Moe(nn.Module):
             assert isinstance(layer, DecoderLayer)
             kv = cache.layer(layer_id)
             for i, part in enumerate(micro_batches):
-                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.paged, experts)
+                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.paged, part.experts)
         rows = [wait() for wait in finish]
         normed: Tensor = self.model.norm(rows[0] if len(rows) == 1 else torch.cat(rows))
         return normed

@@ -186,6 +186,8 @@ CAPACITY = [
           {"{{replica}}": f"sum by (replica) (moecluster_engine_running_sequences{ONE})"}),
     panel("Waiting sequences", "Above zero for minutes: add attention replicas.", "none",
           {"{{replica}}": f"sum by (replica) (moecluster_engine_waiting_sequences{ONE})"}),
+    panel("Held sequences", "They wait for an expert without a living copy: look for the shard that does not come up.",
+          "none", {"{{replica}}": f"sum by (replica) (moecluster_engine_held_sequences{ONE})"}),
     panel("KV cache in use", "Near 100 % with preemptions: raise kv_cache_bytes or lower max_num_seqs.", "percentunit",
           {"{{replica}}": f"sum by (replica) (moecluster_engine_kv_used_blocks{ONE}) "
            f"/ sum by (replica) (moecluster_engine_kv_capacity_blocks{ONE})"}),

@@ -2,6 +2,8 @@
 
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
+from cluster.engine.runner import StepResult
+from cluster.errors import ShardUnavailable
 from cluster.metrics import EngineMetrics, new_registry
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest, SamplingParams
 
@@ -9,17 +11,38 @@ EOS = 0
 
 
 class CountingRunner:
-    """Samples last token + 1: the prompt (…, 5) is answered with 6, 7, 8, … Keeps what every step was made of."""
+    """Samples last token + 1: the prompt (…, 5) is answered with 6, 7, 8, … Keeps what every step was made of.
+
+    lost: ids of requests that need an expert without a copy, as of the plan of `epoch`.
+    """
+
+    recovery_timeout_s = 10.0
 
     def __init__(self):
         self.steps = []
         self.errors = []
+        self.lost = set()
+        self.epoch = 1
+        self.waits = 0
+
+    def has_news(self, epoch, timeout_s):
+        self.waits += timeout_s > 0
+        return self.epoch > epoch
 
     def run(self, batch):
         if self.errors:
             raise self.errors.pop()
         self.steps.append([(s.sequence.request_id, s.num_tokens) for s in batch.scheduled])
-        return [(s.sequence.token_ids[-1] + 1, None) if s.samples else None for s in batch.scheduled]
+        lost = {
+            i: ShardUnavailable("shard 1 is gone", 1)
+            for i, s in enumerate(batch.scheduled)
+            if s.sequence.request_id in self.lost
+        }
+        tokens = [
+            (s.sequence.token_ids[-1] + 1, None) if s.samples and i not in lost else None
+            for i, s in enumerate(batch.scheduled)
+        ]
+        return StepResult(tokens, lost, self.epoch)
 
 
 class Clock:

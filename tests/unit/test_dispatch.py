@@ -353,3 +353,67 @@ def test_rows_at_a_shard_of_an_older_plan_are_sent_again():
     transport.delays[1] = 0.001
     assert torch.equal(made.combine(flight), EXPECTED)
     assert clock.now < 2.0
+
+
+def told():
+    """Keeps what `on_lost` is told: row numbers of each call."""
+    rows = []
+    return rows, lambda lost, error: rows.append((lost.tolist(), error.shard_id))
+
+
+@pytest.mark.parametrize("at_submit", [False, True])
+def test_rows_without_a_living_copy_are_reported_and_the_others_come(at_submit):
+    """Rows 0 and 2 need shard 1. The first time they wait half a second for its successor, then not at all."""
+    transport, clock = FaultyTransport(at_submit), Clock()
+    transport.dead.add(1)
+    made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 2), clock=clock), clock=clock)
+    for waited in (0.5, 0.0):
+        began = clock.now
+        rows, on_lost = told()
+        out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
+        assert torch.equal(out[1], EXPECTED[1])
+        assert rows == [([0, 2], 1)]
+        assert clock.now - began == pytest.approx(waited)
+    transport.dead.clear()
+    rows, on_lost = told()
+    assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost), EXPECTED)
+    assert rows == []
+
+
+def test_a_successor_that_comes_soon_loses_no_row():
+    transport, clock = FaultyTransport(), Clock()
+    transport.dead.add(1)
+    plan = plan_evenly([0], 4, 2)
+    plans = ScriptedPlans(plan, replace(plan, epoch=2), clock=clock, on_wait=transport.dead.clear)
+    made = dispatcher(transport, plans, clock=clock)
+    out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lambda *_: pytest.fail("lost"))
+    assert torch.equal(out, EXPECTED)
+
+
+def test_rows_whose_copies_are_all_dead_are_reported_without_asking_them_in_a_circle():
+    transport, clock = FaultyTransport(at_submit=True), Clock()
+    transport.dead = {1, 2}
+    made = dispatcher(transport, ScriptedPlans(TWO_COPIES, clock=clock), clock=clock)
+    rows, on_lost = told()
+    out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
+    assert torch.equal(out[1], EXPECTED[1])
+    assert {row for lost, _ in rows for row in lost} == {0, 2}
+    assert clock.now <= 1.5
+    assert len(transport.sent) < 20
+
+
+def test_a_late_answer_without_another_copy_is_given_up_later_each_time():
+    """It may need that long: the third waiting, of 20 s, is enough for an answer that takes 12."""
+    clock = Clock()
+    transport = SlowTransport(clock)
+    made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 2), clock=clock), clock=clock)
+    warm(made, transport)
+    transport.delays[1] = 12.0
+    rows, on_lost = told()
+    out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
+    assert torch.equal(out[1], EXPECTED[1])
+    assert rows == [([0, 2], 1)]
+    assert clock.now == pytest.approx(5.0, abs=0.6)
+    made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
+    assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost), EXPECTED)
+    assert len(rows) == 2

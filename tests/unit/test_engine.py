@@ -218,6 +218,106 @@ def test_lost_experts_fail_their_batch_and_the_engine_goes_on():
     assert run_to_end(engine) == {"b": ([2], "length")}
 
 
+def test_sequences_that_need_a_lost_expert_are_held_and_the_others_go_on():
+    """a is lost at its second token. It takes part in no step until the plan changes, then goes on with that token."""
+    engine = make_engine()
+    engine.submit(request("a", [5], max_tokens=3))
+    engine.submit(request("b", [7], max_tokens=6))
+    engine.step()
+    engine.runner.lost = {"a"}
+    for _ in range(3):
+        engine.step()
+    assert engine.runner.steps == [[("a", 1), ("b", 1)], [("a", 1), ("b", 1)], [("b", 1)], [("b", 1)]]
+    engine.runner.lost, engine.runner.epoch = set(), 2
+    answers = run_to_end(engine)
+    assert engine.runner.steps[4:] == [[("a", 1), ("b", 1)], [("a", 1), ("b", 1)]]
+    assert answers == {"a": ([7, 8], "length"), "b": ([12, 13], "length")}
+    assert engine.blocks.num_used == 0
+
+
+def test_a_held_sequence_tries_again_without_news_after_a_while():
+    """A broken connection changes no plan."""
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    engine.submit(request("a", [5], max_tokens=2))
+    engine.runner.lost = {"a"}
+    for clock.now in (0.0, 0.5, 0.9, 1.0, 1.5, 2.0):
+        engine.step()
+    assert len(engine.runner.steps) == 3
+    assert engine.runner.waits == 3, "with nothing to compute it waits for news, and does not spin"
+    engine.runner.lost = set()
+    clock.now = 3.0
+    assert run_to_end(engine) == {"a": ([6, 7], "length")}
+
+
+def test_a_sequence_that_others_join_on_hold_is_not_held_longer():
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    engine.submit(request("a", [5], max_tokens=9))
+    engine.submit(request("b", [5], max_tokens=9))
+    engine.runner.lost = {"a"}
+    engine.step()
+    clock.now, engine.runner.lost = 0.9, {"a", "b"}
+    engine.step()
+    clock.now, engine.runner.lost = 1.0, set()
+    engine.step()
+    assert engine.runner.steps[-1] == [("a", 1), ("b", 1)]
+
+
+def test_a_held_sequence_ends_when_its_expert_is_not_back_in_the_recovery_time():
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    engine.submit(request("a", [5], max_tokens=9))
+    engine.submit(request("b", [7], max_tokens=200))
+    engine.runner.lost = {"a"}
+    updates = []
+    while clock.now < 9.9:
+        updates += engine.step()
+        clock.now += 0.1
+    assert [update for update in updates if update.request_id == "a"] == []
+    for _ in range(15):
+        updates += engine.step()
+        clock.now += 0.1
+    [ended] = [update for update in updates if update.request_id == "a"]
+    assert (ended.finish_reason, type(ended.error)) == ("error", ShardUnavailable)
+    assert sum(update.request_id == "b" for update in updates) == len(engine.runner.steps)
+
+
+def test_the_recovery_time_begins_anew_with_each_loss():
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    engine.submit(request("a", [5], max_tokens=99))
+    for clock.now in range(0, 40, 4):
+        engine.runner.lost = {"a"} if clock.now % 8 else set()
+        assert [update.finish_reason for update in engine.step()] in ([], [None])
+        engine.runner.epoch += 1
+
+
+def test_a_lost_sequences_blocks_are_found_by_nobody():
+    """What a step wrote for it lacks an expert: b begins alike, and computes its prompt itself."""
+    engine = make_engine()
+    engine.submit(request("a", range(1, 11), max_tokens=1))
+    engine.runner.lost = {"a"}
+    engine.step()
+    engine.submit(request("b", range(1, 11), max_tokens=1))
+    engine.step()
+    assert engine.runner.steps == [[("a", 10)], [("b", 10)]]
+
+
+def test_a_held_sequence_may_lose_its_blocks_to_others():
+    """Three blocks of 4. Held b gives way to a, and is computed again when a is through."""
+    engine = make_engine(num_blocks=3, enable_prefix_caching=False)
+    engine.submit(request("a", [1, 2, 3], max_tokens=8))
+    engine.submit(request("b", [11, 12, 13], max_tokens=4))
+    engine.step()
+    engine.runner.lost = {"b"}
+    for _ in range(6):
+        engine.step()
+    engine.runner.lost = set()
+    assert run_to_end(engine)["b"] == ([15, 16, 17], "length")
+    assert engine.blocks.num_used == 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     prompts=st.lists(st.integers(1, 20), min_size=1, max_size=12),
@@ -226,12 +326,13 @@ def test_lost_experts_fail_their_batch_and_the_engine_goes_on():
     budget=st.integers(1, 30),
     max_num_seqs=st.integers(1, 8),
     prefix_caching=st.booleans(),
+    losses=st.lists(st.sets(st.integers(0, 11), max_size=6), max_size=20),
 )
 def test_any_load_ends_with_the_right_tokens_and_no_block_lost(
-    prompts, max_tokens, num_blocks, budget, max_num_seqs, prefix_caching
+    prompts, max_tokens, num_blocks, budget, max_num_seqs, prefix_caching, losses
 ):
     """Each step keeps its budget, no block is lost, none belongs to two sequences that do not begin alike, and every
-    answer counts on from its prompt."""
+    answer counts on from its prompt, whichever sequences lose their experts in which step."""
     engine = make_engine(
         num_blocks=num_blocks,
         max_num_batched_tokens=budget,
@@ -242,6 +343,8 @@ def test_any_load_ends_with_the_right_tokens_and_no_block_lost(
         engine.submit(request(str(index), range(100, 100 + length), max_tokens=max_tokens))
     answers = {str(index): [] for index in range(len(prompts))}
     while engine.has_work:
+        engine.runner.lost = {str(index) for index in losses.pop()} if losses else set()
+        engine.runner.epoch += 1
         for update in engine.step():
             answers[update.request_id] += update.token_ids
         held = [block for sequence in engine.sequences.values() for block in sequence.block_table]

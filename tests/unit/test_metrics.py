@@ -42,6 +42,7 @@ METRICS = {
     "moecluster_prompt_tokens_total": ("counter", set()),
     "moecluster_generated_tokens_total": ("counter", set()),
     "moecluster_engine_running_sequences": ("gauge", {"replica"}),
+    "moecluster_engine_held_sequences": ("gauge", {"replica"}),
     "moecluster_engine_waiting_sequences": ("gauge", {"replica"}),
     "moecluster_engine_kv_used_blocks": ("gauge", {"replica"}),
     "moecluster_engine_kv_capacity_blocks": ("gauge", {"replica"}),
@@ -93,7 +94,7 @@ def filled(registry: CollectorRegistry) -> CollectorRegistry:
     ingress.prompt_tokens(7)
     ingress.generated_tokens(9)
     engine = EngineMetrics(registry, "0")
-    engine.state(running=3, waiting=2, used_blocks=10, total_blocks=64)
+    engine.state(running=3, held=1, waiting=2, used_blocks=10, total_blocks=64)
     engine.step(0.02, num_prefill_tokens=5, num_decode_tokens=3, num_seqs=4)
     engine.preempted()
     engine.finished("length")
@@ -206,7 +207,7 @@ if "fork" in sys.argv:
     os.wait()
 ingress.generated_tokens(tokens)
 ingress.first_token(0.02)
-engine.state(seqs, 0, 1, 64)
+engine.state(seqs, 0, 0, 1, 64)
 print("counted", flush=True)
 sys.stdin.read()
 """
