@@ -96,6 +96,9 @@ def render_status(status: Any, before: Any = None) -> RenderableType:
     state = status.failure or ("draining" if status.draining else state if status.published else "starting")
     title = f"{state}   plan epoch {status.epoch}   imbalance {status.imbalance:.2f}"
     parts: list[RenderableType] = [Text(title, style="bold")]
+    if len(status.versions) > 1:
+        advice = "a rollout is under way, or `moe-cluster roll` is still to come"
+        parts.append(Text(f"versions {', '.join(status.versions)}: {advice}", style="yellow"))
     if status.work:
         parts.append(Text(f"under way: {status.work}", style="yellow"))
     parts.append(_replica_table(status, before))

@@ -1,5 +1,6 @@
 """What the whole session shares: one Ray of this machine, one served application on it, the demo checkpoint."""
 
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import grpc
 import pytest
 import type_check
 
+import cluster
 from cluster.checkpoint.demo import write_demo_checkpoint
 
 LOGICAL_GPUS = 16  # only Ray's bookkeeping: which process is given which
@@ -30,7 +32,17 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[Any]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A link to the folder that Ray's processes import this package from: turned, it is another installed version."""
+    versions = tmp_path_factory.mktemp("installed")
+    (versions / "this").mkdir()
+    (versions / "this" / "cluster").symlink_to(Path(cluster.__file__).parent)
+    (versions / "now").symlink_to(versions / "this")
+    return versions / "now"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(installed: Path) -> Iterator[Any]:
     """A connected Ray in a directory of its own, on loopback, with logical CPUs and GPUs for every test."""
     import ray
 
@@ -38,7 +50,9 @@ def ray_cluster() -> Iterator[Any]:
     from cluster.runtime.local_ray import loopback
 
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
-    with set_environment(local_environment(Path(temp_dir))), loopback():
+    environment = {**local_environment(Path(temp_dir)), "PYTHONPATH": str(installed)}
+    # Ray's processes look for packages in the folder that it was started from, before PYTHONPATH.
+    with set_environment(environment), loopback(), contextlib.chdir(temp_dir):
         ray.init(
             address="local",
             num_cpus=64,

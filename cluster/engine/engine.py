@@ -156,9 +156,13 @@ class Engine:
         """In a full queue the client with the most waiting requests loses its latest. Raises Overloaded if that is
         this one."""
         later_s = self._retry_hint.seconds(self.config.max_waiting)
-        full = Overloaded(
-            f"the queue is full ({self.config.max_waiting} requests wait): try again in {later_s:.1f} s", later_s
+        limit = self.config.max_waiting
+        taken = (
+            f"the queue is full ({limit} requests wait)"
+            if limit
+            else f"all {self.config.max_num_seqs} places are taken"
         )
+        full = Overloaded(f"{taken}: try again in {later_s:.1f} s", later_s)
         loser = self.scheduler.waiting.to_make_room(client)
         if loser is None:
             raise full

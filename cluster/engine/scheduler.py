@@ -54,8 +54,9 @@ class Scheduler:
 
     @property
     def num_queued(self) -> int:
-        """Waiting sequences that the next step has no place for: a burst that comes between two steps is no queue."""
-        return max(0, len(self.waiting) - (self.max_num_seqs - len(self.running)))
+        """Waiting sequences that the next step has no place for: a burst that comes between two steps is no queue.
+        Below zero: so many places are left."""
+        return len(self.waiting) + len(self.running) - self.max_num_seqs
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)

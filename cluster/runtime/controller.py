@@ -220,6 +220,7 @@ class ExpertController:
             imbalance=eplb.imbalance(self.plan, rates) if self.plan is not None and rates is not None else 1.0,
             faults=tuple(self.faults),
             config=self.config,
+            process=process_info(),
         )
 
     async def process(self) -> ProcessInfo:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import ray
 
+from cluster import __version__
 from cluster.config import ClusterConfig
 from cluster.evolving import evolving
 from cluster.experts.placement import PlacementPlan
@@ -35,17 +36,23 @@ class Membership:
 @evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessInfo:
-    """Where a process runs: its node's Ray id, and the ids of the GPUs that Ray gave it."""
+    """Where a process runs: its node's Ray id, and the ids of the GPUs that Ray gave it; and this package's version."""
 
     pid: int
     node_id: str
     gpu_ids: tuple[int, ...]
+    version: str = ""
 
 
 def process_info() -> ProcessInfo:
     """This process, which Ray runs."""
     context = ray.get_runtime_context()
-    return ProcessInfo(pid=os.getpid(), node_id=context.get_node_id(), gpu_ids=tuple(ray.get_gpu_ids()))
+    return ProcessInfo(
+        pid=os.getpid(),
+        node_id=context.get_node_id(),
+        gpu_ids=tuple(ray.get_gpu_ids()),
+        version=__version__,
+    )
 
 
 @evolving
@@ -112,6 +119,7 @@ class ClusterStatus:
     replicas: the engines that have asked for the plan lately.  uncovered_s: for how long some expert has had no copy
     that is up, 0 if none.  target_shards: as many as were asked for.  work: the change under way, "" for none.
     load: [sparse layers][experts] tokens/s, lately.  imbalance: the slowest shard's share of the load against the mean.
+    process: the controller's.
     """
 
     epoch: int
@@ -129,10 +137,17 @@ class ClusterStatus:
     imbalance: float = 1.0
     faults: tuple[Fault, ...] = ()
     config: ClusterConfig | None = None
+    process: ProcessInfo | None = None
 
     def serves(self, patience_s: float) -> bool:
         """Whether requests are answered: no expert has been without a copy for longer than they wait for one."""
         return self.published and self.uncovered_s <= patience_s
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Of this package, in controller, shards and engines: more than one during a rollout."""
+        processes = [self.process, *(s.process for s in self.shards), *(r.process for r in self.replicas)]
+        return tuple(sorted({process.version for process in processes if process is not None}))
 
     @property
     def covered(self) -> bool:

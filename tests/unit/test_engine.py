@@ -152,6 +152,15 @@ def test_a_burst_between_two_steps_may_fill_the_batch_and_the_queue():
     assert set(run_to_end(engine)) == {"a", "b", "c"}
 
 
+def test_without_a_queue_the_batch_may_still_be_filled():
+    engine = make_engine(max_num_seqs=2, max_waiting=0)
+    for name in "ab":
+        engine.submit(request(name))
+    with pytest.raises(Overloaded, match="all 2 places are taken"):
+        engine.submit(request("c"))
+    assert set(run_to_end(engine)) == {"a", "b"}
+
+
 def test_what_can_never_fit_the_cache_is_refused():
     engine = make_engine(num_blocks=2)
     with pytest.raises(InvalidRequest, match="3 KV cache blocks, there are 2"):
