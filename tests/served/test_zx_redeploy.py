@@ -1,4 +1,4 @@
-"""Another version with another configuration rolled out under streams. Late in this folder: the cluster is another one
+"""Another version of this package rolled out under streams. Late in this folder: the cluster is another one
 afterwards."""
 
 import threading
@@ -41,7 +41,7 @@ def test_another_version_rolls_out_under_streams_and_no_answer_changes(served, n
     with Client(f"127.0.0.1:{served.grpc_port}") as client, RunningCluster() as cluster:
         questions = make_questions(NUM_QUESTIONS, client.model_info().vocab_size, seed=3)
         quiet = ask_all(client, questions, concurrency=4)
-        config = replace(served.config, max_waiting=17, expert_shards=3)
+        config = replace(served.config, release=VERSION, expert_shards=3)
         rolled = threading.Thread(target=roll_out, args=(config, cluster))
         rolled.start()
         rounds = []

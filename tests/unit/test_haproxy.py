@@ -5,12 +5,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions, gRPCOptions
 
+from cluster.metrics.process import is_running
 from cluster.runtime.haproxy import BINARY, INGRESS_PORTS, PROGRAM, adapted, local_environment, set_environment
 
 NODE_ID_CHARS = 56
@@ -48,6 +50,32 @@ def test_the_program_becomes_haproxy_which_accepts_the_file(written):
         [program, "-c", "-f", str(written)], env={**os.environ, BINARY: program}, capture_output=True, timeout=30
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+STARTER = """
+import subprocess, sys, time
+print(subprocess.Popen(sys.argv[1:]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_haproxy_ends_with_who_started_it(written):
+    program = str(Path(sys.executable).parent / PROGRAM)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, program, "-db", "-f", str(written)], stdout=subprocess.PIPE, text=True
+    )
+    pid = int(starter.stdout.readline())
+    until(lambda: "haproxy" in Path(f"/proc/{pid}/exe").readlink().name)
+    starter.kill()
+    starter.wait()
+    until(lambda: not is_running(pid, None))
 
 
 def test_a_file_of_another_serve_is_refused(written):
