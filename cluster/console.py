@@ -19,7 +19,7 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 class Served(Protocol):
     """The part of a served cluster that is shown."""
 
-    grpc_port: int
+    grpc_address: str
 
     def status(self) -> Any: ...
 
@@ -65,7 +65,7 @@ class LoadProgress:
 def print_cluster(cluster: Served) -> None:
     """Where the cluster is reached."""
     status = cluster.status()
-    print(f"gRPC     127.0.0.1:{cluster.grpc_port}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
+    print(f"gRPC     {cluster.grpc_address}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
     for address in status.metrics_addresses:
         print(f"metrics  {address}")
 

@@ -396,7 +396,6 @@ class ExpertDispatcher:
             self._epoch = plan.epoch
             self._routes = {}
             self._suspects = {}
-            self.metrics.plan_epoch(plan.epoch)
         return plan
 
 

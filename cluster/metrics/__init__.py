@@ -1,11 +1,12 @@
 """Every figure that the cluster exports, and the port that serves them. Only here is prometheus_client known.
 
-`engine`, `experts`: one class a role, made with `definitions`.  `process`: the registry of one process and
-the files that it leaves for the node.  `collector`: `/metrics` for all processes of a node.
+`engine`, `experts`: one class a role, made with `definitions`.  `build`: a process's version.  `process`: its registry,
+and the files that it leaves for the node.  `collector`: `/metrics` for all processes of a node.
 """
 
 from prometheus_client import CollectorRegistry
 
+from cluster.metrics.build import report_version
 from cluster.metrics.collector import NodeCollector
 from cluster.metrics.engine import EngineMetrics, IngressMetrics
 from cluster.metrics.experts import ControllerMetrics, DispatchMetrics, ShardMetrics
@@ -21,4 +22,5 @@ __all__ = [
     "ShardMetrics",
     "multiprocess_env",
     "new_registry",
+    "report_version",
 ]

@@ -69,7 +69,7 @@ class DispatchMetrics:
         self._shards: dict[int, _ShardTraffic] = {}
         self._plan_epoch = self._define.gauge(
             "moecluster_dispatch_plan_epoch",
-            "Epoch of the placement plan that this replica sends by. Behind the controller's for more than"
+            "Epoch of the placement plan that this replica has. Behind the controller's for more than"
             " a few seconds: the replica does not hear of new plans.",
             "livemostrecent",
             "replica",

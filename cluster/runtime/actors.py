@@ -24,7 +24,7 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
 from cluster.logs import make_formatter
-from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry
+from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry, report_version
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.protocol import ClusterRecord, ProcessInfo, process_info
 from cluster.runtime.transports import decode, make_transport, to_bytes
@@ -101,7 +101,7 @@ class ExpertShardActor:
         """Is that shard from now on. Before it holds anything only."""
         self.shard_id = shard_id
         if shard_id >= 0:
-            self.metrics = ShardMetrics(new_registry(), shard_id)
+            self.metrics = ShardMetrics(report_version(new_registry(), "shard"), shard_id)
 
     @ray.method(concurrency_group="control")
     def which(self) -> int:
@@ -251,9 +251,10 @@ class EngineActor:
     def __init__(self, config: ClusterConfig, replica: str, controller: Any, num_threads: int) -> None:
         prepare_process(num_threads)
         end_at_sigterm()
-        registry = new_registry()
+        registry = report_version(new_registry(), "engine")
         metrics = DispatchMetrics(registry, replica)
-        self.directory = ShardDirectory(controller, replica, process_info(), ray.get_runtime_context().current_actor)
+        me = ray.get_runtime_context().current_actor
+        self.directory = ShardDirectory(controller, replica, process_info(), me, metrics.plan_epoch)
         experts = ExpertDispatcher(
             make_transport(config, self.directory, metrics),
             self.directory,

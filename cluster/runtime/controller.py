@@ -24,7 +24,7 @@ from cluster.errors import ClusterError, SetupError
 from cluster.experts import eplb
 from cluster.experts.load_meter import LoadMeter
 from cluster.experts.placement import PlacementPlan, plan_evenly, swapped
-from cluster.metrics import ControllerMetrics, new_registry
+from cluster.metrics import ControllerMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.collector import NodeMetricsActor
 from cluster.runtime.process import actor_environment, share_of
@@ -69,7 +69,7 @@ class ExpertController:
         self.config = config
         self.collect_metrics = collect_metrics
         self.lease_s = lease_s
-        self.metrics = ControllerMetrics(new_registry())
+        self.metrics = ControllerMetrics(report_version(new_registry(), "controller"))
         self.target = config.expert_shards
         self.shards: dict[int, ShardProcess] = {}
         self.spares = SpareProcesses(group, config)

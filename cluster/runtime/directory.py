@@ -7,6 +7,7 @@ alive: a controller that nobody asks any more takes them down. When the controll
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -21,11 +22,20 @@ log = logging.getLogger(__name__)
 class ShardDirectory:
     """A `PlanSource` and a `ShardHandles`. All methods may be called from any thread."""
 
-    def __init__(self, controller: Any, holder: str, process: ProcessInfo, engine: Any | None) -> None:
+    def __init__(
+        self,
+        controller: Any,
+        holder: str,
+        process: ProcessInfo,
+        engine: Any | None,
+        on_epoch: Callable[[int], None] = lambda epoch: None,
+    ) -> None:
+        """on_epoch: called with the epoch of each new plan, by the thread."""
         self._controller = controller
         self._holder = holder
         self._process = process
         self._engine = engine
+        self._on_epoch = on_epoch
         self._news = threading.Condition()
         self._membership: Membership | None = None
         self._failure: SetupError | None = None
@@ -88,3 +98,4 @@ class ShardDirectory:
                 with self._news:
                     self._membership = membership
                     self._news.notify_all()
+                self._on_epoch(membership.plan.epoch)

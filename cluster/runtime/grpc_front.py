@@ -1,6 +1,6 @@
 """Where and how clients reach gRPC in HAProxy: the address, TLS, who signs clients' certificates.
 
-It stands in the environment of Ray's nodes, and is read whenever HAProxy starts:
+It stands in the environment of Ray's nodes, and is read whenever HAProxy starts; changed files count within seconds:
 
     MOE_CLUSTER_GRPC_HOST       the address to listen on; else that of Serve's http_options
     MOE_CLUSTER_TLS_CERT        PEM of the server's certificate and its chain: TLS only, 1.2 at least
@@ -8,13 +8,13 @@ It stands in the environment of Ray's nodes, and is read whenever HAProxy starts
     MOE_CLUSTER_TLS_CLIENT_CA   PEM of who signs clients' certificates: nobody without one comes in
 """
 
-import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import SetupError
+from cluster.runtime.renewal import Copy
 
 GRPC_HOST, TLS_CERT = "MOE_CLUSTER_GRPC_HOST", "MOE_CLUSTER_TLS_CERT"
 TLS_KEY, TLS_CLIENT_CA = "MOE_CLUSTER_TLS_KEY", "MOE_CLUSTER_TLS_CLIENT_CA"
@@ -35,6 +35,11 @@ class GrpcFront:
         files = {TLS_CERT: self.tls_cert, TLS_KEY: self.tls_key, TLS_CLIENT_CA: self.tls_client_ca}
         said = {name: str(path.resolve()) for name, path in files.items() if path is not None}
         return said | ({GRPC_HOST: self.host} if self.host else {})
+
+    def address(self, port: int) -> str:
+        """What a user is told."""
+        host = f"[{self.host}]" if ":" in self.host else self.host or "127.0.0.1"
+        return f"{host}:{port}{' (TLS)' if self.tls_cert else ''}"
 
     def _check(self) -> None:
         if self.tls_cert is None:
@@ -58,26 +63,22 @@ def _no_password() -> str:
     raise ValueError("the key has a password, which nobody is there to type")
 
 
-def tls_options(environment: Mapping[str, str], folder: Path) -> str:
-    """What makes a `bind` of HAProxy's speak TLS as the environment asks for; "" for no TLS. Raises OSError.
+def tls_files(environment: Mapping[str, str], folder: Path) -> list[Copy]:
+    """What HAProxy takes from files as the environment asks for TLS, in `folder`; none for no TLS.
 
-    HAProxy takes certificate and key from one file: it is made in `folder`, for this user only.
+    HAProxy takes certificate and key from one file.
     """
     cert, key, client_ca = (environment.get(name) for name in (TLS_CERT, TLS_KEY, TLS_CLIENT_CA))
     if not cert:
+        return []
+    pair = Copy(folder / "grpc.pem", "cert", [cert, *([key] if key else [])])
+    return [pair, *([Copy(folder / "grpc-clients.pem", "ca-file", [client_ca])] if client_ca else [])]
+
+
+def tls_options(copies: Sequence[Copy]) -> str:
+    """What makes a `bind` of HAProxy's speak TLS with these files; "" for none."""
+    of_kind = {copy.kind: copy.path for copy in copies}
+    if not of_kind:
         return ""
-    pem = _private_copy([cert, *([key] if key else [])], folder / "grpc.pem")
-    options = f" ssl crt {pem} ssl-min-ver TLSv1.2 alpn h2"
-    if client_ca:
-        options += f" ca-file {_private_copy([client_ca], folder / 'grpc-clients.pem')} verify required"
-    return options
-
-
-def _private_copy(sources: list[str], target: Path) -> Path:
-    """One after the other; whole at once, so that a HAProxy that starts meanwhile reads the old one or the new."""
-    made = target.with_suffix(f".{os.getpid()}")
-    made.unlink(missing_ok=True)
-    with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        for source in sources:
-            out.write(Path(source).read_bytes().rstrip() + b"\n")
-    return made.replace(target)
+    options = f" ssl crt {of_kind['cert']} ssl-min-ver TLSv1.2 alpn h2"
+    return options + (f" ca-file {of_kind['ca-file']} verify required" if "ca-file" in of_kind else "")

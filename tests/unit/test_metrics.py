@@ -28,6 +28,7 @@ from cluster.metrics import (
     ShardMetrics,
     multiprocess_env,
     new_registry,
+    report_version,
 )
 from cluster.metrics.process import is_running
 
@@ -63,6 +64,7 @@ METRICS = {
     "moecluster_controller_moved_experts_total": ("counter", set()),
     "moecluster_dispatch_hedged_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_rerouted_rows_total": ("counter", {"replica", "shard_id"}),
+    "moecluster_build_info": ("gauge", {"role", "version"}),
     "moecluster_dispatch_plan_epoch": ("gauge", {"replica"}),
     "moecluster_shard_compute_seconds": ("histogram", {"shard_id"}),
     "moecluster_shard_rows_total": ("counter", {"shard_id"}),
@@ -85,6 +87,7 @@ def registry() -> CollectorRegistry:
 @pytest.fixture
 def filled(registry: CollectorRegistry) -> CollectorRegistry:
     """Every class made, every method called once."""
+    report_version(registry, "engine")
     ingress = IngressMetrics(registry)
     ingress.started()
     ingress.finished("stop")

@@ -3,27 +3,21 @@
 Behind it stands a plain gRPC server of this process instead of an ingress.
 """
 
-import os
 import socket
 import ssl
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from ray.serve._private.common import RequestProtocol
-from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
-from ray.serve.config import HTTPOptions, gRPCOptions
+from haproxy_tools import haproxy
 from tls_files import Authority
 
 from cluster.errors import SetupError, Unavailable
 from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.haproxy import PROGRAM
+from cluster.runtime.renewal import INTERVAL_S
 from cluster.serving.client import Client, TlsFiles
 
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
@@ -64,62 +58,6 @@ def backend():
     server.stop(None)
 
 
-def free_ports(count):
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-@contextmanager
-def haproxy(folder, backend, front):
-    """Yields the port of gRPC once our program runs as HAProxy in front of the backend."""
-    http, port, metrics, stats = free_ports(4)
-    path = folder / "haproxy.cfg"
-    config = HAProxyConfig(
-        http_options=HTTPOptions(host="127.0.0.1", port=http),
-        grpc_options=gRPCOptions(port=port, grpc_servicer_functions=["any"]),
-        socket_path=str(folder / "a.sock"),
-        metrics_socket_path=str(folder / "m.sock"),
-        metrics_port=metrics,
-        stats_port=stats,
-        server_state_base=str(folder),
-        server_state_file=str(folder / "state"),
-        is_head=True,
-    )
-    api = HAProxyApi(cfg=config, config_file_path=str(path))
-    server = ServerConfig(name="ingress", host="127.0.0.1", port=backend.port)
-    unchecked = {"grpc_health_check_path": None}  # Serve's own question, which only its replicas answer
-    app = BackendConfig(
-        name="app", path_prefix="/", app_name="app", protocol=RequestProtocol.GRPC, servers=[server], **unchecked
-    )
-    api.set_backend_configs({"app": app})
-    api._generate_config_file_internal()
-    program = str(Path(sys.executable).parent / PROGRAM)
-    process = subprocess.Popen(
-        [program, "-f", str(path), "-db"], env={**os.environ, **front.environment()}, stderr=subprocess.PIPE
-    )
-    try:
-        await_port(process, port)
-        yield port
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def await_port(process, port):
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read().decode()
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    raise AssertionError("HAProxy does not listen")
-
-
 def is_serving(port, **how):
     with Client(f"127.0.0.1:{port}", **how) as client:
         return client.is_serving(timeout_s=5.0)
@@ -130,7 +68,7 @@ def test_only_who_speaks_tls_and_trusts_the_certificate_is_answered(
 ):
     front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key)
     stranger = Authority(tmp_path, "strangers")
-    with haproxy(tmp_path, backend, front) as port:
+    with haproxy(tmp_path, backend.port, front) as port:
         assert is_serving(port, tls=TlsFiles(ca=authority.cert))
         assert backend.metadata["x-forwarded-for"] == "127.0.0.1"
         assert is_serving(port, tls=TlsFiles(ca=authority.cert, cert=client_pair.cert, key=client_pair.key))
@@ -141,7 +79,7 @@ def test_only_who_speaks_tls_and_trusts_the_certificate_is_answered(
 def test_without_a_certificate_of_ours_no_client_comes_in(tmp_path, backend, authority, server_pair, client_pair):
     front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key, tls_client_ca=authority.cert)
     foreign = Authority(tmp_path, "strangers").issue("client", server=False)
-    with haproxy(tmp_path, backend, front) as port:
+    with haproxy(tmp_path, backend.port, front) as port:
         assert is_serving(port, tls=TlsFiles(ca=authority.cert, cert=client_pair.cert, key=client_pair.key))
         backend.metadata = None
         assert not is_serving(port, tls=TlsFiles(ca=authority.cert))
@@ -156,7 +94,7 @@ def test_tls_is_1_2_at_least_and_http_2(tmp_path, backend, authority, server_pai
     old = ssl.create_default_context(cafile=str(authority.cert))
     old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     old.set_ciphers("ALL:@SECLEVEL=0")  # else this side would not even try
-    with haproxy(tmp_path, backend, GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key)) as port:
+    with haproxy(tmp_path, backend.port, GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key)) as port:
         with context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="localhost") as sock:
             assert sock.version() in ("TLSv1.2", "TLSv1.3")
             assert sock.selected_alpn_protocol() == "h2"
@@ -169,17 +107,89 @@ def test_certificate_and_key_may_be_one_file_and_our_copy_is_for_this_user_only(
 ):
     both = tmp_path / "both.pem"
     both.write_bytes(server_pair.cert.read_bytes() + server_pair.key.read_bytes())
-    with haproxy(tmp_path, backend, GrpcFront(tls_cert=both)) as port:
+    with haproxy(tmp_path, backend.port, GrpcFront(tls_cert=both)) as port:
         assert is_serving(port, tls=TlsFiles(ca=authority.cert))
         assert (tmp_path / "grpc.pem").stat().st_mode & 0o777 == 0o600
         assert [path.name for path in tmp_path.glob("grpc*")] == ["grpc.pem"]
 
 
+@pytest.fixture
+def renewable(tmp_path, authority):
+    """A server's pair in files that may be written anew, and how they are."""
+    pair = authority.issue("renewable", server=True)
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    front = GrpcFront(tls_cert=folder / "tls.crt", tls_key=folder / "tls.key")
+
+    def install(cert, key):
+        front.tls_cert.write_bytes(cert.read_bytes())
+        front.tls_key.write_bytes(key.read_bytes())
+
+    install(pair.cert, pair.key)
+    return front, install
+
+
+def certificate(port, authority):
+    """Of the server, as a new client sees it."""
+    context = ssl.create_default_context(cafile=str(authority.cert))
+    context.set_alpn_protocols(["h2"])
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="localhost") as sock:
+        return sock.getpeercert(binary_form=True)
+
+
+def until(condition):
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_renewed_certificate_counts_within_seconds(tmp_path, backend, authority, renewable):
+    front, install = renewable
+    with (
+        haproxy(tmp_path, backend.port, front) as port,
+        Client(f"127.0.0.1:{port}", tls=TlsFiles(ca=authority.cert)) as connected,
+    ):
+        assert connected.is_serving(timeout_s=5.0)
+        before = certificate(port, authority)
+        renewed = authority.issue("renewed", server=True)
+        install(renewed.cert, renewed.key)
+        until(lambda: certificate(port, authority) != before)
+        assert connected.is_serving(timeout_s=5.0)
+        assert certificate(port, authority) == ssl.PEM_cert_to_DER_cert(renewed.cert.read_text())
+
+
+def test_half_of_a_renewal_leaves_what_was_there(tmp_path, backend, authority, renewable):
+    """The certificate is written, its key not yet; then the key."""
+    front, install = renewable
+    old_key = tmp_path / "old.key"
+    old_key.write_bytes(front.tls_key.read_bytes())
+    with haproxy(tmp_path, backend.port, front) as port:
+        before = certificate(port, authority)
+        renewed = authority.issue("renewed", server=True)
+        install(renewed.cert, old_key)
+        time.sleep(2 * INTERVAL_S + 0.5)
+        assert certificate(port, authority) == before
+        install(renewed.cert, renewed.key)
+        until(lambda: certificate(port, authority) != before)
+
+
+def test_a_changed_list_of_clients_authorities_counts_too(tmp_path, backend, authority, server_pair, client_pair):
+    allowed = tmp_path / "clients.pem"
+    allowed.write_bytes(Authority(tmp_path, "former").cert.read_bytes())
+    front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key, tls_client_ca=allowed)
+    ours = TlsFiles(ca=authority.cert, cert=client_pair.cert, key=client_pair.key)
+    with haproxy(tmp_path, backend.port, front) as port:
+        assert not is_serving(port, tls=ours)
+        allowed.write_bytes(authority.cert.read_bytes())
+        until(lambda: is_serving(port, tls=ours))
+
+
 def test_without_tls_plain_grpc_is_served_where_it_is_asked_for(tmp_path, backend):
-    with haproxy(tmp_path, backend, GrpcFront()) as port:
+    with haproxy(tmp_path, backend.port, GrpcFront()) as port:
         assert is_serving(port)
         assert f"bind 127.0.0.1:{port} proto h2\n" in (tmp_path / "haproxy.adapted.cfg").read_text()
-    with haproxy(tmp_path, backend, GrpcFront(host="0.0.0.0")) as port:
+    with haproxy(tmp_path, backend.port, GrpcFront(host="0.0.0.0")) as port:
         assert is_serving(port)
         assert f"bind 0.0.0.0:{port} proto h2\n" in (tmp_path / "haproxy.adapted.cfg").read_text()
 
@@ -206,7 +216,7 @@ def test_a_key_without_a_certificate_is_refused(server_pair, authority):
 def test_a_client_that_is_not_let_in_hears_that_it_may_be_tls(tmp_path, backend, authority, server_pair, client_pair):
     front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key, tls_client_ca=authority.cert)
     foreign = Authority(tmp_path, "strangers")
-    with haproxy(tmp_path, backend, front) as port:
+    with haproxy(tmp_path, backend.port, front) as port:
         for tls in (None, TlsFiles(ca=authority.cert), TlsFiles(ca=foreign.cert)):
             with Client(f"127.0.0.1:{port}", tls=tls) as client, pytest.raises(Unavailable, match="--tls-ca"):
                 client.model_info()
@@ -217,3 +227,11 @@ def test_a_client_says_what_is_wrong_with_its_files(tmp_path, client_pair):
         Client("127.0.0.1:1", tls=TlsFiles(cert=client_pair.cert))
     with pytest.raises(SetupError, match="nothing cannot be read"):
         Client("127.0.0.1:1", tls=TlsFiles(ca=tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("", "127.0.0.1:9000"), ("0.0.0.0", "0.0.0.0:9000"), ("::", "[::]:9000")]
+)
+def test_the_address_that_a_user_is_told_is_the_one_that_listens(host, address):
+    assert GrpcFront(host=host).address(9000) == address
+    assert GrpcFront(host=host, tls_cert=Path("server.crt")).address(9000) == address + " (TLS)"

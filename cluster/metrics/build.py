@@ -1,0 +1,23 @@
+"""Which version of this package a process runs."""
+
+from typing import Literal
+
+from prometheus_client import CollectorRegistry
+
+from cluster import __version__
+from cluster.metrics.definitions import Definitions
+
+Role = Literal["ingress", "engine", "shard", "controller"]
+
+
+def report_version(registry: CollectorRegistry, role: Role) -> CollectorRegistry:
+    """Counts this process; returns the registry."""
+    Definitions(registry).gauge(
+        "moecluster_build_info",
+        "Processes by role and version. Two versions for longer than a rollout takes: `moe-cluster roll` is still to "
+        "come, or a process does not go.",
+        "livesum",
+        "role",
+        "version",
+    ).labels(role, __version__).set(1)
+    return registry
