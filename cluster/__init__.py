@@ -6,12 +6,13 @@ torch nor ray.
 
 from typing import TYPE_CHECKING, Any
 
+from cluster.version import __version__
+
 if TYPE_CHECKING:
     from cluster.llm import LLM
     from cluster.types import CompletionOutput, SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "SamplingParams"]
-__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from cluster import bench, chaos, connect
 from cluster.config import ClusterConfig
 from cluster.config.local_address import find_address
 from cluster.errors import ClusterError, SetupError
+from cluster.version import __version__
 
 DEMO_QUESTION = "Which experts answered this question?"
 DEMO_METRICS = (
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = _command(commands, "demo", _demo, "make a tiny random model, serve it here, ask it a question")

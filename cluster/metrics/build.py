@@ -4,8 +4,8 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry
 
-from cluster import __version__
 from cluster.metrics.definitions import Definitions
+from cluster.version import __version__
 
 Role = Literal["ingress", "engine", "shard", "controller"]
 

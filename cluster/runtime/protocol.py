@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import ray
 
-from cluster import __version__
 from cluster.config import ClusterConfig
 from cluster.evolving import evolving
 from cluster.experts.placement import PlacementPlan
 from cluster.types import EngineStats
+from cluster.version import __version__
 
 NAMESPACE = "moe-cluster"  # of all named actors, so that `ray list actors` shows them together
 LONG_POLL_S = 10.0  # how long a question for news waits at the controller

@@ -13,8 +13,7 @@ def write_next_version(folder: Path) -> int:
     """Copies the package to `folder`/cluster and changes it; returns in how many classes."""
     copy = folder / "cluster"
     shutil.copytree(Path(cluster.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    init = copy / "__init__.py"
-    init.write_text(init.read_text().replace(f'__version__ = "{cluster.__version__}"', f'__version__ = "{VERSION}"'))
+    (copy / "version.py").write_text(f'__version__ = "{VERSION}"\n')
     return sum(_add_fields(path) for path in copy.rglob("*.py"))
 
 

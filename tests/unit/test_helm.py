@@ -1,12 +1,13 @@
 """The chart renders, with both Helms alike, to objects that an API server takes; what is wrong is refused in words."""
 
 import re
-import tomllib
 
 import pytest
 import yaml
-from helm_charts import CHART, ROOT, SHAPES, Refused, any_helm, helm, rendered, values_of
+from helm_charts import CHART, SHAPES, Refused, any_helm, helm, rendered, values_of
 from helm_schemas import KUBE_VERSIONS, SPECS, problems, published
+
+import cluster
 
 # Every optional object at once, and the other branch of each choice.
 EVERYTHING = {
@@ -158,4 +159,4 @@ def test_a_release_with_a_long_name_says_what_to_set():
 
 def test_the_chart_has_the_packages_version():
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert chart["appVersion"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert chart["appVersion"] == cluster.__version__
