@@ -174,7 +174,6 @@ class Engine:
             if not s.sequence.started:
                 s.sequence.started = True
                 self.metrics.queue_wait(started - s.sequence.arrived_at)
-        num_decode_tokens = sum(s.num_tokens for s in batch.scheduled if s.samples and s.sequence.num_output_tokens)
         try:
             result = self.runner.run(batch)
         except ClusterError as error:
@@ -182,12 +181,10 @@ class Engine:
             for s in batch.scheduled:
                 self._end(s.sequence, "error", error)
             return []
-        self.metrics.step(
-            self.clock() - started,
-            batch.num_tokens - num_decode_tokens,
-            num_decode_tokens,
-            len(batch.scheduled),
-        )
+        computed = [s for i, s in enumerate(batch.scheduled) if i not in result.lost]
+        num_decode_tokens = sum(s.num_tokens for s in computed if s.samples and s.sequence.num_output_tokens)
+        num_prefill_tokens = sum(s.num_tokens for s in computed) - num_decode_tokens
+        self.metrics.step(self.clock() - started, num_prefill_tokens, num_decode_tokens, len(batch.scheduled))
         updates = []
         self._hold(result, batch)
         for i, s in enumerate(batch.scheduled):

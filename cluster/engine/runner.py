@@ -81,7 +81,7 @@ class ModelRunner:
             sampled = sample(logits, [_sampling_row(batch.scheduled[i].sequence) for i in sampling])
             for i, token in zip(sampling, sampled, strict=True):
                 tokens[i] = token
-        return StepResult(tokens, step.lost, self.experts.epoch)
+        return StepResult(tokens, step.lost, step.epoch)
 
     def forward(self, scheduled: Seq[ScheduledSequence], *, waits: bool = False) -> tuple[Tensor, StepExperts]:
         """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated, and which sequences are lost:

@@ -112,4 +112,5 @@ class Scheduler:
         self.blocks.free(sequence)
         sequence.num_computed_tokens = 0
         sequence.held = False
+        sequence.lost_since = None
         self.waiting.put_back(sequence)

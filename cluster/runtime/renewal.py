@@ -1,12 +1,14 @@
-"""Renewed certificates, for a HAProxy that runs: a process beside it looks at the files, and tells it by its socket."""
+"""Certificates for HAProxy, and renewed ones for one that runs: a process beside it looks at the operator's files."""
 
 import ctypes
 import os
+import re
 import signal
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,57 +25,99 @@ class Copy:
     kind: str
     sources: Sequence[str]
 
-    def write(self) -> None:
-        """For this user only; whole at once, so that a HAProxy that starts meanwhile reads the old one or the new.
+    def wanted(self) -> bytes:
+        """The sources one after the other, without empty lines, which would end a command of HAProxy's.
 
         Raises OSError.
+        """
+        lines = [line.strip() for source in self.sources for line in Path(source).read_bytes().splitlines()]
+        return b"\n".join(filter(None, lines)) + b"\n"
+
+    def write(self, data: bytes) -> None:
+        """For this user only; whole at once, so that a HAProxy that starts meanwhile reads the old one or the new.
+
+        Raises OSError, ssl.SSLError among them, for what cannot serve; the old one then stays.
         """
         made = self.path.with_suffix(f".{os.getpid()}")
         made.unlink(missing_ok=True)
         with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-            out.write(self.wanted())
+            out.write(data)
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(made) if self.kind == "cert" else context.load_verify_locations(made)
+        except OSError:
+            made.unlink()
+            raise
         made.replace(self.path)
 
-    def wanted(self) -> bytes:
-        """The sources one after the other, without empty lines, which would end a command of HAProxy's."""
-        lines = [line.strip() for source in self.sources for line in Path(source).read_bytes().splitlines()]
-        return b"\n".join(filter(None, lines)) + b"\n"
+
+def prepare(copies: Sequence[Copy]) -> dict[Path, bytes]:
+    """Writes what a HAProxy that starts now reads; returns it. Half of a renewal leaves what was there.
+
+    Raises OSError where nothing was.
+    """
+    for copy in copies:
+        try:
+            copy.write(copy.wanted())
+        except OSError as error:
+            if not copy.path.exists():
+                raise
+            _say(copy, error)
+    return {copy.path: copy.path.read_bytes() for copy in copies}
 
 
-def end_with_parent() -> None:
-    """This process, whatever program it becomes, gets SIGTERM when who started it ends."""
+def end_with_parent(parent: int) -> None:
+    """This process, whatever program it becomes, gets SIGTERM when who started it ends; it ends here if that was
+    before."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
-def watch_beside(copies: Sequence[Copy], admin_socket: Path) -> None:
-    """Starts the process, which ends with this one; nothing where there is nothing to watch."""
+def watch_beside(copies: Sequence[Copy], read: Mapping[Path, bytes], admin_socket: Path) -> None:
+    """Starts the process, which ends with this one; nothing where there is nothing to watch.
+
+    read: what this process, as HAProxy, will have read of each copy.
+    """
+    haproxy = os.getpid()
     if not copies or os.fork():
         return
-    end_with_parent()
+    end_with_parent(haproxy)
+    told, complaints = dict(read), dict[Path, str]()
     while True:
         time.sleep(INTERVAL_S)
         for copy in copies:
             try:
-                renew(copy, admin_socket)
-            except (OSError, ValueError) as error:  # half of a renewal, or HAProxy starts: the next look sees the rest
-                sys.stderr.write(f"moe-cluster: {copy.path.name} is not renewed: {error}\n")
+                wanted = copy.wanted()
+                if wanted != told[copy.path] and _is_at(admin_socket, haproxy):
+                    tell(copy, wanted, admin_socket)
+                    told[copy.path] = wanted
+                    copy.write(wanted)
+                complaint = ""
+            except (OSError, ValueError) as error:  # half of a renewal: the next look sees the rest
+                complaint = str(error)
+                if complaint != complaints.get(copy.path):
+                    _say(copy, error)
+            complaints[copy.path] = complaint
 
 
-def renew(copy: Copy, admin_socket: Path) -> bool:
-    """Tells HAProxy if the operator's files have changed. Raises OSError; ValueError for what HAProxy does not take."""
-    wanted = copy.wanted()
-    if wanted == copy.path.read_bytes():
-        return False
-    for command, answer in (
-        (f"set ssl {copy.kind} {copy.path} <<\n{wanted.decode()}\n", "transaction created for"),
-        (f"commit ssl {copy.kind} {copy.path}\n", "success!"),
-    ):
+def tell(copy: Copy, data: bytes, admin_socket: Path) -> None:
+    """Gives HAProxy what it then serves new connections with. Raises OSError; ValueError for what it does not take."""
+    parts = [data.decode()]
+    if copy.kind == "ca-file":  # a command has 16 KB at most: one certificate at a time
+        parts = re.findall(r"-----BEGIN.*?-----END [^\n]*\n", data.decode(), flags=re.DOTALL)
+    commands = [(f"{'add' if n else 'set'} ssl {copy.kind} {copy.path} <<\n{part}\n") for n, part in enumerate(parts)]
+    said = ""
+    for command in (*commands, f"commit ssl {copy.kind} {copy.path}\n"):
         said = _ask(command, admin_socket)
-        if answer not in said.lower():
+        if not re.search(r"transaction (created|updated)|success", said, flags=re.IGNORECASE):
             _ask(f"abort ssl {copy.kind} {copy.path}\n", admin_socket)
             raise ValueError(" ".join(said.split()))
-    copy.write()
-    return True
+
+
+def _is_at(admin_socket: Path, pid: int) -> bool:
+    """Whether the socket is this HAProxy's. One that has a successor only drains."""
+    return f"\nPid: {pid}\n" in _ask("show info\n", admin_socket)
 
 
 def _ask(command: str, admin_socket: Path) -> str:
@@ -83,3 +127,8 @@ def _ask(command: str, admin_socket: Path) -> str:
         sock.sendall(command.encode())
         sock.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: sock.recv(4096), b"")).decode(errors="replace")
+
+
+def _say(copy: Copy, error: Exception) -> None:
+    sys.stderr.write(f"moe-cluster: {copy.path.name} stays as it was, {', '.join(copy.sources)}: {error}\n")
+    sys.stderr.flush()

@@ -31,22 +31,23 @@ def next_version(installed):
 
 def roll_out(config, cluster):
     """As an operator does: `serve deploy`, until every replica is a new one; then `moe-cluster roll`."""
-    serve.run(build_application(config), name=APPLICATION, route_prefix="/", external_scaler_enabled=True)
+    serve.run(build_application(config), name=APPLICATION, route_prefix="/", external_scaler_enabled=False)
     assert cluster.status().versions == (this_version.__version__, VERSION), "replicas are new, shards are not"
     cluster.roll()
 
 
 def test_another_version_rolls_out_under_streams_and_no_answer_changes(served, next_version):
-    """Attention replicas, the ingress, the controller, shards and their number change while streams run."""
+    """Attention replicas, the ingress, the controller, shards and their number change while streams run; more streams
+    than the new replicas have places for bring a third one."""
     with Client(f"127.0.0.1:{served.grpc_port}") as client, RunningCluster() as cluster:
         questions = make_questions(NUM_QUESTIONS, client.model_info().vocab_size, seed=3)
         quiet = ask_all(client, questions, concurrency=4)
-        config = replace(served.config, release=VERSION, expert_shards=3)
+        config = replace(served.config, release=VERSION, expert_shards=3, max_num_seqs=2, max_attention_replicas=3)
         rolled = threading.Thread(target=roll_out, args=(config, cluster))
         rolled.start()
         rounds = []
-        while rolled.is_alive() or len(cluster.status().shards) < 3:
-            rounds.append(ask_all(client, questions, concurrency=4))
+        while rolled.is_alive() or len(cluster.status().shards) < 3 or len(cluster.status().replicas) < 3:
+            rounds.append(ask_all(client, questions, concurrency=8))
         rolled.join()
         assert cluster.status().versions == (VERSION,)
         cluster.scale_experts(2)  # as it was

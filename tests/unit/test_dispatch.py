@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,7 +293,7 @@ def test_a_late_shard_is_overtaken_even_by_a_copy_that_was_late_itself_a_moment_
     made = dispatcher(transport, FixedPlan(plan), clock=clock)
     warm(made, transport)
     for shard_id in (0, 1):
-        made._give_up(Leg(shard_id, None, None, clock.now, None))
+        made._give_up(Leg(shard_id, None, SimpleNamespace(epoch=plan.epoch), clock.now, None))
     transport.delays = {2: 1000.0, 3: 1000.0}
     started = clock.now
     assert torch.equal(run(made), EXPECTED)
@@ -355,29 +356,44 @@ def test_rows_at_a_shard_of_an_older_plan_are_sent_again():
     assert clock.now < 2.0
 
 
-def told():
-    """Keeps what `on_lost` is told: row numbers of each call."""
-    rows = []
-    return rows, lambda lost, error: rows.append((lost.tolist(), error.shard_id))
+class Lost:
+    """A step's losses: (row numbers, shard) of each, as told."""
+
+    def __init__(self):
+        self.hung, self.told = set(), []
+
+    def lose(self, rows, error):
+        self.told.append((rows.tolist(), error.shard_id))
 
 
 @pytest.mark.parametrize("at_submit", [False, True])
-def test_rows_without_a_living_copy_are_reported_and_the_others_come(at_submit):
+def test_rows_without_a_living_copy_are_lost_and_the_others_come(at_submit):
     """Rows 0 and 2 need shard 1. The first time they wait half a second for its successor, then not at all."""
     transport, clock = FaultyTransport(at_submit), Clock()
     transport.dead.add(1)
     made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 2), clock=clock), clock=clock)
     for waited in (0.5, 0.0):
-        began = clock.now
-        rows, on_lost = told()
-        out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
+        began, lost = clock.now, Lost()
+        out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
         assert torch.equal(out[1], EXPECTED[1])
-        assert rows == [([0, 2], 1)]
+        assert lost.told == [([0, 2], 1)]
         assert clock.now - began == pytest.approx(waited)
     transport.dead.clear()
-    rows, on_lost = told()
-    assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost), EXPECTED)
-    assert rows == []
+    lost = Lost()
+    assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
+    assert lost.told == []
+
+
+@pytest.mark.parametrize("at_submit", [False, True])
+def test_rows_of_the_only_shard_are_lost_without_sending_none_of_them(at_submit):
+    transport, clock = FaultyTransport(at_submit), Clock()
+    transport.dead.add(0)
+    made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 1), clock=clock), clock=clock)
+    for _ in range(2):
+        lost = Lost()
+        made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
+        assert lost.told == [([0, 1, 2], 0)]
+    assert all(batch.hidden_states.shape[0] for _, batch in transport.sent)
 
 
 def test_a_successor_that_comes_soon_loses_no_row():
@@ -385,35 +401,69 @@ def test_a_successor_that_comes_soon_loses_no_row():
     transport.dead.add(1)
     plan = plan_evenly([0], 4, 2)
     plans = ScriptedPlans(plan, replace(plan, epoch=2), clock=clock, on_wait=transport.dead.clear)
-    made = dispatcher(transport, plans, clock=clock)
-    out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lambda *_: pytest.fail("lost"))
-    assert torch.equal(out, EXPECTED)
+    made, lost = dispatcher(transport, plans, clock=clock), Lost()
+    assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
+    assert lost.told == []
 
 
-def test_rows_whose_copies_are_all_dead_are_reported_without_asking_them_in_a_circle():
+def test_rows_whose_copies_are_all_dead_are_lost_without_asking_them_in_a_circle():
     transport, clock = FaultyTransport(at_submit=True), Clock()
     transport.dead = {1, 2}
     made = dispatcher(transport, ScriptedPlans(TWO_COPIES, clock=clock), clock=clock)
-    rows, on_lost = told()
-    out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
+    lost = Lost()
+    out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
     assert torch.equal(out[1], EXPECTED[1])
-    assert {row for lost, _ in rows for row in lost} == {0, 2}
+    assert {row for rows, _ in lost.told for row in rows} == {0, 2}
     assert clock.now <= 1.5
     assert len(transport.sent) < 20
 
 
-def test_a_late_answer_without_another_copy_is_given_up_later_each_time():
-    """It may need that long: the third waiting, of 20 s, is enough for an answer that takes 12."""
+def test_a_newer_plan_sends_rows_again_and_loses_none():
+    """As two tests above; the plan changed while the old call was out, for longer than a loss takes."""
+    clock = Clock()
+    transport = SlowTransport(clock)
+    plan = plan_evenly([0], 4, 2)
+    plans = ScriptedPlans(plan)
+    made, lost = dispatcher(transport, plans, clock=clock), Lost()
+    warm(made, transport)
+    transport.delays[1] = 1000.0
+    flight = made.dispatch(0, X, IDS, WEIGHTS)
+    clock.now += 3.0
+    plans.plans = [replace(plan, epoch=2)]
+    transport.delays[1] = 0.001
+    assert torch.equal(made.combine(flight, lost), EXPECTED)
+    assert lost.told == []
+
+
+def test_a_slow_answer_is_no_lost_one():
+    """Rows that always take 8 s come, however often others were quick."""
+    clock = Clock()
+    transport = SlowTransport(clock)
+    made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 2), clock=clock), clock=clock)
+    for _ in range(3):
+        warm(made, transport)
+        transport.delays[1] = 8.0
+        lost = Lost()
+        assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
+        assert lost.told == []
+        transport.delays[1] = 0.001
+
+
+def test_a_silent_shard_is_waited_for_once_in_a_step_then_shorter_and_longer_again():
+    """First for shard_timeout_s, in the next steps 5, 10, 20 s: it may only need long, here 12 s."""
     clock = Clock()
     transport = SlowTransport(clock)
     made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 2), clock=clock), clock=clock)
     warm(made, transport)
+    transport.delays[1] = 1000.0
+    for waited in (30.0, 5.0, 10.0):
+        lost, began = Lost(), clock.now
+        for _ in range(3):  # layers
+            out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
+            assert torch.equal(out[1], EXPECTED[1])
+        assert lost.told == [([0, 2], 1)] * 3
+        assert clock.now - began == pytest.approx(waited, abs=0.7)
     transport.delays[1] = 12.0
-    rows, on_lost = told()
-    out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
-    assert torch.equal(out[1], EXPECTED[1])
-    assert rows == [([0, 2], 1)]
-    assert clock.now == pytest.approx(5.0, abs=0.6)
-    made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost)
-    assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), on_lost), EXPECTED)
-    assert len(rows) == 2
+    lost = Lost()
+    assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
+    assert lost.told == []

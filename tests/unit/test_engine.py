@@ -313,6 +313,25 @@ def test_a_lost_sequences_blocks_are_found_by_nobody():
     assert engine.runner.steps == [[("a", 10)], [("b", 10)]]
 
 
+def test_a_sequence_that_gave_way_and_came_back_has_the_whole_recovery_time_again():
+    """Three blocks of 4. b is lost, gives way, waits longer than the recovery time, and is lost again."""
+    clock = Clock()
+    engine = make_engine(num_blocks=3, enable_prefix_caching=False, clock=clock)
+    engine.submit(request("a", [1, 2, 3], max_tokens=8))
+    engine.submit(request("b", [11, 12, 13], max_tokens=4))
+    engine.step()
+    engine.runner.lost = {"b"}
+    updates = []
+    while len(engine.sequences) == 2:
+        updates += engine.step()
+        clock.now += 20.0 if len(engine.scheduler.waiting) else 0.5
+    updates += engine.step()
+    assert clock.now > 20.0
+    assert [update.error for update in updates if update.error] == []
+    engine.runner.lost, engine.runner.epoch = set(), 2
+    assert run_to_end(engine)["b"] == ([15, 16, 17], "length")
+
+
 def test_a_held_sequence_may_lose_its_blocks_to_others():
     """Three blocks of 4. Held b gives way to a, and is computed again when a is through."""
     engine = make_engine(num_blocks=3, enable_prefix_caching=False)

@@ -19,18 +19,18 @@ class Losing:
     """Answers zeros; loses the rows that ask for one of the `lost` experts. Keeps the ids that it was sent."""
 
     def __init__(self, lost=()):
-        self.lost, self.sent = set(lost), []
+        self.lost, self.sent, self.epoch = set(lost), [], 1
 
     def dispatch(self, layer_id, hidden_states, topk_ids, topk_weights):
         self.sent.append(topk_ids.tolist())
         return Flight(topk_ids)
 
-    def combine(self, flight, on_lost):
+    def combine(self, flight, losses):
         rows = torch.tensor([any(int(e) in self.lost for e in row) for row in flight.ids]).nonzero().squeeze(1)
         if rows.numel():
-            if on_lost is None:
+            if losses is None:
                 raise ShardUnavailable("shard 1 is gone", 1)
-            on_lost(rows, ShardUnavailable("shard 1 is gone", 1))
+            losses.lose(rows, ShardUnavailable("shard 1 is gone", 1))
         return torch.zeros(len(flight.ids), 1)
 
 
@@ -50,7 +50,26 @@ def test_a_lost_row_takes_its_sequence_along_and_no_other():
     call(part, [0, 1], [9, 2], [3, 4], [5, 6], [7, 9])
     assert sorted(step.lost) == [0, 2]
     call(part, [0, 1], [1, 2], [3, 4], [5, 6], [7, 8])
+    assert step.epoch == 1
     assert losing.sent[1] == [[-1, -1], [-1, -1], [3, 4], [-1, -1], [-1, -1]], "nothing more is computed for them"
+
+
+def test_a_step_knows_the_plan_that_lacked_an_expert_first():
+    """The next one may have it already: who asks for news shall hear of it."""
+    losing = Losing({9})
+    step = StepExperts(losing, 3)
+    part = step.part(0, [1, 1, 1], CPU)
+    call(part, [9], [2], [3])
+    losing.epoch = 2
+    call(part, [1], [9], [3])
+    assert (sorted(step.lost), step.epoch) == ([0, 1], 1)
+
+
+def test_micro_batches_share_what_they_know_of_silent_shards():
+    step = StepExperts(Losing(), 2)
+    first, second = step.part(0, [1], CPU), step.part(1, [1], CPU)
+    first.hung.add(3)
+    assert second.hung == step.hung == {3}
 
 
 def test_micro_batches_count_their_sequences_on():

@@ -5,9 +5,11 @@ Behind it stands a plain gRPC server of this process instead of an ingress.
 
 import socket
 import ssl
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -43,9 +45,17 @@ class Backend(health_pb2_grpc.HealthServicer):
 
     metadata = None
 
+    def __init__(self):
+        self.go_on = threading.Event()
+
     def Check(self, request, context):
         self.metadata = dict(context.invocation_metadata())
         return SERVING
+
+    def Watch(self, request, context):
+        yield SERVING
+        self.go_on.wait(30)
+        yield SERVING
 
 
 @pytest.fixture
@@ -144,19 +154,26 @@ def until(condition):
         time.sleep(0.1)
 
 
-def test_a_renewed_certificate_counts_within_seconds(tmp_path, backend, authority, renewable):
+def der(pem):
+    return ssl.PEM_cert_to_DER_cert(pem.read_text())
+
+
+def test_a_renewed_certificate_counts_within_seconds_and_cuts_no_stream(tmp_path, backend, authority, renewable):
     front, install = renewable
+    trust = grpc.ssl_channel_credentials(authority.cert.read_bytes())
     with (
         haproxy(tmp_path, backend.port, front) as port,
-        Client(f"127.0.0.1:{port}", tls=TlsFiles(ca=authority.cert)) as connected,
+        grpc.secure_channel(f"127.0.0.1:{port}", trust) as channel,
     ):
-        assert connected.is_serving(timeout_s=5.0)
-        before = certificate(port, authority)
-        renewed = authority.issue("renewed", server=True)
-        install(renewed.cert, renewed.key)
-        until(lambda: certificate(port, authority) != before)
-        assert connected.is_serving(timeout_s=5.0)
-        assert certificate(port, authority) == ssl.PEM_cert_to_DER_cert(renewed.cert.read_text())
+        stream = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        assert next(stream) == SERVING
+        assert certificate(port, authority) == der(front.tls_cert)
+        for name in ("renewed", "renewed again"):
+            renewed = authority.issue(name, server=True)
+            install(renewed.cert, renewed.key)
+            until(lambda: certificate(port, authority) == der(renewed.cert))  # noqa: B023 (it is called at once)
+        backend.go_on.set()
+        assert next(stream) == SERVING
 
 
 def test_half_of_a_renewal_leaves_what_was_there(tmp_path, backend, authority, renewable):
@@ -174,15 +191,38 @@ def test_half_of_a_renewal_leaves_what_was_there(tmp_path, backend, authority, r
         until(lambda: certificate(port, authority) != before)
 
 
+def test_a_haproxy_that_starts_in_the_middle_of_a_renewal_serves_what_was_there(
+    tmp_path, backend, authority, renewable, client_pair
+):
+    front, install = renewable
+    with haproxy(tmp_path, backend.port, front) as port:
+        before = certificate(port, authority)
+    install(client_pair.cert, front.tls_key)
+    with haproxy(tmp_path, backend.port, SimpleNamespace(environment=lambda: environment(front))) as port:
+        assert certificate(port, authority) == before
+
+
+def environment(front):
+    """Without the check that a start by hand makes."""
+    return {"MOE_CLUSTER_TLS_CERT": str(front.tls_cert), "MOE_CLUSTER_TLS_KEY": str(front.tls_key)}
+
+
 def test_a_changed_list_of_clients_authorities_counts_too(tmp_path, backend, authority, server_pair, client_pair):
-    allowed = tmp_path / "clients.pem"
-    allowed.write_bytes(Authority(tmp_path, "former").cert.read_bytes())
+    """Who was in it is no longer let in. The new list is longer than a command of HAProxy's may be."""
+    former, allowed = Authority(tmp_path, "former"), tmp_path / "clients.pem"
+    others = [Authority(tmp_path, f"other-{n}") for n in range(40)]
+    allowed.write_bytes(former.cert.read_bytes())
     front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key, tls_client_ca=allowed)
     ours = TlsFiles(ca=authority.cert, cert=client_pair.cert, key=client_pair.key)
+    pair = former.issue("client", server=False)
+    formers = TlsFiles(ca=authority.cert, cert=pair.cert, key=pair.key)
     with haproxy(tmp_path, backend.port, front) as port:
+        assert is_serving(port, tls=formers)
         assert not is_serving(port, tls=ours)
-        allowed.write_bytes(authority.cert.read_bytes())
+        allowed.write_bytes(b"".join(each.cert.read_bytes() for each in (*others, authority)))
+        assert allowed.stat().st_size > 16384
         until(lambda: is_serving(port, tls=ours))
+        assert not is_serving(port, tls=formers)
 
 
 def test_without_tls_plain_grpc_is_served_where_it_is_asked_for(tmp_path, backend):
