@@ -1,8 +1,22 @@
-"""The actor that serves /metrics for all processes of its node."""
+"""Serving /metrics for all processes of a node: one actor on each, and who keeps one there."""
 
+import asyncio
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import ClusterConfig
 from cluster.metrics import NodeCollector
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.protocol import metrics_dir
+
+log = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 1.0
 
 
 class NodeMetricsActor:
@@ -17,3 +31,47 @@ class NodeMetricsActor:
     def address(self) -> str:
         """Where Prometheus scrapes this node."""
         return f"http://{self._host}:{self._port}/metrics"
+
+
+class NodeCollectors:
+    """An actor on each node of the Ray cluster. Used by the controller's event loop."""
+
+    def __init__(self, group: str) -> None:
+        self._group = group
+        self._of_node: dict[str, tuple[Any, str]] = {}
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(address for _, address in self._of_node.values())
+
+    async def keep(self, config: ClusterConfig) -> None:
+        """Makes those that are missing: on a new node, or where one died."""
+        alive: Mapping[str, str] = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        for node_id in list(self._of_node):
+            if node_id not in alive or not await _lives(self._of_node[node_id][0]):
+                del self._of_node[node_id]
+        for node_id in alive.keys() - self._of_node.keys():
+            handle = (
+                ray.remote(NodeMetricsActor)
+                .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+                .remote(self._group, config.metrics_host, config.metrics_port)
+            )
+            try:
+                self._of_node[node_id] = (handle, await handle.address.remote())
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                log.error("%s: no metrics from node %s: %s", self._group, alive[node_id], error)
+
+    def close(self) -> None:
+        for handle, _ in self._of_node.values():
+            ray.kill(handle)
+
+
+async def _lives(collector: Any) -> bool:
+    """False for one that died; one that is slow to answer is still there."""
+    with suppress(TimeoutError):
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await collector.address.remote()
+        except ray.exceptions.RayActorError:
+            return False
+    return True

@@ -19,6 +19,7 @@ from cluster.version import __version__
 
 NAMESPACE = "moe-cluster"  # of all named actors, so that `ray list actors` shows them together
 LONG_POLL_S = 10.0  # how long a question for news waits at the controller
+REPLICA_SILENCE_S = 2.5 * LONG_POLL_S  # an engine asks for the plan once a long poll; a dead one no more
 LEASE_S = 60.0  # a controller that nobody has asked for so long takes its shards down; longer than a Serve redeploy
 
 ShardState = Literal["waiting for resources", "loading", "up", "lost"]

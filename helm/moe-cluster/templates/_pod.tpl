@@ -141,6 +141,8 @@ spec:
 {{- end }}
 - name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S
   value: {{ $values.haproxy.minDrainingPeriodSeconds | quote }}
+- name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S
+  value: "1"
 - name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S
   value: {{ $values.haproxy.hardStopAfterSeconds | quote }}
 {{- end }}
