@@ -126,7 +126,7 @@ def _replica_table(status: Any, before: Any) -> Table:
         table.add_row(
             replica.name,
             str(replica.process.pid),
-            str(stats.running),
+            f"{stats.running} ({stats.held} held)" if stats.held else str(stats.running),
             str(stats.waiting),
             use,
             rate,

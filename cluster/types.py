@@ -161,7 +161,10 @@ class EngineRequest:
 @evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """An engine at a moment: sequences, cache blocks, tokens generated since its start. at: seconds, wall clock."""
+    """An engine at a moment: sequences, cache blocks, tokens generated since its start.
+
+    at: seconds, wall clock.  held: running sequences that wait for an expert without a living copy.
+    """
 
     running: int
     waiting: int
@@ -169,6 +172,7 @@ class EngineStats:
     num_blocks: int
     generated_tokens: int
     at: float
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ class Engine:
         """May be called from any thread."""
         return EngineStats(
             running=len(self.scheduler.running),
+            held=sum(sequence.held for sequence in list(self.scheduler.running)),
             waiting=len(self.scheduler.waiting),
             used_blocks=self.blocks.num_used,
             num_blocks=self.blocks.num_blocks,

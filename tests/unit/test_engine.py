@@ -237,6 +237,7 @@ def test_sequences_that_need_a_lost_expert_are_held_and_the_others_go_on():
     for _ in range(3):
         engine.step()
     assert engine.runner.steps == [[("a", 1), ("b", 1)], [("a", 1), ("b", 1)], [("b", 1)], [("b", 1)]]
+    assert (engine.stats().running, engine.stats().held) == (2, 1)
     engine.runner.lost, engine.runner.epoch = set(), 2
     answers = run_to_end(engine)
     assert engine.runner.steps[4:] == [[("a", 1), ("b", 1)], [("a", 1), ("b", 1)]]
