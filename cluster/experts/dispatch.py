@@ -35,9 +35,9 @@ HUNG_S = 5.0  # such steps wait so long for a shard that let shard_timeout_s pas
 
 
 class Losses(Protocol):
-    """A step that can go on without some of its rows. hung: shards whose answer it has waited for in vain."""
+    """A step that can go on without some of its rows. hung: (epoch, shard) whose answer it has waited for in vain."""
 
-    hung: set[int]
+    hung: set[tuple[int, int]]
 
     def lose(self, rows: Tensor, error: ShardUnavailable) -> None:
         """rows: [R] int64 into a flight's rows, which cannot be computed now."""
@@ -225,8 +225,10 @@ class ExpertDispatcher:
     def _receive(self, leg: Leg, deadline: float, losses: Losses | None = None) -> Tensor | None:
         """Blocks for one leg's rows: [R, H] float32, or None when they have to be sent again."""
         value: Tensor | None = None
-        lost_at = min(leg.sent_at + self._limit_s(leg, losses), deadline)
-        late_at: float | None = self.clock() + self._patience_s(leg)
+        limit_s, began = self._limit_s(leg, losses), self.clock()
+        # What came while another leg was waited for lies there, and is read.
+        lost_at = min(max(leg.sent_at + limit_s, began + HEDGE_FLOOR_S), deadline) if limit_s else began
+        late_at: float | None = began + self._patience_s(leg)
         while value is None and leg.flight is not None and (now := self.clock()) < lost_at:
             if late_at is not None and now >= late_at:
                 late_at = None
@@ -237,11 +239,10 @@ class ExpertDispatcher:
                 break  # the shard may be another one by now
             value = self._wait(leg, max(0.0, min(late_at or lost_at, lost_at, now + RETRY_INTERVAL_S) - now))
         if value is None:
-            waited_for = losses is None or leg.shard_id not in losses.hung
-            silent = waited_for and leg.flight is not None and self.clock() >= lost_at
+            silent = limit_s > 0 and leg.flight is not None and self.clock() >= lost_at
             self._give_up(leg, silent=silent)
             if silent and losses is not None:
-                losses.hung.add(leg.shard_id)
+                losses.hung.add((leg.batch.epoch, leg.shard_id))
         return value
 
     def _wait(self, leg: Leg, timeout_s: float) -> Tensor | None:
@@ -290,11 +291,11 @@ class ExpertDispatcher:
 
     def _limit_s(self, leg: Leg, losses: Losses | None) -> float:
         """How long this leg's answer may take before it counts as lost."""
+        if losses is not None and (leg.batch.epoch, leg.shard_id) in losses.hung:
+            return 0.0
         suspect = self._suspects.get(leg.shard_id)
         if losses is None or suspect is None or not suspect.timeouts:
             return self.shard_timeout_s
-        if leg.shard_id in losses.hung:
-            return 0.0
         return min(self.shard_timeout_s, HUNG_S * 2.0 ** min(suspect.timeouts - 1, 10))
 
     def _can_hedge(self, leg: Leg) -> bool:
@@ -349,7 +350,8 @@ class ExpertDispatcher:
         while open_legs:
             rows, leg = open_legs.pop(0)
             kept = leg.batch
-            alone = ~self._has_copy(leg)  # [R]
+            # An only shard gets all rows, also those of which nothing is wanted any more.
+            alone = ~self._has_copy(leg) | (kept.topk_ids == NOT_HERE).all(dim=1)  # [R]
             if alone.any():
                 until = deadline
                 if losses is not None:

@@ -32,7 +32,7 @@ class StepExperts:
         self.waits = waits
         self.lost: dict[int, ShardUnavailable] = {}
         self.epoch = 0
-        self.hung: set[int] = set()
+        self.hung: set[tuple[int, int]] = set()
         self._parts: list[PartExperts] = []
 
     def part(self, first: int, num_tokens: Sequence[int], device: torch.device) -> "PartExperts":

@@ -11,10 +11,11 @@ It stands in the environment of Ray's nodes, and is read whenever HAProxy starts
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2s
 from pathlib import Path
 
 from cluster.errors import SetupError
-from cluster.runtime.renewal import Copy
+from cluster.runtime.renewal import Copy, no_password
 
 GRPC_HOST, TLS_CERT = "MOE_CLUSTER_GRPC_HOST", "MOE_CLUSTER_TLS_CERT"
 TLS_KEY, TLS_CLIENT_CA = "MOE_CLUSTER_TLS_KEY", "MOE_CLUSTER_TLS_CLIENT_CA"
@@ -47,7 +48,7 @@ class GrpcFront:
                 raise SetupError("--tls-key and --tls-client-ca need --tls-cert, the server's certificate")
             return
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, password=_no_password)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, password=no_password)
         except (OSError, ValueError) as error:  # ssl's errors are OSErrors
             raise SetupError(
                 f"--tls-cert {self.tls_cert} and its key ({self.tls_key or 'in the same file'}) cannot be used: {error}"
@@ -59,20 +60,18 @@ class GrpcFront:
             raise SetupError(f"--tls-client-ca {self.tls_client_ca} cannot be used: {error}") from error
 
 
-def _no_password() -> str:
-    raise ValueError("the key has a password, which nobody is there to type")
-
-
 def tls_files(environment: Mapping[str, str], folder: Path) -> list[Copy]:
     """What HAProxy takes from files as the environment asks for TLS, in `folder`; none for no TLS.
 
-    HAProxy takes certificate and key from one file.
+    HAProxy takes certificate and key from one file. What stays when a renewal cannot be used is of the same sources,
+    by its name: nothing of another configuration or cluster.
     """
-    cert, key, client_ca = (environment.get(name) for name in (TLS_CERT, TLS_KEY, TLS_CLIENT_CA))
+    cert, key, client_ca = (environment.get(name, "") for name in (TLS_CERT, TLS_KEY, TLS_CLIENT_CA))
     if not cert:
         return []
-    pair = Copy(folder / "grpc.pem", "cert", [cert, *([key] if key else [])])
-    return [pair, *([Copy(folder / "grpc-clients.pem", "ca-file", [client_ca])] if client_ca else [])]
+    sources = blake2s("\n".join((cert, key, client_ca)).encode(), digest_size=4).hexdigest()
+    pair = Copy(folder / f"grpc-{sources}.pem", "cert", [cert, *([key] if key else [])])
+    return [pair, *([Copy(folder / f"grpc-clients-{sources}.pem", "ca-file", [client_ca])] if client_ca else [])]
 
 
 def tls_options(copies: Sequence[Copy]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 INTERVAL_S = 1.0
 TIMEOUT_S = 5.0
+PEM_BLOCK = re.compile(rb"-----BEGIN [^\n]*?-----.*?-----END [^\n]*?-----", re.DOTALL)
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent's thread ends
 
 
@@ -26,40 +27,54 @@ class Copy:
     sources: Sequence[str]
 
     def wanted(self) -> bytes:
-        """The sources one after the other, without empty lines, which would end a command of HAProxy's.
+        """The PEM blocks of the sources, one after the other, and nothing else: neither comments nor empty lines, which
+        would end a command of HAProxy's.
 
-        Raises OSError.
+        Raises OSError; ValueError for a source without any.
         """
-        lines = [line.strip() for source in self.sources for line in Path(source).read_bytes().splitlines()]
-        return b"\n".join(filter(None, lines)) + b"\n"
+        blocks: list[bytes] = []
+        for source in self.sources:
+            found = PEM_BLOCK.findall(Path(source).read_bytes())
+            if not found:
+                raise ValueError(f"{source} has no PEM block")
+            blocks += (b"\n".join(filter(None, map(bytes.strip, block.splitlines()))) for block in found)
+        return b"\n".join(blocks) + b"\n"
 
     def write(self, data: bytes) -> None:
         """For this user only; whole at once, so that a HAProxy that starts meanwhile reads the old one or the new.
 
-        Raises OSError, ssl.SSLError among them, for what cannot serve; the old one then stays.
+        Raises OSError, ssl.SSLError among them, or ValueError for what cannot serve; the old one then stays.
         """
         made = self.path.with_suffix(f".{os.getpid()}")
         made.unlink(missing_ok=True)
         with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
             out.write(data)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(made) if self.kind == "cert" else context.load_verify_locations(made)
-        except OSError:
+            if self.kind == "cert":
+                context.load_cert_chain(made, password=no_password)
+            else:
+                context.load_verify_locations(made)
+        except (OSError, ValueError):
             made.unlink()
             raise
         made.replace(self.path)
 
 
+def no_password() -> str:
+    """For a key that has one. Raises ValueError."""
+    raise ValueError("the key has a password, which nobody is there to type")
+
+
 def prepare(copies: Sequence[Copy]) -> dict[Path, bytes]:
     """Writes what a HAProxy that starts now reads; returns it. Half of a renewal leaves what was there.
 
-    Raises OSError where nothing was.
+    Raises OSError, ValueError where nothing was.
     """
     for copy in copies:
         try:
             copy.write(copy.wanted())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if not copy.path.exists():
                 raise
             _say(copy, error)
@@ -87,26 +102,32 @@ def watch_beside(copies: Sequence[Copy], read: Mapping[Path, bytes], admin_socke
     while True:
         time.sleep(INTERVAL_S)
         for copy in copies:
+            complaint = ""
             try:
                 wanted = copy.wanted()
-                if wanted != told[copy.path] and _is_at(admin_socket, haproxy):
+                if wanted == told[copy.path] == copy.path.read_bytes() or not _is_at(admin_socket, haproxy):
+                    continue
+                if wanted != told[copy.path]:
                     tell(copy, wanted, admin_socket)
                     told[copy.path] = wanted
-                    copy.write(wanted)
-                complaint = ""
+                copy.write(wanted)
             except (OSError, ValueError) as error:  # half of a renewal: the next look sees the rest
                 complaint = str(error)
                 if complaint != complaints.get(copy.path):
                     _say(copy, error)
-            complaints[copy.path] = complaint
+            finally:
+                complaints[copy.path] = complaint
 
 
 def tell(copy: Copy, data: bytes, admin_socket: Path) -> None:
     """Gives HAProxy what it then serves new connections with. Raises OSError; ValueError for what it does not take."""
-    parts = [data.decode()]
+    parts = [data]
     if copy.kind == "ca-file":  # a command has 16 KB at most: one certificate at a time
-        parts = re.findall(r"-----BEGIN.*?-----END [^\n]*\n", data.decode(), flags=re.DOTALL)
-    commands = [(f"{'add' if n else 'set'} ssl {copy.kind} {copy.path} <<\n{part}\n") for n, part in enumerate(parts)]
+        parts = [block + b"\n" for block in PEM_BLOCK.findall(data)]
+    commands = [
+        f"{'add' if n else 'set'} ssl {copy.kind} {copy.path} <<\n{part.decode('ascii')}\n"
+        for n, part in enumerate(parts)
+    ]
     said = ""
     for command in (*commands, f"commit ssl {copy.kind} {copy.path}\n"):
         said = _ask(command, admin_socket)

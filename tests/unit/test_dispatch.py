@@ -467,3 +467,47 @@ def test_a_silent_shard_is_waited_for_once_in_a_step_then_shorter_and_longer_aga
     lost = Lost()
     assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
     assert lost.told == []
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_an_answer_that_came_while_another_shard_was_waited_for_counts(hung):
+    """Row 0 needs shard 0 only, row 1 shard 1 only: whichever hangs, the other row comes."""
+    clock = Clock()
+    transport = SlowTransport(clock)
+    made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 2), clock=clock), clock=clock)
+    warm(made, transport)
+    transport.delays[hung] = 1000.0
+    for _ in range(3):
+        lost = Lost()
+        out = made.combine(made.dispatch(0, X[:2], torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)), lost)
+        assert lost.told == [([hung], hung)]
+        assert {shard_id for _, shard_id in lost.hung} == {hung}
+        assert torch.equal(out[1 - hung], (X[:2] * torch.tensor([[3.0], [7.0]]))[1 - hung])
+
+
+def test_a_silent_shard_is_waited_for_once_by_each_plan():
+    clock = Clock()
+    transport = SlowTransport(clock)
+    plan = plan_evenly([0], 4, 2)
+    plans = ScriptedPlans(plan)
+    made, lost = dispatcher(transport, plans, clock=clock), Lost()
+    warm(made, transport)
+    transport.delays[1] = 1000.0
+    waited = []
+    for layer in range(5):
+        if layer == 2:
+            plans.plans = [replace(plan, epoch=2)]
+        began = clock.now
+        made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
+        waited.append(round(clock.now - began))
+    assert waited == [30, 0, 30, 0, 0]
+
+
+def test_an_only_shard_that_died_is_not_asked_for_rows_that_nobody_wants():
+    """Rows of a sequence that is lost already go to an only shard as well, empty."""
+    transport, clock = FaultyTransport(), Clock()
+    transport.dead.add(0)
+    made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 1), clock=clock), clock=clock)
+    lost = Lost()
+    made.combine(made.dispatch(0, X, torch.full_like(IDS, -1), WEIGHTS), lost)
+    assert len(transport.sent) < 5

@@ -68,8 +68,8 @@ def test_a_step_knows_the_plan_that_lacked_an_expert_first():
 def test_micro_batches_share_what_they_know_of_silent_shards():
     step = StepExperts(Losing(), 2)
     first, second = step.part(0, [1], CPU), step.part(1, [1], CPU)
-    first.hung.add(3)
-    assert second.hung == step.hung == {3}
+    first.hung.add((1, 3))
+    assert second.hung == step.hung == {(1, 3)}
 
 
 def test_micro_batches_count_their_sequences_on():

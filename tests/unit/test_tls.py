@@ -13,13 +13,19 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from haproxy_tools import haproxy
 from tls_files import Authority
 
 from cluster.errors import SetupError, Unavailable
 from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.renewal import INTERVAL_S
+from cluster.runtime.renewal import INTERVAL_S, Copy
 from cluster.serving.client import Client, TlsFiles
 
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
@@ -119,8 +125,8 @@ def test_certificate_and_key_may_be_one_file_and_our_copy_is_for_this_user_only(
     both.write_bytes(server_pair.cert.read_bytes() + server_pair.key.read_bytes())
     with haproxy(tmp_path, backend.port, GrpcFront(tls_cert=both)) as port:
         assert is_serving(port, tls=TlsFiles(ca=authority.cert))
-        assert (tmp_path / "grpc.pem").stat().st_mode & 0o777 == 0o600
-        assert [path.name for path in tmp_path.glob("grpc*")] == ["grpc.pem"]
+        [copy] = tmp_path.glob("grpc*")
+        assert copy.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.fixture
@@ -200,6 +206,34 @@ def test_a_haproxy_that_starts_in_the_middle_of_a_renewal_serves_what_was_there(
     install(client_pair.cert, front.tls_key)
     with haproxy(tmp_path, backend.port, SimpleNamespace(environment=lambda: environment(front))) as port:
         assert certificate(port, authority) == before
+
+
+def test_what_stays_is_never_of_another_configuration(tmp_path, backend, authority, server_pair):
+    """The former list of clients' authorities must not let the former clients in."""
+    front = GrpcFront(tls_cert=server_pair.cert, tls_key=server_pair.key, tls_client_ca=authority.cert)
+    with haproxy(tmp_path, backend.port, front):
+        pass
+    other = tmp_path / "other.pem"
+    other.write_text("not a certificate")
+    said = {**environment(front), "MOE_CLUSTER_TLS_CLIENT_CA": str(other)}
+    with (
+        pytest.raises(AssertionError, match="no PEM block"),
+        haproxy(tmp_path, backend.port, SimpleNamespace(environment=lambda: said)),
+    ):
+        pass
+
+
+def test_comments_of_any_encoding_and_a_key_with_a_password(tmp_path, authority, server_pair):
+    commented = tmp_path / "ca.pem"
+    commented.write_bytes("# Behörde\n\n".encode("latin-1") + authority.cert.read_bytes())
+    copy = Copy(tmp_path / "copy.pem", "ca-file", [str(commented)])
+    copy.write(copy.wanted())
+    assert copy.path.read_bytes() == authority.cert.read_bytes()
+    key = load_pem_private_key(server_pair.key.read_bytes(), None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    with pytest.raises(ValueError, match="password"):
+        Copy(tmp_path / "pair.pem", "cert", []).write(server_pair.cert.read_bytes() + locked)
+    assert not list(tmp_path.glob("pair*"))
 
 
 def environment(front):
