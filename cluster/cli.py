@@ -25,6 +25,7 @@ from cluster.config.local_address import find_address
 from cluster.errors import ClusterError, SetupError
 from cluster.version import __version__
 
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that drain and stop what was started
 DEMO_QUESTION = "Which experts answered this question?"
 DEMO_METRICS = (
     "moecluster_requests_total",
@@ -163,7 +164,7 @@ def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     add("recovery_timeout_s", float, "how long requests wait for a lost shard's successor", "SECONDS")
     add("drain_timeout_s", float, "how long a stop waits for running requests", "SECONDS")
-    add("metrics_port", int, "where /metrics is served; 0: a free port", "PORT")
+    add("metrics_port", int, "where /metrics is served; 0: a free port (demo: 0)", "PORT")
     add("log_format", str, "of all processes' log lines: text, or json, one object a line", "FORMAT")
     parser.add_argument(
         "--grpc-port", type=int, default=9000, metavar="PORT", help="0: a free one (default: 9000, demo: 0)"
@@ -250,25 +251,28 @@ def _serve_options(args: argparse.Namespace) -> Any:
 
 @contextmanager
 def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
-    """A served cluster, with its start and its stop shown; SIGTERM ends it like Ctrl-C."""
+    """A served cluster, with its start and its stop shown; SIGTERM, or a closed terminal, ends it like Ctrl-C."""
     from cluster.console import LoadProgress  # torch and ray load with these: not for --help
     from cluster.runtime.launch import ServedCluster
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     config = _cluster_config(args, model)
     with LoadProgress("starting Ray and Ray Serve") as progress:
         cluster = ServedCluster(config, _serve_options(args), progress.update)
     try:
         yield cluster
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print("stopping: waiting for running requests …", flush=True)
+        for number in ENDS:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        with suppress(OSError):  # the terminal was closed
+            print("stopping: waiting for running requests …", flush=True)
         cluster.close()
-        print("stopped")
+        with suppress(OSError):
+            print("stopped", flush=True)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -480,18 +484,17 @@ def _print_stream(pieces: Iterator[Any]) -> str:
 
 
 def _wait_for_interrupt(invitation: str) -> None:
-    """Prints the invitation and returns on Ctrl-C or SIGTERM, however soon it comes.
+    """Prints the invitation and returns on Ctrl-C, SIGTERM or a closed terminal, however soon it comes.
 
     A KeyboardInterrupt would be lost in whatever callback it happened to be raised in: the signal wakes a pipe instead.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
-    ends = (signal.SIGINT, signal.SIGTERM)
-    for number in ends:
+    for number in ENDS:
         signal.signal(number, lambda *_: None)
     print(f"\n{invitation}", flush=True)
-    while os.read(reader, 1)[0] not in ends:
+    while os.read(reader, 1)[0] not in ENDS:
         pass  # another signal that something handles
     signal.set_wakeup_fd(-1)
     os.close(reader)

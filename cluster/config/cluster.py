@@ -158,6 +158,11 @@ class ClusterConfig:
         ):
             _check_number(self, name, 0)
         _check_number(self, "metrics_port", 0, 65535)
+        if self.min_copies > self.expert_shards:
+            raise SetupError(
+                f"min_copies is {self.min_copies}, and {self.expert_shards} expert shards can hold "
+                f"{self.expert_shards} copies of an expert at most: ask for more shards or fewer copies"
+            )
         if self.max_attention_replicas is not None:
             _check_number(self, "max_attention_replicas", self.attention_replicas)
         self.engine()

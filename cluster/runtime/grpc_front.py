@@ -8,6 +8,7 @@ It stands in the environment of Ray's nodes, and is read whenever HAProxy starts
     MOE_CLUSTER_TLS_CLIENT_CA   PEM of who signs clients' certificates: nobody without one comes in
 """
 
+import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class GrpcFront:
         return f"{host}:{port}{' (TLS)' if self.tls_cert else ''}"
 
     def _check(self) -> None:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
+                probe.bind((self.host, 0))
+        except OSError as error:
+            raise SetupError(f"--host {self.host} is no address of this machine ({error.strerror})") from error
         if self.tls_cert is None:
             if self.tls_key is not None or self.tls_client_ca is not None:
                 raise SetupError("--tls-key and --tls-client-ca need --tls-cert, the server's certificate")

@@ -55,8 +55,8 @@ def local_environment(directory: Path) -> dict[str, str]:
     are shared by SO_REUSEPORT: in a range that two clusters both used, one would get the other's requests.
     """
     files = directory / "ha"  # short, as the names below: HAProxy's socket paths end at 97 characters, 57 are Serve's
-    ports = _free_ports(4)
-    http, grpc = _free_block(INGRESS_PORTS), _free_block(INGRESS_PORTS)
+    ports = free_block(4)
+    http, grpc = free_block(INGRESS_PORTS), free_block(INGRESS_PORTS)
     return ray_environment() | {
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LOCAL_DRAINING_S),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
@@ -141,19 +141,9 @@ def _replaced(config: str, pattern: str, replacement: str) -> str:
     return changed
 
 
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-def _free_block(size: int) -> range:
-    """Ports in a row that nobody listens on, anywhere in BLOCKS."""
+def free_block(size: int) -> range:
+    """Ports in a row that nobody listens on, anywhere in BLOCKS: what the kernel hands out for port 0, it may hand to a
+    process of Ray's before HAProxy listens there."""
     while True:
         start = random.randrange(BLOCKS.start, BLOCKS.stop - size)
         if all(_is_free(port) for port in range(start, start + size)):

@@ -32,7 +32,7 @@ from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.controller import get_controller
 from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, local_environment
+from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, free_block, local_environment
 from cluster.runtime.ingress import Ingress
 from cluster.runtime.local_ray import start_ray
 from cluster.runtime.operate import APPLICATION
@@ -77,6 +77,8 @@ def resolve_gpus(config: ClusterConfig) -> ClusterConfig:
 def check_gpus(config: ClusterConfig, *, attention_replicas: int) -> None:
     """Raises SetupError when a cluster that does not grow has fewer GPUs than the (resolved) configuration asks for."""
     attention, expert = config.gpus_per_attention_replica or 0, config.gpus_per_expert_shard or 0
+    if config.device == "cuda" and not ray.cluster_resources().get("GPU", 0):
+        raise SetupError("device is 'cuda', and the Ray cluster has no GPU: use device 'cpu' or 'auto'")
     asked = attention_replicas * attention + config.expert_shards * expert
     there = ray.cluster_resources().get("GPU", 0)
     if asked > there:
@@ -242,6 +244,9 @@ class ServedCluster:
             self.group = shard_group(self.config)
             with _StatusReports(self.group, on_status):
                 self._serve()
+        except RuntimeError as error:
+            self.close(drain=False)
+            raise SetupError(f"Ray Serve did not start the application: {_reason(error)}") from error
         except BaseException:
             self.close(drain=False)
             raise
@@ -345,14 +350,23 @@ def _find(name: str) -> Any | None:
 
 
 def _free_port(what: str, port: int) -> int:
-    """The port if it can be bound, a free one for 0. Raises SetupError for one that is taken."""
+    """The port if it can be bound, a free one for 0. Raises SetupError for one that is taken, or none."""
+    if not port:
+        return free_block(1).start
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
+        except OverflowError:
+            raise SetupError(f"{what} is {port}, a port is 0 to 65535") from None
         except OSError as error:
             raise SetupError(
                 f"{what} {port} is taken ({error.strerror}): choose another, or 0 for a free one"
             ) from error
-        found: int = probe.getsockname()[1]
-        return found
+    return port
+
+
+def _reason(error: Exception) -> str:
+    """The line of Serve's long messages that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "[ALERT]" in line), lines[-1] if lines else repr(error))

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
+from cluster.errors import SetupError
 from cluster.runtime.haproxy import set_environment
 from cluster.runtime.protocol import NAMESPACE
 
 OBJECT_STORE_BYTES = 256 << 20  # batches pass through, nothing stays
 ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
+CONNECT_TIMEOUT_S = 5.0
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -34,6 +37,19 @@ class ConnectedRay:
 
     stop: Callable[[], None]
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_address(address: str) -> None:
+    """Raises SetupError where nothing listens, for which Ray itself would look a minute."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise SetupError(
+            f"no Ray answers at {address} ({error}): start one with `ray start --head`, or give another --ray-address"
+        ) from error
 
 
 def start_ray(
@@ -50,6 +66,7 @@ def start_ray(
     if ray.is_initialized():
         return ConnectedRay(stop=lambda: None)
     if address:
+        check_address(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         return ConnectedRay(stop=lambda: ray.shutdown(), environment=_said(AUTH_MODE))
     # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.

@@ -14,6 +14,7 @@ from ray.serve._private.common import DeploymentID
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError
+from cluster.runtime.local_ray import check_address
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, ProcessInfo
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class RunningCluster:
         """Raises SetupError when no Ray, or no served cluster, is found there."""
         self._connected = not ray.is_initialized()
         if self._connected:
+            if ray_address:
+                check_address(ray_address)
             try:
                 ray.init(
                     address=ray_address or "auto",
@@ -49,7 +52,7 @@ class RunningCluster:
                     logging_level=logging.ERROR,
                 )
             except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
+                reason = str(error).splitlines()[0].partition(" Please ")[0]
                 raise SetupError(f"no running Ray cluster was found ({reason}): {CONNECT_HINT}") from None
         try:
             self.group = self._find_group()

@@ -98,6 +98,24 @@ def test_more_shards_than_experts_are_refused(demo_checkpoint, capsys):
     refused(run_here(capsys, "plan", demo_checkpoint, "--shards", 65), "65 expert shards for 64 experts")
 
 
+def test_more_copies_than_shards_are_refused(demo_checkpoint, capsys):
+    refused(run_here(capsys, "serve", demo_checkpoint, "--min-copies", 3), "min_copies is 3, and 2 expert shards")
+
+
+def test_what_is_no_port_and_no_address_of_this_machine_is_refused(demo_checkpoint, capsys):
+    refused(
+        run_here(capsys, "serve", demo_checkpoint, "--grpc-port", 99999), "grpc port is 99999, a port is 0 to 65535"
+    )
+    refused(
+        run_here(capsys, "serve", demo_checkpoint, "--host", "203.0.113.9"),
+        "--host 203.0.113.9 is no address of this machine",
+    )
+
+
+def test_a_ray_that_is_not_there_is_named_at_once(demo_checkpoint, capsys):
+    refused(run_here(capsys, "serve", demo_checkpoint, "--ray-address", "127.0.0.1:1"), "no Ray answers at 127.0.0.1:1")
+
+
 def test_a_port_in_use_is_refused(served, demo_checkpoint):
     refused(run("serve", demo_checkpoint, "--grpc-port", served.grpc_port), f"grpc port {served.grpc_port} is taken")
 

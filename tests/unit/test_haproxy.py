@@ -90,6 +90,15 @@ def test_every_socket_path_is_short_enough_below_the_directories_that_are_made_h
     assert max(len(path) + NODE_ID_CHARS + 1 for path in sockets) <= SOCKET_PATH_CHARS
 
 
+def test_no_port_is_one_that_the_kernel_hands_out():
+    """A process of Ray's may get such a one before HAProxy listens there."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    environment = local_environment(Path("/tmp/moe-test-12345678"))
+    ports = [int(value) for name, value in environment.items() if name.endswith("_PORT")]
+    assert len(ports) == 8
+    assert max(ports) < low
+
+
 def test_ingresses_of_two_clusters_never_share_a_port():
     """They bind with SO_REUSEPORT: the kernel would hand one's connections to the other."""
     name = "RAY_SERVE_DIRECT_INGRESS_{}_{}_PORT"
