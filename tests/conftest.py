@@ -50,9 +50,10 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
     from cluster.runtime.local_ray import loopback
 
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
-    environment = {**local_environment(Path(temp_dir)), "PYTHONPATH": str(installed)}
+    outside = pytest.MonkeyPatch()
+    outside.setenv("PYTHONPATH", str(installed))
     # Ray's processes look for packages in the folder that it was started from, before PYTHONPATH.
-    with set_environment(environment), loopback(), contextlib.chdir(temp_dir):
+    with set_environment(local_environment(Path(temp_dir))), loopback(), contextlib.chdir(temp_dir):
         ray.init(
             address="local",
             num_cpus=64,
@@ -67,6 +68,7 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
             _node_ip_address="127.0.0.1",
             _system_config={"prestart_worker_first_driver": False},  # else 64 workers start that nobody uses
         )
+    outside.undo()
     yield ray
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)
