@@ -114,12 +114,19 @@ class ExpertController:
         state = self.state
         if config == state.config:
             return
-        before, state.config = state.config, config
+        before = state.config
+        self._follow(config)
         if config.expert_shards != before.expert_shards:
             state.target = config.expert_shards
         state.remember()
         if state.failure is None:
             self._tasks.append(asyncio.create_task(self.changes.guard(self.changes.settle())))
+
+    def _follow(self, config: ClusterConfig) -> None:
+        """What runs already reads it from now on."""
+        self.state.config = self.spares.config = config
+        for shard in self.state.shards.values():
+            shard.config = config
 
     async def scale(self, num_shards: int) -> str:
         """Adds or removes shards one at a time; returns what was done. Raises SetupError for what cannot be."""
@@ -204,7 +211,8 @@ class ExpertController:
             state.read_checkpoint()
             found = await self._recall()
             if found is not None:
-                state.config, state.target, state.plan = found.config, found.target, found.plan
+                self._follow(found.config)
+                state.target, state.plan = found.target, found.plan
                 log.info("%s: goes on from plan epoch %d, %d shards", state.group, found.plan.epoch, found.target)
             else:
                 state.plan = self.changes.first_plan()

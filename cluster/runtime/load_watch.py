@@ -16,6 +16,8 @@ TIMEOUT_S = 2.0
 
 
 class LoadWatch:
+    """Used by the controller's event loop, which runs it."""
+
     def __init__(self, state: ClusterState, changes: PlacementChanges) -> None:
         self._state = state
         self._changes = changes

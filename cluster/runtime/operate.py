@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.errors import ClusterError, SetupError
+from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.runtime.local_ray import check_address
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, ProcessInfo
 
@@ -105,15 +105,21 @@ class RunningCluster:
         before = self._ask("process", STATUS_TIMEOUT_S)
         ray.kill(ray.get_actor(f"{self.group}:controller", namespace=NAMESPACE), no_restart=False)
         deadline = time.monotonic() + CHANGE_TIMEOUT_S
-        while True:
-            try:
-                if self._ask("process", STATUS_TIMEOUT_S) != before and self.status().published:
-                    break
-            except ClusterError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(WAIT_INTERVAL_S)
+        while not self._has_successor(before):
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"the controller was not back in {CHANGE_TIMEOUT_S:g} s after its end: see its log, and "
+                    "`moe-cluster status`"
+                )
+            time.sleep(WAIT_INTERVAL_S)  # Ray restarts it in its own time
         return f"the controller and {self._ask('roll', CHANGE_TIMEOUT_S)}"
+
+    def _has_successor(self, controller: ProcessInfo) -> bool:
+        """Whether another controller runs, and has taken up the shards."""
+        try:
+            return bool(self._ask("process", STATUS_TIMEOUT_S) != controller and self.status().published)
+        except ClusterError:
+            return False
 
     def shuffle(self, num_swaps: int, seed: int) -> str:
         """Changes the placement of some experts, for the sake of it; blocks. Raises ClusterError."""

@@ -37,12 +37,12 @@ class SpareProcesses:
 
     def __init__(self, group: str, config: ClusterConfig) -> None:
         self._group = group
-        self._config = config
+        self.config = config
         self._by_node: dict[str, asyncio.Task[Spare | None]] = {}
 
     async def keep(self, node_ids: Iterable[str]) -> None:
         """Begins to start one on each node that has none; replaces those that died."""
-        if not self._config.spare_processes or self._config.gpus_per_expert_shard:
+        if not self.config.spare_processes or self.config.gpus_per_expert_shard:
             return
         for node_id in set(node_ids) - {""}:
             there = self._by_node.get(node_id)
@@ -78,7 +78,7 @@ class SpareProcesses:
         return spare
 
     def _create(self, name: str, node_id: str) -> Any:
-        threads = num_threads(self._config.cpus_per_expert_shard)
+        threads = num_threads(self.config.cpus_per_expert_shard)
         return (
             ray.remote(concurrency_groups=SHARD_GROUPS)(ExpertShardActor)
             .options(

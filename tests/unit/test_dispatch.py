@@ -418,15 +418,20 @@ def test_rows_whose_copies_are_all_dead_are_lost_without_asking_them_in_a_circle
     assert len(transport.sent) < 20
 
 
-def test_a_newer_plan_sends_rows_again_and_loses_none():
-    """As two tests above; the plan changed while the old call was out, for longer than a loss takes."""
+def with_a_silent_shard(plan):
+    """A warm dispatcher, its transport whose shard 1 answers nothing from now on, its plans and its clock."""
     clock = Clock()
-    transport = SlowTransport(clock)
-    plan = plan_evenly([0], 4, 2)
-    plans = ScriptedPlans(plan)
-    made, lost = dispatcher(transport, plans, clock=clock), Lost()
+    transport, plans = SlowTransport(clock), ScriptedPlans(plan)
+    made = dispatcher(transport, plans, clock=clock)
     warm(made, transport)
     transport.delays[1] = 1000.0
+    return made, transport, plans, clock
+
+
+def test_a_newer_plan_sends_rows_again_and_loses_none():
+    """The plan changed while the old call was out, for longer than a loss takes."""
+    plan, lost = plan_evenly([0], 4, 2), Lost()
+    made, transport, plans, clock = with_a_silent_shard(plan)
     flight = made.dispatch(0, X, IDS, WEIGHTS)
     clock.now += 3.0
     plans.plans = [replace(plan, epoch=2)]
@@ -486,13 +491,8 @@ def test_an_answer_that_came_while_another_shard_was_waited_for_counts(hung):
 
 
 def test_a_silent_shard_is_waited_for_once_by_each_plan():
-    clock = Clock()
-    transport = SlowTransport(clock)
-    plan = plan_evenly([0], 4, 2)
-    plans = ScriptedPlans(plan)
-    made, lost = dispatcher(transport, plans, clock=clock), Lost()
-    warm(made, transport)
-    transport.delays[1] = 1000.0
+    plan, lost = plan_evenly([0], 4, 2), Lost()
+    made, _, plans, clock = with_a_silent_shard(plan)
     waited = []
     for layer in range(5):
         if layer == 2:
