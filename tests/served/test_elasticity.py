@@ -18,7 +18,7 @@ from cluster.errors import ClusterError, SetupError
 from cluster.metrics import DispatchMetrics, new_registry
 from cluster.runtime.launch import RayExperts
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

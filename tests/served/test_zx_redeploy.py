@@ -14,7 +14,7 @@ from cluster.runtime.launch import build_application
 from cluster.runtime.operate import APPLICATION, RunningCluster
 from cluster.serving.client import Client
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 
 NUM_QUESTIONS = 12
 

@@ -27,7 +27,7 @@ from served_tools import wait_until
 from cluster.serving.client import Client
 from cluster.types import SamplingParams
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BINARIES = {"PROMETHEUS": "prometheus", "ALERTMANAGER": "prometheus-alertmanager"}
 OWN = {"up", "ALERTS"}  # Prometheus's
