@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import cli, connect
+from cluster.cli.arguments import cluster_config
 from cluster.config import ClusterConfig
 from cluster.errors import SetupError
 from cluster.runtime.grpc_front import GrpcFront
@@ -74,4 +75,4 @@ def test_grpc_takes_what_a_request_may_have_and_not_gigabytes(tmp_path):
 def test_the_files_of_serve_are_found_wherever_its_processes_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = cli._parser().parse_args(["serve", "model", "--api-keys-file", "keys.txt"])
-    assert cli._cluster_config(args, args.model).api_keys_file == str(Path(tmp_path, "keys.txt").resolve())
+    assert cluster_config(args, args.model).api_keys_file == str(Path(tmp_path, "keys.txt").resolve())

@@ -1,0 +1,54 @@
+"""The command line. Reads arguments and the environment, prints; everything else is done elsewhere.
+
+Each file has the commands of one kind: `serving` what starts a cluster, `clients` what talks with one, `running` what
+looks at one and changes it, `offline` what needs none. `arguments` has the options that they share.
+Exit codes: 0 done, 1 a request or a bench failed, 2 wrong usage or a set-up that cannot work, 130 Ctrl-C.
+"""
+
+import argparse
+import sys
+
+from cluster import bench
+from cluster.cli import clients, offline, running, serving
+from cluster.cli.arguments import add_command
+from cluster.errors import ClusterError, SetupError
+from cluster.version import __version__
+
+EPILOG = """\
+a first look, on any machine:   moe-cluster demo
+your own checkpoint:            moe-cluster serve /path/to/Qwen1.5-MoE-A2.7B-Chat
+then, in another terminal:      moe-cluster chat
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = _parser().parse_args(bench.with_part(sys.argv[1:] if argv is None else argv))
+    try:
+        code: int = args.run(args)
+        return code
+    except SetupError as error:
+        print(f"moe-cluster: {error}", file=sys.stderr)
+        return 2
+    except ClusterError as error:
+        print(f"moe-cluster: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-cluster",
+        description="Serve Qwen2-MoE models with attention and experts in processes of their own, on Ray.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    serving.add_commands(commands)
+    clients.add_commands(commands)
+    running.add_commands(commands)
+    offline.add_commands(commands)
+    bench.add_arguments(add_command(commands, "bench", bench.run, "measure tokens/s, side by side with other engines"))
+    return parser

@@ -1,0 +1,75 @@
+"""The commands that talk with a server over gRPC: generate, chat."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from cluster import connect
+from cluster.cli.arguments import add_command
+
+
+def add_commands(commands: Any) -> None:
+    generate = add_command(commands, "generate", _generate, "send a prompt to a running server, stream the answer")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to go on with (no chat template)")
+    _add_client_arguments(generate)
+
+    chat = add_command(commands, "chat", _chat, "talk with a running server; an empty line or Ctrl-D ends it")
+    chat.add_argument("--system", help="system message; default: the chat template's own")
+    _add_client_arguments(chat)
+
+
+def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    connect.add_arguments(parser)
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of answer at most")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the checkpoint's)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="0 keeps all (default: the checkpoint's)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    with connect.connect(args) as client:
+        print_stream(client.stream(args.prompt, _sampling(args)))
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from cluster.types import ChatMessage
+
+    history = [ChatMessage(role="system", content=args.system)] if args.system else []
+    with connect.connect(args) as client:
+        if not client.is_serving(timeout_s=10.0):
+            print(
+                f"moe-cluster: no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`",
+                file=sys.stderr,
+            )
+            return 1
+        while True:
+            try:
+                line = input("you> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return 0
+            if not line:
+                return 0
+            history.append(ChatMessage(role="user", content=line))
+            answer = print_stream(client.stream(history, _sampling(args)))
+            history.append(ChatMessage(role="assistant", content=answer))
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from cluster.types import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
+    )
+
+
+def print_stream(pieces: Iterator[Any]) -> str:
+    """Prints an answer while it comes; returns its text."""
+    texts = []
+    for piece in pieces:
+        texts.append(piece.text)
+        print(piece.text, end="", flush=True)
+    print()
+    return "".join(texts)

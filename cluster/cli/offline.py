@@ -1,0 +1,59 @@
+"""The commands that need no cluster: plan, ray-env, keys."""
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+from cluster.cli.arguments import add_command
+from cluster.errors import SetupError
+
+
+def add_commands(commands: Any) -> None:
+    plan = add_command(commands, "plan", _plan, "show which expert goes where and how many bytes, without loading")
+    plan.add_argument("model", metavar="MODEL_DIR", help="directory of a qwen2_moe checkpoint")
+    plan.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: %(default)s)")
+    plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
+
+    add_command(commands, "ray-env", _ray_env, "print what `ray start` needs in its environment, for a shell to eval")
+
+    keys = add_command(commands, "keys", _keys_new, "make API keys for clients")
+    new = keys.add_subparsers(metavar="ACTION", required=True).add_parser(
+        "new", help="print a fresh key, and its line for the file of --api-keys-file"
+    )
+    new.add_argument("name", metavar="NAME", help="whose it is: what logs and fairness between clients go by")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from cluster.checkpoint.names import dense_bytes
+    from cluster.checkpoint.reader import CheckpointReader
+    from cluster.config import DTYPE_BYTES
+    from cluster.console import print_plan
+    from cluster.experts.placement import plan_evenly
+
+    reader = CheckpointReader(args.model)
+    reader.check_names()
+    config = reader.config
+    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    if dtype not in DTYPE_BYTES:
+        raise SetupError(f"dtype is {dtype!r}, one of auto, {', '.join(DTYPE_BYTES)} is needed")
+    plan = plan_evenly(config.sparse_layers, config.num_experts, args.shards)
+    print_plan(plan, dtype, config.expert_bytes(dtype), dense_bytes(config, dtype), config.kv_bytes_per_token(dtype))
+    return 0
+
+
+def _ray_env(args: argparse.Namespace) -> int:
+    from cluster.runtime.haproxy import ray_environment
+
+    for name, value in ray_environment().items():
+        print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+def _keys_new(args: argparse.Namespace) -> int:
+    from cluster.serving.api_keys import new_key
+
+    key, line = new_key(args.name)
+    print(f"the key, for its user; it is kept nowhere:\n{key}\nits line for the file of keys:", file=sys.stderr)
+    print(line)
+    return 0

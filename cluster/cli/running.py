@@ -1,0 +1,121 @@
+"""The commands that look at a running cluster and change it: status, top, rebalance, roll, scale, chaos."""
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from cluster import chaos
+from cluster.cli.arguments import add_command, add_ray_address
+from cluster.config.local_address import find_address
+from cluster.errors import ClusterError, SetupError
+
+
+def add_commands(commands: Any) -> None:
+    status = add_command(commands, "status", _status, "show a running cluster: processes, loads of experts, faults")
+    add_ray_address(status)
+    top = add_command(commands, "top", _top, "show a running cluster, live, until Ctrl-C")
+    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
+    add_ray_address(top)
+    rebalance = add_command(commands, "rebalance", _rebalance, "move experts of a running cluster to where the load is")
+    add_ray_address(rebalance)
+    roll = add_command(commands, "roll", _roll, "give controller and shards new processes, as for a new version")
+    add_ray_address(roll)
+    scale = add_command(commands, "scale", _scale, "change how many processes a running cluster has, one at a time")
+    scale.add_argument("--expert-shards", type=int, metavar="N", help="processes that share the routed experts")
+    scale.add_argument("--attention-replicas", type=int, metavar="N", help="processes with dense weights and KV cache")
+    add_ray_address(scale)
+    chaos_parser = add_command(commands, "chaos", _chaos, "break a running cluster part by part under streams, compare")
+    chaos.add_arguments(chaos_parser)
+    add_ray_address(chaos_parser)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from cluster.console import print_status
+
+    with _running(args) as cluster:
+        print_status(cluster.status())
+    return 0
+
+
+def _top(args: argparse.Namespace) -> int:
+    from cluster.console import watch_status
+
+    if args.interval <= 0:
+        raise SetupError(f"--interval is {args.interval:g}, above 0 is needed")
+    with _running(args) as cluster, suppress(KeyboardInterrupt):
+        watch_status(cluster.status, args.interval)
+    return 0
+
+
+def _rebalance(args: argparse.Namespace) -> int:
+    with _running(args) as cluster, _work_shown(cluster):
+        done = cluster.rebalance()
+    print(done)
+    return 0
+
+
+def _roll(args: argparse.Namespace) -> int:
+    with _running(args) as cluster, _work_shown(cluster):
+        done = cluster.roll()
+    print(done)
+    return 0
+
+
+def _scale(args: argparse.Namespace) -> int:
+    if args.expert_shards is None and args.attention_replicas is None:
+        raise SetupError("nothing to change: give --expert-shards, --attention-replicas or both")
+    with _running(args) as cluster:
+        if args.expert_shards is not None:
+            with _work_shown(cluster):
+                done = cluster.scale_experts(args.expert_shards)
+            print(done)
+        if args.attention_replicas is not None:
+            print(cluster.scale_attention(args.attention_replicas))
+            while (running := cluster.attention_replicas()) != args.attention_replicas:
+                print(f"\r{running} of {args.attention_replicas} run", end="", file=sys.stderr, flush=True)
+                time.sleep(0.5)  # Serve starts and drains them in its own time
+            print(f"\r{running} attention replicas run", file=sys.stderr)
+    return 0
+
+
+def _chaos(args: argparse.Namespace) -> int:
+    chaos.check(args)
+    with _running(args) as cluster:
+        return chaos.run(args, cluster)
+
+
+def _running(args: argparse.Namespace) -> Any:
+    """The running cluster that the arguments mean."""
+    address = args.ray_address or find_address()
+    from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
+
+    return RunningCluster(address)
+
+
+@contextmanager
+def _work_shown(cluster: Any) -> Iterator[None]:
+    """While a change goes on, what the controller says of it."""
+    done = threading.Event()
+
+    def show() -> None:
+        last = ""
+        while not done.wait(0.5):
+            try:
+                work = cluster.status().work
+            except ClusterError:
+                continue
+            if work and work != last:
+                print(work, file=sys.stderr, flush=True)
+            last = work
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,130 @@
+"""The commands that start a cluster and stop it again: demo, serve."""
+
+import argparse
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from cluster.cli.arguments import (
+    add_cluster_arguments,
+    add_command,
+    add_security_arguments,
+    cluster_config,
+    serve_options,
+)
+from cluster.cli.clients import print_stream
+
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that drain and stop what was started
+DEMO_QUESTION = "Which experts answered this question?"
+DEMO_METRICS = (
+    "moecluster_requests_total",
+    "moecluster_generated_tokens_total",
+    "moecluster_time_to_first_token_seconds_sum",
+    "moecluster_engine_step_seconds_count",
+    "moecluster_dispatch_rows_total",
+    "moecluster_controller_up_shards",
+    "moecluster_controller_plan_epoch",
+)
+
+
+def add_commands(commands: Any) -> None:
+    demo = add_command(commands, "demo", _demo, "make a tiny random model, serve it here, ask it a question")
+    demo.add_argument("--keep", action="store_true", help="leave the cluster running until Ctrl-C")
+    add_cluster_arguments(demo)
+    demo.set_defaults(grpc_port=0, metrics_port=0)
+
+    serve = add_command(commands, "serve", _serve, "serve a checkpoint from this machine until Ctrl-C")
+    serve.add_argument(
+        "model", metavar="MODEL_DIR", help="directory of a qwen2_moe checkpoint (config.json, *.safetensors)"
+    )
+    add_cluster_arguments(serve)
+    add_security_arguments(serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from cluster.console import print_cluster
+
+    with _served(args, args.model) as cluster:
+        print_cluster(cluster)
+        _wait_for_interrupt("Ctrl-C drains and stops.")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from cluster.checkpoint.demo import write_demo_checkpoint
+    from cluster.console import print_cluster, print_metrics, print_placement
+    from cluster.serving.client import Client
+    from cluster.types import ChatMessage, SamplingParams
+
+    folder = Path(tempfile.mkdtemp(prefix="moe-demo-"))
+    try:
+        model = folder / "demo-moe"
+        write_demo_checkpoint(model, seed=0)
+        print("made a demo checkpoint: qwen2_moe, 64 routed experts in 4 layers, random weights (so: random answers)")
+        with _served(args, str(model)) as cluster:
+            status = cluster.status()
+            print_cluster(cluster)
+            print_placement(status)
+            print(f"\nuser:      {DEMO_QUESTION}\nassistant: ", end="", flush=True)
+            with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
+                params = SamplingParams(seed=0, max_tokens=48)
+                print_stream(client.stream([ChatMessage(role="user", content=DEMO_QUESTION)], params))
+            with urlopen(status.metrics_addresses[0], timeout=10) as response:
+                print_metrics(response.read().decode(), DEMO_METRICS)
+            if args.keep:
+                address = f"127.0.0.1:{cluster.grpc_port}"
+                _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+@contextmanager
+def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
+    """A served cluster, with its start and its stop shown; SIGTERM, or a closed terminal, ends it like Ctrl-C."""
+    from cluster.console import LoadProgress  # torch and ray load with these: not for --help
+    from cluster.runtime.launch import ServedCluster
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    config = cluster_config(args, model)
+    with LoadProgress("starting Ray and Ray Serve") as progress:
+        cluster = ServedCluster(config, serve_options(args), progress.update)
+    try:
+        yield cluster
+    finally:
+        for number in ENDS:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        with suppress(OSError):  # the terminal was closed
+            print("stopping: waiting for running requests …", flush=True)
+        cluster.close()
+        with suppress(OSError):
+            print("stopped", flush=True)
+
+
+def _wait_for_interrupt(invitation: str) -> None:
+    """Prints the invitation and returns on Ctrl-C, SIGTERM or a closed terminal, however soon it comes.
+
+    A KeyboardInterrupt would be lost in whatever callback it happened to be raised in: the signal wakes a pipe instead.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in ENDS:
+        signal.signal(number, lambda *_: None)
+    print(f"\n{invitation}", flush=True)
+    while os.read(reader, 1)[0] not in ENDS:
+        pass  # another signal that something handles
+    signal.set_wakeup_fd(-1)
+    os.close(reader)
+    os.close(writer)
+    print()
