@@ -2,9 +2,10 @@
 
 Running sequences come first, in the order of their arrival, then waiting ones, clients in rotation; each gets as many
 of its uncomputed tokens as the budget leaves, so prompts are computed in chunks beside the decode rows of others.
+A suspect, at which an engine died, has a step of its own: if it ends this engine too, no other one is suspected.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.fair_queue import FairQueue
@@ -47,6 +48,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
+        self._last_suspect: Sequence | None = None
+        self._last_was_alone = False
 
     @property
     def has_work(self) -> bool:
@@ -71,14 +74,41 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Plans one step and allocates its blocks. When blocks run out, the latest arrival gives its own up and is
-        computed again later (preemption by recompute); a sequence that fits the cache alone always gets on."""
+        computed again later (preemption by recompute); a sequence that fits the cache alone always gets on.
+
+        Suspects get every other step at most, in turn.
+        """
+        suspect = self._next_suspect()
+        if suspect is None:
+            self._last_was_alone, self._last_suspect = False, None
+            return self._schedule(None)
+        num_preempted = 0
+        for whose in (None, suspect) if self._last_was_alone else (suspect, None):
+            batch = self._schedule(whose)
+            num_preempted += batch.num_preempted
+            if batch.scheduled:
+                break
+        self._last_was_alone = whose is not None
+        self._last_suspect = whose or self._last_suspect
+        return replace(batch, num_preempted=num_preempted)
+
+    def _next_suspect(self) -> Sequence | None:
+        """The one that comes after the last one, of those that run or may begin."""
+        suspects = [sequence for sequence in self.running if sequence.is_suspect and not sequence.held]
+        if len(self.waiting) and len(self.running) < self.max_num_seqs and self.waiting.peek().is_suspect:
+            suspects.append(self.waiting.peek())
+        after = suspects.index(self._last_suspect) + 1 if self._last_suspect in suspects else 0
+        return suspects[after % len(suspects)] if suspects else None
+
+    def _schedule(self, suspect: Sequence | None) -> Batch:
+        """A step of the suspect alone, or with None one of all that are none."""
         scheduled: list[ScheduledSequence] = []
         budget = self.max_num_batched_tokens
         num_preempted = num_reused_tokens = 0
         position = 0
         while position < len(self.running) and budget:
             sequence = self.running[position]
-            if sequence.held:
+            if sequence.held or not _takes_part(sequence, suspect):
                 position += 1
                 continue
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
@@ -94,6 +124,8 @@ class Scheduler:
             position += 1
         while len(self.waiting) and budget and len(self.running) < self.max_num_seqs and not num_preempted:
             sequence = self.waiting.peek()
+            if not _takes_part(sequence, suspect):
+                break
             num_reused = self.blocks.reuse(sequence)
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if not self.blocks.allocate(sequence, num_reused + num_tokens):
@@ -114,3 +146,8 @@ class Scheduler:
         sequence.held = False
         sequence.lost_since = None
         self.waiting.put_back(sequence)
+
+
+def _takes_part(sequence: Sequence, suspect: Sequence | None) -> bool:
+    """Whether it may stand in a step of that suspect, or with None in one of all that are none."""
+    return sequence is suspect if suspect is not None else not sequence.is_suspect

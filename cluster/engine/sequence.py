@@ -48,5 +48,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_suspect(self) -> bool:
+        """Whether it must be computed alone: an engine died at it, and it has brought too few tokens since."""
+        num_new_tokens = self.num_output_tokens - len(self.request.output_token_ids)
+        return num_new_tokens < self.request.num_alone_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
