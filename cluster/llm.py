@@ -5,11 +5,11 @@ with LLM(model_dir, num_expert_shards=3, transport="ray") as llm:
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,12 +25,21 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.launch import RayExperts
 from cluster.serving.detokenizer import NoText
-from cluster.serving.prepare import RequestCompleter
+from cluster.serving.prepare import Prompt, RequestCompleter
+from cluster.serving.prompts import to_params, to_prompts
 from cluster.serving.service import Answer
 from cluster.serving.tokenizer import Tokenizer
-from cluster.types import CompletionOutput, EngineRequest, Logprobs, SamplingParams, SequenceUpdate
+from cluster.types import (
+    SAMPLING_DEFAULTS,
+    CompletionOutput,
+    EngineRequest,
+    Logprobs,
+    SamplingParams,
+    SequenceUpdate,
+)
 
-Prompt = str | Sequence[int]
+OnePrompt = str | Iterable[int] | Mapping[str, Any]
+OneParams = SamplingParams | Mapping[str, Any]
 
 QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is refused
 
@@ -110,18 +119,18 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: OnePrompt | Iterable[OnePrompt],
+        params: OneParams | Iterable[OneParams] | None = None,
     ) -> list[CompletionOutput]:
-        """Answers a text, or a list of texts or token ids in its order; one SamplingParams for all, or one for each.
+        """Answers prompts in their order: texts, token ids in a list, an array or a tensor, or vLLM's
+        `{"prompt": …}` and `{"prompt_token_ids": …}`. A lone prompt, `[1, 2, 3]` too, is a list of one.
 
+        params: for all, or one for each; a mapping has the fields of SamplingParams.
         Raises InvalidRequest before anything is computed, ShardUnavailable when experts stay lost.
         """
-        asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-        every = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(asked)
-        if len(every) != len(asked):
-            raise InvalidRequest(f"{len(every)} SamplingParams for {len(asked)} prompts", "params")
-        requests = [self._request(prompt, own) for prompt, own in zip(asked, every, strict=True)]
+        asked = to_prompts(prompts)
+        every = to_params(params, len(asked))
+        requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, every, strict=True)]
         open_answers = {request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests}
         answers = list(open_answers.values())
         try:
@@ -140,17 +149,15 @@ class LLM:
         return [answer.output() for answer in answers]
 
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
+    def logits(self, token_ids: Iterable[int]) -> Tensor:
         """The logits at every position of a prompt: [T, vocab] float32. Computed in chunks, as a prompt would be.
 
-        Raises InvalidRequest, ShardUnavailable.
+        The prompt may be as long as the context. Raises InvalidRequest, ShardUnavailable.
         """
-        request = self._completer.complete(
-            token_ids,
-            SamplingParams(max_tokens=1),
-            field="token_ids",
+        request = EngineRequest(
             request_id=self._next_id(),
-            timeout_s=None,
+            prompt_token_ids=self._completer.prompt(token_ids, "token_ids"),
+            params=SAMPLING_DEFAULTS,
         )
         sequence = EngineSequence(
             request=request, params=request.params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None
@@ -189,12 +196,15 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
-        field = "token_ids"
-        if isinstance(prompt, str):
+        token_ids = prompt.token_ids
+        if prompt.text is not None:
             if self._tokenizer is None:
                 raise InvalidRequest("text needs the tokenizer, which skip_tokenizer left out", "text")
-            prompt, field = self._tokenizer.encode(prompt), "text"
-        return self._completer.complete(prompt, params, field=field, request_id=self._next_id(), timeout_s=None)
+            token_ids = self._tokenizer.encode(prompt.text)
+        assert token_ids is not None, "offline prompts are no conversations"
+        return self._completer.complete(
+            token_ids, params, field=prompt.field, request_id=self._next_id(), timeout_s=None
+        )
 
     def _answer(self, request: EngineRequest) -> Answer:
         return Answer(self._tokenizer or NoText(), request.params, self.info.eos_token_ids)

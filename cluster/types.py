@@ -3,10 +3,11 @@
 All are frozen and pickle, so that they travel between actors as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
+from cluster import inputs
 from cluster.errors import InvalidRequest
 from cluster.evolving import evolving
 
@@ -15,6 +16,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TOP_LOGPROBS = 20  # the OpenAI API's limit
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256  # the detokenizer holds back up to this much text while a match is open
+MAX_STOP_TOKEN_IDS = 1 << 20  # more than any vocabulary has
+GREEDY_BELOW = 1e-5  # a temperature that divides logits into infinities; vLLM's bound (_SAMPLING_EPS)
 
 
 @evolving
@@ -22,7 +25,8 @@ MAX_STOP_STRING_CHARS = 256  # the detokenizer holds back up to this much text w
 class SamplingParams:
     """How to choose tokens. A field left at None takes the checkpoint's `generation_config.json`, else vLLM's default.
 
-    temperature: 0 is greedy.  top_k: 0 keeps all.  top_p, min_p: probabilities after temperature.
+    temperature: 0 is greedy, and so is what is below 1e-5.  top_k: 0 keeps all.  top_p, min_p: probabilities after
+    temperature.
     repetition_penalty: over prompt and output (HF's rule).  presence_penalty, frequency_penalty: over output only
     (OpenAI's rule).  seed: the same seed gives the same tokens whatever else is in the batch.
     max_tokens: None is the checkpoint's `max_new_tokens`, else what is left of the context.
@@ -30,7 +34,8 @@ class SamplingParams:
     logprobs: None for none, n for the chosen token's log-probability and the n likeliest tokens', under the
     model's own distribution (before temperature and penalties).
 
-    Raises InvalidRequest, with the field's name, for a value out of range.
+    Numbers of NumPy and lists of any kind are taken, and None for the default. Raises InvalidRequest, with the field's
+    name, for every value of another type or out of range.
     """
 
     temperature: float | None = None
@@ -49,27 +54,32 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for limits in _LIMITS:
-            limits.check(getattr(self, limits.name))
-        if len(stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed", "stop")
-        for text in stop:
-            if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
-                raise InvalidRequest(
-                    f"stop has a string of {len(text)} characters, 1 to {MAX_STOP_STRING_CHARS} are allowed",
-                    "stop",
-                )
+        plain: dict[str, Any] = {limits.name: limits.checked(getattr(self, limits.name)) for limits in _LIMITS}
+        plain["min_tokens"] = plain["min_tokens"] or 0
+        plain["ignore_eos"] = inputs.truth_value(False if self.ignore_eos is None else self.ignore_eos, "ignore_eos")
+        plain["stop"] = _stop_strings(self.stop)
+        plain["stop_token_ids"] = _stop_token_ids(self.stop_token_ids)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens})", "min_tokens"
             )
 
+    @classmethod
+    def from_mapping(cls, given: Mapping[Any, Any]) -> Self:
+        """From the fields' names and values. Raises InvalidRequest for a name that is none."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise InvalidRequest(
+                    f"sampling parameter {inputs.shown(name)} is unknown; known: {', '.join(known)}", "params"
+                )
+        return cls(**given)
+
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature is not None and self.temperature < GREEDY_BELOW
 
     @property
     def has_penalties(self) -> bool:
@@ -96,15 +106,35 @@ class _Limits:
     above: bool = False
     integer: bool = False
 
-    def check(self, value: float | None) -> None:
+    def checked(self, value: Any) -> float | None:
+        """The value as an int or a float of Python. Raises InvalidRequest."""
         if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int if self.integer else int | float):
-            kind = "a whole number" if self.integer else "a number"
-            raise InvalidRequest(f"{self.name} is {value!r}, {kind} is needed", self.name)
-        if not (self.low < value if self.above else self.low <= value) or not value <= self.high:
+            return None
+        plain = inputs.whole_number(value, self.name) if self.integer else inputs.number(value, self.name)
+        if not (self.low < plain if self.above else self.low <= plain) or not plain <= self.high:
             low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-            raise InvalidRequest(f"{self.name} is {value}, it must be {low} and at most {self.high:g}", self.name)
+            raise InvalidRequest(
+                f"{self.name} is {inputs.shown(plain)}, it must be {low} and at most {self.high:g}", self.name
+            )
+        return plain
+
+
+def _stop_strings(given: Any) -> tuple[str, ...]:
+    stop = inputs.texts(given, "stop", MAX_STOP_STRINGS)
+    for text in stop:
+        if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+            raise InvalidRequest(
+                f"stop has a string of {len(text)} characters, 1 to {MAX_STOP_STRING_CHARS} are allowed", "stop"
+            )
+    return stop
+
+
+def _stop_token_ids(given: Any) -> tuple[int, ...]:
+    ids = inputs.token_ids(given, "stop_token_ids", MAX_STOP_TOKEN_IDS)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} ids", "stop_token_ids")
+    limits = _Limits("stop_token_ids", 0, 2**31 - 1, integer=True)  # of any vocabulary; the model's is known later
+    return tuple(int(limits.checked(token_id) or 0) for token_id in ids)
 
 
 _LIMITS = (

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cluster.types import Logprobs, SamplingParams
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(slots=True)
 class PenaltyState:
@@ -116,6 +118,7 @@ def penalize(logits: Tensor, row: SamplingRow) -> None:
     counts = torch.tensor(row.penalties.output_counts, device=logits.device)
     values = logits[ids]
     values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values.clamp(min=-_LARGEST, max=_LARGEST)  # a tiny penalty makes infinities, and their difference NaN
     logits[ids] = values - frequency * counts - presence * (counts > 0)
 
 
@@ -123,7 +126,7 @@ def _draw(logits: Tensor, row: SamplingRow) -> int:
     """Temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution at the row's number. [V]."""
     params = row.params
     assert params.temperature, "greedy rows are not drawn"
-    scaled = logits / params.temperature
+    scaled = (logits - logits.max()) / params.temperature  # at most 0: a low temperature makes no infinities but -inf
     top_k, top_p, min_p = params.top_k or 0, params.top_p or 1.0, params.min_p or 0.0
     token_ids: Tensor | None = None
     if 0 < top_k < scaled.numel():

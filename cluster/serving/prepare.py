@@ -4,10 +4,11 @@ Knows no running requests and no network. `service` runs what comes out of it.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from cluster import inputs
 from cluster.errors import InvalidRequest
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import SAMPLING_DEFAULTS, ChatMessage, EngineRequest, ModelInfo, SamplingParams
@@ -23,7 +24,7 @@ class Prompt:
     """What to answer: exactly one of a text, token ids or a conversation. Raises InvalidRequest."""
 
     text: str | None = None
-    token_ids: Sequence[int] | None = None
+    token_ids: Iterable[int] | None = None
     messages: Sequence[ChatMessage] | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ class RequestCompleter:
 
     def complete(
         self,
-        token_ids: Sequence[int],
+        token_ids: Iterable[int],
         params: SamplingParams,
         *,
         field: str,
@@ -62,16 +63,25 @@ class RequestCompleter:
 
         Raises InvalidRequest with the field, the value and the limit.
         """
-        if not token_ids:
-            raise InvalidRequest(f"{field} is empty, a prompt of at least one token is needed", field)
-        self.check_in_vocabulary(token_ids, field)
+        prompt_token_ids = self.prompt(token_ids, field)
         self.check_in_vocabulary(params.stop_token_ids, "stop_token_ids")
         return EngineRequest(
             request_id=request_id,
-            prompt_token_ids=tuple(token_ids),
-            params=self._resolve(params, field, len(token_ids)),
+            prompt_token_ids=prompt_token_ids,
+            params=self._resolve(params, field, len(prompt_token_ids)),
             timeout_s=timeout_s,
         )
+
+    def prompt(self, token_ids: Iterable[int], field: str) -> tuple[int, ...]:
+        """A prompt's ids as plain ones. Raises InvalidRequest for none, for what is no id, and beyond the context."""
+        limit = self._info.max_model_len
+        ids = inputs.prompt_token_ids(token_ids, field, limit)
+        if not ids:
+            raise InvalidRequest(f"{field} is empty, a prompt of at least one token is needed", field)
+        if len(ids) > limit:
+            raise InvalidRequest(f"{field} has {len(ids)} tokens, the context has {limit}", field)
+        self.check_in_vocabulary(ids, field)
+        return ids
 
     def check_in_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
         """Raises InvalidRequest for the first id that the model does not have."""
@@ -80,7 +90,8 @@ class RequestCompleter:
             return
         position = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < limit)
         raise InvalidRequest(
-            f"{field} has {token_ids[position]} at position {position}, the vocabulary ends at {limit - 1}",
+            f"{field} has {inputs.shown(token_ids[position])} at position {position}, "
+            f"the vocabulary ends at {limit - 1}",
             field,
         )
 

@@ -1,7 +1,14 @@
 """The offline API, on the demo checkpoint in one process."""
 
+import array
+import itertools
+from contextlib import suppress
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster import LLM, SamplingParams
 from cluster.errors import InvalidRequest, SetupError
@@ -76,3 +83,172 @@ def test_what_cannot_be_answered_is_refused_before_anything_runs(llm, prompts):
 def test_another_transport_is_refused(demo_checkpoint):
     with pytest.raises(SetupError, match="'pigeon'"):
         LLM(demo_checkpoint, transport="pigeon")
+
+
+IDS = [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [IDS],
+        IDS,
+        tuple(IDS),
+        range(1, 4),
+        iter(IDS),
+        (token_id for token_id in IDS),
+        (prompt for prompt in [IDS]),
+        [iter(IDS)],
+        array.array("i", IDS),
+        np.array(IDS),
+        [np.array(IDS, dtype=np.uint16)],
+        np.array([IDS]),
+        list(np.array(IDS)),
+        torch.tensor(IDS),
+        torch.tensor([IDS]),
+        [torch.tensor(IDS)],
+        list(torch.tensor(IDS)),
+        {"prompt_token_ids": IDS},
+        [{"prompt_token_ids": np.array(IDS), "prompt": "as it was written", "multi_modal_data": None}],
+    ],
+    ids=lambda prompts: type(prompts).__name__,
+)
+def test_token_ids_in_any_kind_of_list_are_one_prompt(llm, prompts):
+    """As in vLLM: whole numbers side by side are a prompt, and TokensPrompt is its mapping."""
+    [output] = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1))
+    assert output.prompt_token_ids == (1, 2, 3)
+    assert {type(token_id) for token_id in output.prompt_token_ids} == {int}
+
+
+def test_a_mapping_with_a_text_is_that_text(llm):
+    expected = llm.generate("a prompt", GREEDY)[0].token_ids
+    for prompts in ({"prompt": "a prompt"}, [{"prompt": "a prompt", "prompt_token_ids": None}]):
+        assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == [expected]
+
+
+def test_no_prompt_is_no_answer(llm):
+    assert llm.generate([]) == llm.generate(np.zeros((0, 3), dtype=int)) == []
+
+
+def test_tensors_of_different_lengths_are_a_prompt_each(llm):
+    one, two = llm.generate([torch.tensor([5]), torch.tensor([1, 2])], SamplingParams(max_tokens=1))
+    assert (one.prompt_token_ids, two.prompt_token_ids) == ((5,), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (None, "prompts is None"),
+        (5, "prompts is 5"),
+        (b"abc", "b'abc'"),
+        ([b"abc"], "b'abc'"),
+        ({"a", "b"}, "prompts is"),
+        ([None], r"prompts\[0\] is None"),
+        (["a", 5], r"prompts\[1\] is 5"),
+        ([1, "a"], "'a' at position 1"),
+        ([[1, 2.0]], "2.0 at position 1"),
+        ([[True]], "True at position 0"),
+        ([["1"]], "'1' at position 0"),
+        ([[[1]]], r"\[1\] at position 0"),
+        ([[10**5000]], "bits at position 0"),
+        ([[-1]], "-1 at position 0"),
+        (np.array([0.5]), r"prompts\[0\] is 0.5"),
+        (np.array(5), "prompts is 5"),
+        (torch.zeros(2, 2), "0.0 at position 0"),
+        ([{1, 2}], "prompts"),
+        ({"prompt": None}, "neither"),
+        ({"prompt": 5}, "neither"),
+        ({"prompt_token_ids": "abc"}, "'abc'"),
+        ({"prompt_token_ids": {3, 1}}, "a list of token ids"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, "multi_modal_data"),
+        ([{"role": "user", "content": "a"}], "'role'"),
+        ("\ud800", "lone surrogate"),
+        (itertools.count(), "tokens"),
+        ([itertools.count()], "tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_prompt_that_is_none_is_refused_with_its_place(llm, prompts, words):
+    with pytest.raises(InvalidRequest, match=words) as refusal:
+        llm.generate(prompts)
+    assert refusal.value.field
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_tokens": 2},
+        [{"max_tokens": 2}],
+        ({"max_tokens": 2} for _ in range(1)),
+        SamplingParams(max_tokens=2),
+        (SamplingParams(max_tokens=2),),
+    ],
+)
+def test_parameters_may_be_a_mapping_or_any_list(llm, params):
+    [output] = llm.generate("a prompt", params)
+    assert len(output.token_ids) <= 2
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [("greedy", "params"), (5, "params"), ([5], "params"), ([], "params"), ({"best_of": 2}, "params"),
+     ({5: 2}, "params"), ({"top_p": 2}, "top_p"), ([None, None], "params"), (set(), "params"),
+     ({"stop_token_ids": ["a"]}, "stop_token_ids"), ({"stop_token_ids": [10**9]}, "stop_token_ids")],
+)  # fmt: skip
+def test_parameters_that_are_none_are_refused_with_their_field(llm, params, field):
+    with pytest.raises(InvalidRequest) as refusal:
+        llm.generate("a prompt", params)
+    assert refusal.value.field == field
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(0, 5) | st.floats() | st.text() | st.binary()
+    | st.sampled_from([np.int64(1), np.bool_(True), np.array(1), torch.tensor(1), torch.tensor([1, 2]), np.ones(2)])
+    | st.sampled_from([object(), int, np.array([[1, 2]]), np.array([1, None]), torch.empty(2, device="meta")]),
+    lambda parts: st.lists(parts, max_size=4) | st.lists(parts, max_size=3).map(iter)
+    | st.dictionaries(st.sampled_from(["prompt", "prompt_token_ids", "x"]), parts, max_size=2),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(VALUES)
+@settings(max_examples=300, deadline=None)
+def test_any_value_as_prompts_is_answered_or_refused(llm, prompts):
+    with suppress(InvalidRequest):
+        assert all(len(output.token_ids) == 1 for output in llm.generate(prompts, SamplingParams(max_tokens=1)))
+    assert not llm.engine.has_work
+
+
+@given(VALUES)
+@settings(max_examples=100, deadline=None)
+def test_any_value_as_parameters_is_taken_or_refused(llm, params):
+    with suppress(InvalidRequest):
+        llm.generate([], params)
+
+
+def test_a_temperature_near_zero_is_greedy_and_a_low_one_takes_no_last_token(llm):
+    """1e-40 made all logits infinite, their probabilities NaN, and the token the vocabulary's last one."""
+    greedy = llm.generate([IDS], GREEDY)[0].token_ids
+    for temperature in (1e-40, 5e-324, 9e-6, 2e-5):
+        params = SamplingParams(temperature=temperature, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
+        assert llm.generate([IDS], params)[0].token_ids == greedy
+
+
+def test_logits_of_a_prompt_as_long_as_the_context(llm):
+    """The first positions' are those of the shorter prompt; one more token than the context is refused."""
+    limit = llm.info.max_model_len
+    ids = [position % 1000 for position in range(limit)]
+    logits = llm.logits(ids)
+    assert logits.shape == (limit, llm.info.vocab_size)
+    torch.testing.assert_close(logits[:50], llm.logits(np.array(ids[:50])), atol=1e-4, rtol=1e-4)
+    with pytest.raises(InvalidRequest, match=f"{limit + 1} tokens, the context has {limit}"):
+        llm.logits([*ids, 1])
+    with pytest.raises(InvalidRequest, match="leave room for an answer"):
+        llm.generate([ids])
+
+
+@pytest.mark.parametrize("token_ids", ["text", None, [], [[1]], b"a", 5, [10**9]])
+def test_logits_of_no_prompt_are_refused(llm, token_ids):
+    with pytest.raises(InvalidRequest) as refusal:
+        llm.logits(token_ids)
+    assert refusal.value.field == "token_ids"

@@ -132,3 +132,14 @@ def test_logprobs_are_the_models_own_before_temperature_and_penalties():
     assert logprobs.logprob == pytest.approx(math.log(2 / 8))
     assert [token for token, _ in logprobs.top] == [2, 1]
     assert [value for _, value in logprobs.top] == pytest.approx([math.log(5 / 8), math.log(2 / 8)])
+
+
+@pytest.mark.parametrize(("temperature", "penalty"), [(1e-5, 1.0), (1.0, 1e-300), (1e-5, 1e-45), (100.0, 1e-300)])
+def test_a_draw_has_no_infinity_less_another(temperature, penalty):
+    """The prompt's tokens 1 and 2 have the largest logits, which the penalty makes infinite: one of them is drawn.
+    The difference of infinities is NaN, and a draw of NaN was the vocabulary's last token."""
+    logits = torch.tensor([[1.0, 1e30, 1e30, -1.0, 2.0]])
+    [(token_id, _)] = sample(
+        logits, [row([1, 2], 2, banned=[0], temperature=temperature, repetition_penalty=penalty, seed=3)]
+    )
+    assert token_id in (1, 2)

@@ -1,0 +1,149 @@
+"""Callers' values as plain Python ones, or refused with the field's name. Knows no request and no tensor library.
+
+Numbers of NumPy and torch are taken for what they are; a truth value is no number, and bytes are neither a text nor
+token ids. Every function raises InvalidRequest and nothing else.
+"""
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Set, Sized
+from itertools import islice
+from numbers import Real
+from typing import Any
+
+from cluster.errors import InvalidRequest
+
+MAX_SHOWN_CHARS = 60
+MAX_SHOWN_BITS = 256
+# Python itself refuses with these to make an int of something, or to go through it.
+_REFUSALS = (TypeError, ValueError, OverflowError, RuntimeError, AttributeError)
+
+
+def shown(value: object) -> str:
+    """A value as an error message has it: short, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
+        return f"a whole number of {value.bit_length()} bits"  # Python writes none of over 4,300 digits
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 a foreign object's own fault
+        return f"a {type(value).__name__}"
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
+
+
+def whole_number(value: Any, field: str) -> int:
+    """An int of Python, NumPy or torch; an array of one is a list, not a number."""
+    if not _is_truth_value(value):
+        try:
+            if not getattr(value, "ndim", 0):
+                return operator.index(value)
+        except _REFUSALS:
+            pass
+    raise InvalidRequest(f"{field} is {shown(value)}, a whole number is needed", field)
+
+
+def is_whole_number(value: Any) -> bool:
+    try:
+        whole_number(value, "")
+    except InvalidRequest:
+        return False
+    return True
+
+
+def number(value: Any, field: str) -> float:
+    """A number of Python or NumPy. NaN and the infinities are numbers here."""
+    if isinstance(value, Real) and not _is_truth_value(value):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf  # beyond every range, as the value is
+        except _REFUSALS:
+            pass
+    raise InvalidRequest(f"{field} is {shown(value)}, a number is needed", field)
+
+
+def truth_value(value: Any, field: str) -> bool:
+    if _is_truth_value(value):
+        return bool(value)
+    raise InvalidRequest(f"{field} is {shown(value)}, true or false is needed", field)
+
+
+def texts(value: Any, field: str, most: int) -> tuple[str, ...]:
+    """A text, or up to `most` of them; None is none."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (text(value, field),)
+    found = _elements(value, field, "a text or a list of texts", most + 1)
+    if len(found) > most:
+        raise InvalidRequest(f"{field} has {len(found)} strings, at most {most} are allowed", field)
+    return tuple(text(one, field) for one in found)
+
+
+def text(value: Any, field: str) -> str:
+    """A text that UTF-8 can carry."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field} has {shown(value)}, a text is needed", field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{field} is not valid UTF-8: it has a lone surrogate at character {error.start}", field
+        ) from error
+    return str(value)
+
+
+def token_ids(value: Any, field: str, most: int) -> tuple[int, ...]:
+    """Ids of a list, a tuple, a range, an iterator, or a one-dimensional array or tensor; None is none.
+
+    most: how many of an iterator are taken, and one more; there is no other way to see that it goes on.
+    """
+    if value is None:
+        return ()
+    ids = _elements(value, field, "a list of token ids", most + 1)
+    if set(map(type, ids)) <= {int}:  # as nearly always, and in C
+        return tuple(ids)
+    plain = []
+    for position, token_id in enumerate(ids):
+        try:
+            plain.append(whole_number(token_id, field))
+        except InvalidRequest:
+            raise InvalidRequest(
+                f"{field} has {shown(token_id)} at position {position}, a token's id is needed", field
+            ) from None
+    return tuple(plain)
+
+
+def prompt_token_ids(value: Any, field: str, most: int) -> tuple[int, ...]:
+    """As `token_ids`, of what has an order."""
+    if value is None or isinstance(value, Set):
+        raise InvalidRequest(f"{field} is {shown(value)}, a list of token ids is needed", field)
+    return token_ids(value, field, most)
+
+
+def listed(value: Any) -> Any:
+    """An array or a tensor as the list (or number) that it stands for, anything else as it is."""
+    if isinstance(value, type) or not callable(getattr(value, "tolist", None)):
+        return value
+    try:
+        return value.tolist()
+    except _REFUSALS:
+        return value
+
+
+def is_series(value: object) -> bool:
+    """Whether it has parts in an order; text, bytes, mappings and sets have none that a caller can mean."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | memoryview | Mapping | Set)
+
+
+def _elements(value: Any, field: str, wanted: str, most: int) -> list[Any]:
+    """The parts of a collection; of an iterator, which may have no end, the first `most`."""
+    value = listed(value)
+    if not is_series(value) and not isinstance(value, Set):
+        raise InvalidRequest(f"{field} is {shown(value)}, {wanted} is needed", field)
+    parts: Iterable[Any] = value
+    return list(parts if isinstance(value, Sized) else islice(parts, most))
+
+
+def _is_truth_value(value: object) -> bool:
+    return isinstance(value, bool) or (type(value).__name__ in ("bool_", "bool") and hasattr(value, "dtype"))

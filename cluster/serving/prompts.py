@@ -1,0 +1,79 @@
+"""Prompts and sampling parameters in the shapes that callers of vLLM pass, as the offline API works on them.
+
+Knows no tokenizer and no model. Every function raises InvalidRequest and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from cluster import inputs
+from cluster.errors import InvalidRequest
+from cluster.serving.prepare import Prompt
+from cluster.types import SamplingParams
+
+_TEXT, _TOKEN_IDS = "prompt", "prompt_token_ids"  # the keys of vLLM's TextPrompt and TokensPrompt
+_WANTED = "a text, token ids, or a list of these"
+
+
+def to_prompts(given: Any) -> list[Prompt]:
+    """One prompt, or a collection of them: texts, token ids in any kind of list, array or tensor, vLLM's mappings.
+
+    Whole numbers side by side are one prompt, as in vLLM; so are the numbers of a one-dimensional array.
+    """
+    if isinstance(given, str | Mapping):
+        return [_to_prompt(given, "prompts")]
+    given = inputs.listed(given)
+    if not inputs.is_series(given):
+        raise InvalidRequest(f"prompts is {inputs.shown(given)}, {_WANTED} is needed", "prompts")
+    parts = iter(given)
+    first = list(islice(parts, 1))
+    if first and inputs.is_whole_number(first[0]):
+        return [Prompt(token_ids=given if isinstance(given, Sequence) else chain(first, parts))]
+    return [_to_prompt(part, f"prompts[{position}]") for position, part in enumerate(chain(first, parts))]
+
+
+def to_params(given: Any, num_prompts: int) -> list[SamplingParams]:
+    """One for each prompt, from one for all, a list with one for each, or None. Mappings have the fields' names."""
+    if given is None or isinstance(given, SamplingParams | Mapping):
+        return [_to_params(given)] * num_prompts
+    if not inputs.is_series(given):
+        raise InvalidRequest(f"params is {inputs.shown(given)}, SamplingParams or a list of them is needed", "params")
+    every = [_to_params(one) for one in given]
+    if len(every) != num_prompts:
+        raise InvalidRequest(f"{len(every)} SamplingParams for {num_prompts} prompts", "params")
+    return every
+
+
+def _to_params(given: Any) -> SamplingParams:
+    if given is None:
+        return SamplingParams()
+    if isinstance(given, SamplingParams):
+        return given
+    if isinstance(given, Mapping):
+        return SamplingParams.from_mapping(given)
+    raise InvalidRequest(f"params has {inputs.shown(given)}, SamplingParams are needed", "params")
+
+
+def _to_prompt(given: Any, field: str) -> Prompt:
+    if isinstance(given, str):
+        return Prompt(text=given)
+    if isinstance(given, Mapping):
+        return _of_mapping(given, field)
+    ids = inputs.listed(given)
+    if not inputs.is_series(ids):
+        raise InvalidRequest(f"{field} is {inputs.shown(given)}, a text or token ids are needed", field)
+    return Prompt(token_ids=ids)
+
+
+def _of_mapping(given: Mapping[Any, Any], field: str) -> Prompt:
+    """A TokensPrompt, whose text is only for the record, or a TextPrompt."""
+    unknown = [key for key, value in given.items() if key not in (_TEXT, _TOKEN_IDS) and value is not None]
+    if unknown:
+        raise InvalidRequest(f"{field} has {inputs.shown(unknown[0])}, which this model has no use for", field)
+    if given.get(_TOKEN_IDS) is not None:
+        return Prompt(token_ids=given[_TOKEN_IDS])
+    text = given.get(_TEXT)
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{field} has neither a text as {_TEXT!r} nor ids as {_TOKEN_IDS!r}", field)
+    return Prompt(text=text)
