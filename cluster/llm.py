@@ -24,10 +24,10 @@ from cluster.errors import InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.launch import RayExperts
+from cluster.serving.answer import Answer
 from cluster.serving.detokenizer import NoText
 from cluster.serving.prepare import Prompt, RequestCompleter
 from cluster.serving.prompts import to_params, to_prompts
-from cluster.serving.service import Answer
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import (
     SAMPLING_DEFAULTS,

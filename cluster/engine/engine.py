@@ -211,7 +211,7 @@ class Engine:
                 sequence.lost_since = now
             sequence.held = True
             if now - sequence.lost_since >= self.runner.recovery_timeout_s:
-                log.warning("sequence %s ends: %s", sequence.request_id, error)
+                log.warning("sequence %s ends: %s", sequence.request.called, error)
                 self._end(sequence, "error", error)
 
     def _release(self) -> None:

@@ -25,11 +25,12 @@ from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.controller import get_controller
 from cluster.runtime.protocol import shard_group
+from cluster.serving.admission import ServiceLimits
 from cluster.serving.api_keys import ApiKeys
 from cluster.serving.grpc_server import GrpcInferenceService
 from cluster.serving.health import GrpcHealthService, HealthState
 from cluster.serving.replay import ReplayingBackend
-from cluster.serving.service import InferenceService, ServiceLimits
+from cluster.serving.service import InferenceService
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import EngineRequest, SequenceUpdate
 

@@ -78,10 +78,10 @@ class ReplayingBackend:
                 fruitless += 1
                 if fruitless > self._max_replays:
                     raise PoisonedRequest(
-                        f"request {request.request_id} lost {fruitless} attention replicas in a row "
+                        f"request {request.called} lost {fruitless} attention replicas in a row "
                         f"without a new token ({len(given)} generated): it is not tried again"
                     ) from error
-                log.info("request %s goes on elsewhere after %d tokens: %s", request.request_id, len(given), error)
+                log.info("request %s goes on elsewhere after %d tokens: %s", request.called, len(given), error)
                 self._on_replay()
                 attempt, lost_at = attempt + 1, self._clock()
 

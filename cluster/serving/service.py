@@ -9,22 +9,19 @@ import logging
 import math
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from cluster.engine.retry_hint import RetryHint
-from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
-from cluster.serving.detokenizer import StreamDetokenizer, TokenBytes
+from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
+from cluster.serving.admission import Admission, ServiceLimits
+from cluster.serving.answer import Answer
 from cluster.serving.prepare import Prompt, RequestPreparer
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import (
     CompletionOutput,
     EngineRequest,
-    FinishReason,
-    Logprobs,
     ModelInfo,
     SamplingParams,
     SequenceUpdate,
@@ -77,19 +74,15 @@ class RequestMetrics(Protocol):
     def generated_tokens(self, count: int, /) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceLimits:
-    """max_request_bytes: of one request on the wire.  max_streams_per_client: requests at a time; 0 for no bound."""
-
-    max_request_bytes: int = 1 << 20
-    max_streams_per_client: int = 0
-
-
 @dataclass(slots=True)
 class _Request:
-    """One request's bookkeeping from arrival to its end."""
+    """One request's bookkeeping from arrival to its end.
+
+    request_id: of it alone, among the requests of all ingresses.  name: what its client calls it.
+    """
 
     request_id: str
+    name: str
     arrived_s: float
     timeout_s: float | None
     outcome: str | None = None
@@ -99,7 +92,7 @@ class _Request:
 
     def timed_out(self) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"request {self.request_id} did not finish within its time budget of {self.timeout_s:g} s "
+            f"request {self.name} did not finish within its time budget of {self.timeout_s:g} s "
             f"({self.num_generated_tokens} tokens generated)"
         )
 
@@ -135,27 +128,21 @@ class InferenceService:
         self._backend = backend
         self._metrics = metrics
         self._clock = clock
-        self._room = room
         self._spend = spend
-        self._running: dict[str, str] = {}  # request id -> client
-        self._by_client: Counter[str] = Counter()
-        self._retry_hint = RetryHint(clock())
-        self._draining = False
+        self._admission = Admission(self.limits, room, clock)
 
     @property
     def num_running(self) -> int:
         """Requests that were let in and have not ended."""
-        return len(self._running)
+        return self._admission.num_running
 
     @property
     def draining(self) -> bool:
-        return self._draining
+        return self._admission.draining
 
     def drain(self) -> None:
         """Refuses new requests from now on; running ones go on."""
-        if not self._draining:
-            log.info("draining: %d requests are running", self.num_running)
-        self._draining = True
+        self._admission.drain()
 
     def count_refused(self, error: ClusterError) -> None:
         """Counts a call that ended before it was read: its caller may not make it."""
@@ -174,10 +161,10 @@ class InferenceService:
     ) -> CompletionOutput:
         """Returns the whole answer. Raises ClusterError; cancelling the call cancels the sequence."""
         with self._track(request_id, timeout_s, client) as tracked:
-            request = replace(await self._prepare_in_time(prompt, params, tracked), client=client)
+            request = await self._prepare_in_time(prompt, params, tracked, client)
             deltas = [delta async for delta in self._run(request, tracked)]
         return CompletionOutput(
-            request_id=request.request_id,
+            request_id=tracked.name,
             prompt_token_ids=request.prompt_token_ids,
             token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
             text="".join(delta.text for delta in deltas),
@@ -196,7 +183,7 @@ class InferenceService:
     ) -> AsyncGenerator[TextDelta, None]:
         """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence."""
         with self._track(request_id, timeout_s, client) as tracked:
-            request = replace(await self._prepare_in_time(prompt, params, tracked), client=client)
+            request = await self._prepare_in_time(prompt, params, tracked, client)
             async with aclosing(self._run(request, tracked)) as deltas:
                 async for delta in deltas:
                     yield delta
@@ -216,7 +203,9 @@ class InferenceService:
         """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary."""
         return await self._preparer.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
 
-    async def _prepare_in_time(self, prompt: Prompt, params: SamplingParams, tracked: _Request) -> EngineRequest:
+    async def _prepare_in_time(
+        self, prompt: Prompt, params: SamplingParams, tracked: _Request, client: str
+    ) -> EngineRequest:
         """Prepares within the time budget; the engine gets what is left of it."""
         preparing = self.prepare(prompt, params, request_id=tracked.request_id)
         request = await self._in_time(preparing, tracked)
@@ -225,11 +214,11 @@ class InferenceService:
             raise tracked.timed_out()
         tracked.num_prompt_tokens = len(request.prompt_token_ids)
         self._metrics.prompt_tokens(tracked.num_prompt_tokens)
-        return replace(request, timeout_s=remaining_s)
+        return replace(request, timeout_s=remaining_s, client=client, name=tracked.name)
 
     async def _run(self, request: EngineRequest, tracked: _Request) -> AsyncGenerator[TextDelta, None]:
         """Runs a prepared request; the last delta, and only it, has finish_reason and usage."""
-        answer = Answer(self._tokenizer, request.params, self.info.eos_token_ids)
+        answer = Answer(self._tokenizer, request.params, self.info.eos_token_ids, tracked.name)
         updates = self._backend.generate(request)
         try:
             while (delta := await self._next_delta(updates, answer, tracked)).finish_reason is None:
@@ -248,7 +237,7 @@ class InferenceService:
         try:
             update = await self._in_time(updates.__anext__(), tracked)
         except StopAsyncIteration:
-            raise ClusterError(f"request {tracked.request_id}: the engine ended it without a reason") from None
+            raise ClusterError(f"request {tracked.name}: the engine ended it without a reason") from None
         delta = answer.add(update)
         self._count_tokens(len(delta.token_ids), tracked)
         return delta
@@ -286,12 +275,17 @@ class InferenceService:
 
     @contextmanager
     def _track(self, request_id: str, timeout_s: float | None, client: str) -> Iterator[_Request]:
-        """Counts a request from its arrival to its end, whatever the end, and logs the end."""
-        tracked = _Request(request_id or self.new_request_id(), self._clock(), timeout_s)
+        """Counts a request from its arrival to its end, whatever the end, and logs the end.
+
+        request_id: its client's. Clients choose it, and two may choose the same: nothing is found by it.
+        """
+        unique = self.new_request_id()
+        tracked = _Request(unique, request_id or unique, self._clock(), timeout_s)
         self._metrics.started()
         reason = ""
         try:
-            with self._admitted(tracked, client):
+            _check(tracked)
+            with self._admission.admitted(client):
                 yield tracked
         except (asyncio.CancelledError, GeneratorExit, RequestCancelled):
             # Closed after its last delta, a request has its outcome already.
@@ -311,94 +305,22 @@ class InferenceService:
             log.log(
                 logging.DEBUG if refused else logging.INFO,  # hundreds a second, which the metrics count
                 "request %r ended with %s after %.3f s, %d prompt tokens, %d generated%s",
-                tracked.request_id[:MAX_REQUEST_ID_CHARS], outcome, elapsed_s,
+                tracked.name[:MAX_REQUEST_ID_CHARS], outcome, elapsed_s,
                 tracked.num_prompt_tokens, tracked.num_generated_tokens, reason,
-                extra={"request_id": tracked.request_id[:MAX_REQUEST_ID_CHARS]},
+                extra={"request_id": tracked.name[:MAX_REQUEST_ID_CHARS]},
             )  # fmt: skip
 
-    @contextmanager
-    def _admitted(self, tracked: _Request, client: str) -> Iterator[None]:
-        """Refuses what cannot be let in, and holds a place in `_running`."""
-        request_id, timeout_s = tracked.request_id, tracked.timeout_s
-        if self._draining:
-            raise Unavailable("this server is shutting down, send the request to another one")
-        _check_request_id(request_id)
-        if request_id in self._running:
-            raise InvalidRequest(f"request_id {request_id!r} is that of a running request", "request_id")
-        if timeout_s is not None and not 0 < timeout_s < float("inf"):
-            raise InvalidRequest(f"timeout_ms is {timeout_s * 1000:g}, it must be above 0", "timeout_ms")
-        limit = self.limits.max_streams_per_client
-        if limit and self._by_client[client] >= limit:
-            later_s = self._retry_hint.seconds(limit)
-            raise Overloaded(
-                f"this client has {limit} requests running, as many as it may: try again in {later_s:.1f} s", later_s
-            )
-        if len(self._running) >= self._room() and not self._is_modest(client):
-            later_s = self._retry_hint.seconds(len(self._running))
-            raise Overloaded(f"all attention replicas are full: try again in {later_s:.1f} s", later_s)
-        self._running[request_id] = client
-        self._by_client[client] += 1
-        try:
-            yield
-        finally:
-            del self._running[request_id]
-            self._by_client[client] -= 1
-            if not self._by_client[client]:
-                del self._by_client[client]
-            self._retry_hint.ended(self._clock())
 
-    def _is_modest(self, client: str) -> bool:
-        """Whether a full server should hear this client: another one has two more running; an engine then chooses."""
-        return self._by_client[client] + 2 <= max(self._by_client.values(), default=0)
-
-
-class Answer:
-    """Turns one sequence's updates into deltas of text, and finds its end."""
-
-    def __init__(self, tokenizer: TokenBytes, params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
-        self._detokenizer = StreamDetokenizer(tokenizer, stop=tuple(params.stop), min_tokens=params.min_tokens)
-        self._end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
-
-    def add(self, update: SequenceUpdate) -> TextDelta:
-        """Returns what an update adds; finish_reason is set at the end. Raises the update's error."""
-        if update.error is not None:
-            raise update.error
-        if update.finish_reason == "cancelled":
-            raise RequestCancelled(f"request {update.request_id} was cancelled by the server")
-        if update.finish_reason == "error":
-            raise ClusterError(f"request {update.request_id}: the engine reported an error without saying which")
-        text_ids, end_ids = self._split(update)
-        num_before = self._detokenizer.num_tokens
-        text = self._detokenizer.push(text_ids)
-        finish_reason: FinishReason | None = update.finish_reason
-        if finish_reason is not None:
-            text += self._detokenizer.flush()
-        num_kept = self._detokenizer.num_tokens - num_before
-        if self._detokenizer.stopped is not None:
-            finish_reason = "stop"
-        else:
-            num_kept += len(end_ids)
-        logprobs: tuple[Logprobs, ...] = update.logprobs[:num_kept]
-        return TextDelta(
-            text=text, token_ids=update.token_ids[:num_kept], logprobs=logprobs, finish_reason=finish_reason
-        )
-
-    def _split(self, update: SequenceUpdate) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Splits off the token that ended the sequence (EOS or a stop token): it has no place in the text."""
-        token_ids = update.token_ids
-        if update.finish_reason == "stop" and token_ids and token_ids[-1] in self._end_ids:
-            return token_ids[:-1], token_ids[-1:]
-        return token_ids, ()
-
-
-def _check_request_id(request_id: str) -> None:
-    if len(request_id) > MAX_REQUEST_ID_CHARS:
+def _check(tracked: _Request) -> None:
+    """Raises InvalidRequest for what a client may not call a request, and for a time that cannot be."""
+    name, timeout_s = tracked.name, tracked.timeout_s
+    if len(name) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(
-            f"request_id has {len(request_id)} characters, at most {MAX_REQUEST_ID_CHARS} are allowed",
-            "request_id",
+            f"request_id has {len(name)} characters, at most {MAX_REQUEST_ID_CHARS} are allowed", "request_id"
         )
-    if not all("!" <= char <= "~" for char in request_id):
+    if not all("!" <= char <= "~" for char in name):
         raise InvalidRequest(
-            f"request_id is {request_id!r}, printable ASCII characters without spaces are needed",
-            "request_id",
+            f"request_id is {name!r}, printable ASCII characters without spaces are needed", "request_id"
         )
+    if timeout_s is not None and not 0 < timeout_s < float("inf"):
+        raise InvalidRequest(f"timeout_ms is {timeout_s * 1000:g}, it must be above 0", "timeout_ms")

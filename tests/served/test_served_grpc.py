@@ -250,14 +250,36 @@ def test_a_full_queue_is_refused_with_resource_exhausted(stub, served):
     wait_until(lambda: scrape(served)["moecluster_engine_kv_used_blocks"] == 0, "blocks are free")
 
 
-def test_a_request_id_in_use_is_refused(stub):
-    first = stub.GenerateStream(pb.GenerateStreamRequest(text="x", sampling_params=greedy(LONG), request_id="twice"))
-    next(first)
-    with pytest.raises(grpc.RpcError) as raised:
-        stub.Generate(pb.GenerateRequest(text="y", request_id="twice"))
-    first.cancel()
-    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "twice" in raised.value.details()
+@pytest.mark.parametrize("how", ["cancelled", "stopped", "out of time"])
+def test_an_id_can_be_used_again_at_once_however_its_request_ended(stub, how):
+    for _ in range(4):
+        if how == "cancelled":
+            call = stub.GenerateStream(
+                pb.GenerateStreamRequest(text="x", sampling_params=greedy(LONG), request_id="again")
+            )
+            next(call)
+            call.cancel()
+        elif how == "stopped":
+            text = stub.Generate(pb.GenerateRequest(text="x", sampling_params=greedy(9))).text
+            stopped = greedy(LONG, stop=[text[3:5]])
+            assert stub.Generate(pb.GenerateRequest(text="x", sampling_params=stopped, request_id="again")).text
+        else:
+            late = pb.GenerateRequest(text="x", sampling_params=greedy(LONG), request_id="again", timeout_ms=50)
+            with pytest.raises(grpc.RpcError):
+                stub.Generate(late)
+        answer = stub.Generate(pb.GenerateRequest(text="x", sampling_params=greedy(6), request_id="again"))
+        assert (answer.request_id, len(answer.token_ids)) == ("again", 6)
+
+
+def test_a_cancel_leaves_anothers_equal_id_alone(stub):
+    request = pb.GenerateStreamRequest(text="x", sampling_params=greedy(150), request_id="equal")
+    staying = stub.GenerateStream(request)
+    next(staying)
+    for _ in range(4):
+        leaving = stub.GenerateStream(request)
+        next(leaving)
+        leaving.cancel()
+    assert list(staying)[-1].usage.completion_tokens == 150
 
 
 def test_health_says_serving_for_the_server_and_the_service(channel):

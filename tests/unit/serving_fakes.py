@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cluster.serving.service import InferenceService, ServiceLimits
+from cluster.serving.admission import ServiceLimits
+from cluster.serving.service import InferenceService
 from cluster.serving.tokenizer import Tokenizer as ServedTokenizer
 from cluster.types import EngineRequest, Logprobs, ModelInfo, SamplingParams, SequenceUpdate
 
@@ -87,7 +88,7 @@ class EchoBackend:
                 yield update
         finally:
             if not finished:
-                self.closed.append(request.request_id)
+                self.closed.append(request.called)
 
     def _echo(self, request: EngineRequest) -> list[SequenceUpdate]:
         limit = request.params.max_tokens or 0

@@ -30,6 +30,7 @@ from cluster.errors import CheckpointError, ClusterError, Overloaded, ShardUnava
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime.grpc_front import GrpcFront
+from cluster.serving.admission import ServiceLimits
 from cluster.serving.api_keys import ApiKeys, new_key
 from cluster.serving.client import Client, TlsFiles
 from cluster.serving.grpc_server import (
@@ -44,7 +45,6 @@ from cluster.serving.grpc_server import (
     set_status,
 )
 from cluster.serving.health import GrpcHealthService, HealthState
-from cluster.serving.service import ServiceLimits
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import ModelInfo, SequenceUpdate
 

@@ -342,21 +342,6 @@ def test_a_stream_closed_after_its_last_delta_is_a_success(service):
     asyncio.run(scenario())
 
 
-def test_a_running_request_id_cannot_be_taken_again(tokenizer):
-    async def scenario():
-        backend = EchoBackend(hang=True)
-        service = make_service(tokenizer, backend)
-        task = asyncio.create_task(service.generate(Prompt(text="a"), GREEDY, request_id="mine"))
-        await backend.reached.wait()
-        with pytest.raises(InvalidRequest, match="'mine' is that of a running request"):
-            await service.generate(Prompt(text="a"), GREEDY, request_id="mine")
-        assert service.num_running == 1
-        task.cancel()
-        await asyncio.wait([task])
-
-    asyncio.run(scenario())
-
-
 def test_a_request_over_its_budget_fails_and_closes_its_sequence(tokenizer):
     backend, metrics = EchoBackend(hang=True), FakeMetrics()
     service = make_service(tokenizer, backend, metrics=metrics)
