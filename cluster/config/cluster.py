@@ -68,7 +68,7 @@ class ClusterConfig:
     gpus_per_*: GPUs a process, fractions allowed; None is one where the Ray cluster has GPUs, else none.
     cpus_per_*: Ray's logical CPUs a process.
     *_resource: a custom resource of Ray's nodes that processes of the role are kept to; "" lets them run anywhere.
-    shard_timeout_s: a shard that does not answer one call in this time counts as hung.
+    shard_timeout_s: a shard that is silent for so long counts as hung; one that computes is not silent.
     recovery_timeout_s: how long rows wait for a lost shard's successor before their request fails.
     drain_timeout_s: how long a stop waits for running requests.
     max_replays: how often a request that lost its attention replica goes on at another one, without a token in between.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.errors import ShardUnavailable
 from cluster.experts.placement import PlacementPlan
+from cluster.experts.routes import Route
 from cluster.experts.transport import NOT_HERE, ExpertBatch, ExpertTransport, Flight
 from cluster.metrics import DispatchMetrics
 
@@ -29,6 +30,7 @@ HEDGE_SHARE = 0.05  # of all sendings may be such second ones, so that a slow cl
 HEDGE_BURST = 10.0
 TURN_S = 0.01  # how long a hedged call waits at one of its copies before it looks at the other
 SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # a shard that failed n calls in a row gets no rows that have another copy
+SIGN_S = 2.0  # a shard that works has shown it in so long, on either carrier
 LOST_S = 0.5  # so long after a shard was lost the steps that can go on without it wait for its successor; a spare
 # process takes its place in 0.2 s (BENCHMARKS.md)
 HUNG_S = 5.0  # such steps wait so long for a shard that let shard_timeout_s pass, the next ones twice as long, …
@@ -68,13 +70,14 @@ class FixedPlan:
 @dataclass(slots=True)
 class Leg:
     """One shard's part of a flight. rows: [R] int64 into the sender's rows, None for all of them.
-    flight: None if it could not be sent."""
+    flight: None if it could not be sent.  heard_at: when its shard last showed that it works, or it was sent."""
 
     shard_id: int
     rows: Tensor | None
     batch: ExpertBatch
     sent_at: float
     flight: Flight | None
+    heard_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,13 @@ class DispatchFlight:
             if leg.flight is not None:
                 leg.flight.abandon()
                 leg.flight = None
+
+
+@dataclass(slots=True)
+class Search:
+    """How long rows of one combination may look for a living copy: until `until`, and anew after each sign of work."""
+
+    until: float
 
 
 @dataclass(slots=True)
@@ -127,7 +137,8 @@ class ExpertDispatcher:
 
     Rows of an expert with several copies are split between them. A copy that fails or is late is replaced by another
     at once; without another, rows wait for its successor.
-    shard_timeout_s: a call without an answer for so long counts as lost.
+    shard_timeout_s: a call without an answer or a sign of work for so long counts as lost. How long a shard computes
+    does not matter: one that works is waited for.
     recovery_timeout_s: how long rows look for a living copy before their step fails.
     """
 
@@ -147,7 +158,7 @@ class ExpertDispatcher:
         self.shard_timeout_s = shard_timeout_s
         self.recovery_timeout_s = recovery_timeout_s
         self.clock = clock
-        self._routes: dict[tuple[int, frozenset[int], frozenset[int]], _Route] = {}
+        self._routes: dict[tuple[int, frozenset[int], frozenset[int]], Route] = {}
         self._epoch = 0
         self._suspects: dict[int, _Suspect] = {}
         self._lost_since: dict[int, float] = {}
@@ -170,10 +181,10 @@ class ExpertDispatcher:
         these rows are lost instead, after LOST_S: their sums lack something.
         """
         out = torch.zeros(flight.like.shape, dtype=torch.float32, device=flight.like.device)
-        deadline = self.clock() + self.recovery_timeout_s
+        search = Search(self.clock() + self.recovery_timeout_s)
         for leg in flight.legs:
-            value = self._receive(leg, deadline, losses)
-            _add(out, leg.rows, self._recover(leg, deadline, losses) if value is None else value)
+            value = self._receive(leg, search, losses)
+            _add(out, leg.rows, self._recover(leg, search, losses) if value is None else value)
         return out.to(flight.like.dtype)
 
     def _send(
@@ -220,30 +231,53 @@ class ExpertDispatcher:
             self._hedges = min(HEDGE_BURST, self._hedges + HEDGE_SHARE)
         except ShardUnavailable as error:
             log.debug("layer %d: %s", batch.layer_id, error)
-        return Leg(shard_id, rows, batch, self.clock(), flight)
+        now = self.clock()
+        return Leg(shard_id, rows, batch, now, flight, now)
 
-    def _receive(self, leg: Leg, deadline: float, losses: Losses | None = None) -> Tensor | None:
+    def _receive(self, leg: Leg, search: Search, losses: Losses | None = None) -> Tensor | None:
         """Blocks for one leg's rows: [R, H] float32, or None when they have to be sent again."""
         value: Tensor | None = None
         limit_s, began = self._limit_s(leg, losses), self.clock()
         # What came while another leg was waited for lies there, and is read.
-        lost_at = min(max(leg.sent_at + limit_s, began + HEDGE_FLOOR_S), deadline) if limit_s else began
+        lost_at = min(max(leg.sent_at + limit_s, began + SIGN_S), search.until) if limit_s else began
         late_at: float | None = began + self._patience_s(leg)
         while value is None and leg.flight is not None and (now := self.clock()) < lost_at:
             if late_at is not None and now >= late_at:
                 late_at = None
                 if self._can_hedge(leg):
-                    value = self._hedge(leg, deadline)
+                    value = self._hedge(leg, search)
                     break
-            if now - leg.sent_at >= RETRY_INTERVAL_S and self._current_plan().epoch > leg.batch.epoch:
-                break  # the shard may be another one by now
+            if self._is_outdated(leg, now):
+                break
             value = self._wait(leg, max(0.0, min(late_at or lost_at, lost_at, now + RETRY_INTERVAL_S) - now))
+            if value is None and self._hear(leg, search):
+                lost_at = leg.heard_at + limit_s
         if value is None:
             silent = limit_s > 0 and leg.flight is not None and self.clock() >= lost_at
             self._give_up(leg, silent=silent)
             if silent and losses is not None:
                 losses.hung.add((leg.batch.epoch, leg.shard_id))
         return value
+
+    def _is_outdated(self, leg: Leg, now: float) -> bool:
+        """Whether there is a newer plan, by which the shard may be another process by now: not while it works."""
+        if now - leg.sent_at < RETRY_INTERVAL_S:
+            return False
+        plan = self._current_plan()
+        if plan.epoch <= leg.batch.epoch:
+            return False
+        return leg.shard_id in plan.down or leg.shard_id >= plan.num_shards or now - leg.heard_at >= SIGN_S
+
+    def _hear(self, leg: Leg, search: Search) -> bool:
+        """Whether the leg's shard has shown since the last look that it works; then nothing counts as lost."""
+        if leg.flight is None or not leg.flight.works():
+            return False
+        now, before = self.clock(), leg.heard_at
+        if before - leg.sent_at < self.shard_timeout_s <= now - leg.sent_at:
+            log.warning("shard %d works on layer %d for %g s", leg.shard_id, leg.batch.layer_id, self.shard_timeout_s)
+        leg.heard_at = now
+        search.until = max(search.until, now + self.recovery_timeout_s)
+        return True
 
     def _wait(self, leg: Leg, timeout_s: float) -> Tensor | None:
         """One leg's rows [R, H] float32; None when they are not there, and then without a flight if they never come."""
@@ -276,7 +310,7 @@ class ExpertDispatcher:
             leg.flight = None
         if self._current_plan().epoch > leg.batch.epoch:
             return
-        self._lost_since.setdefault(leg.shard_id, leg.sent_at)
+        self._lost_since.setdefault(leg.shard_id, leg.heard_at)
         suspect = self._suspects.setdefault(leg.shard_id, _Suspect())
         suspect.until = self.clock() + SUSPECT_S[min(suspect.failures, len(SUSPECT_S) - 1)]
         suspect.failures += 1
@@ -306,7 +340,7 @@ class ExpertDispatcher:
         late = frozenset({leg.shard_id})
         return bool(self._reaches(plan, leg.batch, late, plan.down | late).all())
 
-    def _hedge(self, late: Leg, deadline: float) -> Tensor | None:
+    def _hedge(self, late: Leg, search: Search) -> Tensor | None:
         """Asks other copies too, and takes what is whole first: [R, H] float32; None when neither comes."""
         self._hedges -= 1.0
         self.metrics.hedged(late.shard_id)
@@ -316,7 +350,7 @@ class ExpertDispatcher:
             kept.layer_id, kept.hidden_states, kept.topk_ids, kept.topk_weights, frozenset({late.shard_id})
         )
         values: dict[int, Tensor] = {}
-        until = min(deadline, self.clock() + self.shard_timeout_s)
+        until = min(search.until, self.clock() + self.shard_timeout_s)
         while self.clock() < until and (late.flight or all(o.flight or i in values for i, o in enumerate(others))):
             for i, other in enumerate(others):
                 if i not in values and (value := self._wait(other, TURN_S)) is not None:
@@ -331,6 +365,9 @@ class ExpertDispatcher:
             value = self._wait(late, TURN_S if not any(other.flight for other in others) else 0.0)
             if value is not None:
                 break
+            heard = [self._hear(leg, search) for leg in (late, *others)]
+            if any(heard):
+                until = self.clock() + self.shard_timeout_s
         else:
             value = None
         for other in others:
@@ -338,7 +375,7 @@ class ExpertDispatcher:
                 other.flight.abandon()
         return value
 
-    def _recover(self, lost: Leg, deadline: float, losses: Losses | None) -> Tensor:
+    def _recover(self, lost: Leg, search: Search, losses: Losses | None) -> Tensor:
         """Sends a lost leg's rows again, to other copies or as soon as the plan has news, until all are back.
 
         Returns [R, H] float32. Raises ShardUnavailable; with `losses` rows may be lost instead.
@@ -353,9 +390,9 @@ class ExpertDispatcher:
             # An only shard gets all rows, also those of which nothing is wanted any more.
             alone = ~self._has_copy(leg) | (kept.topk_ids == NOT_HERE).all(dim=1)  # [R]
             if alone.any():
-                until = deadline
+                until = search.until
                 if losses is not None:
-                    until = min(deadline, self._lost_since.get(leg.shard_id, self.clock()) + LOST_S)
+                    until = min(until, self._lost_since.get(leg.shard_id, self.clock()) + LOST_S)
                 remaining = until - self.clock()
                 if remaining > 0:
                     self.plans.wait_beyond(kept.epoch, min(RETRY_INTERVAL_S, remaining))
@@ -375,7 +412,7 @@ class ExpertDispatcher:
                         continue
             self.metrics.rerouted(leg.shard_id, rows.numel())
             for again in self._send(kept.layer_id, kept.hidden_states, kept.topk_ids, kept.topk_weights):
-                value = self._receive(again, deadline, losses)
+                value = self._receive(again, search, losses)
                 own = rows if again.rows is None else rows[again.rows]
                 if value is None:
                     open_legs.append((own, again))
@@ -402,11 +439,11 @@ class ExpertDispatcher:
         now = self.clock()
         return frozenset(shard_id for shard_id, suspect in self._suspects.items() if suspect.until > now)
 
-    def _route(self, plan: PlacementPlan, layer_id: int, avoid: frozenset[int], device: torch.device) -> "_Route":
+    def _route(self, plan: PlacementPlan, layer_id: int, avoid: frozenset[int], device: torch.device) -> Route:
         key = (layer_id, avoid, self._suspected())
         route = self._routes.get(key)
         if route is None:
-            route = self._routes[key] = _Route(plan, *key, device)
+            route = self._routes[key] = Route(plan, *key, device)
         return route
 
     def _current_plan(self) -> PlacementPlan:
@@ -417,47 +454,6 @@ class ExpertDispatcher:
             self._suspects = {}
             self._lost_since = {s: since for s, since in self._lost_since.items() if s in plan.down}
         return plan
-
-
-class _Route:
-    """Which shard computes an expert of one layer: of its copies those that are up and not avoided, without the
-    suspected ones where that leaves any.
-
-    copies: [E, C] int64 shard ids, an expert's own repeated to the width of the most copied one.  counts: [E] int64.
-    """
-
-    def __init__(
-        self,
-        plan: PlacementPlan,
-        layer_id: int,
-        avoid: frozenset[int],
-        suspected: frozenset[int],
-        device: torch.device,
-    ) -> None:
-        chosen: list[tuple[int, ...]] = []
-        for owners in plan.owners(layer_id):
-            best = owners
-            for worse in (plan.down, avoid, suspected):
-                best = tuple(shard_id for shard_id in best if shard_id not in worse) or best
-            chosen.append(best)
-        width = max(map(len, chosen))
-        self.counts = torch.tensor([len(shards) for shards in chosen], device=device)
-        self.copies = torch.tensor(
-            [[shards[i % len(shards)] for i in range(width)] for shards in chosen], device=device
-        )
-
-    def shards(self, topk_ids: Tensor) -> Tensor:
-        """[T, K] int64: each slot's shard, NOT_HERE where the slot is empty. An expert's rows take its copies in turn.
-
-        topk_ids: [T, K] int64.
-        """
-        ids = topk_ids.clamp_min(0)
-        if self.copies.shape[1] == 1:
-            shards = self.copies[:, 0][ids]
-        else:
-            rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-            shards = self.copies[ids, (rows + ids) % self.counts[ids]]
-        return torch.where(topk_ids >= 0, shards, NOT_HERE)
 
 
 def _add(out: Tensor, rows: Tensor | None, value: Tensor) -> None:

@@ -53,6 +53,10 @@ class Flight(Protocol):
         Raises TimeoutError when they are not there yet, and may then be asked again; ShardUnavailable.
         """
 
+    def works(self) -> bool:
+        """Whether the shard has shown since the last such question that it gets on with its work, this batch's or what
+        is before it. Does not block. Ask when `result` has raised TimeoutError."""
+
     def abandon(self) -> None:
         """Nobody will ask any more; an answer that still comes is dropped."""
 
@@ -73,6 +77,9 @@ class LocalFlight:
 
     def result(self, timeout_s: float) -> Tensor:
         return self.value
+
+    def works(self) -> bool:
+        return True
 
     def abandon(self) -> None:
         pass

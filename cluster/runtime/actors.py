@@ -21,6 +21,7 @@ from cluster.engine.local import load_engine, resolve_device, resolve_dtype, tor
 from cluster.engine.loop import EngineLoop
 from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher
+from cluster.experts.pulse import Pulse, Sign
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
 from cluster.logs import make_formatter
@@ -92,6 +93,7 @@ class ExpertShardActor:
         self._reported: dict[tuple[int, int], int] = {}
         self._slow_until = 0.0
         self._refuse_load = False
+        self._pulse = Pulse()
         self._computing = threading.Lock()  # a Ray call and the stream's thread may come at once
         self._streams: StreamServer | None = None
         threading.Thread(target=self._flush_loads, name="loads", daemon=True).start()
@@ -145,7 +147,10 @@ class ExpertShardActor:
         if self._streams is None:
             info = process_info()
             self._streams = StreamServer(
-                _Computer(self, shard.device), host=ray.util.get_node_ip_address(), node=info.node_id
+                _Computer(self, shard.device),
+                host=ray.util.get_node_ip_address(),
+                node=info.node_id,
+                pulse=self._pulse,
             )
             self._streams.start()
         self.metrics.weights_bytes(shard.num_bytes)
@@ -158,7 +163,9 @@ class ExpertShardActor:
         if self.shard is None:
             raise ShardUnavailable(f"shard {self.shard_id} is loading", self.shard_id)
         waited_s = max(0.0, time.time() - wire[0])  # hosts' clocks may differ
-        return to_bytes(self.compute(decode(wire, self.shard.device), waited_s))
+        device = self.shard.device
+        with self._pulse.computing(on_cpu=device.type == "cpu"):
+            return to_bytes(self.compute(decode(wire, device), waited_s))
 
     def compute(self, batch: ExpertBatch, waited_s: float) -> Tensor:
         """[T, H] in the rows' dtype, whichever carrier brought them. Raises ShardUnavailable."""
@@ -177,6 +184,11 @@ class ExpertShardActor:
     def stream_offer(self) -> StreamOffer | None:
         """How to reach this shard's stream; None before it is loaded."""
         return None if self._streams is None else self._streams.offer
+
+    @ray.method(concurrency_group="control")
+    def sign(self) -> Sign:
+        """How far the work is; answered while it goes on."""
+        return self._pulse.sign()
 
     @ray.method(concurrency_group="control")
     def process(self) -> ProcessInfo:

@@ -20,6 +20,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
+from cluster.experts.pulse import Sign
 from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
 from cluster.runtime.process import actor_environment, num_threads, share_of
 from cluster.runtime.protocol import NAMESPACE, ShardStatus
@@ -93,22 +94,30 @@ class ShardProcess:
         self.status.state = "up"
 
     async def lost(self) -> str:
-        """Returns when the actor is dead, or answers nothing for shard_timeout_s and is killed; says which."""
+        """Returns when the actor is dead, or answers nothing for shard_timeout_s, or does not get on with its work for
+        so long, and is killed; says which. A computation that goes on may take as long as it likes.
+        """
         assert self._actor is not None
+        actor = self._actor
+        asks = actor.sign if hasattr(actor, "sign") else actor.process  # an older version has no `sign`
         death = asyncio.ensure_future(_as_future(self._actor.hold.remote()))
         try:
             while True:
                 done, _ = await asyncio.wait([death], timeout=HEARTBEAT_S)
                 if done:
                     return "died"
+                limit_s = self.config.shard_timeout_s
                 try:
-                    async with asyncio.timeout(self.config.shard_timeout_s):
-                        await self._actor.process.remote()
+                    async with asyncio.timeout(limit_s):
+                        sign = await asks.remote()
                 except TimeoutError:
                     await self._kill_hung()
-                    return f"did not answer for {self.config.shard_timeout_s:g} s and was killed"
+                    return f"did not answer for {limit_s:g} s and was killed"
                 except ray.exceptions.RayActorError:
                     return "died"
+                if isinstance(sign, Sign) and sign.stuck_s >= limit_s:
+                    await self._kill_hung()
+                    return f"did not get on with its work for {sign.stuck_s:.0f} s and was killed"
         finally:
             death.cancel()
 

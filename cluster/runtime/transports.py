@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, ShardUnavailable
+from cluster.experts.pulse import Sign
 from cluster.experts.transport import ExpertBatch, ExpertTransport
 from cluster.metrics import DispatchMetrics
 from cluster.runtime.protocol import process_info
@@ -80,11 +81,20 @@ class ShardHandles(Protocol):
         """The shard's current actor. Raises ShardUnavailable while there is none."""
 
 
-@dataclass(frozen=True, slots=True)
+PROBE_S = 0.5  # between two questions how far a shard is
+
+
+@dataclass(slots=True)
 class RayFlight:
+    """probe: a question how far the shard is, under way since probed_at."""
+
     shard_id: int
+    actor: Any
     ref: Any
     like: Tensor
+    probe: Any = None
+    probed_at: float = 0.0
+    progress: int | None = None
 
     def result(self, timeout_s: float) -> Tensor:
         try:
@@ -99,6 +109,20 @@ class RayFlight:
             raise ShardUnavailable(f"shard {self.shard_id} died", self.shard_id) from error
         return from_bytes(data, dtype_name(self.like.dtype), self.like.shape[0], self.like.device)
 
+    def works(self) -> bool:
+        """By a call that a shard answers while it computes. One of an older version does not know it: silence."""
+        now, grew = time.monotonic(), False
+        if self.probe is not None and ray.wait([self.probe], timeout=0)[0]:
+            try:
+                sign: Sign = ray.get(self.probe)
+            except ray.exceptions.RayError:
+                return False  # `result` says what happened
+            grew = sign.busy if self.progress is None else sign.progress > self.progress
+            self.probe, self.progress = None, sign.progress
+        if self.probe is None and now - self.probed_at >= PROBE_S and hasattr(self.actor, "sign"):
+            self.probe, self.probed_at = self.actor.sign.remote(), now
+        return grew
+
     def abandon(self) -> None:
         pass  # a cancelled call would hold up the later ones to this actor (Ray 2.60)
 
@@ -111,8 +135,8 @@ class RayTransport:
         self.shards = shards
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> RayFlight:
-        ref = self.shards.handle(shard_id).forward.remote(*encode(batch))
-        return RayFlight(shard_id, ref, batch.hidden_states)
+        actor = self.shards.handle(shard_id)
+        return RayFlight(shard_id, actor, actor.forward.remote(*encode(batch)), batch.hidden_states)
 
     def close(self) -> None:
         pass

@@ -58,6 +58,7 @@ class StreamConnection:
         else:
             self._sock = socket.socket(socket.AF_INET6 if ":" in offer.host else socket.AF_INET)
             address = (offer.host, offer.port)
+        self.num_heard = 0  # frames: each is a sign of life
         self._next_id = 1
         self._abandoned: set[int] = set()
         self._early: dict[int, Tensor | ClusterError] = {}
@@ -134,6 +135,8 @@ class StreamConnection:
         self._free_last()
         while request_id not in self._early:
             head = self._read_head(deadline)
+            if head.kind is Kind.ALIVE:
+                continue
             answer = self._read_answer(head, like, deadline)
             if head.request_id == request_id and isinstance(answer, Tensor):
                 return answer
@@ -162,10 +165,11 @@ class StreamConnection:
         self._sock.close()
 
     def _shake_hands(self, secret: bytes) -> None:
-        magic, version, nonce = frames.GREETING.unpack(self._exactly(frames.GREETING.size))
+        magic, version, _, nonce = frames.GREETING.unpack(self._exactly(frames.GREETING.size))
         frames.check_version(magic, version)
         own = secrets.token_bytes(frames.NONCE_BYTES)
-        self._sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, own, frames.mac(secret, b"client", nonce)))
+        proof = frames.mac(secret, b"client", nonce)
+        self._sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, own, proof))
         magic, version, proof = frames.WELCOME.unpack(self._exactly(frames.WELCOME.size))
         frames.check_version(magic, version)
         if not compare_digest(proof, frames.mac(secret, b"server", own)):
@@ -180,6 +184,8 @@ class StreamConnection:
         socket.send_fds(self._sock, [head.pack(region.descriptor) + region.descriptor], region.fds)
         region.close_fds()
         answer = Header.unpack(self._exactly(HEADER.size))
+        while answer.kind is Kind.ALIVE:
+            answer = Header.unpack(self._exactly(HEADER.size))
         message = self._exactly(answer.payload_bytes).decode(errors="replace")
         if answer.kind is Kind.ANSWER:
             self._region = region
@@ -203,8 +209,11 @@ class StreamConnection:
             head = Header.unpack(self._head)
         except ProtocolError as error:
             raise StreamBroken(str(error)) from error
-        if head.kind is Kind.REQUEST:
-            raise StreamBroken("the shard sent a request")
+        if head.kind in (Kind.REQUEST, Kind.SHARE):
+            raise StreamBroken(f"the shard sent a frame of kind {head.kind.name}")
+        if head.kind is Kind.ALIVE:
+            _check(head, memoryview(b""))
+        self.num_heard += 1
         return head
 
     def _read_answer(self, head: Header, like: Tensor, deadline: float) -> Tensor | ClusterError:
@@ -270,6 +279,7 @@ class StreamFlight:
     request_id: int
     batch: ExpertBatch
     second: Flight | None = None
+    num_heard: int = 0
 
     def result(self, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
@@ -280,6 +290,12 @@ class StreamFlight:
                 self.transport.forget(self.connection, str(error))
                 self.second = self.transport.fall_back(self.connection.shard_id, self.batch, str(error))
         return self.second.result(max(0.0, deadline - time.monotonic()))
+
+    def works(self) -> bool:
+        if self.second is not None:
+            return self.second.works()
+        before, self.num_heard = self.num_heard, self.connection.num_heard
+        return self.num_heard > before
 
     def abandon(self) -> None:
         if self.second is None:
@@ -292,6 +308,7 @@ class StreamTransport:
     """A connection to each shard, made when first needed. Used by one thread.
 
     node: a name of this host.  fallback: carries while a stream is down; without one its shard counts as lost then.
+    timeout_s: a shard computes no rows whose sender it has told nothing for so long.
     on_fallback: called with the shard's id for each batch that took it.
     """
 
@@ -320,7 +337,8 @@ class StreamTransport:
         except StreamBroken as error:
             return self.fall_back(shard_id, batch, str(error))
         try:
-            return StreamFlight(self, connection, connection.send(batch, self._timeout_s), batch)
+            request_id = connection.send(batch, self._timeout_s)
+            return StreamFlight(self, connection, request_id, batch, num_heard=connection.num_heard)
         except StreamBroken as error:
             self.forget(connection, str(error))
             return self.fall_back(shard_id, batch, str(error))

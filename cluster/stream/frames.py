@@ -25,9 +25,10 @@ from cluster.stream.region import NUM_SLOTS, SLOT_BYTES
 
 MAGIC = b"moeX"
 VERSION = 2
+FEATURES = 1  # bits; 1: a client understands ALIVE, a server sends it. Those before there were any say 0 and read none.
 NONCE_BYTES = 32
-GREETING = struct.Struct("<4sH2x32s")  # server's first words: its nonce
-HELLO = struct.Struct("<4sH2x32s32s")  # client's: its nonce, MAC of the server's
+GREETING = struct.Struct("<4sHH32s")  # server's first words: its FEATURES, its nonce
+HELLO = struct.Struct("<4sHH32s32s")  # client's: its FEATURES, its nonce, MAC of the server's
 WELCOME = struct.Struct("<4sH2x32s")  # server's answer: MAC of the client's nonce
 HEADER = struct.Struct("<4sHBBQIIIIQIIdQI")
 NO_TIMEOUT = 0xFFFFFFFF
@@ -40,7 +41,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class Kind(IntEnum):
     """REQUEST and SHARE go to the shard, the others come back. REFUSED: the frame itself was wrong, the stream ends.
-    SHARE: a region's descriptor; answered by an empty ANSWER, or FAILED where it cannot be opened."""
+    SHARE: a region's descriptor; answered by an empty ANSWER, or FAILED where it cannot be opened.
+    ALIVE: nothing but a head, while the caller's requests wait and the shard's work goes on."""
 
     REQUEST = 1
     ANSWER = 2
@@ -48,6 +50,7 @@ class Kind(IntEnum):
     FAILED = 4
     REFUSED = 5
     SHARE = 6
+    ALIVE = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class StreamOffer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """One frame's head. timeout_ms: what is left of the caller's time, NO_TIMEOUT for no bound.
+    What the shard sends renews it.
     slot: where in the shared memory the rows lie, 0 for the payload.  sent_at: seconds of the sender's wall clock.
     checksum: of the head without it and the payload; made by `pack`, compared by `check`."""
 
@@ -125,6 +129,8 @@ class Header:
             raise ProtocolError(f"a request of {rows} rows with {payload_bytes} bytes, which its shapes do not give")
         if kind == Kind.ANSWER and payload_bytes != rows_bytes:
             raise ProtocolError(f"an answer of {rows} rows with {payload_bytes} bytes, which its shapes do not give")
+        if kind == Kind.ALIVE and payload_bytes:
+            raise ProtocolError(f"a sign of life with {payload_bytes} bytes")
         return cls(
             kind=Kind(kind), request_id=request_id, payload_bytes=payload_bytes, dtype=DTYPES[dtype],
             layer_id=layer_id, rows=rows, hidden_size=hidden_size, topk=topk, epoch=epoch, timeout_ms=timeout_ms,

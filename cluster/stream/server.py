@@ -2,6 +2,9 @@
 
 Requests of one layer that are there together become one product; the oldest waiting request's layer is next, so
 nobody waits for more than what arrived before him. Nothing is waited for to make a group larger.
+
+A second thread, the deputy, looks a few times a second. While the first one computes, it does the rest of the work
+(callers connect, their requests are read), and tells those whose requests wait that the work goes on.
 """
 
 import array
@@ -14,8 +17,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import Protocol
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ClusterError, ProtocolError, ShardUnavailable
+from cluster.experts.pulse import Pulse
 from cluster.experts.transport import ExpertBatch
 from cluster.stream import frames
 from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, ReceiveBuffers, Staging, StreamOffer
@@ -31,6 +35,8 @@ from cluster.stream.region import Region, open_region
 
 log = logging.getLogger(__name__)
 
+BEAT_S = 0.25  # between two looks of the deputy; a quarter of what callers wait for, where that is less
+MIN_BEAT_S = 0.02
 HANDSHAKE_S = 5.0  # for a stranger to prove himself
 MAX_DESCRIPTOR_BYTES = 1 << 16  # of shared memory
 MAX_PENDING = 8  # requests of one caller that wait here; then nothing more is read from him
@@ -49,12 +55,14 @@ class StreamBackend(Protocol):
 
 @dataclass(slots=True)
 class _Request:
-    """A whole request, waiting for its turn. expires_at: on the monotonic clock."""
+    """A whole request, waiting for its turn. heard_at: when its caller was last told that the work goes on, or it came;
+    after that he waits for timeout_s."""
 
     peer: "_Peer"
     header: Header
     buffer: Tensor
-    expires_at: float
+    timeout_s: float
+    heard_at: float
 
     def batch(self, device: torch.device) -> ExpertBatch:
         head = self.header
@@ -77,7 +85,8 @@ class _Request:
 @dataclass(slots=True, eq=False)
 class _Peer:
     """One caller's connection. header: None while the next frame's head is being read.
-    region: the memory that he shares.  fds: file descriptors that came with his words, not yet used."""
+    region: the memory that he shares.  features: of his version.
+    fds: file descriptors that came with his words, not yet used."""
 
     sock: socket.socket
     nonce: bytes
@@ -89,7 +98,13 @@ class _Peer:
     num_pending: int = 0
     outgoing: deque[memoryview] = field(default_factory=deque)
     region: Region | None = None
+    features: int = 0
     fds: list[int] = field(default_factory=list)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is a request of his, or a part of one."""
+        return self.num_pending > 0 or self.filled > 0 or (self.header is not None and self.header.kind is Kind.REQUEST)
 
     def receive(self) -> int:
         """Reads on in the target; returns the bytes. Before a region is shared, descriptors may come with them.
@@ -113,11 +128,24 @@ class _Peer:
 
 
 class StreamServer:
-    """Listens on a Unix socket (Linux) and on TCP, from `start` to `close`. node: a name of this host."""
+    """Listens on a Unix socket (Linux) and on TCP, from `start` to `close`. node: a name of this host.
+    pulse: of the backend, where other threads compute with it too."""
 
-    def __init__(self, backend: StreamBackend, *, host: str, node: str, max_group_rows: int = 8192) -> None:
+    def __init__(
+        self,
+        backend: StreamBackend,
+        *,
+        host: str,
+        node: str,
+        pulse: Pulse | None = None,
+        max_group_rows: int = 8192,
+        beat_s: float = BEAT_S,
+    ) -> None:
         self._backend = backend
+        self._pulse = pulse or Pulse()
         self._max_group_rows = max_group_rows
+        self._beat_s = beat_s
+        self._turn = threading.Lock()  # of the thread that uses what follows; nobody holds it during a product
         self._selector = selectors.DefaultSelector()
         self._peers: set[_Peer] = set()
         self._waiting: deque[_Request] = deque()
@@ -139,19 +167,26 @@ class StreamServer:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
         self._closing = self._cut = self._damage = False
-        self._thread = threading.Thread(target=self._serve, name="stream-server", daemon=True)
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._serve, "stream-server"), (self._stand_in, "stream-deputy"))
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Blocks for the product under way; callers see their connection end. Safe to call again."""
         if self._closing:
             return
         self._closing = True
+        self._closed.set()
         self._wake_writer.send(b"x")
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
         for peer in list(self._peers):
             self._drop(peer)
         for sock in (*self._listeners, self._wake_reader, self._wake_writer):
@@ -172,10 +207,39 @@ class StreamServer:
         return len(self._peers)
 
     def _serve(self) -> None:
-        while not self._closing:
-            self._read_and_write(0.0 if self._waiting else self._patience())
-            if self._waiting:
-                self._compute(self._next_group())
+        with self._turn:
+            while not self._closing:
+                self._read_and_write(0.0 if self._waiting else self._patience())
+                if self._waiting:
+                    self._compute(self._next_group())
+
+    def _stand_in(self) -> None:
+        """The deputy's work."""
+        progress = self._pulse.progress()
+        while not self._closed.wait(self._beat_s):
+            if not self._turn.acquire(timeout=self._beat_s):
+                continue  # nothing is computed
+            try:
+                if not self._closing:
+                    self._read_and_write(0.0)
+                    before, progress = progress, self._pulse.progress()
+                    if progress > before:
+                        self._beat()
+            finally:
+                self._turn.release()
+
+    def _beat(self) -> None:
+        """Tells all whose requests wait that the work goes on. Who does not read what he was sent is told nothing."""
+        head, now = Header(kind=Kind.ALIVE, request_id=0, payload_bytes=0).pack(), time.monotonic()
+        for peer in [p for p in self._peers if p.features & frames.FEATURES and p.waits and not p.outgoing]:
+            try:
+                self._send(peer, head)
+            except OSError as error:
+                log.info("a caller's connection ended: %s", error)
+                self._drop(peer)
+            for request in self._waiting:
+                if request.peer is peer:
+                    request.heard_at = now
 
     def _read_and_write(self, timeout_s: float | None) -> None:
         for key, events in self._selector.select(timeout_s):
@@ -223,7 +287,7 @@ class StreamServer:
         peer = _Peer(sock, nonce, time.monotonic() + HANDSHAKE_S, memoryview(bytearray(frames.HELLO.size)))
         self._peers.add(peer)
         self._selector.register(sock, selectors.EVENT_READ, peer)
-        self._send(peer, frames.GREETING.pack(frames.MAGIC, frames.VERSION, nonce))
+        self._send(peer, frames.GREETING.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, nonce))
 
     def _read(self, peer: _Peer) -> None:
         """Takes in what has arrived. Raises ProtocolError, OSError."""
@@ -263,16 +327,18 @@ class StreamServer:
             assert peer.buffer is not None
             peer.header.check(peer.target)
             timeout_s = peer.header.timeout_ms / 1000 if peer.header.timeout_ms != NO_TIMEOUT else float("inf")
-            self._waiting.append(_Request(peer, peer.header, peer.buffer, time.monotonic() + timeout_s))
+            self._beat_s = max(MIN_BEAT_S, min(self._beat_s, timeout_s / 4))
+            self._waiting.append(_Request(peer, peer.header, peer.buffer, timeout_s, time.monotonic()))
             peer.num_pending += 1
             peer.header = peer.buffer = None
         peer.target = memoryview(bytearray(HEADER.size))
 
     def _greet(self, peer: _Peer) -> None:
-        magic, version, nonce, proof = frames.HELLO.unpack(peer.target)
+        magic, version, features, nonce, proof = frames.HELLO.unpack(peer.target)
         frames.check_version(magic, version)
         if not compare_digest(proof, frames.mac(self._secret, b"client", peer.nonce)):
             raise ProtocolError("the caller does not know this shard's secret")
+        peer.features = features
         self._send(peer, frames.WELCOME.pack(frames.MAGIC, frames.VERSION, frames.mac(self._secret, b"server", nonce)))
 
     def _share(self, peer: _Peer) -> None:
@@ -313,15 +379,17 @@ class StreamServer:
 
     def _compute(self, group: Sequence[_Request]) -> None:
         now = time.monotonic()
-        for request in [r for r in group if r.expires_at <= now]:
+        for request in [r for r in group if now - r.heard_at >= r.timeout_s]:
             self._answer(request, Kind.UNAVAILABLE, b"the caller's time was over before its rows' turn came")
-        group = [r for r in group if r.expires_at > now]
+        group = [r for r in group if now - r.heard_at < r.timeout_s]
         if not group:
             return
         waited_s = max(0.0, time.time() - min(r.header.sent_at for r in group))  # hosts' clocks may differ
         try:
             batches = [request.batch(self._backend.device) for request in group]
-            out = self._backend.forward(batches[0] if len(batches) == 1 else _together(batches), waited_s)
+            batch = batches[0] if len(batches) == 1 else _together(batches)
+            with self._working():
+                out = self._backend.forward(batch, waited_s)
         except ShardUnavailable as error:
             self._end(group, Kind.UNAVAILABLE, str(error))
         except Exception as error:
@@ -330,6 +398,16 @@ class StreamServer:
             self._end(group, Kind.FAILED, f"{type(error).__name__}: {error}")
         else:
             self._hand_back(group, out)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Around what may take long: everything else is left to the deputy meanwhile."""
+        self._turn.release()
+        try:
+            with self._pulse.computing(on_cpu=self._backend.device.type == "cpu"):
+                yield
+        finally:
+            self._turn.acquire()
 
     def _hand_back(self, group: Sequence[_Request], out: Tensor) -> None:
         """Each caller's part of a product [T, H]: into his memory, or through pinned memory and his socket."""
@@ -344,7 +422,8 @@ class StreamServer:
             else:
                 staged.append(self._staging.copy(part))
         if out.is_cuda:
-            torch.cuda.current_stream(out.device).synchronize()  # who gets the frame may read
+            with self._working():
+                torch.cuda.current_stream(out.device).synchronize()  # who gets the frame may read
         for request, own in zip(group, staged, strict=True):
             if own is None:
                 self._answer(request, Kind.ANSWER, b"")

@@ -59,9 +59,9 @@ def proven(server):
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(20)
     sock.connect(f"\0{server.offer.unix_name}")
-    _, _, nonce = frames.GREETING.unpack(sock.recv(frames.GREETING.size, socket.MSG_WAITALL))
+    _, _, _, nonce = frames.GREETING.unpack(sock.recv(frames.GREETING.size, socket.MSG_WAITALL))
     proof = frames.mac(server.offer.secret, b"client", nonce)
-    sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, b"o" * 32, proof))
+    sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, b"o" * 32, proof))
     sock.recv(frames.WELCOME.size, socket.MSG_WAITALL)
     return sock
 

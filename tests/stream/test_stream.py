@@ -114,7 +114,7 @@ def test_a_server_that_does_not_know_the_secret_is_refused(backend):
 
     def impostor():
         sock, _ = listener.accept()
-        sock.sendall(frames.GREETING.pack(frames.MAGIC, frames.VERSION, b"n" * 32))
+        sock.sendall(frames.GREETING.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, b"n" * 32))
         sock.recv(frames.HELLO.size)
         sock.sendall(frames.WELCOME.pack(frames.MAGIC, frames.VERSION, b"m" * 32))
         sock.close()

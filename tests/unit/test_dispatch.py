@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.errors import SetupError, ShardUnavailable
-from cluster.experts.dispatch import ExpertDispatcher, FixedPlan, Leg
+from cluster.experts.dispatch import ExpertDispatcher, FixedPlan, Leg, Search
 from cluster.experts.placement import PlacementPlan, plan_evenly
 from cluster.metrics import DispatchMetrics, new_registry
 
@@ -22,16 +22,23 @@ class Flight:
             raise self.value
         return self.value
 
+    def works(self):
+        return False
+
     def abandon(self):
         pass
 
 
 class LateFlight(Flight):
-    """Has its answer at a time of the clock; waiting for it lets the time pass."""
+    """Has its answer at a time of the clock; waiting for it lets the time pass. works_until: its shard shows that it
+    works, until then."""
 
-    def __init__(self, value, ready_at, clock):
+    def __init__(self, value, ready_at, clock, works_until=0.0):
         super().__init__(value)
-        self.ready_at, self.clock, self.abandoned = ready_at, clock, False
+        self.ready_at, self.clock, self.works_until, self.abandoned = ready_at, clock, works_until, False
+
+    def works(self):
+        return self.clock.now < self.works_until
 
     def result(self, timeout_s):
         if self.clock.now + timeout_s < self.ready_at:
@@ -196,7 +203,9 @@ TWO_COPIES = PlacementPlan(
 
 
 class SlowTransport(FaultyTransport):
-    """`delays`: seconds that a shard takes."""
+    """`delays`: seconds that a shard takes.  works_until: it shows that it works, until that time of the clock."""
+
+    works_until = 0.0
 
     def __init__(self, clock, **delays):
         super().__init__()
@@ -204,7 +213,8 @@ class SlowTransport(FaultyTransport):
 
     def submit(self, shard_id, batch):
         flight = super().submit(shard_id, batch)
-        late = LateFlight(flight.value, self.clock.now + self.delays.get(shard_id, 0.001), self.clock)
+        ready_at = self.clock.now + self.delays.get(shard_id, 0.001)
+        late = LateFlight(flight.value, ready_at, self.clock, self.works_until)
         self.flights.append((shard_id, late))
         return late
 
@@ -312,7 +322,7 @@ def test_a_late_shard_that_answers_before_its_copies_wins():
     if 2 not in shards_of(transport):  # rows are split: the first leg may be the other copy's
         pytest.fail("no rows for shard 2")
     late = [leg for leg in flight.legs if leg.shard_id == 2]
-    value = made._receive(late[0], clock.now + 100)
+    value = made._receive(late[0], Search(clock.now + 100))
     assert torch.equal(value, late[0].batch.hidden_states * 3 * late[0].batch.topk_weights.sum(1, keepdim=True))
     assert all(flight.abandoned for shard_id, flight in transport.flights[len(flight.legs) :] if shard_id != 2)
 
@@ -353,7 +363,7 @@ def test_rows_at_a_shard_of_an_older_plan_are_sent_again():
     plans.plans = [replace(plan, epoch=2)]
     transport.delays[1] = 0.001
     assert torch.equal(made.combine(flight), EXPECTED)
-    assert clock.now < 2.0
+    assert clock.now < 3.0
 
 
 class Lost:
