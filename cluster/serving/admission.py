@@ -16,10 +16,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLimits:
-    """max_request_bytes: of one request on the wire.  max_streams_per_client: requests at a time; 0 for no bound."""
+    """max_request_bytes: of one request on the wire.  max_streams_per_client: requests at a time; 0 for no bound.
+    max_waiting_inputs: medium and large ones, each, that may wait to be tokenized.
+    """
 
     max_request_bytes: int = 1 << 20
     max_streams_per_client: int = 0
+    max_waiting_inputs: int = 64
 
 
 class Admission:

@@ -122,16 +122,17 @@ class GrpcInferenceService:
                 raise StreamFailed(details) from None
 
     async def Tokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.TokenizeResponse:
-        async def answer(message: pb.TokenizeRequest, _: str) -> pb.TokenizeResponse:
-            token_ids = await self._service.tokenize(messages.to_prompt(message))
+        async def answer(message: pb.TokenizeRequest, client: str) -> pb.TokenizeResponse:
+            token_ids = await self._service.tokenize(messages.to_prompt(message), client)
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=self._service.info.max_model_len)
 
         return await self._answer(request, grpc_context, pb.TokenizeRequest, pb.TokenizeResponse, answer)
 
     async def Detokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.DetokenizeResponse:
-        async def answer(message: pb.DetokenizeRequest, _: str) -> pb.DetokenizeResponse:
+        async def answer(message: pb.DetokenizeRequest, client: str) -> pb.DetokenizeResponse:
             skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
-            text = await self._service.detokenize(tuple(message.token_ids), skip_special_tokens=skip)
+            ids = tuple(message.token_ids)
+            text = await self._service.detokenize(ids, skip_special_tokens=skip, client=client)
             return pb.DetokenizeResponse(text=text)
 
         return await self._answer(request, grpc_context, pb.DetokenizeRequest, pb.DetokenizeResponse, answer)

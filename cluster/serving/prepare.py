@@ -3,20 +3,13 @@
 Knows no running requests and no network. `service` runs what comes out of it.
 """
 
-import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text_work import TextWork
 from cluster.types import SAMPLING_DEFAULTS, ChatMessage, EngineRequest, ModelInfo, SamplingParams
-
-_OFFLOAD_CHARS = 4096  # a longer input takes over a millisecond to tokenize: not on the event loop
-_OFFLOAD_MESSAGES = 64
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,41 +112,32 @@ class RequestCompleter:
 
 
 class RequestPreparer:
-    """Prepares requests for one model. Blocks for at most about a millisecond: larger inputs go to a thread."""
+    """Prepares requests for one model. Never blocks for long: `TextWork` does what takes time beside the event loop."""
 
-    def __init__(self, tokenizer: Tokenizer, info: ModelInfo, defaults: SamplingParams) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, work: TextWork, info: ModelInfo, defaults: SamplingParams) -> None:
+        self._work = work
         self._completer = RequestCompleter(info, defaults)
 
     async def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str, timeout_s: float | None
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str, timeout_s: float | None, client: str = ""
     ) -> EngineRequest:
-        """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit."""
+        """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit; Overloaded."""
         token_ids = prompt.token_ids
         if token_ids is None:
-            token_ids = await self.tokenize(prompt)
+            token_ids = await self.tokenize(prompt, client)
         return self._completer.complete(
             token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s
         )
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Returns the token ids of a text or a conversation. Raises InvalidRequest."""
-        text, messages = prompt.text, prompt.messages
-        if text is not None:
-            return await _run_off_loop(len(text) > _OFFLOAD_CHARS, lambda: self._tokenizer.encode(text))
-        if messages is not None:
-            num_chars = sum(len(message.content) for message in messages)
-            large = num_chars > _OFFLOAD_CHARS or len(messages) > _OFFLOAD_MESSAGES
-            return await _run_off_loop(large, lambda: self._tokenizer.encode_chat(messages))
+    async def tokenize(self, prompt: Prompt, client: str = "") -> list[int]:
+        """Returns the token ids of a text or a conversation. Raises InvalidRequest, Overloaded."""
+        if prompt.text is not None:
+            return await self._work.encode(prompt.text, client)
+        if prompt.messages is not None:
+            return await self._work.encode_chat(prompt.messages, client)
         raise InvalidRequest("token_ids are tokens already, text or chat is needed", "token_ids")
 
-    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary."""
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool, client: str = "") -> str:
+        """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary; Overloaded."""
         self._completer.check_in_vocabulary(token_ids, "token_ids")
-        large = len(token_ids) > _OFFLOAD_CHARS
-        return await _run_off_loop(large, lambda: self._tokenizer.decode(token_ids, skip_special_tokens))
-
-
-async def _run_off_loop(large: bool, work: Callable[[], T]) -> T:
-    """Runs `work` here, or in a thread when it is large."""
-    return await asyncio.to_thread(work) if large else work()
+        return await self._work.decode(token_ids, skip_special_tokens, client)

@@ -18,6 +18,7 @@ from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overl
 from cluster.serving.admission import Admission, ServiceLimits
 from cluster.serving.answer import Answer
 from cluster.serving.prepare import Prompt, RequestPreparer
+from cluster.serving.text_work import TextWork
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import (
     CompletionOutput,
@@ -124,7 +125,8 @@ class InferenceService:
         self.limits = limits or ServiceLimits()
         self.new_request_id = new_request_id
         self._tokenizer = tokenizer
-        self._preparer = RequestPreparer(tokenizer, info, defaults)
+        work = TextWork(tokenizer, self.limits.max_waiting_inputs)
+        self._preparer = RequestPreparer(work, info, defaults)
         self._backend = backend
         self._metrics = metrics
         self._clock = clock
@@ -189,25 +191,31 @@ class InferenceService:
                     yield delta
 
     async def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str = "", timeout_s: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        timeout_s: float | None = None,
+        client: str = "",
     ) -> EngineRequest:
-        """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit."""
+        """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit; Overloaded."""
         request_id = request_id or self.new_request_id()
-        return await self._preparer.prepare(prompt, params, request_id=request_id, timeout_s=timeout_s)
+        return await self._preparer.prepare(prompt, params, request_id=request_id, timeout_s=timeout_s, client=client)
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Returns the token ids of a text or a conversation. Raises InvalidRequest."""
-        return await self._preparer.tokenize(prompt)
+    async def tokenize(self, prompt: Prompt, client: str = "") -> list[int]:
+        """Returns the token ids of a text or a conversation. Raises InvalidRequest, Overloaded."""
+        return await self._preparer.tokenize(prompt, client)
 
-    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary."""
-        return await self._preparer.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, client: str = "") -> str:
+        """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary; Overloaded."""
+        return await self._preparer.detokenize(token_ids, skip_special_tokens=skip_special_tokens, client=client)
 
     async def _prepare_in_time(
         self, prompt: Prompt, params: SamplingParams, tracked: _Request, client: str
     ) -> EngineRequest:
         """Prepares within the time budget; the engine gets what is left of it."""
-        preparing = self.prepare(prompt, params, request_id=tracked.request_id)
+        preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
         request = await self._in_time(preparing, tracked)
         remaining_s = self._remaining_s(tracked)
         if remaining_s is not None and remaining_s <= 0:

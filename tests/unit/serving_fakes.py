@@ -165,6 +165,7 @@ def make_service(
     clock: TickingClock | None = None,
     room: float = math.inf,
     max_streams_per_client: int = 0,
+    max_waiting_inputs: int = 64,
     spend: Callable[[str, int], None] | None = None,
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
@@ -179,7 +180,11 @@ def make_service(
         defaults=defaults or SamplingParams(temperature=0.7, top_k=20),
         backend=backend,
         metrics=metrics or FakeMetrics(),
-        limits=ServiceLimits(max_request_bytes=max_request_bytes, max_streams_per_client=max_streams_per_client),
+        limits=ServiceLimits(
+            max_request_bytes=max_request_bytes,
+            max_streams_per_client=max_streams_per_client,
+            max_waiting_inputs=max_waiting_inputs,
+        ),
         room=lambda: room,
         spend=spend,
         clock=clock or TickingClock(),

@@ -91,23 +91,6 @@ def test_prompt_and_max_tokens_may_fill_the_context(service):
     assert prepare(service, Prompt(token_ids=[1] * 4), params).params.max_tokens == MAX_MODEL_LEN - 4
 
 
-def test_long_inputs_are_tokenized_off_the_event_loop(tokenizer, backend, monkeypatch):
-    moved = []
-
-    async def to_thread(work):
-        moved.append(work)
-        return work()
-
-    monkeypatch.setattr(asyncio, "to_thread", to_thread)
-    service = make_service(tokenizer, backend, max_model_len=20_000)
-    prepare(service, Prompt(text="short"))
-    assert not moved
-    prepare(service, Prompt(text="a" * 10_000))
-    prepare(service, Prompt(messages=[ChatMessage(role="user", content="a" * 10_000)]))
-    prepare(service, Prompt(messages=[ChatMessage(role="user", content="")] * 100))
-    assert len(moved) == 3
-
-
 # What is refused
 
 

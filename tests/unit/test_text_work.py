@@ -1,0 +1,171 @@
+"""Tokenizing of small, medium and large inputs: the same result, and none holds up the event loop or a smaller one."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tokenizers
+from serving_fakes import CHATML, EchoBackend, byte_ids, make_service, write_tokenizer
+
+from cluster.errors import InvalidRequest, Overloaded, Unavailable
+from cluster.serving.prepare import Prompt
+from cluster.serving.text_work import LARGE_CHARS, MEDIUM_CHARS, TextProcess, TextWork
+from cluster.serving.tokenizer import Tokenizer
+from cluster.types import ChatMessage, SamplingParams
+
+SLOW = "{% for i in range(5000) %}{% for j in range(1000) %}{{ '' }}{% endfor %}{% endfor %}"  # slow
+TEMPLATE = "{% if messages[0]['role'] == 'tool' %}" + SLOW + "{% endif %}" + CHATML
+REFUSING = "{% if messages|length > 700 %}{{ raise_exception('too many for this model') }}{% endif %}" + TEMPLATE
+SIZES = [10, MEDIUM_CHARS * 2, LARGE_CHARS * 2]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = TextWork(Tokenizer(write_tokenizer(tmp_path_factory.mktemp("model"), chat_template=REFUSING)), 8)
+    yield work
+    work._process._end()
+
+
+@pytest.fixture(scope="module")
+def reference(work):
+    """The library's own plain calls."""
+    return tokenizers.Tokenizer.from_file(str(work._tokenizer.model_dir / "tokenizer.json"))
+
+
+def some_text(num_chars):
+    pieces = ["hello ", "日本", "é", "🙂", "<|im_start|>", "x", "\n\n", "hell"]
+    text = "".join(random.Random(num_chars).choices(pieces, k=num_chars))
+    return text[:num_chars]
+
+
+@pytest.mark.parametrize("num_chars", SIZES)
+def test_the_ids_and_the_text_are_those_of_a_plain_call(work, reference, num_chars):
+    text = some_text(num_chars)
+    ids = asyncio.run(work.encode(text))
+    assert ids == reference.encode(text).ids
+    assert asyncio.run(work.decode(ids, False)) == reference.decode(ids, skip_special_tokens=False) == text
+    assert asyncio.run(work.decode(ids, True)) == reference.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("num_chars", SIZES)
+def test_a_conversation_is_rendered_alike_whatever_its_size(work, reference, num_chars):
+    text = some_text(num_chars)
+    rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    ids = asyncio.run(work.encode_chat([ChatMessage(role="user", content=text)]))
+    assert ids == reference.encode(rendered).ids
+
+
+def test_many_short_messages_count_as_large_and_a_templates_refusal_comes_back(work):
+    chat = [ChatMessage(role="user", content="")] * (LARGE_CHARS // 32)
+    with pytest.raises(InvalidRequest, match="too many for this model") as refused:
+        asyncio.run(work.encode_chat(chat))
+    assert refused.value.field == "chat"
+    assert work._process._process.poll() is None
+
+
+def test_a_lone_surrogate_is_refused_in_a_large_text_too(work):
+    with pytest.raises(InvalidRequest, match="lone surrogate at character 0"):
+        asyncio.run(work.encode("\ud800" + "a" * LARGE_CHARS))
+
+
+@pytest.mark.parametrize("size", [10, MEDIUM_CHARS * 2])
+def test_a_slow_template_of_a_large_chat_holds_up_nothing_smaller(work, size):
+    async def run():
+        asyncio.create_task(work.encode("a" * LARGE_CHARS))  # noqa: RUF006 it starts the process
+        slow = asyncio.create_task(work.encode_chat([ChatMessage(role="tool", content="a" * LARGE_CHARS)]))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            await work.encode("b" * size)
+        assert not slow.done()
+        await slow
+
+    asyncio.run(run())
+
+
+def test_tokenizing_a_long_text_lets_this_process_go_on(work):
+    """The event loop turns many times meanwhile, in the thread of the medium ones too: the lock is free."""
+
+    async def turns_during(step):
+        task, turns = asyncio.ensure_future(step), 0
+        while not task.done():
+            await asyncio.sleep(0)
+            turns += 1
+        return turns
+
+    text = some_text(300_000)
+    assert asyncio.run(turns_during(work.encode(text))) > 100
+    assert asyncio.run(turns_during(asyncio.to_thread(work._tokenizer.encode, text))) > 100
+
+
+def test_a_process_that_died_is_replaced_and_its_input_may_come_again(work):
+    async def run():
+        await work.encode("a" * LARGE_CHARS)
+        slow = asyncio.create_task(work.encode_chat([ChatMessage(role="tool", content="a" * LARGE_CHARS)]))
+        await asyncio.sleep(0.05)
+        os.kill(work._process._process.pid, signal.SIGKILL)
+        with pytest.raises(Unavailable, match="send it again"):
+            await slow
+        assert await work.encode("a" * LARGE_CHARS) == list(byte_ids("a")) * LARGE_CHARS
+
+    asyncio.run(run())
+
+
+def test_an_input_that_takes_for_ever_is_given_up_and_the_next_one_is_done(work):
+    process = TextProcess(work._tokenizer.model_dir)
+    assert process.do(("text", "a"))[0] == byte_ids("a")[0]
+    process._max_task_s = 0.1
+    with pytest.raises(InvalidRequest, match=r"longer than 0\.1 s"):
+        process.do(("chat", [("tool", "a")]))
+    process._max_task_s = 60.0
+    assert process.do(("text", "b"))[0] == byte_ids("b")[0]
+    process._end()
+
+
+def test_the_process_ends_with_its_parent_however_that_ends(work):
+    program = (
+        "import sys; from pathlib import Path; from cluster.serving.text_work import TextProcess;"
+        "process = TextProcess(Path(sys.argv[1])); process.do(('text', 'a'));"
+        "print(process._process.pid, flush=True); process.do(('chat', [('tool', 'a')] * 600))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(work._tokenizer.model_dir)], stdout=subprocess.PIPE, text=True
+    )
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 60
+    while is_running(pid):
+        assert time.monotonic() < deadline, "the process stays"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_requests_whose_inputs_find_no_room_to_wait_are_refused_before_anything_is_done(tmp_path):
+    backend = EchoBackend()
+    service = make_service(Tokenizer(write_tokenizer(tmp_path)), backend, max_waiting_inputs=0)
+
+    async def run():
+        first = asyncio.create_task(service.tokenize(Prompt(text="a" * MEDIUM_CHARS)))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="wait already"):
+            await service.generate(Prompt(text="a" * MEDIUM_CHARS), SamplingParams())
+        with pytest.raises(Overloaded, match="wait already"):
+            await service.detokenize([1] * MEDIUM_CHARS)
+        assert await service.tokenize(Prompt(text="ab")) == list(byte_ids("ab"))
+        await first
+
+    asyncio.run(run())
+    assert backend.requests == []
+    assert service.num_running == 0
