@@ -133,7 +133,13 @@ def listed(value: Any) -> Any:
 
 def is_series(value: object) -> bool:
     """Whether it has parts in an order; text, bytes, mappings and sets have none that a caller can mean."""
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | memoryview | Mapping | Set)
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping | Set) or not isinstance(value, Iterable):
+        return False
+    try:
+        iter(value)  # an array without dimensions has the method and refuses
+    except _REFUSALS:
+        return False
+    return True
 
 
 def _elements(value: Any, field: str, wanted: str, most: int) -> list[Any]:

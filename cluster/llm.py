@@ -5,6 +5,7 @@ with LLM(model_dir, num_expert_shards=3, transport="ray") as llm:
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from cluster import inputs
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import TRANSPORTS, ClusterConfig, EngineConfig, Transport
 from cluster.engine.engine import Engine
@@ -56,7 +58,7 @@ class LLM:
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model_dir: str | os.PathLike[str],
         *,
         dtype: str = "auto",
         device: str = "auto",
@@ -72,6 +74,7 @@ class LLM:
         cpus_per_expert_shard: float = 1.0,
         gpus_per_expert_shard: float | None = None,
     ) -> None:
+        model_dir, num_expert_shards, skip_tokenizer = _checked(model_dir, num_expert_shards, skip_tokenizer)
         if transport not in ("local", *TRANSPORTS):
             raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
         config = EngineConfig(
@@ -211,6 +214,19 @@ class LLM:
 
     def _next_id(self) -> str:
         return f"llm-{next(self._request_ids)}"
+
+
+def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: object) -> tuple[Path, int, bool]:
+    if not isinstance(model_dir, str | os.PathLike) or "\0" in os.fspath(model_dir):
+        raise SetupError(f"model_dir is {inputs.shown(model_dir)}, a checkpoint's directory is needed")
+    try:
+        return (
+            Path(model_dir),
+            inputs.whole_number(num_expert_shards, "num_expert_shards"),
+            inputs.truth_value(skip_tokenizer, "skip_tokenizer"),
+        )
+    except InvalidRequest as error:
+        raise SetupError(str(error)) from None
 
 
 @dataclass(slots=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Self
 
+from cluster import inputs
 from cluster.config.model import DTYPES
-from cluster.errors import SetupError
+from cluster.errors import InvalidRequest, SetupError
 from cluster.evolving import evolving
 
 Transport = Literal["local", "auto", "stream", "ray"]
@@ -47,6 +48,7 @@ class EngineConfig:
         _check_number(self, "max_waiting", 0)
         if self.max_model_len is not None:
             _check_number(self, "max_model_len", 1)
+        _check_switches(self)
 
 
 @evolving
@@ -165,6 +167,7 @@ class ClusterConfig:
             )
         if self.max_attention_replicas is not None:
             _check_number(self, "max_attention_replicas", self.attention_replicas)
+        _check_switches(self)
         self.engine()
 
     def engine(self) -> EngineConfig:
@@ -206,13 +209,26 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
 
 
 def _check_number(config: object, name: str, low: float, high: float = math.inf) -> None:
-    value = getattr(config, name)
+    """By the field's type, whole or not; leaves a plain int or float there."""
+    hint = type(config).__annotations__[name]
+    plain_number = inputs.number if float in (hint, *typing.get_args(hint)) else inputs.whole_number
+    try:
+        value = plain_number(getattr(config, name), name)
+    except InvalidRequest as error:
+        raise SetupError(str(error)) from None
     if not low <= value <= high:
         upper = "" if high == math.inf else f" and at most {high:g}"
-        raise SetupError(f"{name} is {value}, at least {low:g}{upper} is needed")
+        raise SetupError(f"{name} is {inputs.shown(value)}, at least {low:g}{upper} is needed")
+    object.__setattr__(config, name, value)
+
+
+def _check_switches(config: Any) -> None:
+    for f in fields(config):
+        if f.type is bool and not isinstance(getattr(config, f.name), bool):
+            raise SetupError(f"{f.name} is {inputs.shown(getattr(config, f.name))}, true or false is needed")
 
 
 def _check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
-        raise SetupError(f"{name} is {value!r}, one of {', '.join(choices)} is needed")
+        raise SetupError(f"{name} is {inputs.shown(value)}, one of {', '.join(choices)} is needed")

@@ -191,7 +191,8 @@ def test_parameters_may_be_a_mapping_or_any_list(llm, params):
 
 @pytest.mark.parametrize(
     ("params", "field"),
-    [("greedy", "params"), (5, "params"), ([5], "params"), ([], "params"), ({"best_of": 2}, "params"),
+    [("greedy", "params"), (5, "params"), (np.array(1), "params"),
+     ([5], "params"), ([], "params"), ({"best_of": 2}, "params"),
      ({5: 2}, "params"), ({"top_p": 2}, "top_p"), ([None, None], "params"), (set(), "params"),
      ({"stop_token_ids": ["a"]}, "stop_token_ids"), ({"stop_token_ids": [10**9]}, "stop_token_ids")],
 )  # fmt: skip
@@ -252,3 +253,28 @@ def test_logits_of_no_prompt_are_refused(llm, token_ids):
     with pytest.raises(InvalidRequest) as refusal:
         llm.logits(token_ids)
     assert refusal.value.field == "token_ids"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"model_dir": None}, {"model_dir": 5}, {"model_dir": b"model"}, {"model_dir": "a\0b"}, {"model_dir": ""},
+        {"num_expert_shards": "2"}, {"num_expert_shards": 1.5}, {"num_expert_shards": True}, {"num_expert_shards": -1},
+        {"kv_cache_bytes": "1GiB"}, {"kv_cache_bytes": 1e8}, {"block_size": -(10**5000)}, {"block_size": "x"},
+        {"max_num_seqs": None}, {"max_num_seqs": float("nan")}, {"max_model_len": 1.5}, {"max_model_len": True},
+        {"max_num_batched_tokens": [1]}, {"enable_prefix_caching": "no"}, {"skip_tokenizer": "no"},
+        {"dtype": torch.bfloat16}, {"dtype": ["float32"]}, {"device": torch.device("cpu")}, {"transport": ["local"]},
+        {"cpus_per_expert_shard": "1", "transport": "ray"}, {"gpus_per_expert_shard": "1", "transport": "ray"},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)  # fmt: skip
+def test_arguments_of_no_use_are_set_up_errors(demo_checkpoint, arguments):
+    with pytest.raises(SetupError) as refusal:
+        LLM(**{"model_dir": demo_checkpoint} | arguments)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_numpys_numbers_are_numbers_here_too(demo_checkpoint):
+    sizes = {"kv_cache_bytes": np.int64(4 << 20), "max_num_seqs": np.int32(2), "num_expert_shards": np.uint8(2)}
+    with LLM(demo_checkpoint, dtype="float32", **sizes) as made:
+        assert len(made.generate([IDS], GREEDY)[0].token_ids) == 8
