@@ -112,12 +112,13 @@ def render_status(status: Any, before: Any = None) -> RenderableType:
 
 
 def _replica_table(status: Any, before: Any) -> Table:
-    table = Table("attention replica", "pid", "running", "waiting", "KV cache", "tokens/s", "plan")
+    table = Table("attention replica", "slot", "pid", "running", "waiting", "KV cache", "tokens/s", "plan")
     earlier = {} if before is None else {r.name: r.stats for r in before.replicas}
     for replica in status.replicas:
         stats, last = replica.stats, earlier.get(replica.name)
+        slot = "" if replica.process.slot < 0 else str(replica.process.slot)
         if stats is None:
-            table.add_row(replica.name, str(replica.process.pid), "", "", "", "", str(replica.epoch))
+            table.add_row(replica.name, slot, str(replica.process.pid), "", "", "", "", str(replica.epoch))
             continue
         rate = ""
         if last is not None and stats.at > last.at:
@@ -125,6 +126,7 @@ def _replica_table(status: Any, before: Any) -> Table:
         use = f"{stats.used_blocks / max(1, stats.num_blocks):.0%}"
         table.add_row(
             replica.name,
+            slot,
             str(replica.process.pid),
             f"{stats.running} ({stats.held} held)" if stats.held else str(stats.running),
             str(stats.waiting),

@@ -26,7 +26,7 @@ from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
 from cluster.logs import make_formatter
 from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry, report_version
-from cluster.runtime.directory import ShardDirectory
+from cluster.runtime.directory import ShardDirectory, take_slot
 from cluster.runtime.protocol import ClusterRecord, ProcessInfo, process_info
 from cluster.runtime.transports import decode, make_transport, to_bytes
 from cluster.stream.frames import StreamOffer
@@ -264,9 +264,11 @@ class EngineActor:
         prepare_process(num_threads)
         end_at_sigterm()
         registry = report_version(new_registry(), "engine")
-        metrics = DispatchMetrics(registry, replica)
         me = ray.get_runtime_context().current_actor
-        self.directory = ShardDirectory(controller, replica, process_info(), me, metrics.plan_epoch)
+        process = take_slot(controller, replica, process_info(), me)
+        place = str(process.slot) if process.slot >= 0 else replica  # in the metrics
+        metrics = DispatchMetrics(registry, place)
+        self.directory = ShardDirectory(controller, replica, process, me, metrics.plan_epoch)
         experts = ExpertDispatcher(
             make_transport(config, self.directory, metrics),
             self.directory,
@@ -281,7 +283,7 @@ class EngineActor:
             config.model,
             config.engine(),
             experts,
-            EngineMetrics(registry, replica),
+            EngineMetrics(registry, place),
             ProgressReport(controller, replica, total),
             remote_experts=True,
         )

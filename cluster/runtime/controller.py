@@ -6,9 +6,11 @@ they are broken: load on the new shard, publish the plan, wait for its readers, 
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 5.0  # between two looks at the lease and at the cluster's nodes
 RECALL_TIMEOUT_S = 5.0
+REGISTRATION_S = 3.0  # in which the engines that live ask a controller that comes new, and say their slots
 
 
 class ExpertController:
@@ -63,6 +66,7 @@ class ExpertController:
         self._tasks: list[asyncio.Task[None]] = []
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._starting: asyncio.Task[None] | None = None
+        self._slots_known_at = 0.0
 
     async def wait_plan(
         self, holder: str, process: ProcessInfo, engine: Any | None, known_epoch: int
@@ -73,14 +77,7 @@ class ExpertController:
         """
         await self._start()
         state = self.state
-        self.last_asked = time.monotonic()
-        replica = state.replicas.get(holder)
-        if replica is None:
-            replica = ReplicaStatus(name=holder, process=process, engine=engine, asked_at=0.0)
-            state.replicas[holder] = replica
-            if engine is not None:
-                self._watchers[holder] = asyncio.create_task(self._watch_engine(replica))
-        replica.asked_at = self.last_asked
+        replica = self._register(holder, process, engine)
         async with state.news:
             replica.epoch = known_epoch
             state.news.notify_all()
@@ -95,6 +92,28 @@ class ExpertController:
             raise state.failure
         assert state.plan is not None
         return Membership(plan=state.plan, handles=state.handles())
+
+    async def slot(self, holder: str, process: ProcessInfo, engine: Any) -> int:
+        """The place of an engine that starts: the lowest that no living one has."""
+        await self._start()
+        await asyncio.sleep(self._slots_known_at - time.monotonic())
+        return self._register(holder, process, engine).process.slot
+
+    def _register(self, holder: str, process: ProcessInfo, engine: Any | None) -> ReplicaStatus:
+        """Takes note of an engine, or another holder, that asks."""
+        self.last_asked = time.monotonic()
+        replicas = self.state.replicas
+        replica = replicas.get(holder)
+        if replica is None:
+            if engine is not None:
+                taken = {r.process.slot for r in replicas.values()}
+                free = next(slot for slot in itertools.count() if slot not in taken)
+                process = replace(process, slot=free if process.slot in {-1, *taken} else process.slot)
+            replica = replicas[holder] = ReplicaStatus(name=holder, process=process, engine=engine, asked_at=0.0)
+            if engine is not None:
+                self._watchers[holder] = asyncio.create_task(self._watch_engine(replica))
+        replica.asked_at = self.last_asked
+        return replica
 
     async def _watch_engine(self, replica: ReplicaStatus) -> None:
         """Forgets an attention replica when its engine dies. Serve replaces it; this is for who asks for the status."""
@@ -213,6 +232,7 @@ class ExpertController:
             if found is not None:
                 self._follow(found.config)
                 state.target, state.plan = found.target, found.plan
+                self._slots_known_at = time.monotonic() + REGISTRATION_S
                 log.info("%s: goes on from plan epoch %d, %d shards", state.group, found.plan.epoch, found.target)
             else:
                 state.plan = self.changes.first_plan()

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -17,6 +18,18 @@ from cluster.experts.placement import PlacementPlan
 from cluster.runtime.protocol import LONG_POLL_S, Membership, ProcessInfo
 
 log = logging.getLogger(__name__)
+
+
+def take_slot(controller: Any, holder: str, process: ProcessInfo, engine: Any) -> ProcessInfo:
+    """The process with the slot that the controller gives this engine; none from one of an older version, which gives
+    none. Waits while the controller is away."""
+    while hasattr(controller, "slot"):
+        try:
+            return replace(process, slot=ray.get(controller.slot.remote(holder, process, engine)))
+        except ray.exceptions.RayActorError as error:
+            log.warning("the expert controller is away, %s waits for its slot: %s", holder, error)
+            time.sleep(1.0)
+    return process
 
 
 class ShardDirectory:

@@ -37,12 +37,17 @@ class Membership:
 @evolving
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessInfo:
-    """Where a process runs: its node's Ray id, and the ids of the GPUs that Ray gave it; and this package's version."""
+    """Where a process runs: its node's Ray id, and the ids of the GPUs that Ray gave it; and this package's version.
+
+    slot: an engine's place among those that live; its metrics are named by it, and its successor's go on there. -1 for
+        none.
+    """
 
     pid: int
     node_id: str
     gpu_ids: tuple[int, ...]
     version: str = ""
+    slot: int = -1
 
 
 def process_info() -> ProcessInfo:

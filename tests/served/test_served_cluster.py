@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from served_tools import scrape, wait_until
+from served_tools import samples, scrape, wait_until
 
 from cluster import LLM, SamplingParams
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -185,3 +185,6 @@ def test_streams_of_a_killed_attention_replica_go_on_without_a_gap(served, stub,
         assert len(token_ids) > 80
     assert scrape(served)["moecluster_request_replays_total"] > before
     wait_until(lambda: len(engine_pids(served)) == 2, "a new engine", timeout_s=60)
+    places = {sample.labels["replica"] for sample in samples(served) if "replica" in sample.labels}
+    assert places <= {"0", "1", "2"}  # two and, where Serve is quicker than the controller, the dead one's
+    assert {str(replica.process.slot) for replica in served.status().replicas} <= places
