@@ -46,14 +46,16 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
     """A connected Ray in a directory of its own, on loopback, with logical CPUs and GPUs for every test."""
     import ray
 
+    from cluster.private import private_files
     from cluster.runtime.haproxy import local_environment, set_environment
-    from cluster.runtime.local_ray import loopback
+    from cluster.runtime.local_ray import RAY_FOLDER, loopback
 
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
     outside = pytest.MonkeyPatch()
     outside.setenv("PYTHONPATH", str(installed))
     # Ray's processes look for packages in the folder that it was started from, before PYTHONPATH.
-    with set_environment(local_environment(Path(temp_dir))), loopback(), contextlib.chdir(temp_dir):
+    environment = set_environment(local_environment(Path(temp_dir)))
+    with environment, loopback(), private_files(), contextlib.chdir(temp_dir):
         ray.init(
             address="local",
             num_cpus=64,
@@ -64,9 +66,10 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
             object_store_memory=256 << 20,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=temp_dir,
+            _temp_dir=f"{temp_dir}/{RAY_FOLDER}",
             _node_ip_address="127.0.0.1",
-            _system_config={"prestart_worker_first_driver": False},  # else 64 workers start that nobody uses
+            # else 64 workers start that nobody uses, and a port shows Ray's metrics
+            _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
         )
     outside.undo()
     yield ray

@@ -45,6 +45,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _ray_env(args: argparse.Namespace) -> int:
     from cluster.runtime.haproxy import ray_environment
 
+    print("umask 077")  # Ray's files and sockets are then for this user alone
     for name, value in ray_environment().items():
         print(f"export {name}={shlex.quote(value)}")
     return 0

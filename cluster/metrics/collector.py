@@ -28,6 +28,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from cluster.errors import SetupError
 from cluster.metrics.process import is_running
+from cluster.private import private_folder
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class NodeCollector:
     def __init__(self, multiproc_dir: Path, host: str, port: int) -> None:
         self._address = (host, port)
         self._server: ThreadingWSGIServer | None = None
-        multiproc_dir.mkdir(parents=True, exist_ok=True)
+        private_folder(multiproc_dir)
         self._lock_file = (multiproc_dir / "collector.lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process dies

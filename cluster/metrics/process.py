@@ -12,6 +12,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, values
 from prometheus_client.values import MultiProcessValue
 
+from cluster.private import private_folder
+
 _DIR_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _STATE, _START_TICKS = 0, 19  # fields of /proc/<pid>/stat, counted from the one after the command's name
 
@@ -25,11 +27,12 @@ def new_registry() -> CollectorRegistry:
     """Returns an empty registry, in multiprocess mode where `PROMETHEUS_MULTIPROC_DIR` is set.
 
     Call it once a process, before the first metric is made, and hand the registry down: the same metric in
-    two registries of one process would overwrite its own counts. Creates the directory.
+    two registries of one process would overwrite its own counts. Creates the directory. Raises SetupError for
+    another user's.
     """
     directory = os.environ.get(_DIR_VARIABLE)
     if directory:
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        private_folder(Path(directory))
         # prometheus_client offers no argument for this. Twice would put two writers on one file.
         if not isinstance(getattr(values.ValueClass, "owner", None), ProcessOwner):
             owner = ProcessOwner()

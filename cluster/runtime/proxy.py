@@ -10,6 +10,10 @@ import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import grpc
+from grpc.aio._server import Server
+
+from cluster.runtime.haproxy_config import NOT_FOR_CLIENTS
 from cluster.serving import grpc_server
 from cluster.serving.grpc_server import RETRY_KEY
 
@@ -22,6 +26,7 @@ def add_inference_service(servicer: Any, server: Any) -> None:
     if factory is None:
         grpc_server.add_inference_service(servicer, server)
         return
+    refuse_listing(server)
 
     def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
         handler: Callable[..., Any] = factory(service_method=service_method, streaming_type=streaming_type)
@@ -32,6 +37,17 @@ def add_inference_service(servicer: Any, server: Any) -> None:
         grpc_server.add_inference_service(servicer, server)
     finally:
         server.service_handler_factory = factory
+
+
+def refuse_listing(server: Server) -> None:
+    """Serve's list of applications, which its servers have for everybody, is not for clients."""
+    handler = grpc.unary_unary_rpc_method_handler(_refuse)
+    # Not by `server`'s own method, which would make a call to a replica of it.
+    Server.add_registered_method_handlers(server, "ray.serve.RayServeAPIService", {"ListApplications": handler})
+
+
+async def _refuse(request: bytes, context: Any) -> None:
+    await context.abort(grpc.StatusCode.PERMISSION_DENIED, NOT_FOR_CLIENTS)
 
 
 class ContextShield:

@@ -13,6 +13,7 @@ import os
 import secrets
 import selectors
 import socket
+import struct
 import sys
 import threading
 import time
@@ -281,6 +282,10 @@ class StreamServer:
         except OSError as error:  # the stranger has gone again, or this process has too many files open
             log.warning("a connection could not be taken: %s", error)
             return
+        if sock.family == socket.AF_UNIX and _user_of(sock) != os.getuid():
+            log.warning("a connection of another user of this machine (uid %d) is closed", _user_of(sock))
+            sock.close()
+            return
         sock.setblocking(False)
         prepare_socket(sock)
         nonce = secrets.token_bytes(frames.NONCE_BYTES)
@@ -529,6 +534,12 @@ def prepare_socket(sock: socket.socket, user_timeout_ms: int = 10_000) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
+
+
+def _user_of(sock: socket.socket) -> int:
+    """Who connected, as the kernel says: a name without a file has no mode."""
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
 
 
 def remaining(parts: Sequence[bytes | memoryview], sent: int) -> list[memoryview]:

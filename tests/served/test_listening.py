@@ -3,8 +3,10 @@
 import os
 import socket
 from contextlib import suppress
+from http.client import HTTPException
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import grpc
 import pytest
@@ -103,3 +105,18 @@ def ask(channel, method):
     with suppress(grpc.RpcError):
         messages += call
     return messages, call.code()
+
+
+def test_rays_own_http_says_nothing_to_a_stranger(listening):
+    """Nor do Serve's. HAProxy's metrics and our own are for whoever scrapes them."""
+    heard = {}
+    for command, _, port in listening:
+        if command.startswith("ray::NodeMetrics") or command.endswith("haproxy"):
+            continue
+        for path in ("/metrics", "/api/jobs/", "/api/serve/applications/", "/api/v0/actors", "/logs"):
+            with suppress(OSError, HTTPException):
+                request = Request(f"http://127.0.0.1:{port}{path}")
+                with urlopen(request, timeout=5) as answer:
+                    heard[port, path] = answer.read().decode(errors="replace")
+    assert len(listening) > 20
+    assert heard == {}

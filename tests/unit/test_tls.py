@@ -7,7 +7,6 @@ import socket
 import ssl
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from haproxy_tools import haproxy
+from haproxy_tools import haproxy, ingress
 from tls_files import Authority
 
 from cluster.errors import SetupError, Unavailable
@@ -66,12 +65,9 @@ class Backend(health_pb2_grpc.HealthServicer):
 
 @pytest.fixture
 def backend():
-    server, servicer = grpc.server(ThreadPoolExecutor(2)), Backend()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    servicer.port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield servicer
-    server.stop(None)
+    servicer = Backend()
+    with ingress(servicer) as servicer.port:
+        yield servicer
 
 
 def is_serving(port, **how):

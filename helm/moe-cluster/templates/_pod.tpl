@@ -135,6 +135,8 @@ spec:
   value: "1"
 - name: RAY_SERVE_GRPC_MAX_MESSAGE_SIZE
   value: "67108864"
+- name: RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS
+  value: "10000"
 {{- with $values.haproxy.program }}
 - name: RAY_SERVE_HAPROXY_BINARY_PATH
   value: {{ . | quote }}
