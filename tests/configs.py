@@ -58,8 +58,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **NEW_STYLE, use_sliding_window=True, sliding_window=7,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
-    "YaRN, as released": config(
-        rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+    "YaRN": config(
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     ),
     "linear scaling": config(
         **{**NEW_STYLE, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}

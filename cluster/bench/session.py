@@ -92,10 +92,10 @@ def _fit(draft: Workload, num_shards: int, config: ModelConfig) -> Workload:
     """Fills in the vocabulary. Raises SetupError for what this checkpoint does not allow."""
     check_shards(num_shards, config)
     num_tokens = draft.prompt_tokens + draft.output_tokens
-    if num_tokens > config.max_position_embeddings:
+    if num_tokens > config.context_length:
         raise SetupError(
             f"--prompt-tokens and --output-tokens make {num_tokens} tokens, the checkpoint's context is "
-            f"{config.max_position_embeddings}"
+            f"{config.context_length}"
         )
     return replace(draft, vocab_size=config.vocab_size)
 

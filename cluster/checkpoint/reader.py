@@ -3,36 +3,63 @@
 Knows nothing of modules or devices: `model/` and `experts/` allocate what they want to have filled.
 """
 
-import json
+import logging
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.checkpoint.names import checkpoint_shapes
+from cluster.checkpoint.files import in_one_line, read_json_object, some
+from cluster.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
+    Shapes,
+    Source,
+    checkpoint_shapes,
+    find_source,
+    is_harmless,
+    stored_shapes,
+)
+from cluster.checkpoint.weights import (
+    INDEX_FILE,
+    ITEM_BYTES,
+    SINGLE_FILE,
+    StoredTensor,
+    locate_tensors,
+    open_weights,
+    read_header,
+)
 from cluster.config import ModelConfig
+from cluster.config.keys import Keys
+from cluster.config.model import given_dtype
 from cluster.errors import CheckpointError
 
+__all__ = ["CONFIG_FILE", "INDEX_FILE", "RANDOM_WEIGHTS", "SINGLE_FILE", "CheckpointReader", "read_json_object"]
+
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.json"
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 # In config.json, a seed: there are no weight files, random weights are drawn where they are wanted (for benches).
 RANDOM_WEIGHTS = "moe_cluster_random_weights"
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class CheckpointReader:
     """A `qwen2_moe` directory as published: config.json and safetensors files.
 
-    names: of all tensors, from the index, or from the one file's header.
+    config: as the file has it, but for what the tensors decide: embeddings are tied only where one of the two is
+    stored (as in transformers), and where it names no dtype, theirs counts.
+    names: of all stored tensors, from the index, or from the files' headers.
 
-    Opening reads JSON and at most one header, no tensor. Several threads may load at once.
+    Opening reads JSON, and headers where there is no index; no tensor. Several threads may load at once.
     Raises CheckpointError for a directory that cannot be served.
     """
 
@@ -44,33 +71,50 @@ class CheckpointReader:
             )
         raw = read_json_object(self.model_dir / CONFIG_FILE)
         try:
-            self.config = ModelConfig.from_dict(raw)
+            config = ModelConfig.from_dict(raw)
+            self._seed = (
+                Keys(raw, CONFIG_FILE).count(RANDOM_WEIGHTS, at_least=0)
+                if raw.get(RANDOM_WEIGHTS) is not None
+                else None
+            )
         except CheckpointError as error:
             raise CheckpointError(f"{self.model_dir}: {error}") from error
-        self._seed: int | None = raw.get(RANDOM_WEIGHTS)
-        self._files = _locate_tensors(self.model_dir) if self._seed is None else {}
-        self.names: frozenset[str] = frozenset(self._files or checkpoint_shapes(self.config))
+        self._files = locate_tensors(self.model_dir) if self._seed is None else {}
+        self.names: frozenset[str] = frozenset(self._files or checkpoint_shapes(config))
+        if self._files and config.tie_word_embeddings and {EMBEDDING, HEAD} <= self.names:
+            log.info("%s: %s is stored beside tied embeddings: it is the head", self.model_dir, HEAD)
+            config = replace(config, tie_word_embeddings=False)
+        if self._files and given_dtype(raw) is None:
+            config = replace(config, dtype=_common_dtype(self._headers()))
+        self.config = config
 
     def check_names(self) -> None:
         """Compares the tensors' names with those that the config implies; reads no file.
 
-        `lm_head.weight` beside tied embeddings and the `inv_freq` buffers of old exports are let pass.
         Raises CheckpointError that names the first missing and the first superfluous ones.
         """
-        expected = checkpoint_shapes(self.config).keys()
-        missing = [name for name in expected if name not in self.names]
-        extra = sorted(name for name in self.names - expected if not self._is_ignored(name))
-        if missing or extra:
-            faults = [f"{_some(missing, 'is', 'are')} missing"] if missing else []
-            faults += [f"{_some(extra, 'is', 'are')} not expected"] if extra else []
-            raise CheckpointError(
-                f"{self.model_dir}: tensors do not match {CONFIG_FILE}: {'; '.join(faults)}: "
-                "download the checkpoint again, or put the config beside it that belongs to it"
-            )
+        self._check_names(self._expected())
+
+    def check_tensors(self) -> None:
+        """As `check_names`, and every file's header: each tensor in one file, in its shape, in a dtype that is read.
+
+        Reads no tensor. Raises CheckpointError.
+        """
+        expected = self._expected()
+        self._check_names(expected)
+        if self._seed is not None:
+            return
+        headers = self._headers()
+        for name, shape in expected.items():
+            _check_tensor(name, headers[name], shape)
+        ignored = sorted(self.names - expected.keys())
+        if ignored:
+            log.warning("%s: %s not read: the config says the same", self.model_dir, some(ignored, "is", "are"))
 
     def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
         """Copies each named tensor into its destination, cast to the destination's dtype; returns bytes read.
 
+        An expert's name finds its part of a fused tensor, of which nothing else is read.
         Mutates the destinations, which may be views and may lie on CUDA; after an error some are filled.
         progress: called after each tensor with its bytes on disk.
         Files are mapped, each once and only those that hold a wanted tensor, and read in the order of their
@@ -79,88 +123,83 @@ class CheckpointReader:
         falls when the file is closed.
         Raises CheckpointError, naming the tensor, for one that is absent, misshapen or of an unserved dtype.
         """
-        absent = [name for name in targets if name not in self.names]
-        if absent:
-            raise CheckpointError(
-                f"{self.model_dir}: {_some(absent, 'is', 'are')} not in the checkpoint: download it again"
-            )
         if self._seed is not None:
             return _draw(self._seed, targets, progress)
-        names_of_file: dict[Path, set[str]] = {}
-        for name in targets:
-            names_of_file.setdefault(self._files[name], set()).add(name)
+        sources = {name: find_source(name, self.names, tied=self.config.tie_word_embeddings) for name in targets}
+        absent = [name for name, source in sources.items() if source is None]
+        if absent:
+            raise CheckpointError(
+                f"{self.model_dir}: {some(absent, 'is', 'are')} not in the checkpoint: download it again"
+            )
+        wanted: dict[Path, dict[str, list[tuple[Source, Tensor]]]] = {}
+        for name, source in sources.items():
+            assert source is not None
+            of_file = wanted.setdefault(self._files[source.name], {})
+            of_file.setdefault(source.name, []).append((source, targets[name]))
         num_bytes = 0
-        for path, names in sorted(names_of_file.items()):
-            with _open_weights(path) as file:
-                ordered = [name for name in file.offset_keys() if name in names]
-                if len(ordered) < len(names):
-                    absent = sorted(names.difference(ordered))
-                    raise CheckpointError(
-                        f"{path}: {_some(absent, 'is', 'are')} not in this file, but {INDEX_FILE} says so: "
-                        "download both again"
-                    )
+        for path, parts in sorted(wanted.items()):
+            with open_weights(path) as file:
+                ordered = [name for name in file.offset_keys() if name in parts]
+                if len(ordered) < len(parts):
+                    raise _not_in_file(path, sorted(parts.keys() - set(ordered)))
                 for name in ordered:
-                    tensor_bytes = _copy_tensor(path, file, name, targets[name])
-                    num_bytes += tensor_bytes
-                    if progress is not None:
-                        progress(tensor_bytes)
+                    for source, target in sorted(parts[name], key=lambda part: (part[0].expert_id, part[0].half)):
+                        part_bytes = _copy(path, file, source, target)
+                        num_bytes += part_bytes
+                        if progress is not None:
+                            progress(part_bytes)
         return num_bytes
 
-    def _is_ignored(self, name: str) -> bool:
-        tied_head = name == "lm_head.weight" and self.config.tie_word_embeddings
-        return tied_head or name.endswith(".rotary_emb.inv_freq")
+    def _expected(self) -> Shapes:
+        return checkpoint_shapes(self.config) if self._seed is not None else stored_shapes(self.config, self.names)
 
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object. Raises CheckpointError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: the checkpoint's directory must hold it") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object is needed")
-    return value
-
-
-def _locate_tensors(model_dir: Path) -> dict[str, Path]:
-    """Which file holds which tensor. A single file goes before an index, as in transformers."""
-    single = model_dir / SINGLE_FILE
-    if single.exists():
-        with _open_weights(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    index = model_dir / INDEX_FILE
-    if not index.exists():
-        raise CheckpointError(
-            f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}: only safetensors weights are read"
-        )
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is missing or empty: download it again")
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
+    def _check_names(self, expected: Shapes) -> None:
+        missing = [name for name in expected if name not in self.names]
+        extra = sorted(name for name in self.names - expected.keys() if not is_harmless(name))
+        if missing or extra:
+            faults = [f"{some(missing, 'is', 'are')} missing"] if missing else []
+            faults += [f"{some(extra, 'is', 'are')} not expected"] if extra else []
             raise CheckpointError(
-                f"{index}: weight_map gives {file_name!r} for {name}, a name without a directory is needed"
+                f"{self.model_dir}: tensors do not match {CONFIG_FILE}: {'; '.join(faults)}: {self._advice(extra)}"
             )
-    absent = sorted(name for name in set(weight_map.values()) if not (model_dir / name).is_file())
-    if absent:
-        raise CheckpointError(
-            f"{index} names {_some(absent, 'which is', 'which are')} not there: download the missing files"
-        )
-    return {name: model_dir / file_name for name, file_name in weight_map.items()}
+
+    def _advice(self, extra: list[str]) -> str:
+        if not self.config.qkv_bias and any(name.endswith("_proj.bias") for name in extra):
+            return "qkv_bias is false there: make it true, for biases that are stored were trained"
+        return "download the checkpoint again, or put the config beside it that belongs to it"
+
+    def _headers(self) -> dict[str, StoredTensor]:
+        """Of all stored tensors. Raises CheckpointError where files and index do not agree."""
+        in_files = {path: read_header(path) for path in sorted(set(self._files.values()))}
+        for path, in_file in in_files.items():
+            absent = sorted(name for name, file in self._files.items() if file == path and name not in in_file)
+            if absent:
+                raise _not_in_file(path, absent)
+        for path, in_file in in_files.items():
+            unknown = sorted(in_file.keys() - self._files.keys())
+            if unknown:
+                raise CheckpointError(
+                    f"{path}: {some(unknown, 'is', 'are')} in this file and not in {INDEX_FILE}: download both again"
+                )
+            twice = sorted(name for name in in_file if self._files[name] != path)
+            if twice:
+                raise CheckpointError(
+                    f"{self.model_dir}: {some(twice[:1], 'is', 'are')} in {self._files[twice[0]].name}, as "
+                    f"{INDEX_FILE} says, and in {path.name} as well: download both again"
+                )
+        return {name: in_files[path][name] for name, path in self._files.items()}
 
 
-def _open_weights(path: Path) -> Any:
-    """Maps one file, a `safe_open` (whose methods have no annotations). A truncated file fails here."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: download it again") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file ({error}): download it again") from error
+def _not_in_file(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {some(names, 'is', 'are')} not in this file, but {INDEX_FILE} says so: download both again"
+    )
+
+
+def _common_dtype(headers: Mapping[str, StoredTensor]) -> str:
+    """The smallest dtype that holds every tensor, as vLLM finds it; float32 where none is of a served one."""
+    found = [_DTYPES[dtype] for dtype in sorted({tensor.dtype for tensor in headers.values()}) if dtype in _DTYPES]
+    return str(reduce(torch.promote_types, found, found[0])).removeprefix("torch.") if found else "float32"
 
 
 def _draw(seed: int, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None) -> int:
@@ -174,28 +213,36 @@ def _draw(seed: int, targets: Mapping[str, Tensor], progress: Callable[[int], No
     return sum(target.nbytes for target in targets.values())
 
 
-def _copy_tensor(path: Path, file: Any, name: str, destination: Tensor) -> int:
-    """Returns the tensor's bytes on disk. Mutates `destination`."""
-    header = file.get_slice(name)
-    dtype: str = header.get_dtype()
-    if dtype not in _ITEM_BYTES:
+def _check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Raises CheckpointError for a dtype that is not read, and for another shape."""
+    if found.dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{path}: {name} has dtype {dtype}, {', '.join(_ITEM_BYTES)} are served: use the bfloat16 checkpoint"
+            f"{found.path}: {name} has dtype {found.dtype}, {', '.join(ITEM_BYTES)} are served: "
+            "use the bfloat16 checkpoint"
         )
-    found: tuple[int, ...] = tuple(header.get_shape())
-    expected = tuple(destination.shape)
-    if found != expected:
+    if found.shape != shape:
         raise CheckpointError(
-            f"{path}: {name} has shape {list(found)}, {CONFIG_FILE} implies {list(expected)}: "
+            f"{found.path}: {name} has shape {list(found.shape)}, {CONFIG_FILE} implies {list(shape)}: "
             "weights and config belong to different models"
         )
-    with torch.no_grad():
-        destination.copy_(file.get_tensor(name))
-    return math.prod(found) * _ITEM_BYTES[dtype]
 
 
-def _some(names: Collection[str], singular: str, plural: str, limit: int = 3) -> str:
-    """ "a, b, c and 5 more are", for messages."""
-    shown = ", ".join(list(names)[:limit])
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{shown}{more} {singular if len(names) == 1 else plural}"
+def _copy(path: Path, file: Any, source: Source, destination: Tensor) -> int:
+    """Returns the bytes on disk of what is copied. Mutates `destination`."""
+    header = file.get_slice(source.name)
+    found = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
+    index: tuple[int | slice, ...] = () if source.expert_id is None else (source.expert_id,)
+    expected = tuple(destination.shape)
+    if source.expert_id is not None:
+        rows, num_experts = expected[0], found.shape[0] if found.shape else 0
+        if source.half is not None:
+            index = (source.expert_id, slice(source.half * rows, (source.half + 1) * rows))
+            expected = (2 * rows, *expected[1:])
+        expected = (max(num_experts, source.expert_id + 1), *expected)
+    _check_tensor(source.name, found, expected)
+    try:
+        with torch.no_grad():
+            destination.copy_(header[index] if index else file.get_tensor(source.name))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {source.name} cannot be read: {in_one_line(error)}") from error
+    return math.prod(destination.shape) * ITEM_BYTES[found.dtype]

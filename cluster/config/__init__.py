@@ -5,7 +5,8 @@ SetupError, for the model's CheckpointError, with the field, the value and the l
 """
 
 from cluster.config.cluster import TRANSPORTS, ClusterConfig, EngineConfig, Transport
-from cluster.config.model import DTYPE_BYTES, DTYPES, ModelConfig, RopeConfig
+from cluster.config.model import DTYPE_BYTES, DTYPES, ModelConfig
+from cluster.config.rope import RopeConfig
 
 __all__ = [
     "DTYPES",

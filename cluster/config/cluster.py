@@ -25,7 +25,7 @@ class EngineConfig:
     dtype: "auto" is the checkpoint's.  device: "auto" is CUDA where this process has one, else the CPU.
     kv_cache_bytes: memory for keys and values; with block_size tokens a block it fixes the number of blocks.
     max_num_batched_tokens: tokens in one step, decode rows and prefill chunks together.
-    max_model_len: prompt and output together; None is the checkpoint's max_position_embeddings.
+    max_model_len: prompt and output together; None is the checkpoint's context.
     max_waiting: requests that may queue before a further one is refused.
     enable_prefix_caching: prompts that begin alike share the keys and values of their beginning.
     """

@@ -7,11 +7,11 @@ import torch
 
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.config import EngineConfig, ModelConfig
+from cluster.config import DTYPES, EngineConfig, ModelConfig
 from cluster.engine.engine import Engine
 from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
-from cluster.errors import SetupError
+from cluster.errors import CheckpointError, SetupError
 from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
 from cluster.experts.placement import plan_evenly
 from cluster.experts.shard import ExpertShard
@@ -23,7 +23,12 @@ from cluster.types import ModelInfo
 
 
 def resolve_dtype(dtype: str, config: ModelConfig) -> str:
-    """The name of the dtype to compute in: "auto" is the checkpoint's."""
+    """The name of the dtype to compute in: "auto" is the checkpoint's. Raises CheckpointError where there is none."""
+    if dtype == "auto" and config.dtype not in DTYPES:
+        raise CheckpointError(
+            f"config.json: dtype is {config.dtype}, which nothing here computes in: give dtype float32 "
+            "(--dtype float32) or bfloat16, and the tensors are converted while they are read"
+        )
     return config.dtype if dtype == "auto" else dtype
 
 
@@ -43,7 +48,7 @@ def resolve_device(device: str) -> torch.device:
 
 def max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
     """The longest prompt and output together. Raises SetupError for more than the checkpoint allows."""
-    limit = config.max_position_embeddings
+    limit = config.context_length
     if engine.max_model_len is not None and engine.max_model_len > limit:
         raise SetupError(f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens")
     return engine.max_model_len or limit

@@ -38,10 +38,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
     """[D / 2] float32, and the factor on cos and sin.
 
     Source: Su et al., RoFormer; linear: Chen et al., Position Interpolation; YaRN: Peng et al., eq. 15 to 22, with
-    DeepSeek's mscale where a config has it, as transformers 5.23 computes them.
+    DeepSeek's mscale where a config has it, as transformers 5.24 computes them: in the same order, bit for bit.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / (rope.theta**exponents)
+    wavelengths = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    inv_freq = 1.0 / wavelengths
     if rope.rope_type == "default":
         return inv_freq, 1.0
     if rope.rope_type == "linear":
@@ -56,8 +56,11 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return inv_freq / rope.factor * ramp + inv_freq * (1 - ramp), _yarn_attention_factor(rope)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (rope.factor * wavelengths) * (1 - kept) + inv_freq * kept, _yarn_attention_factor(rope)
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:

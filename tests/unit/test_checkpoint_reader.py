@@ -213,11 +213,8 @@ def test_check_names_tells_missing_and_superfluous_tensors(model_dir: Path) -> N
     assert "\n" not in message
 
 
-def test_check_names_lets_a_tied_head_and_old_buffers_pass(model_dir: Path) -> None:
+def test_check_names_lets_a_tied_head_pass(model_dir: Path) -> None:
     mapping = weight_map(model_dir)
-    mapping["model.layers.0.self_attn.rotary_emb.inv_freq"] = mapping[EMBED]
-    write_index(model_dir, mapping)
-    CheckpointReader(model_dir).check_names()
     (model_dir / "config.json").write_text(json.dumps({**RAW, "tie_word_embeddings": True}))
     CheckpointReader(model_dir).check_names()
     del mapping[HEAD]
@@ -238,13 +235,12 @@ def _map_embed_to(value: Any) -> Callable[[Path], None]:
         (shutil.rmtree, "is not a directory"),
         (lambda d: (d / "config.json").unlink(), "config.json is missing"),
         (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
-        (lambda d: (d / "config.json").write_bytes(b"\xff\xfe{}"), "config.json is not valid JSON"),
+        (lambda d: (d / "config.json").write_bytes(b"\xff\xfe{}"), "config.json is not UTF-8"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json holds a JSON list"),
         (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
-        (lambda d: (d / INDEX).unlink(), f"has neither model.safetensors nor {INDEX}"),
         (lambda d: (d / INDEX).write_text("null"), f"{INDEX} holds a JSON NoneType"),
         (lambda d: (d / INDEX).write_text("{}"), "weight_map is missing or empty"),
-        (_map_embed_to(3), f"weight_map gives 3 for {EMBED}"),
+        (_map_embed_to(3), f"weight_map gives 3 for '{EMBED}'"),
         (_map_embed_to("../secret.safetensors"), "weight_map gives '../secret.safetensors'"),
         (_map_embed_to(".."), "names .. which is not there"),
         (_map_embed_to("gone.safetensors"), "names gone.safetensors which is not there"),
@@ -268,11 +264,10 @@ def test_a_broken_directory_is_refused_in_one_line(
         lambda data: data[:-1],
         lambda data: data[:100],
         lambda data: b"",
-        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         lambda data: (2**40).to_bytes(8, "little") + data[8:],
         lambda data: data[:8] + b"\xff" * 64 + data[72:],
     ],
-    ids=["a byte short", "cut in the header", "empty", "a git-lfs pointer", "long header", "garbage header"],
+    ids=["a byte short", "cut in the header", "empty", "long header", "garbage header"],
 )
 def test_a_damaged_weights_file_is_refused_by_name(model_dir: Path, damage: Callable[[bytes], bytes]) -> None:
     path = model_dir / weight_map(model_dir)[EMBED]
@@ -289,10 +284,10 @@ def test_a_misshapen_tensor_is_refused_with_both_shapes(model_dir: Path) -> None
     assert f"{EMBED} has shape [50, 16], config.json implies [16, 50]" in str(caught.value)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float64, "F64")])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
 def test_a_tensor_of_another_dtype_is_refused(model_dir: Path, dtype: torch.dtype, name: str) -> None:
     save_file({EMBED: torch.zeros(50, 16, dtype=dtype)}, model_dir / weight_map(model_dir)[EMBED])
-    with pytest.raises(CheckpointError, match=f"{EMBED} has dtype {name}, F32, BF16, F16 are served"):
+    with pytest.raises(CheckpointError, match=f"{EMBED} has dtype {name}, F64, F32, BF16, F16 are served"):
         CheckpointReader(model_dir).load({EMBED: torch.empty(50, 16)})
 
 

@@ -1,0 +1,68 @@
+"""Typed access to a checkpoint's JSON objects. Every refusal names the file, the key, its value and what is needed."""
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import CheckpointError
+
+MAX_COUNT = 2**31 - 1  # two of them multiplied, times a dtype's bytes, still count as 64-bit numbers in torch
+
+
+def shown(value: Any) -> str:
+    """A value for a message: in one line, cut where it is long, whatever it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 2, 60
+    return short.repr(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """A JSON object and where it stands; a null counts as missing. Raises CheckpointError for the key."""
+
+    raw: Mapping[str, Any]
+    where: str
+
+    def count(self, key: str, default: int | None = None, *, at_least: int = 1, at_most: int = MAX_COUNT) -> int:
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            raise self._wrong(key, f"a whole number from {at_least}")
+        if value > at_most:
+            raise self._wrong(key, f"{at_most:,} at most")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        # Compared as it is: a whole number of hundreds of digits is no float.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            raise self._wrong(key, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers from 0, or one of them; missing is none."""
+        value = self._get(key, [])
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
+            raise self._wrong(key, "a list of whole numbers from 0")
+        return tuple(values)
+
+    def has(self, key: str) -> bool:
+        return self.raw.get(key) is not None
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.raw.get(key)
+        if value is not None:
+            return value
+        if default is None:
+            raise CheckpointError(f"{self.where}: {key} is missing")
+        return default
+
+    def _wrong(self, key: str, needed: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {key} is {shown(self.raw[key])}, {needed} is needed")
