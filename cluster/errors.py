@@ -10,6 +10,8 @@
     ├── Forbidden                    PERMISSION_DENIED   403   this way in is not for this caller
     ├── PoisonedRequest              INTERNAL            500   every replica that it met died
     ├── ProtocolError                INTERNAL            500   a stream's other side does not speak its protocol
+    ├── RequestFailed                INTERNAL            500   an exception at this request's rows: the others go on
+    │   └── NonFiniteOutput                                    the model gave NaN or infinity for it
     ├── RequestCancelled             CANCELLED           499
     └── Unavailable                  UNAVAILABLE         503
         ├── ReplicaUnavailable                                 an attention replica or its engine died
@@ -22,15 +24,20 @@ client gets their code and the request's id, the log gets the message.
 Arguments go to `super().__init__` by position: exceptions travel between actors by pickle.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 
 class ClusterError(Exception):
-    """Base of all errors raised on purpose; `str(error)` is one line: what, where, what to do."""
+    """Base of all errors raised on purpose; `str(error)` is one line: what, where, what to do.
+
+    outputs: of one that `LLM.generate` raises, the answers of the other prompts.
+    """
 
     grpc_code: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     public: ClassVar[bool] = False
+    outputs: Sequence[Any] = ()
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else type(self).__name__
@@ -74,6 +81,16 @@ class Forbidden(ClusterError):
 
 class PoisonedRequest(ClusterError):
     """A request whose attention replicas died one after the other; sending it again would kill more."""
+
+    public = True
+
+
+class RequestFailed(ClusterError):
+    """An exception that belongs to one request; it ends, and the engine and the other requests go on."""
+
+
+class NonFiniteOutput(RequestFailed):
+    """The model's numbers for a request are NaN or infinite: there is no next token."""
 
     public = True
 

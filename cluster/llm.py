@@ -19,10 +19,11 @@ from cluster import inputs
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import TRANSPORTS, ClusterConfig, EngineConfig, Transport
 from cluster.engine.engine import Engine
+from cluster.engine.isolation import failure_of
 from cluster.engine.local import load_engine, local_experts, model_info
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence as EngineSequence
-from cluster.errors import InvalidRequest, SetupError
+from cluster.errors import ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.launch import RayExperts
@@ -129,26 +130,41 @@ class LLM:
         `{"prompt": …}` and `{"prompt_token_ids": …}`. A lone prompt, `[1, 2, 3]` too, is a list of one.
 
         params: for all, or one for each; a mapping has the fields of SamplingParams.
-        Raises InvalidRequest before anything is computed, ShardUnavailable when experts stay lost.
+        Raises InvalidRequest before anything is computed, ShardUnavailable when experts stay lost, RequestFailed for a
+        prompt that meets an exception. The others are answered before: the error's `outputs` has their answers in the
+        prompts' order, None for one that failed.
         """
         asked = to_prompts(prompts)
         every = to_params(params, len(asked))
         requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, every, strict=True)]
         open_answers = {request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests}
         answers = list(open_answers.values())
+        failures: list[ClusterError] = []
         try:
             for request in requests:
                 self.engine.submit(request)
             while open_answers:
                 for update in self.engine.step():
                     answer = open_answers.get(update.request_id)
-                    if answer is not None and answer.add(update):
+                    if answer is None:
+                        continue
+                    try:
+                        ended = answer.add(update)
+                    except Exception as error:  # noqa: BLE001 it is this answer's alone
+                        failures.append(
+                            error if isinstance(error, ClusterError) else failure_of(update.request_id, error)
+                        )
+                        ended = True
+                    if ended:
                         del open_answers[update.request_id]
                         if update.finish_reason is None:  # a stop string, of which the engine knows nothing
                             self.engine.cancel(update.request_id)
         finally:
             for request_id in open_answers:
                 self.engine.cancel(request_id)
+        if failures:
+            failures[0].outputs = [answer.finished for answer in answers]
+            raise failures[0]
         return [answer.output() for answer in answers]
 
     @torch.inference_mode()

@@ -61,6 +61,7 @@ class BlockManager:
                 self._num_holders[block_id] += 1
                 sequence.block_table.append(block_id)
                 sequence.block_digests.append(digest)
+        sequence.num_reused_blocks = len(sequence.block_table)
         sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
         return sequence.num_computed_tokens
 
@@ -76,6 +77,12 @@ class BlockManager:
                 self._block_of[digest] = block_id
                 self._digest_of[block_id] = digest
 
+    def disown(self, sequence: Sequence) -> None:
+        """Makes the blocks that a sequence has computed itself unfindable; those that it found stay."""
+        for block_id in sequence.block_table[sequence.num_reused_blocks :]:
+            if (digest := self._digest_of.pop(block_id, None)) is not None:
+                del self._block_of[digest]
+
     def free(self, sequence: Sequence) -> None:
         """Takes all blocks of a sequence back, its last first: beginnings are shared more often than ends."""
         for block_id in reversed(sequence.block_table):
@@ -88,6 +95,7 @@ class BlockManager:
                 self._free.append(block_id)
         sequence.block_table.clear()
         sequence.block_digests.clear()
+        sequence.num_reused_blocks = 0
 
     def _next_digest(self, sequence: Sequence) -> bytes:
         """Of the first block that has none yet: over its tokens and the digest of the one before."""

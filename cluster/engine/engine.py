@@ -11,13 +11,15 @@ from dataclasses import replace
 
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.isolation import failure_of, prove, run_isolated
 from cluster.engine.retry_hint import RetryHint
 from cluster.engine.runner import ModelRunner, StepResult
-from cluster.engine.scheduler import Batch, Scheduler
+from cluster.engine.scheduler import Batch, ScheduledSequence, Scheduler
 from cluster.engine.sequence import Sequence
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.metrics import EngineMetrics
-from cluster.types import EngineRequest, EngineStats, FinishReason, Logprobs, SequenceUpdate
+from cluster.model.sampler import NoFiniteNumbers, Sampled
+from cluster.types import EngineRequest, EngineStats, FinishReason, SequenceUpdate
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +115,8 @@ class Engine:
             arrived_at=now,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
         )
-        self.sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
+        self.sequences[request.request_id] = sequence
         if request.output_token_ids and (reason := _end_of(sequence)):
             self._end(sequence, reason)  # the earlier attempt got to the end, only its word for it was lost
 
@@ -131,10 +133,13 @@ class Engine:
             del self._cancelled_early[next(iter(self._cancelled_early))]
 
     def step(self) -> list[SequenceUpdate]:
-        """Makes one step and returns what it brought, ends of cancelled and expired sequences included. Blocks."""
+        """Makes one step and returns what it brought, ends of cancelled and expired sequences included. Blocks.
+
+        A sequence that meets an exception of its own ends with it. Raises what ends them all.
+        """
         self._expire()
         self._release()
-        batch = self.scheduler.schedule()
+        batch = self._schedule()
         for _ in range(batch.num_preempted):
             self.metrics.preempted()
         self.metrics.reused(batch.num_reused_tokens)
@@ -169,20 +174,24 @@ class Engine:
             raise full
         self._end(loser, "error", full)
 
+    def _schedule(self) -> Batch:
+        while True:
+            try:
+                return self.scheduler.schedule()
+            except Exception as error:
+                if self.scheduler.planned is None:
+                    raise
+                self._fail(self.scheduler.planned, error)
+                self.scheduler.planned = None
+
     def _run(self, batch: Batch) -> list[SequenceUpdate]:
         started = self.clock()
         for s in batch.scheduled:
             if not s.sequence.started:
                 s.sequence.started = True
                 self.metrics.queue_wait(started - s.sequence.arrived_at)
-        try:
-            result = self.runner.run(batch)
-        except ClusterError as error:
-            log.warning("%d sequences end: %s", len(batch.scheduled), error)
-            for s in batch.scheduled:
-                self._end(s.sequence, "error", error)
-            return []
-        computed = [s for i, s in enumerate(batch.scheduled) if i not in result.lost]
+        result = run_isolated(self.runner, batch)
+        computed = [s for i, s in enumerate(batch.scheduled) if i not in result.lost and i not in result.failed]
         num_decode_tokens = sum(s.num_tokens for s in computed if s.samples and s.sequence.num_output_tokens)
         num_prefill_tokens = sum(s.num_tokens for s in computed) - num_decode_tokens
         self.metrics.step(self.clock() - started, num_prefill_tokens, num_decode_tokens, len(batch.scheduled))
@@ -191,12 +200,21 @@ class Engine:
         for i, s in enumerate(batch.scheduled):
             if i in result.lost:
                 continue
-            s.sequence.lost_since = None
-            s.sequence.num_computed_tokens += s.num_tokens
-            self.blocks.remember(s.sequence)
-            if (token := result.tokens[i]) is not None:
-                updates.append(self._append(s.sequence, *token))
+            try:
+                if i in result.failed:
+                    raise result.failed[i]
+                updates += self._advance(s, result.tokens[i])
+            except Exception as error:  # noqa: BLE001 it is this sequence's alone
+                self._fail(s.sequence, error)
+        if len(result.failed) == len(batch.scheduled):
+            prove(self.runner, self.blocks)
         return updates
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """Ends a sequence that met an exception of its own."""
+        if isinstance(error, NoFiniteNumbers):
+            self.blocks.disown(sequence)  # what went wrong may have begun before it showed
+        self._end(sequence, "error", failure_of(sequence.request.called, error))
 
     def _hold(self, result: StepResult, batch: Batch) -> None:
         """Sequences that need a lost expert keep their blocks and let the others go on; for too long lost ones end."""
@@ -221,18 +239,26 @@ class Engine:
             for sequence in held:
                 sequence.held = False
 
-    def _append(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None) -> SequenceUpdate:
+    def _advance(self, scheduled: ScheduledSequence, sampled: Sampled | None) -> list[SequenceUpdate]:
+        """Takes in what a step brought one sequence."""
+        sequence = scheduled.sequence
+        sequence.lost_since = None
+        sequence.num_computed_tokens += scheduled.num_tokens
+        self.blocks.remember(sequence)
+        if sampled is None:
+            return []
+        token_id, logprobs = sampled
         sequence.token_ids.append(token_id)
         self.num_generated_tokens += 1
-        reason = _end_of(sequence)
-        if reason:
-            self._forget(sequence, reason)
-        return SequenceUpdate(
+        update = SequenceUpdate(
             request_id=sequence.request_id,
             token_ids=(token_id,),
             logprobs=() if logprobs is None else (logprobs,),
-            finish_reason=reason,
+            finish_reason=_end_of(sequence),
         )
+        if update.finish_reason:
+            self._forget(sequence, update.finish_reason)
+        return [update]
 
     def _expire(self) -> None:
         now = self.clock()

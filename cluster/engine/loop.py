@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from cluster.engine.engine import Engine
+from cluster.engine.isolation import failure_of
 from cluster.errors import ClusterError
 from cluster.types import EngineRequest, EngineStats, SequenceUpdate
 
@@ -98,8 +99,9 @@ class EngineLoop:
             return
         try:
             self._engine.submit(command)
-        except ClusterError as error:
-            refusal = SequenceUpdate(request_id=command.request_id, finish_reason="error", error=error)
+        except Exception as error:  # noqa: BLE001 what one request brings along must not end the others
+            failure = error if isinstance(error, ClusterError) else failure_of(command.called, error)
+            refusal = SequenceUpdate(request_id=command.request_id, finish_reason="error", error=failure)
             with self._news:
                 self._updates.append(refusal)
                 self._news.notify_all()

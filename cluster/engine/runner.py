@@ -22,8 +22,7 @@ from cluster.kernels.attention import PagedBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.moe import Experts
 from cluster.model.qwen2_moe import MicroBatch, Qwen2Moe
-from cluster.model.sampler import SamplingRow, sample
-from cluster.types import Logprobs
+from cluster.model.sampler import NoFiniteNumbers, Sampled, SamplingRow, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,14 @@ class StepResult:
     tokens: the new token, None where a prompt is not through yet or the sequence is lost.
     lost: for the number of a sequence that needs an expert without a living copy, the error. Nothing of what the step
     computed for it counts.  epoch: of the plan that had no copy.
+    failed: for the number of a sequence that met an exception of its own, that one; NoFiniteNumbers where the model's
+    numbers for it are NaN or infinite, in any of its rows: its keys and values are then not to be used again.
     """
 
-    tokens: Seq[tuple[int, Logprobs | None] | None]
+    tokens: Seq[Sampled | None]
     lost: Mapping[int, ShardUnavailable] = field(default_factory=dict)
     epoch: int = 0
+    failed: Mapping[int, Exception] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -71,17 +73,38 @@ class ModelRunner:
         return self.experts.plans.wait_beyond(epoch, timeout_s)
 
     def run(self, batch: Batch) -> StepResult:
-        """Computes a step. Blocks. Raises ClusterError; the step may then be run again."""
+        """Computes a step. Blocks. Raises ClusterError, and whatever a bug raises; the step may then be run again."""
         hidden_states, step = self.forward(batch.scheduled)  # [T, H]
-        tokens: list[tuple[int, Logprobs | None] | None] = [None] * len(batch.scheduled)
-        sampling = [i for i, s in enumerate(batch.scheduled) if s.samples and i not in step.lost]
-        if sampling:
-            ends = np.cumsum([s.num_tokens for s in batch.scheduled]) - 1
-            logits = self.model.logits(hidden_states[torch.from_numpy(ends[sampling]).to(self.device)])  # [B, V]
-            sampled = sample(logits, [_sampling_row(batch.scheduled[i].sequence) for i in sampling])
-            for i, token in zip(sampling, sampled, strict=True):
-                tokens[i] = token
-        return StepResult(tokens, step.lost, step.epoch)
+        tokens: list[Sampled | None] = [None] * len(batch.scheduled)
+        rows: dict[int, SamplingRow] = {}
+        failed: dict[int, Exception] = {}
+        for i, s in enumerate(batch.scheduled):
+            if s.samples and i not in step.lost:
+                try:
+                    rows[i] = _sampling_row(s.sequence)
+                except Exception as error:  # noqa: BLE001 it is this sequence's alone
+                    failed[i] = error
+        num_tokens = [s.num_tokens for s in batch.scheduled]
+        if rows:
+            ends = np.cumsum(num_tokens)[list(rows)] - 1
+            logits = self.model.logits(hidden_states[torch.from_numpy(ends).to(self.device)])  # [B, V]
+            for i, chosen in zip(rows, sample(logits, list(rows.values())), strict=True):
+                if isinstance(chosen, Exception):
+                    failed[i] = chosen
+                else:
+                    tokens[i] = chosen
+        if len(step.lost) < len(num_tokens):
+            for i in non_finite(hidden_states, num_tokens):
+                if i not in step.lost:
+                    failed[i], tokens[i] = NoFiniteNumbers("a row's hidden state is NaN or infinite"), None
+        if failed:
+            self.check_device()
+        return StepResult(tokens, step.lost, step.epoch, failed)
+
+    def check_device(self) -> None:
+        """Raises when the device answers every call with the fault of an earlier one: only a new process can go on."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def forward(self, scheduled: Seq[ScheduledSequence], *, waits: bool = False) -> tuple[Tensor, StepExperts]:
         """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated, and which sequences are lost:
@@ -138,6 +161,18 @@ class ModelRunner:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def non_finite(hidden_states: Tensor, num_tokens: Seq[int]) -> list[int]:
+    """The numbers of the sequences with NaN or infinity in one of their rows. hidden_states: [T, H], so many rows each.
+
+    A key or value that is NaN makes its own row NaN in every layer after it, so all rows are looked at.
+    """
+    sums = hidden_states.sum(dim=-1, dtype=torch.float32)  # [T]; finite halves add up to a finite float
+    if len(num_tokens) < len(sums):
+        owners = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(sums.device)
+        sums = sums.new_zeros(len(num_tokens)).index_add_(0, owners, sums)
+    return [i for i, finite in enumerate(sums.isfinite().tolist()) if not finite]
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:

@@ -48,6 +48,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
+        self.planned: Sequence | None = None  # whose turn it is while `schedule` works: an exception is that one's
         self._last_suspect: Sequence | None = None
         self._last_was_alone = False
 
@@ -111,6 +112,7 @@ class Scheduler:
             if sequence.held or not _takes_part(sequence, suspect):
                 position += 1
                 continue
+            self.planned = sequence
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_tokens):
                 victim = self.running[-1]
@@ -126,6 +128,7 @@ class Scheduler:
             sequence = self.waiting.peek()
             if not _takes_part(sequence, suspect):
                 break
+            self.planned = sequence
             num_reused = self.blocks.reuse(sequence)
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if not self.blocks.allocate(sequence, num_reused + num_tokens):
@@ -137,6 +140,7 @@ class Scheduler:
             self.running.append(sequence)
             scheduled.append(ScheduledSequence(sequence, num_tokens))
             budget -= num_tokens
+        self.planned = None
         return Batch(tuple(scheduled), num_preempted, num_reused_tokens)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -12,6 +12,7 @@ class Sequence:
 
     token_ids: prompt and output.  num_computed_tokens: tokens whose keys and values are in the cache.
     block_table: ids of its cache blocks in order.  block_digests: of its first blocks, those full and computed.
+    num_reused_blocks: of its first blocks, those that another sequence has computed.
     deadline, arrived_at, lost_since: on the engine's clock, in seconds.
     lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
     held: it has blocks and takes part in no step, until there is news of that expert.
@@ -27,6 +28,7 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
+    num_reused_blocks: int = 0
     penalties: PenaltyState = field(default_factory=PenaltyState)
     started: bool = False
     lost_since: float | None = None

@@ -12,9 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.errors import InvalidRequest
 from cluster.types import Logprobs, SamplingParams
 
+Sampled = tuple[int, Logprobs | None]
+
 _LARGEST = torch.finfo(torch.float32).max
+
+
+class NoFiniteNumbers(ArithmeticError):
+    """A row's largest number is NaN or infinite: the model has no answer for it."""
 
 
 @dataclass(slots=True)
@@ -60,23 +67,40 @@ class SamplingRow:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[int, Logprobs | None]]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | Exception]:
     """Chooses one token a row. logits: [B, V] in the model's dtype.
 
-    Returns the tokens and, where asked for, log-probabilities under the model's own distribution.
+    Returns the tokens and, where asked for, log-probabilities under the model's own distribution; for a row that fails
+    its exception, NoFiniteNumbers where the largest logit is none.
     """
-    chosen: list[tuple[int, Logprobs | None]] = [(token_id, None) for token_id in _argmax(logits).tolist()]
-    for i, row in enumerate(rows):
-        if not row.is_plain:
-            chosen[i] = _choose(logits[i].to(torch.float32, copy=True), row)
+    best = _argmax(logits)  # [B]; a NaN counts as the largest
+    finite = logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
+    chosen: list[Sampled | Exception] = []
+    for i, (token_id, is_finite) in enumerate(torch.stack([best, finite]).t().tolist()):  # one copy from the device
+        if not is_finite:
+            chosen.append(NoFiniteNumbers("the largest logit is NaN or infinite"))
+        elif rows[i].is_plain:
+            chosen.append((token_id, None))
+        else:
+            try:
+                chosen.append(_choose(logits[i].to(torch.float32, copy=True), rows[i]))
+            except Exception as error:  # noqa: BLE001 it is this row's alone: the others have their tokens
+                chosen.append(error)
     return chosen
 
 
-def _choose(logits: Tensor, row: SamplingRow) -> tuple[int, Logprobs | None]:
-    """One row whose largest logit is not all that is asked for. logits: [V] float32, overwritten."""
+def _choose(logits: Tensor, row: SamplingRow) -> Sampled:
+    """One row whose largest logit is not all that is asked for. logits: [V] float32, overwritten.
+
+    Raises InvalidRequest where the parameters leave no token.
+    """
     num_top = row.params.logprobs
     logprobs = None if num_top is None else logits.log_softmax(dim=-1)
     if row.banned_token_ids:
+        if len(row.banned_token_ids) >= logits.numel():
+            raise InvalidRequest(
+                "min_tokens leaves no token to choose: every token of the vocabulary ends the answer", "min_tokens"
+            )
         logits[list(row.banned_token_ids)] = -torch.inf
     penalize(logits, row)
     token_id = int(logits.argmax()) if row.params.greedy else _draw(logits, row)
@@ -146,6 +170,6 @@ def _draw(logits: Tensor, row: SamplingRow) -> int:
 
 
 def _logprobs(logprobs: Tensor, token_id: int, num_top: int) -> Logprobs:
-    values, ids = logprobs.topk(num_top)
+    values, ids = logprobs.topk(min(num_top, logprobs.numel()))  # a small vocabulary has no more
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return Logprobs(token_id, float(logprobs[token_id]), top)

@@ -1,0 +1,78 @@
+"""Runs a step so that an exception ends the sequences that it belongs to, and no others. Knows no tensors."""
+
+import logging
+from typing import Protocol
+
+from cluster.engine.block_manager import BlockManager
+from cluster.engine.runner import StepResult
+from cluster.engine.scheduler import Batch, ScheduledSequence
+from cluster.engine.sequence import Sequence
+from cluster.errors import ClusterError, NonFiniteOutput, RequestFailed
+from cluster.model.sampler import NoFiniteNumbers
+from cluster.types import EngineRequest, SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+class StepRunner(Protocol):
+    """What computes a step; a `ModelRunner` is one."""
+
+    def run(self, batch: Batch) -> StepResult: ...
+
+    def check_device(self) -> None: ...
+
+
+def run_isolated(runner: StepRunner, batch: Batch) -> StepResult:
+    """Blocks. A step that raises is run again in halves, down to the sequences that raise alone: those have failed.
+
+    A ClusterError belongs to all that it was raised for. Raises what the device ends with: then all are lost.
+    """
+    try:
+        return runner.run(batch)
+    except Exception as error:  # noqa: BLE001 whose it is shows when the others run without it
+        runner.check_device()
+        size = len(batch.scheduled)
+        if size == 1 or isinstance(error, ClusterError):
+            return StepResult([None] * size, failed=dict.fromkeys(range(size), error))
+        log.warning("a step of %d sequences is run again in halves: %s: %s", size, type(error).__name__, error)
+    middle = size // 2
+    first, second = (run_isolated(runner, Batch(part)) for part in (batch.scheduled[:middle], batch.scheduled[middle:]))
+    return StepResult(
+        [*first.tokens, *second.tokens],
+        {**first.lost, **{middle + i: lost for i, lost in second.lost.items()}},
+        first.epoch or second.epoch,
+        {**first.failed, **{middle + i: failed for i, failed in second.failed.items()}},
+    )
+
+
+def prove(runner: StepRunner, blocks: BlockManager) -> None:
+    """After a step in which every sequence failed: computes a token that nobody asked for. Raises if that fails too,
+    for then it is the engine that is broken, and its requests are better off at another one."""
+    params = SamplingParams(temperature=0, max_tokens=1)
+    request = EngineRequest(request_id="proof", prompt_token_ids=(0,), params=params)
+    sequence = Sequence(request=request, params=params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None)
+    if not blocks.allocate(sequence, 1):
+        return
+    try:
+        failed = run_isolated(runner, Batch((ScheduledSequence(sequence, 1),))).failed.get(0)
+    finally:
+        blocks.free(sequence)
+    if failed is not None and not isinstance(failed, ClusterError | NoFiniteNumbers):
+        raise failed
+
+
+def failure_of(name: str, error: Exception) -> ClusterError:
+    """The error that the request of that name ends with; a bug's traceback goes to the log."""
+    if isinstance(error, ClusterError):
+        log.warning("request %s ends: %s", name, error)
+        return error
+    if isinstance(error, NoFiniteNumbers):
+        log.error("request %s ends: %s", name, error)
+        return NonFiniteOutput(
+            f"request {name}: the model gave no finite numbers for its next token: look for NaN or infinity in "
+            "the checkpoint's weights, or serve with dtype bfloat16 or float32 if it is float16 that overflows"
+        )
+    log.error("request %s ends: %s", name, error, exc_info=error)
+    return RequestFailed(
+        f"request {name} met an exception of its own, the others go on: {type(error).__name__}: {error}"
+    )
