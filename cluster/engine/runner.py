@@ -138,6 +138,8 @@ class ModelRunner:
             token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
             positions.append(where)
             slots.append(table[where // self.block_size] * self.block_size + where % self.block_size)
+        if self.cache.reads_whole_blocks:
+            self.cache.clear(self._tails(scheduled))
         return MicroBatch(
             token_ids=self._tensor(np.concatenate(token_ids)),
             positions=self._tensor(np.concatenate(positions)),
@@ -145,10 +147,20 @@ class ModelRunner:
             experts=experts,
         )
 
+    def _tails(self, scheduled: Seq[ScheduledSequence]) -> np.ndarray:
+        """The slots behind the tokens of sequences that begin a block, to that block's end."""
+        tails = [np.empty(0, dtype=np.int64)]
+        for s in scheduled:
+            first, stop = s.sequence.num_computed_tokens, s.sequence.num_computed_tokens + s.num_tokens
+            if s.num_tokens > 1 or first % self.block_size == 0:
+                last = s.sequence.block_table[(stop - 1) // self.block_size]
+                tails.append(np.arange((stop - 1) % self.block_size + 1, self.block_size) + last * self.block_size)
+        return np.concatenate(tails)
+
     def _paged_batch(self, scheduled: Seq[ScheduledSequence], slots: np.ndarray) -> PagedBatch:
         context_lens = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]
         widths = [-(-length // self.block_size) for length in context_lens]
-        block_tables = np.zeros((len(scheduled), max(widths)), dtype=np.int64)
+        block_tables = np.full((len(scheduled), max(widths)), self.cache.padding_block, dtype=np.int64)
         for row, (s, width) in enumerate(zip(scheduled, widths, strict=True)):
             block_tables[row, :width] = s.sequence.block_table[:width]
         return PagedBatch(
@@ -157,6 +169,7 @@ class ModelRunner:
             block_tables=self._tensor(block_tables),
             slot_mapping=self._tensor(slots),
             context_lens_tensor=self._tensor(np.asarray(context_lens)),
+            padding_block=self.cache.padding_block,
         )
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -1,5 +1,8 @@
 """Attention of new tokens over a paged cache. Knows neither layers nor who owns the blocks.
 
+A query gets nothing of a key or value that it does not see, whatever stands there: a weight of zero times NaN is NaN,
+so a mask alone does not keep another sequence's numbers out. Padding is read from a block of zeros.
+
 T: new tokens of all sequences, B: sequences, S: tokens a block, Q: query heads, KV: key/value heads, D: head size,
 C: tokens of context, t: new tokens of one sequence.
 """
@@ -28,7 +31,8 @@ class PagedBatch:
     """Where a step's tokens stand. The sequences' new tokens lie one after another in the T rows.
 
     query_lens: new tokens of each sequence.  context_lens: its tokens in the cache once the new ones are written.
-    block_tables: [B, most blocks of any sequence] int64, padded with any valid block.
+    block_tables: [B, most blocks of any sequence] int64, padded with padding_block.
+    padding_block: a block of zeros that no sequence owns.
     slot_mapping: [T] int64, block * S + offset of each new token.
     context_lens_tensor: [B] int64, on the device.
     """
@@ -38,6 +42,7 @@ class PagedBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     context_lens_tensor: Tensor
+    padding_block: int
     _groups: "list[_Group]" = field(default_factory=list, init=False, repr=False, compare=False)
     _lengths: "list[_Lengths]" = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -75,7 +80,8 @@ class _Group:
     """B sequences, padded to the longest: t queries over C tokens of context each.
 
     query_rows: [B * t] into the T rows, padding repeats a sequence's last.  real: [B * t] bool, None if all are.
-    positions: [B, t] of the queries.  cache_rows: [B * KV * C] into the cache seen as [blocks * S * KV, D].
+    positions: [B, t] of the queries.  cache_rows: [B * KV * C] into the cache seen as [blocks * S * KV, D], past a
+    sequence's end into the padding block.
     causal: nothing is padded and no query has older context, so that a plain causal mask is the right one.
     """
 
@@ -131,25 +137,22 @@ def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mappin
 def attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, *, scale: float, window: int | None
 ) -> Tensor:
-    """Causal attention written out, one sequence at a time: the definition that the fast path must match.
+    """Causal attention written out, one query at a time: the definition that the fast path must match.
 
     q: [T, Q, D].  window: a token sees itself and window - 1 tokens before it; None for all.
     Returns [T, Q, D] in q's dtype.
     """
     out = torch.empty_like(q)
-    start = 0
+    groups = q.shape[1] // k_cache.shape[2]
+    row = 0
     for i, (query_len, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        k, v = (cache[batch.block_tables[i]].flatten(0, 1)[:context_len] for cache in (k_cache, v_cache))
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # [C, Q, D]
-        rows = q[start : start + query_len]
-        scores = torch.einsum("tqd,cqd->qtc", rows.float(), k.float()) * scale  # [Q, t, C]
-        queries = torch.arange(context_len - query_len, context_len, device=q.device).unsqueeze(1)
-        keys = torch.arange(context_len, device=q.device).unsqueeze(0)
-        visible = (keys <= queries) & (keys > queries - (window or context_len + 1))
-        probs = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        out[start : start + query_len] = torch.einsum("qtc,cqd->tqd", probs, v.float()).to(q.dtype)
-        start += query_len
+        keys, values = (cache[batch.block_tables[i]].flatten(0, 1) for cache in (k_cache, v_cache))
+        for position in range(context_len - query_len, context_len):
+            seen = slice(max(0, position + 1 - (window or context_len)), position + 1)
+            k, v = (x[seen].repeat_interleave(groups, dim=1).float() for x in (keys, values))  # [keys, Q, D]
+            probs = (torch.einsum("qd,cqd->qc", q[row].float(), k) * scale).softmax(dim=-1)
+            out[row] = torch.einsum("qc,cqd->qd", probs, v).to(q.dtype)
+            row += 1
     return out
 
 
@@ -157,7 +160,7 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, *, scale: float, window: int | None
 ) -> Tensor:
     """As `attention_reference`: on a GPU in 16 bits all sequences at once, else those of similar lengths together."""
-    if q.is_cuda and q.dtype != torch.float32:
+    if reads_whole_blocks(q.device, q.dtype):
         return _attend_varlen(q, k_cache, v_cache, batch.lengths(), scale, window)
     out = torch.empty_like(q)
     for group in batch.groups(k_cache):
@@ -167,6 +170,12 @@ def paged_attention(
         else:
             out.index_copy_(0, group.query_rows[group.real], part[group.real])
     return out
+
+
+def reads_whole_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel reads the cache's blocks in place. It may then read a last block to its end, and multiply by
+    zero what it finds past the sequence's end: zeros must stand there."""
+    return device.type == "cuda" and dtype != torch.float32
 
 
 def varlen_attn(*args: Any, **options: Any) -> Any:
@@ -223,13 +232,16 @@ def _attend(
     if group.num_queries == 1:
         grouped = q.view(group.batch, num_kv_heads, -1, head_dim)  # [B, KV, Q / KV, D]: no copy of keys for their group
         attend = _attend_written_out if q.device.type == "cpu" and q.dtype != torch.float32 else _attend_fused
+        if window is not None:
+            k, v = (x.masked_fill_(~group.visible(window).transpose(-1, -2), 0) for x in (k, v))
         return attend(grouped, k, v, group.visible(window), scale).reshape(q.shape)
     queries = q.view(group.batch, group.num_queries, num_heads, head_dim).transpose(1, 2)  # [B, Q, t, D]
-    causal = group.causal and window is None
+    visible = None if group.causal and window is None else group.visible(window)
     out = F.scaled_dot_product_attention(
-        queries, k, v, attn_mask=None if causal else group.visible(window), is_causal=causal, scale=scale,
-        enable_gqa=True,
-    )  # fmt: skip
+        queries, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
+    )
+    if not out.sum(dtype=torch.float32).isfinite():
+        _repair(out, queries, k, v, group.visible(window), scale)
     return out.transpose(1, 2).reshape(num_rows, num_heads, head_dim)
 
 
@@ -242,6 +254,26 @@ def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale:
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale  # [B, KV, Q / KV, C]
     probs = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     return torch.matmul(probs.to(v.dtype), v)
+
+
+def _repair(out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> None:
+    """Computes again, in place, what is not finite in out: a sequence's own NaN or infinity reaches no token before
+    it, whose keys and values other sequences may share.
+
+    out, q: [B, Q, t, D]; k, v: [B, KV, C, D]; visible: [B, 1, t, C].
+    """
+    groups = q.shape[1] // k.shape[1]
+    for i in (~out.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist():
+        keys, values = (x[i].float().repeat_interleave(groups, dim=0) for x in (k, v))  # [Q, C, D]
+        wild = ~values.isfinite()
+        tame, wild_weights = values.masked_fill(wild, 0), wild.float()
+        size = max(1, MAX_GATHERED_BYTES // (4 * q.shape[1] * k.shape[2]))  # queries at a time: [Q, size, C] float32
+        for first in range(0, q.shape[2], size):
+            rows, seen, repaired = (x[i, :, first : first + size] for x in (q, visible, out))
+            scores = torch.matmul(rows.float(), keys.transpose(-1, -2)) * scale
+            exact = torch.matmul(scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), tame)
+            exact.masked_fill_(torch.matmul(seen.float(), wild_weights) > 0, torch.nan)
+            repaired.copy_(torch.where(repaired.isfinite(), repaired, exact.to(out.dtype)))
 
 
 def _alike(query_lens: Sequence[int], context_lens: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -272,13 +304,14 @@ def _group(batch: PagedBatch, chosen: list[int], *, block_size: int, num_kv_head
         starts.append(starts[-1] + query_len)
     num_queries, context = max(query_lens), max(context_lens)
     first_rows = torch.tensor([starts[i] for i in chosen]).unsqueeze(1)  # [B, 1]
-    lens = torch.tensor(query_lens).unsqueeze(1)
+    lens, ends = (torch.tensor(lengths).unsqueeze(1) for lengths in (query_lens, context_lens))
     offsets = torch.arange(num_queries).expand(len(chosen), -1)  # [B, t]
     clipped = torch.minimum(offsets, lens - 1)
     padded = min(query_lens) < num_queries
     tables = batch.block_tables[torch.tensor(chosen, device=device)]  # [B, n]
     keys = torch.arange(context, device=device)
     slots = tables[:, keys // block_size] * block_size + keys % block_size  # [B, C]
+    slots = torch.where(keys < ends.to(device), slots, batch.padding_block * block_size)
     heads = torch.arange(num_kv_heads, device=device).view(1, -1, 1)
     return _Group(
         batch=len(chosen),
@@ -286,7 +319,7 @@ def _group(batch: PagedBatch, chosen: list[int], *, block_size: int, num_kv_head
         context=context,
         query_rows=(first_rows + clipped).flatten().to(device),
         real=(offsets < lens).flatten().to(device) if padded else None,
-        positions=(torch.tensor(context_lens).unsqueeze(1) - lens + clipped).to(device),
+        positions=(ends - lens + clipped).to(device),
         cache_rows=(slots.unsqueeze(1) * num_kv_heads + heads).flatten(),
         causal=not padded and query_lens == context_lens and min(context_lens) == context,
     )

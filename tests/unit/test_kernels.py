@@ -112,6 +112,7 @@ def test_paged_attention_is_attention_written_out(device, seed, lengths, groups,
         block_tables=tables.to(device),
         slot_mapping=torch.tensor(slots).to(device),
         context_lens_tensor=torch.tensor(context_lens).to(device),
+        padding_block=0,
     )
     write_kv(cache[0], cache[1], k, v, batch.slot_mapping)
     assert torch.equal(cache[0].flatten(0, 1)[batch.slot_mapping], k)
@@ -152,7 +153,7 @@ def test_the_gpus_attention_is_told_where_everything_lies(monkeypatch, window, r
     cache = torch.randn(2, 6, 4, 2, 8, generator=random)
     batch = PagedBatch(
         query_lens=[3, 1], context_lens=[7, 9], block_tables=torch.tensor([[4, 1, 0], [2, 5, 3]]),
-        slot_mapping=torch.zeros(4, dtype=torch.int64), context_lens_tensor=torch.tensor([7, 9]),
+        slot_mapping=torch.zeros(4, dtype=torch.int64), context_lens_tensor=torch.tensor([7, 9]), padding_block=0,
     )  # fmt: skip
 
     def varlen(*args, **options):
@@ -176,7 +177,7 @@ def test_the_attention_reference_on_numbers_worked_out_by_hand():
     values = torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
     batch = PagedBatch(
         query_lens=[2], context_lens=[2], block_tables=torch.tensor([[0]]), slot_mapping=torch.tensor([0, 1]),
-        context_lens_tensor=torch.tensor([2]),
+        context_lens_tensor=torch.tensor([2]), padding_block=0,
     )  # fmt: skip
     q = torch.ones(2, 1, 1)
     assert attention_reference(q, keys, values, batch, scale=1.0, window=None).flatten().tolist() == pytest.approx(
