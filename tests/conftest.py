@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,13 @@ import cluster
 from cluster.checkpoint.demo import write_demo_checkpoint
 
 LOGICAL_GPUS = 16  # only Ray's bookkeeping: which process is given which
+
+
+def pytest_configure() -> None:
+    """What the tests start is on loopback, which a proxy of the environment does not reach."""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
+        filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "127.0.0.1", "localhost"))
+    )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from cluster.cli.arguments import (
     add_cluster_arguments,
@@ -60,6 +59,7 @@ def _demo(args: argparse.Namespace) -> int:
     from cluster.checkpoint.demo import write_demo_checkpoint
     from cluster.console import print_cluster, print_metrics, print_placement
     from cluster.serving.client import Client
+    from cluster.serving.direct import read_url
     from cluster.types import ChatMessage, SamplingParams
 
     folder = Path(tempfile.mkdtemp(prefix="moe-demo-"))
@@ -75,8 +75,7 @@ def _demo(args: argparse.Namespace) -> int:
             with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
                 params = SamplingParams(seed=0, max_tokens=48)
                 print_stream(client.stream([ChatMessage(role="user", content=DEMO_QUESTION)], params))
-            with urlopen(status.metrics_addresses[0], timeout=10) as response:
-                print_metrics(response.read().decode(), DEMO_METRICS)
+            print_metrics(read_url(status.metrics_addresses[0], timeout_s=10.0), DEMO_METRICS)
             if args.keep:
                 address = f"127.0.0.1:{cluster.grpc_port}"
                 _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")

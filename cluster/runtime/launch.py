@@ -19,6 +19,7 @@ from ray.serve.config import gRPCOptions
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
+from cluster.config.environment import DIRECT_ENVIRONMENT
 from cluster.config.local_address import leave_address
 from cluster.engine.local import max_model_len, resolve_dtype
 from cluster.errors import SetupError
@@ -188,6 +189,7 @@ class ServeOptions:
     def serve_environment(self, directory: Path, config: ClusterConfig) -> dict[str, str]:
         """What Serve finds in its environment; files go below `directory`. Raises SetupError."""
         return {
+            **DIRECT_ENVIRONMENT,
             **(local_environment(directory) if self.haproxy else {}),
             "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(MAX_MESSAGE_BYTES, config.max_request_bytes)),
             **self.front_environment(),

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
+from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.logs import LOG_FORMAT
 from cluster.runtime.protocol import metrics_dir
 
@@ -30,6 +30,7 @@ def actor_environment(group: str, threads: int, log_format: str = "") -> dict[st
         "env_vars": {
             "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir(group)),
             "OMP_NUM_THREADS": str(threads),
+            **DIRECT_ENVIRONMENT,
             **SHARED_CORES_ENVIRONMENT,
             **MALLOC_ENVIRONMENT,
             **({LOG_FORMAT: log_format} if log_format else {}),

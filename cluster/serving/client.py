@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.serving.direct import grpc_options
 from cluster.serving.messages import from_sampling_params
 from cluster.types import ChatMessage, SamplingParams
 
@@ -50,8 +51,11 @@ class Client:
         """Raises SetupError."""
         self.address = address
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        options = grpc_options(address)
         self._channel = (
-            grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls.credentials())
+            grpc.insecure_channel(address, options)
+            if tls is None
+            else grpc.secure_channel(address, tls.credentials(), options)
         )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 

@@ -3,15 +3,15 @@
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.serving.direct import read_url
 
 
 def samples(served: Any) -> list[Any]:
     """All samples that a scrape of /metrics shows now, with their labels."""
-    with urlopen(served.status().metrics_addresses[0], timeout=10) as response:
-        text = response.read().decode()
+    text = read_url(served.status().metrics_addresses[0], timeout_s=10.0)
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own."""
 
+import os
 import re
 import shutil
 import signal
@@ -143,9 +144,15 @@ def test_without_a_server_generate_says_how_to_start_one():
 
 
 def test_the_demo_shows_what_there_is_and_ctrl_c_drains_and_stops_it():
-    """With Serve's own proxy in front, where the session's cluster has HAProxy."""
+    """With Serve's own proxy in front, where the session's cluster has HAProxy, and with a dead http_proxy around."""
+    surroundings = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1")
     demo = subprocess.Popen(
-        [*COMMAND, "demo", "--keep", "--proxy", "serve"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "demo", "--keep", "--proxy", "serve"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=surroundings | dead,
     )
     out = ""
     for line in demo.stdout:
