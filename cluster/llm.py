@@ -21,6 +21,7 @@ from cluster.config import TRANSPORTS, ClusterConfig, EngineConfig, Transport
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
 from cluster.engine.local import load_engine, local_experts, model_info
+from cluster.engine.preflight import check_checkpoint
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence as EngineSequence
 from cluster.errors import ClusterError, InvalidRequest, SetupError
@@ -93,6 +94,7 @@ class LLM:
         self._ray_experts: RayExperts | None = None
         registry = new_registry()
         dispatch_metrics = DispatchMetrics(registry, "llm")
+        check_checkpoint(model_dir, config, num_expert_shards, tokenizer=False)
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
         self.info = model_info(model_dir, config)
         self._completer = RequestCompleter(self.info, read_sampling_defaults(model_dir))

@@ -3,10 +3,10 @@
 import argparse
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from cluster.cli.arguments import add_command
-from cluster.errors import SetupError
 
 
 def add_commands(commands: Any) -> None:
@@ -26,17 +26,16 @@ def add_commands(commands: Any) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.names import dense_bytes
-    from cluster.checkpoint.reader import CheckpointReader
-    from cluster.config import DTYPE_BYTES
+    from cluster.checkpoint.tokenizer_files import has_tokenizer
+    from cluster.config import EngineConfig
     from cluster.console import print_plan
+    from cluster.engine.local import resolve_dtype
+    from cluster.engine.preflight import check_checkpoint
     from cluster.experts.placement import plan_evenly
 
-    reader = CheckpointReader(args.model)
-    reader.check_names()
-    config = reader.config
-    dtype = config.dtype if args.dtype == "auto" else args.dtype
-    if dtype not in DTYPE_BYTES:
-        raise SetupError(f"dtype is {dtype!r}, one of auto, {', '.join(DTYPE_BYTES)} is needed")
+    engine = EngineConfig(dtype=args.dtype)
+    config = check_checkpoint(args.model, engine, args.shards, tokenizer=has_tokenizer(Path(args.model))).config
+    dtype = resolve_dtype(args.dtype, config)
     plan = plan_evenly(config.sparse_layers, config.num_experts, args.shards)
     print_plan(plan, dtype, config.expert_bytes(dtype), dense_bytes(config, dtype), config.kv_bytes_per_token(dtype))
     return 0

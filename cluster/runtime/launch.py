@@ -17,17 +17,14 @@ import ray
 from ray import serve
 from ray.serve.config import gRPCOptions
 
-from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT
 from cluster.config.local_address import leave_address
-from cluster.engine.local import max_model_len, resolve_dtype
+from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher
-from cluster.experts.placement import plan_evenly
 from cluster.experts.transport import ExpertTransport
 from cluster.metrics import DispatchMetrics
-from cluster.model.kv_cache import num_kv_blocks
 from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.controller import get_controller
@@ -58,13 +55,9 @@ STOP_TIMEOUT_S = 30.0
 OnStatus = Callable[[ClusterStatus], None]
 
 
-def check_config(config: ClusterConfig) -> None:
+def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> None:
     """Finds before anything starts what would fail on every node. Reads no tensor. Raises SetupError."""
-    reader = CheckpointReader(config.model)
-    reader.check_names()
-    plan_evenly(reader.config.sparse_layers, reader.config.num_experts, config.expert_shards)
-    num_kv_blocks(reader.config, config.engine(), resolve_dtype(config.dtype, reader.config))
-    max_model_len(reader.config, config.engine())
+    check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=tokenizer)
 
 
 def resolve_gpus(config: ClusterConfig) -> ClusterConfig:
@@ -95,7 +88,7 @@ class RayExperts:
 
     def __init__(self, config: ClusterConfig, metrics: DispatchMetrics, on_status: OnStatus | None = None) -> None:
         """Blocks until the shards are loaded. Raises SetupError."""
-        check_config(config)
+        check_config(config, tokenizer=False)
         self._ray = start_ray(num_cpus=config.expert_shards * config.cpus_per_expert_shard)
         self._controller: Any = None
         self._transport: ExpertTransport | None = None

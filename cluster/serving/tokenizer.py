@@ -1,31 +1,24 @@
 """Text to token ids and back, with the checkpoint's tokenizer and chat template. Knows no network.
 
-Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a model directory. Used by `service`,
+The files are read under `checkpoint/`. Used by `service`,
 and by `detokenizer` through `token_bytes`. A Tokenizer is immutable after its construction and may be
 called from several threads; encoding and decoding release the interpreter lock, rendering a template does not.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import tokenizers
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cluster.errors import CheckpointError, InvalidRequest
+from cluster.checkpoint.chat_template import read_chat_template
+from cluster.checkpoint.tokenizer_files import SPECIAL_TOKENS, read_tokenizer, read_tokenizer_config, token_content
+from cluster.errors import InvalidRequest
 from cluster.types import ChatMessage
 
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 MAX_CHAT_MESSAGES = 2048
 MAX_RENDERED_CHARS = 8_000_000  # a template that multiplies its input is stopped here
 _MAX_REASON_CHARS = 200
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What template code can raise beside jinja2's own errors.
 _RENDER_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -41,12 +34,12 @@ class Tokenizer:
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = path = Path(model_dir)
-        self._tokenizer = _load_tokenizer(path / "tokenizer.json")
-        config = _load_config(path / "tokenizer_config.json")
+        config = read_tokenizer_config(path)
+        self._tokenizer = read_tokenizer(path, config)
         self._special_tokens = {
-            name: content for name in _SPECIAL_TOKENS if (content := _token_content(config.get(name))) is not None
+            name: content for name in SPECIAL_TOKENS if (content := token_content(config.get(name))) is not None
         }
-        self._chat_template = _load_chat_template(path, config)
+        self._chat_template = read_chat_template(path, config)
         self._special_ids = frozenset(
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
@@ -146,110 +139,6 @@ def _bounded(pieces: Iterator[str]) -> Iterator[str]:
         if num_chars > MAX_RENDERED_CHARS:
             raise InvalidRequest(f"chat is over {MAX_RENDERED_CHARS} characters when rendered", "chat")
         yield piece
-
-
-def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    raw = _read_json(path)
-    if raw is None:
-        raise CheckpointError(f"{path} is missing: the checkpoint's tokenizer is read from it")
-    if not _is_byte_level(raw.get("decoder")):
-        raise CheckpointError(f"{path}: the decoder is not ByteLevel, only byte-level tokenizers are served")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception for every fault
-        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _is_byte_level(decoder: Any) -> bool:
-    if not isinstance(decoder, Mapping):
-        return False
-    if decoder.get("type") == "Sequence":
-        parts = decoder.get("decoders")
-        return isinstance(parts, list) and len(parts) == 1 and _is_byte_level(parts[0])
-    return decoder.get("type") == "ByteLevel"
-
-
-def _load_config(path: Path) -> dict[str, Any]:
-    return _read_json(path) or {}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Returns a JSON object, None where there is no file. Raises CheckpointError for a broken one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, an object is needed")
-    return value
-
-
-def _token_content(token: Any) -> str | None:
-    """Special tokens are given as a string or as an object with the string in it."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
-
-
-def _load_chat_template(path: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
-    """Compiles chat_template.jinja, else the config's `chat_template`: a string, or a list of named ones."""
-    file = path / "chat_template.jinja"
-    try:
-        source: Any = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        file, source = path / "tokenizer_config.json", config.get("chat_template")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if isinstance(source, list):
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, Mapping)}
-        source = named.get("default")
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise CheckpointError(f"{file}: chat_template is {type(source).__name__}, a string is needed")
-    try:
-        return _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(f"{file}: the chat template cannot be compiled: {error}") from error
-
-
-class _GenerationBlock(Extension):
-    """Renders `{% generation %}…{% endgeneration %}`, training code's mark of answers, as its content."""
-
-    tags = {"generation"}  # noqa: RUF012 as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Source: transformers.utils.chat_template_utils, which every checkpoint's template is written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _byte_of_char() -> Mapping[str, int]:

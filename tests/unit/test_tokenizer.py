@@ -118,7 +118,7 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     whole = path.read_text()
     path.write_text(whole[:100])
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not valid JSON"):
         Tokenizer(tmp_path)
     path.write_text(json.dumps(json.loads(whole) | {"model": {"type": "Nothing"}}))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as a tokenizer"):

@@ -1,0 +1,33 @@
+"""What can be known of a checkpoint before a process starts for it: JSON, the tokenizer, headers. Reads no tensor."""
+
+from pathlib import Path
+
+from cluster.checkpoint.chat_template import read_chat_template
+from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.tokenizer_files import read_tokenizer, read_tokenizer_config
+from cluster.config import EngineConfig
+from cluster.engine.local import max_model_len, resolve_dtype
+from cluster.experts.placement import plan_evenly
+from cluster.model.kv_cache import num_kv_blocks
+
+
+def check_checkpoint(
+    model_dir: str | Path, engine: EngineConfig, num_shards: int, *, tokenizer: bool = True
+) -> CheckpointReader:
+    """Finds what would fail at a node, or in each of them, minutes later. Returns the reader that it made.
+
+    tokenizer: whether texts will be asked for. Raises SetupError, CheckpointError.
+    """
+    reader = CheckpointReader(model_dir)
+    reader.check_tensors()
+    plan_evenly(reader.config.sparse_layers, reader.config.num_experts, num_shards)
+    num_kv_blocks(reader.config, engine, resolve_dtype(engine.dtype, reader.config))
+    max_model_len(reader.config, engine)
+    read_sampling_defaults(model_dir)
+    read_eos_token_ids(model_dir, reader.config)
+    if tokenizer:
+        config = read_tokenizer_config(reader.model_dir)
+        read_tokenizer(reader.model_dir, config)
+        read_chat_template(reader.model_dir, config)
+    return reader
