@@ -5,6 +5,7 @@ A client that sends a thousand requests delays another's first one by one reques
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from itertools import chain, islice, zip_longest
 
 from cluster.engine.sequence import Sequence
 
@@ -38,17 +39,24 @@ class FairQueue:
         """What `pop` would take."""
         return self._returned[0] if self._returned else next(iter(self._clients.values()))[0]
 
+    def first(self, limit: int) -> list[Sequence]:
+        """What `limit` times `pop` would take, in that order."""
+        rounds = zip_longest(*self._clients.values())
+        in_turn = (sequence for turn in rounds for sequence in turn if sequence is not None)
+        return list(islice(chain(self._returned, in_turn), max(0, limit)))
+
     def pop(self) -> Sequence:
-        self._length -= 1
-        if self._returned:
-            return self._returned.popleft()
-        client, own = next(iter(self._clients.items()))
-        sequence = own.popleft()
-        if own:
-            self._clients.move_to_end(client)
-        else:
-            del self._clients[client]
+        sequence = self.peek()
+        self.take(sequence)
         return sequence
+
+    def take(self, sequence: Sequence) -> None:
+        """Takes one out that begins. Its client's turn is over, if it was its client's first."""
+        client = sequence.request.client
+        had_turn = sequence not in self._returned and self._clients[client][0] is sequence
+        self.remove(sequence)
+        if had_turn and client in self._clients:
+            self._clients.move_to_end(client)
 
     def remove(self, sequence: Sequence) -> None:
         """Raises ValueError for one that is not here."""

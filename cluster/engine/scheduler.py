@@ -1,15 +1,16 @@
 """Chooses what each step computes. Knows blocks and tokens as numbers; knows no tensors and no clock.
 
-Running sequences come first, in the order of their arrival, then waiting ones, clients in rotation; each gets as many
-of its uncomputed tokens as the budget leaves, so prompts are computed in chunks beside the decode rows of others.
+Sequences that only need their next token come first. Prompts share what these leave of the budget, in chunks: short
+ones first, but at least half is for the one whose turn it is. Turns go by arrival, of those that wait by rotation.
 A suspect, at which an engine died, has a step of its own: if it ends this engine too, no other one is suspected.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count, takewhile
 
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.fair_queue import FairQueue
-from cluster.engine.sequence import Sequence
+from cluster.engine.sequence import NO_TURN, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,28 @@ class Batch:
         return sum(s.num_tokens for s in self.scheduled)
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step while it is planned. budget: tokens that are left.  tokens: what each sequence computes in it."""
+
+    budget: int
+    tokens: dict[Sequence, int] = field(default_factory=dict)
+    num_preempted: int = 0
+    num_reused_tokens: int = 0
+
+    def give(self, sequence: Sequence, num_tokens: int) -> None:
+        self.tokens[sequence] = self.tokens.get(sequence, 0) + num_tokens
+        self.budget -= num_tokens
+
+    def take_back(self, victim: Sequence) -> None:
+        self.budget += self.tokens.pop(victim, 0)
+        self.num_preempted += 1
+
+    def batch(self) -> Batch:
+        scheduled = tuple(ScheduledSequence(sequence, num_tokens) for sequence, num_tokens in self.tokens.items())
+        return Batch(scheduled, self.num_preempted, self.num_reused_tokens)
+
+
 class Scheduler:
     """Used by one thread."""
 
@@ -49,6 +72,7 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.planned: Sequence | None = None  # whose turn it is while `schedule` works: an exception is that one's
+        self._turns = count()
         self._last_suspect: Sequence | None = None
         self._last_was_alone = False
 
@@ -103,45 +127,102 @@ class Scheduler:
 
     def _schedule(self, suspect: Sequence | None) -> Batch:
         """A step of the suspect alone, or with None one of all that are none."""
-        scheduled: list[ScheduledSequence] = []
-        budget = self.max_num_batched_tokens
-        num_preempted = num_reused_tokens = 0
-        position = 0
-        while position < len(self.running) and budget:
-            sequence = self.running[position]
-            if sequence.held or not _takes_part(sequence, suspect):
-                position += 1
-                continue
-            self.planned = sequence
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            while not self.blocks.allocate(sequence, sequence.num_computed_tokens + num_tokens):
-                victim = self.running[-1]
-                self._preempt(victim)
-                num_preempted += 1
-                if victim is sequence:
-                    break
+        step = _Step(self.max_num_batched_tokens)
+        prompts: list[Sequence] = []
+        for sequence in [s for s in self.running if not s.held and _takes_part(s, suspect)]:
+            if sequence.num_uncomputed_tokens > 1:
+                prompts.append(sequence)
             else:
-                scheduled.append(ScheduledSequence(sequence, num_tokens))
-                budget -= num_tokens
-            position += 1
-        while len(self.waiting) and budget and len(self.running) < self.max_num_seqs and not num_preempted:
-            sequence = self.waiting.peek()
-            if not _takes_part(sequence, suspect):
-                break
-            self.planned = sequence
-            num_reused = self.blocks.reuse(sequence)
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if not self.blocks.allocate(sequence, num_reused + num_tokens):
-                self.blocks.free(sequence)
-                sequence.num_computed_tokens = 0
-                break
-            num_reused_tokens += num_reused
-            self.waiting.pop()
-            self.running.append(sequence)
-            scheduled.append(ScheduledSequence(sequence, num_tokens))
-            budget -= num_tokens
+                self._go_on(step, sequence, step.budget)
+        if step.budget:
+            self._share(step, prompts, suspect)
         self.planned = None
-        return Batch(tuple(scheduled), num_preempted, num_reused_tokens)
+        return step.batch()
+
+    def _share(self, step: "_Step", prompts: list[Sequence], suspect: Sequence | None) -> None:
+        """Shares what the decode rows leave among prompts that run and those that may begin: the shortest rest first.
+
+        Whose turn it is keeps at least half for itself, so N tokens take no more than 2 N / (what decode rows leave)
+        steps, however many shorter ones come.
+        """
+        waiting = self._may_begin(suspect) if not step.num_preempted else []
+        prompts = [sequence for sequence in prompts if sequence in self.running]
+        turns = [*prompts, *waiting[:1]]
+        if not turns:
+            return
+        first = min(turns, key=lambda sequence: sequence.turn)
+        reserved = min(first.num_uncomputed_tokens, -(-step.budget // 2))
+        for sequence in sorted([*prompts, *waiting], key=lambda s: (s.num_uncomputed_tokens, s is not first)):
+            if sequence is first:
+                reserved = 0
+            if sequence not in waiting:
+                self._go_on(step, sequence, step.budget - reserved)
+            elif self._leaves_room(sequence, waiting):
+                self._begin(step, sequence, step.budget - reserved)
+        # What was kept for one that found no room, and what a found beginning saved.
+        for sequence in prompts:
+            self._go_on(step, sequence, step.budget)
+        for sequence in waiting:
+            if sequence not in self.running and not self._begin(step, sequence, step.budget):
+                break
+
+    def _may_begin(self, suspect: Sequence | None) -> list[Sequence]:
+        """Waiting sequences that there are places for, in their order; the first one's turn has come."""
+        places = self.max_num_seqs - len(self.running)
+        waiting = list(takewhile(lambda s: _takes_part(s, suspect), self.waiting.first(places)))
+        for sequence in waiting[:1]:
+            self._take_turn(sequence)
+        return waiting
+
+    def _take_turn(self, sequence: Sequence) -> None:
+        if sequence.turn == NO_TURN:
+            sequence.turn = next(self._turns)
+
+    def _leaves_room(self, sequence: Sequence, waiting: list[Sequence]) -> bool:
+        """Whether it may begin before the one whose turn it is: only if the cache has room for that one's prompt, for
+        those that run and for its own. Else short ones could keep a long one out of the cache for ever."""
+        first = waiting[0]
+        if sequence is first or first in self.running:
+            return True
+        needed = sum(self.blocks.blocks_for(len(s.token_ids)) for s in (first, sequence))
+        needed += sum(max(0, self.blocks.blocks_for(len(s.token_ids)) - len(s.block_table)) for s in self.running)
+        return needed <= self.blocks.num_free
+
+    def _go_on(self, step: "_Step", sequence: Sequence, limit: int) -> None:
+        """Gives a running sequence up to `limit` tokens more. When blocks run out the latest arrival is preempted,
+        though it may have a part in this step, or be this one."""
+        if sequence not in self.running:
+            return
+        self.planned = sequence
+        granted = step.tokens.get(sequence, 0)
+        num_tokens = min(sequence.num_uncomputed_tokens - granted, limit)
+        if num_tokens <= 0:
+            return
+        while not self.blocks.allocate(sequence, sequence.num_computed_tokens + granted + num_tokens):
+            victim = self.running[-1]
+            step.take_back(victim)
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        step.give(sequence, num_tokens)
+
+    def _begin(self, step: "_Step", sequence: Sequence, limit: int) -> bool:
+        """Lets a waiting sequence run with up to `limit` tokens; false if it has to wait."""
+        if limit <= 0 or step.num_preempted:
+            return False
+        self.planned = sequence
+        num_reused = self.blocks.reuse(sequence)
+        num_tokens = min(sequence.num_uncomputed_tokens, limit)
+        if not self.blocks.allocate(sequence, num_reused + num_tokens):
+            self.blocks.free(sequence)
+            sequence.num_computed_tokens = 0
+            return False
+        self.waiting.take(sequence)
+        self._take_turn(sequence)
+        self.running.append(sequence)
+        step.num_reused_tokens += num_reused
+        step.give(sequence, num_tokens)
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

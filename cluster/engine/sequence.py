@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from cluster.model.sampler import PenaltyState
 from cluster.types import EngineRequest, SamplingParams
 
+NO_TURN = -1
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -12,6 +14,7 @@ class Sequence:
 
     token_ids: prompt and output.  num_computed_tokens: tokens whose keys and values are in the cache.
     block_table: ids of its cache blocks in order.  block_digests: of its first blocks, those full and computed.
+    turn: the scheduler's number for when its turn to have its prompt computed came; the lowest is served first.
     num_reused_blocks: of its first blocks, those that another sequence has computed.
     deadline, arrived_at, lost_since: on the engine's clock, in seconds.
     lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
@@ -29,6 +32,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
     num_reused_blocks: int = 0
+    turn: int = NO_TURN
     penalties: PenaltyState = field(default_factory=PenaltyState)
     started: bool = False
     lost_since: float | None = None
