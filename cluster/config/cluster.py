@@ -77,6 +77,7 @@ class ClusterConfig:
     max_ongoing_requests: requests in one ingress process at a time.
     max_request_bytes: a larger gRPC request is refused before it is parsed.
     max_streams_per_client: requests of one client in one ingress process at a time; 0 for no bound.
+    max_unread_bytes: kept of a stream, in memory, that its client has not read; then the stream is ended.
     api_keys_file: clients' keys, hashed (`cluster.serving.api_keys` says how), at this path wherever an ingress runs;
         "" asks for none.
     metrics_port: every node serves /metrics there; 0 takes a free one.
@@ -112,6 +113,7 @@ class ClusterConfig:
     max_ongoing_requests: int = 512
     max_request_bytes: int = 1 << 20
     max_streams_per_client: int = 0
+    max_unread_bytes: int = 4 << 20
     api_keys_file: str = ""
     gpus_per_attention_replica: float | None = None
     gpus_per_expert_shard: float | None = None
@@ -142,6 +144,7 @@ class ClusterConfig:
             "rebalance_max_moves",
             "max_ongoing_requests",
             "max_request_bytes",
+            "max_unread_bytes",
         ):
             _check_number(self, name, 1)
         for name in ("gpus_per_attention_replica", "gpus_per_expert_shard", "expert_memory_bytes"):

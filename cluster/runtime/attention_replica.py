@@ -5,7 +5,7 @@ import contextvars
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from cluster.runtime.autoscaling import engine_load
 from cluster.runtime.controller import get_controller
 from cluster.runtime.process import actor_environment, num_threads
 from cluster.runtime.protocol import LONG_POLL_S, shard_group
+from cluster.serving.update_queue import UpdateQueue
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
@@ -28,38 +29,6 @@ log = logging.getLogger(__name__)
 LOST = "the attention replica of this request lost its engine"
 HUNG_S = LONG_POLL_S + 10.0  # an engine that answers no poll for so long hangs: a healthy one does within LONG_POLL_S
 LAST_WORDS_S = 0.2  # for the ends of the streams to leave the process
-
-
-class UpdateQueue:
-    """One stream's updates; what has gathered since the last look comes out as one."""
-
-    def __init__(self) -> None:
-        self._updates: list[SequenceUpdate] = []
-        self._news = asyncio.Event()
-
-    def put(self, update: SequenceUpdate) -> None:
-        self._updates.append(update)
-        self._news.set()
-
-    async def take(self) -> SequenceUpdate:
-        await self._news.wait()
-        self._news.clear()
-        updates, self._updates = self._updates, []
-        return merge_updates(updates)
-
-
-def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
-    """One sequence's updates in order, as one."""
-    if len(updates) == 1:
-        return updates[0]
-    last = updates[-1]
-    return SequenceUpdate(
-        request_id=last.request_id,
-        token_ids=tuple(token_id for update in updates for token_id in update.token_ids),
-        logprobs=tuple(logprobs for update in updates for logprobs in update.logprobs),
-        finish_reason=last.finish_reason,
-        error=last.error,
-    )
 
 
 class AttentionReplica:
@@ -90,6 +59,7 @@ class AttentionReplica:
         self._streams: dict[str, UpdateQueue] = {}
         self._lost = ""
         self._max_num_seqs = config.max_num_seqs
+        self._max_unread_bytes = config.max_unread_bytes
         # Ray cancels what a cancelled request called, and a cancelled call holds up all later ones of its caller to
         # the same actor for 30 s (Ray 2.60): calls to the engine are made in the replica's name, not in a request's.
         self._own = contextvars.copy_context()
@@ -106,7 +76,7 @@ class AttentionReplica:
         if refusal is not None:
             yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)
             return
-        stream = self._streams[request.request_id] = UpdateQueue()
+        stream = self._streams[request.request_id] = UpdateQueue(self._max_unread_bytes)
         ended = False
         try:
             self._own.run(self.engine.submit.remote, [request])
@@ -136,6 +106,14 @@ class AttentionReplica:
             return InvalidRequest(f"request_id {request.request_id!r} is that of a running request", "request_id")
         return None
 
+    def _share(self, updates: Iterable[SequenceUpdate]) -> None:
+        """Gives each stream its own; one whose reader is too slow is ended, at the engine too."""
+        for update in updates:
+            stream = self._streams.get(update.request_id)
+            if stream is not None and not stream.put(update) and update.finish_reason is None:
+                log.warning("a stream ends, its client reads too slowly (request id %s here)", update.request_id)
+                self._own.run(self.engine.cancel.remote, [update.request_id])
+
     async def _share_out(self) -> None:
         """Asks the engine for each step's message, for as long as it lives."""
         received = 0
@@ -153,9 +131,7 @@ class AttentionReplica:
                 self._lost = f"the engine of attention replica {self.name} is gone"
                 log.error("%s: %s", self._lost, error)
             else:
-                for update in updates:
-                    if stream := self._streams.get(update.request_id):
-                        stream.put(update)
+                self._share(updates)
         for request_id, stream in self._streams.items():
             stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=ReplicaUnavailable(LOST)))
         await asyncio.sleep(LAST_WORDS_S)

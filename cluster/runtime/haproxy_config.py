@@ -30,6 +30,9 @@ def _adapted_grpc(config: str, host: str, tls: str) -> str:
         # Without the header all clients look like this host, and could not take turns.
         rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n",
     )
+    # HAProxy (2.8) reads nothing more from a connection whose one stream waits for its client: a client that does not
+    # read would stop all streams beside its own, and health. A connection for each call is used again after its end.
+    config = _replaced(config, r"^(    tune\.h2\.be\.max-concurrent-streams )\d+$", r"\g<1>1")
     # Serve makes 500 of these, which is UNKNOWN to a gRPC client and final; its own page is of HTTP.
     for status in (502, 503, 504):
         config = _replaced(

@@ -17,6 +17,7 @@ from cluster.runtime.haproxy_config import NOT_FOR_CLIENTS
 from cluster.serving import grpc_server
 from cluster.serving.grpc_server import RETRY_KEY
 
+UNREAD_TIMEOUT_S = 120.0
 _HINT = re.compile(r"try again in ([0-9.]+) s")
 
 
@@ -76,18 +77,30 @@ class ContextShield:
         return getattr(self._context, name)
 
 
-def relay_cancels(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) -> Callable[..., Any]:
+def relay_cancels(
+    handler: Callable[[Any, Any], AsyncGenerator[bytes, None]], unread_timeout_s: float = UNREAD_TIMEOUT_S
+) -> Callable[..., Any]:
     """A streaming handler that, when its client leaves at any moment, ends in the one way that Serve passes on:
-    with a cancel that meets it waiting for the next message."""
+    with a cancel that meets it waiting for the next message.
 
-    async def stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
+    unread_timeout_s: a client that takes no message for so long has left as well; it finds out when it reads again.
+    """
+
+    async def stream(request: Any, context: Any) -> None:
         shield = ContextShield(context)
         messages = handler(request, shield)
-        ended = False
+        begun = ended = False
         try:
             async for message in messages:
-                yield message
+                if not begun:  # with the first message it would be sent again, as a part of the status, which fails
+                    await context.send_initial_metadata(())
+                    begun = True
+                async with asyncio.timeout(unread_timeout_s):
+                    await context.write(message)
             ended = True
+        except TimeoutError:
+            context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            context.set_details(f"the client has read nothing for {unread_timeout_s:g} s, and the stream was ended")
         finally:
             if not ended:
                 shield.detach()
@@ -97,5 +110,6 @@ def relay_cancels(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) ->
                 await asyncio.wait([waiting])
                 if not waiting.cancelled():
                     waiting.exception()  # taken note of: the client is gone
+                    await messages.aclose()  # it had a message at once, and waited for none
 
     return stream

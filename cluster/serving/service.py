@@ -309,7 +309,7 @@ class InferenceService:
             self._metrics.finished(outcome)
             if self._spend is not None:
                 self._spend(client, tracked.num_prompt_tokens + tracked.num_generated_tokens)
-            refused = outcome == Overloaded.grpc_code.lower()
+            refused = outcome == Overloaded.grpc_code.lower() and not tracked.num_generated_tokens
             log.log(
                 logging.DEBUG if refused else logging.INFO,  # hundreds a second, which the metrics count
                 "request %r ended with %s after %.3f s, %d prompt tokens, %d generated%s",

@@ -1,0 +1,69 @@
+"""One stream's updates on their way to its reader: bounded, since a reader may be slow, or never read at all."""
+
+import asyncio
+
+from cluster.errors import Overloaded
+from cluster.types import SequenceUpdate
+
+TOKEN_BYTES, LOGPROB_BYTES = 40, 120  # about what Python takes for one in memory
+
+
+class UpdateQueue:
+    """What has gathered since the last look comes out as one. For one event loop.
+
+    max_bytes: of what nobody has taken. Beyond it the stream is lost to its reader: what had gathered is dropped, and
+    an error stands in its place.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = self._num_tokens = 0
+        self._updates: list[SequenceUpdate] = []
+        self._news = asyncio.Event()
+        self.overflowed = False
+
+    def put(self, update: SequenceUpdate) -> bool:
+        """False once, for what finds no room; what comes later is dropped."""
+        if self.overflowed:
+            return True
+        self._num_tokens += len(update.token_ids)
+        self._num_bytes += size_of(update)
+        self._news.set()
+        if self._num_bytes > self._max_bytes and update.finish_reason != "error":
+            self.overflowed = True
+            reason = Overloaded(
+                f"the client reads too slowly: {self._num_tokens} tokens that it had not taken were more than the "
+                f"{self._max_bytes} bytes that are kept of a stream (max_unread_bytes): read faster, or ask for fewer "
+                "logprobs"
+            )
+            update = SequenceUpdate(request_id=update.request_id, finish_reason="error", error=reason)
+            self._updates.clear()
+        self._updates.append(update)
+        return not self.overflowed
+
+    async def take(self) -> SequenceUpdate:
+        await self._news.wait()
+        self._news.clear()
+        updates, self._updates = self._updates, []
+        self._num_bytes = self._num_tokens = 0
+        return merge_updates(updates)
+
+
+def size_of(update: SequenceUpdate) -> int:
+    """About what it takes in memory."""
+    num_logprobs = sum(1 + len(entry.top) for entry in update.logprobs)
+    return TOKEN_BYTES * len(update.token_ids) + LOGPROB_BYTES * num_logprobs
+
+
+def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
+    """One sequence's updates in order, as one."""
+    if len(updates) == 1:
+        return updates[0]
+    last = updates[-1]
+    return SequenceUpdate(
+        request_id=last.request_id,
+        token_ids=tuple(token_id for update in updates for token_id in update.token_ids),
+        logprobs=tuple(logprobs for update in updates for logprobs in update.logprobs),
+        finish_reason=last.finish_reason,
+        error=last.error,
+    )
