@@ -71,7 +71,7 @@ def open_weights(path: Path) -> Any:
     check_file(path)
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({in_one_line(error)}): download it again"
         ) from error
