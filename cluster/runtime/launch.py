@@ -32,6 +32,7 @@ from cluster.runtime.directory import ShardDirectory
 from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, free_block, local_environment
 from cluster.runtime.ingress import Ingress
+from cluster.runtime.last_words import why_not_started
 from cluster.runtime.local_ray import start_ray
 from cluster.runtime.operate import APPLICATION
 from cluster.runtime.process import actor_environment, share_of
@@ -240,8 +241,9 @@ class ServedCluster:
             with _StatusReports(self.group, on_status):
                 self._serve()
         except RuntimeError as error:
+            reason = why_not_started(error, APPLICATION, self.status)
             self.close(drain=False)
-            raise SetupError(f"Ray Serve did not start the application: {_reason(error)}") from error
+            raise SetupError(f"Ray Serve did not start the application: {reason}") from error
         except BaseException:
             self.close(drain=False)
             raise
@@ -359,9 +361,3 @@ def _free_port(what: str, port: int) -> int:
                 f"{what} {port} is taken ({error.strerror}): choose another, or 0 for a free one"
             ) from error
     return port
-
-
-def _reason(error: Exception) -> str:
-    """The line of Serve's long messages that says what was wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "[ALERT]" in line), lines[-1] if lines else repr(error))

@@ -1,0 +1,56 @@
+"""Finds what a process said when it could not start, in what Ray and Serve make of it: tracebacks in tracebacks."""
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+
+import ray
+from ray import serve
+
+from cluster.errors import SetupError
+from cluster.runtime.protocol import ClusterStatus
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"(?P<module>(?:[A-Za-z_]\w*\.)*)(?P<kind>[A-Z]\w*(?:Error|Exception)): (?P<words>.+)")
+_EXIT = re.compile(r".*Worker exit detail: (?P<words>.+)")
+_OURS = "cluster.errors."
+# These bring another error's text along, which follows them, and say nothing themselves.
+_MESSENGERS = re.compile(
+    r"Traceback \(most recent call last\)|Failed to update the deployments|Deploying application .* failed"
+    r"|The actor died because of an error|.*The actor died because of an error raised in its creation task"
+)
+MAX_CHARS = 600
+
+
+def why_not_started(error: Exception, application: str, status: Callable[[], ClusterStatus]) -> str:
+    """Why an application did not start, in one line: what HAProxy or the controller knows, what a deployment's process
+    said, else Serve's last word.
+
+    error: what `serve.run` raised.  status: asks the controller.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    alert = next((line for line in lines if "[ALERT]" in line), "")  # HAProxy's
+    if alert:
+        return alert
+    with suppress(SetupError, ray.exceptions.RayError):
+        if failure := status().failure:
+            return failure
+    found = serve.status().applications.get(application)
+    texts = [str(error), *(() if found is None else (d.message for d in found.deployments.values()))]
+    said = next((words for words in map(last_words, texts) if words), "")
+    return said or (lines[-1] if lines else repr(error))
+
+
+def last_words(text: str) -> str:
+    """The line of an error's text that says why; "" for none.
+
+    An error of ours before all others: it is made for users. Else the innermost one, which tracebacks have first.
+    """
+    text = _COLOUR.sub("", text)
+    raised = [found for line in text.splitlines() if (found := _RAISED.fullmatch(line.strip()))]
+    raised = [found for found in raised if not _MESSENGERS.match(found["words"])]
+    ours = [found["words"] for found in raised if found["module"] == _OURS]
+    others = [f"{found['kind']}: {found['words']}" for found in raised]
+    exits = [found["words"] for line in text.splitlines() if (found := _EXIT.fullmatch(line.strip()))]
+    said = next(iter((*ours, *others, *exits)), "")
+    return said if len(said) <= MAX_CHARS else f"{said[:MAX_CHARS]} …"
