@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster import inputs
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import TRANSPORTS, ClusterConfig, EngineConfig, Transport
+from cluster.config.resources import available_cpus
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
 from cluster.engine.local import load_engine, local_experts, model_info
@@ -90,6 +91,8 @@ class LLM:
             max_waiting=QUEUE_LIMIT,
             enable_prefix_caching=enable_prefix_caching,
         )
+        # torch counts the machine's cores, and knows nothing of a control group's quota.
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         self._request_ids = itertools.count()
         self._ray_experts: RayExperts | None = None
         registry = new_registry()

@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.bench.systems import SystemSpec
 from cluster.bench.throughput import Prompts, Workload
+from cluster.config.resources import available_cpus
 from cluster.errors import ClusterError
 
 _WORKERS = {"vllm": "vllm_worker.py", "llama.cpp": "llama_worker.py"}
@@ -25,6 +26,7 @@ class ForeignSystem:
             "dtype": spec.dtype,
             "max_model_len": workload.prompt_tokens + workload.output_tokens,
             "max_num_seqs": workload.batches[-1],
+            "num_threads": available_cpus(),
         }
         worker = Path(__file__).with_name(_WORKERS[spec.kind])
         self._process = subprocess.Popen(

@@ -26,7 +26,7 @@ def main() -> None:
         partial = file.with_suffix(".partial")
         _write_gguf(model_dir, partial)
         partial.rename(file)
-    model = _Model(llama_cpp, file, options["max_num_seqs"], options["max_model_len"])
+    model = _Model(llama_cpp, file, options["max_num_seqs"], options["max_model_len"], options["num_threads"])
     detail = f"llama-cpp-python {llama_cpp.__version__}, bfloat16 GGUF, {model.num_threads} threads"
     print(json.dumps({"ready": detail}), file=answers, flush=True)
     for line in sys.stdin:
@@ -38,9 +38,9 @@ def main() -> None:
 class _Model:
     """Greedy decoding of several sequences at a time over llama.cpp's batch interface."""
 
-    def __init__(self, api: Any, file: Path, max_sequences: int, max_tokens: int) -> None:
+    def __init__(self, api: Any, file: Path, max_sequences: int, max_tokens: int, num_threads: int) -> None:
         self.api = api
-        self.num_threads = len(os.sched_getaffinity(0))
+        self.num_threads = num_threads
         api.llama_backend_init()
         self.model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
         params = api.llama_context_default_params()

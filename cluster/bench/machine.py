@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from cluster.config.resources import available_cpus, memory_limit
+
 _PACKAGES = ("torch", "ray", "transformers")
 _SPEEDS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")  # what decides the speed of products
 
@@ -37,7 +39,7 @@ def this_machine() -> Machine:
     return Machine(
         cpu=cpu or platform.machine(),
         cpu_features=features,
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=available_cpus(),
         memory_bytes=_memory_bytes(),
         gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
         versions=tuple(versions),
@@ -76,9 +78,6 @@ def process_tree_bytes(pid: int) -> tuple[int, int]:
 
 
 def _memory_bytes() -> int:
-    """The machine's memory, or this control group's where that is less."""
+    """The machine's memory, or that of a control group of this process where that is less."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return physical
+    return min(physical, memory_limit() or physical)

@@ -1,7 +1,6 @@
 """Which system to measure. They themselves are in `cluster_system`, `transformers_system` and `foreign_system`."""
 
 import importlib.util
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Literal
 from cluster.bench.throughput import System, Workload
 from cluster.config import ModelConfig
 from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
+from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
 
 FOREIGN = {"vllm": "vllm", "llama.cpp": "llama_cpp"}  # systems in environments of their own, and what they import
@@ -55,7 +55,7 @@ def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> S
 
     Imports late: a process that measures one system carries neither the memory nor the threads of the other.
     """
-    num_threads = None if spec.split else len(os.sched_getaffinity(0))
+    num_threads = None if spec.split else available_cpus()
     if spec.kind in FOREIGN:
         from cluster.bench.foreign_system import ForeignSystem
 

@@ -6,7 +6,6 @@ Knows names and shapes from `names.py`; the reader does not see a difference to 
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from torch import Tensor
 from cluster.checkpoint.names import Shapes, checkpoint_shapes
 from cluster.checkpoint.reader import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from cluster.config import DTYPE_BYTES, ModelConfig
+from cluster.config.resources import available_cpus
 from cluster.errors import CheckpointError
 
 NORM_SPREAD = 0.1  # norm weights are 1 ± this: a model that forgets to multiply by them is found out
@@ -115,7 +115,7 @@ def write_checkpoint(
             raise CheckpointError(f"{model_dir} holds weights already: empty it or choose another directory")
         write_json(model_dir / CONFIG_FILE, raw_config)
         made_bytes = 0
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with ThreadPoolExecutor(max_workers=available_cpus()) as pool:
             for file_name, names in files.items():
                 tensors: dict[str, Tensor] = {}
                 for name, tensor in zip(names, pool.map(generator.tensor, names, names.values()), strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
+from cluster.config.resources import available_cpus
 
 
 def add_command(
@@ -101,7 +102,7 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
     tokens/s over 32 streams (BENCHMARKS.md)."""
     names = {f.name for f in fields(ClusterConfig)} & vars(args).keys() - {"model"}
     given = {name: getattr(args, name) for name in names}
-    cores = 1 if args.ray_address else len(os.sched_getaffinity(0))
+    cores = 1 if args.ray_address else available_cpus()
     for cpus, processes in (
         ("cpus_per_attention_replica", args.attention_replicas),
         ("cpus_per_expert_shard", args.expert_shards),

@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster.checkpoint.names import dense_bytes
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
+from cluster.config.resources import available_cpus
 from cluster.engine.local import load_engine, resolve_device, resolve_dtype, torch_dtype
 from cluster.engine.loop import EngineLoop
 from cluster.errors import ShardUnavailable
@@ -51,7 +52,7 @@ def prepare_process(num_threads: int) -> None:
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(min(num_threads, available_cpus()))
     if ray.get_gpu_ids() and not torch.cuda.is_available():
         log.warning("Ray gave this process GPUs %s, but its torch has no CUDA", ray.get_gpu_ids())
 

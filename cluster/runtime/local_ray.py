@@ -20,6 +20,7 @@ import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
+from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
 from cluster.private import private_files
 from cluster.runtime.haproxy import set_environment
@@ -80,7 +81,7 @@ def start_ray(
     with set_environment(environment(Path(temp_dir))), loopback(), private_files():
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
+            num_cpus=max(available_cpus(), int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
             namespace=NAMESPACE,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
