@@ -8,8 +8,10 @@ from collections.abc import Awaitable
 
 import ray
 
+from cluster.checkpoint.files import in_one_line
 from cluster.errors import SetupError
 from cluster.runtime.cluster_state import ClusterState, this_actor
+from cluster.runtime.last_words import last_words
 from cluster.runtime.process import share_of
 from cluster.runtime.shard_process import ShardProcess, Slice
 from cluster.runtime.spares import SpareProcesses
@@ -17,6 +19,7 @@ from cluster.runtime.spares import SpareProcesses
 log = logging.getLogger(__name__)
 
 RESPAWN_BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # before the n-th respawn in a row; the last one repeats
+MAX_FIRST_STARTS = 5  # of a shard of a cluster that never served: what kept it from loading so often will not pass
 STABLE_S = 2.0  # a shard that was up for so long starts again at the first backoff: no row that it was sent kills it
 
 
@@ -55,7 +58,7 @@ class ShardSupervision:
 
     async def _supervise(self, shard: ShardProcess) -> None:
         """Keeps one shard alive until cancelled. Raises SetupError when it cannot load."""
-        failures = 0
+        failures = first_starts = 0
         while True:
             up_since = time.monotonic()
             try:
@@ -65,9 +68,15 @@ class ShardSupervision:
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, SetupError):
                     raise error.cause from None
-                why = f"failed: {error.cause!r}"
-            except ray.exceptions.RayActorError:
-                why = "died"
+                why = f"failed: {in_one_line(repr(error.cause))}"
+            except ray.exceptions.RayActorError as error:
+                why = f"died: {words}" if (words := last_words(str(error))) else "died"
+            first_starts += 1
+            if first_starts >= MAX_FIRST_STARTS and not self.state.published:
+                raise SetupError(
+                    f"shard {shard.shard_id} did not load in {first_starts} attempts, the last one {why}: if it is "
+                    "memory, use more expert shards, on more machines, or a smaller dtype"
+                )
             failures = 0 if time.monotonic() - up_since > STABLE_S else failures
             log.warning("%s: shard %d %s (%s)", self.state.group, shard.shard_id, why, shard.status.process)
             if not shard.leaves:
