@@ -110,6 +110,9 @@ class CheckpointReader:
         ignored = sorted(self.names - expected.keys())
         if ignored:
             log.warning("%s: %s not read: the config says the same", self.model_dir, some(ignored, "is", "are"))
+        unread = sorted(p.name for p in self.model_dir.glob("*.safetensors") if p not in set(self._files.values()))
+        if unread:
+            log.warning("%s: %s not read: every tensor is in others", self.model_dir, some(unread, "is", "are"))
 
     def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
         """Copies each named tensor into its destination, cast to the destination's dtype; returns bytes read.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cluster.checkpoint.names import Shapes, checkpoint_shapes
 from cluster.checkpoint.reader import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from cluster.config import DTYPE_BYTES, ModelConfig
+from cluster.config import DTYPE_BYTES, DTYPES, ModelConfig
 from cluster.config.resources import available_cpus
 from cluster.errors import CheckpointError
 
@@ -104,6 +104,8 @@ def write_checkpoint(
     """
     model_dir = Path(model_dir)
     config = ModelConfig.from_dict(raw_config)
+    if config.dtype not in DTYPES:
+        raise CheckpointError(f"random weights of {config.dtype} are not made: use one of {', '.join(DTYPES)}")
     shapes = checkpoint_shapes(config)
     itemsize = DTYPE_BYTES[config.dtype]
     total_bytes = _num_bytes(shapes, itemsize)

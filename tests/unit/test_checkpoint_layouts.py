@@ -180,6 +180,14 @@ def test_what_follows_from_the_config_is_let_lie_and_named(
     assert f"{name} is not read" in caplog.text
 
 
+def test_a_file_that_is_not_read_is_named(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One file goes before numbered ones, as in transformers: what lies beside it may be older, or newer."""
+    save_file(tensors(model_dir), model_dir / "model-00001-of-00001.safetensors")
+    with caplog.at_level(logging.WARNING):
+        CheckpointReader(model_dir).check_tensors()
+    assert "model-00001-of-00001.safetensors is not read" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["model.rotary_emb.inv_freq.weight", "x.model.position_ids", "inv_freq"])
 def test_only_whole_names_are_harmless(model_dir: Path, name: str) -> None:
     rewrite(model_dir, lambda stored: stored.update({name: torch.ones(4)}))
