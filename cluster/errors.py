@@ -8,7 +8,7 @@
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
     ├── Forbidden                    PERMISSION_DENIED   403   this way in is not for this caller
-    ├── PoisonedRequest              INTERNAL            500   every replica that it met died
+    ├── PoisonedRequest              INTERNAL            500   it ends the engines that compute it
     ├── ProtocolError                INTERNAL            500   a stream's other side does not speak its protocol
     ├── RequestFailed                INTERNAL            500   an exception at this request's rows: the others go on
     │   └── NonFiniteOutput                                    the model gave NaN or infinity for it
@@ -80,7 +80,7 @@ class Forbidden(ClusterError):
 
 
 class PoisonedRequest(ClusterError):
-    """A request whose attention replicas died one after the other; sending it again would kill more."""
+    """A request that is held to end the engines that compute it; sending it again would end more."""
 
     public = True
 
@@ -136,7 +136,15 @@ class Unavailable(ClusterError):
 
 
 class ReplicaUnavailable(Unavailable):
-    """The attention replica of a request died, or the engine behind it."""
+    """The attention replica of a request died, or the engine behind it.
+
+    num_in_step: of the sequences that the engine computed when it died, if the request's was one of them; 0 if it was
+    not, None if nobody knows.
+    """
+
+    def __init__(self, message: str, num_in_step: int | None = None) -> None:
+        super().__init__(message, num_in_step)
+        self.num_in_step = num_in_step
 
 
 class ReplicaStopping(ReplicaUnavailable):

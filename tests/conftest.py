@@ -41,10 +41,14 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A link to the folder that Ray's processes import this package from: turned, it is another installed version."""
+    """A link to the folder that Ray's processes import this package from: turned, it is another installed version.
+
+    Beside it stands a poison for some requests, see served/poison.py.
+    """
     versions = tmp_path_factory.mktemp("installed")
     (versions / "this").mkdir()
     (versions / "this" / "cluster").symlink_to(Path(cluster.__file__).parent)
+    (versions / "this" / "sitecustomize.py").symlink_to(Path(__file__).parent / "served" / "poison.py")
     (versions / "now").symlink_to(versions / "this")
     return versions / "now"
 

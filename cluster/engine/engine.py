@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
-from cluster.engine.isolation import failure_of, prove, run_isolated
+from cluster.engine.isolation import OnStep, failure_of, prove, run_isolated
 from cluster.engine.retry_hint import RetryHint
 from cluster.engine.runner import ModelRunner, StepResult
 from cluster.engine.scheduler import Batch, ScheduledSequence, Scheduler
@@ -42,6 +42,7 @@ class Engine:
         metrics: EngineMetrics,
         clock: Callable[[], float] = time.monotonic,
         seeds: random.Random | None = None,
+        on_step: OnStep = lambda _: None,
     ) -> None:
         self.runner = runner
         self.config = config
@@ -50,6 +51,7 @@ class Engine:
         self.metrics = metrics
         self.clock = clock
         self.seeds = seeds or random.Random()
+        self.on_step = on_step
         self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.blocks,
@@ -190,7 +192,7 @@ class Engine:
             if not s.sequence.started:
                 s.sequence.started = True
                 self.metrics.queue_wait(started - s.sequence.arrived_at)
-        result = run_isolated(self.runner, batch)
+        result = run_isolated(self.runner, batch, self.on_step)
         computed = [s for i, s in enumerate(batch.scheduled) if i not in result.lost and i not in result.failed]
         num_decode_tokens = sum(s.num_tokens for s in computed if s.samples and s.sequence.num_output_tokens)
         num_prefill_tokens = sum(s.num_tokens for s in computed) - num_decode_tokens
@@ -207,7 +209,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001 it is this sequence's alone
                 self._fail(s.sequence, error)
         if len(result.failed) == len(batch.scheduled):
-            prove(self.runner, self.blocks)
+            prove(self.runner, self.blocks, self.on_step)
         return updates
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:

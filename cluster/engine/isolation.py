@@ -1,17 +1,20 @@
 """Runs a step so that an exception ends the sequences that it belongs to, and no others. Knows no tensors."""
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.runner import StepResult
 from cluster.engine.scheduler import Batch, ScheduledSequence
-from cluster.engine.sequence import Sequence
+from cluster.engine.sequence import Sequence as EngineSequence
 from cluster.errors import ClusterError, NonFiniteOutput, RequestFailed
 from cluster.model.sampler import NoFiniteNumbers
 from cluster.types import EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
+
+OnStep = Callable[[Sequence[str]], None]  # told the requests of each step before it is computed
 
 
 class StepRunner(Protocol):
@@ -22,11 +25,12 @@ class StepRunner(Protocol):
     def check_device(self) -> None: ...
 
 
-def run_isolated(runner: StepRunner, batch: Batch) -> StepResult:
+def run_isolated(runner: StepRunner, batch: Batch, on_step: OnStep) -> StepResult:
     """Blocks. A step that raises is run again in halves, down to the sequences that raise alone: those have failed.
 
     A ClusterError belongs to all that it was raised for. Raises what the device ends with: then all are lost.
     """
+    on_step([s.sequence.request_id for s in batch.scheduled])
     try:
         return runner.run(batch)
     except Exception as error:  # noqa: BLE001 whose it is shows when the others run without it
@@ -36,7 +40,8 @@ def run_isolated(runner: StepRunner, batch: Batch) -> StepResult:
             return StepResult([None] * size, failed=dict.fromkeys(range(size), error))
         log.warning("a step of %d sequences is run again in halves: %s: %s", size, type(error).__name__, error)
     middle = size // 2
-    first, second = (run_isolated(runner, Batch(part)) for part in (batch.scheduled[:middle], batch.scheduled[middle:]))
+    first = run_isolated(runner, Batch(batch.scheduled[:middle]), on_step)
+    second = run_isolated(runner, Batch(batch.scheduled[middle:]), on_step)
     return StepResult(
         [*first.tokens, *second.tokens],
         {**first.lost, **{middle + i: lost for i, lost in second.lost.items()}},
@@ -45,16 +50,16 @@ def run_isolated(runner: StepRunner, batch: Batch) -> StepResult:
     )
 
 
-def prove(runner: StepRunner, blocks: BlockManager) -> None:
+def prove(runner: StepRunner, blocks: BlockManager, on_step: OnStep) -> None:
     """After a step in which every sequence failed: computes a token that nobody asked for. Raises if that fails too,
     for then it is the engine that is broken, and its requests are better off at another one."""
     params = SamplingParams(temperature=0, max_tokens=1)
     request = EngineRequest(request_id="proof", prompt_token_ids=(0,), params=params)
-    sequence = Sequence(request=request, params=params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None)
+    sequence = EngineSequence(request=request, params=params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None)
     if not blocks.allocate(sequence, 1):
         return
     try:
-        failed = run_isolated(runner, Batch((ScheduledSequence(sequence, 1),))).failed.get(0)
+        failed = run_isolated(runner, Batch((ScheduledSequence(sequence, 1),)), on_step).failed.get(0)
     finally:
         blocks.free(sequence)
     if failed is not None and not isinstance(failed, ClusterError | NoFiniteNumbers):

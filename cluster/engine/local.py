@@ -9,6 +9,7 @@ from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import DTYPES, EngineConfig, ModelConfig
 from cluster.engine.engine import Engine
+from cluster.engine.isolation import OnStep
 from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
 from cluster.errors import CheckpointError, SetupError
@@ -80,10 +81,12 @@ def load_engine(
     progress: Callable[[int], None] | None = None,
     *,
     remote_experts: bool = False,
+    on_step: OnStep = lambda _: None,
 ) -> Engine:
     """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError.
 
     remote_experts: they are in other processes, so that splitting a step may hide the way there.
+    on_step: told the requests of each step before it is computed.
     """
     reader = CheckpointReader(model_dir)
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
@@ -100,6 +103,7 @@ def load_engine(
         eos_token_ids=read_eos_token_ids(model_dir, reader.config),
         max_model_len=longest,
         metrics=metrics,
+        on_step=on_step,
     )
 
 

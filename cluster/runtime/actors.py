@@ -20,6 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.config.resources import available_cpus
 from cluster.engine.local import load_engine, resolve_device, resolve_dtype, torch_dtype
 from cluster.engine.loop import EngineLoop
+from cluster.engine.step_record import open_step_record
 from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.pulse import Pulse, Sign
@@ -261,7 +262,10 @@ class EngineActor:
     The replica submits and cancels through one group of threads and waits for news in another.
     """
 
-    def __init__(self, config: ClusterConfig, replica: str, controller: Any, num_threads: int) -> None:
+    def __init__(
+        self, config: ClusterConfig, replica: str, controller: Any, num_threads: int, record_path: str = ""
+    ) -> None:
+        """record_path: where the replica reads whom the engine computed, when it has died."""
         prepare_process(num_threads)
         end_at_sigterm()
         registry = report_version(new_registry(), "engine")
@@ -287,6 +291,7 @@ class EngineActor:
             EngineMetrics(registry, place),
             ProgressReport(controller, replica, total),
             remote_experts=True,
+            **({"on_step": open_step_record(record_path).write} if record_path else {}),
         )
         self.directory.wait_ready()
         self.loop = EngineLoop(engine)

@@ -15,6 +15,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
+from cluster.engine.step_record import make_step_record
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
 from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
 from cluster.runtime.autoscaling import engine_load
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 LOST = "the attention replica of this request lost its engine"
 HUNG_S = LONG_POLL_S + 10.0  # an engine that answers no poll for so long hangs: a healthy one does within LONG_POLL_S
-LAST_WORDS_S = 0.2  # for the ends of the streams to leave the process
+LAST_WORDS_S = 0.2  # for the ends of the streams to leave the process, when all have been taken
+TAKEN_S = 2.0  # within so long
 
 
 class AttentionReplica:
@@ -39,6 +41,8 @@ class AttentionReplica:
         self.name = serve.get_replica_context().replica_id.unique_id
         group = shard_group(config)
         threads = num_threads(config.cpus_per_attention_replica)
+        self._record = make_step_record(config.max_num_seqs)
+        record_path = self._record.path if self._record is not None else ""
         self.engine = (
             ray.remote(concurrency_groups=ENGINE_GROUPS)(EngineActor)
             .options(
@@ -50,7 +54,7 @@ class AttentionReplica:
                 ),
                 runtime_env=actor_environment(group, threads),
             )
-            .remote(config, self.name, get_controller(group, config), threads)
+            .remote(config, self.name, get_controller(group, config), threads, record_path)
         )
         try:
             self._engine_pid: int = await self.engine.ready.remote()
@@ -132,12 +136,24 @@ class AttentionReplica:
                 log.error("%s: %s", self._lost, error)
             else:
                 self._share(updates)
-        for request_id, stream in self._streams.items():
-            stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=ReplicaUnavailable(LOST)))
-        await asyncio.sleep(LAST_WORDS_S)
         with suppress(ProcessLookupError):
             os.kill(self._engine_pid, signal.SIGKILL)  # Ray's word does not reach a process that is stopped
+        await self._say_last_words()
         os._exit(1)  # Serve hears of it at once and makes another; its next health check would be seconds away
+
+    async def _say_last_words(self) -> None:
+        """Ends all streams; their requests go on elsewhere, those that the engine computed last with more care."""
+        for request_id, stream in self._streams.items():
+            num_in_step = self._record.num_beside(request_id) if self._record is not None else None
+            if num_in_step:
+                log.error("the engine computed request %s when it died, of %d in the step", request_id, num_in_step)
+            died = ReplicaUnavailable(LOST, num_in_step)
+            stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=died))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TAKEN_S):
+                while self._streams:
+                    await asyncio.sleep(0.01)
+        await asyncio.sleep(LAST_WORDS_S)
 
 
 async def _as_future(ref: Any) -> Any:

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5  # between two looks at replicas and shards
 ACCEPT_TIMEOUT_S = 10.0  # a replica answers a new request at once, whether it then waits in a queue or not
+FAREWELL_S = 1.0  # for a replica whose engine died to say so itself, and whom the engine computed
 READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long is not counted as up
 
 
@@ -71,6 +72,7 @@ class ServeReplicas:
     async def _await_death(self, name: str, engine: Any) -> None:
         with suppress(ray.exceptions.RayActorError):
             await engine.hold.remote()
+        await asyncio.sleep(FAREWELL_S)
         del self._watchers[name]
         for response in self._running.pop(name, ()):
             self._lost.add(response)

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.errors import Overloaded, PoisonedRequest, ReplicaStopping, ReplicaUnavailable
 from cluster.serving.service import GenerationBackend
@@ -21,10 +21,44 @@ log = logging.getLogger(__name__)
 RETRY_INTERVAL_S = 0.2  # between two tries to find room for a request that was let in before
 
 
+@dataclass(slots=True)
+class Deaths:
+    """The deaths of replicas for which one request may be the reason.
+
+    at_this_token: since its last new token.  proven: whether the last of them is proof that it is.
+    """
+
+    total: int = 0
+    at_this_token: int = 0
+    proven: bool = False
+
+    def add(self, num_in_step: int | None) -> None:
+        """num_in_step: as in ReplicaUnavailable."""
+        if num_in_step == 0:
+            return  # the engine computed others
+        self.total += 1
+        self.at_this_token += 1
+        self.proven = self.at_this_token > 1 and num_in_step == 1
+
+    def progressed(self) -> None:
+        """There is a new token."""
+        self.at_this_token, self.proven = 0, False
+
+    def are_its_fault(self, max_replays: int) -> bool:
+        return self.proven or self.at_this_token > max_replays
+
+    @property
+    def num_alone_tokens(self) -> int:
+        """A suspect computes its next token alone; one that dies again and again with others, ever more."""
+        return 4 ** (self.total - 1) if self.at_this_token else 0
+
+
 class ReplayingBackend:
     """A backend over one that raises ReplicaUnavailable, or says so in an update, when a replica dies.
 
     max_replays: how often a request goes on elsewhere without a new token in between; then it is held to kill replicas.
+    An engine that died beside it, computing others, does not count; one that died when it computed this request alone,
+    after another had died at the same token, is proof.
     room_timeout_s: how long a request that was let in looks for room at another replica.  on_replay: for each.
     """
 
@@ -53,19 +87,25 @@ class ReplayingBackend:
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(63)))
         given: list[int] = []
-        attempt = fruitless = 0
+        attempt = 0
+        deaths = Deaths()
         lost_at = arrived_at
         while True:
             try:
                 async with aclosing(
-                    self._replicas.generate(self._resumed(request, given, attempt, arrived_at))
+                    self._replicas.generate(self._resumed(request, given, attempt, deaths, arrived_at))
                 ) as news:
                     async for update in news:
-                        if isinstance(update.error, ReplicaUnavailable):
-                            raise update.error
-                        given += update.token_ids
-                        fruitless = 0 if update.token_ids else fruitless
-                        yield replace(update, request_id=request.request_id)
+                        died = update.error if isinstance(update.error, ReplicaUnavailable) else None
+                        if died is not None:  # what came just before is in the same update
+                            update = replace(update, finish_reason=None, error=None)
+                        if update.token_ids:
+                            given += update.token_ids
+                            deaths.progressed()
+                        if update.token_ids or died is None:
+                            yield replace(update, request_id=request.request_id)
+                        if died is not None:
+                            raise died
                         if update.finish_reason is not None:
                             return
                 raise ReplicaUnavailable("the attention replica ended its stream without a reason")
@@ -75,17 +115,20 @@ class ReplayingBackend:
                 attempt += 1
                 await self._sleep(RETRY_INTERVAL_S)
             except ReplicaUnavailable as error:
-                fruitless += 1
-                if fruitless > self._max_replays:
+                deaths.add(error.num_in_step)
+                if deaths.are_its_fault(self._max_replays):
                     raise PoisonedRequest(
-                        f"request {request.called} lost {fruitless} attention replicas in a row "
-                        f"without a new token ({len(given)} generated): it is not tried again"
+                        f"request {request.called} is not tried again: {deaths.at_this_token} attention replicas died "
+                        f"in a row while they had it, without a new token ({len(given)} generated)"
+                        + (", the last one with nothing else in its step" if error.num_in_step == 1 else "")
                     ) from error
                 log.info("request %s goes on elsewhere after %d tokens: %s", request.called, len(given), error)
                 self._on_replay()
                 attempt, lost_at = attempt + 1, self._clock()
 
-    def _resumed(self, request: EngineRequest, given: list[int], attempt: int, arrived_at: float) -> EngineRequest:
+    def _resumed(
+        self, request: EngineRequest, given: list[int], attempt: int, deaths: "Deaths", arrived_at: float
+    ) -> EngineRequest:
         """A replica that was told to cancel the earlier attempt must not take this one for it: it has its own id."""
         if not attempt:
             return request
@@ -95,5 +138,6 @@ class ReplayingBackend:
             request_id=f"{request.request_id}#{attempt}",
             output_token_ids=tuple(given),
             num_replays=attempt,
+            num_alone_tokens=deaths.num_alone_tokens,
             timeout_s=None if timeout_s is None else max(0.001, timeout_s - (self._clock() - arrived_at)),
         )

@@ -64,7 +64,9 @@ async def collect(replicas):
     return [update async for update in replicas.generate(request("a"))]
 
 
-def test_a_stream_of_a_host_that_is_gone_ends_with_rays_word_of_its_engine():
+def test_a_stream_of_a_host_that_is_gone_ends_with_rays_word_of_its_engine(monkeypatch):
+    monkeypatch.setattr(ingress, "FAREWELL_S", 0.0)
+
     async def run():
         response = SilentResponse(
             SequenceUpdate(request_id="a", replica="r1"), SequenceUpdate(request_id="a", token_ids=(5,))

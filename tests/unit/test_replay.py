@@ -121,7 +121,7 @@ def test_every_attempt_has_the_same_seed_and_what_is_left_of_the_time():
 
 def test_a_request_that_kills_every_replica_is_given_up():
     replicas = DyingReplicas(2, 0, 0, 0, 0)
-    with pytest.raises(PoisonedRequest, match=r"request a lost 3 attention replicas in a row .* \(2 generated\)"):
+    with pytest.raises(PoisonedRequest, match=r"request a is not .*: 3 attention replicas died in a row .*2 generated"):
         collect(replicas, request("a"))
     assert len(replicas.seen) == 3
 
