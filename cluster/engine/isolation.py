@@ -8,7 +8,7 @@ from cluster.engine.block_manager import BlockManager
 from cluster.engine.runner import StepResult
 from cluster.engine.scheduler import Batch, ScheduledSequence
 from cluster.engine.sequence import Sequence as EngineSequence
-from cluster.errors import ClusterError, NonFiniteOutput, RequestFailed
+from cluster.errors import ClusterError, NonFiniteOutput, RequestFailed, Unavailable
 from cluster.model.sampler import NoFiniteNumbers
 from cluster.types import EngineRequest, SamplingParams
 
@@ -28,7 +28,7 @@ class StepRunner(Protocol):
 def run_isolated(runner: StepRunner, batch: Batch, on_step: OnStep) -> StepResult:
     """Blocks. A step that raises is run again in halves, down to the sequences that raise alone: those have failed.
 
-    A ClusterError belongs to all that it was raised for. Raises what the device ends with: then all are lost.
+    What is not there for the moment (Unavailable) is so for all. Raises what the device ends with: then all are lost.
     """
     on_step([s.sequence.request_id for s in batch.scheduled])
     try:
@@ -36,7 +36,7 @@ def run_isolated(runner: StepRunner, batch: Batch, on_step: OnStep) -> StepResul
     except Exception as error:  # noqa: BLE001 whose it is shows when the others run without it
         runner.check_device()
         size = len(batch.scheduled)
-        if size == 1 or isinstance(error, ClusterError):
+        if size == 1 or isinstance(error, Unavailable):
             return StepResult([None] * size, failed=dict.fromkeys(range(size), error))
         log.warning("a step of %d sequences is run again in halves: %s: %s", size, type(error).__name__, error)
     middle = size // 2

@@ -280,6 +280,15 @@ def test_poisoned_requests_one_after_the_other_end_no_engine(num_blocks):
     assert run_to_end(engine) == {"e": ([2, 3], "length")}
 
 
+def test_a_shard_that_fails_at_one_sequences_rows_is_no_reason_to_end_the_others():
+    """Nothing is unavailable: the shard answered with the exception that it met, and would meet it anywhere."""
+    engine = faulty_engine({"b"}, ClusterError("shard 3 failed: IndexError()"))
+    for name in "abc":
+        engine.submit(request(name, max_tokens=1))
+    answers = run_to_end(engine)
+    assert answers == {"a": ([2], "length"), "b": ([], "error"), "c": ([2], "length")}
+
+
 def test_a_lost_shard_in_the_engines_own_token_is_no_fault_of_the_engine():
     engine = faulty_engine(None, ShardUnavailable("shard 1 is gone", 1))
     engine.submit(request("a"))
