@@ -3,6 +3,7 @@
     ClusterError                     INTERNAL            500
     ├── SetupError                   INTERNAL            500   the command line ends with exit code 2
     │   └── CheckpointError                                    a model directory that cannot be served
+    ├── Closed                       INTERNAL            500   an offline `LLM` after its `close`
     ├── InvalidRequest               INVALID_ARGUMENT    400   carries the field's name
     ├── Unauthenticated              UNAUTHENTICATED     401   no API key, or an unknown one
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
@@ -49,6 +50,10 @@ class SetupError(ClusterError):
 
 class CheckpointError(SetupError):
     """A model directory is incomplete, damaged or of another architecture."""
+
+
+class Closed(ClusterError):
+    """Something was asked of an object that has been closed."""
 
 
 class InvalidRequest(ClusterError):

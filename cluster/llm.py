@@ -25,10 +25,10 @@ from cluster.engine.local import load_engine, local_experts, model_info
 from cluster.engine.preflight import check_checkpoint
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence as EngineSequence
-from cluster.errors import ClusterError, InvalidRequest, SetupError
+from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
-from cluster.runtime.launch import RayExperts
+from cluster.runtime.offline_experts import RayExperts
 from cluster.serving.answer import Answer
 from cluster.serving.detokenizer import NoText
 from cluster.serving.prepare import Prompt, RequestCompleter
@@ -53,7 +53,8 @@ class LLM:
     """A checkpoint ready to generate. Not thread-safe. Close it, or use it as a context manager.
 
     transport: "local" computes the experts in this process; "auto" on `num_expert_shards` Ray actors, on the Ray
-    cluster that is connected, else on one of this machine. "stream" and "ray" name the carrier to them.
+    cluster that is connected, else on one of this machine, which several LLMs share and the last to be closed ends;
+    the end of the process closes those that are open. "stream" and "ray" name the carrier to them.
     skip_tokenizer: prompts are token ids only and outputs have no text.
     The other arguments are the fields of `EngineConfig`.
     Raises SetupError, CheckpointError.
@@ -95,6 +96,7 @@ class LLM:
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         self._request_ids = itertools.count()
         self._ray_experts: RayExperts | None = None
+        self._closed = False
         registry = new_registry()
         dispatch_metrics = DispatchMetrics(registry, "llm")
         check_checkpoint(model_dir, config, num_expert_shards, tokenizer=False)
@@ -135,10 +137,11 @@ class LLM:
         `{"prompt": …}` and `{"prompt_token_ids": …}`. A lone prompt, `[1, 2, 3]` too, is a list of one.
 
         params: for all, or one for each; a mapping has the fields of SamplingParams.
-        Raises InvalidRequest before anything is computed, ShardUnavailable when experts stay lost, RequestFailed for a
-        prompt that meets an exception. The others are answered before: the error's `outputs` has their answers in the
+        Raises InvalidRequest before anything is computed, Unavailable when experts stay lost, Closed, RequestFailed for
+        a prompt that meets an exception. The others are answered before: the error's `outputs` has their answers in the
         prompts' order, None for one that failed.
         """
+        self._check_open()
         asked = to_prompts(prompts)
         every = to_params(params, len(asked))
         requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, every, strict=True)]
@@ -176,8 +179,9 @@ class LLM:
     def logits(self, token_ids: Iterable[int]) -> Tensor:
         """The logits at every position of a prompt: [T, vocab] float32. Computed in chunks, as a prompt would be.
 
-        The prompt may be as long as the context. Raises InvalidRequest, ShardUnavailable.
+        The prompt may be as long as the context. Raises InvalidRequest, Unavailable, Closed.
         """
+        self._check_open()
         request = EngineRequest(
             request_id=self._next_id(),
             prompt_token_ids=self._completer.prompt(token_ids, "token_ids"),
@@ -206,18 +210,24 @@ class LLM:
         return torch.cat(chunks)
 
     def close(self) -> None:
-        """Takes the shards down. Safe to call again."""
+        """Takes the shards down; what is asked afterwards raises Closed. Safe to call again."""
+        self._closed = True
         if self._ray_experts is not None:
             self._ray_experts.close()
             self._ray_experts = None
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("this LLM is closed: make another one")
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
         token_ids = prompt.token_ids

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster import chaos
 from cluster.cli.arguments import add_command, add_ray_address
-from cluster.config.local_address import find_address
 from cluster.errors import ClusterError, SetupError
+from cluster.footprint.servers import find_address
 
 
 def add_commands(commands: Any) -> None:
@@ -90,7 +90,7 @@ def _chaos(args: argparse.Namespace) -> int:
 
 def _running(args: argparse.Namespace) -> Any:
     """The running cluster that the arguments mean."""
-    address = args.ray_address or find_address()
+    address = find_address(args.ray_address)
     from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
 
     return RunningCluster(address)

@@ -2,13 +2,11 @@
 
 import argparse
 import os
-import shutil
 import signal
-import tempfile
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cluster.cli.arguments import (
     add_cluster_arguments,
@@ -18,6 +16,7 @@ from cluster.cli.arguments import (
     serve_options,
 )
 from cluster.cli.clients import print_stream
+from cluster.footprint.folders import OwnedFolder
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that drain and stop what was started
 DEMO_QUESTION = "Which experts answered this question?"
@@ -62,9 +61,9 @@ def _demo(args: argparse.Namespace) -> int:
     from cluster.serving.direct import read_url
     from cluster.types import ChatMessage, SamplingParams
 
-    folder = Path(tempfile.mkdtemp(prefix="moe-demo-"))
+    folder = OwnedFolder()
     try:
-        model = folder / "demo-moe"
+        model = folder.path / "demo-moe"
         write_demo_checkpoint(model, seed=0)
         print("made a demo checkpoint: qwen2_moe, 64 routed experts in 4 layers, random weights (so: random answers)")
         with _served(args, str(model)) as cluster:
@@ -80,7 +79,7 @@ def _demo(args: argparse.Namespace) -> int:
                 address = f"127.0.0.1:{cluster.grpc_port}"
                 _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
     return 0
 
 
@@ -97,17 +96,30 @@ def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
         signal.signal(number, interrupt)
     config = cluster_config(args, model)
     with LoadProgress("starting Ray and Ray Serve") as progress:
-        cluster = ServedCluster(config, serve_options(args), progress.update)
+        cluster = ServedCluster(config, serve_options(args), progress.update, _end)
     try:
         yield cluster
     finally:
         for number in ENDS:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
-        with suppress(OSError):  # the terminal was closed
-            print("stopping: waiting for running requests …", flush=True)
+        _say("stopping: waiting for running requests …", sys.stdout)
         cluster.close()
-        with suppress(OSError):
-            print("stopped", flush=True)
+        _say("stopped", sys.stdout)
+
+
+def _end(reason: str) -> None:
+    """Ends this process, in whatever its main thread hangs: its Ray is gone, and all that ran on it."""
+    out = sys.__stderr__  # while stopping, sys.stderr is a buffer
+    if out is not None:
+        show_cursor = "\x1b[?25h" if out.isatty() else ""  # the start's progress hides it
+        _say(f"{show_cursor}moe-cluster: {reason}: all streams have ended and nothing runs any more; serve again", out)
+    os._exit(1)
+
+
+def _say(line: str, out: TextIO) -> None:
+    """Where nobody reads any more, or not these characters, the stop goes on without it."""
+    with suppress(OSError, ValueError):
+        print(line, file=out, flush=True)
 
 
 def _wait_for_interrupt(invitation: str) -> None:

@@ -14,6 +14,7 @@ from cluster.evolving import evolving
 
 Transport = Literal["local", "auto", "stream", "ray"]
 TRANSPORTS: tuple[Transport, ...] = ("auto", "stream", "ray")  # between processes
+LEAST = 1e-4  # of what cannot be zero; Ray knows no smaller fraction of a CPU
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
@@ -150,10 +151,13 @@ class ClusterConfig:
         for name in ("gpus_per_attention_replica", "gpus_per_expert_shard", "expert_memory_bytes"):
             if getattr(self, name) is not None:
                 _check_number(self, name, 0)
+        for name in ("gpus_per_attention_replica", "gpus_per_expert_shard"):
+            gpus = getattr(self, name)
+            if gpus and (gpus < LEAST or (gpus > 1 and gpus != int(gpus))):
+                raise SetupError(
+                    f"{name} is {gpus}, a part of one GPU (at least {LEAST:g}) or a whole number is needed"
+                )
         for name in (
-            "cpus_per_attention_replica",
-            "cpus_per_expert_shard",
-            "shard_timeout_s",
             "recovery_timeout_s",
             "drain_timeout_s",
             "redundant_experts",
@@ -162,6 +166,8 @@ class ClusterConfig:
             "max_streams_per_client",
         ):
             _check_number(self, name, 0)
+        for name in ("cpus_per_attention_replica", "cpus_per_expert_shard", "shard_timeout_s"):
+            _check_number(self, name, LEAST)
         _check_number(self, "metrics_port", 0, 65535)
         if self.min_copies > self.expert_shards:
             raise SetupError(
@@ -219,7 +225,7 @@ def _check_number(config: object, name: str, low: float, high: float = math.inf)
         value = plain_number(getattr(config, name), name)
     except InvalidRequest as error:
         raise SetupError(str(error)) from None
-    if not low <= value <= high:
+    if not low <= value <= high or math.isinf(value):
         upper = "" if high == math.inf else f" and at most {high:g}"
         raise SetupError(f"{name} is {inputs.shown(value)}, at least {low:g}{upper} is needed")
     object.__setattr__(config, name, value)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,9 +23,9 @@ ANSWER_TIMEOUT_S = 1.0
 class NodeMetricsActor:
     """One a node, made by the controller and gone with it."""
 
-    def __init__(self, group: str, host: str, port: int) -> None:
+    def __init__(self, directory: str, host: str, port: int) -> None:
         prepare_process(1)
-        self._collector = NodeCollector(metrics_dir(group), host, port)
+        self._collector = NodeCollector(Path(directory), host, port)
         self._port = self._collector.start()
         self._host = host
 
@@ -54,7 +55,7 @@ class NodeCollectors:
             handle = (
                 ray.remote(NodeMetricsActor)
                 .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
-                .remote(self._group, config.metrics_host, config.metrics_port)
+                .remote(str(metrics_dir(self._group)), config.metrics_host, config.metrics_port)
             )
             try:
                 self._of_node[node_id] = (handle, await handle.address.remote())

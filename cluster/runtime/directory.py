@@ -19,6 +19,8 @@ from cluster.runtime.protocol import LONG_POLL_S, Membership, ProcessInfo
 
 log = logging.getLogger(__name__)
 
+CLOSE_INTERVAL_S = 0.5  # between two looks whether a directory that waits for news was closed
+
 
 def take_slot(controller: Any, holder: str, process: ProcessInfo, engine: Any) -> ProcessInfo:
     """The process with the slot that the controller gives this engine; none from one of an older version, which gives
@@ -51,17 +53,20 @@ class ShardDirectory:
         self._on_epoch = on_epoch
         self._news = threading.Condition()
         self._membership: Membership | None = None
-        self._failure: SetupError | None = None
-        self._closed = False
+        self._failure: SetupError | Unavailable | None = None
+        self._lost = False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="shard-directory", daemon=True)
         self._thread.start()
 
-    def wait_ready(self) -> None:
-        """Blocks until all shards have loaded. Raises the SetupError that they cannot load for."""
+    def wait_ready(self, timeout_s: float | None = None) -> bool:
+        """Blocks until all shards have loaded; false after the timeout. Raises the SetupError that they cannot load
+        for, Unavailable when their Ray is lost."""
         with self._news:
-            self._news.wait_for(lambda: self._membership is not None or self._failure is not None)
+            ready = self._news.wait_for(lambda: self._membership is not None or self._failure is not None, timeout_s)
             if self._failure is not None:
                 raise self._failure
+            return ready
 
     def current(self) -> PlacementPlan:
         return self._current().plan
@@ -78,24 +83,35 @@ class ShardDirectory:
 
     def close(self) -> None:
         """Ends the lease; the thread goes with its next answer."""
-        self._closed = True
+        self._closed.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the thread of a closed directory: Ray must not be shut down under its call."""
+        self._thread.join(timeout_s)
+
+    def lose(self, reason: str) -> None:
+        """The Ray of the shards has died: there will be no plan any more. May be called from any thread."""
+        with self._news:
+            self._failure, self._lost = Unavailable(reason), True
+            self._closed.set()
+            self._news.notify_all()
 
     def _current(self) -> Membership:
+        if self._lost and self._failure is not None:
+            raise self._failure
         if self._membership is None:
             raise Unavailable("the expert shards are not ready yet")
         return self._membership
 
     def _watch(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             known = self._membership.plan.epoch if self._membership else 0
             try:
-                membership = ray.get(
-                    self._controller.wait_plan.remote(self._holder, self._process, self._engine, known),
-                    timeout=2 * LONG_POLL_S,
-                )
+                membership = self._ask(known)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                if not self._closed:
-                    log.warning("the expert controller is away, the last plan (epoch %d) stays: %s", known, error)
+                if self._closed.is_set():
+                    return
+                log.warning("the expert controller is away, the last plan (epoch %d) stays: %s", known, error)
                 time.sleep(1.0)  # between two tries to reach a controller that Ray is restarting
                 continue
             except ray.exceptions.RayTaskError as error:
@@ -112,3 +128,15 @@ class ShardDirectory:
                     self._membership = membership
                     self._news.notify_all()
                 self._on_epoch(membership.plan.epoch)
+
+    def _ask(self, known: int) -> Membership | None:
+        """The next plan, None for no news. Comes back soon when this is closed: Ray may be shut down then."""
+        answer = self._controller.wait_plan.remote(self._holder, self._process, self._engine, known)
+        deadline = time.monotonic() + 2 * LONG_POLL_S
+        while not ray.wait([answer], timeout=CLOSE_INTERVAL_S)[0]:
+            if self._closed.is_set():
+                return None
+            if time.monotonic() > deadline:
+                raise ray.exceptions.GetTimeoutError(f"no answer in {2 * LONG_POLL_S:g} s")
+        membership: Membership | None = ray.get(answer)
+        return membership

@@ -8,9 +8,9 @@ that Ray makes by itself lies in the user's home, readable for everybody; ours i
 import logging
 import os
 import secrets
-import shutil
 import socket
-import tempfile
+import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +22,15 @@ from ray._private.authentication.authentication_token_setup import Authenticatio
 
 from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
+from cluster.footprint.folders import OwnedFolder, clean
+from cluster.footprint.keeper import start_keeper
+from cluster.footprint.processes import MARK
 from cluster.private import private_files
 from cluster.runtime.haproxy import set_environment
 from cluster.runtime.protocol import NAMESPACE
+from cluster.runtime.ray_processes import RayWatch, apart
+
+log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 << 20  # batches pass through, nothing stays
 ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
@@ -38,7 +44,7 @@ AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectedRay:
-    """stop: undoes what was started; a Ray that was there before stays.
+    """stop: undoes what was started; a Ray that was there before, or that somebody else here still uses, stays.
     environment: what another process of this user needs to reach it."""
 
     stop: Callable[[], None]
@@ -63,45 +69,134 @@ def start_ray(
     num_cpus: float,
     address: str | None = None,
     environment: Callable[[Path], Mapping[str, str]] = lambda directory: {},
+    on_lost: Callable[[str], None] = lambda reason: None,
 ) -> ConnectedRay:
-    """Connects to a Ray cluster, or starts one of this machine.
+    """Connects to a Ray cluster, or starts one of this machine, or shares the one that this process has started.
 
     num_cpus: Ray's logical ones, so that the processes asked for find room whatever the machine has.
     environment: from the directory of the Ray that is started, what its processes find in theirs.
+    on_lost: called by a thread, with the reason, when a Ray that was started here has died by itself; nothing of it
+        runs any more then.
     """
-    if ray.is_initialized():
-        return ConnectedRay(stop=lambda: None)
-    if address:
-        check_address(address)
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        return ConnectedRay(stop=lambda: ray.shutdown(), environment=_said(AUTH_MODE))
-    # Not below the user's temporary directory: Ray's Unix sockets must stay under 107 characters.
-    temp_dir = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
-    forget_token = _make_token()
-    with set_environment(environment(Path(temp_dir))), loopback(), private_files():
-        ray.init(
-            address="local",
-            num_cpus=max(available_cpus(), int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
-            namespace=NAMESPACE,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=f"{temp_dir}/{RAY_FOLDER}",
-            _node_ip_address="127.0.0.1",
-            # Ray would start a worker for each logical CPU; our actors have environments of their own and use none.
-            # Nobody reads its metrics, which a port would show to everybody of this machine.
-            _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
-        )
+    with _Process.lock:
+        if ray.is_initialized():
+            if _Process.started is None:
+                return ConnectedRay(stop=lambda: None)
+        elif address:
+            check_address(address)
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+            return ConnectedRay(stop=lambda: ray.shutdown(), environment=_said(AUTH_MODE))
+        else:
+            if _Process.started is not None:  # somebody has called ray.shutdown
+                _Process.started.stop()
+            _Process.started = LocalRay(num_cpus, environment)
+        started = _Process.started
+        started.users.append(on_lost)
 
     def stop() -> None:
-        ray.shutdown()
-        forget_token()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+        with _Process.lock:
+            if on_lost in started.users:
+                started.users.remove(on_lost)
+            if not started.users:
+                started.stop()
+                if _Process.started is started:
+                    _Process.started = None
 
     return ConnectedRay(
         stop=stop, environment={**_said(AUTH_MODE, TOKEN), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
     )
+
+
+class _Process:
+    """What there is once a process, as Ray's connection is: the Ray that it has started."""
+
+    lock = threading.RLock()
+    started: "LocalRay | None" = None
+
+
+class LocalRay:
+    """A Ray that was started here, its folder, and the process that removes both if this one is killed."""
+
+    def __init__(self, num_cpus: float, environment: Callable[[Path], Mapping[str, str]]) -> None:
+        """Raises SetupError."""
+        clean()
+        self.users: list[Callable[[str], None]] = []  # what to call when it is lost
+        self._stopped = False
+        self._watch: RayWatch | None = None
+        self._forget_token: Callable[[], None] = lambda: None
+        self._folder = OwnedFolder()
+        self._keeper: subprocess.Popen[bytes] = start_keeper(self._folder)
+        try:
+            self._start(num_cpus, environment)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends it and removes its folder. Safe to call again."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._watch is not None:
+            self._watch.stop()
+        try:
+            ray.shutdown()
+        finally:
+            self._remove()
+
+    def _start(self, num_cpus: float, environment: Callable[[Path], Mapping[str, str]]) -> None:
+        folder = self._folder.path
+        self._forget_token = _make_token()
+        with (
+            set_environment(environment(folder)),
+            _marked(folder),
+            loopback(),
+            private_files(),
+            apart(),
+        ):
+            ray.init(
+                address="local",
+                num_cpus=max(available_cpus(), int(num_cpus + 1)) + ROOM_TO_GROW_CPUS,
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder / RAY_FOLDER),
+                _node_ip_address="127.0.0.1",
+                # Ray would start a worker for each logical CPU; our actors have environments of their own and use none.
+                # Nobody reads its metrics, which a port would show to everybody of this machine.
+                _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
+            )
+        self._watch = RayWatch(self._lost)
+
+    def _lost(self, reason: str) -> None:
+        """Ray's own processes would stay, some of them for ever, and clients would wait for a minute."""
+        # Its agent would have Ray print the last twenty lines of the raylet's log.
+        ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
+        self._folder.remove()
+        for on_lost in list(self.users):
+            on_lost(reason)
+
+    def _remove(self) -> None:
+        self._forget_token()
+        self._folder.remove()
+        self._keeper.kill()
+        self._keeper.wait()
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[None]:
+    """For the processes that are started meanwhile: they belong to the folder, and to no other one."""
+    before = os.environ.get(MARK)
+    os.environ[MARK] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[MARK]
+        else:
+            os.environ[MARK] = before
 
 
 def _said(*names: str) -> dict[str, str]:

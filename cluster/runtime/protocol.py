@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,5 +175,6 @@ def shard_group(config: ClusterConfig) -> str:
 
 
 def metrics_dir(group: str) -> Path:
-    """Where the processes of a node leave their metrics for its collector."""
-    return Path(tempfile.gettempdir()) / f"{group}-metrics"
+    """Where the processes of a node leave their metrics for its collector: with the files of this Ray cluster, so that
+    another one on the machine, with the same configuration, counts for itself. In a process that Ray runs or serves."""
+    return Path(ray._private.worker.global_worker.node.get_session_dir_path()) / f"{group}-metrics"

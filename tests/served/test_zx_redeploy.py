@@ -10,7 +10,7 @@ from ray import serve
 
 import cluster as this_version
 from cluster.chaos.traffic import ask_all, make_questions
-from cluster.runtime.launch import build_application
+from cluster.runtime.application import build_application
 from cluster.runtime.operate import APPLICATION, RunningCluster
 from cluster.serving.client import Client
 

@@ -7,9 +7,6 @@ import sys
 
 import pytest
 
-from cluster.config import local_address
-from cluster.config.local_address import find_address, leave_address
-
 SCRIPT = """
 import json, os, subprocess, sys
 import grpc, ray
@@ -62,15 +59,3 @@ def test_a_ray_of_ours_is_on_loopback_and_asks_for_its_token():
     assert (said["nobody"], said["guess"], said["token"]) == ("UNAUTHENTICATED", "UNAUTHENTICATED", "OK")
     assert said["other"] == "1"
     assert not said["left"]
-
-
-def test_other_commands_of_this_user_find_the_address_and_the_token_and_nobody_else_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_address, "_file", lambda: tmp_path / "left.json")
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, "of another Ray")
-    forget = leave_address("127.0.0.1:6379", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"})
-    assert (tmp_path / "left.json").stat().st_mode & 0o777 == 0o600
-    assert find_address() == "127.0.0.1:6379"
-    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "secret")
-    forget()
-    assert find_address() is None

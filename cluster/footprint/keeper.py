@@ -1,0 +1,57 @@
+"""The process that stays when its owner is killed: it waits for that, then removes what the owner has left.
+
+It is in a session of its own and ignores signals that ask it to end: those that a terminal, `timeout` or systemd sends
+to all of a server's processes must not take it along.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster.footprint.folders import OwnedFolder, clean, remove
+
+LOOK_INTERVAL_S = 0.5  # where the kernel has no handles for processes
+
+
+def start_keeper(folder: OwnedFolder) -> "subprocess.Popen[bytes]":
+    """For a folder of this process's. Kill it when the folder is removed."""
+    # A bare interpreter: what a user's site-packages load at each start would only be in its memory.
+    return subprocess.Popen(
+        [sys.executable, "-S", "-m", __name__, str(os.getpid()), str(folder.path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(folder.lock,),  # what is being cleaned up is nobody else's yet
+        start_new_session=True,
+    )
+
+
+def main(owner: int, folder: Path) -> None:
+    """owner: the process that has started this one."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _wait_for_end(owner)
+    remove(folder)
+    clean()
+
+
+def _wait_for_end(parent: int) -> None:
+    try:
+        handle = os.pidfd_open(parent)
+    except OSError:
+        while os.getppid() == parent:
+            signal.sigtimedwait([], LOOK_INTERVAL_S)
+        return
+    if os.getppid() == parent:  # else it has ended already, and the pid may be another's
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        poll.poll()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

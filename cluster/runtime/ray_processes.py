@@ -1,0 +1,83 @@
+"""The processes of a Ray that this process starts: apart from its signals, and watched.
+
+A terminal, `timeout` and a shell send signals to a whole group of processes. Ray's (2.60) would end at once, while this
+one drains: they start in sessions of their own.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import services
+
+NAMES = {"gcs_server": "Ray's GCS", "raylet": "Ray's raylet"}  # without one of them there is no cluster
+PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """For the processes that Ray starts meanwhile. Ray has no setting for it."""
+    before = services.ConsolePopen
+    prctl, in_main_thread = ctypes.CDLL(None).prctl, threading.current_thread() is threading.main_thread()
+
+    class Apart(before):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> None:
+            def prepare() -> None:
+                preexec_fn()
+                if not in_main_thread:  # Ray's processes would end with this thread; the keeper stays
+                    prctl(PR_SET_PDEATHSIG, 0)
+
+            super().__init__(*args, preexec_fn=prepare, start_new_session=True, **kwargs)
+
+    services.ConsolePopen = Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
+class RayWatch:
+    """Tells, once, when a process without which Ray is nothing has ended. Stop it before they are ended on purpose."""
+
+    def __init__(self, on_end: Callable[[str], None]) -> None:
+        """on_end: called by a thread, with who ended and how."""
+        node = ray._private.worker._global_node
+        self._processes = {NAMES[kind]: node.all_processes[kind][0].process for kind in NAMES}
+        self._on_end = on_end
+        self._reader, self._writer = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="ray-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """May be called by on_end too. Safe to call again."""
+        if self._writer >= 0:
+            os.close(self._writer)
+            self._writer = -1
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        poll, names = select.poll(), {}
+        poll.register(self._reader, select.POLLIN)
+        for name, process in self._processes.items():
+            handle = os.pidfd_open(process.pid)
+            names[handle] = name
+            poll.register(handle, select.POLLIN)
+        ended = [handle for handle, _ in poll.poll()]
+        for handle in (self._reader, *names):
+            os.close(handle)
+        if self._reader not in ended:
+            self._on_end(", ".join(f"{names[handle]} {self._fate(names[handle])}" for handle in ended))
+
+    def _fate(self, name: str) -> str:
+        process: subprocess.Popen[bytes] = self._processes[name]
+        code = process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"(pid {process.pid}) {how}"
