@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -27,7 +28,7 @@ from cluster.footprint.keeper import start_keeper
 from cluster.footprint.processes import MARK
 from cluster.private import private_files
 from cluster.runtime.haproxy import set_environment
-from cluster.runtime.protocol import NAMESPACE
+from cluster.runtime.protocol import NAMESPACE, RAY_FOLDER
 from cluster.runtime.ray_processes import RayWatch, apart
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 256 << 20  # batches pass through, nothing stays
 ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
 CONNECT_TIMEOUT_S = 5.0
-RAY_FOLDER = "r"  # Ray opens its own folder to everybody: the one above it is closed
 # Pages of Ray's autoscaler and dashboard, for everybody of the machine. With a port that there is not, they log an
 # error at their start and serve none.
 NO_METRICS_PORTS = {"AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
@@ -124,6 +124,7 @@ class LocalRay:
         self._stopped = False
         self._watch: RayWatch | None = None
         self._forget_token: Callable[[], None] = lambda: None
+        self._print = ray._private.worker.print_to_stdstream
         self._folder = OwnedFolder()
         self._keeper: subprocess.Popen[bytes] = start_keeper(self._folder)
         try:
@@ -168,21 +169,26 @@ class LocalRay:
                 # Nobody reads its metrics, which a port would show to everybody of this machine.
                 _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
             )
+        # Ray prints what its processes report, as the last twenty lines of a dead raylet's log, on our standard output.
+        self._print, ray._private.worker.print_to_stdstream = ray._private.worker.print_to_stdstream, _note
         self._watch = RayWatch(self._lost)
 
     def _lost(self, reason: str) -> None:
         """Ray's own processes would stay, some of them for ever, and clients would wait for a minute."""
-        # Its agent would have Ray print the last twenty lines of the raylet's log.
-        ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
         self._folder.remove()
         for on_lost in list(self.users):
             on_lost(reason)
 
     def _remove(self) -> None:
         self._forget_token()
+        ray._private.worker.print_to_stdstream = self._print
         self._folder.remove()
         self._keeper.kill()
         self._keeper.wait()
+
+
+def _note(message: dict[str, Any], *args: object, **kwargs: object) -> None:
+    log.info("Ray: %s", "\n".join(message["lines"]))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from cluster.experts.placement import PlacementPlan
 from cluster.types import EngineStats
 from cluster.version import __version__
 
+RAY_FOLDER = "r"  # of a Ray of ours: it opens its folder to everybody, and the one above is closed
 NAMESPACE = "moe-cluster"  # of all named actors, so that `ray list actors` shows them together
 LONG_POLL_S = 10.0  # how long a question for news waits at the controller
 REPLICA_SILENCE_S = 2.5 * LONG_POLL_S  # an engine asks for the plan once a long poll; a dead one no more
@@ -175,6 +177,12 @@ def shard_group(config: ClusterConfig) -> str:
 
 
 def metrics_dir(group: str) -> Path:
-    """Where the processes of a node leave their metrics for its collector: with the files of this Ray cluster, so that
-    another one on the machine, with the same configuration, counts for itself. In a process that Ray runs or serves."""
-    return Path(ray._private.worker.global_worker.node.get_session_dir_path()) / f"{group}-metrics"
+    """Where the processes of a node leave their metrics for its collector. For a connected process.
+
+    Another Ray cluster on the machine counts for itself, with the same configuration too.
+    """
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    if session.parent.name == RAY_FOLDER:
+        return session.parents[1] / f"{group}-metrics"
+    # Not in it: Ray opens it to everybody.
+    return Path(tempfile.gettempdir()) / f"{group}-{hashlib.sha256(session.name.encode()).hexdigest()[:8]}-metrics"
