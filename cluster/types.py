@@ -31,8 +31,8 @@ class SamplingParams:
     (OpenAI's rule).  seed: the same seed gives the same tokens whatever else is in the batch.
     max_tokens: None is the checkpoint's `max_new_tokens`, else what is left of the context.
     stop: strings that end the output and are cut from its text.  stop_token_ids: end it beside the model's EOS ids.
-    logprobs: None for none, n for the chosen token's log-probability and the n likeliest tokens', under the
-    model's own distribution (before temperature and penalties).
+    logprobs: None for none, n for the chosen token's log-probability and the n likeliest tokens' (all, where the
+    vocabulary has fewer), under the model's own distribution (before temperature and penalties).
 
     Numbers of NumPy and lists of any kind are taken, and None for the default. Raises InvalidRequest, with the field's
     name, for every value of another type or out of range.

@@ -189,3 +189,16 @@ def test_finite_weights_whose_numbers_overflow_in_float16_end_their_request_alon
         with pytest.raises(NonFiniteOutput) as met:
             llm.generate([HEALTHY, [BAD] * 40], GREEDY)
         assert met.value.outputs[0].token_ids == expected.token_ids
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_cuda_finds_the_same_rows(value, dtype):
+    logits = torch.randn(3, 384, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[1, 200] = value
+    chosen = sample(logits.cuda(), [row(temperature=0)] * 3)
+    assert [isinstance(one, NoFiniteNumbers) for one in chosen] == [False, True, False]
+    assert non_finite(logits.cuda(), [1, 1, 1]) == [1]
+    assert non_finite(logits.cuda(), [1, 2]) == [1]
