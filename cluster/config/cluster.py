@@ -75,9 +75,13 @@ class ClusterConfig:
     recovery_timeout_s: how long rows wait for a lost shard's successor before their request fails.
     drain_timeout_s: how long a stop waits for running requests.
     max_replays: how often a request that lost its attention replica goes on at another one, without a token in between.
-    max_ongoing_requests: requests in one ingress process at a time.
+    max_ongoing_requests: requests in one ingress process at a time; a further one is refused.
     max_request_bytes: a larger gRPC request is refused before it is parsed.
     max_streams_per_client: requests of one client in one ingress process at a time; 0 for no bound.
+    max_waiting_inputs: medium and large ones, each, that wait in an ingress to be tokenized; then one is refused.
+    max_keyless_calls: in one ingress process at a time that need no key and stay: Health.Watch.
+    max_keyless_calls_per_host: of these.
+    keyless_calls_per_minute: of these, new ones of one host, and calls refused for want of a key.
     max_unread_bytes: kept of a stream, in memory, that its client has not read; then the stream is ended.
     api_keys_file: clients' keys, hashed (`cluster.serving.api_keys` says how), at this path wherever an ingress runs;
         "" asks for none.
@@ -111,9 +115,13 @@ class ClusterConfig:
     max_model_len: int | None = None
     max_waiting: int = 256
     enable_prefix_caching: bool = True
-    max_ongoing_requests: int = 512
+    max_ongoing_requests: int = 1024
     max_request_bytes: int = 1 << 20
     max_streams_per_client: int = 0
+    max_waiting_inputs: int = 64
+    max_keyless_calls: int = 256
+    max_keyless_calls_per_host: int = 32
+    keyless_calls_per_minute: int = 600
     max_unread_bytes: int = 4 << 20
     api_keys_file: str = ""
     gpus_per_attention_replica: float | None = None
@@ -146,6 +154,9 @@ class ClusterConfig:
             "max_ongoing_requests",
             "max_request_bytes",
             "max_unread_bytes",
+            "max_keyless_calls",
+            "max_keyless_calls_per_host",
+            "keyless_calls_per_minute",
         ):
             _check_number(self, name, 1)
         for name in ("gpus_per_attention_replica", "gpus_per_expert_shard", "expert_memory_bytes"):
@@ -164,6 +175,7 @@ class ClusterConfig:
             "rebalance_interval_s",
             "max_replays",
             "max_streams_per_client",
+            "max_waiting_inputs",
         ):
             _check_number(self, name, 0)
         for name in ("cpus_per_attention_replica", "cpus_per_expert_shard", "shard_timeout_s"):

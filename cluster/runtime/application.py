@@ -19,6 +19,7 @@ GRPC_SERVICERS = [
     "cluster.runtime.proxy.add_inference_service",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
+CALLS_BEING_REFUSED = 1024  # in an ingress at a moment
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
 HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replaced; it does nothing that takes seconds
 NO_ACCESS_LOG = {"enable_access_log": False}  # the service has a line of its own for each request
@@ -97,7 +98,9 @@ def build_application(config: ClusterConfig) -> serve.Application:
             "resources": share_of(config.ingress_resource),
             "runtime_env": environment,
         },
-        max_ongoing_requests=config.max_ongoing_requests,
+        # The ingress itself counts and refuses, calls without a key apart from others. In Serve's own queue, which asks
+        # for no key, health would wait behind whatever stays.
+        max_ongoing_requests=config.max_ongoing_requests + config.max_keyless_calls + CALLS_BEING_REFUSED,
         max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=config.drain_timeout_s,

@@ -27,10 +27,12 @@ from cluster.runtime.controller import get_controller
 from cluster.runtime.protocol import shard_group
 from cluster.serving.admission import ServiceLimits
 from cluster.serving.api_keys import ApiKeys
+from cluster.serving.callers import Callers
 from cluster.serving.grpc_server import GrpcInferenceService
 from cluster.serving.health import GrpcHealthService, HealthState
 from cluster.serving.replay import ReplayingBackend
 from cluster.serving.service import InferenceService
+from cluster.serving.strangers import StrangerLimits
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import EngineRequest, SequenceUpdate
 
@@ -143,21 +145,28 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             ),
             metrics=metrics,
             limits=ServiceLimits(
-                max_request_bytes=config.max_request_bytes, max_streams_per_client=config.max_streams_per_client
+                max_request_bytes=config.max_request_bytes,
+                max_streams_per_client=config.max_streams_per_client,
+                max_waiting_inputs=config.max_waiting_inputs,
             ),
             room=self._room,
             spend=None if keys is None else keys.spend,
         )
         self._health = HealthState()
-        GrpcInferenceService.__init__(
-            self,
-            self._service,
-            keys=keys,
+        callers = Callers(
+            keys,
             # Behind HAProxy an ingress listens on all interfaces, and has no TLS.
             local_only=RAY_SERVE_ENABLE_DIRECT_INGRESS and ip_address(ray.util.get_node_ip_address()).is_loopback,
-            raise_failures=not RAY_SERVE_ENABLE_DIRECT_INGRESS,
+            max_requests=config.max_ongoing_requests,
+            strangers=StrangerLimits(
+                max_calls=config.max_keyless_calls,
+                max_calls_per_host=config.max_keyless_calls_per_host,
+                calls_per_minute=config.keyless_calls_per_minute,
+            ),
         )
-        GrpcHealthService.__init__(self, self._health)
+        raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
+        GrpcInferenceService.__init__(self, self._service, callers=callers, raise_failures=raise_failures)
+        GrpcHealthService.__init__(self, self._health, callers=callers, raise_failures=raise_failures)
         self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
 
     def _room(self) -> float:

@@ -7,17 +7,22 @@ tokens), and the replica generates to the end for nobody. `relay_cancels` closes
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
 from grpc.aio._server import Server
 
+from cluster.errors import Overloaded
 from cluster.runtime.haproxy_config import NOT_FOR_CLIENTS
 from cluster.serving import grpc_server
+from cluster.serving.callers import host_of
 from cluster.serving.grpc_server import RETRY_KEY
+from cluster.serving.strangers import StrangerLimits, Strangers
 
 UNREAD_TIMEOUT_S = 120.0
+REFLECTION = "grpc.reflection."
 _HINT = re.compile(r"try again in ([0-9.]+) s")
 
 
@@ -28,6 +33,7 @@ def add_inference_service(servicer: Any, server: Any) -> None:
         grpc_server.add_inference_service(servicer, server)
         return
     refuse_listing(server)
+    bound_reflection(server, Strangers(StrangerLimits(), time.monotonic))
 
     def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
         handler: Callable[..., Any] = factory(service_method=service_method, streaming_type=streaming_type)
@@ -45,6 +51,33 @@ def refuse_listing(server: Server) -> None:
     handler = grpc.unary_unary_rpc_method_handler(_refuse)
     # Not by `server`'s own method, which would make a call to a replica of it.
     Server.add_registered_method_handlers(server, "ray.serve.RayServeAPIService", {"ListApplications": handler})
+
+
+def bound_reflection(server: Server, strangers: Strangers) -> None:
+    """Serve answers reflection on `server` itself, in calls that may stay and of which it counts none."""
+    register = server.add_registered_method_handlers
+
+    def bounded(service: str, handlers: dict[str, Any]) -> None:
+        if service.startswith(REFLECTION):
+            handlers = {
+                name: handler._replace(stream_stream=_staying(handler.stream_stream, strangers))
+                for name, handler in handlers.items()
+            }
+        register(service, handlers)
+
+    vars(server)["add_registered_method_handlers"] = bounded  # Serve calls it later, for reflection
+
+
+def _staying(handler: Callable[[Any, Any], AsyncIterator[Any]], strangers: Strangers) -> Callable[..., Any]:
+    async def stream(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+        try:
+            with strangers.staying(host_of(grpc_server.metadata_of(context), context.peer())):
+                async for response in handler(requests, context):
+                    yield response
+        except Overloaded as error:
+            grpc_server.set_status(context, error, "")
+
+    return stream
 
 
 async def _refuse(request: bytes, context: Any) -> None:

@@ -16,17 +16,15 @@ How an error reaches the client (Ray Serve 2.60, both proxies):
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
-from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
-from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from cluster.errors import ClusterError, Forbidden, InvalidRequest, Overloaded
+from cluster.errors import ClusterError, InvalidRequest, Overloaded
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving import messages
-from cluster.serving.api_keys import ApiKeys
+from cluster.serving.callers import Callers
 from cluster.serving.service import InferenceService
 
 log = logging.getLogger(__name__)
@@ -35,7 +33,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MAX_DETAILS_CHARS = 1000
 MAX_DETAILS_BYTES = 2000  # gRPC writes a byte that is not ASCII as three; 8 KB of trailers is the limit
 
-MAX_CLIENT_CHARS = 128
 RETRY_KEY = "grpc-retry-pushback-ms"  # gRPC's own name for it: clients with a retry policy follow it by themselves
 
 Request = TypeVar("Request", bound=Message)
@@ -63,22 +60,15 @@ class StreamFailed(Exception):
 class GrpcInferenceService:
     """A mixin of the ingress deployment: one method an rpc, taking the request's bytes. Not thread-safe.
 
-    keys: whom it answers; None is everybody.
-    local_only: whether it answers only who calls from this machine: what stands between it and the others.
+    callers: who may call; else everybody.
     raise_failures: whether a stream that failed must end with an exception (see above).
     """
 
     def __init__(
-        self,
-        service: InferenceService,
-        *,
-        keys: ApiKeys | None = None,
-        local_only: bool = False,
-        raise_failures: bool = True,
+        self, service: InferenceService, *, callers: Callers | None = None, raise_failures: bool = True
     ) -> None:
         self._service = service
-        self._keys = keys
-        self._local_only = local_only
+        self._callers = callers or Callers()
         self._raise_failures = raise_failures
 
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
@@ -171,13 +161,7 @@ class GrpcInferenceService:
         """Whom a call counts for, while it lasts. Raises Forbidden, Unauthenticated, Overloaded."""
         with ExitStack() as place:
             try:
-                if self._local_only and not is_local(context.peer()):
-                    raise Forbidden("this port is for the proxy of its machine only: call the served one")
-                if self._keys is None:
-                    client = client_of(context)
-                else:
-                    client = self._keys.identify(_metadata(context).get("authorization"))
-                    place.enter_context(self._keys.admitted(client))
+                client = place.enter_context(self._callers.request(metadata_of(context), context.peer()))
             except ClusterError as error:
                 self._service.count_refused(error)
                 raise
@@ -193,24 +177,7 @@ class GrpcInferenceService:
             raise InvalidRequest(f"the request cannot be read: {error}", "request") from error
 
 
-def client_of(context: GrpcContext) -> str:
-    """Whom a request without a key counts for where clients take turns: its x-client-id, or the host it comes from."""
-    metadata = _metadata(context)
-    client = metadata.get("x-client-id") or metadata.get("x-forwarded-for") or (context.peer() or "").rpartition(":")[0]
-    return client[:MAX_CLIENT_CHARS]
-
-
-def is_local(peer: str) -> bool:
-    """peer: as gRPC writes it, "ipv4:127.0.0.1:51234" or "ipv6:[::1]:51234", also percent-encoded."""
-    host = unquote(peer or "").partition(":")[2].rpartition(":")[0].strip("[]")
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-
-def _metadata(context: GrpcContext) -> dict[str, str]:
+def metadata_of(context: GrpcContext) -> dict[str, str]:
     return dict(context.invocation_metadata() or ())
 
 

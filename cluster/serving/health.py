@@ -12,7 +12,9 @@ from contextlib import aclosing
 import grpc
 from grpc_health.v1 import health_pb2
 
-from cluster.serving.grpc_server import SERVICE_NAME, GrpcContext
+from cluster.errors import ClusterError
+from cluster.serving.callers import Callers
+from cluster.serving.grpc_server import SERVICE_NAME, GrpcContext, StreamFailed, metadata_of, set_status
 
 _SERVICES = ("", SERVICE_NAME)
 
@@ -55,14 +57,21 @@ class HealthState:
 
 
 class GrpcHealthService:
-    """A mixin of the ingress deployment. Knows the service names "" and "moecluster.v1.InferenceService"."""
+    """A mixin of the ingress deployment. Knows the service names "" and "moecluster.v1.InferenceService".
 
-    def __init__(self, state: HealthState) -> None:
+    No key is asked for: `callers` bounds who watches. raise_failures: as GrpcInferenceService's.
+    """
+
+    def __init__(self, state: HealthState, *, callers: Callers | None = None, raise_failures: bool = True) -> None:
         self._health = state
+        self._callers = callers or Callers()
+        self._raise_failures = raise_failures
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: GrpcContext
     ) -> health_pb2.HealthCheckResponse:
+        if not self._may_ask(grpc_context):
+            return health_pb2.HealthCheckResponse()
         if request.service not in _SERVICES:
             grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
             grpc_context.set_details(f"no service {request.service[:200]!r} is served here")
@@ -72,6 +81,8 @@ class GrpcHealthService:
     async def List(
         self, request: health_pb2.HealthListRequest, grpc_context: GrpcContext
     ) -> health_pb2.HealthListResponse:
+        if not self._may_ask(grpc_context):
+            return health_pb2.HealthListResponse()
         return health_pb2.HealthListResponse(
             statuses={service: _response(self._health.serving) for service in _SERVICES}
         )
@@ -79,12 +90,27 @@ class GrpcHealthService:
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        if request.service not in _SERVICES:
-            yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-            await asyncio.Event().wait()  # the protocol keeps the stream open until the client closes it
-        async with aclosing(self._health.watch()) as states:
-            async for serving in states:
-                yield _response(serving)
+        try:
+            with self._callers.stay(metadata_of(grpc_context), grpc_context.peer()):
+                if request.service not in _SERVICES:
+                    yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+                    await asyncio.Event().wait()  # the protocol keeps the stream open until the client closes it
+                async with aclosing(self._health.watch()) as states:
+                    async for serving in states:
+                        yield _response(serving)
+        except ClusterError as error:
+            details = set_status(grpc_context, error, "")
+            if self._raise_failures:
+                raise StreamFailed(details) from None
+
+    def _may_ask(self, context: GrpcContext) -> bool:
+        """Sets the status where not."""
+        try:
+            self._callers.ask(context.peer())
+        except ClusterError as error:
+            set_status(context, error, "")
+            return False
+        return True
 
 
 def _response(serving: bool) -> health_pb2.HealthCheckResponse:

@@ -32,6 +32,7 @@ from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime.grpc_front import GrpcFront
 from cluster.serving.admission import ServiceLimits
 from cluster.serving.api_keys import ApiKeys, new_key
+from cluster.serving.callers import Callers, client_of, is_local
 from cluster.serving.client import Client, TlsFiles
 from cluster.serving.grpc_server import (
     MAX_DETAILS_BYTES,
@@ -40,8 +41,6 @@ from cluster.serving.grpc_server import (
     GrpcInferenceService,
     StreamFailed,
     add_inference_service,
-    client_of,
-    is_local,
     set_status,
 )
 from cluster.serving.health import GrpcHealthService, HealthState
@@ -105,8 +104,9 @@ class ServeLike:
 
 class Ingress(GrpcInferenceService, GrpcHealthService):
     def __init__(self, service, state, keys):
-        GrpcInferenceService.__init__(self, service, keys=keys)
-        GrpcHealthService.__init__(self, state)
+        callers = Callers(keys)
+        GrpcInferenceService.__init__(self, service, callers=callers)
+        GrpcHealthService.__init__(self, state, callers=callers)
 
 
 class Served:
@@ -587,7 +587,7 @@ def test_behind_a_proxy_of_this_machine_nobody_else_is_answered(peer, local):
     )  # fmt: skip
     context = FakeContext()
     context.peer = lambda: peer
-    info = asyncio.run(GrpcInferenceService(service, local_only=True).GetModelInfo(b"", context))
+    info = asyncio.run(GrpcInferenceService(service, callers=Callers(local_only=True)).GetModelInfo(b"", context))
     assert info.model_id == ("tiny" if local else "")
     assert context.code == (None if local else grpc.StatusCode.PERMISSION_DENIED)
     assert len(refused) == (not local)
@@ -608,7 +608,7 @@ def test_a_key_over_its_limit_hears_when_to_come_again(serve, tmp_path):
 
 def test_the_hint_of_a_limit_is_the_one_that_grpc_clients_follow(tmp_path):
     alice = Keyed(tmp_path, "requests_per_minute=1")
-    ingress = GrpcInferenceService(FakeService(), keys=alice.keys)
+    ingress = GrpcInferenceService(FakeService(), callers=Callers(alice.keys))
     with alice.keys.admitted("alice"):
         pass
     context = FakeContext(alice.metadata)
@@ -689,9 +689,7 @@ def test_a_pickle_for_a_request_is_not_loaded(serve, tmp_path):
     ],
 )
 def test_a_request_counts_for_its_client_id_else_for_the_host_that_it_comes_from(metadata, client):
-    context = FakeContext()
-    context.metadata = metadata
-    assert client_of(context) == client
+    assert client_of(dict(metadata), "ipv4:192.0.2.7:51234") == client
 
 
 def test_registration_routes_every_method_as_bytes():

@@ -1,0 +1,245 @@
+"""Calls without a key: bounded in number and rate, by host and in all, and in no place of those with one."""
+
+import asyncio
+import time
+from contextlib import ExitStack, asynccontextmanager, suppress
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from ray.serve._private.grpc_util import enable_server_reflection, gRPCGenericServer
+from serving_fakes import EchoBackend, TickingClock, make_service, write_tokenizer
+
+from cluster.errors import Forbidden, Overloaded, Unauthenticated
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.runtime.proxy import add_inference_service, bound_reflection
+from cluster.serving.api_keys import ApiKeys, new_key
+from cluster.serving.callers import Callers
+from cluster.serving.grpc_server import GrpcInferenceService
+from cluster.serving.health import GrpcHealthService, HealthState
+from cluster.serving.strangers import MAX_HOSTS, StrangerLimits, Strangers
+from cluster.serving.tokenizer import Tokenizer
+
+LIMITS = StrangerLimits(max_calls=4, max_calls_per_host=3, calls_per_minute=60)
+HERE, ELSEWHERE = "ipv4:127.0.0.1:51234", "ipv4:192.0.2.7:51234"
+
+
+def strangers(clock=None, **limits):
+    return Strangers(StrangerLimits(**limits) if limits else LIMITS, clock or TickingClock())
+
+
+@pytest.fixture
+def key(tmp_path):
+    """The file's keys, and the metadata of one of them."""
+    secret, line = new_key("alice")
+    (tmp_path / "keys").write_text(line)
+    return ApiKeys(tmp_path / "keys", TickingClock()), {"authorization": f"Bearer {secret}"}
+
+
+def test_a_host_has_so_many_calls_that_stay_and_others_have_room():
+    known = strangers()
+    with ExitStack() as calls:
+        for _ in range(3):
+            calls.enter_context(known.staying("a"))
+        with pytest.raises(Overloaded, match="at most 3 calls without a key at a time from one host: try again"):
+            calls.enter_context(known.staying("a"))
+        calls.enter_context(known.staying("b"))
+        with pytest.raises(Overloaded, match="at most 4 calls without a key at a time: try again"):
+            calls.enter_context(known.staying("c"))
+    with known.staying("a"):
+        pass
+
+
+def test_a_hosts_calls_come_at_a_rate():
+    """One a second in the long run, a minute's worth at once."""
+    clock = TickingClock()
+    known = strangers(clock)
+    for _ in range(60):
+        known.called("a")
+    with pytest.raises(Overloaded, match=r"60 calls without a key a minute: try again in 1\.0 s"):
+        known.called("a")
+    known.called("b")
+    clock.now_s += 1.0
+    known.called("a")
+
+
+def test_what_is_remembered_of_hosts_is_bounded():
+    known = strangers()
+    for number in range(MAX_HOSTS + 50):
+        with known.staying(f"host-{number}"):
+            pass
+    assert len(known._rates) == MAX_HOSTS
+    assert not known._staying
+
+
+def test_wrong_keys_are_counted_and_right_ones_are_not(key):
+    keys, metadata = key
+    callers = Callers(keys, strangers=LIMITS, clock=TickingClock())
+    for _ in range(60):
+        with pytest.raises(Unauthenticated):
+            callers.identify({"authorization": "Bearer guess"}, ELSEWHERE)
+    with pytest.raises(Overloaded, match="60 calls without a key a minute"):
+        callers.identify({}, ELSEWHERE)
+    for _ in range(100):
+        assert callers.identify(metadata, ELSEWHERE) == "alice"
+    with pytest.raises(Unauthenticated):
+        callers.identify({}, "ipv4:192.0.2.8:1")
+
+
+def test_requests_beyond_what_an_ingress_takes_are_refused_and_watches_take_no_place_of_them(key):
+    keys, metadata = key
+    callers = Callers(keys, max_requests=2, strangers=LIMITS)
+    with ExitStack() as calls:
+        for _ in range(3):
+            calls.enter_context(callers.stay({}, ELSEWHERE))
+        for _ in range(2):
+            assert calls.enter_context(callers.request(metadata, ELSEWHERE)) == "alice"
+        with pytest.raises(Overloaded, match=r"has 2 requests, as many as it takes: try again in 1 s"):
+            calls.enter_context(callers.request(metadata, ELSEWHERE))
+        callers.ask(ELSEWHERE)
+        calls.enter_context(callers.stay({}, HERE))
+    with callers.request(metadata, ELSEWHERE):
+        pass
+
+
+def test_the_host_is_what_the_proxy_says():
+    callers = Callers(strangers=LIMITS)
+    with ExitStack() as calls:
+        for _ in range(3):
+            calls.enter_context(callers.stay({"x-forwarded-for": "198.51.100.4"}, HERE))
+        with pytest.raises(Overloaded):
+            calls.enter_context(callers.stay({"x-forwarded-for": "198.51.100.4", "x-client-id": "another"}, HERE))
+        calls.enter_context(callers.stay({"x-forwarded-for": "198.51.100.5"}, HERE))
+
+
+def test_an_ingress_of_one_machine_tells_other_machines_nothing_of_its_health():
+    callers = Callers(local_only=True)
+    for enter in (lambda: callers.ask(ELSEWHERE), lambda: callers.stay({}, ELSEWHERE).__enter__()):
+        with pytest.raises(Forbidden):
+            enter()
+    callers.ask(HERE)
+
+
+# On a gRPC server, as Serve's replicas have it
+
+
+class Ingress(GrpcInferenceService, GrpcHealthService):
+    def __init__(self, service, callers):
+        state = HealthState()
+        state.set(True)
+        GrpcInferenceService.__init__(self, service, callers=callers, raise_failures=False)
+        GrpcHealthService.__init__(self, state, callers=callers, raise_failures=False)
+
+
+@asynccontextmanager
+async def serving(tmp_path, callers):
+    """Yields a channel to a server that registers and calls as Serve's replicas do, and the ingress behind it."""
+    ingress = Ingress(make_service(Tokenizer(write_tokenizer(tmp_path / "model")), EchoBackend()), callers)
+
+    def factory(service_method, streaming_type):
+        method = getattr(ingress, service_method.split("/")[-1], None)
+
+        async def unary(request, context):
+            return (await method(request, context)).SerializeToString()
+
+        async def stream(request, context):
+            async for response in method(request, context):
+                yield response.SerializeToString()
+
+        return stream if streaming_type.name == "UNARY_STREAM" else unary
+
+    server = gRPCGenericServer(factory)
+    add_inference_service(ingress, server)
+    health_pb2_grpc.add_HealthServicer_to_server(ingress, server)
+    enable_server_reflection(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(None)
+
+
+async def code_of(call):
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
+
+
+def test_hundreds_of_watchers_without_a_key_keep_nobody_from_an_answer(tmp_path, key):
+    keys, metadata = key
+
+    async def run():
+        async with serving(tmp_path, Callers(keys, max_requests=2, strangers=LIMITS)) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(610)]
+            codes = await asyncio.gather(*(code_of(watch.read()) for watch in watches))
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            asked = [
+                stub.Generate(pb.GenerateRequest(text="ab"), metadata=tuple(metadata.items())),
+                stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=tuple(metadata.items())),
+                health.Check(health_pb2.HealthCheckRequest()),
+                health.List(health_pb2.HealthListRequest()),
+            ]
+            assert [await code_of(call) for call in asked] == ["OK"] * 4
+            assert codes.count("OK") == LIMITS.max_calls_per_host
+            ended = [watch for watch, code in zip(watches, codes, strict=True) if code != "OK"]
+            assert {(await watch.code()).name for watch in ended} == {"RESOURCE_EXHAUSTED"}
+            details = await ended[0].details()
+            for watch in watches:
+                watch.cancel()
+            return details
+
+    assert "without a key" in asyncio.run(run())
+
+
+def test_a_watcher_that_leaves_makes_room_for_another(tmp_path):
+    async def run():
+        async with serving(tmp_path, Callers(strangers=LIMITS)) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            for _ in range(3):
+                watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+                assert [(await watch.read()).status for watch in watches] == [1, 1, 1]
+                for watch in watches:
+                    watch.cancel()
+                deadline = time.monotonic() + 20
+                while True:  # the server hears of it a little later
+                    last = health.Watch(health_pb2.HealthCheckRequest(service="unknown"))
+                    if await code_of(last.read()) == "OK":
+                        break
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.05)
+                last.cancel()
+                await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+
+
+def test_reflection_answers_and_its_streams_are_bounded(tmp_path):
+    async def ask(stub):
+        call = stub.ServerReflectionInfo()
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            response = await call.read()
+            if response is not grpc.aio.EOF:
+                return call, [service.name for service in response.list_services_response.service]
+        return call, (await call.code()).name
+
+    async def run():
+        server = gRPCGenericServer(lambda **_: None)
+        bound_reflection(server, strangers())
+        enable_server_reflection(server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = [await ask(stub) for _ in range(5)]
+            for call, _ in asked:
+                call.cancel()
+        await server.stop(None)
+        return [answer for _, answer in asked]
+
+    assert asyncio.run(run()) == [["grpc.reflection.v1alpha.ServerReflection"]] * 3 + ["RESOURCE_EXHAUSTED"] * 2
