@@ -17,6 +17,16 @@ MAX_TEXT_BYTES = 1 << 28  # of a JSON file or a template; released tokenizers ta
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+def check_directory(path: Path, needed: str) -> None:
+    """Raises CheckpointError for what is no directory, or may not be entered."""
+    try:
+        if path.is_dir():
+            return
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    raise CheckpointError(f"{path} is not a directory: give the one that holds the checkpoint's {needed}")
+
+
 def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
@@ -67,7 +77,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def in_one_line(error: object, limit: int = 200) -> str:
     """A foreign error's text for a message of ours."""
-    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
     return text if len(text) <= limit else f"{text[:limit]} …"
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.checkpoint.files import in_one_line, read_json_object, some
+from cluster.checkpoint.files import check_directory, in_one_line, read_json_object, some
 from cluster.checkpoint.names import (
     EMBEDDING,
     HEAD,
@@ -65,10 +65,7 @@ class CheckpointReader:
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
-        if not self.model_dir.is_dir():
-            raise CheckpointError(
-                f"{self.model_dir} is not a directory: give the one that holds the checkpoint's {CONFIG_FILE}"
-            )
+        check_directory(self.model_dir, CONFIG_FILE)
         raw = read_json_object(self.model_dir / CONFIG_FILE)
         try:
             config = ModelConfig.from_dict(raw)

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ values = st.recursive(
 )
 
 DEFAULT = settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-DEEP = settings(DEFAULT, max_examples=3000)
+DEEP = settings(DEFAULT, max_examples=1000)
 CONFIG_KEYS = (
     "model_type", "hidden_act", "quantization_config", "vocab_size", "hidden_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size",
@@ -315,6 +316,79 @@ def test_what_is_no_file_of_its_kind_is_refused_by_name(
             assert file_name in printed.err
             assert printed.err.startswith("moe-cluster: ")
             assert printed.err.count("\n") == 1
+
+
+@pytest.fixture
+def readable_by_others(pristine: Path) -> Iterator[Path]:
+    """A copy where a user who is not root could look, were it not for what a test takes away."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield Path(shutil.copytree(pristine, folder / "model"))
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", [*FILES, "."])
+def test_what_may_not_be_read_is_refused_by_name(readable_by_others: Path, name: str) -> None:
+    with as_nobody():
+        assert check(readable_by_others)
+    (readable_by_others / name).chmod(0)
+    with as_nobody(), pytest.raises(SetupError, match=r"cannot be read: Permission denied") as caught:
+        check_checkpoint(readable_by_others, EngineConfig(), 2)
+    assert str(readable_by_others / name) in str(caught.value)
+
+
+def test_a_directory_behind_a_closed_one_is_refused(readable_by_others: Path) -> None:
+    readable_by_others.parent.chmod(0)
+    with as_nobody(), pytest.raises(SetupError, match="model cannot be read: Permission denied"):
+        check_checkpoint(readable_by_others, EngineConfig(), 2)
+
+
+@pytest.fixture(scope="module")
+def vocabulary_dir(pristine: Path) -> Path:
+    """The same tokenizer as the files that tokenizer.json was made from."""
+    copy = pristine.parent / "vocabulary"
+    origin = Path(shutil.copytree(pristine, pristine.parent / "vocabulary-origin"))
+    raw = json.loads((origin / "tokenizer.json").read_text())
+    (origin / "tokenizer.json").unlink()
+    (origin / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
+    (origin / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in raw["model"]["merges"]))
+    (origin / "added_tokens.json").write_text(json.dumps({t["content"]: t["id"] for t in raw["added_tokens"]}))
+    (origin / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    (origin / "tokenizer_config.json").write_text("{}")
+    copy.mkdir()
+    for path in origin.iterdir():
+        (copy / path.name).symlink_to(path)
+    return copy
+
+
+@pytest.mark.parametrize("file_name", ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"])
+def test_any_bytes_of_a_vocabulary_are_read_or_refused(vocabulary_dir: Path, file_name: str) -> None:
+    assert check(vocabulary_dir)
+    origin = vocabulary_dir.parent / "vocabulary-origin"
+    settings(DEFAULT, max_examples=20)(check_any_bytes(origin, vocabulary_dir, file_name))()
+
+
+@DEFAULT
+@given(
+    st.sampled_from(["added_tokens.json", "special_tokens_map.json"]),
+    st.dictionaries(st.sampled_from(["eos_token", "additional_special_tokens", "<|im_end|>", "\ud800", ""]), values),
+)
+def test_any_names_of_tokens_are_read_or_refused(vocabulary_dir: Path, file_name: str, names: dict[str, Any]) -> None:
+    with replaced(vocabulary_dir, file_name, json.dumps(names).encode()):
+        check(vocabulary_dir)
 
 
 @pytest.mark.parametrize(
