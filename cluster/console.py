@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
@@ -24,13 +25,20 @@ class Served(Protocol):
     def status(self) -> Any: ...
 
 
+class _Console(Console):
+    """Leaves a reader that has gone to the command line, as `print` does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class LoadProgress:
     """A line for the start and one for each process that loads weights, while the block is open."""
 
     def __init__(self, title: str) -> None:
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=_Console(stderr=True),
         )  # fmt: skip
         self._title = title
         self._tasks: dict[str, TaskID] = {}
@@ -72,21 +80,27 @@ def print_cluster(cluster: Served) -> None:
 
 def print_status(status: Any) -> None:
     """A running cluster, once."""
-    Console().print(render_status(status))
+    _Console().print(render_status(status))
 
 
 def watch_status(read: Callable[[], Any], interval_s: float) -> None:
     """A running cluster, live, until Ctrl-C. A read that fails shows its error and is made again."""
-    with Live(console=Console(), screen=True, auto_refresh=False) as live:
+    console = _Console()
+    with Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         last: Any = None
         while True:
+            shown: RenderableType
             try:
                 status = read()
             except ClusterError as error:
-                live.update(Text(f"{error}"), refresh=True)
+                shown = Text(f"{error}")
             else:
-                live.update(render_status(status, last), refresh=True)
-                last = status
+                shown, last = render_status(status, last), status
+            if live is None:  # a file or a pipe gets one after the other
+                console.print(shown)
+                console.file.flush()
+            else:
+                live.update(shown, refresh=True)
             time.sleep(interval_s)
 
 
@@ -181,12 +195,12 @@ def print_placement(status: Any) -> None:
     for shard in status.shards:
         experts = ranges(next(iter(status.plan.slices[shard.shard_id].values())))
         table.add_row(str(shard.shard_id), str(shard.process.pid), shard.state, experts)
-    Console().print(table)
+    _Console().print(table)
 
 
 def print_plan(plan: PlacementPlan, dtype: str, expert_bytes: int, dense_bytes: int, kv_bytes_per_token: int) -> None:
     """Which expert would go where, and the bytes of each process."""
-    console = Console()
+    console = _Console()
     table = Table(
         "process",
         "experts of each sparse layer",

@@ -1,15 +1,18 @@
 """The command line. Reads arguments and the environment, prints; everything else is done elsewhere.
 
 Each file has the commands of one kind: `serving` what starts a cluster, `clients` what talks with one, `running` what
-looks at one and changes it, `offline` what needs none. `arguments` has the options that they share.
-Exit codes: 0 done, 1 a request or a bench failed, 2 wrong usage or a set-up that cannot work, 130 Ctrl-C.
+looks at one and changes it, `offline` what needs none. `arguments` has the options that they share, `terminal` what
+surrounds each of them.
+Exit codes: 0 done, 1 a request or a bench failed or its output could not be written, 2 wrong usage or a set-up that
+cannot work, 130 Ctrl-C, 141 the output's reader has gone.
 """
 
 import argparse
 import sys
+from typing import Any
 
 from cluster import bench
-from cluster.cli import clients, offline, running, serving
+from cluster.cli import clients, offline, running, serving, terminal
 from cluster.cli.arguments import add_command
 from cluster.errors import ClusterError, SetupError
 from cluster.version import __version__
@@ -23,22 +26,36 @@ then, in another terminal:      moe-cluster chat
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = _parser().parse_args(bench.with_part(sys.argv[1:] if argv is None else argv))
+    return terminal.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
     try:
+        args = _parser().parse_args(bench.with_part(terminal.arguments(argv)))
         code: int = args.run(args)
         return code
     except SetupError as error:
-        print(f"moe-cluster: {error}", file=sys.stderr)
+        terminal.complain(error)
         return 2
     except ClusterError as error:
-        print(f"moe-cluster: {error}", file=sys.stderr)
+        terminal.complain(error)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose help and version are output like any other: argparse takes it for written when it is not."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="moe-cluster",
         description="Serve Qwen2-MoE models with attention and experts in processes of their own, on Ray.",
         epilog=EPILOG,

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster import connect
+from cluster.cli import terminal
 from cluster.cli.arguments import add_command
+from cluster.errors import Unavailable
 
 
 def add_commands(commands: Any) -> None:
@@ -40,14 +42,10 @@ def _chat(args: argparse.Namespace) -> int:
     history = [ChatMessage(role="system", content=args.system)] if args.system else []
     with connect.connect(args) as client:
         if not client.is_serving(timeout_s=10.0):
-            print(
-                f"moe-cluster: no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`",
-                file=sys.stderr,
-            )
-            return 1
+            raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         while True:
             try:
-                line = input("you> " if sys.stdin.isatty() else "").strip()
+                line = terminal.utf8(input("you> " if sys.stdin.isatty() else ""), "the line").strip()
             except EOFError:
                 return 0
             if not line:

@@ -9,9 +9,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster import chaos
+from cluster.cli import terminal
 from cluster.cli.arguments import add_command, add_ray_address
 from cluster.errors import ClusterError, SetupError
 from cluster.footprint.servers import find_address
+from cluster.runtime.ray_address import find_ray
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 def add_commands(commands: Any) -> None:
@@ -90,10 +94,12 @@ def _chaos(args: argparse.Namespace) -> int:
 
 def _running(args: argparse.Namespace) -> Any:
     """The running cluster that the arguments mean."""
-    address = find_address(args.ray_address)
+    address = find_address(args.ray_address if args.ray_address != "auto" else None)
+    found = find_ray(address)
     from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
 
-    return RunningCluster(address)
+    with terminal.bounded(CONNECT_TIMEOUT_S, f"the Ray at {found} takes no connection in {CONNECT_TIMEOUT_S:g} s"):
+        return RunningCluster(found)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ that Ray makes by itself lies in the user's home, readable for everybody; ours i
 import logging
 import os
 import secrets
-import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,20 +21,19 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
 from cluster.config.resources import available_cpus
-from cluster.errors import SetupError
 from cluster.footprint.folders import OwnedFolder, clean
 from cluster.footprint.keeper import start_keeper
 from cluster.footprint.processes import MARK
 from cluster.private import private_files
 from cluster.runtime.haproxy import set_environment
 from cluster.runtime.protocol import NAMESPACE, RAY_FOLDER
+from cluster.runtime.ray_address import check_address
 from cluster.runtime.ray_processes import RayWatch, apart
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 << 20  # batches pass through, nothing stays
 ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
-CONNECT_TIMEOUT_S = 5.0
 # Pages of Ray's autoscaler and dashboard, for everybody of the machine. With a port that there is not, they log an
 # error at their start and serve none.
 NO_METRICS_PORTS = {"AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
@@ -49,19 +47,6 @@ class ConnectedRay:
 
     stop: Callable[[], None]
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def check_address(address: str) -> None:
-    """Raises SetupError where nothing listens, for which Ray itself would look a minute."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise SetupError(
-            f"no Ray answers at {address} ({error}): start one with `ray start --head`, or give another --ray-address"
-        ) from error
 
 
 def start_ray(

@@ -14,13 +14,12 @@ from ray.serve._private.common import DeploymentID
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
-from cluster.runtime.local_ray import check_address
 from cluster.runtime.protocol import NAMESPACE, ClusterStatus, ProcessInfo
+from cluster.runtime.ray_address import CONNECT_HINT, find_ray
 
 log = logging.getLogger(__name__)
 
 APPLICATION = "moe-cluster"
-CONNECT_HINT = "give --ray-address, or run this where `moe-cluster serve` or `ray start` runs"
 WAIT_INTERVAL_S = 0.2
 STATUS_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 3600.0  # for experts to move: as many loads as shards, one after another
@@ -42,11 +41,10 @@ class RunningCluster:
         """Raises SetupError when no Ray, or no served cluster, is found there."""
         self._connected = not ray.is_initialized()
         if self._connected:
-            if ray_address:
-                check_address(ray_address)
+            address = find_ray(ray_address)
             try:
                 ray.init(
-                    address=ray_address or "auto",
+                    address=address,
                     namespace=NAMESPACE,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

@@ -1,0 +1,139 @@
+"""What surrounds a command: its streams, however broken, its arguments' encoding, and how long it may hang.
+
+A command reads and prints as if all were well. Here a character that the terminal's encoding lacks is drawn in ASCII, a
+reader that has gone ends the command quietly, an output that cannot be written is one line on stderr.
+"""
+
+import codecs
+import errno
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from cluster.errors import SetupError
+
+READER_GONE = 141  # what a shell shows for a command that SIGPIPE has ended
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+_ASCII = dict(zip("▁▂▃▄▅▆▇█━╸╺", ".:-=+*%#---", strict=True)) | {"…": "...", "\u2013": "-", "\u00d7": "x"}
+
+
+def run(command: Callable[[], int]) -> int:
+    """The exit code of a command, after its output has got to where it goes."""
+    _prepare()
+    try:
+        code = command()
+    except SystemExit as end:  # of argparse
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BrokenPipeError:
+        code = READER_GONE
+    except UnicodeError as error:
+        complain(f"a text does not fit this locale's encoding ({error}): set LC_ALL=C.UTF-8")
+        code = 2
+    except OSError as error:
+        code = _failed(error)
+    return _flushed(code)
+
+
+def complain(message: object) -> None:
+    """One line on stderr, if that can be."""
+    with suppress(OSError, ValueError):
+        print(f"moe-cluster: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def utf8(text: str, what: str) -> str:
+    """An argument's or a line's text. Bytes that the locale's encoding lacks are tried as UTF-8. Raises SetupError."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SetupError(f"{what} is not valid UTF-8 at byte {error.start}: give it as UTF-8") from None
+    except UnicodeEncodeError as error:
+        raise SetupError(f"{what} has half a character at position {error.start}: give it as UTF-8") from None
+
+
+def arguments(given: Sequence[str]) -> list[str]:
+    """Raises SetupError for one that no text is."""
+    return [utf8(argument, f"argument {number}") for number, argument in enumerate(given, 1)]
+
+
+@contextmanager
+def bounded(seconds: float, message: str) -> Iterator[None]:
+    """Ends this process with `message` where the block takes longer, and shows nothing that foreign code writes there.
+
+    For what cannot be interrupted from Python. Nothing may have been started that has to be stopped.
+    """
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    shown = os.dup(2)
+
+    def end() -> None:
+        with suppress(OSError):
+            os.write(shown, f"moe-cluster: {message}\n".encode("ascii", "backslashreplace"))
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+    finally:
+        timer.cancel()
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
+
+
+def _prepare() -> None:
+    """Gives closed streams a place, and the others an encoding in which nothing raises."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: else a socket or a file would become stdout
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    codecs.register_error("moe-cluster-ascii", _in_ascii)
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        *((s, "moe-cluster-ascii") for s in (sys.stdout, sys.stderr)),
+    ):
+        with suppress(AttributeError, OSError, ValueError):  # another object stands there, or it was read from
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_ASCII.get(char, "?") for char in error.object[error.start : error.end]), error.end
+
+
+def _failed(error: OSError) -> int:
+    where = f"{error.filename}: " if error.filename else "the output cannot be written: " * (error.errno in _FULL)
+    complain(f"{where}{error.strerror or error}")
+    return 1
+
+
+def _flushed(code: int) -> int:
+    """What the interpreter would else find out at its end, with a traceback and an exit code of its own."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            code = code or READER_GONE
+        except (OSError, ValueError) as error:
+            if stream is sys.stdout and isinstance(error, OSError) and not code:
+                complain(f"the output cannot be written: {error.strerror}")
+            code = code or 1
+        else:
+            continue
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+    return code

@@ -1,0 +1,86 @@
+"""Which running Ray an address means, and whether one answers there. Connects to none.
+
+Ray itself takes what a cluster that has ended left behind for an address, and looks there for two minutes.
+"""
+
+import os
+import socket
+from contextlib import closing
+
+from cluster.errors import SetupError
+
+CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 5.0
+AUTO = "auto"
+CONNECT_HINT = "give --ray-address, or run this where `moe-cluster serve` or `ray start` runs"
+
+
+def find_ray(address: str | None) -> str:
+    """The address of a Ray that answers: the one that is asked for, or for "auto" and None one of this machine.
+
+    Raises SetupError within seconds.
+    """
+    if address and address != AUTO:
+        check_address(address)
+        return address
+    tried = []
+    for found in _left_addresses():
+        try:
+            check_address(found)
+        except SetupError as error:
+            tried.append(str(error).partition(": ")[0])
+        else:
+            return found
+    reason = f" ({'; '.join(tried)})" if tried else ""
+    raise SetupError(f"no running Ray cluster was found{reason}: {CONNECT_HINT}")
+
+
+def check_address(address: str) -> None:
+    """Raises SetupError where no Ray answers, for which Ray itself would look a minute or two."""
+    if "://" in address:
+        return  # a Ray client's, which has a bound of its own
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise SetupError(f"{address!r} is no address of a Ray: HOST:PORT or auto is needed")
+    hint = "start one with `ray start --head`, or give another --ray-address"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise SetupError(f"no Ray answers at {address} ({error}): {hint}") from error
+    _ask(address, hint)
+
+
+def _ask(address: str, hint: str) -> None:
+    """Raises SetupError where no Ray answers, or one that lets this process not in."""
+    import grpc  # with ray it takes seconds to load, which an address where nobody listens is not worth
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    with closing(init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)])) as channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise SetupError(
+                    f"the Ray at {address} asks for a token that this process has not: set $RAY_AUTH_TOKEN, or run "
+                    "this as the user who started it"
+                ) from error
+            raise SetupError(
+                f"no Ray answers at {address} (something else listens, or its control service hangs: "
+                f"{error.code().name}): {hint}"
+            ) from error
+
+
+def _left_addresses() -> list[str]:
+    """Where Rays of this machine are said to be: $RAY_ADDRESS, the one started last, all whose processes run."""
+    from ray._private import services
+    from ray._private.utils import read_ray_address
+
+    try:
+        left = read_ray_address()
+    except OSError:
+        left = None
+    asked = os.environ.get("RAY_ADDRESS")
+    found = [asked if asked != AUTO else None, left, *sorted(services.find_gcs_addresses())]
+    return list(dict.fromkeys(address for address in found if address))

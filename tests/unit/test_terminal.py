@@ -1,0 +1,116 @@
+"""Commands in broken surroundings: each ends soon, in one line at most on stderr, with the right exit code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.cli import terminal
+from cluster.errors import SetupError
+
+DEAD = "127.0.0.1:1"
+GENERATE = f"generate hi --address {DEAD}"
+NO_SERVER = f"moe-cluster: no server answers at {DEAD}: start one with `moe-cluster serve MODEL_DIR`\n"
+FULL = "moe-cluster: the output cannot be written: No space left on device\n"
+
+
+def run(command, *, surroundings="", streams="", stdin=None):
+    """Of a shell: (exit code, stdout, stderr). `streams` are its redirections."""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{surroundings} {sys.executable} -m cluster.cli {command} {streams}"],
+        capture_output=True, stdin=stdin or subprocess.DEVNULL, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stdout.decode("utf-8", "backslashreplace"), done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("command", "streams", "code", "line"),
+    [
+        ("--help", ">/dev/full", 1, FULL),
+        ("keys new x 2>&1", "| head -c0", 141, ""),
+        ("ray-env", ">&- 2>&- <&-", 0, ""),
+        (GENERATE, ">&-", 1, NO_SERVER),
+        (GENERATE, "2>/dev/full", 1, ""),
+        ("generate $'\\xff'", "", 2, "moe-cluster: argument 2 is not valid UTF-8 at byte 0: give it as UTF-8\n"),
+        (f"chat --address {DEAD}", "<&-", 1, NO_SERVER.replace("answers", "is ready")),
+    ],
+)
+def test_a_command_with_broken_streams_ends_in_one_line(command, streams, code, line):
+    found, _, error = run(command, streams=streams)
+    assert (found, error) == (code, line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        "PYTHONIOENCODING=ascii", "PYTHONIOENCODING=latin-1", "LC_ALL=POSIX PYTHONUTF8=0 PYTHONCOERCECLOCALE=0",
+        "TERM=dumb COLUMNS=1 NO_COLOR=1", "HOME=/nonexistent", "env -u HOME", "TMPDIR=/proc", "cd /proc;",
+        "env -i", "setpriv --reuid 54321 --regid 54321 --clear-groups env -u HOME",
+        "http_proxy=http://127.0.0.1:1 https_proxy=http://127.0.0.1:1", "PYTHONUNBUFFERED=1",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "streams", ["", ">/dev/full", ">/dev/full 2>&1", "| head -c1", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", "2>/dev/full"]
+)
+def test_the_whole_matrix(demo_checkpoint, surroundings, streams):
+    """By exit code: written out it is 0, 1 or 2; an output that cannot be written makes 1 of 0, a gone reader 141."""
+    if surroundings.startswith("setpriv") and os.getuid() != 0:
+        surroundings = "env -u HOME"
+    for command, code in (
+        ("--help", 0), (f"plan {demo_checkpoint}", 0), ("plan /nonexistent", 2), (GENERATE, 1),
+        (f"chat --address {DEAD}", 1), (f"status --ray-address {DEAD}", 2),
+        (f"scale --expert-shards 2 --ray-address {DEAD}", 2),
+        ("keys new x", 0), ("ray-env", 0), ("serve /nonexistent", 2),
+    ):  # fmt: skip
+        if code == 0 and (streams.startswith(">/dev/full") or (streams == "2>/dev/full" and command == "keys new x")):
+            code = 1
+        found, _, error = run(command, surroundings=surroundings, streams=streams)
+        assert found in (code, 141 if "head" in streams and code == 0 else code), (command, error)
+        assert "Traceback" not in error
+        assert "Exception ignored" not in error
+        assert error.count("\n") <= (4 if command == "keys new x" else 1), error
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("naïve", "naïve"), ("na\udcc3\udcafve", "naïve"), ("", ""), ("\U0001f600", "\U0001f600")],
+)
+def test_text_that_an_ascii_locale_gives_is_utf8_all_the_same(given, expected):
+    assert terminal.utf8(given, "the line") == expected
+
+
+@pytest.mark.parametrize("given", ["\udcff", "a\udcc3\ud800"])
+def test_bytes_that_are_no_text_are_refused(given):
+    with pytest.raises(SetupError, match="the line"):
+        terminal.utf8(given, "the line")
+
+
+def test_what_an_encoding_lacks_is_drawn_in_ascii():
+    text = "import sys; from cluster.cli import terminal; terminal.run(lambda: print('▁█ … ─ é') or 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b".# ... ? ?\n", b"")
+
+
+def test_what_hangs_in_foreign_code_ends_with_one_line():
+    """The block writes to stderr and sleeps where no Python code can be interrupted."""
+    text = (
+        "import os, time; from cluster.cli import terminal\n"
+        "def hang():\n"
+        "    with terminal.bounded(0.2, 'it hangs'):\n"
+        "        os.write(2, b'log line\\n'); time.sleep(100)\n"
+        "terminal.run(hang)"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"moe-cluster: it hangs\n")
+
+
+def test_an_error_of_the_machine_is_one_line(capsys):
+    def command():
+        raise PermissionError(13, "Permission denied", "/x/y")
+
+    assert terminal.run(command) == 1
+    assert capsys.readouterr().err == "moe-cluster: /x/y: Permission denied\n"
