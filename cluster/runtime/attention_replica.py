@@ -131,7 +131,7 @@ class AttentionReplica:
                 received, updates = news.result()
             except ray.exceptions.ActorUnavailableError as error:
                 log.info("attention replica %s asks its engine again: %s", self.name, type(error).__name__)
-            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+            except ray.exceptions.RayError as error:
                 self._lost = f"the engine of attention replica {self.name} is gone"
                 log.error("%s: %s", self._lost, error)
             else:
