@@ -92,9 +92,9 @@ def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    config = cluster_config(args, model)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
-    config = cluster_config(args, model)
     with LoadProgress("starting Ray and Ray Serve") as progress:
         cluster = ServedCluster(config, serve_options(args), progress.update, _end)
     try:

@@ -118,3 +118,20 @@ def test_the_engines_part_has_the_clusters_values():
     assert ClusterConfig(model="/m", max_num_seqs=5, dtype="float16").engine() == EngineConfig(
         max_num_seqs=5, dtype="float16"
     )
+
+
+@pytest.mark.parametrize("name", ["cpus_per_attention_replica", "cpus_per_expert_shard", "shard_timeout_s"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 1e-5])
+def test_what_cannot_be_nothing_nor_endless_is_refused(name, value):
+    with pytest.raises(SetupError, match=name):
+        ClusterConfig(model="m", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["gpus_per_attention_replica", "gpus_per_expert_shard"])
+def test_gpus_are_parts_of_one_or_whole(name):
+    """As Ray counts them: it refuses others, in its own words and when a process has started already."""
+    for value in (1.5, 1e-5, -1.0, float("nan"), float("inf")):
+        with pytest.raises(SetupError, match=name):
+            ClusterConfig(model="m", **{name: value})
+    for value in (None, 0, 0.25, 1, 2.0):
+        assert getattr(ClusterConfig(model="m", **{name: value}), name) == value

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import LLM, SamplingParams
-from cluster.errors import InvalidRequest, SetupError
+from cluster.errors import Closed, InvalidRequest, SetupError
 from cluster.serving.tokenizer import Tokenizer
 
 
@@ -278,3 +278,12 @@ def test_numpys_numbers_are_numbers_here_too(demo_checkpoint):
     sizes = {"kv_cache_bytes": np.int64(4 << 20), "max_num_seqs": np.int32(2), "num_expert_shards": np.uint8(2)}
     with LLM(demo_checkpoint, dtype="float32", **sizes) as made:
         assert len(made.generate([IDS], GREEDY)[0].token_ids) == 8
+
+
+def test_a_closed_one_says_so_whatever_computes_its_experts(demo_checkpoint):
+    made = LLM(demo_checkpoint, dtype="float32", kv_cache_bytes=4 << 20)
+    made.close()
+    made.close()
+    for call in (lambda: made.generate("a"), lambda: made.logits([1]), made.__enter__):
+        with pytest.raises(Closed, match="this LLM is closed"):
+            call()

@@ -1,0 +1,110 @@
+"""A server's stop goes on, whatever fails in it and whatever cannot be printed. Fakes instead of Ray."""
+
+import io
+import os
+
+import pytest
+import ray
+
+from cluster.cli import main, serving
+from cluster.config import ClusterConfig
+from cluster.errors import SetupError
+from cluster.footprint import folders
+from cluster.footprint.folders import OwnedFolder
+from cluster.runtime import launch
+from cluster.runtime.application import check_cpus
+from cluster.runtime.launch import ServedCluster
+from cluster.runtime.local_ray import ConnectedRay
+
+GONE = ray.exceptions.GetTimeoutError("no answer")
+
+
+@pytest.fixture
+def steps(monkeypatch, tmp_path):
+    """A served cluster of which only the stop is real; returns it and the steps that were taken."""
+    monkeypatch.setattr(folders, "BASE", tmp_path)
+    taken, fails = [], {}
+
+    def step(name):
+        def take(*args):
+            taken.append(name)
+            if name in fails:
+                raise fails[name]
+
+        return take
+
+    cluster = ServedCluster.__new__(ServedCluster)
+    cluster.group, cluster._folder, cluster._ray = "moe-0", OwnedFolder(), ConnectedRay(stop=step("Ray"))
+    monkeypatch.setattr(cluster, "drain", step("drain"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch, "find_actor", lambda name: name)
+    monkeypatch.setattr(launch, "close_controller", step("shards"))
+    monkeypatch.setattr(launch.serve, "shutdown", step("Serve"))
+    return cluster, taken, fails
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        {},
+        {"drain": GONE},
+        {"drain": SetupError("there is no expert controller"), "Serve": RuntimeError("gone"), "shards": GONE},
+        {"Serve": ValueError("no such actor"), "shards": OSError("read-only")},
+    ],
+)
+def test_a_step_that_fails_stops_none_of_the_later_ones(steps, fails):
+    cluster, taken, failing = steps
+    failing.update(fails)
+    cluster.close()
+    assert taken == ["drain", "Serve", "shards", "Ray"]
+    assert not cluster._folder.path.exists()
+
+
+def test_even_what_nobody_has_thought_of_ends_ray(steps):
+    cluster, taken, failing = steps
+    failing["Serve"] = AssertionError("a bug")
+    with pytest.raises(AssertionError):
+        cluster.close()
+    assert taken[-1] == "Ray"
+    assert not cluster._folder.path.exists()
+
+
+class Full(io.StringIO):
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["ascii", "closed", "full", "closed pipe"])
+def test_what_cannot_be_printed_is_left_out(kind):
+    if kind == "ascii":
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    elif kind == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        out = os.fdopen(writer, "w")
+    else:
+        out = Full() if kind == "full" else io.StringIO()
+        if kind == "closed":
+            out.close()
+    serving._say("stopping: waiting for running requests …", out)
+    if kind == "closed pipe":
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # what is in its buffer goes somewhere
+
+
+@pytest.mark.parametrize("option", ["--cpus-per-expert-shard", "--cpus-per-attention-replica"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "100000"])
+def test_cpus_that_no_process_can_have_are_refused_in_a_line_before_anything_starts(
+    demo_checkpoint, option, value, capsys
+):
+    assert main(["serve", str(demo_checkpoint), f"{option}={value}", "--grpc-port", "0"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moe-cluster: ")]
+    assert len(lines) == 1
+    assert option[2:].replace("-", "_") in lines[0]
+
+
+def test_the_cpus_of_all_processes_together_may_be_more_than_there_are():
+    """They take turns; and a number of processes that is not used asks for nothing."""
+    check_cpus(ClusterConfig(model="m", expert_shards=1000), attention_replicas=1000)
+    check_cpus(ClusterConfig(model="m", cpus_per_attention_replica=100_000.0))
+    with pytest.raises(SetupError, match="cpus_per_expert_shard is 100000, and this machine has"):
+        check_cpus(ClusterConfig(model="m", cpus_per_expert_shard=100_000.0))
