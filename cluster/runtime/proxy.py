@@ -1,29 +1,27 @@
-"""What Serve's gRPC proxy registers for this application, in the proxy's process.
+"""What Serve's gRPC servers register for this application: its proxy's, and each ingress's own behind HAProxy.
 
-Ray Serve 2.60's proxy passes a client's cancel on only when it reaches the proxy while that waits for the replica's
-next message. One that comes while a message is being written is lost (8 of 66 streams that were left after one or two
-tokens), and the replica generates to the end for nobody. `relay_cancels` closes that gap.
+Around Serve's handlers stand ours: who may call is looked at before a message is read (`grpc_gate`), streams end with
+their clients (`relay`), reflection is bounded.
 """
 
-import asyncio
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
 from grpc.aio._server import Server
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from cluster.errors import Overloaded
 from cluster.runtime.haproxy_config import NOT_FOR_CLIENTS
+from cluster.runtime.relay import relay_cancels
 from cluster.serving import grpc_server
 from cluster.serving.callers import host_of
-from cluster.serving.grpc_server import RETRY_KEY
+from cluster.serving.grpc_gate import Doorkeeper, gated_stream, gated_unary
 from cluster.serving.strangers import StrangerLimits, Strangers
 
-UNREAD_TIMEOUT_S = 120.0
 REFLECTION = "grpc.reflection."
-_HINT = re.compile(r"try again in ([0-9.]+) s")
 
 
 def add_inference_service(servicer: Any, server: Any) -> None:
@@ -36,14 +34,30 @@ def add_inference_service(servicer: Any, server: Any) -> None:
     bound_reflection(server, Strangers(StrangerLimits(), time.monotonic))
 
     def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
+        """Those of many messages are ours, around Serve's of one."""
+        kinds = type(streaming_type)
+        if streaming_type.name == "STREAM_STREAM":
+            stream = relay_cancels(factory(service_method=service_method, streaming_type=kinds.UNARY_STREAM))
+            return gated_stream(stream, _ingress)
+        if streaming_type.name == "STREAM_UNARY":
+            return gated_unary(factory(service_method=service_method, streaming_type=kinds.UNARY_UNARY), _ingress)
         handler: Callable[..., Any] = factory(service_method=service_method, streaming_type=streaming_type)
-        return relay_cancels(handler) if streaming_type.name == "UNARY_STREAM" else handler
+        return handler
 
     server.service_handler_factory = make_handler
     try:
-        grpc_server.add_inference_service(servicer, server)
+        grpc_server.add_inference_service(servicer, server, gated=True)
     finally:
         server.service_handler_factory = factory
+
+
+def _ingress() -> Doorkeeper | None:
+    """The ingress of this process; None in Serve's proxy."""
+    try:
+        ingress: Doorkeeper | None = serve.get_replica_context().servable_object
+    except RayServeException:
+        return None
+    return ingress
 
 
 def refuse_listing(server: Server) -> None:
@@ -82,67 +96,3 @@ def _staying(handler: Callable[[Any, Any], AsyncIterator[Any]], strangers: Stran
 
 async def _refuse(request: bytes, context: Any) -> None:
     await context.abort(grpc.StatusCode.PERMISSION_DENIED, NOT_FOR_CLIENTS)
-
-
-class ContextShield:
-    """A gRPC context that can be taken from a handler that outlives its call; touching it then kills the process."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-
-    def detach(self) -> None:
-        """From now on every method does nothing and returns None."""
-        self._context = None
-
-    def set_details(self, details: str) -> None:
-        """Serve passes on a stream's code and details, not its trailing metadata: the hint is taken from the words."""
-        if self._context is None:
-            return
-        self._context.set_details(details)
-        hint = _HINT.search(details)
-        if hint is not None:
-            before = tuple(self._context.trailing_metadata() or ())
-            self._context.set_trailing_metadata((*before, (RETRY_KEY, str(round(1000 * float(hint[1]))))))
-
-    def __getattr__(self, name: str) -> Any:
-        if self._context is None:
-            return lambda *args, **kwargs: None
-        return getattr(self._context, name)
-
-
-def relay_cancels(
-    handler: Callable[[Any, Any], AsyncGenerator[bytes, None]], unread_timeout_s: float = UNREAD_TIMEOUT_S
-) -> Callable[..., Any]:
-    """A streaming handler that, when its client leaves at any moment, ends in the one way that Serve passes on:
-    with a cancel that meets it waiting for the next message.
-
-    unread_timeout_s: a client that takes no message for so long has left as well; it finds out when it reads again.
-    """
-
-    async def stream(request: Any, context: Any) -> None:
-        shield = ContextShield(context)
-        messages = handler(request, shield)
-        begun = ended = False
-        try:
-            async for message in messages:
-                if not begun:  # with the first message it would be sent again, as a part of the status, which fails
-                    await context.send_initial_metadata(())
-                    begun = True
-                async with asyncio.timeout(unread_timeout_s):
-                    await context.write(message)
-            ended = True
-        except TimeoutError:
-            context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
-            context.set_details(f"the client has read nothing for {unread_timeout_s:g} s, and the stream was ended")
-        finally:
-            if not ended:
-                shield.detach()
-                waiting = asyncio.ensure_future(anext(messages))
-                await asyncio.sleep(0)  # lets it begin to wait
-                waiting.cancel()
-                await asyncio.wait([waiting])
-                if not waiting.cancelled():
-                    waiting.exception()  # taken note of: the client is gone
-                    await messages.aclose()  # it had a message at once, and waited for none
-
-    return stream

@@ -71,6 +71,16 @@ class GrpcInferenceService:
         self._callers = callers or Callers()
         self._raise_failures = raise_failures
 
+    def lets_in(self, context: GrpcContext) -> bool:
+        """Whether a call's message may be read; sets the call's status where not. Counts only the refusal."""
+        try:
+            self._callers.identify(metadata_of(context), context.peer())
+        except ClusterError as error:
+            self._service.count_refused(error)
+            set_status(context, error, "")
+            return False
+        return True
+
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
         request_id = self._service.new_request_id()
 
@@ -207,11 +217,22 @@ def _truncate(details: str) -> str:
     return head.decode(errors="ignore") + "…"
 
 
-def add_inference_service(servicer: Any, server: Any) -> None:
-    """Registers the rpcs with a gRPC server; requests stay bytes. For Serve's `grpc_servicer_functions`."""
+_KINDS = {  # by whether a handler takes many messages, and whether it gives many
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def add_inference_service(servicer: Any, server: Any, *, gated: bool = False) -> None:
+    """Registers the rpcs with a gRPC server; requests stay bytes. For Serve's `grpc_servicer_functions`.
+
+    gated: the handlers are those of `grpc_gate`, which read the message themselves.
+    """
     handlers = {}
     for method in pb.DESCRIPTOR.services_by_name["InferenceService"].methods:
-        kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        kind = _KINDS[gated, method.server_streaming]
         handlers[method.name] = kind(
             getattr(servicer, method.name), request_deserializer=None, response_serializer=_serialize
         )

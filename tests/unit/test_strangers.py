@@ -14,10 +14,12 @@ from serving_fakes import EchoBackend, TickingClock, make_service, write_tokeniz
 from cluster.errors import Forbidden, Overloaded, Unauthenticated
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.runtime import proxy
 from cluster.runtime.proxy import add_inference_service, bound_reflection
+from cluster.serving import grpc_gate
 from cluster.serving.api_keys import ApiKeys, new_key
 from cluster.serving.callers import Callers
-from cluster.serving.grpc_server import GrpcInferenceService
+from cluster.serving.grpc_server import SERVICE_NAME, GrpcInferenceService
 from cluster.serving.health import GrpcHealthService, HealthState
 from cluster.serving.strangers import MAX_HOSTS, StrangerLimits, Strangers
 from cluster.serving.tokenizer import Tokenizer
@@ -131,6 +133,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         state.set(True)
         GrpcInferenceService.__init__(self, service, callers=callers, raise_failures=False)
         GrpcHealthService.__init__(self, state, callers=callers, raise_failures=False)
+        Ingress.last = self
 
 
 @asynccontextmanager
@@ -216,6 +219,74 @@ def test_a_watcher_that_leaves_makes_room_for_another(tmp_path):
                 await asyncio.sleep(0.1)
 
     asyncio.run(run())
+
+
+METHODS = ("Generate", "Tokenize", "Detokenize", "GetModelInfo", "GenerateStream")
+
+
+def begin(channel, method, metadata):
+    """A call that has sent no message yet."""
+    path = f"/{SERVICE_NAME}/{method}"
+    kind = channel.stream_stream if method == "GenerateStream" else channel.stream_unary
+    return kind(path)(metadata=tuple(metadata.items()), timeout=30)
+
+
+@pytest.fixture
+def refused_early(monkeypatch):
+    """As in a replica, whose servers find the ingress of their process."""
+    monkeypatch.setattr(proxy, "_ingress", lambda: Ingress.last)
+
+
+@pytest.mark.usefixtures("refused_early")
+def test_without_a_key_no_message_is_read(tmp_path, key):
+    """The calls are refused though they have sent none, which could be 64 MiB."""
+
+    async def run():
+        async with serving(tmp_path, Callers(key[0])) as channel:
+            return [(await begin(channel, method, {}).code()).name for method in METHODS]
+
+    assert asyncio.run(run()) == ["UNAUTHENTICATED"] * len(METHODS)
+
+
+@pytest.mark.usefixtures("refused_early")
+def test_who_guesses_keys_is_told_to_wait_and_when(tmp_path, key):
+    async def run():
+        async with serving(tmp_path, Callers(key[0], strangers=LIMITS, clock=TickingClock())) as channel:
+            for _ in range(LIMITS.calls_per_minute):
+                await begin(channel, "Generate", {}).code()
+            call = begin(channel, "GetModelInfo", {})
+            return (await call.code()).name, dict(await call.trailing_metadata())["grpc-retry-pushback-ms"]
+
+    assert asyncio.run(run()) == ("RESOURCE_EXHAUSTED", "1000")
+
+
+@pytest.mark.usefixtures("refused_early")
+def test_with_a_key_the_message_is_read_and_answered_once(tmp_path, key):
+    keys, metadata = key
+
+    async def run():
+        async with serving(tmp_path, Callers(keys)) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            pairs = tuple(metadata.items())
+            answer = await stub.Generate(pb.GenerateRequest(text="ab"), metadata=pairs)
+            stream = stub.GenerateStream(pb.GenerateStreamRequest(text="ab"), metadata=pairs)
+            return answer.text, "".join([piece.text async for piece in stream])
+
+    assert asyncio.run(run()) == ("ab", "ab")
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_a_call_whose_message_does_not_come_ends(tmp_path, key, method, monkeypatch):
+    monkeypatch.setattr(grpc_gate, "MESSAGE_TIMEOUT_S", 0.1)
+    keys, metadata = key
+
+    async def run():
+        async with serving(tmp_path, Callers(keys)) as channel:
+            silent, empty = (begin(channel, method, metadata) for _ in range(2))
+            await empty.done_writing()
+            return (await silent.code()).name, (await empty.code()).name
+
+    assert asyncio.run(run()) == ("DEADLINE_EXCEEDED", "INVALID_ARGUMENT")
 
 
 def test_reflection_answers_and_its_streams_are_bounded(tmp_path):
