@@ -54,6 +54,9 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     add("metrics_port", int, "where /metrics is served; 0: a free port (demo: 0)", "PORT")
     add("log_format", str, "of all processes' log lines: text, or json, one object a line", "FORMAT")
     parser.add_argument(
+        "--log-requests", action="store_true", help="a log line for each request (default: for those that fail)"
+    )
+    parser.add_argument(
         "--grpc-port", type=int, default=9000, metavar="PORT", help="0: a free one (default: 9000, demo: 0)"
     )
     parser.add_argument(

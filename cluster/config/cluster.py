@@ -87,6 +87,7 @@ class ClusterConfig:
         "" asks for none.
     metrics_port: every node serves /metrics there; 0 takes a free one.
     log_format: of the log lines of all processes; "json" is one object a line.
+    log_requests: a log line for each request; without, those that failed by our fault have one.
     release: any text; with another one `serve deploy` starts ingresses and attention replicas anew, as for an installed
         new version of this package, of which Serve knows nothing.
     """
@@ -137,6 +138,7 @@ class ClusterConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
     log_format: LogFormat = "text"
+    log_requests: bool = False
     release: str = ""
 
     def __post_init__(self) -> None:

@@ -166,8 +166,11 @@ class ExpertShardActor:
             raise ShardUnavailable(f"shard {self.shard_id} is loading", self.shard_id)
         waited_s = max(0.0, time.time() - wire[0])  # hosts' clocks may differ
         device = self.shard.device
-        with self._pulse.computing(on_cpu=device.type == "cpu"):
+        self._pulse.begin(on_cpu=device.type == "cpu")
+        try:
             return to_bytes(self.compute(decode(wire, device), waited_s))
+        finally:
+            self._pulse.end()
 
     def compute(self, batch: ExpertBatch, waited_s: float) -> Tensor:
         """[T, H] in the rows' dtype, whichever carrier brought them. Raises ShardUnavailable."""

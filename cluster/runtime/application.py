@@ -22,7 +22,7 @@ GRPC_SERVICERS = [
 CALLS_BEING_REFUSED = 1024  # in an ingress at a moment
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
 HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replaced; it does nothing that takes seconds
-NO_ACCESS_LOG = {"enable_access_log": False}  # the service has a line of its own for each request
+NO_ACCESS_LOG = {"enable_access_log": False}  # the service has one of its own, `log_requests`
 
 
 def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> None:

@@ -1,7 +1,10 @@
-"""Serving /metrics for all processes of a node: one actor on each, and who keeps one there."""
+"""One actor on each node, and who keeps it there: serves /metrics for all processes, clears dead ones' logs away."""
 
 import asyncio
 import logging
+import os
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +16,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config import ClusterConfig
 from cluster.metrics import NodeCollector
 from cluster.runtime.actors import prepare_process
+from cluster.runtime.bounds import DEAD_LOG_BYTES, clear_logs, open_files
 from cluster.runtime.protocol import metrics_dir
 
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 1.0
+SWEEP_INTERVAL_S = 600.0  # between two looks at the log files of ended processes
 
 
 class NodeMetricsActor:
@@ -28,10 +33,20 @@ class NodeMetricsActor:
         self._collector = NodeCollector(Path(directory), host, port)
         self._port = self._collector.start()
         self._host = host
+        max_bytes = os.environ.get(DEAD_LOG_BYTES)
+        if max_bytes and Path("/proc/self/fd").is_dir():  # not where another's Ray is used
+            folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+            threading.Thread(target=_sweep, args=(folder, int(max_bytes)), name="logs", daemon=True).start()
 
     def address(self) -> str:
         """Where Prometheus scrapes this node."""
         return f"http://{self._host}:{self._port}/metrics"
+
+
+def _sweep(folder: Path, max_bytes: int) -> None:
+    while True:
+        clear_logs(folder, max_bytes, in_use=open_files())
+        time.sleep(SWEEP_INTERVAL_S)
 
 
 class NodeCollectors:

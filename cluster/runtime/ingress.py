@@ -31,7 +31,7 @@ from cluster.serving.callers import Callers
 from cluster.serving.grpc_server import GrpcInferenceService
 from cluster.serving.health import GrpcHealthService, HealthState
 from cluster.serving.replay import ReplayingBackend
-from cluster.serving.service import InferenceService
+from cluster.serving.service import InferenceService, request_log
 from cluster.serving.strangers import StrangerLimits
 from cluster.serving.tokenizer import Tokenizer
 from cluster.types import EngineRequest, SequenceUpdate
@@ -127,6 +127,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
 
     def __init__(self, config: ClusterConfig, replicas: DeploymentHandle) -> None:
         prepare_process(1)
+        request_log.setLevel(logging.INFO if config.log_requests else logging.WARNING)
         self._config = config
         self._controller = get_controller(shard_group(config), config)
         self._controller.apply.remote(config)

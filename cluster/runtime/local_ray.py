@@ -25,6 +25,7 @@ from cluster.footprint.folders import OwnedFolder, clean
 from cluster.footprint.keeper import start_keeper
 from cluster.footprint.processes import MARK
 from cluster.private import private_files
+from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.haproxy import set_environment
 from cluster.runtime.protocol import NAMESPACE, RAY_FOLDER
 from cluster.runtime.ray_address import check_address
@@ -134,7 +135,7 @@ class LocalRay:
         folder = self._folder.path
         self._forget_token = _make_token()
         with (
-            set_environment(environment(folder)),
+            set_environment({**RAY_BOUNDS, **environment(folder)}),
             _marked(folder),
             loopback(),
             private_files(),

@@ -117,7 +117,7 @@ class RayFlight:
                 sign: Sign = ray.get(self.probe)
             except ray.exceptions.RayError:
                 return False  # `result` says what happened
-            grew = sign.busy if self.progress is None else sign.progress > self.progress
+            grew = sign.busy if self.progress is None else sign.progress != self.progress
             self.probe, self.progress = None, sign.progress
         if self.probe is None and now - self.probed_at >= PROBE_S and hasattr(self.actor, "sign"):
             self.probe, self.probed_at = self.actor.sign.remote(), now

@@ -98,6 +98,11 @@ class _Request:
         )
 
 
+# A line for each request, where it is asked for (`log_requests`); for those that failed by our fault in any case.
+request_log = logging.getLogger("cluster.requests")
+_LOG_LEVELS = {"internal": logging.WARNING, "unavailable": logging.WARNING}
+
+
 class InferenceService:
     """One model's service. Not thread-safe: call it from one event loop.
 
@@ -309,9 +314,11 @@ class InferenceService:
             self._metrics.finished(outcome)
             if self._spend is not None:
                 self._spend(client, tracked.num_prompt_tokens + tracked.num_generated_tokens)
-            refused = outcome == Overloaded.grpc_code.lower() and not tracked.num_generated_tokens
-            log.log(
-                logging.DEBUG if refused else logging.INFO,  # hundreds a second, which the metrics count
+            level = _LOG_LEVELS.get(outcome, logging.INFO)
+            if outcome == Overloaded.grpc_code.lower() and not tracked.num_generated_tokens:
+                level = logging.DEBUG  # refused ones are hundreds a second, which the metrics count
+            request_log.log(
+                level,
                 "request %r ended with %s after %.3f s, %d prompt tokens, %d generated%s",
                 tracked.name[:MAX_REQUEST_ID_CHARS], outcome, elapsed_s,
                 tracked.num_prompt_tokens, tracked.num_generated_tokens, reason,

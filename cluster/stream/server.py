@@ -18,11 +18,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hmac import compare_digest
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, ReceiveBuffe
 from cluster.stream.region import Region, open_region
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BEAT_S = 0.25  # between two looks of the deputy; a quarter of what callers wait for, where that is less
 MIN_BEAT_S = 0.02
@@ -144,6 +146,7 @@ class StreamServer:
     ) -> None:
         self._backend = backend
         self._pulse = pulse or Pulse()
+        self._on_cpu = backend.device.type == "cpu"
         self._max_group_rows = max_group_rows
         self._beat_s = beat_s
         self._turn = threading.Lock()  # of the thread that uses what follows; nobody holds it during a product
@@ -224,7 +227,7 @@ class StreamServer:
                 if not self._closing:
                     self._read_and_write(0.0)
                     before, progress = progress, self._pulse.progress()
-                    if progress > before:
+                    if progress != before:
                         self._beat()
             finally:
                 self._turn.release()
@@ -393,8 +396,7 @@ class StreamServer:
         try:
             batches = [request.batch(self._backend.device) for request in group]
             batch = batches[0] if len(batches) == 1 else _together(batches)
-            with self._working():
-                out = self._backend.forward(batch, waited_s)
+            out = self._work(lambda: self._backend.forward(batch, waited_s))
         except ShardUnavailable as error:
             self._end(group, Kind.UNAVAILABLE, str(error))
         except Exception as error:
@@ -404,14 +406,14 @@ class StreamServer:
         else:
             self._hand_back(group, out)
 
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """Around what may take long: everything else is left to the deputy meanwhile."""
+    def _work(self, work: Callable[[], T]) -> T:
+        """Does what may take long; everything else is left to the deputy meanwhile."""
         self._turn.release()
+        self._pulse.begin(on_cpu=self._on_cpu)
         try:
-            with self._pulse.computing(on_cpu=self._backend.device.type == "cpu"):
-                yield
+            return work()
         finally:
+            self._pulse.end()
             self._turn.acquire()
 
     def _hand_back(self, group: Sequence[_Request], out: Tensor) -> None:
@@ -427,8 +429,7 @@ class StreamServer:
             else:
                 staged.append(self._staging.copy(part))
         if out.is_cuda:
-            with self._working():
-                torch.cuda.current_stream(out.device).synchronize()  # who gets the frame may read
+            self._work(torch.cuda.current_stream(out.device).synchronize)  # who gets the frame may read
         for request, own in zip(group, staged, strict=True):
             if own is None:
                 self._answer(request, Kind.ANSWER, b"")

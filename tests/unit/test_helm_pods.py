@@ -5,6 +5,7 @@ import math
 import pytest
 from helm_charts import SHAPES, container, rendered, values_of
 
+from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.haproxy import SERVE_ENVIRONMENT
 
 ROLES = ("head", "ingress", "attention", "experts")
@@ -186,6 +187,13 @@ def test_haproxy_is_told_to_every_ray_container():
         assert not any("PROXY" in variable["name"] for variable in off)
     own = container(rendered("a2.7b", {"haproxy.program": ""}).pods["head"])["env"]
     assert not any("BINARY" in variable["name"] for variable in own)
+
+
+def test_every_ray_container_is_told_what_bounds_a_ray_that_runs_for_weeks():
+    for shape in ("a2.7b", "cpu-experts"):
+        for pod in rendered(shape).pods.values():
+            environment = {variable["name"]: variable.get("value") for variable in container(pod)["env"]}
+            assert {name: environment.get(name) for name in RAY_BOUNDS} == RAY_BOUNDS
 
 
 def test_only_the_autoscalers_pod_gets_a_token():

@@ -1,6 +1,7 @@
 import asyncio
 import logging
 import math
+from contextlib import suppress
 
 import pytest
 from serving_fakes import (
@@ -363,6 +364,33 @@ def test_metrics_count_tokens_and_times(tokenizer):
     assert metrics.named("inter_token") == [(1.0, 2)]
     assert metrics.named("end_to_end") == [(3.0,)]
     assert metrics.named("finished") == [("stop",)]
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (None, logging.INFO),
+        (Unavailable("a shard is gone"), logging.WARNING),
+        (RuntimeError("a bug"), logging.WARNING),
+        (InvalidRequest("a client's fault", "text"), logging.INFO),
+        (Overloaded("full", 1.0), logging.DEBUG),
+    ],
+)
+def test_only_requests_that_fail_by_our_fault_have_a_line_that_is_not_asked_for(tokenizer, caplog, error, level):
+    """An ingress shows INFO where log_requests is on, else WARNING."""
+
+    class Backend(EchoBackend):
+        async def generate(self, request):
+            if error is not None:
+                raise error
+            async for update in super().generate(request):
+                yield update
+
+    service = make_service(tokenizer, Backend())
+    with caplog.at_level(logging.DEBUG, logger="cluster"), suppress(Exception):
+        generate(service, Prompt(text="abc"))
+    (record,) = [record for record in caplog.records if "ended with" in record.getMessage()]
+    assert (record.name, record.levelno) == ("cluster.requests", level)
 
 
 def test_each_request_leaves_one_log_line_with_its_id(service, caplog):

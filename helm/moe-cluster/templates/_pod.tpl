@@ -124,6 +124,19 @@ spec:
   value: /tmp
 - name: RAY_USAGE_STATS_ENABLED
   value: {{ ternary "1" "0" $values.ray.usageStats | quote }}
+# Nothing grows over weeks: no list of past tasks in the GCS, logs that rotate (cluster/runtime/bounds.py).
+- name: RAY_task_events_report_interval_ms
+  value: "0"
+- name: RAY_maximum_gcs_destroyed_actor_cached_count
+  value: "1000"
+- name: RAY_event_stats_print_interval_ms
+  value: "86400000"
+- name: RAY_ROTATION_MAX_BYTES
+  value: "4194304"
+- name: RAY_ROTATION_BACKUP_COUNT
+  value: "2"
+- name: MOE_CLUSTER_DEAD_LOG_BYTES
+  value: "67108864"
 {{- if $values.haproxy.enabled }}
 - name: RAY_SERVE_ENABLE_HA_PROXY
   value: "1"

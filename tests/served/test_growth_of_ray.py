@@ -1,0 +1,83 @@
+"""Nothing of a served cluster grows with the requests that it has answered: no process's memory, no log file.
+
+GROWTH_REQUESTS: how many are sent; the figures for 20,000 are in BENCHMARKS.md (`-o log_cli=true` shows them).
+"""
+
+import logging
+import os
+import re
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+log = logging.getLogger(__name__)
+
+REQUESTS = int(os.environ.get("GROWTH_REQUESTS", "2000"))
+WARM_UP = 500
+GCS_BYTES = 1 << 20  # per 1,000 requests; it was 4.2 MB
+PROCESS_BYTES = 4 << 20  # of any other, as little as the allocator's steps allow
+LOG_BYTES = 20  # for each request; a line of one was 159
+LOG_BYTES_A_SECOND = 3000  # whatever happens: Ray's own, of all processes
+
+
+def memory(session: Path) -> dict[str, int]:
+    """Anonymous bytes of each process of this Ray, by name and pid."""
+    found: dict[str, int] = {}
+    parents = set[str]()
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
+        try:
+            command = (folder / "cmdline").read_text().replace("\0", " ").strip()
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        except OSError:
+            continue  # gone, or another user's
+        if str(session) in command or status["PPid"].strip() in parents:
+            name = command if command.startswith("ray::") else Path(command.split()[0]).name
+            parents |= {folder.name} if name == "raylet" else set()
+            found[f"{name} {folder.name}"] = int(status["RssAnon"].split()[0]) << 10
+    return found
+
+
+def log_sizes(session: Path) -> Counter[str]:
+    """By name; what has rotated counts as its first file."""
+    sizes = Counter[str]()
+    for path in session.rglob("logs/**/*.*"):
+        if path.is_file() and not path.is_symlink():
+            sizes[re.sub(r"\.[0-9]+$", "", path.name)] += path.stat().st_size
+    return sizes
+
+
+def test_neither_memory_nor_logs_grow_with_the_requests_that_were_answered(served, channel, ray_cluster):
+    session = Path(ray_cluster._private.worker._global_node.get_session_dir_path()).parent
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    params = pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=1, ignore_eos=True)
+
+    def ask(number):
+        ids = pb.TokenIds(ids=[number % 1000])
+        return len(stub.Generate(pb.GenerateRequest(token_ids=ids, sampling_params=params), timeout=120).token_ids)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(ask, range(WARM_UP))) == WARM_UP
+        time.sleep(5)  # what is reported each few seconds is through
+        memory_before, logs_before, began = memory(session), log_sizes(session), time.monotonic()
+        assert sum(pool.map(ask, range(REQUESTS))) == REQUESTS
+        time.sleep(5)
+    thousands, seconds = REQUESTS / 1000, time.monotonic() - began
+    grown = {name: size - memory_before[name] for name, size in memory(session).items() if name in memory_before}
+    written = log_sizes(session)
+    written.subtract(logs_before)
+    logged = written.total()
+    for name, size in Counter(grown).most_common(6):
+        log.info("%s: %.1f MB, %+.2f MB", name, memory_before[name] / 1e6, size / 1e6)
+    log.info("logs: %d bytes over %d requests in %.0f s: %s", logged, REQUESTS, seconds, written.most_common(5))
+    [gcs] = [size for name, size in grown.items() if name.startswith("gcs_server ")]
+    assert gcs < thousands * GCS_BYTES
+    assert {name: size for name, size in grown.items() if size > thousands * PROCESS_BYTES} == {}
+    assert logged < LOG_BYTES * REQUESTS + LOG_BYTES_A_SECOND * seconds
