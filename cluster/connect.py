@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 API_KEY = "MOE_CLUSTER_API_KEY"
+MAX_KEY_FILE_BYTES = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def connect(args: argparse.Namespace) -> "Client":
     """Raises SetupError."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines stand in the error already, which is one line
     from cluster.serving.client import Client, TlsFiles  # grpc loads with it: not for --help
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
@@ -39,9 +41,31 @@ def connect(args: argparse.Namespace) -> "Client":
 
 
 def _api_key(path: Path | None) -> str:
+    """Raises SetupError for a file without exactly one key, and for what no key is."""
     if path is None:
-        return os.environ.get(API_KEY, "").strip()
+        return _checked(os.environ.get(API_KEY, ""), f"${API_KEY}")
+    source = f"--api-key-file {path}"
     try:
-        return path.read_text().strip()
+        with path.open("rb") as file:
+            text = file.read(MAX_KEY_FILE_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise SetupError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
+        raise SetupError(f"{source} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SetupError(f"{source} is no text (byte {error.start}): a file with one key alone is needed") from None
+    key = _checked(text, source)
+    if not key:
+        raise SetupError(f"{source} is empty: a file with one key alone is needed")
+    return key
+
+
+def _checked(text: str, source: str) -> str:
+    """The one key in a text, "" for none."""
+    words = text.split()
+    if len(words) > 1:
+        raise SetupError(
+            f"{source} has {len(words)} words in {len(text.splitlines())} lines: one key alone is needed, as "
+            "`moe-cluster keys new` prints it"
+        )
+    if not all("!" <= char <= "~" for char in "".join(words)):
+        raise SetupError(f"{source} has characters that no key has: ASCII without spaces is needed")
+    return "".join(words)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,18 @@ from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.config.resources import available_cpus
+from cluster.inputs import shown
+
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B?)\s*", re.IGNORECASE)
+
+
+def byte_size(text: str) -> int:
+    """512MiB, 8G, 1.5 GB or 1073741824: KiB, MiB … are powers of 1024, and so are K, M …; KB, MB … of 1000."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no size: 1073741824, 8GiB, 512MiB or 8.5GB are some")
+    figure, unit, suffix = found.groups()
+    return int(float(figure) * (1000 if suffix.lower() == "b" else 1024) ** " kmgt".index(unit.lower() or " "))
 
 
 def add_command(
@@ -25,7 +38,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `ClusterConfig`, with its defaults, and of this machine's ports."""
     default = {f.name: f.default for f in fields(ClusterConfig)}
 
-    def add(name: str, kind: type, text: str, metavar: str = "N") -> None:
+    def add(name: str, kind: Callable[[str], Any], text: str, metavar: str = "N") -> None:
         shown = "" if default[name] is None else f" (default: {default[name]})"
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, default=default[name], metavar=metavar, help=text + shown)
@@ -37,7 +50,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     add("dtype", str, "float32, bfloat16, float16 or auto: the checkpoint's", "TYPE")
     add("device", str, "cpu, cuda or auto: cuda where there is one", "DEVICE")
     add("transport", str, "auto (streams, and Ray calls while one is down), stream or ray", "NAME")
-    add("kv_cache_bytes", int, "memory for keys and values, for each attention replica", "BYTES")
+    add("kv_cache_bytes", byte_size, "memory for keys and values, for each attention replica; 8GiB too", "BYTES")
     add("max_num_seqs", int, "sequences in one step at most")
     add("max_num_batched_tokens", int, "tokens in one step at most, prefill and decode together")
     add("max_model_len", int, "prompt and output at most, default: what the checkpoint allows")

@@ -19,11 +19,13 @@ from hmac import compare_digest
 from pathlib import Path
 
 from cluster.errors import Overloaded, SetupError, Unauthenticated
+from cluster.inputs import shown
 
 log = logging.getLogger(__name__)
 
 RELOAD_INTERVAL_S = 1.0  # between two looks at the file
 CONCURRENT_RETRY_S = 1.0  # when a place may be free again
+MAX_LIMIT_DIGITS = 15
 LIMITS = ("requests_per_minute", "concurrent", "tokens_per_minute")
 
 _NAME = re.compile(r"[A-Za-z0-9][-._A-Za-z0-9]{0,63}")
@@ -182,7 +184,7 @@ class ApiKeys:
 
     def _read(self) -> tuple[ApiKey, ...]:
         try:
-            return parse_keys(self._path.read_text(), str(self._path))
+            return parse_keys(self._path.read_text(encoding="utf-8-sig"), str(self._path))
         except (OSError, UnicodeDecodeError) as error:
             raise self._unreadable(error) from error
 
@@ -196,16 +198,19 @@ def _parse_line(words: list[str], where: str) -> ApiKey:
     name, digest = words[0], words[1] if len(words) > 1 else ""
     limits: dict[str, int] = {}
     if not _NAME.fullmatch(name):
-        raise SetupError(f"{where}: {name!r} is no name: at most 64 letters, digits, '-', '.' and '_' are needed")
+        raise SetupError(f"{where}: {shown(name)} is no name: at most 64 letters, digits, '-', '.' and '_' are needed")
     if not _SHA256.fullmatch(digest):
         raise SetupError(
             f"{where}: after {name!r} comes no SHA-256 of 64 hex digits: `moe-cluster keys new {name}` prints a line"
         )
     for word in words[2:]:
         limit, _, value = word.partition("=")
-        if limit not in LIMITS or not value.isascii() or not value.isdigit() or int(value) < 1 or limit in limits:
-            raise SetupError(f"{where}: {word!r} is no limit: one each of {', '.join(LIMITS)}, =N from 1, is allowed")
-        limits[limit] = int(value)
+        number = int(value) if value.isascii() and value.isdigit() and len(value) <= MAX_LIMIT_DIGITS else 0
+        if limit not in LIMITS or number < 1 or limit in limits:
+            raise SetupError(
+                f"{where}: {shown(word)} is no limit: one each of {', '.join(LIMITS)}, =N from 1, is allowed"
+            )
+        limits[limit] = number
     return ApiKey(name=name, sha256=bytes.fromhex(digest), **limits)
 
 

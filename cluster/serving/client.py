@@ -1,20 +1,24 @@
 """A plain gRPC client of the service: what the command line talks with. Knows no Ray."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster import inputs
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.serving.direct import grpc_options
 from cluster.serving.messages import from_sampling_params
 from cluster.types import ChatMessage, SamplingParams
+
+MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context
 
 _ERRORS: dict[grpc.StatusCode, type[ClusterError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -41,6 +45,9 @@ class TlsFiles:
             ca, key, cert = (None if path is None else path.read_bytes() for path in (self.ca, self.key, self.cert))
         except OSError as error:
             raise SetupError(f"{error.filename} cannot be read: {error.strerror}") from error
+        for path, content in ((self.ca, ca), (self.key, key), (self.cert, cert)):
+            if content is not None and b"-----BEGIN " not in content:
+                raise SetupError(f"{path} is no PEM file: text with a line -----BEGIN … is needed")
         return grpc.ssl_channel_credentials(ca, key, cert)
 
 
@@ -49,6 +56,8 @@ class Client:
 
     def __init__(self, address: str, *, api_key: str = "", tls: TlsFiles | None = None) -> None:
         """Raises SetupError."""
+        if not api_key.isascii() or not api_key.isprintable():
+            raise SetupError("the API key has characters that no key has: ASCII without spaces is needed")
         self.address = address
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         options = grpc_options(address)
@@ -61,7 +70,7 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Sequence[ChatMessage] | Sequence[int],
+        prompt: str | Sequence[ChatMessage] | Iterable[int],
         params: SamplingParams,
         *,
         request_id: str = "",
@@ -70,15 +79,7 @@ class Client:
 
         Raises ClusterError with the server's message.
         """
-        request = pb.GenerateStreamRequest(request_id=request_id, sampling_params=from_sampling_params(params))
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            for part in prompt:
-                if isinstance(part, int):
-                    request.token_ids.ids.append(part)
-                else:
-                    request.chat.messages.append(pb.ChatMessage(role=part.role, content=part.content))
+        request = _request(prompt, params, request_id)
         call = self._stub.GenerateStream(request, metadata=self._metadata)
         try:
             yield from call
@@ -120,8 +121,32 @@ class Client:
             reason = details.rpartition("last error: ")[2]
             if "Connection refused" not in reason:
                 return Unavailable(
-                    f"no connection to {self.address} ({reason}): does the server speak TLS, trust this client's "
-                    "certificate, and this client the server's? See --tls-ca, --tls-cert and --tls-key"
+                    f"no connection to {self.address} ({_short(reason)}): does the server speak TLS, trust this "
+                    "client's certificate, and this client the server's? See --tls-ca, --tls-cert and --tls-key"
                 )
             return Unavailable(f"no server answers at {self.address}: start one with `moe-cluster serve MODEL_DIR`")
         return _ERRORS.get(code, ClusterError)(f"{code.name}: {details}")
+
+
+def _short(reason: str) -> str:
+    """The end of OpenSSL's and gRPC's chain of causes is what a person can do something about."""
+    last = re.split(r"OPENSSL_internal:|UNKNOWN: |UNAVAILABLE: |ipv[46]:[^ ]*: ", reason)[-1]
+    return last.split(" {")[0].strip().removesuffix(": OK").rstrip(".")[-120:]
+
+
+def _request(
+    prompt: str | Sequence[ChatMessage] | Iterable[int], params: SamplingParams, request_id: str
+) -> pb.GenerateStreamRequest:
+    """Raises InvalidRequest for what no message carries."""
+    try:
+        request = pb.GenerateStreamRequest(request_id=request_id, sampling_params=from_sampling_params(params))
+        if isinstance(prompt, str):
+            request.text = prompt
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], ChatMessage):
+            turns = cast(Sequence[ChatMessage], prompt)
+            request.chat.messages.extend(pb.ChatMessage(role=turn.role, content=turn.content) for turn in turns)
+        else:
+            request.token_ids.ids.extend(inputs.prompt_token_ids(prompt, "token_ids", MAX_PROMPT_TOKENS))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
+    return request

@@ -1,5 +1,6 @@
 """What the command line says to a server and of one, before anything is connected."""
 
+import time
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 from cluster import cli, connect
 from cluster.cli.arguments import cluster_config
 from cluster.config import ClusterConfig
-from cluster.errors import SetupError
+from cluster.errors import InvalidRequest, SetupError
 from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.haproxy import MAX_MESSAGE_BYTES
 from cluster.runtime.launch import ServeOptions
-from cluster.serving.api_keys import parse_keys
+from cluster.serving.api_keys import ApiKeys, parse_keys
+from cluster.serving.client import Client, _short
+from cluster.types import ChatMessage, SamplingParams
 
 
 def parsed(*arguments):
@@ -76,3 +79,106 @@ def test_the_files_of_serve_are_found_wherever_its_processes_run(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     args = cli._parser().parse_args(["serve", "model", "--api-keys-file", "keys.txt"])
     assert cluster_config(args, args.model).api_keys_file == str(Path(tmp_path, "keys.txt").resolve())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe\x00binary", "no text"),
+        (b"moe-one\nmoe-two\n", "2 words in 2 lines"),
+        (b"alice " + b"0" * 64, "2 words in 1 lines"),
+        ("moe-schlüssel".encode(), "characters that no key has"),
+        (b"moe-\x00key", "characters that no key has"),
+        (b"moe-\x1bkey", "characters that no key has"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+    ],
+)
+def test_a_file_without_exactly_one_key_is_one_line_and_exit_code_2(tmp_path, capsys, content, words):
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    assert cli.main(["generate", "hi", "--address", "127.0.0.1:1", "--api-key-file", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"moe-cluster: --api-key-file {file} ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["moe-one moe-two", "moe-one\nmoe-two", "moe-ü", "moe-\udcff", "a\x7f"])
+def test_an_environment_without_exactly_one_key_is_refused(monkeypatch, value):
+    monkeypatch.setenv(connect.API_KEY, value)
+    with pytest.raises(SetupError, match=r"\$MOE_CLUSTER_API_KEY has"):
+        metadata()
+
+
+def test_a_key_may_have_white_space_and_a_byte_order_mark_around_it(tmp_path):
+    (tmp_path / "key").write_bytes(b"\xef\xbb\xbf moe-file\r\n\r\n")
+    assert metadata("--api-key-file", str(tmp_path / "key")) == {"authorization": "Bearer moe-file"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", b"\x00" * 5000, "müller ".encode() + b"0" * 64, b"a" * 100_000,
+     b"a " + b"0" * 64 + b" concurrent=" + b"9" * 5000, b"a " + b"0" * 64 + b" x" * 5000],
+)  # fmt: skip
+def test_a_servers_file_of_keys_with_anything_in_it_is_one_short_line(tmp_path, content):
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(SetupError) as refusal:
+        ApiKeys(tmp_path / "keys", time.monotonic)
+    assert len(str(refusal.value)) < 400
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--tls-ca", "--tls-cert"])
+def test_what_is_no_pem_file_is_named(tmp_path, option):
+    (tmp_path / "junk").write_bytes(b"\xff\x00junk")
+    pair = ["--tls-key", str(tmp_path / "junk")] if option == "--tls-cert" else []
+    with pytest.raises(SetupError, match="junk is no PEM file"):
+        connect.connect(parsed(option, str(tmp_path / "junk"), *pair))
+
+
+def test_a_failed_handshake_is_said_by_its_last_cause():
+    """As grpcio 1.85 gives them, with a server whose certificate nobody signed that is trusted, and one without TLS."""
+    chain = (
+        "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:44023: Ssl handshake failed "
+        "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED:"
+        " unable to get local issuer certificate: OK"
+    )
+    assert _short(chain) == "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate"
+    assert _short("UNAVAILABLE: ipv4:127.0.0.1:44023: Socket closed") == "Socket closed"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ("\udcff", {}, "input"),
+        ([1, "a"], {}, "token_ids"),
+        ([-1], {}, "input"),
+        ([2**40], {}, "input"),
+        (5, {}, "token_ids"),
+        ([ChatMessage(role="user", content=5)], {}, "input"),
+        ([ChatMessage(role="user", content="a"), 5], {}, "input"),
+    ],
+)
+def test_what_no_message_carries_is_an_invalid_request(prompt, params, field):
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest) as refusal:
+        next(client.stream(prompt, SamplingParams(**params)))
+    assert refusal.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("8g", 8 << 30), ("1.5 GB", 1_500_000_000), ("512MiB", 512 << 20), ("100", 100), ("7K", 7168),
+     ("2TiB", 2 << 40), ("64 b", 64)],
+)  # fmt: skip
+def test_a_size_may_have_a_unit(text, size):
+    args = cli._parser().parse_args(["serve", "model", "--kv-cache-bytes", text])
+    assert args.kv_cache_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8XB", "-1", "1e9", "8 Gi B", "nan", "9" * 5000])
+def test_what_is_no_size_is_wrong_usage(text, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli._parser().parse_args(["serve", "model", f"--kv-cache-bytes={text}"])
+    assert end.value.code == 2
+    assert "8GiB" in capsys.readouterr().err
