@@ -14,7 +14,7 @@ from cluster.config import DTYPE_BYTES, ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What old exports store beside the weights, all of it computed from the config: dropping it changes nothing.
+# Old exports store these beside the weights. They are computed from the config: dropping them changes nothing.
 HARMLESS = (
     re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
     re.compile(r"model\.rotary_emb\.(original_)?inv_freq"),

@@ -11,7 +11,7 @@ from cluster.errors import CheckpointError
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 DTYPE_ALIASES = {"half": "float16", "float": "float32", "double": "float64"}  # torch's own other names
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in; float64 is read from disk alone
-# A thousand times what released models have. What is beyond is a typing error, and would fill the memory with names.
+# Forty times what released models have. More is a typing error, and would fill the memory with names.
 MAX_LAYERS = 1024
 MAX_EXPERTS = 65_536  # of all layers together
 

@@ -40,7 +40,7 @@ class RopeConfig:
 def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
     """Reads `rope_parameters` (new) or `rope_theta` + `rope_scaling` (old), as transformers does.
 
-    What is null is missing. Raises CheckpointError.
+    A null is as if its key were missing. Raises CheckpointError.
     """
     merged = _merged(raw)
     keys = Keys(merged, "config.json, rope")

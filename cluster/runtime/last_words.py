@@ -1,4 +1,4 @@
-"""Finds what a process said when it could not start, in what Ray and Serve make of it: tracebacks in tracebacks."""
+"""Finds the words of a process that could not start in the text of Ray and Serve: tracebacks in tracebacks."""
 
 import re
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from cluster.errors import SetupError
 from cluster.runtime.protocol import ClusterStatus
@@ -17,14 +18,13 @@ _OURS = "cluster.errors."
 # These bring another error's text along, which follows them, and say nothing themselves.
 _MESSENGERS = re.compile(
     r"Traceback \(most recent call last\)|Failed to update the deployments|Deploying application .* failed"
-    r"|The actor died because of an error|.*The actor died because of an error raised in its creation task"
+    r"|The actor died|attention replica \S+: the engine did not start"
 )
 MAX_CHARS = 600
 
 
 def why_not_started(error: Exception, application: str, status: Callable[[], ClusterStatus]) -> str:
-    """Why an application did not start, in one line: what HAProxy or the controller knows, what a deployment's process
-    said, else Serve's last word.
+    """Why an application did not start, in one line: from HAProxy, the controller, a deployment's process, or Serve.
 
     error: what `serve.run` raised.  status: asks the controller.
     """
@@ -35,10 +35,12 @@ def why_not_started(error: Exception, application: str, status: Callable[[], Clu
     with suppress(SetupError, ray.exceptions.RayError):
         if failure := status().failure:
             return failure
-    found = serve.status().applications.get(application)
-    texts = [str(error), *(() if found is None else (d.message for d in found.deployments.values()))]
-    said = next((words for words in map(last_words, texts) if words), "")
-    return said or (lines[-1] if lines else repr(error))
+    texts = [str(error)]
+    with suppress(RayServeException, ray.exceptions.RayError):
+        found = serve.status().applications.get(application)
+        texts += [] if found is None else [deployment.message for deployment in found.deployments.values()]
+    reason = next((words for words in map(last_words, texts) if words), "")
+    return reason or (lines[-1] if lines else repr(error))
 
 
 def last_words(text: str) -> str:
@@ -52,5 +54,5 @@ def last_words(text: str) -> str:
     ours = [found["words"] for found in raised if found["module"] == _OURS]
     others = [f"{found['kind']}: {found['words']}" for found in raised]
     exits = [found["words"] for line in text.splitlines() if (found := _EXIT.fullmatch(line.strip()))]
-    said = next(iter((*ours, *others, *exits)), "")
-    return said if len(said) <= MAX_CHARS else f"{said[:MAX_CHARS]} …"
+    reason = next(iter((*ours, *others, *exits)), "")
+    return reason if len(reason) <= MAX_CHARS else f"{reason[:MAX_CHARS]} …"

@@ -1,4 +1,4 @@
-"""What Ray and Serve make of an error, as they wrote it (shortened), and the line of it that a user needs."""
+"""Errors as Ray and Serve wrote them (shortened), and the line that a user needs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -38,9 +38,11 @@ The above exception was the direct cause of the following exception:
 cluster.errors.CheckpointError: /m/model.safetensors is not a complete safetensors file (…): download it again
 """
 KILLED = """\
-ray.exceptions.ActorDiedError: The actor died because of an error
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
     The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
 unexpectedly exits with a connection error code 2. End of file. The process was killed by SIGKILL by OOM killer.
+
+cluster.errors.SetupError: attention replica 4jz: the engine did not start: The actor died unexpectedly before finishing
 """
 
 
