@@ -14,6 +14,7 @@ from rich.text import Text
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
 
+STATS_TIMEOUT_S = 5.0  # the controller asks engines for their figures every 2 s
 _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
@@ -71,11 +72,32 @@ class LoadProgress:
 
 
 def print_cluster(cluster: Served) -> None:
-    """Where the cluster is reached."""
+    """Where the cluster is reached, and what its caches hold."""
     status = cluster.status()
+    deadline = time.monotonic() + STATS_TIMEOUT_S
+    while not (cache := describe_cache(status)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        status = cluster.status()
     print(f"gRPC     {cluster.grpc_address}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
     for address in status.metrics_addresses:
         print(f"metrics  {address}")
+    if cache:
+        print(f"cache    {cache}")
+
+
+def describe_cache(status: Any) -> str:
+    """The smallest KV cache of a cluster's attention replicas, and what it means for answers; "" while unknown."""
+    known = [replica.stats for replica in status.replicas if replica.stats is not None and replica.stats.block_size]
+    if not known:
+        return ""
+    smallest = min(known, key=lambda stats: stats.num_blocks)
+    tokens = smallest.num_blocks * smallest.block_size
+    text = f"{tokens:,} tokens of keys and values in each attention replica"
+    if tokens < smallest.max_model_len:
+        text += (
+            f"; the context has {smallest.max_model_len:,}: without max_tokens an answer ends where the cache is full"
+        )
+    return text
 
 
 def print_status(status: Any) -> None:
@@ -215,7 +237,9 @@ def print_plan(plan: PlacementPlan, dtype: str, expert_bytes: int, dense_bytes: 
         table.add_row(f"expert shard {shard_id}", shown, str(count), size(count * expert_bytes))
     console.print(table)
     console.print(
-        f"KV cache: {size(kv_bytes_per_token)} a token, for each attention replica beside its weights", highlight=False
+        f"KV cache: {size(kv_bytes_per_token)} a token, for each attention replica beside its weights, of 0.9 of the "
+        "memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, --memory-utilization)",
+        highlight=False,
     )
 
 

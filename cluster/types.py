@@ -180,6 +180,7 @@ class EngineRequest:
     client: who asks; waiting requests of different clients take turns.
     num_replays: earlier attempts; a request that was let in once is not refused for want of room in a queue.
     num_alone_tokens: so many new tokens are computed in steps of their own, for an engine died at an earlier attempt.
+    max_tokens_is_default: the client asked for none, so the engine may lower it to what its cache holds.
     """
 
     request_id: str
@@ -191,6 +192,7 @@ class EngineRequest:
     num_replays: int = 0
     num_alone_tokens: int = 0
     name: str = ""
+    max_tokens_is_default: bool = False
 
     @property
     def called(self) -> str:
@@ -203,6 +205,7 @@ class EngineRequest:
 class EngineStats:
     """An engine at a moment: sequences, cache blocks, tokens generated since its start.
 
+    block_size: tokens a block.  max_model_len: the longest prompt and output; 0 from a version that did not say.
     at: seconds, wall clock.  held: running sequences that wait for an expert without a living copy.
     """
 
@@ -213,6 +216,8 @@ class EngineStats:
     generated_tokens: int
     at: float
     held: int = 0
+    block_size: int = 0
+    max_model_len: int = 0
 
 
 @dataclass(frozen=True, slots=True)

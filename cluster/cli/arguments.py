@@ -50,7 +50,13 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     add("dtype", str, "float32, bfloat16, float16 or auto: the checkpoint's", "TYPE")
     add("device", str, "cpu, cuda or auto: cuda where there is one", "DEVICE")
     add("transport", str, "auto (streams, and Ray calls while one is down), stream or ray", "NAME")
-    add("kv_cache_bytes", byte_size, "memory for keys and values, for each attention replica; 8GiB too", "BYTES")
+    add(
+        "kv_cache_bytes",
+        byte_size,
+        "memory for each attention replica's keys and values, 8GiB too; default: as next",
+        "BYTES",
+    )
+    add("memory_utilization", float, "share of free memory for it, default: 0.9 on a GPU, else 0.5", "X")
     add("max_num_seqs", int, "sequences in one step at most")
     add("max_num_batched_tokens", int, "tokens in one step at most, prefill and decode together")
     add("max_model_len", int, "prompt and output at most, default: what the checkpoint allows")

@@ -24,7 +24,8 @@ class EngineConfig:
     """One engine's limits.
 
     dtype: "auto" is the checkpoint's.  device: "auto" is CUDA where this process has one, else the CPU.
-    kv_cache_bytes: memory for keys and values; with block_size tokens a block it fixes the number of blocks.
+    kv_cache_bytes: memory for keys and values, in blocks of block_size tokens; None takes what memory_utilization says.
+    memory_utilization: the share of what is free once the weights are loaded; by default 0.9 on a GPU, else 0.5.
     max_num_batched_tokens: tokens in one step, decode rows and prefill chunks together.
     max_model_len: prompt and output together; None is the checkpoint's context.
     max_waiting: requests that may queue before a further one is refused.
@@ -34,7 +35,8 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     block_size: int = 16
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
+    memory_utilization: float | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
@@ -44,11 +46,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_choice(self, "dtype", ("auto", *DTYPES))
         _check_choice(self, "device", ("auto", "cpu", "cuda"))
-        for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_number(self, name, 1)
         _check_number(self, "max_waiting", 0)
-        if self.max_model_len is not None:
-            _check_number(self, "max_model_len", 1)
+        for name in ("kv_cache_bytes", "max_model_len"):
+            if getattr(self, name) is not None:
+                _check_number(self, name, 1)
+        if self.memory_utilization is not None:
+            _check_number(self, "memory_utilization", 0.01, 1)
         _check_switches(self)
 
 
@@ -109,7 +114,8 @@ class ClusterConfig:
     rebalance_max_moves: int = 256
     max_replays: int = 5
     transport: Transport = "auto"
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
+    memory_utilization: float | None = None
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.fitting import fitting
 from cluster.engine.isolation import OnStep, failure_of, prove, run_isolated
 from cluster.engine.retry_hint import RetryHint
 from cluster.engine.runner import ModelRunner, StepResult
@@ -80,6 +81,8 @@ class Engine:
             num_blocks=self.blocks.num_blocks,
             generated_tokens=self.num_generated_tokens,
             at=time.time(),
+            block_size=self.blocks.block_size,
+            max_model_len=self.max_model_len,
         )
 
     def submit(self, request: EngineRequest) -> None:
@@ -89,21 +92,7 @@ class Engine:
             raise RequestCancelled("the request was cancelled before it began")
         if request.request_id in self.sequences:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request", "request_id")
-        params = request.params
-        total = len(request.prompt_token_ids) + (params.max_tokens or 1)
-        if total > self.max_model_len:
-            raise InvalidRequest(
-                f"prompt ({len(request.prompt_token_ids)} tokens) plus max_tokens ({params.max_tokens}) is {total}, "
-                f"the context has {self.max_model_len}",
-                "max_tokens",
-            )
-        needed = self.blocks.blocks_for(total)
-        if needed > self.blocks.num_blocks:
-            raise InvalidRequest(
-                f"prompt and max_tokens need {needed} KV cache blocks, there are {self.blocks.num_blocks}: shorten the "
-                "request, or serve with a larger kv_cache_bytes",
-                "max_tokens",
-            )
+        params = fitting(request, self.max_model_len, self.blocks.num_blocks * self.blocks.block_size)
         if not request.num_replays and self.scheduler.num_queued >= self.config.max_waiting:
             self._make_room(request.client)
         if params.seed is None:

@@ -1,5 +1,6 @@
 """Puts an engine together from a checkpoint; with `local_experts`, the whole model in one process."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import DTYPES, EngineConfig, ModelConfig
+from cluster.config.resources import available_memory
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import OnStep
 from cluster.engine.micro_batching import MicroBatching
@@ -18,9 +20,15 @@ from cluster.experts.placement import plan_evenly
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.metrics import DispatchMetrics, EngineMetrics
-from cluster.model.kv_cache import KVCache, num_kv_blocks
+from cluster.model.kv_cache import KVCache, check_block_fits, num_kv_blocks
 from cluster.model.qwen2_moe import Qwen2Moe
 from cluster.types import ModelInfo
+
+log = logging.getLogger(__name__)
+
+# Of what is free once the weights are loaded. A GPU keeps room for a step; a machine for a step, for shards that load
+# what moves to them, for files and for other programs.
+DEFAULT_UTILIZATION = {"cuda": 0.9, "cpu": 0.5}
 
 
 def resolve_dtype(dtype: str, config: ModelConfig) -> str:
@@ -82,19 +90,25 @@ def load_engine(
     *,
     remote_experts: bool = False,
     on_step: OnStep = lambda _: None,
+    wait_for_experts: Callable[[], object] = lambda: None,
+    num_sharers: int = 1,
 ) -> Engine:
     """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError.
 
     remote_experts: they are in other processes, so that splitting a step may hide the way there.
     on_step: told the requests of each step before it is computed.
+    wait_for_experts: called when the dense weights are loaded. By default the cache is sized by what is free then.
+    num_sharers: engines that share this free memory, this one included.
     """
     reader = CheckpointReader(model_dir)
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
     longest = max_model_len(reader.config, config)
-    num_blocks = num_kv_blocks(reader.config, config, dtype)
-    # No sequence can use more than its context's blocks, so a cache for max_num_seqs of them is never exceeded.
-    num_blocks = min(num_blocks, config.max_num_seqs * -(-longest // config.block_size))
+    check_block_fits(reader.config, config, dtype)
     model = Qwen2Moe.load(reader, dtype=torch_dtype(dtype), device=device, progress=progress)
+    wait_for_experts()
+    share = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers
+    num_blocks = num_kv_blocks(reader.config, config, dtype, longest, free_memory(device), share)
+    _report_cache(reader.config.kv_bytes_per_token(dtype), num_blocks * config.block_size, longest)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
     return Engine(
         ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=remote_experts)),
@@ -105,6 +119,26 @@ def load_engine(
         metrics=metrics,
         on_step=on_step,
     )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take on a device; None if unknown."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory()
+
+
+def _report_cache(token_bytes: int, num_tokens: int, longest: int) -> None:
+    cache = f"KV cache: {num_tokens:,} tokens, {num_tokens * token_bytes / 2**20:,.0f} MiB"
+    if num_tokens < longest:
+        log.warning(
+            "%s; the context has %s: without max_tokens an answer ends where the cache is full (kv_cache_bytes)",
+            cache,
+            f"{longest:,}",
+        )
+    else:
+        log.info("%s", cache)
 
 
 def local_experts(

@@ -9,7 +9,7 @@ from cluster.checkpoint.tokenizer_files import read_tokenizer, read_tokenizer_co
 from cluster.config import EngineConfig
 from cluster.engine.local import max_model_len, resolve_dtype
 from cluster.experts.placement import plan_evenly
-from cluster.model.kv_cache import num_kv_blocks
+from cluster.model.kv_cache import check_block_fits
 
 
 def check_checkpoint(
@@ -22,7 +22,7 @@ def check_checkpoint(
     reader = CheckpointReader(model_dir)
     reader.check_tensors()
     plan_evenly(reader.config.sparse_layers, reader.config.num_experts, num_shards)
-    num_kv_blocks(reader.config, engine, resolve_dtype(engine.dtype, reader.config))
+    check_block_fits(reader.config, engine, resolve_dtype(engine.dtype, reader.config))
     max_model_len(reader.config, engine)
     read_sampling_defaults(model_dir)
     read_eos_token_ids(model_dir, reader.config)

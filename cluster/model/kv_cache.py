@@ -11,6 +11,9 @@ from cluster.config import DTYPE_BYTES, EngineConfig, ModelConfig
 from cluster.errors import SetupError
 from cluster.kernels.attention import reads_whole_blocks
 
+MIN_BYTES = 64 << 20  # of a cache that nobody gave a size, however little memory is free
+UNKNOWN_BYTES = 1 << 30  # where a machine does not say what is free
+
 
 class KVCache:
     """keys, values: [layers, blocks + 1, S, KV, D], allocated once.
@@ -52,13 +55,30 @@ class KVCache:
                 cache.flatten(1, 2).index_fill_(1, index, 0)
 
 
-def num_kv_blocks(config: ModelConfig, engine: EngineConfig, dtype: str) -> int:
-    """How many blocks fit in kv_cache_bytes. Raises SetupError when not even one does."""
+def num_kv_blocks(
+    config: ModelConfig, engine: EngineConfig, dtype: str, max_model_len: int, room_bytes: int | None, share: float
+) -> int:
+    """How many blocks the cache has: what fits in kv_cache_bytes, which by default are `share` of room_bytes.
+
+    Never more than max_num_seqs sequences of max_model_len tokens can use.
+    room_bytes: memory that is free once all weights are loaded, None if that is unknown.
+    Raises SetupError when kv_cache_bytes has no room for one block.
+    """
+    block_bytes = check_block_fits(config, engine, dtype)
+    cache_bytes = engine.kv_cache_bytes
+    if cache_bytes is None:
+        cache_bytes = UNKNOWN_BYTES if room_bytes is None else max(MIN_BYTES, int(room_bytes * share))
+    useful = engine.max_num_seqs * -(-max_model_len // engine.block_size)
+    return max(1, min(useful, cache_bytes // block_bytes))
+
+
+def check_block_fits(config: ModelConfig, engine: EngineConfig, dtype: str) -> int:
+    """The bytes of a block. Raises SetupError for a kv_cache_bytes below them."""
     assert dtype in DTYPE_BYTES
     block_bytes = engine.block_size * config.kv_bytes_per_token(dtype)
-    if engine.kv_cache_bytes < block_bytes:
+    if engine.kv_cache_bytes is not None and engine.kv_cache_bytes < block_bytes:
         raise SetupError(
             f"kv_cache_bytes is {engine.kv_cache_bytes}, one block of {engine.block_size} tokens takes {block_bytes}: "
             "give more memory or a smaller block_size"
         )
-    return engine.kv_cache_bytes // block_bytes
+    return block_bytes

@@ -29,6 +29,7 @@ from cluster.experts.transport import ExpertBatch
 from cluster.logs import make_formatter
 from cluster.metrics import DispatchMetrics, EngineMetrics, ShardMetrics, new_registry, report_version
 from cluster.runtime.directory import ShardDirectory, take_slot
+from cluster.runtime.process import num_sharers
 from cluster.runtime.protocol import ClusterRecord, ProcessInfo, process_info
 from cluster.runtime.transports import decode, make_transport, to_bytes
 from cluster.stream.frames import StreamOffer
@@ -295,8 +296,9 @@ class EngineActor:
             ProgressReport(controller, replica, total),
             remote_experts=True,
             **({"on_step": open_step_record(record_path).write} if record_path else {}),
+            wait_for_experts=self.directory.wait_ready,
+            num_sharers=num_sharers(config, ray.nodes()),
         )
-        self.directory.wait_ready()
         self.loop = EngineLoop(engine)
         self.loop.start()
         log.info("engine %s is loaded, %d KV cache blocks", replica, engine.blocks.num_blocks)

@@ -1,8 +1,10 @@
 """What the actors' processes are started with."""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.logs import LOG_FORMAT
 from cluster.runtime.protocol import metrics_dir
@@ -13,6 +15,19 @@ SHARE = 0.001  # of a custom resource, for one process: a node may have any numb
 def num_threads(num_cpus: float) -> int:
     """Threads that a process computes with on the CPU: as many as the CPUs that it was given, at least one."""
     return max(1, int(num_cpus))
+
+
+def num_sharers(config: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Engines that may come to share one machine's memory, or one GPU's.
+
+    nodes: as `ray.nodes()` says them. Serve spreads replicas, so no node has more than its part, rounded up.
+    """
+    gpus = config.gpus_per_attention_replica or 0
+    if gpus:
+        return max(1, int(1 / gpus))
+    resource = config.attention_resource or "CPU"
+    hosts = sum(bool(node["Alive"] and node["Resources"].get(resource, 0)) for node in nodes)
+    return -(-max(config.attention_replicas, config.max_attention_replicas or 0) // max(1, hosts))
 
 
 def share_of(resource: str) -> dict[str, float]:

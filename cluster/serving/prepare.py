@@ -63,6 +63,7 @@ class RequestCompleter:
             prompt_token_ids=prompt_token_ids,
             params=self._resolve(params, field, len(prompt_token_ids)),
             timeout_s=timeout_s,
+            max_tokens_is_default=params.max_tokens is None,
         )
 
     def prompt(self, token_ids: Iterable[int], field: str) -> tuple[int, ...]:

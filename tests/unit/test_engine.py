@@ -163,7 +163,7 @@ def test_without_a_queue_the_batch_may_still_be_filled():
 
 def test_what_can_never_fit_the_cache_is_refused():
     engine = make_engine(num_blocks=2)
-    with pytest.raises(InvalidRequest, match="3 KV cache blocks, there are 2"):
+    with pytest.raises(InvalidRequest, match="is 9, the KV cache holds 8"):
         engine.submit(request("a", [1] * 8, max_tokens=1))
     assert not engine.has_work
 
