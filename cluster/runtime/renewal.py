@@ -1,4 +1,4 @@
-"""Certificates for HAProxy, and renewed ones for one that runs: a process beside it looks at the operator's files."""
+"""Certificates for HAProxy, and renewed ones for one that runs: a thread beside it looks at the operator's files."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,15 +89,13 @@ def end_with_parent(parent: int) -> None:
         sys.exit(1)
 
 
-def watch_beside(copies: Sequence[Copy], read: Mapping[Path, bytes], admin_socket: Path) -> None:
-    """Starts the process, which ends with this one; nothing where there is nothing to watch.
+def watch(copies: Sequence[Copy], read: Mapping[Path, bytes], admin_socket: Path, haproxy: Callable[[], int]) -> None:
+    """Never returns, but where there is nothing to watch.
 
-    read: what this process, as HAProxy, will have read of each copy.
+    read: what HAProxy has read of each copy.  haproxy: its pid; 0 for one that has a successor, and only drains.
     """
-    haproxy = os.getpid()
-    if not copies or os.fork():
+    if not copies:
         return
-    end_with_parent(haproxy)
     told, complaints = dict(read), dict[Path, str]()
     while True:
         time.sleep(INTERVAL_S)
@@ -105,7 +103,7 @@ def watch_beside(copies: Sequence[Copy], read: Mapping[Path, bytes], admin_socke
             complaint = ""
             try:
                 wanted = copy.wanted()
-                if wanted == told[copy.path] == copy.path.read_bytes() or not _is_at(admin_socket, haproxy):
+                if wanted == told[copy.path] == copy.path.read_bytes() or not _is_at(admin_socket, haproxy()):
                     continue
                 if wanted != told[copy.path]:
                     tell(copy, wanted, admin_socket)
@@ -130,18 +128,19 @@ def tell(copy: Copy, data: bytes, admin_socket: Path) -> None:
     ]
     said = ""
     for command in (*commands, f"commit ssl {copy.kind} {copy.path}\n"):
-        said = _ask(command, admin_socket)
+        said = ask(command, admin_socket)
         if not re.search(r"transaction (created|updated)|success", said, flags=re.IGNORECASE):
-            _ask(f"abort ssl {copy.kind} {copy.path}\n", admin_socket)
+            ask(f"abort ssl {copy.kind} {copy.path}\n", admin_socket)
             raise ValueError(" ".join(said.split()))
 
 
 def _is_at(admin_socket: Path, pid: int) -> bool:
-    """Whether the socket is this HAProxy's. One that has a successor only drains."""
-    return f"\nPid: {pid}\n" in _ask("show info\n", admin_socket)
+    """Whether the socket is this HAProxy's: another one has read the files anew."""
+    return f"\nPid: {pid}\n" in ask("show info\n", admin_socket)
 
 
-def _ask(command: str, admin_socket: Path) -> str:
+def ask(command: str, admin_socket: Path) -> str:
+    """Raises OSError."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(TIMEOUT_S)
         sock.connect(str(admin_socket))

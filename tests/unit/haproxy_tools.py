@@ -1,12 +1,14 @@
 """Our program as HAProxy, with the configuration that Serve writes for one gRPC server behind it."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -19,6 +21,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.haproxy import PROGRAM, SERVE_ENVIRONMENT
+from cluster.runtime.renewal import ask
 
 
 def free_ports(count):
@@ -53,9 +56,12 @@ def ingress(servicer, port=0):
         server.stop(None)
 
 
-def write_config(folder, port, backend_ports):
-    """What Serve writes for an application with an ingress at each of the ports; for no application when it is None."""
-    http, metrics, stats = free_ports(3)
+def write_config(folder, ports, backend_ports):
+    """What Serve writes for an application with an ingress at each of the ports; for no application when it is None.
+
+    ports: HAProxy's four, that of gRPC first.
+    """
+    port, http, metrics, stats = ports
     path = folder / "haproxy.cfg"
     config = HAProxyConfig(
         http_options=HTTPOptions(host="127.0.0.1", port=http),
@@ -88,8 +94,8 @@ def write_config(folder, port, backend_ports):
 @contextmanager
 def haproxy(folder, backend_port, front=None):
     """Yields the port of gRPC once our program runs as HAProxy in front of a gRPC server of this machine."""
-    (port,) = free_ports(1)
-    path = write_config(folder, port, None if backend_port is None else [backend_port])
+    ports = free_ports(4)
+    path = write_config(folder, ports, None if backend_port is None else [backend_port])
     program = str(Path(sys.executable).parent / PROGRAM)
     process = subprocess.Popen(
         [program, "-f", str(path), "-db"],
@@ -97,20 +103,78 @@ def haproxy(folder, backend_port, front=None):
         stderr=subprocess.PIPE,
     )
     try:
-        await_port(process, port)
-        yield port
+        await_port(process, ports[0])
+        yield ports[0]
     finally:
         process.kill()
         process.communicate()
+
+
+MANAGER = """
+import json, subprocess, sys
+for line in sys.stdin:
+    command = json.loads(line)
+    print(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).pid, flush=True)
+"""
+RAYLET = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+class Manager:
+    """Serve's, which starts our program as HAProxy; below a process of its own, as a manager is below its raylet."""
+
+    program = (str(Path(sys.executable).parent / PROGRAM),)
+
+    def __init__(self, raylet=False):
+        command = [sys.executable, "-c", *([RAYLET, MANAGER] if raylet else [MANAGER])]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, config, *more):
+        """As Serve does; returns the pid once it answers at the admin socket."""
+        self.process.stdin.write(json.dumps([*self.program, "-db", "-f", str(config), "-dR", *more]) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        until(lambda: pid_at(config.parent / "a.sock") == pid)
+        return pid
+
+    def reload(self, config, old):
+        return self.start(config, "-sf", str(old), "-x", str(config.parent / "a.sock"))
+
+    def kill(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+def pid_at(admin_socket):
+    """Whom Serve takes for the HAProxy that runs."""
+    with suppress(OSError):
+        return int(re.search(r"^Pid: (\d+)$", ask("show info\n", admin_socket), flags=re.MULTILINE)[1])
+
+
+def haproxy_of(pid):
+    """The child of our program that is HAProxy."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return next((int(child) for child in children if is_haproxy(child)), None)
+
+
+def is_haproxy(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/exe").readlink().name == "haproxy"
+
+
+def until(condition, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
 
 
 def await_port(process, port):
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read().decode()
-        try:
+        with suppress(OSError):
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return
-        except ConnectionRefusedError:
-            time.sleep(0.05)
+        time.sleep(0.05)
     raise AssertionError("HAProxy does not listen")

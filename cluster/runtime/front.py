@@ -1,0 +1,265 @@
+"""Keeps an HAProxy running, on listening sockets that outlive it. Knows nothing of what HAProxy's configuration means.
+
+Serve (2.60) starts one of these as HAProxy for each configuration, with the pid of the one before it.
+
+    who ends            what happens
+    HAProxy             another one starts at once; connections wait at the sockets meanwhile
+    Serve's manager     HAProxy serves on, until the next manager's takes the sockets over
+    the manager's parent (Ray's raylet), or this process
+                        HAProxy ends, and the sockets close
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cluster.runtime.admin_relay import AdminRelay, with_pid
+from cluster.runtime.listeners import ask_for, hand_over, open_listener, serve_at
+from cluster.runtime.renewal import Copy, ask, end_with_parent, watch
+
+START_TIMEOUT_S = 25.0  # Serve waits 30 s
+READY_INTERVAL_S = 0.02
+LOOK_S = 0.2  # between two looks at who must live
+ORPHAN_S = 120.0  # without a manager; Serve starts another within 4 s, on a busy machine in many more
+STAND_IN_S = 60.0  # for the next manager to hear of the applications
+MAX_DEATHS, DEATHS_S = 10, 30.0  # of HAProxy in a row: something is wrong that another start does not heal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontFiles:
+    """Below one folder. admin: the socket that Serve asks.  handover: where a successor asks for the sockets.
+    inner: HAProxy's own admin socket.  config: what HAProxy reads. The last two are of this process alone."""
+
+    admin: Path
+    handover: Path
+    inner: Path
+    config: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontTask:
+    """What one of these is started for.
+
+    command: HAProxy's, without its configuration.  old_pids: whom Serve wants to drain.  addresses: to listen on.
+    text: the configuration, from the sockets' descriptors, and whether HAProxy takes over servers' states from before.
+    serves: whether the configuration has an application.
+    """
+
+    command: Sequence[str]
+    old_pids: Sequence[int]
+    addresses: Sequence[str]
+    text: Callable[[Mapping[str, int], bool], str]
+    serves: bool
+    copies: Sequence[Copy]
+    read: Mapping[Path, bytes]
+
+
+class Front:
+    """One configuration's life. manager: who started this process, and whose parent must live, too."""
+
+    def __init__(self, task: FrontTask, files: FrontFiles, manager: int) -> None:
+        self._task = task
+        self._files = files
+        self._manager = manager
+        self._parent = _identity(_parent_of(manager))
+        self._handed = ask_for(files.handover)
+        # A manager that follows a dead one has not heard of any application yet: the dead one's HAProxy serves on.
+        self._stands_in = not task.serves and self._handed is not None and self._handed.pid not in task.old_pids
+        self._standing_since = self._wanted_at = time.monotonic()
+        self._listeners: dict[str, socket.socket] = {}
+        self._handover: socket.socket | None = None
+        self._haproxy: asyncio.subprocess.Process | None = None
+        self._draining = self._ending = False
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+
+    async def run(self) -> int:
+        """Returns the exit code. Raises OSError when it cannot listen."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, self._drain)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes is not for it
+        self._listen()
+        await self._start(states=True)
+        try:
+            if not await self._is_ready():
+                return await self._exit_code()
+            await self._publish()
+            looking = asyncio.create_task(self._look())
+            code = await self._keep()
+            looking.cancel()
+            return code
+        finally:
+            for path in (self._files.inner, self._files.config):
+                path.unlink(missing_ok=True)
+
+    def _listen(self) -> None:
+        """With a predecessor on the real sockets, on others that nobody knows."""
+        handed = dict(self._handed.listeners) if self._handed is not None else {}
+        for address in self._task.addresses:
+            if self._stands_in:
+                self._listeners[address] = open_listener("127.0.0.1:0")
+            else:
+                self._listeners[address] = (
+                    handed.pop(address) if address in handed else open_listener(address, self._task.old_pids)
+                )
+        for listener in handed.values():
+            listener.close()
+
+    async def _start(self, *, states: bool) -> None:
+        fds = {address: listener.fileno() for address, listener in self._listeners.items()}
+        self._files.config.write_text(self._task.text(fds, states))
+        self._haproxy = await asyncio.create_subprocess_exec(
+            *self._task.command,
+            "-f",
+            str(self._files.config),
+            pass_fds=tuple(fds.values()),
+            preexec_fn=partial(end_with_parent, os.getpid()),
+        )
+
+    async def _is_ready(self) -> bool:
+        """Waits for HAProxy to answer."""
+        assert self._haproxy is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self._haproxy.returncode is None and time.monotonic() < deadline:
+            with suppress(OSError):
+                if f"\nPid: {self._haproxy.pid}\n" in await asyncio.to_thread(ask, "show info\n", self._files.inner):
+                    return True
+            await asyncio.sleep(READY_INTERVAL_S)
+        self._end()
+        return False
+
+    async def _publish(self) -> None:
+        """Takes the predecessors' place."""
+        relay = AdminRelay(self._files.inner, partial(with_pid, os.getpid()))
+        await asyncio.start_unix_server(relay.answer, sock=serve_at(self._files.admin))
+        pids = set(self._task.old_pids)
+        if not self._stands_in:
+            self._offer()
+            pids |= {self._handed.pid} if self._handed is not None else set()
+        _signal(pids, signal.SIGUSR1)
+        threading.Thread(target=self._renew, name="renewal", daemon=True).start()
+
+    def _offer(self) -> None:
+        self._handover = serve_at(self._files.handover)
+        asyncio.get_running_loop().add_reader(self._handover, self._hand_over)
+
+    def _hand_over(self) -> None:
+        assert self._handover is not None
+        self._wanted_at = time.monotonic()
+        hand_over(self._handover, self._listeners)
+
+    def _renew(self) -> None:
+        def haproxy() -> int:
+            return 0 if self._draining or self._haproxy is None else self._haproxy.pid
+
+        watch(self._task.copies, self._task.read, self._files.inner, haproxy)
+
+    async def _keep(self) -> int:
+        """Starts HAProxy again whenever it ends, until it shall end."""
+        while True:
+            code = await self._exit_code()
+            if self._draining or self._ending:
+                return code
+            now = time.monotonic()
+            if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_S:
+                _say(f"HAProxy ended {MAX_DEATHS} times within {DEATHS_S:g} s: given up")
+                return 1
+            self._deaths.append(now)
+            _say(f"HAProxy ended with {code}, its streams with it: another one starts")
+            # What it knew of the servers is as old as its start: all count as up, and are looked at.
+            await self._start(states=False)
+
+    async def _exit_code(self) -> int:
+        assert self._haproxy is not None
+        code = await self._haproxy.wait()
+        return code if code >= 0 else 128 - code
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            if os.getppid() == self._manager:
+                self._wanted_at = now
+            if _identity(self._parent[0]) != self._parent:
+                self._end()
+            elif not self._draining and now - self._wanted_at > ORPHAN_S:
+                _say(f"nobody has taken HAProxy over within {ORPHAN_S:g} s since Serve's manager ended: it ends, too")
+                self._end()
+            elif self._stands_in:
+                self._look_at_predecessor(now)
+
+    def _look_at_predecessor(self, now: float) -> None:
+        """Takes its place when it is gone, or has stood there for long enough."""
+        self._handed = ask_for(self._files.handover)
+        if self._handed is not None and now - self._standing_since < STAND_IN_S:
+            self._handed.close()
+            return
+        self._stands_in = False
+        for listener in self._listeners.values():
+            listener.close()
+        self._listen()
+        self._offer()
+        if self._handed is not None:
+            _signal({self._handed.pid}, signal.SIGUSR1)
+        self._kill(signal.SIGTERM)  # and the next one listens there
+
+    def _drain(self) -> None:
+        """A successor has the sockets: streams go on, and when they have ended HAProxy ends."""
+        self._draining = True
+        if self._handover is not None:
+            asyncio.get_running_loop().remove_reader(self._handover)
+            self._handover.close()
+            self._handover = None
+        for listener in self._listeners.values():
+            listener.close()  # else a connection could wait here for nobody
+        self._kill(signal.SIGUSR1)
+
+    def _end(self) -> None:
+        self._ending = True
+        self._kill(signal.SIGTERM)
+
+    def _kill(self, number: signal.Signals) -> None:
+        if self._haproxy is not None and self._haproxy.returncode is None:
+            with suppress(ProcessLookupError):
+                self._haproxy.send_signal(number)
+
+
+def _signal(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _identity(pid: int) -> tuple[int, str]:
+    """A process and when it started; "" for none."""
+    fields = _stat(pid)
+    return pid, fields[19] if fields and fields[0] != "Z" else ""
+
+
+def _parent_of(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 1
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the command's name: state, parent, …; none for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f"moe-cluster: {what}\n")
+    sys.stderr.flush()

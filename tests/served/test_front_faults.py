@@ -1,0 +1,112 @@
+"""The served cluster's HAProxy, and Serve's manager of it, killed under clients that try again after UNAVAILABLE."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from served_tools import wait_until
+from test_listening import family
+
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
+
+pytestmark = [pytest.mark.ray]
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+def processes(word):
+    return [pid for pid in family(os.getpid()) if word in command(pid)]
+
+
+def haproxies():
+    return [pid for pid in family(os.getpid()) if command(pid).partition(" ")[0].endswith("/haproxy")]
+
+
+class Caller(threading.Thread):
+    """Asks for tokens, on one channel, again and again."""
+
+    def __init__(self, port):
+        super().__init__()
+        options = [("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 50)]
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options)
+        self.codes, self.longest_s, self.ended = Counter(), 0.0, threading.Event()
+
+    def run(self):
+        stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        request = pb.GenerateStreamRequest(text="Hello", sampling_params=pb.SamplingParams(max_tokens=2))
+        answered = time.monotonic()
+        while not self.ended.is_set():
+            try:
+                list(stub.GenerateStream(request, timeout=60))
+                self.codes["OK"] += 1
+                now = time.monotonic()
+                self.longest_s, answered = max(self.longest_s, now - answered), now
+            except grpc.RpcError as error:
+                self.codes[error.code().name] += 1
+                time.sleep(0.005)
+
+    def goes_on(self):
+        before = self.codes["OK"]
+        wait_until(lambda: self.codes["OK"] > before + 2, "answers", 60)
+
+
+@pytest.fixture
+def caller(served):
+    caller = Caller(served.grpc_port)
+    caller.start()
+    caller.goes_on()
+    yield caller
+    caller.ended.set()
+    caller.join()
+    caller.channel.close()
+
+
+def test_haproxy_killed_is_there_again_before_serve_looks(served, caller):
+    """Serve's manager, which would need seconds for it, lives on and reloads as before."""
+    managers = processes("ray::HAProxyManager")
+    (supervisor,) = processes("moe-cluster-haproxy")
+    for killed in haproxies():
+        os.kill(killed, signal.SIGKILL)
+        caller.goes_on()
+        assert killed not in haproxies()
+    assert processes("moe-cluster-haproxy") == [supervisor]
+    assert processes("ray::HAProxyManager") == managers
+    assert set(caller.codes) <= {"OK", "UNAVAILABLE"}
+    os.write(1, f"HAProxy killed: {caller.longest_s:.3f} s without an answer, {dict(caller.codes)}\n".encode())
+
+
+@pytest.mark.slow
+def test_the_manager_killed_costs_no_call(served, caller):
+    """Its HAProxy serves on until the next manager has heard of the application; streams go on, too."""
+    stub = health_pb2_grpc.HealthStub(caller.channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=120)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    (manager,), before = processes("ray::HAProxyManager"), processes("moe-cluster-haproxy")
+    os.kill(manager, signal.SIGKILL)
+    wait_until(lambda: manager not in processes("ray::HAProxyManager"), "the manager's end")
+    wait_until(lambda: processes("ray::HAProxyManager"), "another manager", 60)
+    caller.goes_on()
+
+    def taken_over():
+        now = processes("moe-cluster-haproxy")
+        return set(now) - set(before)
+
+    wait_until(taken_over, "another HAProxy", 60)
+    caller.goes_on()
+    time.sleep(3)  # reloads, as Serve hears of the applications
+    caller.goes_on()
+    assert not watch.done(), (watch.code(), watch.details())
+    watch.cancel()
+    assert caller.codes.keys() == {"OK"}
