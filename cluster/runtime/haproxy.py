@@ -41,6 +41,9 @@ MAX_MESSAGE_BYTES = 64 << 20  # that gRPC takes or sends at all: answers with ma
 # take, which refuse visibly. HAProxy needs memory only for those that there are.
 MAX_CONNECTION_STREAMS = 10_000
 
+# Called in Serve's processes before they make their gRPC servers, with HAProxy in front or without.
+SERVERS_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.runtime.proxy.accept_pings"}
+
 # Of every process of a Ray whose Serve is to use HAProxy. The three in the middle put Serve's and our part of a process
 # on one event loop: 16 streams of short answers then pass 1.5 to 1.8 times the tokens/s on two cores.
 SERVE_ENVIRONMENT = {
@@ -51,6 +54,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # an ingress that leaves stays reachable for so long
     # Three looks at a dead manager bring another, which takes over from its HAProxy: after 4 instead of 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # instead of 5: a busy machine starts three programs for it
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # when HAProxy has reloaded, its old streams may end in this time
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),  # instead of 2 GiB
     "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(MAX_CONNECTION_STREAMS),  # instead of 100
@@ -65,7 +69,7 @@ def ray_environment() -> dict[str, str]:
     program = shutil.which(PROGRAM, path=str(Path(sys.executable).parent)) or shutil.which(PROGRAM)
     files = Path(f"/tmp/moe-haproxy-{os.getuid()}")  # Serve's own name for it could be another user's already
     ours = {} if program is None else {BINARY: program}
-    return {**RAY_BOUNDS, **SERVE_ENVIRONMENT, **_files_environment(files), **ours}
+    return {**RAY_BOUNDS, **SERVE_ENVIRONMENT, **SERVERS_ENVIRONMENT, **_files_environment(files), **ours}
 
 
 def local_environment(directory: Path) -> dict[str, str]:

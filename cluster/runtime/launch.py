@@ -30,7 +30,7 @@ from cluster.runtime.application import (
 )
 from cluster.runtime.groups import STATUS_TIMEOUT_S, OnStatus, StatusReports, close_controller, find_actor
 from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, free_block, local_environment
+from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, SERVERS_ENVIRONMENT, free_block, local_environment
 from cluster.runtime.last_words import why_not_started
 from cluster.runtime.local_ray import start_ray
 from cluster.runtime.operate import APPLICATION
@@ -56,7 +56,7 @@ class ServeOptions:
         """What Serve finds in its environment; files go below `directory`. Raises SetupError."""
         return {
             **DIRECT_ENVIRONMENT,
-            **(local_environment(directory) if self.haproxy else {}),
+            **(local_environment(directory) if self.haproxy else SERVERS_ENVIRONMENT),
             "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(MAX_MESSAGE_BYTES, config.max_request_bytes)),
             **self.front_environment(),
         }

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from grpc.aio._server import Server
 from ray import serve
+from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import Overloaded
@@ -22,6 +23,7 @@ from cluster.serving.grpc_gate import Doorkeeper, gated_stream, gated_unary
 from cluster.serving.strangers import StrangerLimits, Strangers
 
 REFLECTION = "grpc.reflection."
+PINGS = ("grpc.http2.max_ping_strikes", 0)  # no number of them is too many
 
 
 def add_inference_service(servicer: Any, server: Any) -> None:
@@ -58,6 +60,18 @@ def _ingress() -> Doorkeeper | None:
     except RayServeException:
         return None
     return ingress
+
+
+def accept_pings() -> list[Any]:
+    """For Serve's RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: called before a process of Serve's makes its gRPC server,
+    and returns what is to stand before its HTTP server, which is nothing.
+
+    gRPC's server ends a connection, and the calls on it, after a third ping within five minutes (too_many_pings):
+    clients that keep a connection alive, every 5 s say, while a long unary call sends nothing. Serve has no setting.
+    """
+    if PINGS not in DEFAULT_GRPC_SERVER_OPTIONS:
+        DEFAULT_GRPC_SERVER_OPTIONS.append(PINGS)
+    return []
 
 
 def refuse_listing(server: Server) -> None:

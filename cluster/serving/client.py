@@ -14,6 +14,7 @@ from cluster import inputs
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.serving.answer_size import MAX_ANSWER_BYTES, RECEIVE_KEY
 from cluster.serving.direct import grpc_options
 from cluster.serving.messages import from_sampling_params
 from cluster.types import ChatMessage, SamplingParams
@@ -59,8 +60,10 @@ class Client:
         if not api_key.isascii() or not api_key.isprintable():
             raise SetupError("the API key has characters that no key has: ASCII without spaces is needed")
         self.address = address
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        options = grpc_options(address)
+        key = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._metadata = (*key, (RECEIVE_KEY, str(MAX_ANSWER_BYTES)))
+        # Answers with many log-probabilities are larger than what gRPC takes by itself.
+        options = [*grpc_options(address), ("grpc.max_receive_message_length", -1)]
         self._channel = (
             grpc.insecure_channel(address, options)
             if tls is None

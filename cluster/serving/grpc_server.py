@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError, Message
 from cluster.errors import ClusterError, InvalidRequest, Overloaded
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving import messages
+from cluster.serving.answer_size import check_after, receive_limit
 from cluster.serving.callers import Callers
 from cluster.serving.service import InferenceService
 
@@ -91,6 +92,7 @@ class GrpcInferenceService:
                 request_id=message.request_id or request_id,
                 timeout_s=messages.to_timeout_s(message),
                 client=client,
+                max_bytes=receive_limit(metadata_of(grpc_context)),
             )
             return messages.to_generate_response(output)
 
@@ -161,7 +163,9 @@ class GrpcInferenceService:
             with self._let_in(context) as client:
                 message = self._parse(request, request_type)
                 request_id = getattr(message, "request_id", "") or request_id
-                return await answer(message, client)
+                response = await answer(message, client)
+                check_after(response.ByteSize(), receive_limit(metadata_of(context)))
+                return response
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
             set_status(context, error, request_id)
             return response_type()

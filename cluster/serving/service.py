@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.serving.admission import Admission, ServiceLimits
 from cluster.serving.answer import Answer
+from cluster.serving.answer_size import check_before
 from cluster.serving.prepare import Prompt, RequestPreparer
 from cluster.serving.text_work import TextWork
 from cluster.serving.tokenizer import Tokenizer
@@ -165,10 +166,16 @@ class InferenceService:
         request_id: str = "",
         timeout_s: float | None = None,
         client: str = "",
+        max_bytes: int | None = None,
     ) -> CompletionOutput:
-        """Returns the whole answer. Raises ClusterError; cancelling the call cancels the sequence."""
+        """Returns the whole answer. Raises ClusterError; cancelling the call cancels the sequence.
+
+        max_bytes: of the answer on the wire; one that may have more is refused.
+        """
         with self._track(request_id, timeout_s, client) as tracked:
             request = await self._prepare_in_time(prompt, params, tracked, client)
+            if max_bytes is not None:
+                check_before(request.params, max_bytes)
             deltas = [delta async for delta in self._run(request, tracked)]
         return CompletionOutput(
             request_id=tracked.name,

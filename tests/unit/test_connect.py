@@ -26,7 +26,7 @@ def parsed(*arguments):
 
 def metadata(*arguments):
     with connect.connect(parsed(*arguments)) as client:
-        return dict(client._metadata)
+        return {name: value for name, value in client._metadata if name == "authorization"}
 
 
 def test_the_key_is_that_of_the_file_else_of_the_environment(tmp_path, monkeypatch):

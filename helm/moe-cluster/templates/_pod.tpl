@@ -158,6 +158,10 @@ spec:
   value: {{ $values.haproxy.minDrainingPeriodSeconds | quote }}
 - name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S
   value: "1"
+- name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S
+  value: "20"
+- name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+  value: cluster.runtime.proxy.accept_pings
 - name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S
   value: {{ $values.haproxy.hardStopAfterSeconds | quote }}
 {{- end }}

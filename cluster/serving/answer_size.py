@@ -1,0 +1,51 @@
+"""Unary answers that their caller could not take: gRPC's clients receive 4 MiB unless told otherwise.
+
+A larger one would end at the client, with RESOURCE_EXHAUSTED and after all the work. Who has raised his limit says so
+in the call's metadata.
+"""
+
+from collections.abc import Mapping
+
+from cluster.errors import InvalidRequest
+from cluster.types import SamplingParams
+
+RECEIVE_KEY = "x-max-receive-bytes"
+DEFAULT_RECEIVE_BYTES = 4 << 20
+MAX_ANSWER_BYTES = 64 << 20  # that the server sends at all
+# Of moecluster.v1's messages, with ids of three bytes.
+_TOKEN_BYTES = 3 + 4  # its id, and a usual token's text
+_LOGPROBS_BYTES = 16  # of one position: the chosen token, its number, the lengths
+_TOP_BYTES = 15  # of one of the likeliest tokens
+
+
+def receive_limit(metadata: Mapping[str, str]) -> int:
+    """Bytes of an answer that reach the caller. Raises InvalidRequest."""
+    text = metadata.get(RECEIVE_KEY, str(DEFAULT_RECEIVE_BYTES))
+    if not text.isascii() or not text.isdigit():
+        raise InvalidRequest(f"{RECEIVE_KEY} is {text!r}, a number of bytes is needed", RECEIVE_KEY)
+    return min(int(text[:12]), MAX_ANSWER_BYTES)
+
+
+def check_before(params: SamplingParams, limit: int) -> None:
+    """Raises InvalidRequest where max_tokens would be too much. params: with every default filled in."""
+    if params.logprobs is None or params.max_tokens is None:
+        return
+    each = _TOKEN_BYTES + _LOGPROBS_BYTES + _TOP_BYTES * params.logprobs
+    if params.max_tokens * each > limit:
+        raise InvalidRequest(
+            f"max_tokens is {params.max_tokens}: with logprobs {params.logprobs} the answer may have "
+            f"{params.max_tokens * each} bytes, this client takes {limit}; ask for a stream, for {limit // each} "
+            f"tokens, or raise the client's limit (grpc.max_receive_message_length) and say so in the metadata "
+            f"{RECEIVE_KEY}",
+            "max_tokens",
+        )
+
+
+def check_after(num_bytes: int, limit: int) -> None:
+    """Raises InvalidRequest for an answer that nobody could know to be so long."""
+    if num_bytes > limit:
+        raise InvalidRequest(
+            f"the answer has {num_bytes} bytes, this client takes {limit}: ask for less, or raise the client's limit "
+            f"(grpc.max_receive_message_length) and say so in the metadata {RECEIVE_KEY}",
+            "request",
+        )
