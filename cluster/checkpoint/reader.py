@@ -106,7 +106,11 @@ class CheckpointReader:
             _check_tensor(name, headers[name], shape)
         ignored = sorted(self.names - expected.keys())
         if ignored:
-            log.warning("%s: %s not read: the config says the same", self.model_dir, some(ignored, "is", "are"))
+            log.warning(
+                "%s: %s not read: the config has what they are computed from",
+                self.model_dir,
+                some(ignored, "is", "are"),
+            )
         unread = sorted(p.name for p in self.model_dir.glob("*.safetensors") if p not in set(self._files.values()))
         if unread:
             log.warning("%s: %s not read: every tensor is in others", self.model_dir, some(unread, "is", "are"))

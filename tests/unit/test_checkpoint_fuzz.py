@@ -313,6 +313,9 @@ def test_what_is_no_file_of_its_kind_is_refused_by_name(
             assert not accepted
             assert main(["plan", str(model_dir)]) == 2
             printed = capsys.readouterr()
+            with pytest.raises(SetupError) as caught:
+                LLM(model_dir, device="cpu")
+            assert printed.err == f"moe-cluster: {caught.value}\n"
             assert file_name in printed.err
             assert printed.err.startswith("moe-cluster: ")
             assert printed.err.count("\n") == 1
