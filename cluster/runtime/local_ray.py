@@ -21,6 +21,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
 from cluster.config.resources import available_cpus
+from cluster.errors import ClusterError, SetupError
 from cluster.footprint.folders import OwnedFolder, clean
 from cluster.footprint.keeper import start_keeper
 from cluster.footprint.processes import MARK
@@ -115,9 +116,12 @@ class LocalRay:
         self._keeper: subprocess.Popen[bytes] = start_keeper(self._folder)
         try:
             self._start(num_cpus, environment)
-        except BaseException:
+        except BaseException as error:
             self.stop()
-            raise
+            if isinstance(error, ClusterError) or not isinstance(error, Exception):
+                raise
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise SetupError(f"Ray did not start: {reason}") from error
 
     def stop(self) -> None:
         """Ends it and removes its folder. Safe to call again."""

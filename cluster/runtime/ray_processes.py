@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import services, utils
 
 NAMES = {"gcs_server": "Ray's GCS", "raylet": "Ray's raylet"}  # without one of them there is no cluster
 PR_SET_PDEATHSIG = 1
@@ -23,8 +23,8 @@ PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """For the processes that Ray starts meanwhile. Ray has no setting for it."""
-    before = services.ConsolePopen
+    """For the processes that Ray starts meanwhile; a handler for SIGTERM stays. Ray has no setting for either."""
+    before, set_handler = services.ConsolePopen, utils.set_sigterm_handler
     prctl, in_main_thread = ctypes.CDLL(None).prctl, threading.current_thread() is threading.main_thread()
 
     class Apart(before):  # type: ignore[misc, valid-type]
@@ -37,10 +37,12 @@ def apart() -> Iterator[None]:
             super().__init__(*args, preexec_fn=prepare, start_new_session=True, **kwargs)
 
     services.ConsolePopen = Apart
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # Ray would put its own in the place of ours
+        utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        services.ConsolePopen = before
+        services.ConsolePopen, utils.set_sigterm_handler = before, set_handler
 
 
 class RayWatch:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 
 import pytest
 import ray
@@ -14,7 +15,8 @@ from cluster.footprint.folders import OwnedFolder
 from cluster.runtime import launch
 from cluster.runtime.application import check_cpus
 from cluster.runtime.launch import ServedCluster
-from cluster.runtime.local_ray import ConnectedRay
+from cluster.runtime.local_ray import ConnectedRay, start_ray
+from cluster.runtime.ray_processes import apart
 
 GONE = ray.exceptions.GetTimeoutError("no answer")
 
@@ -108,3 +110,43 @@ def test_the_cpus_of_all_processes_together_may_be_more_than_there_are():
     check_cpus(ClusterConfig(model="m", cpus_per_attention_replica=100_000.0))
     with pytest.raises(SetupError, match="cpus_per_expert_shard is 100000, and this machine has"):
         check_cpus(ClusterConfig(model="m", cpus_per_expert_shard=100_000.0))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ray_takes_sigterm_only_where_nobody_has_a_handler_for_it(kept):
+    def ours(*args):
+        pass
+
+    before = signal.signal(signal.SIGTERM, ours if kept else signal.SIG_DFL)
+    try:
+        with apart():
+            ray._private.utils.set_sigterm_handler(print)
+        assert signal.getsignal(signal.SIGTERM) is (ours if kept else print)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            Exception("The node timed out during startup.\nThis could"),
+            "Ray did not start: The node timed out",
+        ),
+        (ValueError(), "Ray did not start: ValueError"),
+        (SetupError("--host is no address"), "--host is no address"),
+    ],
+)
+def test_a_ray_that_does_not_start_leaves_nothing_and_says_why_in_a_line(monkeypatch, tmp_path, error, words):
+    monkeypatch.setattr(folders, "BASE", tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(SetupError) as raised:
+        start_ray(num_cpus=1)
+    assert str(raised.value).startswith(words)
+    assert "\n" not in str(raised.value)
+    assert folders.locked() == []
+    assert [path.name for path in folders.root().iterdir()] == ["lock"]
