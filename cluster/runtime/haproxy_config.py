@@ -8,11 +8,14 @@ NOT_FOR_CLIENTS = "the list of applications is not for clients"
 # What HAProxy itself answers to gRPC clients: files of a folder, as its own replies without a body have no
 # content-type, without which some clients do not look at the code.
 UNDELIVERED, STARTING, FORBIDDEN = "undelivered.http", "starting.http", "forbidden.http"
+TOO_LARGE = "too-large.http"
 ANSWERS = {
     UNDELIVERED: (14, "no process of the server took this call to its end: try again"),
     STARTING: (14, "the server is starting: try again"),
     FORBIDDEN: (7, NOT_FOR_CLIENTS),
+    TOO_LARGE: (3, "the request has too many bytes for one of health"),
 }
+MAX_HEALTH_BYTES = 4096
 SYSLOG = "127.0.0.1:514"  # Serve's default: a line for every request, to whoever listens
 
 
@@ -42,7 +45,7 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
         config,
         r"^(frontend grpc_frontend\n(?:.*\n)*?\s+bind )(\S+)(:\d+ proto h2)\n",
         # Without the header all clients look like this host, and could not take turns.
-        rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n",
+        rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n{_health_rules(folder)}",
     )
     # HAProxy (2.8) reads nothing more from a connection whose one stream waits for its client: a client that does not
     # read would stop all streams beside its own, and health. A connection for each call is used again after its end.
@@ -58,6 +61,16 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     # The fallback, Serve's own proxy, ends a stream that was refused as if it were whole.
     config = re.sub(r"^(    server .* proto h2 check backup)$", r"\g<1> disabled", config, flags=re.MULTILINE)
     return config if has_applications(config) else _refusing(config, folder)
+
+
+def _health_rules(folder: Path) -> str:
+    """Health needs no key, and gRPC would take a message of any size into memory before it asks who calls."""
+    return (
+        "    acl is_health path_beg /grpc.health.v1.Health/\n"
+        f"    http-request wait-for-body time 5s at-least {MAX_HEALTH_BYTES} if is_health\n"
+        f"    http-request return status 200 errorfile {folder / TOO_LARGE} "
+        f"if is_health {{ req.body_len ge {MAX_HEALTH_BYTES} }}\n"
+    )
 
 
 def _refusing(config: str, folder: Path) -> str:

@@ -10,6 +10,7 @@ from urllib.request import Request, urlopen
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 from ray.serve.generated import serve_pb2
 
 from cluster.pb.moecluster.v1 import inference_pb2
@@ -75,6 +76,7 @@ def test_what_listens_on_all_interfaces_answers_no_stranger(listening):
     services = (
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
         serve_pb2.DESCRIPTOR.services_by_name["ASGIService"],
+        health_pb2.DESCRIPTOR.services_by_name["Health"],
     )
     methods = [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]
     open_ports = [port for _, address, port in listening if not address.is_loopback]

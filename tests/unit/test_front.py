@@ -63,6 +63,20 @@ def test_150_streams_and_a_health_call_share_a_connection(tmp_path, server):
         assert [len(list(watch)) for watch in watches] == [1] * STREAMS
 
 
+def test_a_health_call_of_many_bytes_is_refused_before_it_reaches_an_ingress(tmp_path, server):
+    """Nobody needs a key for it, so that its bytes are bounded; other calls' are by who may make them."""
+    with haproxy(tmp_path, server.port) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for size in (4096, 1_000_000):
+            large = health_pb2.HealthCheckRequest(service="x" * size)
+            with pytest.raises(grpc.RpcError) as caught:
+                health_pb2_grpc.HealthStub(channel).Check(large, timeout=20)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "too many bytes" in caught.value.details()
+        small = health_pb2.HealthCheckRequest(service="x" * 1000)
+        assert health_pb2_grpc.HealthStub(channel).Check(small, timeout=20) == SERVING
+        assert check(channel) == "OK"
+
+
 def test_before_an_application_is_known_calls_are_to_be_tried_again(tmp_path):
     """Serve's own answer is NOT_FOUND, after which no client tries again."""
     with haproxy(tmp_path, None) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
