@@ -1,5 +1,7 @@
 """The command line as a user meets it: in a process of its own."""
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -13,7 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.cli import main
+from cluster.cli import main, terminal
+from cluster.console import print_status
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
@@ -133,6 +136,43 @@ def test_chat_answers_line_by_line_and_ends_with_the_input(served):
     done = run("chat", "--address", address, "--max-tokens", 5, "--temperature", 0, stdin="hi\nand again\n")
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_chat_in_an_ascii_terminal_takes_utf8_and_refuses_what_is_none(served):
+    address = f"127.0.0.1:{served.grpc_port}"
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [*COMMAND, "chat", "--address", address, "--max-tokens", "5", "--temperature", "0"]
+    good = subprocess.run(command, input="naïve\n".encode(), capture_output=True, timeout=120, env=ascii_only)
+    assert (good.returncode, good.stderr) == (0, b"")
+    assert good.stdout.isascii()
+    bad = subprocess.run(command, input=b"\xff\n", capture_output=True, timeout=120)
+    assert bad.returncode == 2
+    assert bad.stderr == b"moe-cluster: the line is not valid UTF-8 at byte 0: give it as UTF-8\n"
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "error"),
+    [
+        (">/dev/full", 1, "moe-cluster: the output cannot be written: No space left on device\n"),
+        ("| head -c0", 141, ""),
+    ],
+)
+def test_an_answer_that_nobody_takes_ends_the_command_quietly(served, streams, code, error):
+    command = f"{COMMAND[0]} generate hello --address 127.0.0.1:{served.grpc_port} --max-tokens 200 {streams}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, error)
+
+
+def test_status_is_drawn_in_ascii_where_there_is_nothing_else(served):
+    """The session's cluster has a token in this process alone: the drawing is asked for here."""
+    out = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(out, encoding="ascii", errors="strict")) as stream:
+        assert terminal.run(lambda: print_status(served.status()) or 0) == 0
+        stream.flush()
+    text = out.getvalue().decode("ascii")
+    assert "SERVING" in text
+    assert "attention" in text
+    assert "???" not in text
 
 
 def test_without_a_server_generate_says_how_to_start_one():
