@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def connect(args: argparse.Namespace) -> "Client":
     """Raises SetupError."""
+    if not args.address.strip() or args.address.lower().startswith(("http://", "https://", "grpc://")):
+        raise SetupError(f"--address is {args.address!r}, HOST:PORT is needed, without http://")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines stand in the error already, which is one line
     from cluster.serving.client import Client, TlsFiles  # grpc loads with it: not for --help
 

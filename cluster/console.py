@@ -55,10 +55,13 @@ class LoadProgress:
     def update(self, status: Any) -> None:
         """Takes a `ClusterStatus` in; may be called from another thread."""
         for shard in status.shards:
+            loaded = (
+                shard.total_bytes if shard.state == "up" else shard.loaded_bytes
+            )  # up is told before its last bytes
             self._show(
                 f"expert shard {shard.shard_id}: {shard.state}",
                 f"shard-{shard.shard_id}",
-                shard.loaded_bytes,
+                loaded,
                 shard.total_bytes,
             )
         for replica in status.replicas:

@@ -122,8 +122,8 @@ def prompt_token_ids(value: Any, field: str, most: int) -> tuple[int, ...]:
 
 
 def listed(value: Any) -> Any:
-    """An array or a tensor as the list (or number) that it stands for, anything else as it is."""
-    if isinstance(value, type) or not callable(getattr(value, "tolist", None)):
+    """An array or a tensor as the list (or number) that it stands for, anything else as it is; so are bytes' views."""
+    if isinstance(value, type | memoryview) or not callable(getattr(value, "tolist", None)):
         return value
     try:
         return value.tolist()

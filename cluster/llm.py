@@ -233,6 +233,8 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
         token_ids = prompt.token_ids
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop needs the tokenizer, which skip_tokenizer left out: give stop_token_ids", "stop")
         if prompt.text is not None:
             if self._tokenizer is None:
                 raise InvalidRequest("text needs the tokenizer, which skip_tokenizer left out", "text")

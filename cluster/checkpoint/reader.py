@@ -77,6 +77,8 @@ class CheckpointReader:
         except CheckpointError as error:
             raise CheckpointError(f"{self.model_dir}: {error}") from error
         self._files = locate_tensors(self.model_dir) if self._seed is None else {}
+        if self._seed is None and not self._files:
+            raise CheckpointError(f"{self.model_dir}: no tensor is in its safetensors files: download them again")
         self.names: frozenset[str] = frozenset(self._files or checkpoint_shapes(config))
         if self._files and config.tie_word_embeddings and {EMBEDDING, HEAD} <= self.names:
             log.info("%s: %s is stored beside tied embeddings: it is the head", self.model_dir, HEAD)

@@ -13,9 +13,10 @@ from cluster.cli import terminal
 from cluster.cli.arguments import add_command, add_ray_address
 from cluster.errors import ClusterError, SetupError
 from cluster.footprint.servers import find_address
-from cluster.runtime.ray_address import find_ray
+from cluster.runtime.ray_address import TRY_ANOTHER, find_ray
 
 CONNECT_TIMEOUT_S = 10.0
+MAX_INTERVAL_S = 86_400.0
 
 
 def add_commands(commands: Any) -> None:
@@ -48,8 +49,8 @@ def _status(args: argparse.Namespace) -> int:
 def _top(args: argparse.Namespace) -> int:
     from cluster.console import watch_status
 
-    if args.interval <= 0:
-        raise SetupError(f"--interval is {args.interval:g}, above 0 is needed")
+    if not 0 < args.interval <= MAX_INTERVAL_S:
+        raise SetupError(f"--interval is {args.interval:g}, above 0 and at most {MAX_INTERVAL_S:g} is needed")
     with _running(args) as cluster, suppress(KeyboardInterrupt):
         watch_status(cluster.status, args.interval)
     return 0
@@ -98,7 +99,9 @@ def _running(args: argparse.Namespace) -> Any:
     found = find_ray(address)
     from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
 
-    with terminal.bounded(CONNECT_TIMEOUT_S, f"the Ray at {found} takes no connection in {CONNECT_TIMEOUT_S:g} s"):
+    with terminal.bounded(
+        CONNECT_TIMEOUT_S, f"the Ray at {found} takes no connection in {CONNECT_TIMEOUT_S:g} s: {TRY_ANOTHER}"
+    ):
         return RunningCluster(found)
 
 

@@ -59,13 +59,15 @@ def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfi
     implied = (
         max_position_embeddings / original if rope_type == "yarn" and original != max_position_embeddings else None
     )
+    # 0 is transformers' "not given" too, but for attention_factor, with which it would compute.
+    given = [key for key in _YARN_KEYS if merged.get(key) or (key == "attention_factor" and keys.has(key))]
     rope = RopeConfig(
         theta=theta,
         rope_type=rope_type,
         factor=keys.number("factor", implied),
         original_max_position_embeddings=original,
         truncate=keys.flag("truncate", True),
-        **{key: keys.number(key) for key in _YARN_KEYS if merged.get(key)},  # 0 is transformers' "not given", too
+        **{key: keys.number(key) for key in given},
     )
     if rope.context_length(max_position_embeddings) not in range(1, MAX_COUNT):
         raise CheckpointError(f"config.json, rope: factor is {rope.factor:g}, that is no context of this world")

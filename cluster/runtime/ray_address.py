@@ -12,6 +12,8 @@ from cluster.errors import SetupError
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
 AUTO = "auto"
+CLIENT = "ray://"  # a server of Ray's client protocol, no GCS
+TRY_ANOTHER = "start one with `ray start --head`, or give another --ray-address"
 CONNECT_HINT = "give --ray-address, or run this where `moe-cluster serve` or `ray start` runs"
 
 
@@ -37,17 +39,15 @@ def find_ray(address: str | None) -> str:
 
 def check_address(address: str) -> None:
     """Raises SetupError where no Ray answers, for which Ray itself would look a minute or two."""
-    if "://" in address:
-        return  # a Ray client's, which has a bound of its own
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+    if not host or "/" in host or not port.isdigit():
         raise SetupError(f"{address!r} is no address of a Ray: HOST:PORT or auto is needed")
-    hint = "start one with `ray start --head`, or give another --ray-address"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError, UnicodeError) as error:
-        raise SetupError(f"no Ray answers at {address} ({error}): {hint}") from error
-    _ask(address, hint)
+        raise SetupError(f"no Ray answers at {address} ({error}): {TRY_ANOTHER}") from error
+    if not address.startswith(CLIENT):
+        _ask(address, TRY_ANOTHER)
 
 
 def _ask(address: str, hint: str) -> None:

@@ -3,7 +3,7 @@
 Knows no tokenizer and no model. Every function raises InvalidRequest and nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from itertools import chain, islice
 from typing import Any
 
@@ -39,9 +39,10 @@ def to_params(given: Any, num_prompts: int) -> list[SamplingParams]:
         return [_to_params(given)] * num_prompts
     if not inputs.is_series(given):
         raise InvalidRequest(f"params is {inputs.shown(given)}, SamplingParams or a list of them is needed", "params")
-    every = [_to_params(one) for one in given]
+    every = [_to_params(one) for one in islice(given, num_prompts + 1)]  # an iterator may have no end
     if len(every) != num_prompts:
-        raise InvalidRequest(f"{len(every)} SamplingParams for {num_prompts} prompts", "params")
+        found = len(given) if isinstance(given, Sized) else "more" if len(every) > num_prompts else len(every)
+        raise InvalidRequest(f"{found} SamplingParams for {num_prompts} prompts", "params")
     return every
 
 

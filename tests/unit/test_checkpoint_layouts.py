@@ -282,6 +282,14 @@ def test_a_tensor_of_which_the_index_knows_nothing_is_named(model_dir: Path) -> 
     assert f"{first.name}: more is in this file and not in" in refusal(model_dir)
 
 
+@pytest.mark.parametrize("names", [["model.safetensors"], ["a.safetensors", "b.safetensors"]])
+def test_files_without_any_tensor_are_refused(model_dir: Path, names: list[str]) -> None:
+    (model_dir / "model.safetensors").unlink()
+    for name in names:
+        save_file({}, model_dir / name)
+    assert "no tensor is in its safetensors files: download them again" in refusal(model_dir)
+
+
 @pytest.mark.parametrize(
     ("file_name", "named"),
     [

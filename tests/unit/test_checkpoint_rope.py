@@ -87,6 +87,7 @@ def test_a_type_that_is_null_is_none_at_all() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 1e-9}}, "no context of this world"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate is 'no'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast is -1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0}}, "attention_factor is 0"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope type ['yarn'] is not served"),
         ({"rope_scaling": DOCUMENTED, "rope_parameters": NEW}, "put everything into rope_parameters"),
         (

@@ -3,12 +3,14 @@
 import time
 from argparse import ArgumentParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster import cli, connect
 from cluster.cli.arguments import cluster_config
 from cluster.config import ClusterConfig
+from cluster.console import LoadProgress
 from cluster.errors import InvalidRequest, SetupError
 from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.haproxy import MAX_MESSAGE_BYTES
@@ -38,6 +40,20 @@ def test_the_key_is_that_of_the_file_else_of_the_environment(tmp_path, monkeypat
     assert metadata("--api-key-file", str(tmp_path / "key")) == {"authorization": "Bearer moe-file"}
     with pytest.raises(SetupError, match="nothing cannot be read"):
         metadata("--api-key-file", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("address", ["", " ", "http://127.0.0.1:9000", "HTTPS://host"])
+def test_what_is_no_address_of_a_server_is_one_line_and_exit_code_2(address, capfd):
+    for command in (["generate", "hello"], ["chat"]):
+        assert cli.main([*command, "--address", address]) == 2
+        error = capfd.readouterr().err
+        assert error == f"moe-cluster: --address is {address!r}, HOST:PORT is needed, without http://\n"
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "1e300", "0", "-1"])
+def test_an_interval_that_no_clock_keeps_is_wrong_usage(seconds, capfd):
+    assert cli.main(["top", "--interval", seconds]) == 2
+    assert capfd.readouterr().err.startswith("moe-cluster: --interval is ")
 
 
 def test_any_tls_option_means_tls(tmp_path):
@@ -182,3 +198,13 @@ def test_what_is_no_size_is_wrong_usage(text, capsys):
         cli._parser().parse_args(["serve", "model", f"--kv-cache-bytes={text}"])
     assert end.value.code == 2
     assert "8GiB" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_up_has_a_full_bar_whatever_was_heard_of_its_bytes():
+    """It may be up before the last of its bytes are told: its bar then stayed at 0.0 MB for good."""
+    with LoadProgress("starting") as progress:
+        for state, loaded in (("loading", 0), ("up", 0)):
+            shard = SimpleNamespace(shard_id=0, state=state, loaded_bytes=loaded, total_bytes=100)
+            progress.update(SimpleNamespace(shards=[shard], replicas=[]))
+        [task] = progress._progress.tasks
+    assert (task.completed, task.total, task.finished) == (100, 100, True)

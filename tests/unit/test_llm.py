@@ -142,6 +142,9 @@ def test_tensors_of_different_lengths_are_a_prompt_each(llm):
         (5, "prompts is 5"),
         (b"abc", "b'abc'"),
         ([b"abc"], "b'abc'"),
+        (memoryview(b"abc"), "prompts is <memory"),
+        ([memoryview(b"abc")], r"prompts\[0\] is <memory"),
+        ({"prompt_token_ids": memoryview(b"abc")}, "a list of token ids"),
         ({"a", "b"}, "prompts is"),
         ([None], r"prompts\[0\] is None"),
         (["a", 5], r"prompts\[1\] is 5"),
@@ -193,6 +196,7 @@ def test_parameters_may_be_a_mapping_or_any_list(llm, params):
     ("params", "field"),
     [("greedy", "params"), (5, "params"), (np.array(1), "params"),
      ([5], "params"), ([], "params"), ({"best_of": 2}, "params"),
+     (itertools.repeat({}), "params"),
      ({5: 2}, "params"), ({"top_p": 2}, "top_p"), ([None, None], "params"), (set(), "params"),
      ({"stop_token_ids": ["a"]}, "stop_token_ids"), ({"stop_token_ids": [10**9]}, "stop_token_ids")],
 )  # fmt: skip
@@ -200,6 +204,15 @@ def test_parameters_that_are_none_are_refused_with_their_field(llm, params, fiel
     with pytest.raises(InvalidRequest) as refusal:
         llm.generate("a prompt", params)
     assert refusal.value.field == field
+
+
+def test_a_stop_string_without_a_tokenizer_is_refused(demo_checkpoint):
+    """There is no text in which it could be found: the answer would go on for ever."""
+    with LLM(demo_checkpoint, skip_tokenizer=True, kv_cache_bytes=1 << 20) as llm:
+        with pytest.raises(InvalidRequest, match=r"stop needs the tokenizer.*stop_token_ids") as refusal:
+            llm.generate(IDS, {"stop": "a"})
+        assert refusal.value.field == "stop"
+        assert llm.generate(IDS, {"stop": [], "max_tokens": 1})[0].finish_reason == "length"
 
 
 VALUES = st.recursive(

@@ -59,6 +59,12 @@ def test_a_dead_address_is_refused_before_ray_loads(dead_port, monkeypatch):
         find_ray(f"127.0.0.1:{dead_port}")
 
 
+def test_a_dead_address_of_rays_client_is_refused_at_once(dead_port):
+    """Ray's client tries for over 10 s."""
+    with pytest.raises(SetupError, match=f"no Ray answers at ray://127.0.0.1:{dead_port} .*another --ray-address"):
+        find_ray(f"ray://127.0.0.1:{dead_port}")
+
+
 @pytest.mark.parametrize("kind", ["silent_port", "web_port"])
 def test_what_listens_and_is_no_ray_is_refused(kind, request):
     port = request.getfixturevalue(kind)
@@ -66,7 +72,24 @@ def test_what_listens_and_is_no_ray_is_refused(kind, request):
         find_ray(f"localhost:{port}")
 
 
-@pytest.mark.parametrize("address", ["x", "a:b", ":", "127.0.0.1:", "local", "[::1]:99999999", "no host:1", "\udcff:1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "x",
+        "a:b",
+        ":",
+        "127.0.0.1:",
+        "local",
+        "[::1]:99999999",
+        "no host:1",
+        "\udcff:1",
+        "http://a:1",
+        "ray://",
+        "ray://x",
+        "://:1",
+        "a/b:1",
+    ],
+)
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(SetupError):
         find_ray(address)
