@@ -103,27 +103,27 @@ class Scheduler:
 
         Suspects get every other step at most, in turn.
         """
-        suspect = self._next_suspect()
-        if suspect is None:
+        suspects = self._suspects()
+        if not suspects:
             self._last_was_alone, self._last_suspect = False, None
             return self._schedule(None)
         num_preempted = 0
-        for whose in (None, suspect) if self._last_was_alone else (suspect, None):
+        for whose in (None, *suspects) if self._last_was_alone else (*suspects, None):
             batch = self._schedule(whose)
             num_preempted += batch.num_preempted
-            if batch.scheduled:
+            if batch.scheduled:  # one that finds no room leaves the step to the next one, which may give it some
                 break
         self._last_was_alone = whose is not None
         self._last_suspect = whose or self._last_suspect
         return replace(batch, num_preempted=num_preempted)
 
-    def _next_suspect(self) -> Sequence | None:
-        """The one that comes after the last one, of those that run or may begin."""
+    def _suspects(self) -> list[Sequence]:
+        """Those that run or may begin, from the one that comes after the last one."""
         suspects = [sequence for sequence in self.running if sequence.is_suspect and not sequence.held]
         if len(self.waiting) and len(self.running) < self.max_num_seqs and self.waiting.peek().is_suspect:
             suspects.append(self.waiting.peek())
         after = suspects.index(self._last_suspect) + 1 if self._last_suspect in suspects else 0
-        return suspects[after % len(suspects)] if suspects else None
+        return suspects[after:] + suspects[:after]
 
     def _schedule(self, suspect: Sequence | None) -> Batch:
         """A step of the suspect alone, or with None one of all that are none."""
