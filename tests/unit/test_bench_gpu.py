@@ -13,7 +13,8 @@ from cluster.config import ModelConfig
 
 SMALL = {
     **A2_7B_CONFIG, "hidden_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 2048, "initializer_range": 0.1,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 2048, "eos_token_id": 2047,
+    "initializer_range": 0.1,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 
 from cluster.logs import LOG_FORMAT, JsonFormatter, make_formatter
+from cluster.runtime import process
 from cluster.runtime.process import actor_environment
 
 
@@ -52,7 +53,8 @@ def test_the_environment_says_which(monkeypatch, said, kind):
     assert type(make_formatter("p")) is kind
 
 
-def test_a_process_hands_the_format_down_to_those_it_makes(monkeypatch):
+def test_a_process_hands_the_format_down_to_those_it_makes(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "metrics_dir", lambda group: tmp_path)  # that of a connected Ray
     monkeypatch.delenv(LOG_FORMAT, raising=False)
     assert LOG_FORMAT not in actor_environment("g", 1)["env_vars"]
     assert actor_environment("g", 1, "json")["env_vars"][LOG_FORMAT] == "json"

@@ -140,6 +140,7 @@ def test_ray_takes_sigterm_only_where_nobody_has_a_handler_for_it(kept):
 )
 def test_a_ray_that_does_not_start_leaves_nothing_and_says_why_in_a_line(monkeypatch, tmp_path, error, words):
     monkeypatch.setattr(folders, "BASE", tmp_path)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the tests' own may be connected
 
     def fail(*args, **kwargs):
         raise error
