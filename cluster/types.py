@@ -113,8 +113,9 @@ class _Limits:
         plain = inputs.whole_number(value, self.name) if self.integer else inputs.number(value, self.name)
         if not (self.low < plain if self.above else self.low <= plain) or not plain <= self.high:
             low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+            high = str(self.high) if self.integer else f"{self.high:g}"
             raise InvalidRequest(
-                f"{self.name} is {inputs.shown(plain)}, it must be {low} and at most {self.high:g}", self.name
+                f"{self.name} is {inputs.shown(plain)}, it must be {low} and at most {high}", self.name
             )
         return plain
 

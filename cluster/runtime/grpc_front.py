@@ -57,13 +57,21 @@ class GrpcFront:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, password=no_password)
         except (OSError, ValueError) as error:  # ssl's errors are OSErrors
             raise SetupError(
-                f"--tls-cert {self.tls_cert} and its key ({self.tls_key or 'in the same file'}) cannot be used: {error}"
+                f"--tls-cert {self.tls_cert} and its key ({self.tls_key or 'in the same file'}) cannot be used: "
+                f"{_tls_reason(error)}"
             ) from error
         try:
             if self.tls_client_ca is not None:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(self.tls_client_ca)
         except OSError as error:
-            raise SetupError(f"--tls-client-ca {self.tls_client_ca} cannot be used: {error}") from error
+            raise SetupError(f"--tls-client-ca {self.tls_client_ca} cannot be used: {_tls_reason(error)}") from error
+
+
+def _tls_reason(error: Exception) -> str:
+    """OpenSSL's words for a file that is no PEM, or lacks its certificate or its key, help nobody."""
+    if isinstance(error, ssl.SSLError) and error.reason in (None, "NO_CERTIFICATE_OR_CRL_FOUND"):
+        return "PEM text is needed, with a block -----BEGIN CERTIFICATE-----, and for --tls-cert one of its private key"
+    return str(error)
 
 
 def tls_files(environment: Mapping[str, str], folder: Path) -> list[Copy]:

@@ -37,12 +37,15 @@ def apart() -> Iterator[None]:
             super().__init__(*args, preexec_fn=prepare, start_new_session=True, **kwargs)
 
     services.ConsolePopen = Apart
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # Ray would put its own in the place of ours
+    ours = signal.getsignal(signal.SIGTERM)
+    if ours is not signal.SIG_DFL:  # Ray would put its own in the place of ours
         utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         services.ConsolePopen, utils.set_sigterm_handler = before, set_handler
+        if ours not in (signal.SIG_DFL, None) and in_main_thread:  # Ray's C++ part takes it too, unseen by Python
+            signal.signal(signal.SIGTERM, ours)
 
 
 class RayWatch:

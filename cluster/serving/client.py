@@ -60,6 +60,7 @@ class Client:
         if not api_key.isascii() or not api_key.isprintable():
             raise SetupError("the API key has characters that no key has: ASCII without spaces is needed")
         self.address = address
+        self._has_key = bool(api_key)
         key = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._metadata = (*key, (RECEIVE_KEY, str(MAX_ANSWER_BYTES)))
         # Answers with many log-probabilities are larger than what gRPC takes by itself.
@@ -128,6 +129,8 @@ class Client:
                     "client's certificate, and this client the server's? See --tls-ca, --tls-cert and --tls-key"
                 )
             return Unavailable(f"no server answers at {self.address}: start one with `moe-cluster serve MODEL_DIR`")
+        if code == grpc.StatusCode.UNAUTHENTICATED and not self._has_key:
+            details += " (of this command: set $MOE_CLUSTER_API_KEY, or give --api-key-file)"
         return _ERRORS.get(code, ClusterError)(f"{code.name}: {details}")
 
 

@@ -522,7 +522,9 @@ def test_keys_and_tls_are_asked_for_together_behind_haproxy(serve, tmp_path):
             tls = TlsFiles(ca=authority.cert)
             assert await asyncio.to_thread(ask, port, api_key=key, tls=tls) == served.service.info.model_id
             assert "not known here" in await asyncio.to_thread(ask, port, api_key="moe-guess", tls=tls)
-            assert "an API key is needed" in await asyncio.to_thread(ask, port, tls=tls)
+            refused = await asyncio.to_thread(ask, port, tls=tls)
+            assert "an API key is needed" in refused
+            assert "set $MOE_CLUSTER_API_KEY, or give --api-key-file" in refused
             assert "does the server speak TLS" in await asyncio.to_thread(ask, port, api_key=key)
 
     serve(scenario, keys=ApiKeys(tmp_path / "keys", TickingClock()))

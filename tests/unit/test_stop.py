@@ -1,5 +1,6 @@
 """A server's stop goes on, whatever fails in it and whatever cannot be printed. Fakes instead of Ray."""
 
+import ctypes
 import io
 import os
 import signal
@@ -123,6 +124,19 @@ def test_ray_takes_sigterm_only_where_nobody_has_a_handler_for_it(kept):
         with apart():
             ray._private.utils.set_sigterm_handler(print)
         assert signal.getsignal(signal.SIGTERM) is (ours if kept else print)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_is_ours_again_when_rays_library_has_taken_it():
+    """Its C++ part (absl's failure handler) takes SIGTERM past Python: a traceback and an abort (-6) at a start."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *args: heard.append("ours"))
+    try:
+        with apart():
+            ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGTERM), ctypes.c_void_p(1))  # SIG_IGN
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == ["ours"]
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -272,6 +272,15 @@ def test_files_that_cannot_serve_are_refused_before_anything_starts(tmp_path, au
         GrpcFront(tls_cert=paths["cert"], tls_key=paths["key"], tls_client_ca=paths["ca"]).environment()
 
 
+@pytest.mark.parametrize("broken", ["cert", "key", "ca"])
+@pytest.mark.parametrize("content", [b"", b"\xff\x00junk", b"-----BEGIN CERTIFICATE-----\n"])
+def test_a_file_that_is_no_pem_is_refused_with_what_is_needed(tmp_path, authority, server_pair, broken, content):
+    (tmp_path / "junk").write_bytes(content)
+    paths = {"cert": server_pair.cert, "key": server_pair.key, "ca": authority.cert, broken: tmp_path / "junk"}
+    with pytest.raises(SetupError, match=r"junk.* cannot be used: PEM text is needed, with a block -----BEGIN"):
+        GrpcFront(tls_cert=paths["cert"], tls_key=paths["key"], tls_client_ca=paths["ca"]).environment()
+
+
 def test_a_key_of_another_certificate_is_refused(authority, server_pair, client_pair):
     with pytest.raises(SetupError, match="cannot be used"):
         GrpcFront(tls_cert=server_pair.cert, tls_key=client_pair.key).environment()

@@ -94,6 +94,8 @@ def test_a_top_k_beyond_the_vocabulary_keeps_all(tiny):
         ([-1], {}, "has -1 at position 0, the vocabulary ends at 15"),
         ([1], {"stop_token_ids": [3, 151643], "min_tokens": 1}, "stop_token_ids has 151643 at position 1"),
         ([1], {"stop_token_ids": [-1]}, "stop_token_ids is -1, it must be at least 0"),
+        ([1], {"seed": -1}, "seed is -1, it must be at least 0 and at most 9223372036854775807"),
+        ([1], {"top_k": 2**31}, "top_k is 2147483648, it must be at least 0 and at most 2147483647"),
     ],
 )
 def test_a_requests_ids_outside_the_vocabulary_are_refused(tiny, prompt, params, message):
