@@ -14,6 +14,8 @@ from cluster.types import EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
 
+MAX_REASON_CHARS = 400
+
 OnStep = Callable[[Sequence[str]], None]  # told the requests of each step before it is computed
 
 
@@ -78,6 +80,7 @@ def failure_of(name: str, error: Exception) -> ClusterError:
             "the checkpoint's weights, or serve with dtype bfloat16 or float32 if it is float16 that overflows"
         )
     log.error("request %s ends: %s", name, error, exc_info=error)
+    reason = " ".join(str(error).split())[:MAX_REASON_CHARS]  # torch's words have many lines
     return RequestFailed(
-        f"request {name} met an exception of its own, the others go on: {type(error).__name__}: {error}"
+        f"request {name} met an exception of its own, the others go on: {type(error).__name__}: {reason}"
     )

@@ -12,6 +12,7 @@ from cluster.engine import engine as engine_module
 from cluster.engine import runner as runner_module
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.engine import Engine
+from cluster.engine.isolation import failure_of
 from cluster.engine.loop import EngineLoop
 from cluster.engine.runner import ModelRunner
 from cluster.errors import ClusterError, InvalidRequest, RequestFailed, ShardUnavailable
@@ -345,3 +346,12 @@ def test_an_error_is_raised_when_the_others_have_ended(llm):
     failed, output = met.value.outputs
     assert failed is None
     assert output.token_ids == llm.generate([[2]], params(1))[0].token_ids
+
+
+def test_an_exception_of_many_lines_is_one_for_the_client():
+    error = failure_of("a", RuntimeError("CPU kernel:\n  size mismatch\n" + "frame\n" * 1000))
+    assert str(error).startswith(
+        "request a met an exception of its own, the others go on: RuntimeError: CPU kernel: size"
+    )
+    assert len(str(error).splitlines()) == 1
+    assert len(str(error)) < 600
