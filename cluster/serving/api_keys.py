@@ -185,12 +185,17 @@ class ApiKeys:
     def _read(self) -> tuple[ApiKey, ...]:
         try:
             return parse_keys(self._path.read_text(encoding="utf-8-sig"), str(self._path))
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise SetupError(
+                f"api_keys_file {self._path} is no text (byte {error.start}): lines as `moe-cluster keys new NAME` "
+                "prints them are needed"
+            ) from error
+        except OSError as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> SetupError:
+    def _unreadable(self, error: OSError) -> SetupError:
         return SetupError(
-            f"api_keys_file {self._path} cannot be read ({error}): it must be there wherever an ingress runs"
+            f"api_keys_file {self._path} cannot be read ({error.strerror}): it must be there wherever an ingress runs"
         )
 
 

@@ -145,6 +145,14 @@ def test_a_servers_file_of_keys_with_anything_in_it_is_one_short_line(tmp_path, 
     assert len(str(refusal.value).splitlines()) == 1
 
 
+def test_a_servers_file_of_keys_that_is_no_text_is_not_said_to_be_missing(tmp_path):
+    (tmp_path / "keys").write_bytes(b"a\xff")
+    with pytest.raises(SetupError, match=r"keys is no text \(byte 1\): lines as `moe-cluster keys new NAME` prints"):
+        ApiKeys(tmp_path / "keys", time.monotonic)
+    with pytest.raises(SetupError, match=r"nothing cannot be read \(No such file or directory\): it must be there"):
+        ApiKeys(tmp_path / "nothing", time.monotonic)
+
+
 @pytest.mark.parametrize("option", ["--tls-ca", "--tls-cert"])
 def test_what_is_no_pem_file_is_named(tmp_path, option):
     (tmp_path / "junk").write_bytes(b"\xff\x00junk")
