@@ -197,7 +197,11 @@ class Front:
                 _say(f"nobody has taken HAProxy over within {ORPHAN_S:g} s since Serve's manager ended: it ends, too")
                 self._end()
             elif self._stands_in:
-                self._look_at_predecessor(now)
+                try:
+                    self._look_at_predecessor(now)
+                except OSError as error:
+                    _say(f"no place where the HAProxy before listened ({error}): this one ends, Serve starts another")
+                    self._end()
 
     def _look_at_predecessor(self, now: float) -> None:
         """Takes its place when it is gone, or has stood there for long enough."""
