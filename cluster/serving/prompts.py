@@ -41,7 +41,13 @@ def to_params(given: Any, num_prompts: int) -> list[SamplingParams]:
         raise InvalidRequest(f"params is {inputs.shown(given)}, SamplingParams or a list of them is needed", "params")
     every = [_to_params(one) for one in islice(given, num_prompts + 1)]  # an iterator may have no end
     if len(every) != num_prompts:
-        found = len(given) if isinstance(given, Sized) else "more" if len(every) > num_prompts else len(every)
+        found = (
+            len(given)
+            if isinstance(given, Sized)
+            else f"more than {num_prompts}"
+            if len(every) > num_prompts
+            else len(every)
+        )
         raise InvalidRequest(f"{found} SamplingParams for {num_prompts} prompts", "params")
     return every
 

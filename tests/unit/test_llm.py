@@ -215,6 +215,11 @@ def test_a_stop_string_without_a_tokenizer_is_refused(demo_checkpoint):
         assert llm.generate(IDS, {"stop": [], "max_tokens": 1})[0].finish_reason == "length"
 
 
+def test_an_endless_iterator_of_parameters_is_said_to_have_too_many(llm):
+    with pytest.raises(InvalidRequest, match="more than 1 SamplingParams for 1 prompts"):
+        llm.generate("a prompt", itertools.repeat({}))
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(0, 5) | st.floats() | st.text() | st.binary()
     | st.sampled_from([np.int64(1), np.bool_(True), np.array(1), torch.tensor(1), torch.tensor([1, 2]), np.ones(2)])
