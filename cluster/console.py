@@ -34,7 +34,7 @@ class _Console(Console):
 
 
 class LoadProgress:
-    """A line for the start and one for each process that loads weights, while the block is open."""
+    """A line for the start and one for each process that loads weights, from `start` to the end of the block."""
 
     def __init__(self, title: str) -> None:
         self._progress = Progress(
@@ -42,15 +42,20 @@ class LoadProgress:
             console=_Console(stderr=True),
         )  # fmt: skip
         self._title = title
+        self._started = False
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        self._progress.start()
-        self._progress.console.print(self._title)
         return self
 
+    def start(self) -> None:
+        self._progress.start()
+        self._started = True
+        self._progress.console.print(self._title)
+
     def __exit__(self, *exc_info: object) -> None:
-        self._progress.stop()
+        if self._started:  # else it would print an empty line
+            self._progress.stop()
 
     def update(self, status: Any) -> None:
         """Takes a `ClusterStatus` in; may be called from another thread."""

@@ -96,7 +96,7 @@ def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     with LoadProgress("starting Ray and Ray Serve") as progress:
-        cluster = ServedCluster(config, serve_options(args), progress.update, _end)
+        cluster = ServedCluster(config, serve_options(args), progress.update, _end, progress.start)
     try:
         yield cluster
     finally:

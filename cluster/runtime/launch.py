@@ -84,10 +84,11 @@ class ServedCluster:
         options: ServeOptions | None = None,
         on_status: OnStatus | None = None,
         on_lost: Callable[[str], None] = lambda reason: log.error("the server has ended: %s", reason),
+        on_checked: Callable[[], None] = lambda: None,
     ) -> None:
         """Blocks until requests are answered. Raises SetupError.
 
-        on_lost: as that of `start_ray`.
+        on_lost: as that of `start_ray`.  on_checked: called when nothing that can be known before forbids a start.
         """
         options = options or ServeOptions()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
@@ -109,6 +110,7 @@ class ServedCluster:
             + config.expert_shards * config.cpus_per_expert_shard
             + config.ingress_replicas * INGRESS_CPUS
         )
+        on_checked()
         self._ray = start_ray(
             num_cpus=num_cpus,
             address=options.ray_address,

@@ -433,7 +433,9 @@ def test_serve_refuses_before_it_starts_ray(
             if file_name == "chat_template.jinja" and odd is _deep:
                 continue
             assert main(["serve", str(model_dir), "--grpc-port", "0", "--metrics-port", "0"]) == 2
-            assert file_name in capsys.readouterr().err
+            error = capsys.readouterr().err
+            assert file_name in error
+            assert error.count("\n") == 1, error
     for key, value in (("top_k", -2), ("eos_token_id", 151643)):
         content = with_value(model_dir, "generation_config.json", key, value)
         with replaced(model_dir, "generation_config.json", content):
