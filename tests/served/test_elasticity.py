@@ -184,6 +184,7 @@ def test_with_two_copies_rows_go_on_without_a_killed_or_a_stopped_shard(ray_clus
             ray_cluster.kill(handles[1])
             wait_until(lambda: total("moecluster_dispatch_rerouted_rows_total", 1) > 0, "rows elsewhere")
             go_on(20)
+            wait_until(lambda: shard_is_back(ray_cluster, experts, 1), "a successor", timeout_s=60.0)
             stopped = ray_cluster.get(handles[2].process.remote()).pid
             os.kill(stopped, signal.SIGSTOP)
             try:
