@@ -98,6 +98,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
             "resources": share_of(config.ingress_resource),
             "runtime_env": environment,
         },
+        max_surge_percent=100,  # a new one is known to HAProxy before an old one goes, of which there may be one only
         # The ingress itself counts and refuses, calls without a key apart from others. In Serve's own queue, which asks
         # for no key, health would wait behind whatever stays.
         max_ongoing_requests=config.max_ongoing_requests + config.max_keyless_calls + CALLS_BEING_REFUSED,
