@@ -29,7 +29,7 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.tokenizer_files import has_tokenizer
     from cluster.config import EngineConfig
     from cluster.console import print_plan
-    from cluster.engine.local import resolve_dtype
+    from cluster.engine.load import resolve_dtype
     from cluster.engine.preflight import check_checkpoint
     from cluster.experts.placement import plan_evenly
 

@@ -7,7 +7,7 @@ from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defa
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.checkpoint.tokenizer_files import read_tokenizer, read_tokenizer_config
 from cluster.config import EngineConfig
-from cluster.engine.local import max_model_len, resolve_dtype
+from cluster.engine.load import max_model_len, resolve_dtype
 from cluster.experts.placement import plan_evenly
 from cluster.model.kv_cache import check_block_fits
 

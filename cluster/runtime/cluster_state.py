@@ -12,7 +12,7 @@ import ray
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
-from cluster.engine.local import resolve_dtype, torch_dtype
+from cluster.engine.load import resolve_dtype, torch_dtype
 from cluster.errors import SetupError
 from cluster.experts.load_meter import LoadMeter
 from cluster.experts.placement import PlacementPlan

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import ClusterConfig
-from cluster.engine.local import model_info
+from cluster.engine.load import model_info
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process

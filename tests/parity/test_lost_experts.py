@@ -8,7 +8,7 @@ from configs import NUM_TOKENS, PROMPTS
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import EngineConfig
-from cluster.engine.local import load_engine
+from cluster.engine.load import load_engine
 from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import PlacementPlan

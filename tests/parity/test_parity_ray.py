@@ -7,7 +7,7 @@ from configs import NUM_TOKENS, PROMPTS
 from cluster import LLM, SamplingParams
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import EngineConfig
-from cluster.engine.local import load_engine
+from cluster.engine.load import load_engine
 from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
 from cluster.experts.placement import plan_evenly

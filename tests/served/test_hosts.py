@@ -18,7 +18,7 @@ import json, sys, time
 import ray
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import ClusterConfig
-from cluster.engine.local import load_engine
+from cluster.engine.load import load_engine
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.offline_experts import RayExperts
 from cluster.runtime.protocol import NAMESPACE

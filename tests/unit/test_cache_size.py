@@ -9,7 +9,7 @@ from engine_fakes import make_engine, request, run_to_end
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig, EngineConfig
 from cluster.console import describe_cache
-from cluster.engine import local
+from cluster.engine import load
 from cluster.engine.fitting import fitting
 from cluster.errors import InvalidRequest, SetupError
 from cluster.llm import LLM
@@ -68,7 +68,7 @@ def test_a_share_that_is_none_is_refused(value):
     ],
 )
 def test_an_llm_takes_its_share_of_the_machine(demo_checkpoint, monkeypatch, options, blocks):
-    monkeypatch.setattr(local, "available_memory", lambda: 300 << 20)
+    monkeypatch.setattr(load, "available_memory", lambda: 300 << 20)
     with LLM(demo_checkpoint, device="cpu", skip_tokenizer=True, **options) as llm:
         assert llm.engine.blocks.num_blocks == blocks
 
@@ -78,10 +78,10 @@ def test_memory_is_looked_at_when_the_shards_have_loaded(demo_checkpoint, monkey
     from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 
     free = {"bytes": 100 * GIB}
-    monkeypatch.setattr(local, "available_memory", lambda: free["bytes"])
+    monkeypatch.setattr(load, "available_memory", lambda: free["bytes"])
     config = EngineConfig(device="cpu", dtype="float32")
-    experts = local.local_experts(demo_checkpoint, config, 1, DispatchMetrics(new_registry(), "test"))
-    engine = local.load_engine(
+    experts = load.local_experts(demo_checkpoint, config, 1, DispatchMetrics(new_registry(), "test"))
+    engine = load.load_engine(
         demo_checkpoint, config, experts, EngineMetrics(new_registry(), "test"), num_sharers=2,
         wait_for_experts=lambda: free.update(bytes=400 << 20),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 
 from cluster.config import EngineConfig, ModelConfig
-from cluster.engine.local import max_model_len
+from cluster.engine.load import max_model_len
 from cluster.errors import CheckpointError, SetupError
 from cluster.model.rope import RotaryEmbedding
 
