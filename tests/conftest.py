@@ -14,7 +14,7 @@ import pytest
 import type_check
 
 import cluster
-from cluster.checkpoint.demo import write_demo_checkpoint
+from cluster.checkpoint.made.demo import write_demo_checkpoint
 
 LOGICAL_GPUS = 16  # only Ray's bookkeeping: which process is given which
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.progress import Progress
 
-from cluster.checkpoint.demo import write_demo_checkpoint, write_tokenizer
+from cluster.checkpoint.made.demo import write_demo_checkpoint, write_tokenizer
+from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint, write_json
 from cluster.checkpoint.reader import CONFIG_FILE, RANDOM_WEIGHTS, read_json_object
-from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint, write_json
 from cluster.config import ModelConfig
 from cluster.errors import SetupError
 

@@ -6,7 +6,7 @@ from typing import Any
 from cluster.checkpoint.files import is_there, read_json_object
 from cluster.checkpoint.tokenizer_files import TokenId, find_eos
 from cluster.config import ModelConfig
-from cluster.config.keys import shown
+from cluster.config.json_keys import shown
 from cluster.errors import CheckpointError, InvalidRequest
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 

@@ -37,7 +37,7 @@ from cluster.checkpoint.weights import (
     read_header,
 )
 from cluster.config import ModelConfig
-from cluster.config.keys import Keys
+from cluster.config.json_keys import Keys
 from cluster.config.model import given_dtype
 from cluster.errors import CheckpointError
 

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from cluster.checkpoint.files import in_one_line, is_there, read_json_object, read_text, some
-from cluster.config.keys import shown
+from cluster.config.json_keys import shown
 from cluster.errors import CheckpointError
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"

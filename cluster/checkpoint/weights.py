@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cluster.checkpoint.files import check_file, in_one_line, is_there, read_json_object, some
-from cluster.config.keys import shown
+from cluster.config.json_keys import shown
 from cluster.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"

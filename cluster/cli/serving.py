@@ -55,7 +55,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cluster.checkpoint.demo import write_demo_checkpoint
+    from cluster.checkpoint.made.demo import write_demo_checkpoint
     from cluster.console import print_cluster, print_metrics, print_placement
     from cluster.serving.client import Client
     from cluster.serving.direct import read_url

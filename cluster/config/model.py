@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from cluster.config.keys import Keys, shown
+from cluster.config.json_keys import Keys, shown
 from cluster.config.rope import RopeConfig, read_rope
 from cluster.errors import CheckpointError
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config.keys import MAX_COUNT, Keys, shown
+from cluster.config.json_keys import MAX_COUNT, Keys, shown
 from cluster.errors import CheckpointError
 
 _TYPES = ("default", "linear", "yarn")

@@ -20,8 +20,8 @@ from cluster.experts.placement import plan_evenly
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.metrics import DispatchMetrics, EngineMetrics
+from cluster.model.decoder import Qwen2Moe
 from cluster.model.kv_cache import KVCache, check_block_fits, num_kv_blocks
-from cluster.model.qwen2_moe import Qwen2Moe
 from cluster.types import ModelInfo
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
 from cluster.kernels.attention import PagedBatch
+from cluster.model.decoder import MicroBatch, Qwen2Moe
 from cluster.model.kv_cache import KVCache
-from cluster.model.moe import Experts
-from cluster.model.qwen2_moe import MicroBatch, Qwen2Moe
+from cluster.model.layers.moe import Experts
 from cluster.model.sampler import NoFiniteNumbers, Sampled, SamplingRow, sample
 
 

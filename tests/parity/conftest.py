@@ -7,7 +7,7 @@ import pytest
 from configs import CONFIGS
 from parity_tools import Oracle, ask_transformers
 
-from cluster.checkpoint.synthetic import write_checkpoint
+from cluster.checkpoint.made.synthetic import write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeForCausalLM
 
 from cluster import LLM
+from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.names import EMBEDDING, HEAD
-from cluster.checkpoint.synthetic import write_checkpoint
 
 RAW = config(num_experts=6, num_experts_per_tok=2, num_hidden_layers=2)
 PROMPT = [5, 9, 200, 17, 3]

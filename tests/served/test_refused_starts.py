@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from serving_tools import COMMAND, PORTS, TINY
 
-from cluster.checkpoint.demo import write_demo_checkpoint
+from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.reader import RANDOM_WEIGHTS
 
 pytestmark = pytest.mark.slow  # Serve tries three times

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster import LLM, SamplingParams
-from cluster.checkpoint.demo import write_demo_checkpoint
+from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.cli import main
 from cluster.config import EngineConfig
 from cluster.engine.preflight import check_checkpoint

@@ -12,9 +12,9 @@ from configs import BASE, config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.names import EMBEDDING, HEAD, checkpoint_shapes
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.checkpoint.synthetic import write_checkpoint
 from cluster.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

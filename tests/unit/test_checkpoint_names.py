@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, QWEN2_57B_A14B_CONFIG
 from cluster.checkpoint.names import checkpoint_shapes, dense_bytes, dense_shapes, expert_shapes
-from cluster.checkpoint.synthetic import A2_7B_CONFIG, QWEN2_57B_A14B_CONFIG
 from cluster.config import ModelConfig
 
 SMALL = {

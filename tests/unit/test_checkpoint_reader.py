@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
+from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint
 from cluster.config import ModelConfig
 from cluster.errors import CheckpointError
 from cluster.experts.shard import ExpertShard

@@ -12,7 +12,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbed
 from cluster.config import EngineConfig, ModelConfig
 from cluster.engine.load import max_model_len
 from cluster.errors import CheckpointError, SetupError
-from cluster.model.rope import RotaryEmbedding
+from cluster.model.layers.rope import RotaryEmbedding
 
 DOCUMENTED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 NEW = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 1000}

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2MoeForCausalLM
 
-from cluster.checkpoint.demo import write_demo_checkpoint, write_tokenizer
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
+from cluster.checkpoint.made.demo import write_demo_checkpoint, write_tokenizer
+from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.checkpoint.synthetic import A2_7B_CONFIG, write_checkpoint
 from cluster.errors import CheckpointError
 
 TINY: dict[str, Any] = {

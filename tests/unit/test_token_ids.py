@@ -8,8 +8,8 @@ import torch
 
 from cluster import LLM, SamplingParams
 from cluster.checkpoint.generation import read_eos_token_ids
+from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.checkpoint.synthetic import write_checkpoint
 from cluster.errors import CheckpointError, InvalidRequest
 from cluster.model.sampler import PenaltyState, SamplingRow, sample
 from cluster.types import SAMPLING_DEFAULTS

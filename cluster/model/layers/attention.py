@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cluster.config import ModelConfig
 from cluster.kernels.attention import PagedBatch, paged_attention, write_kv
 from cluster.kernels.linear import PackedLinear
-from cluster.model.rope import apply_rotary
+from cluster.model.layers.rope import apply_rotary
 
 
 class Attention(nn.Module):

@@ -15,10 +15,10 @@ from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 from cluster.kernels.attention import PagedBatch
 from cluster.kernels.linear import pack_linears, packs
-from cluster.model.attention import Attention
 from cluster.model.kv_cache import KVCache
-from cluster.model.moe import MLP, Experts, SparseMoe
-from cluster.model.rope import RotaryEmbedding
+from cluster.model.layers.attention import Attention
+from cluster.model.layers.moe import MLP, Experts, SparseMoe
+from cluster.model.layers.rope import RotaryEmbedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Checkpoints with random weights, for demos, benchmarks and tests: nothing is downloaded."""
