@@ -29,11 +29,11 @@ from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.offline_experts import RayExperts
-from cluster.serving.answer import Answer
-from cluster.serving.detokenizer import NoText
 from cluster.serving.prepare import Prompt, RequestCompleter
-from cluster.serving.prompts import to_params, to_prompts
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.answer import Answer
+from cluster.serving.text.detokenizer import NoText
+from cluster.serving.text.prompts import to_params, to_prompts
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import (
     SAMPLING_DEFAULTS,
     CompletionOutput,

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import connect
+from cluster.client import options as connect
 from cluster.errors import SetupError
 
 PARTS = ("throughput", "latency", "transport", "serve", "growth", "gpu")

@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster import connect
 from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
 from cluster.bench.systems import SystemSpec, check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
+from cluster.client import options as connect
+from cluster.client.grpc_client import Client
 from cluster.config import ModelConfig
 from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
-from cluster.serving.client import Client
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 _READY_S = 10.0

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster import connect
 from cluster.chaos.traffic import Question, Reply, ask_all, make_questions
+from cluster.client import options as connect
+from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError, SetupError, Unavailable
-from cluster.serving.client import Client
 
 if TYPE_CHECKING:
     from cluster.runtime.operate import RunningCluster

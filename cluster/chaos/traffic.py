@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError
-from cluster.serving.client import Client
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 _OUTPUT_TOKENS = (8, 32, 96)

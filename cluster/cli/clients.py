@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from cluster import connect
 from cluster.cli import terminal
 from cluster.cli.arguments import add_command
+from cluster.client import options as connect
 from cluster.errors import Unavailable
 
 

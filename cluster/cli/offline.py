@@ -51,7 +51,7 @@ def _ray_env(args: argparse.Namespace) -> int:
 
 
 def _keys_new(args: argparse.Namespace) -> int:
-    from cluster.serving.api_keys import new_key
+    from cluster.serving.admission.api_keys import new_key
 
     key, line = new_key(args.name)
     print(f"the key, for its user; it is kept nowhere:\n{key}\nits line for the file of keys:", file=sys.stderr)

@@ -56,9 +56,9 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from cluster.checkpoint.made.demo import write_demo_checkpoint
+    from cluster.client.direct import read_url
+    from cluster.client.grpc_client import Client
     from cluster.console import print_cluster, print_metrics, print_placement
-    from cluster.serving.client import Client
-    from cluster.serving.direct import read_url
     from cluster.types import ChatMessage, SamplingParams
 
     folder = OwnedFolder()

@@ -88,7 +88,7 @@ class ClusterConfig:
     max_keyless_calls_per_host: of these.
     keyless_calls_per_minute: of these, new ones of one host, and calls refused for want of a key.
     max_unread_bytes: kept of a stream, in memory, that its client has not read; then the stream is ended.
-    api_keys_file: clients' keys, hashed (`cluster.serving.api_keys` says how), at this path wherever an ingress runs;
+    api_keys_file: clients' keys, hashed (see `moe-cluster keys new`), at this path wherever an ingress runs;
         "" asks for none.
     metrics_port: every node serves /metrics there; 0 takes a free one.
     log_format: of the log lines of all processes; "json" is one object a line.

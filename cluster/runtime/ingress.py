@@ -25,15 +25,15 @@ from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.controller import get_controller
 from cluster.runtime.protocol import shard_group
-from cluster.serving.admission import ServiceLimits
-from cluster.serving.api_keys import ApiKeys
-from cluster.serving.callers import Callers
-from cluster.serving.grpc_server import GrpcInferenceService
-from cluster.serving.health import GrpcHealthService, HealthState
+from cluster.serving.admission.api_keys import ApiKeys
+from cluster.serving.admission.callers import Callers
+from cluster.serving.admission.places import ServiceLimits
+from cluster.serving.admission.strangers import StrangerLimits
+from cluster.serving.grpc.handlers import GrpcInferenceService
+from cluster.serving.grpc.health import GrpcHealthService, HealthState
 from cluster.serving.replay import ReplayingBackend
 from cluster.serving.service import InferenceService, request_log
-from cluster.serving.strangers import StrangerLimits
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)

@@ -35,8 +35,8 @@ from cluster.runtime.last_words import why_not_started
 from cluster.runtime.local_ray import start_ray
 from cluster.runtime.operate import APPLICATION
 from cluster.runtime.protocol import ClusterStatus, shard_group
-from cluster.serving.api_keys import ApiKeys
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.admission.api_keys import ApiKeys
+from cluster.serving.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from ray.serve.exceptions import RayServeException
 from cluster.errors import Overloaded
 from cluster.runtime.haproxy_config import NOT_FOR_CLIENTS
 from cluster.runtime.relay import relay_cancels
-from cluster.serving import grpc_server
-from cluster.serving.callers import host_of
-from cluster.serving.grpc_gate import Doorkeeper, gated_stream, gated_unary
-from cluster.serving.strangers import StrangerLimits, Strangers
+from cluster.serving.admission.callers import host_of
+from cluster.serving.admission.strangers import StrangerLimits, Strangers
+from cluster.serving.grpc import handlers as grpc_server
+from cluster.serving.grpc.gate import Doorkeeper, gated_stream, gated_unary
 
 REFLECTION = "grpc.reflection."
 PINGS = ("grpc.http2.max_ping_strikes", 0)  # no number of them is too many

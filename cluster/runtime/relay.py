@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from cluster.serving.grpc_server import RETRY_KEY
+from cluster.serving.grpc.handlers import RETRY_KEY
 
 UNREAD_TIMEOUT_S = 120.0
 _HINT = re.compile(r"try again in ([0-9.]+) s")

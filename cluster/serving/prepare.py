@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
-from cluster.serving.text_work import TextWork
+from cluster.serving.text.work import TextWork
 from cluster.types import SAMPLING_DEFAULTS, ChatMessage, EngineRequest, ModelInfo, SamplingParams
 
 

@@ -1,6 +1,6 @@
 """The inference service: runs prepared requests on a backend and turns their tokens into text.
 
-Knows no network and no Ray. `prepare` is the way in, `grpc_server` adapts it to gRPC; the backend is a
+Knows no network and no Ray. `prepare` is the way in, `grpc/` adapts it to gRPC; the backend is a
 balancer over attention replicas, or an engine of this process.
 """
 
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
-from cluster.serving.admission import Admission, ServiceLimits
-from cluster.serving.answer import Answer
-from cluster.serving.answer_size import check_before
+from cluster.serving.admission.places import Admission, ServiceLimits
+from cluster.serving.grpc.answer_size import check_before
 from cluster.serving.prepare import Prompt, RequestPreparer
-from cluster.serving.text_work import TextWork
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.answer import Answer
+from cluster.serving.text.tokenizer import Tokenizer
+from cluster.serving.text.work import TextWork
 from cluster.types import (
     CompletionOutput,
     EngineRequest,

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.serving.direct import read_url
+from cluster.client.direct import read_url
 
 
 def samples(served: Any) -> list[Any]:

@@ -3,9 +3,9 @@
 import pytest
 
 from cluster.chaos.command import KINDS, unleash
+from cluster.client.grpc_client import Client
 from cluster.errors import SetupError
 from cluster.runtime.operate import RunningCluster
-from cluster.serving.client import Client
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 

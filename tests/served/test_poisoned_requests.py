@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import poison
 import pytest
 
+from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError
 from cluster.runtime.operate import RunningCluster
-from cluster.serving.client import Client
 from cluster.types import SamplingParams
 
 pytestmark = pytest.mark.ray

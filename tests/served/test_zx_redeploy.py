@@ -10,9 +10,9 @@ from ray import serve
 
 import cluster as this_version
 from cluster.chaos.traffic import ask_all, make_questions
+from cluster.client.grpc_client import Client
 from cluster.runtime.application import build_application
 from cluster.runtime.operate import APPLICATION, RunningCluster
-from cluster.serving.client import Client
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 

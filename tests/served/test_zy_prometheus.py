@@ -24,7 +24,7 @@ import yaml
 from promql import DEPLOY, RULES, expressions, rules, selectors
 from served_tools import wait_until
 
-from cluster.serving.client import Client
+from cluster.client.grpc_client import Client
 from cluster.types import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cluster.serving.admission import ServiceLimits
+from cluster.serving.admission.places import ServiceLimits
 from cluster.serving.service import InferenceService
-from cluster.serving.tokenizer import Tokenizer as ServedTokenizer
+from cluster.serving.text.tokenizer import Tokenizer as ServedTokenizer
 from cluster.types import EngineRequest, Logprobs, ModelInfo, SamplingParams, SequenceUpdate
 
 CHATML = (

@@ -9,20 +9,20 @@ import pytest
 from serving_fakes import HELLO, EchoBackend, make_service, write_tokenizer
 from test_grpc_server import FakeContext
 
+from cluster.client.grpc_client import Client
 from cluster.errors import InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime.haproxy import MAX_MESSAGE_BYTES
-from cluster.serving.answer_size import (
+from cluster.serving.grpc.answer_size import (
     DEFAULT_RECEIVE_BYTES,
     MAX_ANSWER_BYTES,
     RECEIVE_KEY,
     check_before,
     receive_limit,
 )
-from cluster.serving.client import Client
-from cluster.serving.grpc_server import GrpcInferenceService
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.grpc.handlers import GrpcInferenceService
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SamplingParams
 
 CONTEXT = 40_000

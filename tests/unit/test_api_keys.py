@@ -8,7 +8,7 @@ import pytest
 from serving_fakes import TickingClock
 
 from cluster.errors import Overloaded, SetupError, Unauthenticated
-from cluster.serving.api_keys import ApiKeys, new_key, parse_keys
+from cluster.serving.admission.api_keys import ApiKeys, new_key, parse_keys
 
 ALICE, BOB = "moe-alice", "moe-bob"
 
@@ -129,7 +129,7 @@ def test_every_hash_is_compared_in_constant_time_whichever_is_found(keys, monkey
         compared.append(known)
         return known == given
 
-    monkeypatch.setattr("cluster.serving.api_keys.compare_digest", compare)
+    monkeypatch.setattr("cluster.serving.admission.api_keys.compare_digest", compare)
     assert keys.identify(f"Bearer {ALICE}") == "alice"
     assert len(compared) == 2
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from cluster.checkpoint.generation import find_end_ids, read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.errors import CheckpointError
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SAMPLING_DEFAULTS, ChatMessage
 
 ENDOFTEXT, IM_START, IM_END = 1021, 1022, 1023

@@ -7,16 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster import cli, connect
+from cluster import cli
 from cluster.cli.arguments import cluster_config
+from cluster.client import options as connect
+from cluster.client.grpc_client import Client, _short
 from cluster.config import ClusterConfig
 from cluster.console import LoadProgress
 from cluster.errors import InvalidRequest, SetupError
 from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.haproxy import MAX_MESSAGE_BYTES
 from cluster.runtime.launch import ServeOptions
-from cluster.serving.api_keys import ApiKeys, parse_keys
-from cluster.serving.client import Client, _short
+from cluster.serving.admission.api_keys import ApiKeys, parse_keys
 from cluster.types import ChatMessage, SamplingParams
 
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_fakes import ADDED, HELLO, IM_END, IM_START, NUM_TOKENS, VOCAB_SIZE, byte_ids, write_tokenizer
 
-from cluster.serving.detokenizer import StreamDetokenizer
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.detokenizer import StreamDetokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 
 EURO = byte_ids("€")  # three bytes, three tokens
 

@@ -8,8 +8,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from cluster.serving.client import Client
-from cluster.serving.direct import grpc_options, is_direct, read_url
+from cluster.client.direct import grpc_options, is_direct, read_url
+from cluster.client.grpc_client import Client
 
 PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 DIRECT = [("grpc.enable_http_proxy", 0)]

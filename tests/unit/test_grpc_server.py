@@ -26,15 +26,15 @@ from serving_fakes import (
 )
 from tls_files import Authority
 
+from cluster.client.grpc_client import Client, TlsFiles
 from cluster.errors import CheckpointError, ClusterError, Overloaded, ShardUnavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime.grpc_front import GrpcFront
-from cluster.serving.admission import ServiceLimits
-from cluster.serving.api_keys import ApiKeys, new_key
-from cluster.serving.callers import Callers, client_of, is_local
-from cluster.serving.client import Client, TlsFiles
-from cluster.serving.grpc_server import (
+from cluster.serving.admission.api_keys import ApiKeys, new_key
+from cluster.serving.admission.callers import Callers, client_of, is_local
+from cluster.serving.admission.places import ServiceLimits
+from cluster.serving.grpc.handlers import (
     MAX_DETAILS_BYTES,
     MAX_DETAILS_CHARS,
     SERVICE_NAME,
@@ -43,8 +43,8 @@ from cluster.serving.grpc_server import (
     add_inference_service,
     set_status,
 )
-from cluster.serving.health import GrpcHealthService, HealthState
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.grpc.health import GrpcHealthService, HealthState
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import ModelInfo, SequenceUpdate
 
 MAX_REQUEST_BYTES = 2000

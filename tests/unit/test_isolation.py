@@ -18,7 +18,7 @@ from cluster.engine.runner import ModelRunner
 from cluster.errors import ClusterError, InvalidRequest, RequestFailed, ShardUnavailable
 from cluster.model import sampler
 from cluster.serving.prepare import Prompt
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 
 POISON = 666  # the seed of the one that meets the exception
 NUM_TOKENS = 6

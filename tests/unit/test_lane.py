@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from cluster.errors import InvalidRequest, Overloaded
-from cluster.serving.lane import Lane
+from cluster.serving.text.lane import Lane
 
 
 class Job:

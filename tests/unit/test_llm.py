@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster import LLM, SamplingParams
 from cluster.errors import Closed, InvalidRequest, SetupError
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

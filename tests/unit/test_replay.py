@@ -11,7 +11,7 @@ from serving_fakes import EchoBackend, byte_ids, make_service, write_tokenizer
 from cluster.errors import ClusterError, Overloaded, PoisonedRequest, ReplicaStopping, ReplicaUnavailable
 from cluster.serving.prepare import Prompt
 from cluster.serving.replay import ReplayingBackend
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SamplingParams, SequenceUpdate
 
 

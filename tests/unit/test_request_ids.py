@@ -11,7 +11,7 @@ from serving_fakes import EchoBackend, TickingClock, byte_ids, make_service, wri
 from cluster.errors import ClusterError, DeadlineExceeded
 from cluster.serving.prepare import Prompt
 from cluster.serving.replay import ReplayingBackend
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SamplingParams, SequenceUpdate
 
 A = Prompt(token_ids=byte_ids("a"))  # the engine of these tests goes on with "bcd…"

@@ -21,7 +21,7 @@ from serving_fakes import (
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
 from cluster.serving.prepare import Prompt
 from cluster.serving.service import MAX_REQUEST_ID_CHARS
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import ChatMessage, Logprobs, SamplingParams, SequenceUpdate, Usage
 
 GREEDY = SamplingParams(temperature=0)

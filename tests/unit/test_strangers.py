@@ -16,13 +16,13 @@ from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime import proxy
 from cluster.runtime.proxy import add_inference_service, bound_reflection
-from cluster.serving import grpc_gate
-from cluster.serving.api_keys import ApiKeys, new_key
-from cluster.serving.callers import Callers
-from cluster.serving.grpc_server import SERVICE_NAME, GrpcInferenceService
-from cluster.serving.health import GrpcHealthService, HealthState
-from cluster.serving.strangers import MAX_HOSTS, StrangerLimits, Strangers
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.admission.api_keys import ApiKeys, new_key
+from cluster.serving.admission.callers import Callers
+from cluster.serving.admission.strangers import MAX_HOSTS, StrangerLimits, Strangers
+from cluster.serving.grpc import gate as grpc_gate
+from cluster.serving.grpc.handlers import SERVICE_NAME, GrpcInferenceService
+from cluster.serving.grpc.health import GrpcHealthService, HealthState
+from cluster.serving.text.tokenizer import Tokenizer
 
 LIMITS = StrangerLimits(max_calls=4, max_calls_per_host=3, calls_per_minute=60)
 HERE, ELSEWHERE = "ipv4:127.0.0.1:51234", "ipv4:192.0.2.7:51234"

@@ -14,8 +14,8 @@ from serving_fakes import CHATML, EchoBackend, byte_ids, make_service, write_tok
 
 from cluster.errors import InvalidRequest, Overloaded, Unavailable
 from cluster.serving.prepare import Prompt
-from cluster.serving.text_work import LARGE_CHARS, MEDIUM_CHARS, TextProcess, TextWork
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.tokenizer import Tokenizer
+from cluster.serving.text.work import LARGE_CHARS, MEDIUM_CHARS, TextProcess, TextWork
 from cluster.types import ChatMessage, SamplingParams
 
 SLOW = "{% for i in range(5000) %}{% for j in range(1000) %}{{ '' }}{% endfor %}{% endfor %}"  # slow
@@ -128,7 +128,7 @@ def test_an_input_that_takes_for_ever_is_given_up_and_the_next_one_is_done(work)
 
 def test_the_process_ends_with_its_parent_however_that_ends(work):
     program = (
-        "import sys; from pathlib import Path; from cluster.serving.text_work import TextProcess;"
+        "import sys; from pathlib import Path; from cluster.serving.text.work import TextProcess;"
         "process = TextProcess(Path(sys.argv[1])); process.do(('text', 'a'));"
         "print(process._process.pid, flush=True); process.do(('chat', [('tool', 'a')] * 600))"
     )

@@ -22,10 +22,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from haproxy_tools import haproxy, ingress
 from tls_files import Authority
 
+from cluster.client.grpc_client import Client, TlsFiles
 from cluster.errors import SetupError, Unavailable
 from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.renewal import INTERVAL_S, Copy
-from cluster.serving.client import Client, TlsFiles
 
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 

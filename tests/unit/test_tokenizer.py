@@ -4,7 +4,7 @@ import pytest
 from serving_fakes import ADDED, CHATML, HELL, HELLO, IM_END, IM_START, byte_ids, write_tokenizer
 
 from cluster.errors import CheckpointError, InvalidRequest
-from cluster.serving.tokenizer import MAX_CHAT_MESSAGES, MAX_RENDERED_CHARS, Tokenizer
+from cluster.serving.text.tokenizer import MAX_CHAT_MESSAGES, MAX_RENDERED_CHARS, Tokenizer
 from cluster.types import ChatMessage
 
 USER_HI = (ChatMessage(role="user", content="hi"),)

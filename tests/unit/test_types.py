@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.serving.messages import from_sampling_params, to_sampling_params
+from cluster.serving.grpc.messages import from_sampling_params, to_sampling_params
 from cluster.types import SamplingParams
 
 FIELDS = [field.name for field in fields(SamplingParams)]

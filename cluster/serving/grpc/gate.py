@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest
-from cluster.serving.grpc_server import GrpcContext, set_status
+from cluster.serving.grpc.handlers import GrpcContext, set_status
 
 MESSAGE_TIMEOUT_S = 60.0  # for the message to come, once the call has begun
 

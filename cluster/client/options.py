@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import SetupError
 
 if TYPE_CHECKING:
-    from cluster.serving.client import Client
+    from cluster.client.grpc_client import Client
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 API_KEY = "MOE_CLUSTER_API_KEY"
@@ -35,7 +35,7 @@ def connect(args: argparse.Namespace) -> "Client":
     if not args.address.strip() or args.address.lower().startswith(("http://", "https://", "grpc://")):
         raise SetupError(f"--address is {args.address!r}, HOST:PORT is needed, without http://")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines stand in the error already, which is one line
-    from cluster.serving.client import Client, TlsFiles  # grpc loads with it: not for --help
+    from cluster.client.grpc_client import Client, TlsFiles  # grpc loads with it: not for --help
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
     tls = TlsFiles(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key) if wanted else None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.errors import ClusterError, RequestCancelled
-from cluster.serving.detokenizer import StreamDetokenizer, TokenBytes
+from cluster.serving.text.detokenizer import StreamDetokenizer, TokenBytes
 from cluster.types import FinishReason, Logprobs, SamplingParams, SequenceUpdate, TextDelta
 
 

@@ -23,9 +23,9 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import ClusterError, InvalidRequest, Overloaded
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.serving import messages
-from cluster.serving.answer_size import check_after, receive_limit
-from cluster.serving.callers import Callers
+from cluster.serving.admission.callers import Callers
+from cluster.serving.grpc import messages
+from cluster.serving.grpc.answer_size import check_after, receive_limit
 from cluster.serving.service import InferenceService
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Tokenizing, templates and detokenizing beside the event loop: what takes long holds up neither it nor what is short.
 
 Small inputs take less time than a thread would cost. Medium ones go to a thread, where tokenizing releases the
-interpreter lock. Large ones go to a process (`text_worker`), since templates, lists of a million tokens and pickles
+interpreter lock. Large ones go to a process (`worker`), since templates, lists of a million tokens and pickles
 hold that lock. Both do one after the other, and a bounded number wait.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.errors import ClusterError, InvalidRequest, Unavailable
-from cluster.serving.lane import Lane
-from cluster.serving.text_worker import LENGTH, Task, chat_task, do, write_frame
-from cluster.serving.tokenizer import Tokenizer
+from cluster.serving.text.lane import Lane
+from cluster.serving.text.tokenizer import Tokenizer
+from cluster.serving.text.worker import LENGTH, Task, chat_task, do, write_frame
 from cluster.types import ChatMessage
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class TextWork:
 
 
 class TextProcess:
-    """The process of `text_worker`, started when first needed and again when it is gone. For one thread."""
+    """The process of `worker`, started when first needed and again when it is gone. For one thread."""
 
     def __init__(self, model_dir: Path, max_task_s: float = MAX_TASK_S) -> None:
         self._model_dir, self._max_task_s = model_dir, max_task_s
@@ -93,7 +93,7 @@ class TextProcess:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster.serving.text_worker", str(self._model_dir)],
+            [sys.executable, "-m", "cluster.serving.text.worker", str(self._model_dir)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -13,8 +13,8 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from cluster.errors import ClusterError
-from cluster.serving.callers import Callers
-from cluster.serving.grpc_server import SERVICE_NAME, GrpcContext, StreamFailed, metadata_of, set_status
+from cluster.serving.admission.callers import Callers
+from cluster.serving.grpc.handlers import SERVICE_NAME, GrpcContext, StreamFailed, metadata_of, set_status
 
 _SERVICES = ("", SERVICE_NAME)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.errors import Overloaded
-from cluster.serving.api_keys import TokenBucket
+from cluster.serving.admission.api_keys import TokenBucket
 
 RETRY_S = 10.0
 MAX_HOSTS = 4096  # whose calls are remembered; the one that has not called for longest is forgotten first

@@ -11,12 +11,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import inputs
+from cluster.client.direct import grpc_options
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
-from cluster.serving.answer_size import MAX_ANSWER_BYTES, RECEIVE_KEY
-from cluster.serving.direct import grpc_options
-from cluster.serving.messages import from_sampling_params
+from cluster.serving.grpc.answer_size import MAX_ANSWER_BYTES, RECEIVE_KEY
+from cluster.serving.grpc.messages import from_sampling_params
 from cluster.types import ChatMessage, SamplingParams
 
 MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context

@@ -11,8 +11,8 @@ from ipaddress import ip_address
 from urllib.parse import unquote
 
 from cluster.errors import Forbidden, Overloaded, Unauthenticated
-from cluster.serving.api_keys import ApiKeys
-from cluster.serving.strangers import StrangerLimits, Strangers
+from cluster.serving.admission.api_keys import ApiKeys
+from cluster.serving.admission.strangers import StrangerLimits, Strangers
 
 MAX_CLIENT_CHARS = 128
 RETRY_S = 1.0

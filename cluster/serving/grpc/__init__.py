@@ -1,0 +1,1 @@
+"""One front: `moecluster.v1` and `grpc.health.v1` over the inference service."""
