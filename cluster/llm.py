@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cluster import inputs
 from cluster.checkpoint.generation import read_sampling_defaults
+from cluster.checkpoint.info import model_info
 from cluster.config import TRANSPORTS, ClusterConfig, EngineConfig, Transport
 from cluster.config.resources import available_cpus
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
-from cluster.engine.load import load_engine, local_experts, model_info
+from cluster.engine.load import load_engine, local_experts
 from cluster.engine.preflight import check_checkpoint
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence as EngineSequence

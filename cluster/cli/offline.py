@@ -25,11 +25,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from cluster.checkpoint.info import resolve_dtype
     from cluster.checkpoint.names import dense_bytes
     from cluster.checkpoint.tokenizer_files import has_tokenizer
     from cluster.config import EngineConfig
     from cluster.console import print_plan
-    from cluster.engine.load import resolve_dtype
     from cluster.engine.preflight import check_checkpoint
     from cluster.experts.placement import plan_evenly
 

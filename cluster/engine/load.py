@@ -7,38 +7,28 @@ from pathlib import Path
 import torch
 
 from cluster.checkpoint.generation import read_eos_token_ids
+from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.config import DTYPES, EngineConfig, ModelConfig
+from cluster.config import EngineConfig
 from cluster.config.resources import available_memory
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import OnStep
 from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
-from cluster.errors import CheckpointError, SetupError
+from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
 from cluster.experts.placement import plan_evenly
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.metrics import DispatchMetrics, EngineMetrics
-from cluster.model.decoder import Qwen2Moe
 from cluster.model.kv_cache import KVCache, check_block_fits, num_kv_blocks
-from cluster.types import ModelInfo
+from cluster.model.registry import load_model
 
 log = logging.getLogger(__name__)
 
 # Of what is free once the weights are loaded. A GPU keeps room for a step; a machine for a step, for shards that load
 # what moves to them, for files and for other programs.
 DEFAULT_UTILIZATION = {"cuda": 0.9, "cpu": 0.5}
-
-
-def resolve_dtype(dtype: str, config: ModelConfig) -> str:
-    """The name of the dtype to compute in: "auto" is the checkpoint's. Raises CheckpointError where there is none."""
-    if dtype == "auto" and config.dtype not in DTYPES:
-        raise CheckpointError(
-            f"config.json: dtype is {config.dtype}, which nothing here computes in: give dtype float32 "
-            "(--dtype float32) or bfloat16, and the tensors are converted while they are read"
-        )
-    return config.dtype if dtype == "auto" else dtype
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -53,32 +43,6 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
-    """The longest prompt and output together. Raises SetupError for more than the checkpoint allows."""
-    limit = config.context_length
-    if engine.max_model_len is not None and engine.max_model_len > limit:
-        raise SetupError(f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens")
-    return engine.max_model_len or limit
-
-
-def model_info(model_dir: str | Path, config: EngineConfig, model_id: str = "") -> ModelInfo:
-    """What clients are told of a checkpoint; its directory's name unless `model_id` says otherwise.
-
-    Raises CheckpointError, SetupError.
-    """
-    reader = CheckpointReader(model_dir)
-    return ModelInfo(
-        model_id=model_id or reader.model_dir.resolve().name,
-        vocab_size=reader.config.vocab_size,
-        max_model_len=max_model_len(reader.config, config),
-        num_hidden_layers=reader.config.num_hidden_layers,
-        num_experts=reader.config.num_experts,
-        num_experts_per_tok=reader.config.num_experts_per_tok,
-        dtype=resolve_dtype(config.dtype, reader.config),
-        eos_token_ids=read_eos_token_ids(model_dir, reader.config),
-    )
 
 
 def load_engine(
@@ -104,7 +68,7 @@ def load_engine(
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
     longest = max_model_len(reader.config, config)
     check_block_fits(reader.config, config, dtype)
-    model = Qwen2Moe.load(reader, dtype=torch_dtype(dtype), device=device, progress=progress)
+    model = load_model(reader, dtype=torch_dtype(dtype), device=device, progress=progress)
     wait_for_experts()
     share = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers
     num_blocks = num_kv_blocks(reader.config, config, dtype, longest, free_memory(device), share)

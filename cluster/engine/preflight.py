@@ -4,10 +4,10 @@ from pathlib import Path
 
 from cluster.checkpoint.chat_template import read_chat_template
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
+from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.checkpoint.tokenizer_files import read_tokenizer, read_tokenizer_config
 from cluster.config import EngineConfig
-from cluster.engine.load import max_model_len, resolve_dtype
 from cluster.experts.placement import plan_evenly
 from cluster.model.kv_cache import check_block_fits
 

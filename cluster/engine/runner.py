@@ -19,9 +19,9 @@ from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
 from cluster.kernels.attention import PagedBatch
-from cluster.model.decoder import MicroBatch, Qwen2Moe
+from cluster.model.decoder import CausalLM, MicroBatch
 from cluster.model.kv_cache import KVCache
-from cluster.model.layers.moe import Experts
+from cluster.model.layers.feed_forward import Experts
 from cluster.model.sampler import NoFiniteNumbers, Sampled, SamplingRow, sample
 
 
@@ -50,7 +50,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Qwen2Moe,
+        model: CausalLM,
         cache: KVCache,
         experts: ExpertDispatcher,
         block_size: int,

@@ -1,1 +1,1 @@
-"""The dense half of Qwen2-MoE. Knows no network, no Ray and not where experts live."""
+"""The models that an engine computes, all but their routed experts. Knows no network, no Ray and no shards."""

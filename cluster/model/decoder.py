@@ -1,5 +1,6 @@
-"""Qwen2-MoE without its routed experts, which each micro-batch brings along. Attribute names are the checkpoint's.
+"""The decoder that model families share, without routed experts: each micro-batch brings those along.
 
+Knows no family: one gives it its layers. Attribute names are the checkpoint's.
 T: tokens of all sequences in a step, H: hidden size, V: vocabulary.
 """
 
@@ -11,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 from cluster.kernels.attention import PagedBatch
-from cluster.kernels.linear import pack_linears, packs
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.attention import Attention
-from cluster.model.layers.moe import MLP, Experts, SparseMoe
+from cluster.model.layers.feed_forward import Experts, FeedForward
+from cluster.model.layers.norm import RMSNorm
 from cluster.model.layers.rope import RotaryEmbedding
 
 
@@ -31,29 +31,13 @@ class MicroBatch:
     experts: Experts
 
 
-class RMSNorm(nn.Module):
-    """Computed in float32, cast back, then the weight."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+    """Attention, then a feed-forward half; each takes normed hidden states and is added to what came in."""
+
+    def __init__(self, config: ModelConfig, layer_id: int, mlp: FeedForward) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer_id)
-        self.mlp: SparseMoe | MLP = (
-            SparseMoe(config, layer_id)
-            if config.is_sparse(layer_id)
-            else MLP(config.hidden_size, config.intermediate_size)
-        )
+        self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -67,56 +51,32 @@ class DecoderLayer(nn.Module):
     ) -> Callable[[], Tensor]:
         """x: [T, H]. Computes up to where routed rows are waited for; the result waits and gives the layer's [T, H]."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, batch)
-        y = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, SparseMoe):
-            finish = self.mlp.begin(y, experts)
-            return lambda: x + finish()
-        out: Tensor = x + self.mlp(y)
-        return lambda: out
+        finish = self.mlp.begin(self.post_attention_layernorm(x), experts)
+        return lambda: x + finish()
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """Embeddings, layers and the last norm: what a checkpoint has below `model.`."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Qwen2Moe(nn.Module):
-    """The dense half of the model. Build it with `load`."""
+class CausalLM(nn.Module):
+    """A decoder and its head. `cluster.model.registry.load_model` makes one, and gives it `rotary`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    rotary: RotaryEmbedding
+
+    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer]) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config, layers)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-
-    @classmethod
-    def load(
-        cls,
-        reader: CheckpointReader,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Callable[[int], None] | None = None,
-    ) -> "Qwen2Moe":
-        """Reads the dense tensors only, each straight into its place; then packs them where that is faster.
-
-        Raises CheckpointError.
-        """
-        with torch.device("meta"):
-            model = cls(reader.config).to(dtype)
-        model = model.to_empty(device=device).eval().requires_grad_(False)
-        reader.load(model.state_dict(), progress)
-        if packs(dtype, device):
-            pack_linears(model)
-        model.rotary = RotaryEmbedding(reader.config.rope, reader.config.head_dim).to(device)
-        return model
-
-    rotary: RotaryEmbedding
 
     @torch.inference_mode()
     def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> Tensor:

@@ -14,11 +14,12 @@ import ray
 import torch
 from torch import Tensor
 
+from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.names import dense_bytes
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
 from cluster.config.resources import available_cpus
-from cluster.engine.load import load_engine, resolve_device, resolve_dtype, torch_dtype
+from cluster.engine.load import load_engine, resolve_device, torch_dtype
 from cluster.engine.loop import EngineLoop
 from cluster.engine.step_record import open_step_record
 from cluster.errors import ShardUnavailable

@@ -10,9 +10,10 @@ from typing import Any
 
 import ray
 
+from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
-from cluster.engine.load import resolve_dtype, torch_dtype
+from cluster.engine.load import torch_dtype
 from cluster.errors import SetupError
 from cluster.experts.load_meter import LoadMeter
 from cluster.experts.placement import PlacementPlan

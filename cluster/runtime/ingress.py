@@ -18,8 +18,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint.generation import read_sampling_defaults
+from cluster.checkpoint.info import model_info
 from cluster.config import ClusterConfig
-from cluster.engine.load import model_info
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process

@@ -9,8 +9,8 @@ from configs import config
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 
+from cluster.checkpoint.info import max_model_len
 from cluster.config import EngineConfig, ModelConfig
-from cluster.engine.load import max_model_len
 from cluster.errors import CheckpointError, SetupError
 from cluster.model.layers.rope import RotaryEmbedding
 

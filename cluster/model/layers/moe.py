@@ -1,52 +1,16 @@
-"""The feed-forward half of a decoder layer: dense SwiGLU, router, shared expert. Routed experts are somewhere else.
+"""The feed-forward half of a layer with routed experts: router and shared expert. The routed ones are somewhere else.
 
 T: tokens, H: hidden size, E: routed experts, K: experts a token.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.config import ModelConfig
-from cluster.kernels.linear import PackedLinear
-
-
-class Experts(Protocol):
-    """Where routed experts are computed. `dispatch` does not wait; `combine` does."""
-
-    def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Any:
-        """hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32. Returns what combine takes."""
-
-    def combine(self, flight: Any) -> Tensor:
-        """The weighted sums [T, H] in the dtype of the hidden states. Raises ShardUnavailable."""
-
-
-class MLP(nn.Module):
-    """SwiGLU: a dense layer, or the shared expert."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj: nn.Linear | PackedLinear = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.gate_up_proj: PackedLinear | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up_proj is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
-
-    def pack(self) -> None:
-        """Packs the loaded weights; gate and up become one product."""
-        self.gate_up_proj = PackedLinear(self.gate_proj, self.up_proj)
-        self.down_proj = PackedLinear(self.down_proj)
-        del self.gate_proj, self.up_proj
+from cluster.model.layers.feed_forward import MLP, Experts
 
 
 class Router(nn.Module):
@@ -80,7 +44,7 @@ class SparseMoe(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
-        """Sends the rows away and computes what is done here. The result waits for them: [T, H], once."""
+        """As `FeedForward.begin`: sends the routed rows away, then computes the shared expert."""
         flight = experts.dispatch(self.layer_id, x, *self.gate(x))
         shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)  # [T, H]
         return lambda: shared + experts.combine(flight)

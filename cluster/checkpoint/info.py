@@ -1,0 +1,45 @@
+"""A checkpoint's facts as the engine's configuration takes them: dtype, context, and the model's description."""
+
+from pathlib import Path
+
+from cluster.checkpoint.generation import read_eos_token_ids
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import DTYPES, EngineConfig, ModelConfig
+from cluster.errors import CheckpointError, SetupError
+from cluster.types import ModelInfo
+
+
+def resolve_dtype(dtype: str, config: ModelConfig) -> str:
+    """The name of the dtype to compute in: "auto" is the checkpoint's. Raises CheckpointError where there is none."""
+    if dtype == "auto" and config.dtype not in DTYPES:
+        raise CheckpointError(
+            f"config.json: dtype is {config.dtype}, which nothing here computes in: give dtype float32 "
+            "(--dtype float32) or bfloat16, and the tensors are converted while they are read"
+        )
+    return config.dtype if dtype == "auto" else dtype
+
+
+def max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
+    """The longest prompt and output together. Raises SetupError for more than the checkpoint allows."""
+    limit = config.context_length
+    if engine.max_model_len is not None and engine.max_model_len > limit:
+        raise SetupError(f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens")
+    return engine.max_model_len or limit
+
+
+def model_info(model_dir: str | Path, config: EngineConfig, model_id: str = "") -> ModelInfo:
+    """Describes a checkpoint to clients, under its directory's name unless `model_id` gives another.
+
+    Raises CheckpointError, SetupError.
+    """
+    reader = CheckpointReader(model_dir)
+    return ModelInfo(
+        model_id=model_id or reader.model_dir.resolve().name,
+        vocab_size=reader.config.vocab_size,
+        max_model_len=max_model_len(reader.config, config),
+        num_hidden_layers=reader.config.num_hidden_layers,
+        num_experts=reader.config.num_experts,
+        num_experts_per_tok=reader.config.num_experts_per_tok,
+        dtype=resolve_dtype(config.dtype, reader.config),
+        eos_token_ids=read_eos_token_ids(model_dir, reader.config),
+    )

@@ -1,0 +1,59 @@
+"""The feed-forward half of a decoder layer: how it is called, and the dense kind. Attribute names are the checkpoint's.
+
+T: tokens, H: hidden size, K: experts a token.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cluster.kernels.linear import PackedLinear
+
+
+class Experts(Protocol):
+    """Computes routed experts, wherever they are. `dispatch` does not wait; `combine` does."""
+
+    def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Any:
+        """hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32. Returns a flight for combine."""
+
+    def combine(self, flight: Any) -> Tensor:
+        """The weighted sums [T, H] in the dtype of the hidden states. Raises ShardUnavailable."""
+
+
+class FeedForward(Protocol):
+    """Either kind, dense or with routed experts."""
+
+    def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
+        """x: [T, H]. Computes up to where routed rows are waited for. Call the result once: it waits, gives [T, H]."""
+
+
+class MLP(nn.Module):
+    """SwiGLU: a dense layer, or the shared expert."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj: nn.Linear | PackedLinear = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj: PackedLinear | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out
+
+    def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
+        """As `FeedForward.begin`, with nothing to wait for."""
+        out: Tensor = self(x)
+        return lambda: out
+
+    def pack(self) -> None:
+        """Packs the loaded weights; gate and up become one product."""
+        self.gate_up_proj = PackedLinear(self.gate_proj, self.up_proj)
+        self.down_proj = PackedLinear(self.down_proj)
+        del self.gate_proj, self.up_proj
