@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from cluster.bench.systems import SystemSpec, kv_cache_bytes, step_tokens
+from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import Prompts, Workload
 from cluster.config import ModelConfig, Transport
 from cluster.llm import LLM

@@ -138,30 +138,7 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         help="checkpoint to measure on; without it one with random weights is made (see --shapes)",
     )
     _add_made_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--transports",
-        type=_names("local", "stream", "ray"),
-        default=("local", "stream", "ray"),
-        metavar="NAMES",
-        help="what to measure: local (one process); experts on Ray actors, reached over stream or ray "
-        "(default: local,stream,ray)",
-    )
-    parser.add_argument(
-        "--compare",
-        type=_names("transformers", "vllm", "llama.cpp"),
-        default=(),
-        metavar="NAMES",
-        help="measure these in the same run (transformers, vllm, llama.cpp), and give all as ratios to the first",
-    )
-    parser.add_argument("--vllm-python", default="", metavar="FILE", help="the Python of an environment that has vLLM")
-    parser.add_argument(
-        "--llama-python", default="", metavar="FILE",
-        help="the Python of an environment that has llama-cpp-python, gguf, safetensors and torch",
-    )  # fmt: skip
-    parser.add_argument(
-        "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",
-        help="a variable for vLLM's process, to tune it; may be repeated",
-    )  # fmt: skip
+    _add_compared_arguments(parser)
     parser.add_argument(
         "--shards", type=int, default=2, metavar="N", help="expert shards with stream and ray (default: 2)"
     )
@@ -188,6 +165,33 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--transports",
+        type=_names("local", "stream", "ray"),
+        default=("local", "stream", "ray"),
+        metavar="NAMES",
+        help="what to measure: local (one process); experts on Ray actors, reached over stream or ray "
+        "(default: local,stream,ray)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=_names("transformers", "vllm", "llama.cpp"),
+        default=(),
+        metavar="NAMES",
+        help="measure these in the same run (transformers, vllm, llama.cpp), and give all as ratios to the first",
+    )
+    parser.add_argument("--vllm-python", default="", metavar="FILE", help="the Python of an environment that has vLLM")
+    parser.add_argument(
+        "--llama-python", default="", metavar="FILE",
+        help="the Python of an environment that has llama-cpp-python, gguf, safetensors and torch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",
+        help="a variable for vLLM's process, to tune it; may be repeated",
+    )  # fmt: skip
 
 
 def with_part(argv: Sequence[str]) -> list[str]:

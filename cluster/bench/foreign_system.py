@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.systems import SystemSpec
+from cluster.bench.spec import SystemSpec
 from cluster.bench.throughput import Prompts, Workload
 from cluster.config.resources import available_cpus
 from cluster.errors import ClusterError

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.report import describe_machine, markdown_table
-from cluster.bench.systems import SystemSpec, check_shards
+from cluster.bench.spec import SystemSpec
+from cluster.bench.systems import check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.checkpoint.names import dense_bytes

@@ -5,49 +5,24 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.bench.checkpoint import describe, made_with_progress, read_config
+from cluster.bench.growth_points import GrowthPoint, plan_points
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_growth
 from cluster.bench.report import describe_machine, markdown_table
-from cluster.bench.systems import SystemSpec
+from cluster.bench.spec import SystemSpec
 from cluster.bench.throughput import Prompts, System, Workload
 from cluster.bench.worker import RemoteSystem
 
 OUTPUT_TOKENS = 17  # 16 decode steps after the first token
 
 StartSystem = Callable[[SystemSpec, Workload], System]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrowthPoint:
-    """One setting. axis: which of them is varied here.  step_ms: median of the repeats, of a decode step."""
-
-    axis: str
-    batch: int
-    context: int
-    shards: int
-    layers: int
-    step_ms: float = 0.0
-
-    @property
-    def value(self) -> int:
-        """Where it stands on its axis."""
-        return int(getattr(self, self.axis))
-
-
-def plan_points(args: argparse.Namespace) -> list[GrowthPoint]:
-    """Each axis from the same middle: the middle's other values stay."""
-    middle = GrowthPoint(axis="batch", batch=8, context=64, shards=2, layers=args.layers)
-    axes = {"batch": args.batch, "context": args.context, "shards": args.shards}
-    if args.shapes == "a2.7b":  # the demo checkpoint has one depth
-        axes["layers"] = tuple(sorted({max(1, args.layers // 4), max(1, args.layers // 2), args.layers}))
-    return [replace(middle, axis=axis, **{axis: value}) for axis, values in axes.items() for value in values]
 
 
 def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -> int:

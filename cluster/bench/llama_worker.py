@@ -85,15 +85,28 @@ class _Model:
 
 
 def _write_gguf(model_dir: Path, file: Path) -> None:
-    """Names and shapes: llama.cpp's qwen2moe architecture. One dimension and routers are float32, all else bfloat16."""
+    """Names and shapes: llama.cpp's qwen2moe architecture."""
     import gguf  # type: ignore[import-not-found]
-    import torch
     from safetensors import safe_open
 
     config = json.loads((model_dir / "config.json").read_text())
     files: list[Any] = [safe_open(part, "pt") for part in sorted(model_dir.glob("*.safetensors"))]
     where = {name: part for part in files for name in part.keys()}  # noqa: SIM118  not a dict
     writer = gguf.GGUFWriter(file, "qwen2moe")
+    _write_shapes(writer, config)
+    copy = _TensorCopy(writer, gguf.GGMLQuantizationType.BF16, where)
+    copy.add("token_embd.weight", "model.embed_tokens.weight")
+    copy.add("output_norm.weight", "model.norm.weight")
+    copy.add("output.weight", "lm_head.weight")
+    for layer in range(config["num_hidden_layers"]):
+        _write_layer(copy, layer, config["num_experts"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=True)
+    writer.close()
+
+
+def _write_shapes(writer: Any, config: dict[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -109,37 +122,44 @@ def _write_gguf(model_dir: Path, file: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
 
-    def add(name: str, *sources: str, full: bool = False) -> None:
-        tensors = [where[source].get_tensor(source) for source in sources]
+
+class _TensorCopy:
+    """Copies tensors from the checkpoint's files (`where`, by name) into a GGUF file."""
+
+    def __init__(self, writer: Any, bfloat16: Any, where: dict[str, Any]) -> None:
+        self.writer = writer
+        self.bfloat16 = bfloat16
+        self.where = where
+
+    def add(self, name: str, *sources: str, full: bool = False, flat: bool = False) -> None:
+        """Several sources are stacked. With `full`, with `flat`, or with one dimension: float32; else bfloat16."""
+        import torch
+
+        tensors = [self.where[source].get_tensor(source) for source in sources]
         tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
-        if full or tensor.dim() == 1:
-            writer.add_tensor(name, tensor.float().flatten().numpy() if tensor.dim() == 1 else tensor.float().numpy())
+        if flat or tensor.dim() == 1:
+            self.writer.add_tensor(name, tensor.float().flatten().numpy())
+        elif full:
+            self.writer.add_tensor(name, tensor.float().numpy())
         else:
             raw = tensor.bfloat16().contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            self.writer.add_tensor(name, raw, raw_dtype=self.bfloat16)
 
-    add("token_embd.weight", "model.embed_tokens.weight")
-    add("output_norm.weight", "model.norm.weight")
-    add("output.weight", "lm_head.weight")
-    for layer in range(config["num_hidden_layers"]):
-        ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
-        add(f"{theirs}.attn_norm.weight", f"{ours}.input_layernorm.weight")
-        add(f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight")
-        for short, long in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
-            add(f"{theirs}.attn_{short}.weight", f"{ours}.self_attn.{long}.weight")
-            add(f"{theirs}.attn_{short}.bias", f"{ours}.self_attn.{long}.bias")
-        add(f"{theirs}.attn_output.weight", f"{ours}.self_attn.o_proj.weight")
-        add(f"{theirs}.ffn_gate_inp.weight", f"{ours}.mlp.gate.weight", full=True)
-        shared_gate = where[f"{ours}.mlp.shared_expert_gate.weight"].get_tensor(f"{ours}.mlp.shared_expert_gate.weight")
-        writer.add_tensor(f"{theirs}.ffn_gate_inp_shexp.weight", shared_gate.float().flatten().numpy())
-        for part in ("gate", "up", "down"):
-            add(f"{theirs}.ffn_{part}_shexp.weight", f"{ours}.mlp.shared_expert.{part}_proj.weight")
-            experts = [f"{ours}.mlp.experts.{i}.{part}_proj.weight" for i in range(config["num_experts"])]
-            add(f"{theirs}.ffn_{part}_exps.weight", *experts)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file(progress=True)
-    writer.close()
+
+def _write_layer(copy: _TensorCopy, layer: int, num_experts: int) -> None:
+    ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
+    copy.add(f"{theirs}.attn_norm.weight", f"{ours}.input_layernorm.weight")
+    copy.add(f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight")
+    for short, long in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
+        copy.add(f"{theirs}.attn_{short}.weight", f"{ours}.self_attn.{long}.weight")
+        copy.add(f"{theirs}.attn_{short}.bias", f"{ours}.self_attn.{long}.bias")
+    copy.add(f"{theirs}.attn_output.weight", f"{ours}.self_attn.o_proj.weight")
+    copy.add(f"{theirs}.ffn_gate_inp.weight", f"{ours}.mlp.gate.weight", full=True)
+    copy.add(f"{theirs}.ffn_gate_inp_shexp.weight", f"{ours}.mlp.shared_expert_gate.weight", flat=True)
+    for part in ("gate", "up", "down"):
+        copy.add(f"{theirs}.ffn_{part}_shexp.weight", f"{ours}.mlp.shared_expert.{part}_proj.weight")
+        experts = [f"{ours}.mlp.experts.{i}.{part}_proj.weight" for i in range(num_experts)]
+        copy.add(f"{theirs}.ffn_{part}_exps.weight", *experts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from rich.progress import Progress
 from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
-from cluster.bench.systems import SystemSpec, check_shards
+from cluster.bench.spec import SystemSpec
+from cluster.bench.systems import check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.client import options as connect

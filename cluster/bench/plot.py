@@ -2,13 +2,10 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from cluster.bench.growth_points import GrowthPoint
+from cluster.bench.report import Report
 from cluster.errors import SetupError
-
-if TYPE_CHECKING:
-    from cluster.bench.growth import GrowthPoint
-    from cluster.bench.report import Report
 
 
 def check_plot(path: Path) -> None:
@@ -19,9 +16,9 @@ def check_plot(path: Path) -> None:
         raise SetupError(f"--plot {path}: its directory does not exist")
 
 
-def plot_report(report: "Report", path: Path) -> None:
+def plot_report(report: Report, path: Path) -> None:
     """Tokens/s against batch size, a line a system, prefill and decode side by side, the spread as bars."""
-    from matplotlib.figure import Figure  # only who asks for a picture needs it
+    from matplotlib.figure import Figure  # an optional dependency
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -42,15 +39,15 @@ def plot_report(report: "Report", path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_growth(points: "list[GrowthPoint]", path: Path) -> None:
+def plot_growth(points: list[GrowthPoint], path: Path) -> None:
     """Milliseconds of a decode step, one picture for each axis."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(point.axis for point in points))
     figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        own = [point for point in points if point.axis == name]
-        axis.plot([point.value for point in own], [point.step_ms for point in own], marker="o")
+        varied = [point for point in points if point.axis == name]
+        axis.plot([point.value for point in varied], [point.step_ms for point in varied], marker="o")
         axis.set(xlabel=name, ylabel="ms for a decode step")
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)

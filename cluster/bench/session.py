@@ -12,7 +12,8 @@ from cluster.bench.checkpoint import describe, made_with_progress, read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
-from cluster.bench.systems import SystemSpec, check_comparison, check_shards
+from cluster.bench.spec import SystemSpec
+from cluster.bench.systems import check_comparison, check_shards
 from cluster.bench.throughput import Workload, measure_in_turns
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.config import ModelConfig

@@ -1,53 +1,13 @@
-"""Which system to measure. They themselves are in `cluster_system`, `transformers_system` and `foreign_system`."""
+"""Builds what a `SystemSpec` names, and says what cannot be measured here."""
 
 import importlib.util
 import subprocess
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
+from cluster.bench.spec import FOREIGN, SystemSpec
 from cluster.bench.throughput import System, Workload
 from cluster.config import ModelConfig
-from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
-
-FOREIGN = {"vllm": "vllm", "llama.cpp": "llama_cpp"}  # systems in environments of their own, and what they import
-_BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SystemSpec:
-    """What to build. dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
-    gpus_per_shard: None is one where there are any.
-
-    python, variables: the interpreter that has vLLM or llama.cpp, and what its process gets in its environment.
-    """
-
-    kind: Literal["local", "stream", "ray", "transformers", "vllm", "llama.cpp"]
-    model_dir: Path
-    dtype: str
-    num_shards: int
-    gpus_per_shard: float | None = None
-    python: str = ""
-    variables: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def split(self) -> bool:
-        """Whether its experts are in processes of their own."""
-        return self.kind in ("stream", "ray")
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}, {self.num_shards} shards" if self.split else self.kind
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Variables to start its process with: memory that stays with the process for all, and beside shards threads
-        that do not spin while they wait, as a served engine has them."""
-        if self.kind in FOREIGN:
-            return {}  # they have allocators of their own
-        return {**MALLOC_ENVIRONMENT, **(SHARED_CORES_ENVIRONMENT if self.split else {})}
 
 
 def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
@@ -85,15 +45,3 @@ def check_comparison(kind: str, python: str) -> None:
             raise SetupError(f"--compare {kind}: name the Python of an environment that has it with {option}")
         if subprocess.run([python, "-c", f"import {FOREIGN[kind]}"], capture_output=True).returncode:
             raise SetupError(f"{option} {python}: it cannot import {FOREIGN[kind]}")
-
-
-def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:
-    """Bytes that the largest batch takes: each sequence rounded up to _BLOCK_TOKENS, and one block more."""
-    num_tokens = workload.prompt_tokens + workload.output_tokens
-    num_blocks = -(-num_tokens // _BLOCK_TOKENS) + 1
-    return workload.batches[-1] * num_blocks * _BLOCK_TOKENS * config.kv_bytes_per_token(dtype)
-
-
-def step_tokens(workload: Workload) -> int:
-    """The token budget of a step: all prompts at once, as transformers takes them, within 2048 to 8192."""
-    return min(max(workload.batches[-1] * workload.prompt_tokens, 2048), 8192)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cluster.bench.systems import SystemSpec
+from cluster.bench.spec import SystemSpec
 from cluster.bench.throughput import Prompts
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cluster.bench.systems import SystemSpec, build_system
+from cluster.bench.spec import SystemSpec
+from cluster.bench.systems import build_system
 from cluster.bench.throughput import Point, Prompts, System, Workload, measure
 from cluster.config import ModelConfig
 from cluster.errors import ClusterError

@@ -18,7 +18,7 @@ from cluster.bench.command import PARTS, run
 from cluster.bench.machine import Machine, parse_cpuinfo, this_machine
 from cluster.bench.report import Report, to_json, to_markdown
 from cluster.bench.session import measure_all
-from cluster.bench.systems import SystemSpec, kv_cache_bytes, step_tokens
+from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import (
     Point,
     Prompts,

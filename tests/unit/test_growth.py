@@ -7,7 +7,8 @@ import pytest
 
 from cluster.bench import add_arguments
 from cluster.bench import growth as bench_growth
-from cluster.bench.growth import measure_growth, plan_points
+from cluster.bench.growth import measure_growth
+from cluster.bench.growth_points import plan_points
 
 
 def parse(*arguments):

@@ -1,0 +1,30 @@
+"""The settings of `moe-cluster bench growth`. Measures nothing."""
+
+import argparse
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthPoint:
+    """One setting. axis: which of them is varied here.  step_ms: median of the repeats, of a decode step."""
+
+    axis: str
+    batch: int
+    context: int
+    shards: int
+    layers: int
+    step_ms: float = 0.0
+
+    @property
+    def value(self) -> int:
+        """Where it stands on its axis."""
+        return int(getattr(self, self.axis))
+
+
+def plan_points(args: argparse.Namespace) -> list[GrowthPoint]:
+    """Each axis from the same middle: the middle's other values stay."""
+    middle = GrowthPoint(axis="batch", batch=8, context=64, shards=2, layers=args.layers)
+    axes = {"batch": args.batch, "context": args.context, "shards": args.shards}
+    if args.shapes == "a2.7b":  # the demo checkpoint has one depth
+        axes["layers"] = tuple(sorted({max(1, args.layers // 4), max(1, args.layers // 2), args.layers}))
+    return [replace(middle, axis=axis, **{axis: value}) for axis, values in axes.items() for value in values]
