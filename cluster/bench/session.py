@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -26,11 +27,15 @@ RunSystem = Callable[[SystemSpec, ModelConfig, Workload, Callable[[str], None]],
 
 
 def measure_all(
-    args: argparse.Namespace, run_one: RunSystem = run_system, start_one: StartSystem = RemoteSystem
+    args: argparse.Namespace,
+    run_one: RunSystem = run_system,
+    start_one: StartSystem = RemoteSystem,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """Carries out `moe-cluster bench throughput` and `latency`; see `command.run`.
 
-    run_one: measures one system.  start_one: loads one, for --turns.
+    run_one: measures one system.  start_one: loads one, for --turns, which are timed by `clock`.
     """
     for kind in args.compare:
         check_comparison(kind, _python(args, kind))
@@ -43,19 +48,9 @@ def measure_all(
         config = read_config(model_dir)
         workload = _fit(draft, args.shards, config)
         dtype = config.dtype if args.dtype == "auto" else args.dtype
-        specs = [
-            SystemSpec(
-                kind=kind,
-                model_dir=model_dir,
-                dtype=dtype,
-                num_shards=args.shards,
-                python=_python(args, kind),
-                variables=tuple(args.vllm_env) if kind == "vllm" else (),
-            )
-            for kind in (*args.compare, *args.transports)
-        ]
+        specs = _specs(args, model_dir, dtype)
         if args.turns:
-            results, failures = _take_turns(specs, config, workload, progress, start_one)
+            results, failures = _take_turns(specs, config, workload, progress, start_one, clock=clock)
         else:
             results, failures = _run_systems(specs, config, workload, progress, run_one)
     report = Report(
@@ -72,6 +67,21 @@ def measure_all(
     if args.json:
         args.json.write_text(to_json(report))
     return 1 if failures else 0
+
+
+def _specs(args: argparse.Namespace, model_dir: Path, dtype: str) -> list[SystemSpec]:
+    """The systems to measure; the first is the reference."""
+    return [
+        SystemSpec(
+            kind=kind,
+            model_dir=model_dir,
+            dtype=dtype,
+            num_shards=args.shards,
+            python=_python(args, kind),
+            variables=tuple(args.vllm_env) if kind == "vllm" else (),
+        )
+        for kind in (*args.compare, *args.transports)
+    ]
 
 
 def _python(args: argparse.Namespace, kind: str) -> str:
@@ -126,6 +136,8 @@ def _take_turns(
     workload: Workload,
     progress: Progress,
     start_one: StartSystem,
+    *,
+    clock: Callable[[], float],
 ) -> tuple[list[SystemResult], list[str]]:
     """All at once in memory, one at a time at work."""
     systems: list[RemoteSystem] = []
@@ -142,7 +154,7 @@ def _take_turns(
         found = measure_in_turns(
             systems,
             workload,
-            time.perf_counter,
+            clock,
             lambda system, batch: progress.update(task, advance=1, description=f"batch {batch}"),
             lambda: time.sleep(REST_S),
         )

@@ -95,6 +95,8 @@ def run_system(
     workload: Workload,
     on_progress: Callable[[str], None],
     build: Build = build_system,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> SystemResult:
     """Measures one system in a fresh process and blocks until it has ended.
 
@@ -104,7 +106,7 @@ def run_system(
     try:
         with closing(RemoteSystem(spec, config, workload, build)) as system:
             on_progress("loaded")
-            points = measure(system, workload, time.perf_counter, lambda batch: on_progress(f"batch {batch}"))
+            points = measure(system, workload, clock, lambda batch: on_progress(f"batch {batch}"))
     except ClusterError as error:
         raise ClusterError(f"{spec.name}: {error}") from error
     return SystemResult(name=spec.name, detail=system.detail, load_s=system.load_s, points=points)
