@@ -1,19 +1,54 @@
-"""Dataclasses that processes of different versions of this package exchange, as during a rollout."""
+"""Dataclasses that processes of different versions of this package exchange, as during a rollout.
 
+A class travels by its *wire name*, a module and a class that both versions can import. The wire name stays when the
+class moves: the module where it stood keeps a line that imports it from where it stands now.
+tests/unit/test_wire_names.py freezes the names.
+"""
+
+import importlib
+from collections.abc import Callable
+from copyreg import __newobj__ as new_object  # type: ignore[attr-defined]  # typeshed leaves it out
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
 
 
-def evolving(cls: C) -> C:
-    """Pickles a dataclass's fields by name: what a version does not know it ignores, what it misses has its default.
+def evolving(module: str) -> Callable[[C], C]:
+    """Pickles a dataclass's fields by name: a version ignores fields that it does not know, and gives those that it
+    misses their default. A new field therefore needs a default. (With slots, dataclasses are pickled by the fields'
+    order.)
 
-    A field that comes new therefore needs a default. (With slots, dataclasses are pickled by the fields' order.)
+    module: of the wire name.
     """
-    for name, method in (("__getstate__", _state), ("__setstate__", _set_state)):
-        setattr(cls, name, method)
+
+    def decorate(cls: C) -> C:
+        for name, method in (("__reduce__", _reduce), ("__getstate__", _state), ("__setstate__", _set_state)):
+            setattr(cls, name, method)
+        return on_wire(module)(cls)
+
+    return decorate
+
+
+def on_wire(module: str) -> Callable[[C], C]:
+    """Gives a class its wire name only: for actors, whose class Ray sends to each process that calls them."""
+
+    def decorate(cls: C) -> C:
+        cls.__module__ = module  # pickle and Ray read it
+        return cls
+
+    return decorate
+
+
+def sent(cls: C) -> C:
+    """The class, ready to be pickled: its wire name gives it. (Ray sends a class whose module is not imported by value,
+    as another class of the same name.)"""
+    assert getattr(importlib.import_module(cls.__module__), cls.__name__) is cls
     return cls
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    return new_object, (sent(type(self)),), self.__getstate__()
 
 
 def _state(self: Any) -> dict[str, Any]:

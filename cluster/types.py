@@ -20,7 +20,7 @@ MAX_STOP_TOKEN_IDS = 1 << 20  # more than any vocabulary has
 GREEDY_BELOW = 1e-5  # a temperature that divides logits into infinities; vLLM's bound (_SAMPLING_EPS)
 
 
-@evolving
+@evolving("cluster.types")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens. A field left at None takes the checkpoint's `generation_config.json`, else vLLM's default.
@@ -169,7 +169,7 @@ class ChatMessage:
     content: str
 
 
-@evolving
+@evolving("cluster.types")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """What an engine works on: validated, tokenized, every sampling default filled in.
@@ -201,7 +201,7 @@ class EngineRequest:
         return self.name or self.request_id
 
 
-@evolving
+@evolving("cluster.types")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """An engine at a moment: sequences, cache blocks, tokens generated since its start.
@@ -230,7 +230,7 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@evolving
+@evolving("cluster.types")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceUpdate:
     """One sequence's share of what the engine made since it last reported.

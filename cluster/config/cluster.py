@@ -57,7 +57,7 @@ class EngineConfig:
         _check_switches(self)
 
 
-@evolving
+@evolving("cluster.config.cluster")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """A deployed cluster: the arguments of `cluster.app:build` and of `moe-cluster serve`.

@@ -8,7 +8,7 @@ from cluster.errors import SetupError
 from cluster.evolving import evolving
 
 
-@evolving
+@evolving("cluster.experts.placement")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementPlan:
     """A frozen plan. `slices[shard][layer_id]` are the ids of the experts that the shard holds a copy of.

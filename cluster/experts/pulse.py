@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cluster.evolving import evolving
 
 
-@evolving
+@evolving("cluster.experts.pulse")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sign:
     """A sign of life. progress: changes while work goes on.  busy: there is work now.

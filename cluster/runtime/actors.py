@@ -23,6 +23,7 @@ from cluster.engine.load import load_engine, resolve_device, torch_dtype
 from cluster.engine.loop import EngineLoop
 from cluster.engine.step_record import open_step_record
 from cluster.errors import ShardUnavailable
+from cluster.evolving import on_wire
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.pulse import Pulse, Sign
 from cluster.experts.shard import ExpertShard
@@ -82,6 +83,7 @@ class ProgressReport:
             self._controller.report_load.remote(self._name, self._loaded, self._total)
 
 
+@on_wire("cluster.runtime.actors")
 class ExpertShardActor:
     """An expert shard's process. `forward` runs one call at a time; the other groups answer beside it."""
 
@@ -261,6 +263,7 @@ class _Computer:
         self.forward = actor.compute
 
 
+@on_wire("cluster.runtime.actors")
 class EngineActor:
     """An attention replica's engine, in a process with nothing else that is busy.
 

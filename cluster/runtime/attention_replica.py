@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ClusterConfig
 from cluster.engine.step_record import make_step_record
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
+from cluster.evolving import sent
 from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
 from cluster.runtime.autoscaling import engine_load
 from cluster.runtime.controller import get_controller
@@ -44,7 +45,7 @@ class AttentionReplica:
         self._record = make_step_record(config.max_num_seqs)
         record_path = self._record.path if self._record is not None else ""
         self.engine = (
-            ray.remote(concurrency_groups=ENGINE_GROUPS)(EngineActor)
+            ray.remote(concurrency_groups=ENGINE_GROUPS)(sent(EngineActor))
             .options(
                 num_cpus=config.cpus_per_attention_replica,
                 num_gpus=config.gpus_per_attention_replica or 0,

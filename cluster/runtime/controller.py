@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.errors import SetupError
+from cluster.evolving import on_wire, sent
 from cluster.experts import eplb
 from cluster.metrics import ControllerMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process
@@ -49,6 +50,7 @@ RECALL_TIMEOUT_S = 5.0
 REGISTRATION_S = 3.0  # in which the engines that live ask a controller that comes new, and say their slots
 
 
+@on_wire("cluster.runtime.controller")
 class ExpertController:
     """An asyncio actor, named `<group>:controller`. Every public method may be called at any time."""
 
@@ -295,7 +297,7 @@ class ExpertController:
 def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool = True) -> Any:
     """The group's controller; makes it if there is none. It outlives who made it, by its lease."""
     return (
-        ray.remote(ExpertController)
+        ray.remote(sent(ExpertController))
         .options(
             name=f"{group}:controller",
             namespace=NAMESPACE,

@@ -26,7 +26,7 @@ LEASE_S = 60.0  # a controller that nobody has asked for so long takes its shard
 ShardState = Literal["waiting for resources", "loading", "up", "lost"]
 
 
-@evolving
+@evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
     """A plan and the actor of each shard that is up. A shard that is being replaced has none."""
@@ -35,7 +35,7 @@ class Membership:
     handles: Mapping[int, Any]
 
 
-@evolving
+@evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessInfo:
     """Where a process runs: its node's Ray id, and the ids of the GPUs that Ray gave it; and this package's version.
@@ -62,7 +62,7 @@ def process_info() -> ProcessInfo:
     )
 
 
-@evolving
+@evolving("cluster.runtime.protocol")
 @dataclass(slots=True, kw_only=True)
 class ShardStatus:
     """One shard as the controller sees it. loaded_bytes of total_bytes are read while it loads. actor: its name."""
@@ -80,7 +80,7 @@ class ShardStatus:
         return "" if self.process is None else self.process.node_id
 
 
-@evolving
+@evolving("cluster.runtime.protocol")
 @dataclass(slots=True, kw_only=True)
 class ReplicaStatus:
     """One attention replica's engine as the controller sees it.
@@ -98,7 +98,7 @@ class ReplicaStatus:
     total_bytes: int = 0
 
 
-@evolving
+@evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """Something that went wrong and was dealt with. at: seconds of the wall clock."""
@@ -107,7 +107,7 @@ class Fault:
     what: str
 
 
-@evolving
+@evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRecord:
     """What a controller leaves with the shards for its successor. version: grows with every change."""
@@ -118,7 +118,7 @@ class ClusterRecord:
     config: ClusterConfig
 
 
-@evolving
+@evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """The controller's view.

@@ -20,6 +20,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
+from cluster.evolving import sent
 from cluster.experts.pulse import Sign
 from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
 from cluster.runtime.process import actor_environment, num_threads, share_of
@@ -161,7 +162,7 @@ class ShardProcess:
     def _create(self, place: PlacementGroup) -> Any:
         threads = num_threads(self.config.cpus_per_expert_shard)
         return (
-            ray.remote(concurrency_groups=SHARD_GROUPS)(ExpertShardActor)
+            ray.remote(concurrency_groups=SHARD_GROUPS)(sent(ExpertShardActor))
             .options(
                 name=self.name,
                 namespace=NAMESPACE,

@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
+from cluster.evolving import sent
 from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
 from cluster.runtime.process import actor_environment, num_threads
 from cluster.runtime.protocol import NAMESPACE
@@ -80,7 +81,7 @@ class SpareProcesses:
     def _create(self, name: str, node_id: str) -> Any:
         threads = num_threads(self.config.cpus_per_expert_shard)
         return (
-            ray.remote(concurrency_groups=SHARD_GROUPS)(ExpertShardActor)
+            ray.remote(concurrency_groups=SHARD_GROUPS)(sent(ExpertShardActor))
             .options(
                 name=name,
                 namespace=NAMESPACE,

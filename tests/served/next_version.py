@@ -24,7 +24,7 @@ def _add_fields(path: Path) -> int:
         max(part.end_lineno for part in node.body if isinstance(part, ast.AnnAssign))
         for node in ast.walk(ast.parse("\n".join(lines)))
         if isinstance(node, ast.ClassDef)
-        and any(isinstance(decorator, ast.Name) and decorator.id == "evolving" for decorator in node.decorator_list)
+        and any(ast.unparse(decorator).startswith("evolving(") for decorator in node.decorator_list)
     ]
     for end in sorted(ends, reverse=True):
         lines.insert(end, '    new_in_99: str = "news"')

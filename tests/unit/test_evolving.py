@@ -11,14 +11,14 @@ from cluster.runtime.protocol import ClusterRecord, ClusterStatus, ShardStatus
 from cluster.types import EngineRequest, SamplingParams, SequenceUpdate
 
 
-@evolving
+@evolving(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Old:
     first: int
     last: int = 0
 
 
-@evolving
+@evolving(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class New:
     """With fields in between, and without the last."""
@@ -28,7 +28,7 @@ class New:
     made: list[int] = field(default_factory=lambda: [1])
 
 
-@evolving
+@evolving(__name__)
 @dataclass(slots=True, kw_only=True)
 class Strict:
     first: int

@@ -1,0 +1,8 @@
+"""Imported by every Python of a rollout's Ray (as `sitecustomize`): a process keeps the version that it started with,
+though the link that it was found by is turned to another one."""
+
+import os
+import sys
+
+if __name__ == "sitecustomize":
+    sys.path[:] = [os.path.realpath(folder) if folder else folder for folder in sys.path]

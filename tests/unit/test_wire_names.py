@@ -1,0 +1,133 @@
+"""The names by which processes of different versions know the classes of what they exchange: they never change."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+from last_version import write_last_version
+
+from cluster.config import ClusterConfig
+from cluster.errors import InvalidRequest, ShardUnavailable
+from cluster.evolving import evolving, sent
+from cluster.experts.placement import plan_evenly
+from cluster.experts.pulse import Sign
+from cluster.runtime.actors import EngineActor, ExpertShardActor
+from cluster.runtime.controller import ExpertController
+from cluster.runtime.protocol import (
+    ClusterRecord,
+    ClusterStatus,
+    Fault,
+    Membership,
+    ProcessInfo,
+    ReplicaStatus,
+    ShardStatus,
+)
+from cluster.stream.frames import StreamOffer
+from cluster.types import EngineRequest, EngineStats, Logprobs, SamplingParams, SequenceUpdate
+
+PLAN = plan_evenly([0, 1], 4, 2)
+CONFIG = ClusterConfig(model="model", expert_shards=3)
+PROCESS = ProcessInfo(pid=7, node_id="n", gpu_ids=("0",), version="1", slot=2)
+SHARD = ShardStatus(
+    shard_id=1, actor="g:shard-1", state="up", loaded_bytes=3, total_bytes=4, respawns=2, process=PROCESS
+)
+REPLICA = ReplicaStatus(
+    name="r", process=PROCESS, engine=None, asked_at=1.5, epoch=3, loaded_bytes=5, total_bytes=6,
+    stats=EngineStats(running=1, waiting=2, used_blocks=3, num_blocks=4, generated_tokens=5, at=6.0, held=1),
+)  # fmt: skip
+EXCHANGED = (
+    EngineRequest(request_id="a", prompt_token_ids=(1, 2), params=SamplingParams(seed=3, stop=("x",)), client="c"),
+    SequenceUpdate(request_id="a", token_ids=(4,), logprobs=(Logprobs(4, -0.5, ((4, -0.5),)),), finish_reason="stop"),
+    CONFIG,
+    Membership(plan=PLAN, handles={}),
+    ClusterRecord(version=1.0, plan=PLAN, target=2, config=CONFIG),
+    ClusterStatus(
+        epoch=3, shards=(SHARD,), replicas=(REPLICA,), metrics_addresses=("http://a",), draining=True, failure="f",
+        plan=PLAN, published=True, uncovered_s=2.0, target_shards=2, work="w", load=[[1.0]], imbalance=1.5,
+        faults=(Fault(at=1.0, what="x"),), config=CONFIG, process=PROCESS,
+    ),
+    Sign(progress=1, busy=True, stuck_s=2.0),
+    StreamOffer(*range(len(StreamOffer.__dataclass_fields__))),
+)  # fmt: skip
+FAILURES = (ShardUnavailable("shard 1 died", 1), InvalidRequest("no", "n"))
+ACTORS = (ExpertController, ExpertShardActor, EngineActor)
+NAMES = """
+    cluster.config.cluster.ClusterConfig
+    cluster.errors.InvalidRequest
+    cluster.errors.ShardUnavailable
+    cluster.experts.placement.PlacementPlan
+    cluster.experts.pulse.Sign
+    cluster.runtime.actors.EngineActor
+    cluster.runtime.actors.ExpertShardActor
+    cluster.runtime.controller.ExpertController
+    cluster.runtime.protocol.ClusterRecord
+    cluster.runtime.protocol.ClusterStatus
+    cluster.runtime.protocol.Fault
+    cluster.runtime.protocol.Membership
+    cluster.runtime.protocol.ProcessInfo
+    cluster.runtime.protocol.ReplicaStatus
+    cluster.runtime.protocol.ShardStatus
+    cluster.stream.frames.StreamOffer
+    cluster.types.EngineRequest
+    cluster.types.EngineStats
+    cluster.types.Logprobs
+    cluster.types.SamplingParams
+    cluster.types.SequenceUpdate
+"""
+READ_AND_ANSWER = """
+import pickle, sys
+values, failures, actors = pickle.load(sys.stdin.buffer)
+answer = values, [(type(f).__name__, f.args) for f in failures], [a.__name__ for a in actors]
+pickle.dump(answer, sys.stdout.buffer)
+"""
+
+
+class NamesIn(pickle.Unpickler):
+    """Remembers the names of this package that a pickle refers to."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.seen = set()
+
+    def find_class(self, module, name):
+        if module.startswith("cluster."):
+            self.seen.add(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def test_what_is_exchanged_goes_by_the_names_that_it_had_first(tmp_path):
+    path = tmp_path / "values"
+    path.write_bytes(pickle.dumps((EXCHANGED, FAILURES, tuple(map(sent, ACTORS)))))
+    with path.open("rb") as file:
+        reader = NamesIn(file)
+        values, _, actors = reader.load()
+    assert reader.seen == set(NAMES.split())
+    assert values == EXCHANGED
+    assert actors == ACTORS
+
+
+def test_the_last_version_reads_what_this_one_sends_and_the_reverse(tmp_path):
+    """Its process loads the values, and sends them back as it writes them."""
+    write_last_version(tmp_path / "last")
+    done = subprocess.run(
+        [sys.executable, "-c", READ_AND_ANSWER], input=pickle.dumps((EXCHANGED, FAILURES, tuple(map(sent, ACTORS)))),
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "last")}, cwd=tmp_path, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    values, failures, actors = pickle.loads(done.stdout)
+    assert values == EXCHANGED
+    assert failures == [("ShardUnavailable", ("shard 1 died", 1)), ("InvalidRequest", ("no", "n"))]
+    assert actors == [actor.__name__ for actor in ACTORS]
+
+
+def test_a_class_whose_wire_name_does_not_give_it_is_not_sent():
+    """Ray would send it as another class of the same name."""
+
+    class EngineRequest:
+        pass
+
+    lost = evolving("cluster.types")(EngineRequest)
+    with pytest.raises(AssertionError):
+        sent(lost)
