@@ -13,7 +13,7 @@ from rich.progress import Progress
 from cluster.checkpoint.made.demo import write_demo_checkpoint, write_tokenizer
 from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint, write_json
 from cluster.checkpoint.reader import CONFIG_FILE, RANDOM_WEIGHTS, read_json_object
-from cluster.config import ModelConfig
+from cluster.config import ModelConfig, read_model_config
 from cluster.errors import SetupError
 
 SHAPES = ("a2.7b", "demo")
@@ -28,15 +28,20 @@ def default_directory(environ: dict[str, str]) -> Path:
 
 def read_config(model_dir: Path) -> ModelConfig:
     """Raises CheckpointError for a directory that is not a qwen2_moe checkpoint."""
-    return ModelConfig.from_dict(read_json_object(model_dir / "config.json"))
+    return read_model_config(read_json_object(model_dir / "config.json"))
 
 
 def describe(config: ModelConfig, dtype: str) -> str:
     """One line with the shapes that decide the speed."""
+    experts = f"dense of {config.intermediate_size}"
+    if config.moe is not None:
+        experts = (
+            f"{config.moe.num_experts} experts of {config.moe.moe_intermediate_size}, "
+            f"top-{config.moe.num_experts_per_tok}, shared expert of {config.moe.shared_expert_intermediate_size}"
+        )
     return (
-        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_experts} experts of "
-        f"{config.moe_intermediate_size}, top-{config.num_experts_per_tok}, shared expert of "
-        f"{config.shared_expert_intermediate_size}, vocabulary {config.vocab_size}, {dtype}"
+        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {experts}, vocabulary {config.vocab_size}, "
+        f"{dtype}"
     )
 
 

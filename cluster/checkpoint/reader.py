@@ -20,7 +20,6 @@ from cluster.checkpoint.files import check_directory, in_one_line, read_json_obj
 from cluster.checkpoint.names import (
     EMBEDDING,
     HEAD,
-    Shapes,
     Source,
     checkpoint_shapes,
     find_source,
@@ -36,7 +35,8 @@ from cluster.checkpoint.weights import (
     open_weights,
     read_header,
 )
-from cluster.config import ModelConfig
+from cluster.config import read_model_config
+from cluster.config.architectures.architecture import Shapes
 from cluster.config.json_keys import Keys
 from cluster.config.model import given_dtype
 from cluster.errors import CheckpointError
@@ -68,7 +68,7 @@ class CheckpointReader:
         check_directory(self.model_dir, CONFIG_FILE)
         raw = read_json_object(self.model_dir / CONFIG_FILE)
         try:
-            config = ModelConfig.from_dict(raw)
+            config = read_model_config(raw)
             self._seed = (
                 Keys(raw, CONFIG_FILE).count(RANDOM_WEIGHTS, at_least=0)
                 if raw.get(RANDOM_WEIGHTS) is not None

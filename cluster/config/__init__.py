@@ -4,8 +4,9 @@ All are frozen; derive a changed one with `dataclasses.replace`. What cannot wor
 SetupError, for the model's CheckpointError, with the field, the value and the limit.
 """
 
+from cluster.config.architectures.registry import read_model_config
 from cluster.config.cluster import TRANSPORTS, ClusterConfig, EngineConfig, Transport
-from cluster.config.model import DTYPE_BYTES, DTYPES, ModelConfig
+from cluster.config.model import DTYPE_BYTES, DTYPES, ModelConfig, MoeConfig
 from cluster.config.rope import RopeConfig
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "ClusterConfig",
     "EngineConfig",
     "ModelConfig",
+    "MoeConfig",
     "RopeConfig",
     "Transport",
+    "read_model_config",
 ]

@@ -48,7 +48,7 @@ def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfi
     if rope_type not in _TYPES:
         raise CheckpointError(f"config.json: rope type {shown(rope_type)} is not served: default, linear and yarn are")
     if keys.number("partial_rotary_factor", 1.0) != 1:
-        raise CheckpointError("config.json: partial_rotary_factor is not served: only qwen2_moe's full rotation is")
+        raise CheckpointError("config.json: partial_rotary_factor is not served: only a full rotation is")
     theta = keys.number("rope_theta", 10000.0)
     if theta <= 1:
         raise CheckpointError(f"config.json: rope_theta is {theta}, a number above 1 is needed")

@@ -32,8 +32,10 @@ class ExpertShard:
     """Experts of any layers in any number, uneven slices included. One thread may call `forward`, one `load`."""
 
     def __init__(self, shard_id: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        assert config.moe is not None, "a dense model has no experts to hold"
         self.shard_id = shard_id
         self.config = config
+        self.width = config.moe.moe_intermediate_size
         self.dtype = dtype
         self.device = device
         self.layers: dict[int, LayerSlice] = {}
@@ -96,7 +98,7 @@ class ExpertShard:
         held: LayerSlice | None,
         progress: Callable[[int], None] | None,
     ) -> LayerSlice:
-        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        hidden, width = self.config.hidden_size, self.width
         if self._plain is None:
             # Every weight is read into the same memory: freed between two packed ones it would stay a hole in the heap.
             self._plain = torch.empty(2 * width * hidden, dtype=self.dtype, device=self.device)
@@ -154,7 +156,7 @@ class ExpertShard:
 
     def _allocate(self, num_experts: int) -> tuple[Tensor, Tensor]:
         """[num_experts, 2I, H] and [num_experts, H, I], not filled."""
-        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        hidden, width = self.config.hidden_size, self.width
         shapes = ((num_experts, 2 * width, hidden), (num_experts, hidden, width))
         gate_up_proj, down_proj = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
         return gate_up_proj, down_proj

@@ -13,6 +13,6 @@ def qwen2_moe(config: ModelConfig) -> CausalLM:
 
 
 def _feed_forward(config: ModelConfig, layer_id: int) -> FeedForward:
-    if config.is_sparse(layer_id):
-        return SparseMoe(config, layer_id)
+    if config.moe is not None and config.is_sparse(layer_id):
+        return SparseMoe(config.moe, config.hidden_size, layer_id)
     return MLP(config.hidden_size, config.intermediate_size)

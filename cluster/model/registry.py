@@ -29,7 +29,7 @@ def load_model(
     """
     config = reader.config
     with torch.device("meta"):
-        model = MODELS["qwen2_moe"](config).to(dtype)
+        model = MODELS[config.model_type](config).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     reader.load(model.state_dict(), progress)
     if packs(dtype, device):

@@ -9,7 +9,7 @@ from cluster.bench.checkpoint import made_checkpoint
 from cluster.bench.gpu import memory_bound
 from cluster.checkpoint.made.synthetic import A2_7B_CONFIG
 from cluster.cli import main
-from cluster.config import ModelConfig
+from cluster.config import read_model_config
 
 SMALL = {
     **A2_7B_CONFIG, "hidden_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
@@ -38,7 +38,7 @@ def test_weights_without_files_are_the_same_for_whoever_draws_them(weightless):
 def test_the_bound_is_that_of_the_published_shapes():
     """3.1 GB dense, of which the embedding's 0.6 GB are looked up, not read; 24.9 GB routed; 196,608 bytes a token.
     Batch 100 at 1500 tokens: 27.4 GB + 29.5 GB a step, so 4.8 TB/s make 84 steps/s, 8.4 requests of 1000 tokens/s."""
-    config = ModelConfig.from_dict(A2_7B_CONFIG)
+    config = read_model_config(A2_7B_CONFIG)
     assert memory_bound(config, 100, 1000, 1000, 4.8e12) == pytest.approx(8.4, rel=0.02)
 
 

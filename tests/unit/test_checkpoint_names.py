@@ -9,7 +9,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, QWEN2_57B_A14B_CONFIG
 from cluster.checkpoint.names import checkpoint_shapes, dense_bytes, dense_shapes, expert_shapes
-from cluster.config import ModelConfig
+from cluster.config import read_model_config
 
 SMALL = {
     **A2_7B_CONFIG,
@@ -49,7 +49,7 @@ def transformers_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def test_names_and_shapes_are_those_of_transformers(changes: dict[str, Any]) -> None:
     """transformers 5 holds a layer's experts fused: gate and up as [E, 2·I, H], down as [E, H, I]."""
     raw = {**SMALL, **changes}
-    config = ModelConfig.from_dict(raw)
+    config = read_model_config(raw)
     expected = transformers_shapes(raw)
     fused = {name: expected.pop(name) for name in list(expected) if ".experts." in name}
 
@@ -69,7 +69,7 @@ def test_names_and_shapes_are_those_of_transformers(changes: dict[str, Any]) -> 
 
 def test_a_checkpoint_is_the_dense_part_and_every_expert_of_every_sparse_layer() -> None:
     """With step 2, layers 1 and 3 of 4 are sparse: 2 · 5 experts · 3 matrices beside the dense tensors."""
-    config = ModelConfig.from_dict({**SMALL, "decoder_sparse_step": 2})
+    config = read_model_config({**SMALL, "decoder_sparse_step": 2})
     names, dense = checkpoint_shapes(config), dense_shapes(config)
     assert {name: names[name] for name in dense} == dense
     assert len(names) - len(dense) == 2 * 5 * 3
@@ -77,7 +77,7 @@ def test_a_checkpoint_is_the_dense_part_and_every_expert_of_every_sparse_layer()
 
 
 def test_a_dense_layer_has_no_experts_to_name() -> None:
-    config = ModelConfig.from_dict({**SMALL, "mlp_only_layers": [1]})
+    config = read_model_config({**SMALL, "mlp_only_layers": [1]})
     with pytest.raises(AssertionError, match="layer 1 has no experts"):
         expert_shapes(config, 1, 0)
 
@@ -92,7 +92,7 @@ def test_released_models_have_their_published_sizes(
 ) -> None:
     """Parameters as on the model cards. In bfloat16, what each step reads (all but the embedding's table, of
     which it looks rows up) and the routed experts have the sizes that the design was made for."""
-    config = ModelConfig.from_dict(raw)
+    config = read_model_config(raw)
     total = sum(math.prod(shape) for shape in checkpoint_shapes(config).values())
     assert total / 1e9 == pytest.approx(billion_parameters, abs=0.06)
     embedding_bytes = 2 * config.vocab_size * config.hidden_size

@@ -18,7 +18,7 @@ from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defa
 from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.config import ModelConfig
+from cluster.config import read_model_config
 from cluster.errors import CheckpointError
 from cluster.experts.shard import ExpertShard
 from cluster.kernels.linear import packs
@@ -157,7 +157,7 @@ def test_packing_a_slice_holds_at_most_one_product_beside_it(tmp_path: Path) -> 
         "shared_expert_intermediate_size": 16, "torch_dtype": "bfloat16",
     }  # fmt: skip
     write_checkpoint(tmp_path, raw, seed=1)
-    shard = ExpertShard(0, ModelConfig.from_dict(raw), dtype=torch.bfloat16, device=torch.device("cpu"))
+    shard = ExpertShard(0, read_model_config(raw), dtype=torch.bfloat16, device=torch.device("cpu"))
     with anonymous_memory() as samples:
         shard.load(CheckpointReader(tmp_path), {0: range(8)})
     assert shard.num_bytes == 8 * 48 * mib

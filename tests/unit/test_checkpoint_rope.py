@@ -10,7 +10,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 
 from cluster.checkpoint.info import max_model_len
-from cluster.config import EngineConfig, ModelConfig
+from cluster.config import EngineConfig, read_model_config
 from cluster.errors import CheckpointError, SetupError
 from cluster.model.layers.rope import RotaryEmbedding
 
@@ -47,7 +47,7 @@ NEW = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_posi
 def test_positions_are_those_of_transformers_up_to_vllms_context(changes: dict[str, Any], context: int) -> None:
     raw = config(max_position_embeddings=4096) | changes
     raw = {key: value for key, value in raw.items() if value is not None}
-    read = ModelConfig.from_dict(raw)
+    read = read_model_config(raw)
     assert max_model_len(read, EngineConfig()) == context
     assert max_model_len(read, EngineConfig(max_model_len=context)) == context
     with pytest.raises(SetupError, match=f"the checkpoint's context has {context} tokens"):
@@ -68,10 +68,10 @@ def test_a_type_that_is_null_is_none_at_all() -> None:
         {"rope_type": None, "factor": None},
         {"type": None, "factor": 1},
     ):
-        read = ModelConfig.from_dict(config(rope_scaling=scaling))
+        read = read_model_config(config(rope_scaling=scaling))
         assert read.rope.rope_type == "default"
         assert read.context_length == 256
-    read = ModelConfig.from_dict(config(rope_scaling=DOCUMENTED | {"rope_type": None}))
+    read = read_model_config(config(rope_scaling=DOCUMENTED | {"rope_type": None}))
     assert (read.rope.rope_type, read.context_length) == ("yarn", 16384)
 
 
@@ -103,6 +103,6 @@ def test_a_type_that_is_null_is_none_at_all() -> None:
 )
 def test_scaling_that_says_two_things_or_nothing_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        ModelConfig.from_dict(config(max_position_embeddings=4096) | changes)
+        read_model_config(config(max_position_embeddings=4096) | changes)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -3,15 +3,15 @@
 import pytest
 from configs import BASE, config
 
-from cluster.config import ClusterConfig, EngineConfig, ModelConfig
+from cluster.config import ClusterConfig, EngineConfig, read_model_config
 from cluster.errors import CheckpointError, SetupError
 
 
 def test_old_and_new_key_styles_say_the_same():
-    old = ModelConfig.from_dict(
+    old = read_model_config(
         config(rope_theta=5e5, rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128})
     )
-    new = ModelConfig.from_dict(
+    new = read_model_config(
         config(
             rope_theta=None, torch_dtype=None, dtype="float32", eos_token_id=[1],
             rope_parameters={
@@ -23,26 +23,26 @@ def test_old_and_new_key_styles_say_the_same():
 
 
 def test_released_checkpoints_have_full_attention_in_every_layer():
-    read = ModelConfig.from_dict(config(sliding_window=4096, max_window_layers=28))
+    read = read_model_config(config(sliding_window=4096, max_window_layers=28))
     assert set(read.layer_types) == {"full_attention"}
     assert read.window(0) is None
 
 
 def test_a_sliding_window_is_on_in_even_layers_below_max_window_layers():
-    read = ModelConfig.from_dict(
+    read = read_model_config(
         config(use_sliding_window=True, sliding_window=9, max_window_layers=3, num_hidden_layers=6)
     )
     assert [read.window(i) for i in range(6)] == [9, None, 9, None, None, None]
 
 
 def test_sparse_layers_follow_step_and_mlp_only_layers():
-    read = ModelConfig.from_dict(config(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]))
+    read = read_model_config(config(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]))
     assert read.sparse_layers == (1, 5)
 
 
 def test_bytes_are_those_of_the_shapes():
     """A2.7B's: 3 × 2048 × 1408 × 2 an expert, 196,608 of KV cache a token."""
-    read = ModelConfig.from_dict(
+    read = read_model_config(
         config(
             hidden_size=2048, moe_intermediate_size=1408, num_hidden_layers=24, num_attention_heads=16,
             num_key_value_heads=16,
@@ -55,7 +55,7 @@ def test_bytes_are_those_of_the_shapes():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "'llama', only 'qwen2_moe'"),
+        ({"model_type": "llama"}, "'llama', one of qwen2_moe is needed"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
@@ -81,7 +81,7 @@ def test_bytes_are_those_of_the_shapes():
 def test_what_cannot_be_served_is_refused(changes, named):
     raw = {key: value for key, value in {**BASE, **changes}.items() if value is not None}
     with pytest.raises(CheckpointError) as raised:
-        ModelConfig.from_dict(raw)
+        read_model_config(raw)
     assert named in str(raised.value)
     assert "config.json" in str(raised.value)
 

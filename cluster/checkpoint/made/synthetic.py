@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.checkpoint.names import Shapes, checkpoint_shapes
+from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from cluster.config import DTYPE_BYTES, DTYPES, ModelConfig
+from cluster.config import DTYPE_BYTES, DTYPES, read_model_config
+from cluster.config.architectures.architecture import Shapes
 from cluster.config.resources import available_cpus
 from cluster.errors import CheckpointError
 
@@ -103,7 +104,7 @@ def write_checkpoint(
     Makes the directory. Raises CheckpointError where it has weights already, or where writing fails.
     """
     model_dir = Path(model_dir)
-    config = ModelConfig.from_dict(raw_config)
+    config = read_model_config(raw_config)
     if config.dtype not in DTYPES:
         raise CheckpointError(f"random weights of {config.dtype} are not made: use one of {', '.join(DTYPES)}")
     shapes = checkpoint_shapes(config)

@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.config import ModelConfig
+from cluster.config import MoeConfig
 from cluster.model.layers.feed_forward import MLP, Experts
 
 
 class Router(nn.Module):
     """The gate: probabilities over all experts in float32, then the top k of them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, moe: MoeConfig, hidden_size: int) -> None:
         super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.num_experts_per_tok = moe.num_experts_per_tok
+        self.norm_topk_prob = moe.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [T, H]. Returns topk_ids [T, K] int64 and topk_weights [T, K] float32; they sum to 1 only if the config
@@ -36,12 +36,12 @@ class Router(nn.Module):
 class SparseMoe(nn.Module):
     """`out = routed + sigmoid(x · g) * shared(x)`. The shared expert computes while the routed rows are away."""
 
-    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+    def __init__(self, moe: MoeConfig, hidden_size: int, layer_id: int) -> None:
         super().__init__()
         self.layer_id = layer_id
-        self.gate = Router(config)
-        self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.gate = Router(moe, hidden_size)
+        self.shared_expert = MLP(hidden_size, moe.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
     def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
         """As `FeedForward.begin`: sends the routed rows away, then computes the shared expert."""

@@ -1,0 +1,36 @@
+"""The model families that are served, by their config's `model_type`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.config.architectures.architecture import Architecture
+from cluster.config.architectures.qwen2_moe import QWEN2_MOE
+from cluster.config.json_keys import Keys, shown
+from cluster.config.model import ModelConfig
+from cluster.errors import CheckpointError
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    family.model_type: family
+    for family in (
+        QWEN2_MOE,
+    )
+}  # fmt: skip
+
+
+def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """Reads a parsed config.json. Raises CheckpointError that names the key, its value and what is needed."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"config.json: model_type is {shown(model_type)}, one of {', '.join(sorted(ARCHITECTURES))} is needed"
+        )
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            "config.json has a quantization_config, quantized checkpoints are not served yet: use the bfloat16 one"
+        )
+    return ARCHITECTURES[model_type].read(Keys(raw, "config.json"))
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """The family of a configuration that was read."""
+    return ARCHITECTURES[config.model_type]
