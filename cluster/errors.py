@@ -25,8 +25,9 @@ client gets their code and the request's id, the log gets the message.
 Arguments go to `super().__init__` by position: exceptions travel between actors by pickle.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class ClusterError(Exception):
@@ -107,6 +108,8 @@ class ProtocolError(ClusterError):
 class Overloaded(ClusterError):
     """A bounded queue is full; the same request may succeed later. retry_after_s: when it is worth a try."""
 
+    _HINT: ClassVar = re.compile(r"try again in ([0-9.]+) s")
+
     grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 429
     public = True
@@ -114,6 +117,17 @@ class Overloaded(ClusterError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
+
+    @classmethod
+    def later(cls, reason: str, retry_after_s: float) -> Self:
+        """Returns one whose message ends with when to try again, which `read_hint` finds there."""
+        return cls(f"{reason}: try again in {retry_after_s:.1f} s", retry_after_s)
+
+    @classmethod
+    def read_hint(cls, message: str) -> float | None:
+        """Returns the seconds that `later` wrote into a message, for where only the message arrives; None for none."""
+        found = cls._HINT.search(message)
+        return None if found is None else float(found[1])
 
 
 class DeadlineExceeded(ClusterError):

@@ -30,10 +30,10 @@ from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.offline_experts import RayExperts
-from cluster.serving.prepare import Prompt, RequestCompleter
+from cluster.serving.prepare import RequestCompleter
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText
-from cluster.serving.text.prompts import to_params, to_prompts
+from cluster.serving.text.prompts import Prompt, to_params, to_prompts
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import (
     SAMPLING_DEFAULTS,

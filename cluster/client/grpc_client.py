@@ -1,4 +1,4 @@
-"""A plain gRPC client of the service: what the command line talks with. Knows no Ray."""
+"""A plain gRPC client of the service, for the command line. Knows no Ray."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +15,8 @@ from cluster.client.direct import grpc_options
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
-from cluster.serving.grpc.answer_size import MAX_ANSWER_BYTES, RECEIVE_KEY
-from cluster.serving.grpc.messages import from_sampling_params
 from cluster.types import ChatMessage, SamplingParams
+from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY
 
 MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context
 
@@ -31,8 +30,8 @@ _ERRORS: dict[grpc.StatusCode, type[ClusterError]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsFiles:
-    """PEM files. ca: who signed the server's certificate; None is whom this machine trusts.  cert, key: this client's
-    own, for a server that asks for one; both or neither."""
+    """PEM files. ca: of the authority that signed the server's certificate; None: those that this machine trusts.
+    cert, key: this client's own, for a server that asks for them; both or neither."""
 
     ca: Path | None = None
     cert: Path | None = None
@@ -101,7 +100,7 @@ class Client:
         return reply
 
     def is_serving(self, timeout_s: float) -> bool:
-        """Whether the server says that it serves; false when it cannot be reached."""
+        """Returns whether the server says that it serves; false when it cannot be reached."""
         try:
             reply = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError:
@@ -135,7 +134,7 @@ class Client:
 
 
 def _short(reason: str) -> str:
-    """The end of OpenSSL's and gRPC's chain of causes is what a person can do something about."""
+    """Returns the end of OpenSSL's and gRPC's chain of causes: the part about which a person can do something."""
     last = re.split(r"OPENSSL_internal:|UNKNOWN: |UNAVAILABLE: |ipv[46]:[^ ]*: ", reason)[-1]
     return last.split(" {")[0].strip().removesuffix(": OK").rstrip(".")[-120:]
 
@@ -143,9 +142,9 @@ def _short(reason: str) -> str:
 def _request(
     prompt: str | Sequence[ChatMessage] | Iterable[int], params: SamplingParams, request_id: str
 ) -> pb.GenerateStreamRequest:
-    """Raises InvalidRequest for what no message carries."""
+    """Raises InvalidRequest for values that no message carries."""
     try:
-        request = pb.GenerateStreamRequest(request_id=request_id, sampling_params=from_sampling_params(params))
+        request = pb.GenerateStreamRequest(request_id=request_id, sampling_params=sampling_message(params))
         if isinstance(prompt, str):
             request.text = prompt
         elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], ChatMessage):
@@ -156,3 +155,12 @@ def _request(
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
     return request
+
+
+def sampling_message(params: SamplingParams) -> pb.SamplingParams:
+    """Leaves out what is None: the server fills the checkpoint's default in."""
+    optional = (field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
+    given = {name: value for name in optional if (value := getattr(params, name)) is not None}
+    return pb.SamplingParams(
+        stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos, **given
+    )

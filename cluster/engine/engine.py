@@ -159,7 +159,7 @@ class Engine:
             if limit
             else f"all {self.config.max_num_seqs} places are taken"
         )
-        full = Overloaded(f"{taken}: try again in {later_s:.1f} s", later_s)
+        full = Overloaded.later(taken, later_s)
         loser = self.scheduler.waiting.to_make_room(client)
         if loser is None:
             raise full

@@ -25,15 +25,15 @@ from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.actors import prepare_process
 from cluster.runtime.controller import get_controller
 from cluster.runtime.protocol import shard_group
+from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
-from cluster.serving.admission.callers import Callers
-from cluster.serving.admission.places import ServiceLimits
-from cluster.serving.admission.strangers import StrangerLimits
+from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService, HealthState
 from cluster.serving.replay import ReplayingBackend
-from cluster.serving.service import InferenceService, request_log
+from cluster.serving.service import InferenceService, ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer
+from cluster.serving.tracking import request_log
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         self._controller = get_controller(shard_group(config), config)
         self._controller.apply.remote(config)
         self._replicas = ServeReplicas(replicas)
-        keys = ApiKeys(Path(config.api_keys_file), time.monotonic) if config.api_keys_file else None
+        self._admission = self._make_admission()
         metrics = IngressMetrics(report_version(new_registry(), "ingress"))
         self._service = InferenceService(
             tokenizer=Tokenizer(config.model),
@@ -146,29 +146,33 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             ),
             metrics=metrics,
             limits=ServiceLimits(
-                max_request_bytes=config.max_request_bytes,
-                max_streams_per_client=config.max_streams_per_client,
-                max_waiting_inputs=config.max_waiting_inputs,
+                max_request_bytes=config.max_request_bytes, max_waiting_inputs=config.max_waiting_inputs
             ),
-            room=self._room,
-            spend=None if keys is None else keys.spend,
+            admission=self._admission,
         )
         self._health = HealthState()
-        callers = Callers(
-            keys,
+        raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
+        GrpcInferenceService.__init__(self, self._service, raise_failures=raise_failures)
+        GrpcHealthService.__init__(self, self._health, self._admission, raise_failures=raise_failures)
+        self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
+
+    def _make_admission(self) -> Admission:
+        config = self._config
+        return Admission(
+            ApiKeys(Path(config.api_keys_file), time.monotonic) if config.api_keys_file else None,
+            AdmissionLimits(
+                max_calls=config.max_ongoing_requests,
+                max_streams_per_client=config.max_streams_per_client,
+                keyless=KeylessLimits(
+                    max_calls=config.max_keyless_calls,
+                    max_calls_per_host=config.max_keyless_calls_per_host,
+                    calls_per_minute=config.keyless_calls_per_minute,
+                ),
+            ),
             # Behind HAProxy an ingress listens on all interfaces, and has no TLS.
             local_only=RAY_SERVE_ENABLE_DIRECT_INGRESS and ip_address(ray.util.get_node_ip_address()).is_loopback,
-            max_requests=config.max_ongoing_requests,
-            strangers=StrangerLimits(
-                max_calls=config.max_keyless_calls,
-                max_calls_per_host=config.max_keyless_calls_per_host,
-                calls_per_minute=config.keyless_calls_per_minute,
-            ),
+            room=self._room,
         )
-        raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
-        GrpcInferenceService.__init__(self, self._service, callers=callers, raise_failures=raise_failures)
-        GrpcHealthService.__init__(self, self._health, callers=callers, raise_failures=raise_failures)
-        self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
 
     def _room(self) -> float:
         """This ingress's part of what all engines run and queue; unknown before the first look at them."""
@@ -180,7 +184,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
 
     async def num_running(self) -> int:
         """Requests under way; a stop waits for none."""
-        return self._service.num_running
+        return self._admission.num_running
 
     async def _watch_cluster(self) -> None:
         """Keeps the health true: serving once replicas and shards are up, until draining, or until some expert has
@@ -192,10 +196,10 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
                 covered = status.serves(self._config.recovery_timeout_s)
                 self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
                 if status.draining:
-                    self._service.drain()
+                    self._admission.drain()
             except ray.exceptions.RayError as error:
                 log.warning("the expert controller does not answer, the last state stays: %s", error)
-            serving = covered and not self._service.draining and await self._replicas.answers()
+            serving = covered and not self._admission.draining and await self._replicas.answers()
             if serving != self._health.serving:
                 log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
             self._health.set(serving)

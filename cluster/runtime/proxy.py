@@ -4,8 +4,7 @@ Around Serve's handlers stand ours: who may call is looked at before a message i
 their clients (`relay`), reflection is bounded.
 """
 
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -14,12 +13,10 @@ from ray import serve
 from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
 from ray.serve.exceptions import RayServeException
 
-from cluster.errors import Overloaded
 from cluster.runtime.haproxy_config import NOT_FOR_CLIENTS
 from cluster.runtime.relay import relay_cancels
-from cluster.serving.admission.callers import host_of
-from cluster.serving.admission.strangers import StrangerLimits, Strangers
-from cluster.serving.grpc import handlers as grpc_server
+from cluster.serving.admission.admission import Admission
+from cluster.serving.grpc import keyless, registration
 from cluster.serving.grpc.gate import Doorkeeper, gated_stream, gated_unary
 
 REFLECTION = "grpc.reflection."
@@ -30,10 +27,10 @@ def add_inference_service(servicer: Any, server: Any) -> None:
     """Registers the rpcs. For Serve's `grpc_servicer_functions`; works on any grpc.aio server."""
     factory = getattr(server, "service_handler_factory", None)
     if factory is None:
-        grpc_server.add_inference_service(servicer, server)
+        registration.add_inference_service(servicer, server)
         return
     refuse_listing(server)
-    bound_reflection(server, Strangers(StrangerLimits(), time.monotonic))
+    bound_reflection(server, Admission())
 
     def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
         """Those of many messages are ours, around Serve's of one."""
@@ -48,7 +45,7 @@ def add_inference_service(servicer: Any, server: Any) -> None:
 
     server.service_handler_factory = make_handler
     try:
-        grpc_server.add_inference_service(servicer, server, gated=True)
+        registration.add_inference_service(servicer, server, gated=True)
     finally:
         server.service_handler_factory = factory
 
@@ -81,31 +78,19 @@ def refuse_listing(server: Server) -> None:
     Server.add_registered_method_handlers(server, "ray.serve.RayServeAPIService", {"ListApplications": handler})
 
 
-def bound_reflection(server: Server, strangers: Strangers) -> None:
+def bound_reflection(server: Server, admission: Admission) -> None:
     """Serve answers reflection on `server` itself, in calls that may stay and of which it counts none."""
     register = server.add_registered_method_handlers
 
     def bounded(service: str, handlers: dict[str, Any]) -> None:
         if service.startswith(REFLECTION):
             handlers = {
-                name: handler._replace(stream_stream=_staying(handler.stream_stream, strangers))
+                name: handler._replace(stream_stream=keyless.bounded(handler.stream_stream, admission))
                 for name, handler in handlers.items()
             }
         register(service, handlers)
 
     vars(server)["add_registered_method_handlers"] = bounded  # Serve calls it later, for reflection
-
-
-def _staying(handler: Callable[[Any, Any], AsyncIterator[Any]], strangers: Strangers) -> Callable[..., Any]:
-    async def stream(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-        try:
-            with strangers.staying(host_of(grpc_server.metadata_of(context), context.peer())):
-                async for response in handler(requests, context):
-                    yield response
-        except Overloaded as error:
-            grpc_server.set_status(context, error, "")
-
-    return stream
 
 
 async def _refuse(request: bytes, context: Any) -> None:

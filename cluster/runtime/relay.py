@@ -6,16 +6,15 @@ tokens), and the replica generates to the end for nobody. `relay_cancels` closes
 """
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import grpc
 
-from cluster.serving.grpc.handlers import RETRY_KEY
+from cluster.errors import Overloaded
+from cluster.wire import RETRY_KEY
 
 UNREAD_TIMEOUT_S = 120.0
-_HINT = re.compile(r"try again in ([0-9.]+) s")
 
 
 class ContextShield:
@@ -33,10 +32,10 @@ class ContextShield:
         if self._context is None:
             return
         self._context.set_details(details)
-        hint = _HINT.search(details)
-        if hint is not None:
+        retry_after_s = Overloaded.read_hint(details)
+        if retry_after_s is not None:
             before = tuple(self._context.trailing_metadata() or ())
-            self._context.set_trailing_metadata((*before, (RETRY_KEY, str(round(1000 * float(hint[1]))))))
+            self._context.set_trailing_metadata((*before, (RETRY_KEY, str(round(1000 * retry_after_s)))))
 
     def __getattr__(self, name: str) -> Any:
         if self._context is None:

@@ -4,33 +4,13 @@ Knows no running requests and no network. `service` runs what comes out of it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
+from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.work import TextWork
-from cluster.types import SAMPLING_DEFAULTS, ChatMessage, EngineRequest, ModelInfo, SamplingParams
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """What to answer: exactly one of a text, token ids or a conversation. Raises InvalidRequest."""
-
-    text: str | None = None
-    token_ids: Iterable[int] | None = None
-    messages: Sequence[ChatMessage] | None = None
-
-    def __post_init__(self) -> None:
-        inputs = {"text": self.text, "token_ids": self.token_ids, "chat": self.messages}
-        given = [name for name, value in inputs.items() if value is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "empty"
-            raise InvalidRequest(f"input is {found}, exactly one of text, token_ids and chat is needed", "input")
-
-    @property
-    def field(self) -> str:
-        """The given input's name in the public API."""
-        return "text" if self.text is not None else "token_ids" if self.token_ids is not None else "chat"
+from cluster.types import SAMPLING_DEFAULTS, EngineRequest, ModelInfo, SamplingParams
 
 
 class RequestCompleter:

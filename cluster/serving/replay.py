@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.errors import Overloaded, PoisonedRequest, ReplicaStopping, ReplicaUnavailable
-from cluster.serving.service import GenerationBackend
+from cluster.serving.backend import GenerationBackend
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)

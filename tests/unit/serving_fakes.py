@@ -3,13 +3,14 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cluster.serving.admission.places import ServiceLimits
-from cluster.serving.service import InferenceService
+from cluster.serving.admission.admission import Admission, AdmissionLimits
+from cluster.serving.admission.api_keys import ApiKeys
+from cluster.serving.service import InferenceService, ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer as ServedTokenizer
 from cluster.types import EngineRequest, Logprobs, ModelInfo, SamplingParams, SequenceUpdate
 
@@ -166,7 +167,8 @@ def make_service(
     room: float = math.inf,
     max_streams_per_client: int = 0,
     max_waiting_inputs: int = 64,
-    spend: Callable[[str, int], None] | None = None,
+    keys: ApiKeys | None = None,
+    admission: Admission | None = None,
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
     info = ModelInfo(
@@ -180,13 +182,9 @@ def make_service(
         defaults=defaults or SamplingParams(temperature=0.7, top_k=20),
         backend=backend,
         metrics=metrics or FakeMetrics(),
-        limits=ServiceLimits(
-            max_request_bytes=max_request_bytes,
-            max_streams_per_client=max_streams_per_client,
-            max_waiting_inputs=max_waiting_inputs,
-        ),
-        room=lambda: room,
-        spend=spend,
+        limits=ServiceLimits(max_request_bytes=max_request_bytes, max_waiting_inputs=max_waiting_inputs),
+        admission=admission
+        or Admission(keys, AdmissionLimits(max_streams_per_client=max_streams_per_client), room=lambda: room),
         clock=clock or TickingClock(),
         new_request_id=lambda: f"generated-{next(ids)}",
     )

@@ -31,19 +31,14 @@ from cluster.errors import CheckpointError, ClusterError, Overloaded, ShardUnava
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime.grpc_front import GrpcFront
+from cluster.serving.admission.admission import Admission
 from cluster.serving.admission.api_keys import ApiKeys, new_key
-from cluster.serving.admission.callers import Callers, client_of, is_local
-from cluster.serving.admission.places import ServiceLimits
-from cluster.serving.grpc.handlers import (
-    MAX_DETAILS_BYTES,
-    MAX_DETAILS_CHARS,
-    SERVICE_NAME,
-    GrpcInferenceService,
-    StreamFailed,
-    add_inference_service,
-    set_status,
-)
+from cluster.serving.admission.callers import client_of, is_local
+from cluster.serving.grpc.context import MAX_DETAILS_BYTES, MAX_DETAILS_CHARS, StreamFailed, peer_of, set_status
+from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService, HealthState
+from cluster.serving.grpc.registration import SERVICE_NAME, add_inference_service
+from cluster.serving.service import ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import ModelInfo, SequenceUpdate
 
@@ -103,10 +98,9 @@ class ServeLike:
 
 
 class Ingress(GrpcInferenceService, GrpcHealthService):
-    def __init__(self, service, state, keys):
-        callers = Callers(keys)
-        GrpcInferenceService.__init__(self, service, callers=callers)
-        GrpcHealthService.__init__(self, state, callers=callers)
+    def __init__(self, service, state):
+        GrpcInferenceService.__init__(self, service)
+        GrpcHealthService.__init__(self, state, service.admission)
 
 
 class Served:
@@ -129,10 +123,9 @@ def serve(tokenizer):
 
     @asynccontextmanager
     async def running(backend, keys):
-        spend = None if keys is None else keys.spend
-        service = make_service(tokenizer, backend, max_request_bytes=MAX_REQUEST_BYTES, spend=spend)
+        service = make_service(tokenizer, backend, max_request_bytes=MAX_REQUEST_BYTES, keys=keys)
         health, server = HealthState(), grpc.aio.server()
-        servicer = ServeLike(Ingress(service, health, keys))
+        servicer = ServeLike(Ingress(service, health))
         add_inference_service(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -323,10 +316,10 @@ def test_a_clients_cancel_and_deadline_close_the_sequence(serve):
         call = served.stub.GenerateStream(pb.GenerateStreamRequest(text="a", request_id="first"))
         await served.backend.reached.wait()
         call.cancel()
-        while served.service.num_running:
+        while served.service.admission.num_running:
             await asyncio.sleep(0.001)
         code, _ = await refusal(served.stub.Generate(pb.GenerateRequest(text="a", request_id="second"), timeout=0.1))
-        while served.service.num_running:
+        while served.service.admission.num_running:
             await asyncio.sleep(0.001)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert served.backend.closed == ["first", "second"]
@@ -340,7 +333,7 @@ def test_a_clients_cancel_and_deadline_close_the_sequence(serve):
 
 def test_a_draining_server_is_unavailable(serve):
     async def scenario(served):
-        served.service.drain()
+        served.service.admission.drain()
         return await refusal(served.stub.Generate(pb.GenerateRequest(text="a")))
 
     assert serve(scenario)[0] is grpc.StatusCode.UNAVAILABLE
@@ -455,6 +448,9 @@ class FakeService:
 
     limits = ServiceLimits()
 
+    def __init__(self, admission=None):
+        self.admission = admission or Admission()
+
     def new_request_id(self):
         return "r"
 
@@ -497,8 +493,8 @@ def test_without_a_known_key_no_call_is_answered_and_each_is_counted(serve, tmp_
         for call in calls:
             code, details = await refusal(call)
             assert (code, words in details) == (grpc.StatusCode.UNAUTHENTICATED, True)
-        assert served.service._metrics.named("finished") == [("unauthenticated",)] * len(calls)
-        assert served.service._metrics.named("started") == [()] * len(calls)
+        assert served.service._tracker._metrics.named("finished") == [("unauthenticated",)] * len(calls)
+        assert served.service._tracker._metrics.named("started") == [()] * len(calls)
         assert not served.backend.requests
 
     serve(scenario, keys=Keyed(tmp_path).keys)
@@ -579,9 +575,8 @@ def test_health_and_reflection_are_for_everybody(serve, tmp_path):
     ],
 )
 def test_behind_a_proxy_of_this_machine_nobody_else_is_answered(peer, local):
-    assert is_local(peer) == local
     refused = []
-    service = FakeService()
+    service = FakeService(Admission(local_only=True))
     service.count_refused = refused.append
     service.info = ModelInfo(
         model_id="tiny", vocab_size=1, max_model_len=1, num_hidden_layers=1, num_experts=1, num_experts_per_tok=1,
@@ -589,7 +584,8 @@ def test_behind_a_proxy_of_this_machine_nobody_else_is_answered(peer, local):
     )  # fmt: skip
     context = FakeContext()
     context.peer = lambda: peer
-    info = asyncio.run(GrpcInferenceService(service, callers=Callers(local_only=True)).GetModelInfo(b"", context))
+    assert is_local(peer_of(context)) == local
+    info = asyncio.run(GrpcInferenceService(service).GetModelInfo(b"", context))
     assert info.model_id == ("tiny" if local else "")
     assert context.code == (None if local else grpc.StatusCode.PERMISSION_DENIED)
     assert len(refused) == (not local)
@@ -610,7 +606,7 @@ def test_a_key_over_its_limit_hears_when_to_come_again(serve, tmp_path):
 
 def test_the_hint_of_a_limit_is_the_one_that_grpc_clients_follow(tmp_path):
     alice = Keyed(tmp_path, "requests_per_minute=1")
-    ingress = GrpcInferenceService(FakeService(), callers=Callers(alice.keys))
+    ingress = GrpcInferenceService(FakeService(Admission(alice.keys)))
     with alice.keys.admitted("alice"):
         pass
     context = FakeContext(alice.metadata)
@@ -627,7 +623,7 @@ def test_a_stream_holds_its_keys_place_until_its_client_leaves(serve, tmp_path):
         await served.backend.reached.wait()
         refused = await refusal(collect(served.stub.GenerateStream(request, metadata=alice.metadata)))
         first.cancel()
-        while served.service.num_running:
+        while served.service.admission.num_running:
             await asyncio.sleep(0.001)
         await served.stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=alice.metadata)
         return refused
@@ -685,13 +681,13 @@ def test_a_pickle_for_a_request_is_not_loaded(serve, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "client"),
     [
-        ((), "ipv4:192.0.2.7"),
+        ((), "192.0.2.7"),
         ((("x-forwarded-for", "198.51.100.4"),), "198.51.100.4"),
         ((("x-forwarded-for", "198.51.100.4"), ("x-client-id", "team")), "team"),
     ],
 )
 def test_a_request_counts_for_its_client_id_else_for_the_host_that_it_comes_from(metadata, client):
-    assert client_of(dict(metadata), "ipv4:192.0.2.7:51234") == client
+    assert client_of(dict(metadata), "192.0.2.7") == client
 
 
 def test_registration_routes_every_method_as_bytes():

@@ -17,7 +17,7 @@ from cluster.engine.loop import EngineLoop
 from cluster.engine.runner import ModelRunner
 from cluster.errors import ClusterError, InvalidRequest, RequestFailed, ShardUnavailable
 from cluster.model import sampler
-from cluster.serving.prepare import Prompt
+from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 
 POISON = 666  # the seed of the one that meets the exception

@@ -76,7 +76,7 @@ def test_a_full_lane_refuses_and_says_when_to_come_again():
     async def run(lane, start, end, tasks):
         for name in ("a", "b", "c", "d"):
             await start(name)
-        with pytest.raises(Overloaded, match=r"2 inputs wait already: try again in 1 s"):
+        with pytest.raises(Overloaded, match=r"2 inputs wait already: try again in 1\.0 s"):
             await tasks["d"]
 
     scenario(run, max_waiting=2)

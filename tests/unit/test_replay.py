@@ -9,8 +9,8 @@ from engine_fakes import Clock, make_engine, request, run_to_end
 from serving_fakes import EchoBackend, byte_ids, make_service, write_tokenizer
 
 from cluster.errors import ClusterError, Overloaded, PoisonedRequest, ReplicaStopping, ReplicaUnavailable
-from cluster.serving.prepare import Prompt
 from cluster.serving.replay import ReplayingBackend
+from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SamplingParams, SequenceUpdate
 

@@ -9,8 +9,8 @@ from engine_fakes import make_engine
 from serving_fakes import EchoBackend, TickingClock, byte_ids, make_service, write_tokenizer
 
 from cluster.errors import ClusterError, DeadlineExceeded
-from cluster.serving.prepare import Prompt
 from cluster.serving.replay import ReplayingBackend
+from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SamplingParams, SequenceUpdate
 
@@ -83,10 +83,10 @@ async def stop_at_a_string(service):
 
 
 async def run_out_of_time(service):
-    service._clock.tick = 1.0
+    service._tracker._clock.tick = 1.0
     with pytest.raises(DeadlineExceeded, match="request x did not finish"):
         await text_of(service, timeout_s=3.5)
-    service._clock.tick = 0.0
+    service._tracker._clock.tick = 0.0
 
 
 async def get_the_whole_answer(service):

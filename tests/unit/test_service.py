@@ -19,9 +19,10 @@ from serving_fakes import (
 )
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
-from cluster.serving.prepare import Prompt
-from cluster.serving.service import MAX_REQUEST_ID_CHARS
+from cluster.serving.admission.admission import Admission
+from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
+from cluster.serving.tracking import MAX_REQUEST_ID_CHARS
 from cluster.types import ChatMessage, Logprobs, SamplingParams, SequenceUpdate, Usage
 
 GREEDY = SamplingParams(temperature=0)
@@ -161,8 +162,8 @@ def test_a_bad_id_or_budget_is_refused(service, options, field):
 
 
 def test_a_draining_service_sends_new_requests_elsewhere(service):
-    service.drain()
-    assert service.draining
+    service.admission.drain()
+    assert service.admission.draining
     with pytest.raises(Unavailable, match="send the request to another one"):
         generate(service, Prompt(text="a"))
 
@@ -211,7 +212,7 @@ def test_a_stop_string_ends_the_sequence_at_the_engine(tokenizer):
     assert len(output.logprobs) == 6
     assert output.finish_reason == "stop"
     assert backend.closed == ["generated-1"]
-    assert service.num_running == 0
+    assert service.admission.num_running == 0
 
 
 def test_the_sequence_is_closed_before_the_last_delta_goes_out(tokenizer):
@@ -281,7 +282,7 @@ def test_a_failed_sequence_raises_and_is_counted(tokenizer, script, error, outco
         generate(service, Prompt(text="a"))
     assert metrics.named("finished") == [(outcome,)]
     assert metrics.named("end_to_end") == []
-    assert service.num_running == 0
+    assert service.admission.num_running == 0
 
 
 def test_cancelling_a_request_closes_its_sequence(tokenizer):
@@ -290,12 +291,12 @@ def test_cancelling_a_request_closes_its_sequence(tokenizer):
         service = make_service(tokenizer, backend, metrics=metrics)
         task = asyncio.create_task(service.generate(Prompt(text="a"), GREEDY, request_id="mine"))
         await backend.reached.wait()
-        assert service.num_running == 1
+        assert service.admission.num_running == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert backend.closed == ["mine"]
-        assert service.num_running == 0
+        assert service.admission.num_running == 0
         assert metrics.named("finished") == [("cancelled",)]
 
     asyncio.run(scenario())
@@ -307,9 +308,9 @@ def test_closing_a_stream_half_way_closes_its_sequence(tokenizer, backend):
         service = make_service(tokenizer, backend, metrics=metrics)
         deltas = service.stream(Prompt(text="abc"), GREEDY)
         await anext(deltas)
-        assert (backend.closed, service.num_running) == ([], 1)
+        assert (backend.closed, service.admission.num_running) == ([], 1)
         await deltas.aclose()
-        assert (backend.closed, service.num_running) == (["generated-1"], 0)
+        assert (backend.closed, service.admission.num_running) == (["generated-1"], 0)
         assert metrics.named("finished") == [("cancelled",)]
 
     asyncio.run(scenario())
@@ -317,7 +318,7 @@ def test_closing_a_stream_half_way_closes_its_sequence(tokenizer, backend):
 
 def test_a_stream_closed_after_its_last_delta_is_a_success(service):
     async def scenario():
-        metrics = service._metrics
+        metrics = service._tracker._metrics
         deltas = service.stream(Prompt(text="a"), SamplingParams(max_tokens=1))
         assert (await anext(deltas)).finish_reason == "length"
         await deltas.aclose()
@@ -424,7 +425,7 @@ def test_what_finds_no_room_is_refused_before_it_is_looked_at(tokenizer):
         return refused.value.retry_after_s
 
     assert asyncio.run(run()) >= 0.1
-    assert service.num_running == 0
+    assert service.admission.num_running == 0
 
 
 def test_a_client_with_few_requests_is_heard_where_another_has_many(tokenizer):
@@ -435,7 +436,7 @@ def test_a_client_with_few_requests_is_heard_where_another_has_many(tokenizer):
         with pytest.raises(Overloaded):
             await service.generate(Prompt(text="hello"), GREEDY, client="greedy")
         tasks.append(await started(service, "modest"))
-        assert service.num_running == 4
+        assert service.admission.num_running == 4
         for task in tasks:
             task.cancel()
 
@@ -453,17 +454,22 @@ def test_a_client_has_no_more_streams_at_a_time_than_it_may(tokenizer):
         tasks[0].cancel()
         await asyncio.wait(tasks[:1])
         tasks.append(await started(service, "a"))
-        assert service.num_running == 4
+        assert service.admission.num_running == 4
         for task in tasks:
             task.cancel()
 
     asyncio.run(run())
 
 
-def test_a_clients_tokens_are_told_when_its_request_ends_however_it_does(tokenizer):
+def test_a_clients_tokens_are_charged_when_its_request_ends_however_it_does(tokenizer):
     """ "abc" is 3 tokens, answered by 3 and EOS: 7. Left after the first piece: 3 and 1. Refused: none."""
     spent = []
-    service = make_service(tokenizer, EchoBackend(), spend=lambda client, count: spent.append((client, count)))
+
+    class Charged(Admission):
+        def spend(self, client, num_tokens):
+            spent.append((client, num_tokens))
+
+    service = make_service(tokenizer, EchoBackend(), admission=Charged())
 
     async def leave():
         deltas = service.stream(Prompt(text="abc"), GREEDY, client="b")

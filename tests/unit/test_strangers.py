@@ -16,20 +16,22 @@ from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime import proxy
 from cluster.runtime.proxy import add_inference_service, bound_reflection
+from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys, new_key
-from cluster.serving.admission.callers import Callers
-from cluster.serving.admission.strangers import MAX_HOSTS, StrangerLimits, Strangers
+from cluster.serving.admission.keyless import MAX_HOSTS, KeylessCalls, KeylessLimits
 from cluster.serving.grpc import gate as grpc_gate
-from cluster.serving.grpc.handlers import SERVICE_NAME, GrpcInferenceService
+from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService, HealthState
+from cluster.serving.grpc.registration import SERVICE_NAME
 from cluster.serving.text.tokenizer import Tokenizer
 
-LIMITS = StrangerLimits(max_calls=4, max_calls_per_host=3, calls_per_minute=60)
-HERE, ELSEWHERE = "ipv4:127.0.0.1:51234", "ipv4:192.0.2.7:51234"
+KEYLESS = KeylessLimits(max_calls=4, max_calls_per_host=3, calls_per_minute=60)
+LIMITS = AdmissionLimits(keyless=KEYLESS)
+HERE, ELSEWHERE = "127.0.0.1", "192.0.2.7"
 
 
-def strangers(clock=None, **limits):
-    return Strangers(StrangerLimits(**limits) if limits else LIMITS, clock or TickingClock())
+def keyless(clock=None):
+    return KeylessCalls(KEYLESS, clock or TickingClock())
 
 
 @pytest.fixture
@@ -41,105 +43,106 @@ def key(tmp_path):
 
 
 def test_a_host_has_so_many_calls_that_stay_and_others_have_room():
-    known = strangers()
+    known = keyless()
     with ExitStack() as calls:
         for _ in range(3):
-            calls.enter_context(known.staying("a"))
+            calls.enter_context(known.open("a"))
         with pytest.raises(Overloaded, match="at most 3 calls without a key at a time from one host: try again"):
-            calls.enter_context(known.staying("a"))
-        calls.enter_context(known.staying("b"))
+            calls.enter_context(known.open("a"))
+        calls.enter_context(known.open("b"))
         with pytest.raises(Overloaded, match="at most 4 calls without a key at a time: try again"):
-            calls.enter_context(known.staying("c"))
-    with known.staying("a"):
+            calls.enter_context(known.open("c"))
+    with known.open("a"):
         pass
 
 
 def test_a_hosts_calls_come_at_a_rate():
     """One a second in the long run, a minute's worth at once."""
     clock = TickingClock()
-    known = strangers(clock)
+    known = keyless(clock)
     for _ in range(60):
-        known.called("a")
+        known.count("a")
     with pytest.raises(Overloaded, match=r"60 calls without a key a minute: try again in 1\.0 s"):
-        known.called("a")
-    known.called("b")
+        known.count("a")
+    known.count("b")
     clock.now_s += 1.0
-    known.called("a")
+    known.count("a")
 
 
 def test_what_is_remembered_of_hosts_is_bounded():
-    known = strangers()
+    known = keyless()
     for number in range(MAX_HOSTS + 50):
-        with known.staying(f"host-{number}"):
+        with known.open(f"host-{number}"):
             pass
     assert len(known._rates) == MAX_HOSTS
-    assert not known._staying
+    assert not known._open
 
 
 def test_wrong_keys_are_counted_and_right_ones_are_not(key):
     keys, metadata = key
-    callers = Callers(keys, strangers=LIMITS, clock=TickingClock())
+    admission = Admission(keys, LIMITS, clock=TickingClock())
     for _ in range(60):
         with pytest.raises(Unauthenticated):
-            callers.identify({"authorization": "Bearer guess"}, ELSEWHERE)
+            admission.identify({"authorization": "Bearer guess"}, ELSEWHERE)
     with pytest.raises(Overloaded, match="60 calls without a key a minute"):
-        callers.identify({}, ELSEWHERE)
+        admission.identify({}, ELSEWHERE)
     for _ in range(100):
-        assert callers.identify(metadata, ELSEWHERE) == "alice"
+        assert admission.identify(metadata, ELSEWHERE) == "alice"
     with pytest.raises(Unauthenticated):
-        callers.identify({}, "ipv4:192.0.2.8:1")
+        admission.identify({}, "192.0.2.8")
 
 
 def test_requests_beyond_what_an_ingress_takes_are_refused_and_watches_take_no_place_of_them(key):
     keys, metadata = key
-    callers = Callers(keys, max_requests=2, strangers=LIMITS)
+    admission = Admission(keys, AdmissionLimits(max_calls=2, keyless=KEYLESS))
     with ExitStack() as calls:
         for _ in range(3):
-            calls.enter_context(callers.stay({}, ELSEWHERE))
+            calls.enter_context(admission.watch({}, ELSEWHERE))
         for _ in range(2):
-            assert calls.enter_context(callers.request(metadata, ELSEWHERE)) == "alice"
-        with pytest.raises(Overloaded, match=r"has 2 requests, as many as it takes: try again in 1 s"):
-            calls.enter_context(callers.request(metadata, ELSEWHERE))
-        callers.ask(ELSEWHERE)
-        calls.enter_context(callers.stay({}, HERE))
-    with callers.request(metadata, ELSEWHERE):
+            assert calls.enter_context(admission.call(metadata, ELSEWHERE)) == "alice"
+        with pytest.raises(Overloaded, match=r"has 2 requests, as many as it takes: try again in 1\.0 s"):
+            calls.enter_context(admission.call(metadata, ELSEWHERE))
+        admission.question({}, ELSEWHERE)
+        calls.enter_context(admission.watch({}, HERE))
+    with admission.call(metadata, ELSEWHERE):
         pass
 
 
 def test_the_host_is_what_the_proxy_says():
-    callers = Callers(strangers=LIMITS)
+    admission = Admission(limits=LIMITS)
     with ExitStack() as calls:
         for _ in range(3):
-            calls.enter_context(callers.stay({"x-forwarded-for": "198.51.100.4"}, HERE))
+            calls.enter_context(admission.watch({"x-forwarded-for": "198.51.100.4"}, HERE))
         with pytest.raises(Overloaded):
-            calls.enter_context(callers.stay({"x-forwarded-for": "198.51.100.4", "x-client-id": "another"}, HERE))
-        calls.enter_context(callers.stay({"x-forwarded-for": "198.51.100.5"}, HERE))
+            calls.enter_context(admission.watch({"x-forwarded-for": "198.51.100.4", "x-client-id": "another"}, HERE))
+        calls.enter_context(admission.watch({"x-forwarded-for": "198.51.100.5"}, HERE))
 
 
 def test_an_ingress_of_one_machine_tells_other_machines_nothing_of_its_health():
-    callers = Callers(local_only=True)
-    for enter in (lambda: callers.ask(ELSEWHERE), lambda: callers.stay({}, ELSEWHERE).__enter__()):
+    admission = Admission(local_only=True)
+    for enter in (lambda: admission.question({}, ELSEWHERE), lambda: admission.watch({}, ELSEWHERE).__enter__()):
         with pytest.raises(Forbidden):
             enter()
-    callers.ask(HERE)
+    admission.question({}, HERE)
 
 
 # On a gRPC server, as Serve's replicas have it
 
 
 class Ingress(GrpcInferenceService, GrpcHealthService):
-    def __init__(self, service, callers):
+    def __init__(self, service):
         state = HealthState()
         state.set(True)
-        GrpcInferenceService.__init__(self, service, callers=callers, raise_failures=False)
-        GrpcHealthService.__init__(self, state, callers=callers, raise_failures=False)
+        GrpcInferenceService.__init__(self, service, raise_failures=False)
+        GrpcHealthService.__init__(self, state, service.admission, raise_failures=False)
         Ingress.last = self
 
 
 @asynccontextmanager
-async def serving(tmp_path, callers):
+async def serving(tmp_path, admission):
     """Yields a channel to a server that registers and calls as Serve's replicas do, and the ingress behind it."""
-    ingress = Ingress(make_service(Tokenizer(write_tokenizer(tmp_path / "model")), EchoBackend()), callers)
+    tokenizer = Tokenizer(write_tokenizer(tmp_path / "model"))
+    ingress = Ingress(make_service(tokenizer, EchoBackend(), admission=admission))
 
     def factory(service_method, streaming_type):
         method = getattr(ingress, service_method.split("/")[-1], None)
@@ -176,7 +179,7 @@ def test_hundreds_of_watchers_without_a_key_keep_nobody_from_an_answer(tmp_path,
     keys, metadata = key
 
     async def run():
-        async with serving(tmp_path, Callers(keys, max_requests=2, strangers=LIMITS)) as channel:
+        async with serving(tmp_path, Admission(keys, AdmissionLimits(max_calls=2, keyless=KEYLESS))) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(610)]
             codes = await asyncio.gather(*(code_of(watch.read()) for watch in watches))
@@ -188,7 +191,7 @@ def test_hundreds_of_watchers_without_a_key_keep_nobody_from_an_answer(tmp_path,
                 health.List(health_pb2.HealthListRequest()),
             ]
             assert [await code_of(call) for call in asked] == ["OK"] * 4
-            assert codes.count("OK") == LIMITS.max_calls_per_host
+            assert codes.count("OK") == KEYLESS.max_calls_per_host
             ended = [watch for watch, code in zip(watches, codes, strict=True) if code != "OK"]
             assert {(await watch.code()).name for watch in ended} == {"RESOURCE_EXHAUSTED"}
             details = await ended[0].details()
@@ -201,7 +204,7 @@ def test_hundreds_of_watchers_without_a_key_keep_nobody_from_an_answer(tmp_path,
 
 def test_a_watcher_that_leaves_makes_room_for_another(tmp_path):
     async def run():
-        async with serving(tmp_path, Callers(strangers=LIMITS)) as channel:
+        async with serving(tmp_path, Admission(limits=LIMITS)) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             for _ in range(3):
                 watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
@@ -242,7 +245,7 @@ def test_without_a_key_no_message_is_read(tmp_path, key):
     """The calls are refused though they have sent none, which could be 64 MiB."""
 
     async def run():
-        async with serving(tmp_path, Callers(key[0])) as channel:
+        async with serving(tmp_path, Admission(key[0])) as channel:
             return [(await begin(channel, method, {}).code()).name for method in METHODS]
 
     assert asyncio.run(run()) == ["UNAUTHENTICATED"] * len(METHODS)
@@ -251,8 +254,8 @@ def test_without_a_key_no_message_is_read(tmp_path, key):
 @pytest.mark.usefixtures("refused_early")
 def test_who_guesses_keys_is_told_to_wait_and_when(tmp_path, key):
     async def run():
-        async with serving(tmp_path, Callers(key[0], strangers=LIMITS, clock=TickingClock())) as channel:
-            for _ in range(LIMITS.calls_per_minute):
+        async with serving(tmp_path, Admission(key[0], LIMITS, clock=TickingClock())) as channel:
+            for _ in range(KEYLESS.calls_per_minute):
                 await begin(channel, "Generate", {}).code()
             call = begin(channel, "GetModelInfo", {})
             return (await call.code()).name, dict(await call.trailing_metadata())["grpc-retry-pushback-ms"]
@@ -265,7 +268,7 @@ def test_with_a_key_the_message_is_read_and_answered_once(tmp_path, key):
     keys, metadata = key
 
     async def run():
-        async with serving(tmp_path, Callers(keys)) as channel:
+        async with serving(tmp_path, Admission(keys)) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             pairs = tuple(metadata.items())
             answer = await stub.Generate(pb.GenerateRequest(text="ab"), metadata=pairs)
@@ -281,7 +284,7 @@ def test_a_call_whose_message_does_not_come_ends(tmp_path, key, method, monkeypa
     keys, metadata = key
 
     async def run():
-        async with serving(tmp_path, Callers(keys)) as channel:
+        async with serving(tmp_path, Admission(keys)) as channel:
             silent, empty = (begin(channel, method, metadata) for _ in range(2))
             await empty.done_writing()
             return (await silent.code()).name, (await empty.code()).name
@@ -301,7 +304,7 @@ def test_reflection_answers_and_its_streams_are_bounded(tmp_path):
 
     async def run():
         server = gRPCGenericServer(lambda **_: None)
-        bound_reflection(server, strangers())
+        bound_reflection(server, Admission(limits=LIMITS))
         enable_server_reflection(server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

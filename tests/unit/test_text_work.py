@@ -13,7 +13,7 @@ import tokenizers
 from serving_fakes import CHATML, EchoBackend, byte_ids, make_service, write_tokenizer
 
 from cluster.errors import InvalidRequest, Overloaded, Unavailable
-from cluster.serving.prepare import Prompt
+from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.text.work import LARGE_CHARS, MEDIUM_CHARS, TextProcess, TextWork
 from cluster.types import ChatMessage, SamplingParams
@@ -168,4 +168,4 @@ def test_requests_whose_inputs_find_no_room_to_wait_are_refused_before_anything_
 
     asyncio.run(run())
     assert backend.requests == []
-    assert service.num_running == 0
+    assert service.admission.num_running == 0

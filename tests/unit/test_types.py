@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.client.grpc_client import sampling_message
 from cluster.errors import InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.serving.grpc.messages import from_sampling_params, to_sampling_params
+from cluster.serving.grpc.messages import to_sampling_params
 from cluster.types import SamplingParams
 
 FIELDS = [field.name for field in fields(SamplingParams)]
@@ -68,7 +69,7 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name(field, value):
         assert len(str(refusal)) < 300
         return
     assert pickle.loads(pickle.dumps(params)) == params
-    message = pb.SamplingParams.FromString(from_sampling_params(params).SerializeToString())
+    message = pb.SamplingParams.FromString(sampling_message(params).SerializeToString())
     assert to_sampling_params(message) == params
 
 

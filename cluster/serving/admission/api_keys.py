@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cluster.errors import Overloaded, SetupError, Unauthenticated
 from cluster.inputs import shown
+from cluster.serving.admission.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)
 
@@ -66,23 +67,6 @@ def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
     if not keys:
         raise SetupError(f"{source} has no key: `moe-cluster keys new NAME` makes one")
     return tuple(keys)
-
-
-class TokenBucket:
-    """What flows in steadily and may be taken at once, up to a minute's worth. now: seconds of any steady clock."""
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self._per_minute, self._level, self._last = per_minute, float(per_minute), now
-
-    def wait_s(self, now: float) -> float:
-        """Seconds until one more may be taken; 0 now."""
-        self._level = min(self._per_minute, self._level + (now - self._last) * self._per_minute / 60)
-        self._last = now
-        return max(0.0, (1 - self._level) * 60 / self._per_minute)
-
-    def take(self, amount: float) -> None:
-        """May take more than there is; the next one then waits for it."""
-        self._level -= amount
 
 
 class _Account:
@@ -220,10 +204,8 @@ def _parse_line(words: list[str], where: str) -> ApiKey:
 
 
 def _over(key: ApiKey, limit: str, wait_s: float) -> Overloaded:
-    wait_s = max(0.1, wait_s)
-    return Overloaded(
-        f"key {key.name!r} has reached its limit, {limit}={getattr(key, limit)}: try again in {wait_s:.1f} s", wait_s
-    )
+    reason = f"key {key.name!r} has reached its limit, {limit}={getattr(key, limit)}"
+    return Overloaded.later(reason, max(0.1, wait_s))
 
 
 def _hash(key: str) -> bytes:

@@ -1,12 +1,9 @@
-"""Whether a request may begin: not while draining, within its client's share, while there is room. Knows no prompts."""
+"""How many generations run, for which clients, and whether one more may begin. Knows no keys and no prompts."""
 
 import logging
-import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from cluster.engine.retry_hint import RetryHint
 from cluster.errors import Overloaded, Unavailable
@@ -14,50 +11,33 @@ from cluster.errors import Overloaded, Unavailable
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceLimits:
-    """max_request_bytes: of one request on the wire.  max_streams_per_client: requests at a time; 0 for no bound.
-    max_waiting_inputs: medium and large ones, each, that may wait to be tokenized.
+class Places:
+    """Counts the generations under way. For one event loop.
+
+    max_per_client: at a time; 0: any number.
+    room: returns how many the backend has place for.  clock: monotonic seconds.
     """
 
-    max_request_bytes: int = 1 << 20
-    max_streams_per_client: int = 0
-    max_waiting_inputs: int = 64
-
-
-class Admission:
-    """Counts the requests under way. Not thread-safe: for one event loop.
-
-    room: how many requests the backend has place for.  clock: monotonic seconds.
-    """
-
-    def __init__(
-        self,
-        limits: ServiceLimits,
-        room: Callable[[], float] = lambda: math.inf,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._limits = limits
-        self._room = room
-        self._clock = clock
+    def __init__(self, max_per_client: int, room: Callable[[], float], clock: Callable[[], float]) -> None:
+        self._max_per_client, self._room, self._clock = max_per_client, room, clock
         self._by_client: Counter[str] = Counter()
         self._retry_hint = RetryHint(clock())
         self.draining = False
 
     @property
     def num_running(self) -> int:
-        """Requests that were let in and have not ended."""
+        """Generations that have begun and have not ended."""
         return self._by_client.total()
 
     def drain(self) -> None:
-        """Refuses new requests from now on; running ones go on."""
+        """Refuses new generations from now on; running ones go on."""
         if not self.draining:
             log.info("draining: %d requests are running", self.num_running)
         self.draining = True
 
     @contextmanager
-    def admitted(self, client: str) -> Iterator[None]:
-        """Holds a place while it is open. Raises Unavailable, Overloaded."""
+    def taken(self, client: str) -> Iterator[None]:
+        """Takes a place while it is open. Raises Unavailable, Overloaded."""
         self._check(client)
         self._by_client[client] += 1
         try:
@@ -71,16 +51,15 @@ class Admission:
     def _check(self, client: str) -> None:
         if self.draining:
             raise Unavailable("this server is shutting down, send the request to another one")
-        limit = self._limits.max_streams_per_client
+        limit = self._max_per_client
         if limit and self._by_client[client] >= limit:
-            later_s = self._retry_hint.seconds(limit)
-            raise Overloaded(
-                f"this client has {limit} requests running, as many as it may: try again in {later_s:.1f} s", later_s
-            )
+            reason = f"this client has {limit} requests running, as many as it may"
+            raise Overloaded.later(reason, self._retry_hint.seconds(limit))
         if self.num_running >= self._room() and not self._is_modest(client):
-            later_s = self._retry_hint.seconds(self.num_running)
-            raise Overloaded(f"all attention replicas are full: try again in {later_s:.1f} s", later_s)
+            retry_after_s = self._retry_hint.seconds(self.num_running)
+            raise Overloaded.later("all attention replicas are full", retry_after_s)
 
     def _is_modest(self, client: str) -> bool:
-        """Whether a full server should hear this client: another one has two more running; an engine then chooses."""
+        """Returns whether another client has two more running: then a full server lets this one ask, and an engine
+        chooses between them."""
         return self._by_client[client] + 2 <= max(self._by_client.values(), default=0)

@@ -1,17 +1,15 @@
-"""Unary answers that their caller could not take: gRPC's clients receive 4 MiB unless told otherwise.
+"""Refuses unary answers that their caller could not take: a gRPC client receives 4 MiB unless its limit is raised.
 
-A larger one would end at the client, with RESOURCE_EXHAUSTED and after all the work. Who has raised his limit says so
-in the call's metadata.
+A larger one would end at the client, with RESOURCE_EXHAUSTED and after all the work. A client with a higher limit says
+so in the call's metadata.
 """
 
 from collections.abc import Mapping
 
 from cluster.errors import InvalidRequest
 from cluster.types import SamplingParams
+from cluster.wire import DEFAULT_RECEIVE_BYTES, MAX_ANSWER_BYTES, RECEIVE_KEY
 
-RECEIVE_KEY = "x-max-receive-bytes"
-DEFAULT_RECEIVE_BYTES = 4 << 20
-MAX_ANSWER_BYTES = 64 << 20  # that the server sends at all
 # Of moecluster.v1's messages, with ids of three bytes.
 _TOKEN_BYTES = 3 + 4  # its id, and a usual token's text
 _LOGPROBS_BYTES = 16  # of one position: the chosen token, its number, the lengths
@@ -19,7 +17,7 @@ _TOP_BYTES = 15  # of one of the likeliest tokens
 
 
 def receive_limit(metadata: Mapping[str, str]) -> int:
-    """Bytes of an answer that reach the caller. Raises InvalidRequest."""
+    """Returns the bytes of an answer that reach the caller. Raises InvalidRequest."""
     text = metadata.get(RECEIVE_KEY, str(DEFAULT_RECEIVE_BYTES))
     if not text.isascii() or not text.isdigit():
         raise InvalidRequest(f"{RECEIVE_KEY} is {text!r}, a number of bytes is needed", RECEIVE_KEY)
@@ -42,7 +40,7 @@ def check_before(params: SamplingParams, limit: int) -> None:
 
 
 def check_after(num_bytes: int, limit: int) -> None:
-    """Raises InvalidRequest for an answer that nobody could know to be so long."""
+    """Raises InvalidRequest for an answer that is too long; nobody could know it before."""
     if num_bytes > limit:
         raise InvalidRequest(
             f"the answer has {num_bytes} bytes, this client takes {limit}: ask for less, or raise the client's limit "

@@ -1,7 +1,7 @@
-"""Before a call's message is read: may its caller call at all? Handlers for a grpc.aio server around others.
+"""Handlers for a grpc.aio server that look at the caller before they read a call's message, around others.
 
-To gRPC a message of one call is read, up to its limit, before a handler for one message begins. These are handlers
-for many messages, which on the wire is the same: they look at the caller first and then read one.
+gRPC reads a call's message, up to its limit, before a handler for one message begins. These are handlers for many
+messages, which is the same on the wire: they look at the caller first and then read one.
 """
 
 import asyncio
@@ -9,17 +9,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest
-from cluster.serving.grpc.handlers import GrpcContext, set_status
+from cluster.serving.grpc.context import GrpcContext, set_status
 
 MESSAGE_TIMEOUT_S = 60.0  # for the message to come, once the call has begun
 
 
 class Doorkeeper(Protocol):
     def lets_in(self, context: GrpcContext) -> bool:
-        """Whether a call's message may be read; sets the call's status where not."""
+        """Returns whether a call's message may be read; sets the call's status if not."""
 
 
-Keeper = Callable[[], Doorkeeper | None]  # None where there is none in this process
+Keeper = Callable[[], Doorkeeper | None]  # returns None in a process without one
 
 
 def gated_unary(handler: Callable[[Any, Any], Awaitable[bytes]], keeper: Keeper) -> Callable[..., Awaitable[bytes]]:
@@ -44,7 +44,7 @@ def gated_stream(handler: Callable[[Any, Any], Awaitable[None]], keeper: Keeper)
 
 
 async def _request(requests: AsyncIterator[bytes], context: Any, keeper: Keeper) -> bytes | None:
-    """The call's message; None where there is none to answer, with the status set."""
+    """Returns the call's message; None, with the status set, if there is nothing to answer."""
     doorkeeper = keeper()
     if doorkeeper is not None and not doorkeeper.lets_in(context):
         return None
@@ -55,5 +55,5 @@ async def _request(requests: AsyncIterator[bytes], context: Any, keeper: Keeper)
         error: ClusterError = InvalidRequest("the call ended before its message came", "request")
     except TimeoutError:
         error = DeadlineExceeded(f"the call's message did not come within {MESSAGE_TIMEOUT_S:g} s")
-    set_status(context, error, "")
+    set_status(context, error)
     return None

@@ -13,14 +13,15 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from cluster.errors import ClusterError
-from cluster.serving.admission.callers import Callers
-from cluster.serving.grpc.handlers import SERVICE_NAME, GrpcContext, StreamFailed, metadata_of, set_status
+from cluster.serving.admission.admission import Admission
+from cluster.serving.grpc.context import GrpcContext, StreamFailed, metadata_of, peer_of, set_status
+from cluster.serving.grpc.registration import SERVICE_NAME
 
 _SERVICES = ("", SERVICE_NAME)
 
 
 class HealthState:
-    """Whether this server takes requests. `set` may be called from any thread; it starts as not serving."""
+    """Says whether this server takes requests. `set` may be called from any thread; it starts as not serving."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,12 +44,12 @@ class HealthState:
         with self._lock:
             self._watchers[changed] = asyncio.get_running_loop()
         try:
-            told: bool | None = None
+            last: bool | None = None
             while True:
                 changed.clear()
                 serving = self._serving
-                if serving != told:
-                    told = serving
+                if serving != last:
+                    last = serving
                     yield serving
                 await changed.wait()
         finally:
@@ -59,12 +60,12 @@ class HealthState:
 class GrpcHealthService:
     """A mixin of the ingress deployment. Knows the service names "" and "moecluster.v1.InferenceService".
 
-    No key is asked for: `callers` bounds who watches. raise_failures: as GrpcInferenceService's.
+    It asks for no key. raise_failures: as GrpcInferenceService's.
     """
 
-    def __init__(self, state: HealthState, *, callers: Callers | None = None, raise_failures: bool = True) -> None:
+    def __init__(self, state: HealthState, admission: Admission, *, raise_failures: bool = True) -> None:
         self._health = state
-        self._callers = callers or Callers()
+        self._admission = admission
         self._raise_failures = raise_failures
 
     async def Check(
@@ -91,7 +92,7 @@ class GrpcHealthService:
         self, request: health_pb2.HealthCheckRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         try:
-            with self._callers.stay(metadata_of(grpc_context), grpc_context.peer()):
+            with self._admission.watch(metadata_of(grpc_context), peer_of(grpc_context)):
                 if request.service not in _SERVICES:
                     yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
                     await asyncio.Event().wait()  # the protocol keeps the stream open until the client closes it
@@ -99,16 +100,16 @@ class GrpcHealthService:
                     async for serving in states:
                         yield _response(serving)
         except ClusterError as error:
-            details = set_status(grpc_context, error, "")
+            details = set_status(grpc_context, error)
             if self._raise_failures:
                 raise StreamFailed(details) from None
 
     def _may_ask(self, context: GrpcContext) -> bool:
-        """Sets the status where not."""
+        """Sets the status if not."""
         try:
-            self._callers.ask(context.peer())
+            self._admission.question(metadata_of(context), peer_of(context))
         except ClusterError as error:
-            set_status(context, error, "")
+            set_status(context, error)
             return False
         return True
 

@@ -2,7 +2,7 @@
 
 from cluster.errors import InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.serving.prepare import Prompt
+from cluster.serving.text.prompts import Prompt
 from cluster.types import (
     ChatMessage,
     CompletionOutput,
@@ -14,19 +14,7 @@ from cluster.types import (
     Usage,
 )
 
-_OPTIONAL_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "max_tokens",
-    "min_tokens",
-    "logprobs",
-)
+_OPTIONAL_FIELDS = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -55,14 +43,6 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         **given,
-    )
-
-
-def from_sampling_params(params: SamplingParams) -> pb.SamplingParams:
-    """Leaves out what is None: the server fills the checkpoint's default in."""
-    given = {name: value for name in _OPTIONAL_FIELDS if (value := getattr(params, name)) is not None}
-    return pb.SamplingParams(
-        stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos, **given
     )
 
 

@@ -60,7 +60,7 @@ class Lane:
     def _make_room(self, client: str) -> None:
         if self.num_waiting < self._max_waiting:
             return
-        full = Overloaded(f"{self._max_waiting} {self._name} wait already: try again in {RETRY_S:g} s", RETRY_S)
+        full = Overloaded.later(f"{self._max_waiting} {self._name} wait already", RETRY_S)
         greediest = max(self._turns, key=lambda name: len(self._turns[name]), default=client)
         turns = self._turns.get(greediest, deque())
         if len(turns) < len(self._turns.get(client, ())) + 2:

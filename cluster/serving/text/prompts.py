@@ -1,19 +1,40 @@
-"""Prompts and sampling parameters in the shapes that callers of vLLM pass, as the offline API works on them.
+"""A prompt; and the shapes in which callers of vLLM pass prompts and sampling parameters to the offline API.
 
 Knows no tokenizer and no model. Every function raises InvalidRequest and nothing else.
 """
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
-from cluster.serving.prepare import Prompt
-from cluster.types import SamplingParams
+from cluster.types import ChatMessage, SamplingParams
 
 _TEXT, _TOKEN_IDS = "prompt", "prompt_token_ids"  # the keys of vLLM's TextPrompt and TokensPrompt
 _WANTED = "a text, token ids, or a list of these"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What to answer: exactly one of a text, token ids or a conversation. Raises InvalidRequest."""
+
+    text: str | None = None
+    token_ids: Iterable[int] | None = None
+    messages: Sequence[ChatMessage] | None = None
+
+    def __post_init__(self) -> None:
+        inputs = {"text": self.text, "token_ids": self.token_ids, "chat": self.messages}
+        given = [name for name, value in inputs.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "empty"
+            raise InvalidRequest(f"input is {found}, exactly one of text, token_ids and chat is needed", "input")
+
+    @property
+    def field(self) -> str:
+        """The given input's name in the public API."""
+        return "text" if self.text is not None else "token_ids" if self.token_ids is not None else "chat"
 
 
 def to_prompts(given: Any) -> list[Prompt]:

@@ -1,0 +1,116 @@
+"""Decides whether a call is answered: by its metadata and its peer (`callers` says what these are). Knows no gRPC.
+
+A front asks in this order: `identify`, where it can do so before it reads the call's body; then it keeps `call` open
+while it works, and inside of it, for an answer of tokens, `generation`. Health and reflection need no key: `question`
+for what is answered at once, `watch` for what stays open.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from cluster.errors import Forbidden, Overloaded, Unauthenticated
+from cluster.serving.admission.api_keys import ApiKeys
+from cluster.serving.admission.callers import client_of, host_of, is_local
+from cluster.serving.admission.keyless import KeylessCalls, KeylessLimits
+from cluster.serving.admission.places import Places
+
+RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionLimits:
+    """max_calls: at a time, of those with a key, or of all where no key is asked for.
+    max_streams_per_client: generations of one client at a time; 0: any number.
+    """
+
+    max_calls: int = 1024
+    max_streams_per_client: int = 0
+    keyless: KeylessLimits = field(default_factory=KeylessLimits)
+
+
+class Admission:
+    """Lets calls in and counts them. For one event loop.
+
+    keys: of the clients that it answers; None: it answers everybody.
+    local_only: answers only calls from this machine: the proxy there stands between it and all others.
+    room: returns how many generations the backend has place for.  clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        keys: ApiKeys | None = None,
+        limits: AdmissionLimits | None = None,
+        *,
+        local_only: bool = False,
+        room: Callable[[], float] = lambda: math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        limits = limits or AdmissionLimits()
+        self._keys, self._local_only, self._max_calls = keys, local_only, limits.max_calls
+        self._num_calls = 0
+        self._keyless = KeylessCalls(limits.keyless, clock)
+        self._places = Places(limits.max_streams_per_client, room, clock)
+
+    @property
+    def num_running(self) -> int:
+        """Generations that have begun and have not ended."""
+        return self._places.num_running
+
+    @property
+    def draining(self) -> bool:
+        return self._places.draining
+
+    def drain(self) -> None:
+        """Refuses new generations from now on; running ones go on."""
+        self._places.drain()
+
+    def identify(self, metadata: Mapping[str, str], peer: str) -> str:
+        """Returns the client that a call counts for. Raises Forbidden, Unauthenticated, Overloaded."""
+        self._check_peer(peer)
+        if self._keys is None:
+            return client_of(metadata, peer)
+        try:
+            return self._keys.identify(metadata.get("authorization"))
+        except Unauthenticated:
+            self._keyless.count(host_of(metadata, peer))
+            raise
+
+    @contextmanager
+    def call(self, metadata: Mapping[str, str], peer: str) -> Iterator[str]:
+        """Counts a call while it is open; yields its client. Raises as `identify`."""
+        client = self.identify(metadata, peer)
+        if self._num_calls >= self._max_calls:
+            raise Overloaded.later(f"this ingress has {self._max_calls} requests, as many as it takes", RETRY_S)
+        with nullcontext() if self._keys is None else self._keys.admitted(client):
+            self._num_calls += 1
+            try:
+                yield client
+            finally:
+                self._num_calls -= 1
+
+    def generation(self, client: str) -> AbstractContextManager[None]:
+        """Counts a generation while it is open. Raises Unavailable while draining, Overloaded without room."""
+        return self._places.taken(client)
+
+    def spend(self, client: str, num_tokens: int) -> None:
+        """Charges a client's key with the tokens of a generation, prompt and answer, once it has ended."""
+        if self._keys is not None:
+            self._keys.spend(client, num_tokens)
+
+    def question(self, metadata: Mapping[str, str], peer: str) -> None:
+        """Lets a short call in that needs no key. Raises Forbidden."""
+        self._check_peer(peer)
+
+    @contextmanager
+    def watch(self, metadata: Mapping[str, str], peer: str) -> Iterator[None]:
+        """Counts a call that needs no key while it is open. Raises Forbidden, Overloaded."""
+        self._check_peer(peer)
+        with self._keyless.open(host_of(metadata, peer)):
+            yield
+
+    def _check_peer(self, peer: str) -> None:
+        if self._local_only and not is_local(peer):
+            raise Forbidden("this port is for the proxy of its machine only: call the served one")
