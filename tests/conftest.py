@@ -61,7 +61,7 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
     from cluster.private import private_files
     from cluster.runtime.haproxy import local_environment, set_environment
     from cluster.runtime.local_ray import loopback
-    from cluster.runtime.protocol import RAY_FOLDER
+    from cluster.runtime.names import RAY_FOLDER
 
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
     outside = pytest.MonkeyPatch()

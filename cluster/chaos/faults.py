@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ClusterError
 from cluster.runtime.operate import Part, RunningCluster
-from cluster.runtime.protocol import ProcessInfo
+from cluster.status import ProcessInfo
 
 _STOPPED_S = (0.5, 3.0)
 _SLOW_S = 3.0

@@ -12,8 +12,8 @@ from cluster.errors import SetupError
 from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.ingress import Ingress
+from cluster.runtime.names import shard_group
 from cluster.runtime.process import actor_environment, share_of
-from cluster.runtime.protocol import shard_group
 
 GRPC_SERVICERS = [
     "cluster.runtime.proxy.add_inference_service",

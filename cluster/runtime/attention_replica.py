@@ -18,11 +18,12 @@ from cluster.config import ClusterConfig
 from cluster.engine.step_record import make_step_record
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
 from cluster.evolving import sent
-from cluster.runtime.actors import ENGINE_GROUPS, EngineActor, prepare_process
 from cluster.runtime.autoscaling import engine_load
-from cluster.runtime.controller import get_controller
-from cluster.runtime.process import actor_environment, num_threads
-from cluster.runtime.protocol import LONG_POLL_S, shard_group
+from cluster.runtime.control.controller import get_controller
+from cluster.runtime.names import shard_group
+from cluster.runtime.process import actor_environment, num_threads, prepare_process
+from cluster.runtime.workers.engine_actor import ENGINE_GROUPS, EngineActor
+from cluster.runtime.workers.protocol import LONG_POLL_S
 from cluster.serving.update_queue import UpdateQueue
 from cluster.types import EngineRequest, SequenceUpdate
 

@@ -9,10 +9,9 @@ import torch
 
 from cluster.errors import ShardUnavailable
 from cluster.experts.transport import ExpertBatch, ExpertTransport
-from cluster.runtime.actors import prepare_process
 from cluster.runtime.local_ray import start_ray
-from cluster.runtime.protocol import process_info
-from cluster.runtime.transports import RayOffers, RayTransport, decode, to_bytes
+from cluster.runtime.process import prepare_process, process_info
+from cluster.runtime.workers.transports import RayOffers, RayTransport, decode, to_bytes
 from cluster.stream.client import StreamTransport
 from cluster.stream.frames import StreamOffer
 from cluster.stream.server import StreamServer

@@ -8,7 +8,9 @@ from typing import Any
 
 import ray
 
-from cluster.runtime.protocol import NAMESPACE, ClusterStatus, metrics_dir
+from cluster.runtime.names import NAMESPACE
+from cluster.runtime.process import metrics_dir
+from cluster.status import ClusterStatus
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from cluster.checkpoint.info import model_info
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry, report_version
-from cluster.runtime.actors import prepare_process
-from cluster.runtime.controller import get_controller
-from cluster.runtime.protocol import shard_group
+from cluster.runtime.control.controller import get_controller
+from cluster.runtime.names import shard_group
+from cluster.runtime.process import prepare_process
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.admission.keyless import KeylessLimits

@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import SetupError
-from cluster.runtime.protocol import ClusterStatus
+from cluster.status import ClusterStatus
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"(?P<module>(?:[A-Za-z_]\w*\.)*)(?P<kind>[A-Z]\w*(?:Error|Exception)): (?P<words>.+)")

@@ -33,10 +33,10 @@ from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, SERVERS_ENVIRONMENT, free_block, local_environment
 from cluster.runtime.last_words import why_not_started
 from cluster.runtime.local_ray import start_ray
-from cluster.runtime.operate import APPLICATION
-from cluster.runtime.protocol import ClusterStatus, shard_group
+from cluster.runtime.names import APPLICATION, shard_group
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.text.tokenizer import Tokenizer
+from cluster.status import ClusterStatus
 
 log = logging.getLogger(__name__)
 

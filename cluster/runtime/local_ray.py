@@ -28,7 +28,7 @@ from cluster.footprint.processes import MARK
 from cluster.private import private_files
 from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.haproxy import set_environment
-from cluster.runtime.protocol import NAMESPACE, RAY_FOLDER
+from cluster.runtime.names import NAMESPACE, RAY_FOLDER
 from cluster.runtime.ray_address import check_address
 from cluster.runtime.ray_processes import RayWatch, apart
 

@@ -14,12 +14,12 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.transport import ExpertTransport
 from cluster.metrics import DispatchMetrics
 from cluster.runtime.application import check_config, check_cpus, check_gpus, resolve_gpus
-from cluster.runtime.controller import get_controller
-from cluster.runtime.directory import ShardDirectory
+from cluster.runtime.control.controller import get_controller
 from cluster.runtime.groups import OnStatus, StatusReports, close_controller
 from cluster.runtime.local_ray import start_ray
-from cluster.runtime.protocol import process_info
-from cluster.runtime.transports import make_transport
+from cluster.runtime.process import process_info
+from cluster.runtime.workers.directory import ShardDirectory
+from cluster.runtime.workers.transports import make_transport
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from ray.serve._private.common import DeploymentID
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
-from cluster.runtime.protocol import NAMESPACE, ClusterStatus, ProcessInfo
+from cluster.runtime.names import NAMESPACE
 from cluster.runtime.ray_address import CONNECT_HINT, find_ray
+from cluster.status import ClusterStatus, ProcessInfo
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,28 @@
-"""What the actors' processes are started with."""
+"""What the actors' processes are started with, and what each does first."""
 
+import hashlib
+import logging
 import os
+import signal
+import sys
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import ray
+import torch
 
 from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
-from cluster.logs import LOG_FORMAT
-from cluster.runtime.protocol import metrics_dir
+from cluster.config.resources import available_cpus
+from cluster.logs import LOG_FORMAT, make_formatter
+from cluster.runtime.names import RAY_FOLDER
+from cluster.status import ProcessInfo
+from cluster.version import __version__
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.001  # of a custom resource, for one process: a node may have any number of them
 
@@ -51,3 +66,48 @@ def actor_environment(group: str, threads: int, log_format: str = "") -> dict[st
             **({LOG_FORMAT: log_format} if log_format else {}),
         }
     }
+
+
+def process_info() -> ProcessInfo:
+    """This process, which Ray runs."""
+    context = ray.get_runtime_context()
+    return ProcessInfo(
+        pid=os.getpid(),
+        node_id=context.get_node_id(),
+        gpu_ids=tuple(ray.get_gpu_ids()),
+        version=__version__,
+    )
+
+
+def metrics_dir(group: str) -> Path:
+    """Where the processes of a node leave their metrics for its collector. For a connected process.
+
+    Another Ray cluster on the machine counts for itself, with the same configuration too.
+    """
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    if session.parent.name == RAY_FOLDER:
+        return session.parents[1] / f"{group}-metrics"
+    # Not in it: Ray opens it to everybody.
+    return Path(tempfile.gettempdir()) / f"{group}-{hashlib.sha256(session.name.encode()).hexdigest()[:8]}-metrics"
+
+
+def prepare_process(num_threads: int) -> None:
+    """What every actor's process does first: log lines to Ray's log files, and no more threads than it was given."""
+    # Ray has handlers of its own on the root logger, and Serve puts a buffer of 1000 lines in a replica's sys.stderr.
+    handler = logging.StreamHandler(sys.__stderr__)
+    title = ray._raylet.getproctitle().removeprefix("ray::").partition(".")[0]
+    handler.setFormatter(make_formatter(ray.get_runtime_context().get_actor_name() or title))
+    ours = logging.getLogger("cluster")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read
+    torch.set_num_threads(min(num_threads, available_cpus()))
+    if ray.get_gpu_ids() and not torch.cuda.is_available():
+        log.warning("Ray gave this process GPUs %s, but its torch has no CUDA", ray.get_gpu_ids())
+
+
+def end_at_sigterm() -> None:
+    """Ray's own handler waits for the calls under way, `hold` among them, which never end: the process would hang, and
+    those who wait for it would find out by its silence only. Nothing here needs a farewell: call it in the main thread.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

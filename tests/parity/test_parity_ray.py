@@ -12,9 +12,9 @@ from cluster.errors import ShardUnavailable
 from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
 from cluster.experts.placement import plan_evenly
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
-from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
-from cluster.runtime.protocol import process_info
-from cluster.runtime.transports import RayOffers, RayTransport
+from cluster.runtime.process import process_info
+from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
+from cluster.runtime.workers.transports import RayOffers, RayTransport
 from cluster.stream.client import StreamTransport
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest
 

@@ -12,7 +12,8 @@ import cluster as this_version
 from cluster.chaos.traffic import ask_all, make_questions
 from cluster.client.grpc_client import Client
 from cluster.runtime.application import build_application
-from cluster.runtime.operate import APPLICATION, RunningCluster
+from cluster.runtime.names import APPLICATION
+from cluster.runtime.operate import RunningCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 

@@ -7,7 +7,8 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.evolving import evolving
-from cluster.runtime.protocol import ClusterRecord, ClusterStatus, ShardStatus
+from cluster.runtime.workers.protocol import ClusterRecord
+from cluster.status import ClusterStatus, ShardStatus
 from cluster.types import EngineRequest, SamplingParams, SequenceUpdate
 
 

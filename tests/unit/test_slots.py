@@ -13,9 +13,9 @@ from test_metrics import samples
 
 from cluster.config import ClusterConfig
 from cluster.metrics import NodeCollector, multiprocess_env
-from cluster.runtime.controller import ExpertController
-from cluster.runtime.directory import take_slot
-from cluster.runtime.protocol import ProcessInfo
+from cluster.runtime.control.controller import ExpertController
+from cluster.runtime.workers.directory import take_slot
+from cluster.status import ProcessInfo
 
 PROCESS = ProcessInfo(pid=1, node_id="n", gpu_ids=())
 KILLS = 50
@@ -36,7 +36,7 @@ class Engine:
 
 @pytest.fixture
 def new_controller(monkeypatch):
-    monkeypatch.setattr("cluster.runtime.controller.prepare_process", lambda num_threads: None)
+    monkeypatch.setattr("cluster.runtime.control.controller.prepare_process", lambda num_threads: None)
 
     def make():
         controller = ExpertController("group", ClusterConfig(model="model"), collect_metrics=False)

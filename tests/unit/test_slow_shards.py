@@ -24,7 +24,7 @@ from test_dispatch import (
 
 from cluster.experts.placement import plan_evenly
 from cluster.experts.pulse import Sign
-from cluster.runtime.transports import RayFlight
+from cluster.runtime.workers.transports import RayFlight
 
 PLAN = plan_evenly([0], 4, 2)
 
@@ -137,9 +137,9 @@ def test_a_shard_of_an_older_version_shows_nothing_over_ray_calls():
 def test_a_ray_call_is_worked_on_when_its_shard_gets_on(monkeypatch):
     """Busy at the first look, then what the progress says: the same number twice is no sign, nor is an idle shard."""
     answers = [Sign(progress=7, busy=True), Sign(progress=7, busy=True), Sign(progress=9, busy=True)]
-    monkeypatch.setattr("cluster.runtime.transports.PROBE_S", 0.0)
-    monkeypatch.setattr("cluster.runtime.transports.ray.wait", lambda refs, timeout: (refs, []))
-    monkeypatch.setattr("cluster.runtime.transports.ray.get", lambda sign: sign)
+    monkeypatch.setattr("cluster.runtime.workers.transports.PROBE_S", 0.0)
+    monkeypatch.setattr("cluster.runtime.workers.transports.ray.wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr("cluster.runtime.workers.transports.ray.get", lambda sign: sign)
     shard = SimpleNamespace(sign=SimpleNamespace(remote=lambda: answers.pop(0) if answers else Sign(progress=9)))
     flight = RayFlight(0, shard, None, torch.empty(0))
     assert [flight.works() for _ in range(6)] == [False, True, False, True, False, False]

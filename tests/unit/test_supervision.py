@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from cluster.errors import SetupError
-from cluster.runtime import supervision
-from cluster.runtime.supervision import MAX_FIRST_STARTS, ShardSupervision
+from cluster.runtime.control import supervision
+from cluster.runtime.control.supervision import MAX_FIRST_STARTS, ShardSupervision
 
 NO_MEMORY = RuntimeError("can't allocate memory: you tried to allocate 35184372072448 bytes.\nError code 12")
 

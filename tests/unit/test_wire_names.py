@@ -13,17 +13,11 @@ from cluster.errors import InvalidRequest, ShardUnavailable
 from cluster.evolving import evolving, sent
 from cluster.experts.placement import plan_evenly
 from cluster.experts.pulse import Sign
-from cluster.runtime.actors import EngineActor, ExpertShardActor
-from cluster.runtime.controller import ExpertController
-from cluster.runtime.protocol import (
-    ClusterRecord,
-    ClusterStatus,
-    Fault,
-    Membership,
-    ProcessInfo,
-    ReplicaStatus,
-    ShardStatus,
-)
+from cluster.runtime.control.controller import ExpertController
+from cluster.runtime.workers.engine_actor import EngineActor
+from cluster.runtime.workers.protocol import ClusterRecord, Membership
+from cluster.runtime.workers.shard_actor import ExpertShardActor
+from cluster.status import ClusterStatus, Fault, ProcessInfo, ReplicaStatus, ShardStatus
 from cluster.stream.frames import StreamOffer
 from cluster.types import EngineRequest, EngineStats, Logprobs, SamplingParams, SequenceUpdate
 

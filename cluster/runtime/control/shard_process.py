@@ -22,10 +22,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.config import ClusterConfig
 from cluster.evolving import sent
 from cluster.experts.pulse import Sign
-from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
+from cluster.runtime.control.spares import SpareProcesses
+from cluster.runtime.names import NAMESPACE
 from cluster.runtime.process import actor_environment, num_threads, share_of
-from cluster.runtime.protocol import NAMESPACE, ShardStatus
-from cluster.runtime.spares import SpareProcesses
+from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
+from cluster.status import ShardStatus
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from cluster.errors import SetupError
 from cluster.experts.load_meter import LoadMeter
 from cluster.experts.placement import PlacementPlan
 from cluster.metrics import ControllerMetrics
-from cluster.runtime.protocol import ClusterRecord, Fault, ReplicaStatus
-from cluster.runtime.shard_process import ShardProcess
+from cluster.runtime.control.shard_process import ShardProcess
+from cluster.runtime.workers.protocol import ClusterRecord
+from cluster.status import Fault, ReplicaStatus
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.evolving import sent
-from cluster.runtime.actors import SHARD_GROUPS, ExpertShardActor
+from cluster.runtime.names import NAMESPACE
 from cluster.runtime.process import actor_environment, num_threads
-from cluster.runtime.protocol import NAMESPACE
+from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import time
 import ray
 
 from cluster.experts import eplb
-from cluster.runtime.cluster_state import ClusterState
-from cluster.runtime.placement_changes import PlacementChanges
-from cluster.runtime.protocol import ReplicaStatus
-from cluster.runtime.shard_process import ShardProcess
+from cluster.runtime.control.changes import PlacementChanges
+from cluster.runtime.control.shard_process import ShardProcess
+from cluster.runtime.control.state import ClusterState
+from cluster.status import ReplicaStatus
 
 INTERVAL_S = 2.0  # between two looks
 TIMEOUT_S = 2.0

@@ -16,11 +16,11 @@ import ray
 from cluster.errors import ClusterError, SetupError
 from cluster.experts import eplb
 from cluster.experts.placement import PlacementPlan, plan_evenly, swapped
-from cluster.runtime.cluster_state import ClusterState, this_actor
-from cluster.runtime.protocol import REPLICA_SILENCE_S
-from cluster.runtime.shard_process import Slice
-from cluster.runtime.spares import SpareProcesses
-from cluster.runtime.supervision import ShardSupervision
+from cluster.runtime.control.shard_process import Slice
+from cluster.runtime.control.spares import SpareProcesses
+from cluster.runtime.control.state import ClusterState, this_actor
+from cluster.runtime.control.supervision import ShardSupervision
+from cluster.runtime.workers.protocol import REPLICA_SILENCE_S
 
 log = logging.getLogger(__name__)
 

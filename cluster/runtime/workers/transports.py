@@ -20,7 +20,7 @@ from cluster.errors import ClusterError, ShardUnavailable
 from cluster.experts.pulse import Sign
 from cluster.experts.transport import ExpertBatch, ExpertTransport
 from cluster.metrics import DispatchMetrics
-from cluster.runtime.protocol import process_info
+from cluster.runtime.process import process_info
 from cluster.stream.client import StreamTransport
 from cluster.stream.frames import StreamOffer
 

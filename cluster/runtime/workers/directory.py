@@ -15,7 +15,8 @@ import ray
 
 from cluster.errors import SetupError, ShardUnavailable, Unavailable
 from cluster.experts.placement import PlacementPlan
-from cluster.runtime.protocol import LONG_POLL_S, Membership, ProcessInfo
+from cluster.runtime.workers.protocol import LONG_POLL_S, Membership
+from cluster.status import ProcessInfo
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.metrics import NodeCollector
-from cluster.runtime.actors import prepare_process
 from cluster.runtime.bounds import DEAD_LOG_BYTES, clear_logs, open_files
-from cluster.runtime.protocol import metrics_dir
+from cluster.runtime.process import metrics_dir, prepare_process
 
 log = logging.getLogger(__name__)
 

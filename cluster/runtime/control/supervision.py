@@ -10,11 +10,11 @@ import ray
 
 from cluster.checkpoint.files import in_one_line
 from cluster.errors import SetupError
-from cluster.runtime.cluster_state import ClusterState, this_actor
+from cluster.runtime.control.shard_process import ShardProcess, Slice
+from cluster.runtime.control.spares import SpareProcesses
+from cluster.runtime.control.state import ClusterState, this_actor
 from cluster.runtime.last_words import last_words
 from cluster.runtime.process import share_of
-from cluster.runtime.shard_process import ShardProcess, Slice
-from cluster.runtime.spares import SpareProcesses
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,33 @@
+"""What the controller and the processes that compute send each other, and how long they wait for one another."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.evolving import evolving
+from cluster.experts.placement import PlacementPlan
+
+LONG_POLL_S = 10.0  # how long a question for news waits at the controller
+REPLICA_SILENCE_S = 2.5 * LONG_POLL_S  # an engine asks for the plan once a long poll; a dead one no more
+LEASE_S = 60.0  # a controller that nobody has asked for so long takes its shards down; longer than a Serve redeploy
+
+
+@evolving("cluster.runtime.protocol")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """A plan and the actor of each shard that is up. A shard that is being replaced has none."""
+
+    plan: PlacementPlan
+    handles: Mapping[int, Any]
+
+
+@evolving("cluster.runtime.protocol")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterRecord:
+    """What a controller leaves with the shards for its successor. version: grows with every change."""
+
+    version: float
+    plan: PlacementPlan
+    target: int
+    config: ClusterConfig
