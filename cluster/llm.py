@@ -56,6 +56,7 @@ class LLM:
     transport: "local" computes the experts in this process; "auto" on `num_expert_shards` Ray actors, on the Ray
     cluster that is connected, else on one of this machine, which several LLMs share and the last to be closed ends;
     the end of the process closes those that are open. "stream" and "ray" name the carrier to them.
+    A dense model has no experts to be anywhere: it runs in this process, whatever these two say.
     skip_tokenizer: prompts are token ids only and outputs have no text.
     The other arguments are the fields of `EngineConfig`.
     Raises SetupError, CheckpointError.
@@ -106,7 +107,7 @@ class LLM:
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
         self.info = model_info(model_dir, config)
         self._completer = RequestCompleter(self.info, read_sampling_defaults(model_dir))
-        if transport != "local":
+        if transport != "local" and self.info.num_experts:
             self._ray_experts = RayExperts(
                 ClusterConfig(
                     model=str(Path(model_dir).resolve()),

@@ -1,4 +1,4 @@
-"""Small random qwen2_moe configurations that between them take every branch of the model."""
+"""Small random configurations that between them take every branch of each model family."""
 
 from typing import Any
 
@@ -65,6 +65,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{**NEW_STYLE, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
     ),
 }  # fmt: skip
+
+DENSE_CONFIGS: dict[str, dict[str, Any]] = {"no layer sparse": config(mlp_only_layers=[0, 1, 2])}
 
 PROMPTS: list[list[int]] = [[5], list(range(10, 42)), [7, 3, 7, 3, 7, 3, 9], list(range(100, 119))]
 """Lengths 1 to 32: longer than the windows and than YaRN's original context."""

@@ -17,7 +17,7 @@ from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
 from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
-from cluster.experts.placement import plan_evenly
+from cluster.experts.placement import num_shards_for, plan_evenly
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.metrics import DispatchMetrics, EngineMetrics
@@ -70,12 +70,13 @@ def load_engine(
     check_block_fits(reader.config, config, dtype)
     model = load_model(reader, dtype=torch_dtype(dtype), device=device, progress=progress)
     wait_for_experts()
+    splits = remote_experts and reader.config.moe is not None
     share = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers
     num_blocks = num_kv_blocks(reader.config, config, dtype, longest, free_memory(device), share)
     _report_cache(reader.config.kv_bytes_per_token(dtype), num_blocks * config.block_size, longest)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
     return Engine(
-        ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=remote_experts)),
+        ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits)),
         config,
         num_blocks=num_blocks,
         eos_token_ids=read_eos_token_ids(model_dir, reader.config),
@@ -112,11 +113,15 @@ def local_experts(
     metrics: DispatchMetrics,
     progress: Callable[[int], None] | None = None,
 ) -> ExpertDispatcher:
-    """All experts in this process, in `num_shards` shards. Blocks. Raises CheckpointError, SetupError."""
+    """All experts in this process, in `num_shards` shards; in none for a dense model. Blocks.
+
+    Raises CheckpointError, SetupError.
+    """
     reader = CheckpointReader(model_dir)
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
-    plan = plan_evenly(reader.config.sparse_layers, reader.config.num_experts, num_shards)
+    num_experts = reader.config.num_experts
+    plan = plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
     shards = {}
     for shard_id, experts in enumerate(plan.slices):
         shards[shard_id] = ExpertShard(shard_id, reader.config, dtype=dtype, device=resolve_device(config.device))

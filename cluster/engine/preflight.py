@@ -8,7 +8,7 @@ from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.checkpoint.tokenizer_files import read_tokenizer, read_tokenizer_config
 from cluster.config import EngineConfig
-from cluster.experts.placement import plan_evenly
+from cluster.experts.placement import num_shards_for, plan_evenly
 from cluster.model.kv_cache import check_block_fits
 
 
@@ -21,7 +21,8 @@ def check_checkpoint(
     """
     reader = CheckpointReader(model_dir)
     reader.check_tensors()
-    plan_evenly(reader.config.sparse_layers, reader.config.num_experts, num_shards)
+    num_experts = reader.config.num_experts
+    plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
     check_block_fits(reader.config, engine, resolve_dtype(engine.dtype, reader.config))
     max_model_len(reader.config, engine)
     read_sampling_defaults(model_dir)

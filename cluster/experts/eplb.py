@@ -61,6 +61,8 @@ def imbalance(plan: PlacementPlan, load: ArrayLike, *, num_shards: int | None = 
 
     load: [L, E]. The mean is over num_shards shards, by default those that hold anything. 1.0 where there is no load.
     """
+    if not plan.layer_ids:
+        return 1.0
     shard_load = _shard_load(_checked(plan, load), _held(plan, plan.num_shards))
     mean = shard_load.sum() / (num_shards or sum(any(shard_slice.values()) for shard_slice in plan.slices))
     return float(shard_load.max(axis=1).sum() / mean) if mean > 0 else 1.0

@@ -47,11 +47,19 @@ class PlacementPlan:
         return [tuple(shards) for shards in owners]
 
 
+def num_shards_for(num_experts: int, asked: int) -> int:
+    """The shards to have: none for a dense model, whatever number was asked for."""
+    return asked if num_experts else 0
+
+
 def plan_evenly(layer_ids: Sequence[int], num_experts: int, num_shards: int, *, epoch: int = 1) -> PlacementPlan:
     """Contiguous slices, one copy of each expert, the same in every layer; sizes differ by one at most.
 
-    60 experts on 7 shards: 9, 9, 9, 9, 8, 8, 8. Raises SetupError for more shards than experts.
+    60 experts on 7 shards: 9, 9, 9, 9, 8, 8, 8. A dense model has an empty plan, on no shard. Raises SetupError for
+    more shards than experts.
     """
+    if num_experts == num_shards == 0:
+        return PlacementPlan(epoch=epoch, num_experts=0, slices=())
     if not 1 <= num_shards <= num_experts:
         raise SetupError(
             f"{num_shards} expert shards for {num_experts} experts a layer: ask for 1 to {num_experts} shards"

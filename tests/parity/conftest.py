@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from configs import CONFIGS
+from configs import CONFIGS, DENSE_CONFIGS
 from parity_tools import Oracle, ask_transformers
 
 from cluster.checkpoint.made.synthetic import write_checkpoint
@@ -17,13 +17,19 @@ def oracle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracl
     def get(name: str) -> Oracle:
         if name not in made:
             model_dir: Path = tmp_path_factory.mktemp("parity") / "model"
-            write_checkpoint(model_dir, CONFIGS[name], seed=len(name))
+            write_checkpoint(model_dir, (CONFIGS | DENSE_CONFIGS)[name], seed=len(name))
             made[name] = ask_transformers(model_dir)
         return made[name]
 
     return get
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=[*CONFIGS, *DENSE_CONFIGS])
 def oracle(request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]) -> Oracle:
+    return oracle_of(request.param)
+
+
+@pytest.fixture(params=list(CONFIGS))
+def moe_oracle(request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]) -> Oracle:
+    """Of a model with routed experts."""
     return oracle_of(request.param)

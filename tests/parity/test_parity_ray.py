@@ -50,12 +50,12 @@ def carry(carrier, actors):
 
 @pytest.mark.parametrize("carrier", ["ray", "stream"])
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
-def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray_cluster, num_shards, carrier):
+def test_greedy_tokens_through_ray_are_those_of_transformers(moe_oracle, actors, ray_cluster, num_shards, carrier):
     """Mixed lengths, a token budget of 16 (so chunked prompts beside decodes) and room for 12 blocks (preemption)."""
-    config = CheckpointReader(oracle.model_dir).config
+    config = CheckpointReader(moe_oracle.model_dir).config
     plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
     loads = [
-        actor.load.remote(str(oracle.model_dir), dict(experts), "float32", "cpu")
+        actor.load.remote(str(moe_oracle.model_dir), dict(experts), "float32", "cpu")
         for actor, experts in zip(actors, plan.slices, strict=False)
     ]
     assert sum(ray_cluster.get(loads)) == len(config.sparse_layers) * config.num_experts * config.expert_bytes(
@@ -67,7 +67,7 @@ def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray
         dtype="float32", device="cpu", block_size=4, kv_cache_bytes=12 * 4 * config.kv_bytes_per_token("float32"),
         max_num_batched_tokens=16,
     )  # fmt: skip
-    engine = load_engine(oracle.model_dir, limits, dispatcher, EngineMetrics(registry, "test"))
+    engine = load_engine(moe_oracle.model_dir, limits, dispatcher, EngineMetrics(registry, "test"))
     for num_parts in (1, 2):
         engine.runner.micro_batching.choose = lambda tokens, sequences, parts=num_parts: min(parts, sequences)
         for index, prompt in enumerate(PROMPTS):
@@ -77,7 +77,7 @@ def test_greedy_tokens_through_ray_are_those_of_transformers(oracle, actors, ray
             for update in engine.step():
                 assert update.error is None
                 answers[update.request_id] += update.token_ids
-        assert list(answers.values()) == oracle.token_ids
+        assert list(answers.values()) == moe_oracle.token_ids
     dispatcher.transport.close()
 
 

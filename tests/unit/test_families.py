@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from configs import CONFIGS
+from configs import CONFIGS, DENSE_CONFIGS
 
 from cluster.checkpoint.names import dense_shapes
 from cluster.config import read_model_config
@@ -15,7 +15,7 @@ def test_every_family_can_be_read_and_computed():
     assert all(family.model_type == model_type for model_type, family in ARCHITECTURES.items())
 
 
-@pytest.mark.parametrize("raw", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("raw", (CONFIGS | DENSE_CONFIGS).values(), ids=[*CONFIGS, *DENSE_CONFIGS])
 def test_a_models_weights_are_its_checkpoints_dense_tensors(raw):
     config = read_model_config(raw)
     with torch.device("meta"):

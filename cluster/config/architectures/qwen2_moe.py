@@ -22,15 +22,21 @@ def _read(keys: Keys) -> ModelConfig:
         "qwen2_moe",
         qkv_bias=keys.flag("qkv_bias", True),
         layer_types=read_layer_types(keys, lambda layer_id, limit: layer_id % 2 == 0 and layer_id < limit),
-        moe=MoeConfig(
-            num_experts=keys.count("num_experts"),
-            num_experts_per_tok=keys.count("num_experts_per_tok"),
-            norm_topk_prob=keys.flag("norm_topk_prob", False),
-            moe_intermediate_size=keys.count("moe_intermediate_size"),
-            shared_expert_intermediate_size=keys.count("shared_expert_intermediate_size"),
-            sparse_layers=_sparse_layers(keys),
-        ),
+        moe=_read_moe(keys),
     )
+
+
+def _read_moe(keys: Keys) -> MoeConfig | None:
+    """None where `mlp_only_layers` names every layer."""
+    moe = MoeConfig(
+        num_experts=keys.count("num_experts"),
+        num_experts_per_tok=keys.count("num_experts_per_tok"),
+        norm_topk_prob=keys.flag("norm_topk_prob", False),
+        moe_intermediate_size=keys.count("moe_intermediate_size"),
+        shared_expert_intermediate_size=keys.count("shared_expert_intermediate_size"),
+        sparse_layers=_sparse_layers(keys),
+    )
+    return moe if moe.sparse_layers else None
 
 
 def _sparse_layers(keys: Keys) -> tuple[int, ...]:
