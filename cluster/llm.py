@@ -24,8 +24,6 @@ from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
 from cluster.engine.load import load_engine, local_experts
 from cluster.engine.preflight import check_checkpoint
-from cluster.engine.scheduler import ScheduledSequence
-from cluster.engine.sequence import Sequence as EngineSequence
 from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
@@ -179,7 +177,6 @@ class LLM:
             raise failures[0]
         return [answer.output() for answer in answers]
 
-    @torch.inference_mode()
     def logits(self, token_ids: Iterable[int]) -> Tensor:
         """The logits at every position of a prompt: [T, vocab] float32. Computed in chunks, as a prompt would be.
 
@@ -191,27 +188,7 @@ class LLM:
             prompt_token_ids=self._completer.prompt(token_ids, "token_ids"),
             params=SAMPLING_DEFAULTS,
         )
-        sequence = EngineSequence(
-            request=request, params=request.params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None
-        )
-        num_tokens = len(sequence.token_ids)
-        if not self.engine.blocks.allocate(sequence, num_tokens):
-            raise InvalidRequest(
-                f"token_ids has {num_tokens} tokens, the KV cache has room for "
-                f"{self.engine.blocks.num_free * self.engine.blocks.block_size}: give more kv_cache_bytes",
-                "token_ids",
-            )
-        chunks = []
-        try:
-            while sequence.num_uncomputed_tokens:
-                size = min(sequence.num_uncomputed_tokens, self.engine.config.max_num_batched_tokens)
-                chunk = ScheduledSequence(sequence, size)
-                hidden_states, _ = self.engine.runner.forward([chunk], waits=True)  # [size, H]
-                chunks.append(self.engine.runner.model.logits(hidden_states).float())
-                sequence.num_computed_tokens += size
-        finally:
-            self.engine.blocks.free(sequence)
-        return torch.cat(chunks)
+        return self.engine.score(request)
 
     def close(self) -> None:
         """Takes the shards down; what is asked afterwards raises Closed. Safe to call again."""

@@ -9,8 +9,8 @@ from cluster.engine.sequence import Sequence
 class BlockManager:
     """Hands out block ids 0 … num_blocks − 1 and takes them back.
 
-    A full block is known by a digest of all tokens up to its end. It stays findable when its last holder is gone, until
-    its memory is needed: the one that was let go longest ago is taken first.
+    A full block is known by a digest of its sequence's salt and of all tokens up to its end. It stays findable when its
+    last holder is gone, until its memory is needed: the one that was let go longest ago is taken first.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = False) -> None:
@@ -48,10 +48,10 @@ class BlockManager:
     def reuse(self, sequence: Sequence) -> int:
         """Gives a sequence without blocks those that hold its beginning, all but its last token at most.
 
-        Sets its num_computed_tokens; returns it.
+        Sets its num_computed_tokens; returns it. One that wants the hidden states of all its rows gets none.
         """
         assert not sequence.block_table
-        if self.prefix_caching:
+        if self.prefix_caching and not sequence.wants_hidden_states:
             for _ in range((len(sequence.token_ids) - 1) // self.block_size):
                 digest = self._next_digest(sequence)
                 block_id = self._block_of.get(digest)
@@ -66,8 +66,12 @@ class BlockManager:
         return sequence.num_computed_tokens
 
     def remember(self, sequence: Sequence) -> None:
-        """Makes a sequence's full, computed blocks findable: one digest a block. Call it after each step."""
-        if not self.prefix_caching:
+        """Makes a sequence's full, computed blocks findable: one digest a block. Call it after each step.
+
+        Those of a sequence that wants hidden states stay its own: not even NaN ends it, and blocks with NaN are shared
+        with nobody.
+        """
+        if not self.prefix_caching or sequence.wants_hidden_states:
             return
         while len(sequence.block_digests) < sequence.num_computed_tokens // self.block_size:
             digest = self._next_digest(sequence)
@@ -101,7 +105,7 @@ class BlockManager:
         """Of the first block that has none yet: over its tokens and the digest of the one before."""
         index = len(sequence.block_digests)
         tokens = sequence.token_ids[index * self.block_size : (index + 1) * self.block_size]
-        before = sequence.block_digests[-1] if index else b""
+        before = sequence.block_digests[-1] if index else sequence.block_salt
         return blake2b(before + array("q", tokens).tobytes(), digest_size=32).digest()
 
     def _evict(self) -> int:

@@ -7,16 +7,21 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.fitting import fitting
+from cluster.engine.holding import Holding
 from cluster.engine.isolation import OnStep, failure_of, prove, run_isolated
 from cluster.engine.retry_hint import RetryHint
-from cluster.engine.runner import ModelRunner, StepResult
-from cluster.engine.scheduler import Batch, ScheduledSequence, Scheduler
+from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence
+from cluster.engine.step import Batch, Runner, ScheduledSequence, StepResult
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.metrics import EngineMetrics
 from cluster.model.sampler import NoFiniteNumbers, Sampled
@@ -24,8 +29,6 @@ from cluster.types import EngineRequest, EngineStats, FinishReason, SequenceUpda
 
 log = logging.getLogger(__name__)
 
-HOLD_S = 1.0  # a held sequence tries again at the latest after so long: a broken connection brings no news of the plan
-HOLD_POLL_S = 0.05  # when all are held the engine looks up so often: a new request may need other experts
 MAX_CANCELLED_EARLY = 1024  # ids kept of cancels that found no sequence; most are of finished ones
 
 
@@ -34,7 +37,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         config: EngineConfig,
         *,
         num_blocks: int,
@@ -58,14 +61,15 @@ class Engine:
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            num_ahead=runner.num_ahead,
         )
+        self.holding = Holding(self.scheduler.running, runner, self.clock)
         self.sequences: dict[str, Sequence] = {}
         self.num_generated_tokens = 0
         self._retry_hint = RetryHint(self.clock())
         self._finished: list[SequenceUpdate] = []
         self._cancelled_early: dict[str, None] = {}
-        self._release_at = 0.0  # when held sequences go on, and of which plan they have news before
-        self._release_beyond = 0
+        self._rows: dict[Sequence, list[Tensor]] = {}  # hidden states of sequences that want them, in their order
 
     @property
     def has_work(self) -> bool:
@@ -75,7 +79,7 @@ class Engine:
         """May be called from any thread."""
         return EngineStats(
             running=len(self.scheduler.running),
-            held=sum(sequence.held for sequence in list(self.scheduler.running)),
+            held=len(self.holding),
             waiting=len(self.scheduler.waiting),
             used_blocks=self.blocks.num_used,
             num_blocks=self.blocks.num_blocks,
@@ -108,8 +112,45 @@ class Engine:
         )
         self.scheduler.add(sequence)
         self.sequences[request.request_id] = sequence
-        if request.output_token_ids and (reason := _end_of(sequence)):
-            self._end(sequence, reason)  # the earlier attempt got to the end, only its word for it was lost
+        if request.output_token_ids and (reason := sequence.end()):
+            self._end(sequence, reason)  # the earlier attempt got to the end, and its last update was lost
+
+    def score(self, request: EngineRequest) -> Tensor:
+        """The logits at every position of a request's prompt: [T, V] float32. Makes steps until it has them.
+
+        The other sequences take part in these steps, and the next `step` returns their updates. Raises InvalidRequest
+        for a prompt without room in the cache, and the error that the request ends with.
+        """
+        num_tokens, room = len(request.prompt_token_ids), self.blocks.num_blocks * self.blocks.block_size
+        if num_tokens > room:
+            raise InvalidRequest(
+                f"token_ids has {num_tokens} tokens, the KV cache has room for {room}: give more kv_cache_bytes",
+                "token_ids",
+            )
+        sequence = Sequence(
+            request=request,
+            params=request.params,
+            stop_token_ids=frozenset(),
+            arrived_at=self.clock(),
+            deadline=None,
+            wants_hidden_states=True,
+        )
+        self.scheduler.add(sequence)
+        self.sequences[request.request_id] = sequence
+        rows = self._rows.setdefault(sequence, [])
+        updates: list[SequenceUpdate] = []
+        try:
+            while request.request_id in self.sequences:
+                updates += self.step()
+        finally:
+            del self._rows[sequence]
+            if request.request_id in self.sequences:
+                self._forget(sequence, "cancelled")
+            self._finished += [update for update in updates if update.request_id != request.request_id]
+        for update in updates:
+            if update.request_id == request.request_id and update.error is not None:
+                raise update.error
+        return torch.cat([self.runner.logits(part).float() for part in rows])
 
     def cancel(self, request_id: str) -> None:
         """Stops a sequence and frees its blocks at once.
@@ -129,7 +170,7 @@ class Engine:
         A sequence that meets an exception of its own ends with it. Raises what ends them all.
         """
         self._expire()
-        self._release()
+        self.holding.release()
         batch = self._schedule()
         for _ in range(batch.num_preempted):
             self.metrics.preempted()
@@ -137,28 +178,20 @@ class Engine:
         updates = self._run(batch) if batch.scheduled else []
         updates += self._finished
         self._finished = []
-        held = sum(sequence.held for sequence in self.scheduler.running)
+        held = len(self.holding)
         if held and not batch.scheduled and not updates:
-            self.runner.has_news(self._release_beyond, HOLD_POLL_S)
-        self.metrics.state(
-            len(self.scheduler.running),
-            held,
-            len(self.scheduler.waiting),
-            self.blocks.num_used,
-            self.blocks.num_blocks,
-        )
+            self.holding.wait()
+        num_running, num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        self.metrics.state(num_running, held, num_waiting, self.blocks.num_used, self.blocks.num_blocks)
         return updates
 
     def _make_room(self, client: str) -> None:
         """In a full queue the client with the most waiting requests loses its latest. Raises Overloaded if that is
         this one."""
-        later_s = self._retry_hint.seconds(self.config.max_waiting)
         limit = self.config.max_waiting
-        taken = (
-            f"the queue is full ({limit} requests wait)"
-            if limit
-            else f"all {self.config.max_num_seqs} places are taken"
-        )
+        later_s = self._retry_hint.seconds(limit)
+        places = f"all {self.config.max_num_seqs} places are taken"
+        taken = f"the queue is full ({limit} requests wait)" if limit else places
         full = Overloaded.later(taken, later_s)
         loser = self.scheduler.waiting.to_make_room(client)
         if loser is None:
@@ -195,6 +228,8 @@ class Engine:
                 if i in result.failed:
                     raise result.failed[i]
                 updates += self._advance(s, result.tokens[i])
+                if i in result.hidden_states:
+                    self._take_rows(s.sequence, result.hidden_states[i])
             except Exception as error:  # noqa: BLE001 it is this sequence's alone
                 self._fail(s.sequence, error)
         if len(result.failed) == len(batch.scheduled):
@@ -208,48 +243,39 @@ class Engine:
         self._end(sequence, "error", failure_of(sequence.request.called, error))
 
     def _hold(self, result: StepResult, batch: Batch) -> None:
-        """Sequences that need a lost expert keep their blocks and let the others go on; for too long lost ones end."""
-        if not result.lost:
-            return
-        now = self.clock()
-        if not any(sequence.held for sequence in self.scheduler.running):
-            self._release_at, self._release_beyond = now + HOLD_S, result.epoch
-        for i, error in result.lost.items():
-            sequence = batch.scheduled[i].sequence
-            if sequence.lost_since is None:
-                sequence.lost_since = now
-            sequence.held = True
-            if now - sequence.lost_since >= self.runner.recovery_timeout_s:
-                log.warning("sequence %s ends: %s", sequence.request.called, error)
-                self._end(sequence, "error", error)
+        errors = {batch.scheduled[i].sequence: error for i, error in result.lost.items()}
+        for sequence in self.holding.hold(errors, result.epoch):
+            log.warning("sequence %s ends: %s", sequence.request.called, errors[sequence])
+            self._end(sequence, "error", errors[sequence])
 
-    def _release(self) -> None:
-        """Held sequences go on when the plan has changed, or to see whether it works again."""
-        held = [sequence for sequence in self.scheduler.running if sequence.held]
-        if held and (self.clock() >= self._release_at or self.runner.has_news(self._release_beyond, 0.0)):
-            for sequence in held:
-                sequence.held = False
-
-    def _advance(self, scheduled: ScheduledSequence, sampled: Sampled | None) -> list[SequenceUpdate]:
-        """Takes in what a step brought one sequence."""
+    def _advance(self, scheduled: ScheduledSequence, new_tokens: Seq[Sampled]) -> list[SequenceUpdate]:
+        """Takes in the tokens that a step brought one sequence, up to the one that ends it."""
         sequence = scheduled.sequence
         sequence.lost_since = None
-        sequence.num_computed_tokens += scheduled.num_tokens
+        taken = sequence.take(new_tokens)
+        sequence.num_computed_tokens += scheduled.num_tokens + max(0, len(taken) - 1)
         self.blocks.remember(sequence)
-        if sampled is None:
+        if not taken:
             return []
-        token_id, logprobs = sampled
-        sequence.token_ids.append(token_id)
-        self.num_generated_tokens += 1
+        self.num_generated_tokens += len(taken)
         update = SequenceUpdate(
             request_id=sequence.request_id,
-            token_ids=(token_id,),
-            logprobs=() if logprobs is None else (logprobs,),
-            finish_reason=_end_of(sequence),
+            token_ids=tuple(token_id for token_id, _ in taken),
+            logprobs=tuple(logprobs for _, logprobs in taken if logprobs is not None),
+            finish_reason=sequence.end(),
         )
         if update.finish_reason:
             self._forget(sequence, update.finish_reason)
         return [update]
+
+    def _take_rows(self, sequence: Sequence, rows: Tensor) -> None:
+        """Keeps the hidden states of a sequence that wants them; it ends when all are there. rows: [T, H]."""
+        kept = self._rows[sequence]
+        if sequence.num_computed_tokens == len(rows):
+            kept.clear()  # it begins, perhaps again: it may have lost its blocks
+        kept.append(rows)
+        if not sequence.num_uncomputed_tokens:
+            self._forget(sequence, "stop")
 
     def _expire(self) -> None:
         now = self.clock()
@@ -269,10 +295,3 @@ class Engine:
         self.scheduler.remove(sequence)
         del self.sequences[sequence.request_id]
         self.metrics.finished(reason)
-
-
-def _end_of(sequence: Sequence) -> FinishReason | None:
-    """Why it ends with its last token, if it does."""
-    if sequence.token_ids[-1] in sequence.stop_token_ids:
-        return "stop"
-    return "length" if sequence.num_output_tokens >= (sequence.params.max_tokens or 1) else None

@@ -1,13 +1,12 @@
 """Runs a step so that an exception ends the sequences that it belongs to, and no others. Knows no tensors."""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from cluster.engine.block_manager import BlockManager
-from cluster.engine.runner import StepResult
-from cluster.engine.scheduler import Batch, ScheduledSequence
 from cluster.engine.sequence import Sequence as EngineSequence
+from cluster.engine.step import Batch, Runner, ScheduledSequence, StepResult
 from cluster.errors import ClusterError, NonFiniteOutput, RequestFailed, Unavailable
 from cluster.model.sampler import NoFiniteNumbers
 from cluster.types import EngineRequest, SamplingParams
@@ -16,18 +15,12 @@ log = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 400
 
+T = TypeVar("T")
+
 OnStep = Callable[[Sequence[str]], None]  # told the requests of each step before it is computed
 
 
-class StepRunner(Protocol):
-    """What computes a step; a `ModelRunner` is one."""
-
-    def run(self, batch: Batch) -> StepResult: ...
-
-    def check_device(self) -> None: ...
-
-
-def run_isolated(runner: StepRunner, batch: Batch, on_step: OnStep) -> StepResult:
+def run_isolated(runner: Runner, batch: Batch, on_step: OnStep) -> StepResult:
     """Blocks. A step that raises is run again in halves, down to the sequences that raise alone: those have failed.
 
     What is not there for the moment (Unavailable) is so for all. Raises what the device ends with: then all are lost.
@@ -39,20 +32,25 @@ def run_isolated(runner: StepRunner, batch: Batch, on_step: OnStep) -> StepResul
         runner.check_device()
         size = len(batch.scheduled)
         if size == 1 or isinstance(error, Unavailable):
-            return StepResult([None] * size, failed=dict.fromkeys(range(size), error))
+            return StepResult([()] * size, failed=dict.fromkeys(range(size), error))
         log.warning("a step of %d sequences is run again in halves: %s: %s", size, type(error).__name__, error)
     middle = size // 2
     first = run_isolated(runner, Batch(batch.scheduled[:middle]), on_step)
     second = run_isolated(runner, Batch(batch.scheduled[middle:]), on_step)
     return StepResult(
         [*first.tokens, *second.tokens],
-        {**first.lost, **{middle + i: lost for i, lost in second.lost.items()}},
+        {**first.hidden_states, **_moved(second.hidden_states, middle)},
+        {**first.lost, **_moved(second.lost, middle)},
         first.epoch or second.epoch,
-        {**first.failed, **{middle + i: failed for i, failed in second.failed.items()}},
+        {**first.failed, **_moved(second.failed, middle)},
     )
 
 
-def prove(runner: StepRunner, blocks: BlockManager, on_step: OnStep) -> None:
+def _moved(by_number: Mapping[int, T], offset: int) -> dict[int, T]:
+    return {offset + number: value for number, value in by_number.items()}
+
+
+def prove(runner: Runner, blocks: BlockManager, on_step: OnStep) -> None:
     """After a step in which every sequence failed: computes a token that nobody asked for. Raises if that fails too,
     for then it is the engine that is broken, and its requests are better off at another one."""
     params = SamplingParams(temperature=0, max_tokens=1)

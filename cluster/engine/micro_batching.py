@@ -8,7 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from cluster.engine.scheduler import ScheduledSequence
+from cluster.engine.step import ScheduledSequence
 
 MIN_TOKENS = 64  # smaller steps are bound by reading weights, which a split reads twice
 TRIES = 3  # timings of each kind before one is chosen, and kept to choose by

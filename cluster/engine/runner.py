@@ -4,18 +4,15 @@ T: tokens in the step, B: sequences, V: vocabulary.
 """
 
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.engine.micro_batching import MicroBatching, split_evenly
-from cluster.engine.scheduler import Batch, ScheduledSequence
 from cluster.engine.sequence import Sequence
-from cluster.errors import ShardUnavailable
+from cluster.engine.step import Batch, ScheduledSequence, StepResult
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
 from cluster.kernels.attention import PagedBatch
@@ -25,25 +22,8 @@ from cluster.model.layers.feed_forward import Experts
 from cluster.model.sampler import NoFiniteNumbers, Sampled, SamplingRow, sample
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step brought each of its sequences.
-
-    tokens: the new token, None where a prompt is not through yet or the sequence is lost.
-    lost: for the number of a sequence that needs an expert without a living copy, the error. Nothing of what the step
-    computed for it counts.  epoch: of the plan that had no copy.
-    failed: for the number of a sequence that met an exception of its own, that one; NoFiniteNumbers where the model's
-    numbers for it are NaN or infinite, in any of its rows: its keys and values are then not to be used again.
-    """
-
-    tokens: Seq[Sampled | None]
-    lost: Mapping[int, ShardUnavailable] = field(default_factory=dict)
-    epoch: int = 0
-    failed: Mapping[int, Exception] = field(default_factory=dict)
-
-
 class ModelRunner:
-    """The model, its cache and its experts. Used by one thread.
+    """The `Runner` of a model, with its cache and its experts.
 
     micro_batching: chooses into how many parts a step is split; None for never.
     """
@@ -64,55 +44,74 @@ class ModelRunner:
         self.device = model.model.norm.weight.device
 
     @property
+    def num_ahead(self) -> int:
+        return 0  # a step samples one token for a sequence
+
+    @property
     def recovery_timeout_s(self) -> float:
-        """How long a sequence waits for a lost shard's successor."""
         return self.experts.recovery_timeout_s
 
-    def has_news(self, epoch: int, timeout_s: float) -> bool:
-        """Whether there is a plan of a higher epoch; blocks for so long at most."""
-        return self.experts.plans.wait_beyond(epoch, timeout_s)
+    def has_news(self, epoch: int) -> bool:
+        return self.experts.plans.wait_beyond(epoch, 0.0)
+
+    def wait_for_news(self, epoch: int, timeout_s: float) -> None:
+        self.experts.plans.wait_beyond(epoch, timeout_s)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        return self.model.logits(hidden_states)
+
+    def check_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def run(self, batch: Batch) -> StepResult:
-        """Computes a step. Blocks. Raises ClusterError, and whatever a bug raises; the step may then be run again."""
+        """As `Runner.run`, a token at most for a sequence."""
         hidden_states, step = self.forward(batch.scheduled)  # [T, H]
-        tokens: list[Sampled | None] = [None] * len(batch.scheduled)
-        rows: dict[int, SamplingRow] = {}
+        tokens, failed = self._sample(batch.scheduled, hidden_states, step)
+        wanted: dict[int, Tensor] = {}
+        if len(step.lost) < len(batch.scheduled):
+            num_tokens = [s.num_tokens for s in batch.scheduled]
+            for i in non_finite(hidden_states, num_tokens):
+                if i not in step.lost and not batch.scheduled[i].sequence.wants_hidden_states:
+                    failed[i] = NoFiniteNumbers("a row's hidden state is NaN or infinite")
+            for i, rows in enumerate(torch.split(hidden_states, num_tokens)):
+                if i not in step.lost and batch.scheduled[i].sequence.wants_hidden_states:
+                    wanted[i] = rows
+        if failed:
+            self.check_device()
+        every = [(tokens[i],) if i in tokens and i not in failed else () for i in range(len(batch.scheduled))]
+        return StepResult(every, wanted, step.lost, step.epoch, failed)
+
+    def _sample(
+        self, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, step: StepExperts
+    ) -> tuple[dict[int, Sampled], dict[int, Exception]]:
+        """The next token of each sequence that samples and is not lost, or its own exception. hidden_states: [T, H]."""
+        tokens: dict[int, Sampled] = {}
         failed: dict[int, Exception] = {}
-        for i, s in enumerate(batch.scheduled):
+        rows: dict[int, SamplingRow] = {}
+        for i, s in enumerate(scheduled):
             if s.samples and i not in step.lost:
                 try:
                     rows[i] = _sampling_row(s.sequence)
                 except Exception as error:  # noqa: BLE001 it is this sequence's alone
                     failed[i] = error
-        num_tokens = [s.num_tokens for s in batch.scheduled]
         if rows:
-            ends = np.cumsum(num_tokens)[list(rows)] - 1
+            ends = np.cumsum([s.num_tokens for s in scheduled])[list(rows)] - 1
             logits = self.model.logits(hidden_states[torch.from_numpy(ends).to(self.device)])  # [B, V]
             for i, chosen in zip(rows, sample(logits, list(rows.values())), strict=True):
                 if isinstance(chosen, Exception):
                     failed[i] = chosen
                 else:
                     tokens[i] = chosen
-        if len(step.lost) < len(num_tokens):
-            for i in non_finite(hidden_states, num_tokens):
-                if i not in step.lost:
-                    failed[i], tokens[i] = NoFiniteNumbers("a row's hidden state is NaN or infinite"), None
-        if failed:
-            self.check_device()
-        return StepResult(tokens, step.lost, step.epoch, failed)
+        return tokens, failed
 
-    def check_device(self) -> None:
-        """Raises when the device answers every call with the fault of an earlier one: only a new process can go on."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def forward(self, scheduled: Seq[ScheduledSequence], *, waits: bool = False) -> tuple[Tensor, StepExperts]:
+    def forward(self, scheduled: Seq[ScheduledSequence]) -> tuple[Tensor, StepExperts]:
         """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated, and which sequences are lost:
-        theirs are without meaning, and [0, H] when all are. With `waits` none is. Raises ClusterError."""
+        theirs are without meaning, and [0, H] when all are. Raises ClusterError."""
         num_tokens = sum(s.num_tokens for s in scheduled)
         num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
         started = time.monotonic()
-        step = StepExperts(self.experts, len(scheduled), waits=waits)
+        step = StepExperts(self.experts, len(scheduled))
         parts, first = [], 0
         for part in split_evenly(scheduled, num_parts):
             parts.append(self._micro_batch(part, step.part(first, [s.num_tokens for s in part], self.device)))

@@ -11,64 +11,46 @@ from itertools import count, takewhile
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.fair_queue import FairQueue
 from cluster.engine.sequence import NO_TURN, Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """A sequence and how many of its uncomputed tokens this step computes (at least one)."""
-
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether its last token is computed, so that a new one is sampled."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's work. num_preempted: sequences that lost their blocks to make it possible.
-    num_reused_tokens: tokens of sequences that begin here and whose keys and values were in the cache."""
-
-    scheduled: tuple[ScheduledSequence, ...]
-    num_preempted: int = 0
-    num_reused_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.scheduled)
+from cluster.engine.step import Batch, ScheduledSequence
 
 
 @dataclass(slots=True)
 class _Step:
-    """A step while it is planned. budget: tokens that are left.  tokens: what each sequence computes in it."""
+    """A step while it is planned. budget: tokens that are left.  parts: the part of each sequence in it."""
 
     budget: int
-    tokens: dict[Sequence, int] = field(default_factory=dict)
+    parts: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
     num_preempted: int = 0
     num_reused_tokens: int = 0
 
-    def give(self, sequence: Sequence, num_tokens: int) -> None:
-        self.tokens[sequence] = self.tokens.get(sequence, 0) + num_tokens
-        self.budget -= num_tokens
+    def num_tokens(self, sequence: Sequence) -> int:
+        part = self.parts.get(sequence)
+        return part.num_tokens if part else 0
+
+    def give(self, part: ScheduledSequence) -> None:
+        """Takes a part in; it replaces a smaller one of the same sequence."""
+        self.budget -= part.num_tokens - self.num_tokens(part.sequence)
+        self.parts[part.sequence] = part
 
     def take_back(self, victim: Sequence) -> None:
-        self.budget += self.tokens.pop(victim, 0)
+        self.budget += self.num_tokens(victim)
+        self.parts.pop(victim, None)
         self.num_preempted += 1
 
     def batch(self) -> Batch:
-        scheduled = tuple(ScheduledSequence(sequence, num_tokens) for sequence, num_tokens in self.tokens.items())
-        return Batch(scheduled, self.num_preempted, self.num_reused_tokens)
+        return Batch(tuple(self.parts.values()), self.num_preempted, self.num_reused_tokens)
 
 
 class Scheduler:
-    """Used by one thread."""
+    """Used by one thread. num_ahead: as of `Runner`."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, num_ahead: int = 0
+    ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.num_ahead = num_ahead
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.planned: Sequence | None = None  # whose turn it is while `schedule` works: an exception is that one's
@@ -194,17 +176,18 @@ class Scheduler:
         if sequence not in self.running:
             return
         self.planned = sequence
-        granted = step.tokens.get(sequence, 0)
+        granted = step.num_tokens(sequence)
         num_tokens = min(sequence.num_uncomputed_tokens - granted, limit)
         if num_tokens <= 0:
             return
-        while not self.blocks.allocate(sequence, sequence.num_computed_tokens + granted + num_tokens):
+        part = self._part(sequence, granted + num_tokens)
+        while not self._allocate(part):
             victim = self.running[-1]
             step.take_back(victim)
             self._preempt(victim)
             if victim is sequence:
                 return
-        step.give(sequence, num_tokens)
+        step.give(part)
 
     def _begin(self, step: "_Step", sequence: Sequence, limit: int) -> bool:
         """Lets a waiting sequence run with up to `limit` tokens; false if it has to wait."""
@@ -212,8 +195,8 @@ class Scheduler:
             return False
         self.planned = sequence
         num_reused = self.blocks.reuse(sequence)
-        num_tokens = min(sequence.num_uncomputed_tokens, limit)
-        if not self.blocks.allocate(sequence, num_reused + num_tokens):
+        part = self._part(sequence, min(sequence.num_uncomputed_tokens, limit))
+        if not self._allocate(part):
             self.blocks.free(sequence)
             sequence.num_computed_tokens = 0
             return False
@@ -221,8 +204,21 @@ class Scheduler:
         self._take_turn(sequence)
         self.running.append(sequence)
         step.num_reused_tokens += num_reused
-        step.give(sequence, num_tokens)
+        step.give(part)
         return True
+
+    def _part(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        """Tokens ahead are for a sequence that samples, and for no more tokens than it may still bring: a sequence that
+        fits the cache alone still does."""
+        part = ScheduledSequence(sequence, num_tokens)
+        if not self.num_ahead or not part.samples:
+            return part
+        num_after_next = (sequence.params.max_tokens or 1) - sequence.num_output_tokens - 1
+        return replace(part, num_ahead=max(0, min(self.num_ahead, num_after_next)))
+
+    def _allocate(self, part: ScheduledSequence) -> bool:
+        num_tokens = part.sequence.num_computed_tokens + part.num_tokens + part.num_ahead
+        return self.blocks.allocate(part.sequence, num_tokens)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

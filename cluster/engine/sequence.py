@@ -1,9 +1,10 @@
 """One request while the engine works on it. Knows no tensors."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cluster.model.sampler import PenaltyState
-from cluster.types import EngineRequest, SamplingParams
+from cluster.model.sampler import PenaltyState, Sampled
+from cluster.types import EngineRequest, FinishReason, SamplingParams
 
 NO_TURN = -1
 
@@ -20,6 +21,8 @@ class Sequence:
     lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
     held: it has blocks and takes part in no step, until there is news of that expert.
     stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
+    wants_hidden_states: it ends when its prompt is computed, with the hidden states of every row and no new token.
+    block_salt: what its keys and values depend on beside its tokens; sequences of different salts share no block.
     """
 
     request: EngineRequest
@@ -27,6 +30,8 @@ class Sequence:
     stop_token_ids: frozenset[int]
     arrived_at: float
     deadline: float | None
+    wants_hidden_states: bool = False
+    block_salt: bytes = b""
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -62,3 +67,19 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    def take(self, new_tokens: Iterable[Sampled]) -> list[Sampled]:
+        """Appends new tokens up to the one that ends it; returns these."""
+        taken = []
+        for token in new_tokens:
+            self.token_ids.append(token[0])
+            taken.append(token)
+            if self.end():
+                break
+        return taken
+
+    def end(self) -> FinishReason | None:
+        """The reason to end with its last token, if there is one."""
+        if self.token_ids[-1] in self.stop_token_ids and self.num_output_tokens > self.params.min_tokens:
+            return "stop"
+        return "length" if self.num_output_tokens >= (self.params.max_tokens or 1) else None

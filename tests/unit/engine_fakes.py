@@ -2,7 +2,7 @@
 
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
-from cluster.engine.runner import StepResult
+from cluster.engine.step import StepResult
 from cluster.errors import ShardUnavailable
 from cluster.metrics import EngineMetrics, new_registry
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest, SamplingParams
@@ -13,12 +13,14 @@ EOS = 0
 class CountingRunner:
     """Samples last token + 1: the prompt (…, 5) is answered with 6, 7, 8, … Keeps what every step was made of.
 
+    num_ahead: it counts on by so many tokens more a step, where the batch has room for them.
     lost: ids of requests that need an expert without a copy, as of the plan of `epoch`.
     """
 
     recovery_timeout_s = 10.0
 
-    def __init__(self):
+    def __init__(self, num_ahead=0):
+        self.num_ahead = num_ahead
         self.steps = []
         self.errors = []
         self.lost = set()
@@ -28,9 +30,11 @@ class CountingRunner:
     def check_device(self):
         pass
 
-    def has_news(self, epoch, timeout_s):
-        self.waits += timeout_s > 0
+    def has_news(self, epoch):
         return self.epoch > epoch
+
+    def wait_for_news(self, epoch, timeout_s):
+        self.waits += 1
 
     def run(self, batch):
         if self.errors:
@@ -42,10 +46,11 @@ class CountingRunner:
             if s.sequence.request_id in self.lost
         }
         tokens = [
-            (s.sequence.token_ids[-1] + 1, None) if s.samples and i not in lost else None
+            [(s.sequence.token_ids[-1] + 1 + n, None) for n in range(1 + s.num_ahead)]
+            if s.samples and i not in lost else []
             for i, s in enumerate(batch.scheduled)
-        ]
-        return StepResult(tokens, lost, self.epoch)
+        ]  # fmt: skip
+        return StepResult(tokens, {}, lost, self.epoch)
 
 
 class Clock:
@@ -56,11 +61,11 @@ class Clock:
         return self.now
 
 
-def make_engine(num_blocks=64, max_model_len=1000, clock=None, **limits):
+def make_engine(num_blocks=64, max_model_len=1000, clock=None, num_ahead=0, **limits):
     """An engine on a CountingRunner; blocks of 4 tokens."""
     config = EngineConfig(block_size=4, **limits)
     return Engine(
-        CountingRunner(), config, num_blocks=num_blocks, eos_token_ids=(EOS,), max_model_len=max_model_len,
+        CountingRunner(num_ahead), config, num_blocks=num_blocks, eos_token_ids=(EOS,), max_model_len=max_model_len,
         metrics=EngineMetrics(new_registry(), "test"), clock=clock or Clock(),
     )  # fmt: skip
 

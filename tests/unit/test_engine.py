@@ -356,9 +356,10 @@ def test_a_held_sequence_may_lose_its_blocks_to_others():
     max_num_seqs=st.integers(1, 8),
     prefix_caching=st.booleans(),
     losses=st.lists(st.sets(st.integers(0, 11), max_size=6), max_size=20),
+    num_ahead=st.integers(0, 3),
 )
 def test_any_load_ends_with_the_right_tokens_and_no_block_lost(
-    prompts, max_tokens, num_blocks, budget, max_num_seqs, prefix_caching, losses
+    prompts, max_tokens, num_blocks, budget, max_num_seqs, prefix_caching, losses, num_ahead
 ):
     """Each step keeps its budget, no block is lost, none belongs to two sequences that do not begin alike, and every
     answer counts on from its prompt, whichever sequences lose their experts in which step."""
@@ -367,6 +368,7 @@ def test_any_load_ends_with_the_right_tokens_and_no_block_lost(
         max_num_batched_tokens=budget,
         max_num_seqs=max_num_seqs,
         enable_prefix_caching=prefix_caching,
+        num_ahead=num_ahead,
     )
     for index, length in enumerate(prompts):
         engine.submit(request(str(index), range(100, 100 + length), max_tokens=max_tokens))

@@ -8,13 +8,13 @@ from engine_fakes import make_engine, request, run_to_end
 from serving_fakes import EchoBackend, byte_ids, make_service, write_tokenizer
 
 from cluster import LLM, SamplingParams
-from cluster.engine import engine as engine_module
 from cluster.engine import runner as runner_module
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
 from cluster.engine.loop import EngineLoop
 from cluster.engine.runner import ModelRunner
+from cluster.engine.sequence import Sequence
 from cluster.errors import ClusterError, InvalidRequest, RequestFailed, ShardUnavailable
 from cluster.model import sampler
 from cluster.serving.text.prompts import Prompt
@@ -108,7 +108,7 @@ STAGES = {
     "log-probabilities": at_logprobs,
     "remembering blocks": at_method(BlockManager, "remember", lambda _, sequence: [sequence]),
     "taking the token in": at_method(Engine, "_advance", lambda _, scheduled, __: [scheduled.sequence]),
-    "finding the end": at_method(engine_module, "_end_of", lambda sequence: [sequence]),
+    "finding the end": at_method(Sequence, "end", lambda sequence: [sequence]),
 }
 
 
@@ -202,8 +202,8 @@ class FaultyRunner:
         self.runner, self.bad, self.error, self.tries, self.broken = runner, bad, error, [], False
         self.recovery_timeout_s = runner.recovery_timeout_s
 
-    def has_news(self, epoch, timeout_s):
-        return self.runner.has_news(epoch, timeout_s)
+    def has_news(self, epoch):
+        return self.runner.has_news(epoch)
 
     def check_device(self):
         if self.broken:

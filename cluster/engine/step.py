@@ -1,0 +1,93 @@
+"""One step: the scheduler plans it (`Batch`), a `Runner` computes it, the engine takes its `StepResult` in.
+
+T: rows of a sequence in the step, H: hidden size, V: vocabulary.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.engine.sequence import Sequence
+from cluster.errors import ShardUnavailable
+from cluster.model.sampler import Sampled
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence and how many of its uncomputed tokens this step computes (at least one).
+
+    num_ahead: new tokens that the step may bring beside the first one; the cache has room for them.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    num_ahead: int = 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether its last token is computed, so that a new one is sampled."""
+        return not self.sequence.wants_hidden_states and self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work. num_preempted: sequences that lost their blocks to make it possible.
+    num_reused_tokens: tokens of sequences that begin here and whose keys and values were in the cache."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    num_preempted: int = 0
+    num_reused_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The tokens, hidden states and errors that a step brought its sequences, by their number in the batch.
+
+    tokens: new tokens of every sequence in their order, 1 + num_ahead at most; none where it does not sample, is lost
+    or has failed. The keys and values of all but the last one are in the cache.
+    hidden_states: [T, H] of the sequences that want them and are not lost.
+    lost: the error of each sequence that needs an expert without a living copy. Nothing that the step computed for it
+    counts.  epoch: of the plan that had no copy.
+    failed: the exception of each sequence that met one of its own; NoFiniteNumbers where the model's numbers for it are
+    NaN or infinite, in any of its rows: its keys and values are then not to be used again.
+    """
+
+    tokens: Seq[Seq[Sampled]]
+    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
+    lost: Mapping[int, ShardUnavailable] = field(default_factory=dict)
+    epoch: int = 0
+    failed: Mapping[int, Exception] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """Computes steps. Used by one thread."""
+
+    @property
+    def num_ahead(self) -> int:
+        """New tokens that a step may bring a sequence beside the first one, at most."""
+
+    @property
+    def recovery_timeout_s(self) -> float:
+        """How long a sequence waits for a lost expert."""
+
+    def run(self, batch: Batch) -> StepResult:
+        """Computes a step. Blocks. Raises ClusterError, and whatever a bug raises; the step may then be run again."""
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, V] in the model's dtype."""
+
+    def has_news(self, epoch: int) -> bool:
+        """Whether there is a plan of a higher epoch."""
+
+    def wait_for_news(self, epoch: int, timeout_s: float) -> None:
+        """Blocks until there is one, for so long at most."""
+
+    def check_device(self) -> None:
+        """Raises when the device answers every call with the fault of an earlier one: only a new process can go on."""
