@@ -1,4 +1,4 @@
-"""DeepSeek's expert load balancer, written down from its published description: the reference for `experts/eplb.py`.
+"""DeepSeek's expert load balancer, written down from its published description: the reference for `experts/eplb/`.
 
 Every device holds the same number of physical experts, two copies of one expert may meet on one device, and the plan
 that is in force plays no part. Source: the README of github.com/deepseek-ai/EPLB; DeepSeek-V3, arXiv 2412.19437, 3.4.1.

@@ -92,14 +92,14 @@ def test_every_plan_keeps_copies_capacities_and_moves_or_is_refused(case, max_mo
 
     needed = rebalance(plan, load, shards=shards, min_copies=min_copies, max_moves=0, min_gain=1.0)
     if max_moves is not None:
-        assert len(moves(plan, new).loaded) <= max(max_moves, len(moves(plan, needed).loaded))
+        assert len(moves(plan, new).added) <= max(max_moves, len(moves(plan, needed).added))
     assert cost(new, load) <= cost(needed, load) * TOLERANCE
     if new is plan:
         assert all(num_held(plan, shard_id) <= shards[shard_id] for shard_id in range(plan.num_shards))
     else:
         assert new.epoch == plan.epoch + 1
         assert new.num_shards == len(shards)
-        assert moves(plan, new).loaded or moves(plan, new).dropped
+        assert moves(plan, new).added or moves(plan, new).dropped
 
 
 @given(cases())
@@ -146,7 +146,7 @@ def test_one_hot_expert_gets_the_copies():
     """Shard 0 computes 9 + 1, shard 1 2: of 12, the hot expert's 9 halved and one more moved leave 6 on each."""
     plan = PlacementPlan(epoch=4, num_experts=4, slices=({7: (0, 1)}, {7: (2, 3)}))
     new = rebalance(plan, [[9, 1, 1, 1]], shards=[3, 3])
-    assert moves(plan, new).loaded[0] == PhysicalExpert(7, 0, 1)
+    assert moves(plan, new).added[0] == PhysicalExpert(7, 0, 1)
     assert cost(new, [[9, 1, 1, 1]]) == 6
     assert new.epoch == 5
 
@@ -157,8 +157,8 @@ def test_the_steps_that_gain_most_come_first():
     plan = PlacementPlan(epoch=1, num_experts=4, slices=slices)
     load = [[4, 4, 0, 0], [40, 40, 0, 0]]
     new = rebalance(plan, load, shards=[6, 6], max_moves=1)
-    (loaded,) = moves(plan, new).loaded
-    assert (loaded.layer_id, loaded.shard_id) == (1, 1)
+    (added,) = moves(plan, new).added
+    assert (added.layer_id, added.shard_id) == (1, 1)
     assert cost(new, load) == 8 + 40
 
 
@@ -178,7 +178,7 @@ def test_layers_that_fill_one_shard_each_are_exchanged_at_once():
     new = rebalance(plan, load, shards=[6, 6])
     assert cost(plan, load) == 12
     assert cost(new, load) == 6
-    assert len(moves(plan, new).loaded) == 6
+    assert len(moves(plan, new).added) == 6
 
 
 def test_a_hot_layer_gets_the_places_that_others_leave():
@@ -186,7 +186,7 @@ def test_a_hot_layer_gets_the_places_that_others_leave():
     plan = plan_evenly([0, 1, 2], 8, 4)
     load = np.array([[16.0, 0, 0, 0, 0, 0, 0, 0], [1.0] * 8, [1.0] * 8])
     new = rebalance(plan, load, shards=[7] * 4)
-    assert moves(plan, new).loaded == tuple(PhysicalExpert(0, 0, shard_id) for shard_id in (1, 2, 3))
+    assert moves(plan, new).added == tuple(PhysicalExpert(0, 0, shard_id) for shard_id in (1, 2, 3))
     assert cost(new, load) == 4 + 2 + 2
 
 
@@ -195,7 +195,7 @@ def test_an_emptied_shard_hands_its_experts_on_whatever_max_moves_says():
     new = rebalance(plan, np.ones((2, 60)), shards=[30, 30, 0, 30, 30, 30], max_moves=0)
     assert new.slices[2] == {}
     change = moves(plan, new)
-    assert len(change.loaded) == len(change.dropped) == 20
+    assert len(change.added) == len(change.dropped) == 20
     assert {dropped.shard_id for dropped in change.dropped} == {2}
     assert imbalance(new, np.ones((2, 60))) == 1.0  # 12 on each of the other 5
 
@@ -205,8 +205,8 @@ def test_a_new_shard_takes_its_part_and_nothing_else_moves():
     plan = plan_evenly(range(4), 64, 7)
     new = rebalance(plan, np.ones((4, 64)), shards=[40] * 8)
     assert imbalance(new, np.ones((4, 64))) <= 1.13
-    assert {loaded.shard_id for loaded in moves(plan, new).loaded} == {7}
-    assert len(moves(plan, new).loaded) <= 4 * 8
+    assert {added.shard_id for added in moves(plan, new).added} == {7}
+    assert len(moves(plan, new).added) <= 4 * 8
 
 
 def test_a_small_new_shard_takes_what_it_holds():
@@ -220,7 +220,7 @@ def test_min_copies_go_to_different_shards_at_one_move_each():
     plan = plan_evenly([0, 1], 12, 3)
     new = rebalance(plan, np.ones((2, 12)), shards=[20] * 3, min_copies=2)
     assert all(len(shards) == 2 for layer_id in (0, 1) for shards in new.owners(layer_id))
-    assert len(moves(plan, new).loaded) == 24
+    assert len(moves(plan, new).added) == 24
     assert moves(plan, new).dropped == ()
 
 
@@ -264,7 +264,7 @@ def test_moves_are_the_copies_that_only_one_plan_has():
     old = PlacementPlan(epoch=1, num_experts=2, slices=({0: (0,), 1: (0, 1)}, {0: (1,)}))
     new = PlacementPlan(epoch=2, num_experts=2, slices=({0: (0, 1), 1: (0,)}, {1: (1,)}))
     change = moves(old, new)
-    assert change.loaded == (PhysicalExpert(0, 1, 0), PhysicalExpert(1, 1, 1))
+    assert change.added == (PhysicalExpert(0, 1, 0), PhysicalExpert(1, 1, 1))
     assert change.dropped == (PhysicalExpert(0, 1, 1), PhysicalExpert(1, 1, 0))
 
 

@@ -185,7 +185,7 @@ class PlacementChanges:
             min_gain=MIN_GAIN,
         )
         was, now = (eplb.imbalance(p, load, num_shards=len(self._state.shards)) for p in (before, plan))
-        num_moves = len(eplb.moves(before, plan).loaded)
+        num_moves = len(eplb.moves(before, plan).added)
         if plan is not before:
             await self._move(plan, why)
         text = f"{why}: {num_moves} experts moved, imbalance {was:.2f} -> {now:.2f}"
@@ -199,7 +199,7 @@ class PlacementChanges:
         new = _padded(plan, len(self._state.shards))
         changed = [i for i in range(len(self._state.shards)) if old.slices[i] != new.slices[i]]
         await self._state.until(self._state.all_up)
-        started, num_moves = time.monotonic(), len(eplb.moves(old, new).loaded)
+        started, num_moves = time.monotonic(), len(eplb.moves(old, new).added)
         try:
             for n, shard_id in enumerate(changed):
                 self._state.work = f"{why}: loading on shard {shard_id} ({n + 1} of {len(changed)})"
