@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from haproxy_tools import write_config
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions, gRPCOptions
 
@@ -128,3 +129,11 @@ def test_a_folder_of_another_user_holds_no_configuration(written):
     done = subprocess.run([program, "-c", "-f", str(written)], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert re.search(r"belongs to another user|replaced by anybody", done.stderr)
+
+
+def test_haproxys_own_checks_ask_serve_which_refuses_none(tmp_path):
+    """They are in no way calls of health, which have bounds; Serve answers them before a handler of ours."""
+    after = adapted(write_config(tmp_path, (9001, 8001, 9002, 9003), [40000]).read_text(), tmp_path)
+    [sent] = re.findall(r"tcp-check send-binary ([0-9a-f]+)", after)
+    assert b"/ray.serve.RayServeAPIService/Healthz" in bytes.fromhex(sent)
+    assert not [line for line in after.splitlines() if "check" in line and "grpc.health" in line]

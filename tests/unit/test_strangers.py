@@ -19,6 +19,7 @@ from cluster.runtime.proxy import add_inference_service, bound_reflection
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.admission.keyless import MAX_HOSTS, KeylessCalls, KeylessLimits
+from cluster.serving.admission.questions import QuestionLimits, Questions
 from cluster.serving.grpc import gate as grpc_gate
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService, HealthState
@@ -126,6 +127,63 @@ def test_an_ingress_of_one_machine_tells_other_machines_nothing_of_its_health():
     admission.question({}, HERE)
 
 
+# Questions of health
+
+
+def refused(questions, host):
+    try:
+        questions.ask(host)
+    except Overloaded as error:
+        return str(error)
+    return ""
+
+
+def test_a_host_has_so_many_questions_in_a_window_and_the_next_window_is_new():
+    """10 in 10 s: the eleventh, 4 s after the first, hears of 6 s; the bound of all, 1,000, is not met."""
+    clock = TickingClock()
+    questions = Questions(QuestionLimits(window_s=10, max_per_host=10, max_questions=1000), clock)
+    assert [refused(questions, "a") for _ in range(10)] == [""] * 10
+    clock.now_s += 4.0
+    assert refused(questions, "a").endswith("10 questions from one host in 10 s without a key: try again in 6.0 s")
+    assert refused(questions, "b") == ""
+    clock.now_s += 6.0
+    assert refused(questions, "a") == ""
+
+
+def test_a_flood_from_many_addresses_costs_a_probe_no_answer_and_is_bounded():
+    """1,000 in a window. 99 hosts ask 50 times: 10 answers each and a few more. A probe that asks once a second then
+    has its share of 1,000 / 100 = 10. All answers together are 2,000 at most."""
+    questions = Questions(QuestionLimits(window_s=10, max_per_host=500, max_questions=1000), TickingClock())
+    flood = [refused(questions, f"host-{number}") for _ in range(50) for number in range(99)]
+    assert [refused(questions, "probe") for _ in range(10)] == [""] * 10
+    assert "at most 1000 questions in 10 s" in refused(questions, "probe")
+    assert 1000 <= flood.count("") <= 2000
+
+
+def test_a_flood_of_ever_new_addresses_is_bounded_too():
+    """3,000 hosts with one question each: every further share would be less than one."""
+    questions = Questions(QuestionLimits(window_s=10, max_per_host=500, max_questions=1000), TickingClock())
+    assert [refused(questions, f"host-{number}") for number in range(3000)].count("") == 1000
+    assert len(questions._asked) == 1000
+
+
+@pytest.mark.parametrize(
+    ("askers", "period_s"),
+    [
+        pytest.param(50, 1.0, id="probes of Kubernetes, or grpc_health_probe in them, at their shortest period"),
+        pytest.param(20, 2.0, id="HAProxy's default interval from as many balancers"),
+    ],
+)
+def test_honest_askers_never_meet_the_bounds(askers, period_s):
+    """An hour of each, all behind one address: 50 a second are 500 in a window."""
+    clock = TickingClock()
+    admission = Admission(clock=clock)
+    for _ in range(int(3600 / period_s)):
+        for _ in range(askers):
+            admission.question({"x-forwarded-for": "192.0.2.1"}, HERE)
+        clock.now_s += period_s
+
+
 # On a gRPC server, as Serve's replicas have it
 
 
@@ -200,6 +258,34 @@ def test_hundreds_of_watchers_without_a_key_keep_nobody_from_an_answer(tmp_path,
             return details
 
     assert "without a key" in asyncio.run(run())
+
+
+def test_a_flood_of_health_checks_is_refused_and_other_hosts_are_answered(tmp_path, key):
+    """5 of a host in 10 s, Check and List together; the sixth hears when the window ends."""
+    keys, metadata = key
+    clock = TickingClock()
+    limits = AdmissionLimits(questions=QuestionLimits(window_s=10, max_per_host=5, max_questions=1000))
+
+    async def run():
+        async with serving(tmp_path, Admission(keys, limits, clock=clock)) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+
+            def ask(host, method="Check"):
+                request = health_pb2.HealthCheckRequest() if method == "Check" else health_pb2.HealthListRequest()
+                return getattr(health, method)(request, metadata=(("x-forwarded-for", host),))
+
+            codes = []
+            for method in ("Check", "List", "Check", "List", "Check", "Check", "List"):
+                last = ask("a", method)
+                codes.append(await code_of(last))
+            hint = dict(await last.trailing_metadata())["grpc-retry-pushback-ms"]
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            answer = stub.Generate(pb.GenerateRequest(text="ab"), metadata=tuple(metadata.items()))
+            others = [await code_of(ask("b")), await code_of(answer)]
+            clock.now_s += 10.0
+            return codes, hint, others, await code_of(ask("a"))
+
+    assert asyncio.run(run()) == (["OK"] * 5 + ["RESOURCE_EXHAUSTED"] * 2, "10000", ["OK", "OK"], "OK")
 
 
 def test_a_watcher_that_leaves_makes_room_for_another(tmp_path):

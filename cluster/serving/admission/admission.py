@@ -16,6 +16,7 @@ from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.admission.callers import client_of, host_of, is_local
 from cluster.serving.admission.keyless import KeylessCalls, KeylessLimits
 from cluster.serving.admission.places import Places
+from cluster.serving.admission.questions import QuestionLimits, Questions
 
 RETRY_S = 1.0
 
@@ -29,6 +30,7 @@ class AdmissionLimits:
     max_calls: int = 1024
     max_streams_per_client: int = 0
     keyless: KeylessLimits = field(default_factory=KeylessLimits)
+    questions: QuestionLimits = field(default_factory=QuestionLimits)
 
 
 class Admission:
@@ -52,6 +54,7 @@ class Admission:
         self._keys, self._local_only, self._max_calls = keys, local_only, limits.max_calls
         self._num_calls = 0
         self._keyless = KeylessCalls(limits.keyless, clock)
+        self._questions = Questions(limits.questions, clock)
         self._places = Places(limits.max_streams_per_client, room, clock)
 
     @property
@@ -101,8 +104,9 @@ class Admission:
             self._keys.spend(client, num_tokens)
 
     def question(self, metadata: Mapping[str, str], peer: str) -> None:
-        """Lets a short call in that needs no key. Raises Forbidden."""
+        """Counts a short call that needs no key. Raises Forbidden, Overloaded."""
         self._check_peer(peer)
+        self._questions.ask(host_of(metadata, peer))
 
     @contextmanager
     def watch(self, metadata: Mapping[str, str], peer: str) -> Iterator[None]:
