@@ -1,9 +1,9 @@
 """What the command line draws: a start's progress, placements, metrics. Knows no Ray and no requests."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
+from cluster.status import ClusterStatus, ProcessInfo
 
 STATS_TIMEOUT_S = 5.0  # the controller asks engines for their figures every 2 s
 _LEVELS = " ▁▂▃▄▅▆▇█"
@@ -23,7 +24,7 @@ class Served(Protocol):
 
     grpc_address: str
 
-    def status(self) -> Any: ...
+    def status(self) -> ClusterStatus: ...
 
 
 class _Console(Console):
@@ -57,8 +58,8 @@ class LoadProgress:
         if self._started:  # else it would print an empty line
             self._progress.stop()
 
-    def update(self, status: Any) -> None:
-        """Takes a `ClusterStatus` in; may be called from another thread."""
+    def update(self, status: ClusterStatus) -> None:
+        """May be called from another thread."""
         for shard in status.shards:
             loaded = (
                 shard.total_bytes if shard.state == "up" else shard.loaded_bytes
@@ -93,7 +94,7 @@ def print_cluster(cluster: Served) -> None:
         print(f"cache    {cache}")
 
 
-def describe_cache(status: Any) -> str:
+def describe_cache(status: ClusterStatus) -> str:
     """The smallest KV cache of a cluster's attention replicas, and what it means for answers; "" while unknown."""
     known = [replica.stats for replica in status.replicas if replica.stats is not None and replica.stats.block_size]
     if not known:
@@ -108,16 +109,16 @@ def describe_cache(status: Any) -> str:
     return text
 
 
-def print_status(status: Any) -> None:
+def print_status(status: ClusterStatus) -> None:
     """A running cluster, once."""
     _Console().print(render_status(status))
 
 
-def watch_status(read: Callable[[], Any], interval_s: float) -> None:
+def watch_status(read: Callable[[], ClusterStatus], interval_s: float) -> None:
     """A running cluster, live, until Ctrl-C. A read that fails shows its error and is made again."""
     console = _Console()
     with Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-        last: Any = None
+        last: ClusterStatus | None = None
         while True:
             shown: RenderableType
             try:
@@ -134,7 +135,7 @@ def watch_status(read: Callable[[], Any], interval_s: float) -> None:
             time.sleep(interval_s)
 
 
-def render_status(status: Any, before: Any = None) -> RenderableType:
+def render_status(status: ClusterStatus, before: ClusterStatus | None = None) -> RenderableType:
     """Processes, loads, faults. before: an earlier one, for rates."""
     state = "SERVING" if status.covered else f"some experts have had no copy for {status.uncovered_s:.0f} s"
     state = status.failure or ("draining" if status.draining else state if status.published else "starting")
@@ -148,14 +149,14 @@ def render_status(status: Any, before: Any = None) -> RenderableType:
     parts.append(_replica_table(status, before))
     parts.append(_shard_table(status))
     if status.load is not None and status.plan is not None and any(map(sum, status.load)):
-        parts.append(_load_map(status))
+        parts.append(_load_map(status.load, status.plan))
     if status.faults:
         lines = (f"{time.strftime('%H:%M:%S', time.localtime(fault.at))}  {fault.what}" for fault in status.faults[-8:])
         parts.append(Text("recent faults\n" + "\n".join(lines)))
     return Group(*parts)
 
 
-def _replica_table(status: Any, before: Any) -> Table:
+def _replica_table(status: ClusterStatus, before: ClusterStatus | None) -> Table:
     table = Table("attention replica", "slot", "pid", "running", "waiting", "KV cache", "tokens/s", "plan")
     earlier = {} if before is None else {r.name: r.stats for r in before.replicas}
     for replica in status.replicas:
@@ -181,50 +182,60 @@ def _replica_table(status: Any, before: Any) -> Table:
     return table
 
 
-def _shard_table(status: Any) -> Table:
+def _shard_table(status: ClusterStatus) -> Table:
     wanted = f" of {status.target_shards}" if status.target_shards != len(status.shards) else ""
     table = Table(
         f"expert shard ({len(status.shards)}{wanted})", "state", "pid", "experts", "share of load", "respawns"
     )
     shares = _shares(status)
     for shard in status.shards:
-        held = status.plan.slices[shard.shard_id] if shard.shard_id < status.plan.num_shards else {}
+        held = _slice(status.plan, shard.shard_id)
         table.add_row(
-            str(shard.shard_id), shard.state, "" if shard.process is None else str(shard.process.pid),
+            str(shard.shard_id), shard.state, _pid(shard.process),
             str(sum(map(len, held.values()))), f"{shares[shard.shard_id]:.0%}" if shares else "", str(shard.respawns),
         )  # fmt: skip
     return table
 
 
-def _shares(status: Any) -> dict[int, float]:
+def _slice(plan: PlacementPlan | None, shard_id: int) -> Mapping[int, tuple[int, ...]]:
+    """Empty for a shard that the plan does not have yet."""
+    return plan.slices[shard_id] if plan is not None and shard_id < plan.num_shards else {}
+
+
+def _pid(process: ProcessInfo | None) -> str:
+    return "" if process is None else str(process.pid)
+
+
+def _shares(status: ClusterStatus) -> dict[int, float]:
     """Each shard's share of the load, copies of an expert in equal parts."""
     loads = dict.fromkeys((shard.shard_id for shard in status.shards), 0.0)
-    for rates, layer_id in zip(status.load or (), status.plan.layer_ids if status.plan else (), strict=False):
-        for rate, owners in zip(rates, status.plan.owners(layer_id), strict=True):
-            for shard_id in owners:
-                loads[shard_id] = loads.get(shard_id, 0.0) + rate / len(owners)
+    if status.load is not None and status.plan is not None:
+        for rates, layer_id in zip(status.load, status.plan.layer_ids, strict=True):
+            for rate, owners in zip(rates, status.plan.owners(layer_id), strict=True):
+                for shard_id in owners:
+                    loads[shard_id] = loads.get(shard_id, 0.0) + rate / len(owners)
     total = sum(loads.values())
     return {shard_id: load / total for shard_id, load in loads.items()} if total else {}
 
 
-def _load_map(status: Any) -> Text:
+def _load_map(load: list[list[float]], plan: PlacementPlan) -> Text:
     """A row for each layer, a character for each expert, as high as its load; experts with copies are underlined."""
     text = Text("load of each expert, a row a layer (highest █; underlined: has copies)\n")
-    for rates, layer_id in zip(status.load, status.plan.layer_ids, strict=True):
+    for rates, layer_id in zip(load, plan.layer_ids, strict=True):
         text.append(f"{layer_id:3d} ")
-        for rate, owners in zip(rates, status.plan.owners(layer_id), strict=True):
+        for rate, owners in zip(rates, plan.owners(layer_id), strict=True):
             level = min(len(_LEVELS) - 1, round(rate / (max(rates) or 1.0) * (len(_LEVELS) - 1)))
             text.append(_LEVELS[level], style="underline" if len(owners) > 1 else "")
         text.append("\n")
     return text
 
 
-def print_placement(status: Any) -> None:
+def print_placement(status: ClusterStatus) -> None:
     """Which experts each running shard holds."""
     table = Table("shard", "pid", "state", "experts of each layer", title=f"experts, plan epoch {status.epoch}")
     for shard in status.shards:
-        experts = ranges(next(iter(status.plan.slices[shard.shard_id].values())))
-        table.add_row(str(shard.shard_id), str(shard.process.pid), shard.state, experts)
+        experts = ranges(next(iter(_slice(status.plan, shard.shard_id).values()), ()))
+        table.add_row(str(shard.shard_id), _pid(shard.process), shard.state, experts)
     _Console().print(table)
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import chaos
 from cluster.cli import terminal
@@ -14,6 +14,9 @@ from cluster.cli.arguments import add_command, add_ray_address
 from cluster.errors import ClusterError, SetupError
 from cluster.footprint.servers import find_address
 from cluster.runtime.ray_address import TRY_ANOTHER, find_ray
+
+if TYPE_CHECKING:
+    from cluster.runtime.operate import RunningCluster
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_INTERVAL_S = 86_400.0
@@ -93,7 +96,7 @@ def _chaos(args: argparse.Namespace) -> int:
         return chaos.run(args, cluster)
 
 
-def _running(args: argparse.Namespace) -> Any:
+def _running(args: argparse.Namespace) -> "RunningCluster":
     """The running cluster that the arguments mean."""
     address = find_address(args.ray_address if args.ray_address != "auto" else None)
     found = find_ray(address)
@@ -106,7 +109,7 @@ def _running(args: argparse.Namespace) -> Any:
 
 
 @contextmanager
-def _work_shown(cluster: Any) -> Iterator[None]:
+def _work_shown(cluster: "RunningCluster") -> Iterator[None]:
     """While a change goes on, what the controller says of it."""
     done = threading.Event()
 

@@ -12,7 +12,7 @@ from cluster.errors import SetupError
 from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.ingress import Ingress
-from cluster.runtime.names import shard_group
+from cluster.runtime.names import ATTENTION_REPLICA, INGRESS, shard_group
 from cluster.runtime.process import actor_environment, share_of
 
 GRPC_SERVICERS = [
@@ -73,7 +73,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
     bundle |= share_of(config.attention_resource)
     environment = actor_environment(shard_group(config), 1, config.log_format)
     replicas = serve.deployment(AttentionReplica).options(
-        name="AttentionReplica",
+        name=ATTENTION_REPLICA,
         num_replicas=config.attention_replicas if config.max_attention_replicas is None else "auto",
         autoscaling_config=None
         if config.max_attention_replicas is None
@@ -91,7 +91,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         logging_config=NO_ACCESS_LOG,
     )
     ingress = serve.deployment(Ingress).options(
-        name="Ingress",
+        name=INGRESS,
         num_replicas=config.ingress_replicas,
         ray_actor_options={
             "num_cpus": INGRESS_CPUS,

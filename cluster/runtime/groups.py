@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from cluster.runtime.names import NAMESPACE
+from cluster.runtime.names import NAMESPACE, controller_name
 from cluster.runtime.process import metrics_dir
 from cluster.status import ClusterStatus
 
@@ -24,7 +24,7 @@ class StatusReports:
     """While it is open, a thread hands the controller's status to a callback twice a second."""
 
     def __init__(self, group: str, on_status: OnStatus | None) -> None:
-        self._name = f"{group}:controller"
+        self._name = controller_name(group)
         self._on_status = on_status
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import grpc
 import ray
-from ray.serve._private.constants import RAY_SERVE_ENABLE_DIRECT_INGRESS
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -25,6 +24,7 @@ from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
+from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.admission.keyless import KeylessLimits

@@ -33,7 +33,7 @@ from cluster.runtime.grpc_front import GrpcFront
 from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, SERVERS_ENVIRONMENT, free_block, local_environment
 from cluster.runtime.last_words import why_not_started
 from cluster.runtime.local_ray import start_ray
-from cluster.runtime.names import APPLICATION, shard_group
+from cluster.runtime.names import APPLICATION, controller_name, shard_group
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.status import ClusterStatus
@@ -161,7 +161,7 @@ class ServedCluster:
             self._ray.stop()
 
     def _stop_application(self, drain: bool) -> None:
-        controller = find_actor(f"{self.group}:controller") if self.group else None
+        controller = find_actor(controller_name(self.group)) if self.group else None
         # Ray prints that calls to the stopped Serve controller will be retried: nothing to act on.
         with contextlib.redirect_stdout(io.StringIO()) as noise, contextlib.redirect_stderr(noise):
             if controller is not None and drain:
@@ -197,7 +197,7 @@ class ServedCluster:
         )
 
     def _find_controller(self) -> Any:
-        controller = find_actor(f"{self.group}:controller")
+        controller = find_actor(controller_name(self.group))
         if controller is None:
             raise SetupError(f"{self.group}: there is no expert controller")
         return controller

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
 from cluster.config.resources import available_cpus
 from cluster.errors import ClusterError, SetupError
@@ -30,6 +28,7 @@ from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.haproxy import set_environment
 from cluster.runtime.names import NAMESPACE, RAY_FOLDER
 from cluster.runtime.ray_address import check_address
+from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, worker
 from cluster.runtime.ray_processes import RayWatch, apart
 
 log = logging.getLogger(__name__)
@@ -111,7 +110,7 @@ class LocalRay:
         self._stopped = False
         self._watch: RayWatch | None = None
         self._forget_token: Callable[[], None] = lambda: None
-        self._print = ray._private.worker.print_to_stdstream
+        self._print = worker.print_to_stdstream
         self._folder = OwnedFolder()
         self._keeper: subprocess.Popen[bytes] = start_keeper(self._folder)
         try:
@@ -160,7 +159,7 @@ class LocalRay:
                 _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
             )
         # Ray prints what its processes report, as the last twenty lines of a dead raylet's log, on our standard output.
-        self._print, ray._private.worker.print_to_stdstream = ray._private.worker.print_to_stdstream, _note
+        self._print, worker.print_to_stdstream = worker.print_to_stdstream, _note
         self._watch = RayWatch(self._lost)
 
     def _lost(self, reason: str) -> None:
@@ -171,7 +170,7 @@ class LocalRay:
 
     def _remove(self) -> None:
         self._forget_token()
-        ray._private.worker.print_to_stdstream = self._print
+        worker.print_to_stdstream = self._print
         self._folder.remove()
         self._keeper.kill()
         self._keeper.wait()

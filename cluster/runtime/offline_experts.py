@@ -17,6 +17,7 @@ from cluster.runtime.application import check_config, check_cpus, check_gpus, re
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.groups import OnStatus, StatusReports, close_controller
 from cluster.runtime.local_ray import start_ray
+from cluster.runtime.names import shard_prefix
 from cluster.runtime.process import process_info
 from cluster.runtime.workers.directory import ShardDirectory
 from cluster.runtime.workers.transports import make_transport
@@ -110,7 +111,7 @@ class RayExperts:
     def _num_waiting(self) -> int:
         """Shards for which Ray has found no place. One that starts its process has one."""
         groups = ray.util.placement_group_table().values()
-        return sum(g["state"] == "PENDING" and g["name"].startswith(f"{self._group}:shard-") for g in groups)
+        return sum(g["state"] == "PENDING" and g["name"].startswith(shard_prefix(self._group)) for g in groups)
 
 
 def _shortage(config: ClusterConfig, waiting: int) -> str:

@@ -10,17 +10,16 @@ from typing import Any, Self
 
 import ray
 from ray import serve
-from ray.serve._private.common import DeploymentID
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
-from cluster.runtime.names import NAMESPACE
+from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE, controller_name, group_of_controller
 from cluster.runtime.ray_address import CONNECT_HINT, find_ray
+from cluster.runtime.ray_private.serve import ask_for_replicas
 from cluster.status import ClusterStatus, ProcessInfo
 
 log = logging.getLogger(__name__)
 
-APPLICATION = "moe-cluster"
 WAIT_INTERVAL_S = 0.2
 STATUS_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 3600.0  # for experts to move: as many loads as shards, one after another
@@ -85,16 +84,8 @@ class RunningCluster:
         """Tells Serve how many attention replicas to have; what goes ends its requests first. Raises SetupError."""
         if num_replicas < 1:
             raise SetupError(f"{num_replicas} attention replicas: at least 1 is needed")
-        from ray.serve.context import _get_global_client  # the public way is HTTP to Ray's dashboard
-
-        controller = _get_global_client()._controller
         try:
-            ray.get(
-                controller.update_deployment_replicas.remote(
-                    DeploymentID("AttentionReplica", APPLICATION), num_replicas
-                ),
-                timeout=STATUS_TIMEOUT_S,
-            )
+            ray.get(ask_for_replicas(ATTENTION_REPLICA, APPLICATION, num_replicas), timeout=STATUS_TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
             raise SetupError(f"Serve refuses it: {str(error.cause).splitlines()[0]}") from None
         return f"{num_replicas} attention replicas are asked for"
@@ -102,7 +93,7 @@ class RunningCluster:
     def roll(self) -> str:
         """Gives the controller and each shard a new process, one after the other; blocks. Raises ClusterError."""
         before = self._ask("process", STATUS_TIMEOUT_S)
-        ray.kill(ray.get_actor(f"{self.group}:controller", namespace=NAMESPACE), no_restart=False)
+        ray.kill(ray.get_actor(controller_name(self.group), namespace=NAMESPACE), no_restart=False)
         deadline = time.monotonic() + CHANGE_TIMEOUT_S
         while not self._has_successor(before):
             if time.monotonic() > deadline:
@@ -138,7 +129,7 @@ class RunningCluster:
     def attention_replicas(self) -> int:
         """Those that Serve has running."""
         app = serve.status().applications.get(APPLICATION)
-        return 0 if app is None else app.deployments["AttentionReplica"].replica_states.get("RUNNING", 0)
+        return 0 if app is None else app.deployments[ATTENTION_REPLICA].replica_states.get("RUNNING", 0)
 
     def parts(self) -> list[Part]:
         """The processes that may fail one at a time, as far as they are up."""
@@ -162,7 +153,7 @@ class RunningCluster:
 
     def _ask(self, method: str, timeout_s: float, *args: Any) -> Any:
         try:
-            controller = ray.get_actor(f"{self.group}:controller", namespace=NAMESPACE)
+            controller = ray.get_actor(controller_name(self.group), namespace=NAMESPACE)
             return ray.get(getattr(controller, method).remote(*args), timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ClusterError):
@@ -175,7 +166,7 @@ class RunningCluster:
 
     def _find_group(self) -> str:
         names = (a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
-        groups: list[str] = [name.removesuffix(":controller") for name in names if name.endswith(":controller")]
+        groups = [group for name in names if (group := group_of_controller(name)) is not None]
         if not groups:
             raise SetupError(f"there is a Ray cluster, but nothing is served on it: {CONNECT_HINT}")
         served = [group for group in groups if group.startswith("moe-")]

@@ -19,6 +19,7 @@ from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, S
 from cluster.config.resources import available_cpus
 from cluster.logs import LOG_FORMAT, make_formatter
 from cluster.runtime.names import RAY_FOLDER
+from cluster.runtime.ray_private.core import process_title, session_folder
 from cluster.status import ProcessInfo
 from cluster.version import __version__
 
@@ -84,7 +85,7 @@ def metrics_dir(group: str) -> Path:
 
     Another Ray cluster on the machine counts for itself, with the same configuration too.
     """
-    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    session = session_folder()
     if session.parent.name == RAY_FOLDER:
         return session.parents[1] / f"{group}-metrics"
     # Not in it: Ray opens it to everybody.
@@ -95,7 +96,7 @@ def prepare_process(num_threads: int) -> None:
     """What every actor's process does first: log lines to Ray's log files, and no more threads than it was given."""
     # Ray has handlers of its own on the root logger, and Serve puts a buffer of 1000 lines in a replica's sys.stderr.
     handler = logging.StreamHandler(sys.__stderr__)
-    title = ray._raylet.getproctitle().removeprefix("ray::").partition(".")[0]
+    title = process_title().removeprefix("ray::").partition(".")[0]
     handler.setFormatter(make_formatter(ray.get_runtime_context().get_actor_name() or title))
     ours = logging.getLogger("cluster")
     ours.handlers, ours.propagate = [handler], False

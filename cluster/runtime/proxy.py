@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 from grpc.aio._server import Server
 from ray import serve
-from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
 from ray.serve.exceptions import RayServeException
 
 from cluster.runtime.haproxy_config import NOT_FOR_CLIENTS
+from cluster.runtime.ray_private.serve import DEFAULT_GRPC_SERVER_OPTIONS
 from cluster.runtime.relay import relay_cancels
 from cluster.serving.admission.admission import Admission
 from cluster.serving.grpc import keyless, registration

@@ -53,10 +53,11 @@ def check_address(address: str) -> None:
 def _ask(address: str, hint: str) -> None:
     """Raises SetupError where no Ray answers, or one that lets this process not in."""
     import grpc  # with ray it takes seconds to load, which an address where nobody listens is not worth
-    from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    with closing(init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)])) as channel:
+    from cluster.runtime.ray_private.core import gcs_channel
+
+    with closing(gcs_channel(address)) as channel:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:
             stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_TIMEOUT_S)
@@ -74,13 +75,8 @@ def _ask(address: str, hint: str) -> None:
 
 def _left_addresses() -> list[str]:
     """Where Rays of this machine are said to be: $RAY_ADDRESS, the one started last, all whose processes run."""
-    from ray._private import services
-    from ray._private.utils import read_ray_address
+    from cluster.runtime.ray_private.core import left_addresses
 
-    try:
-        left = read_ray_address()
-    except OSError:
-        left = None
     asked = os.environ.get("RAY_ADDRESS")
-    found = [asked if asked != AUTO else None, left, *sorted(services.find_gcs_addresses())]
+    found = [asked if asked != AUTO else None, *left_addresses()]
     return list(dict.fromkeys(address for address in found if address))

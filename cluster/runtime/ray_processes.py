@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-from ray._private import services, utils
+from cluster.runtime.ray_private.core import services, started_processes, utils
 
 NAMES = {"gcs_server": "Ray's GCS", "raylet": "Ray's raylet"}  # without one of them there is no cluster
 PR_SET_PDEATHSIG = 1
@@ -53,8 +52,8 @@ class RayWatch:
 
     def __init__(self, on_end: Callable[[str], None]) -> None:
         """on_end: called by a thread, with who ended and how."""
-        node = ray._private.worker._global_node
-        self._processes = {NAMES[kind]: node.all_processes[kind][0].process for kind in NAMES}
+        started = started_processes()
+        self._processes = {NAMES[kind]: started[kind][0].process for kind in NAMES}
         self._on_end = on_end
         self._reader, self._writer = os.pipe()
         self._thread = threading.Thread(target=self._run, name="ray-watch", daemon=True)

@@ -11,10 +11,9 @@ from served_tools import samples, scrape, wait_until
 from cluster import LLM, SamplingParams
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.runtime.names import NAMESPACE, controller_name
 
 pytestmark = pytest.mark.ray
-
-NAMESPACE = "moe-cluster"
 
 
 @pytest.fixture
@@ -128,7 +127,7 @@ def test_a_killed_shard_costs_no_stream_and_no_token(served, stub):
 
 def test_a_killed_controller_comes_back_to_the_running_shards(served, stub, ray_cluster):
     pids = shard_pids(served)
-    controller = ray_cluster.get_actor(f"{served.group}:controller", namespace=NAMESPACE)
+    controller = ray_cluster.get_actor(controller_name(served.group), namespace=NAMESPACE)
     ray_cluster.kill(controller, no_restart=False)
     assert len(stub.Generate(pb.GenerateRequest(text="go on", sampling_params=greedy(20))).token_ids) == 20
 

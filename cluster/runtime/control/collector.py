@@ -17,6 +17,7 @@ from cluster.config import ClusterConfig
 from cluster.metrics import NodeCollector
 from cluster.runtime.bounds import DEAD_LOG_BYTES, clear_logs, open_files
 from cluster.runtime.process import metrics_dir, prepare_process
+from cluster.runtime.ray_private.core import logs_folder
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,7 @@ class NodeMetricsActor:
         self._host = host
         max_bytes = os.environ.get(DEAD_LOG_BYTES)
         if max_bytes and Path("/proc/self/fd").is_dir():  # not where another's Ray is used
-            folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
-            threading.Thread(target=_sweep, args=(folder, int(max_bytes)), name="logs", daemon=True).start()
+            threading.Thread(target=_sweep, args=(logs_folder(), int(max_bytes)), name="logs", daemon=True).start()
 
     def address(self) -> str:
         """Where Prometheus scrapes this node."""

@@ -28,7 +28,7 @@ from cluster.runtime.control.shard_process import ShardProcess
 from cluster.runtime.control.spares import NO_SHARD, SpareProcesses
 from cluster.runtime.control.state import ClusterState
 from cluster.runtime.control.supervision import ShardSupervision
-from cluster.runtime.names import NAMESPACE
+from cluster.runtime.names import NAMESPACE, controller_name, shard_prefix, spare_prefix
 from cluster.runtime.process import actor_environment, prepare_process, process_info, share_of
 from cluster.runtime.workers.protocol import LEASE_S, LONG_POLL_S, REPLICA_SILENCE_S, ClusterRecord, Membership
 from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus
@@ -258,7 +258,7 @@ class ExpertController:
 
     def _actors(self) -> list[tuple[str, Any]]:
         """The running processes of this group's shards, and those that wait to become one, by name."""
-        prefixes = f"{self.state.group}:shard-", f"{self.state.group}:spare-"
+        prefixes = shard_prefix(self.state.group), spare_prefix(self.state.group)
         names = sorted(actor["name"] or "" for actor in ray.util.list_named_actors(all_namespaces=True))
         found = []
         for name in names:
@@ -289,7 +289,7 @@ def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool =
     return (
         ray.remote(sent(ExpertController))
         .options(
-            name=f"{group}:controller",
+            name=controller_name(group),
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,

@@ -23,7 +23,7 @@ from cluster.config import ClusterConfig
 from cluster.evolving import sent
 from cluster.experts.pulse import Sign
 from cluster.runtime.control.spares import SpareProcesses
-from cluster.runtime.names import NAMESPACE
+from cluster.runtime.names import NAMESPACE, shard_name
 from cluster.runtime.process import actor_environment, num_threads, share_of
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 from cluster.status import ShardStatus
@@ -42,7 +42,7 @@ class ShardProcess:
     def __init__(self, group: str, shard_id: int, config: ClusterConfig) -> None:
         self.group = group
         self.config = config
-        self.status = ShardStatus(shard_id=shard_id, actor=f"{group}:shard-{shard_id}")
+        self.status = ShardStatus(shard_id=shard_id, actor=shard_name(group, shard_id))
         self.handle: Any | None = None
         self.leaves = False
         self._actor: Any | None = None
@@ -60,7 +60,7 @@ class ShardProcess:
     @property
     def name(self) -> str:
         """Of the placement group, and of the actor unless that was a spare process."""
-        return f"{self.group}:shard-{self.shard_id}"
+        return shard_name(self.group, self.shard_id)
 
     async def start(self, node_id: str | None, spares: SpareProcesses) -> None:
         """Finds the running actor, takes a spare process or makes one; waits for the cluster to have room.

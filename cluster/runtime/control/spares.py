@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.evolving import sent
-from cluster.runtime.names import NAMESPACE
+from cluster.runtime.names import NAMESPACE, spare_prefix
 from cluster.runtime.process import actor_environment, num_threads
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 
@@ -71,7 +71,7 @@ class SpareProcesses:
         return spare if await _answers(spare, ANSWER_TIMEOUT_S, become=shard_id) else None
 
     async def _start(self, node_id: str) -> Spare | None:
-        name = f"{self._group}:spare-{uuid.uuid4().hex[:8]}"
+        name = f"{spare_prefix(self._group)}{uuid.uuid4().hex[:8]}"
         spare = Spare(name, self._create(name, node_id))
         if not await _answers(spare, START_TIMEOUT_S):
             return None

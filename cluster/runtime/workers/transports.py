@@ -21,6 +21,7 @@ from cluster.experts.pulse import Sign
 from cluster.experts.transport import ExpertBatch, ExpertTransport
 from cluster.metrics import DispatchMetrics
 from cluster.runtime.process import process_info
+from cluster.runtime.ray_private.core import actor_id
 from cluster.stream.client import StreamTransport
 from cluster.stream.frames import StreamOffer
 
@@ -152,7 +153,7 @@ class RayOffers:
         self.shards = shards
 
     def incarnation(self, shard_id: int) -> Hashable:
-        return str(self.shards.handle(shard_id)._actor_id)
+        return actor_id(self.shards.handle(shard_id))
 
     def offer(self, shard_id: int) -> StreamOffer:
         """Raises ShardUnavailable, OSError when there is no stream (yet)."""

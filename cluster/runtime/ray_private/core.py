@@ -1,0 +1,74 @@
+"""Private names of Ray's core (2.60)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+# Their attributes are replaced while a Ray of ours starts: Ray has no setting for its processes' session, for a SIGTERM
+# handler of ours, for its switch for clusters of desktop systems once ray is imported, nor for where it prints.
+from ray._private import ray_constants, services, utils, worker
+
+# Ray reads its token once a process; a token of ours comes and goes with our Ray.
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+
+__all__ = [
+    "AuthenticationTokenLoader",
+    "actor_id",
+    "gcs_channel",
+    "left_addresses",
+    "logs_folder",
+    "process_title",
+    "ray_constants",
+    "services",
+    "session_folder",
+    "started_processes",
+    "utils",
+    "worker",
+]
+
+
+def process_title() -> str:
+    """The name that Ray shows of this process; `ray.get_runtime_context` has none for one without an actor's name."""
+    title: str = ray._raylet.getproctitle()
+    return title
+
+
+def session_folder() -> Path:
+    """The connected Ray's, on this node. The public context gives none to a process that Ray started."""
+    return Path(worker.global_worker.node.get_session_dir_path())
+
+
+def logs_folder() -> Path:
+    """Of all of Ray's processes on this node, as `session_folder`."""
+    return Path(worker.global_worker.node.get_logs_dir_path())
+
+
+def started_processes() -> Mapping[str, Any]:
+    """Ray's own processes by kind, each as a list of what has a `process`, where this one started them: Ray tells
+    nobody of their end."""
+    processes: Mapping[str, Any] = worker._global_node.all_processes
+    return processes
+
+
+def actor_id(handle: Any) -> str:
+    """Another one when the actor is another one of the same name; a handle has no public word for it."""
+    return str(handle._actor_id)
+
+
+def gcs_channel(address: str) -> Any:
+    """A gRPC channel to a Ray's control service, with this process's token: Ray's own connecting waits two minutes."""
+    from ray._private.grpc_utils import init_grpc_channel  # grpc loads with it
+
+    return init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)])
+
+
+def left_addresses() -> list[str | None]:
+    """Of Rays of this machine: the one started last, which may have ended, and all whose processes run.
+    `ray.init("auto")` takes the first and asks no further."""
+    try:
+        left = utils.read_ray_address()
+    except OSError:
+        left = None
+    return [left, *sorted(services.find_gcs_addresses())]

@@ -1,0 +1,61 @@
+"""Ray's private names are imported in one room only: when Ray changes one, there is one place to look."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOM = ROOT / "cluster" / "runtime" / "ray_private"
+HANDLE = {"_actor_id"}  # private attributes of Ray's objects that no import shows
+
+
+def dotted(node):
+    """`a.b.c` of an attribute chain; "" of anything else."""
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value)
+        return f"{before}.{node.attr}" if before else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def is_private(name):
+    first, *rest = name.split(".")
+    return first in ("ray", "serve") and any(part.startswith("_") and not part.startswith("__") for part in rest)
+
+
+def private_names(source):
+    """The private names of Ray that a file's source uses."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            yield from (name for alias in node.names if is_private(name := f"{node.module}.{alias.name}"))
+        elif isinstance(node, ast.Attribute) and (is_private(name := dotted(node)) or node.attr in HANDLE):
+            yield name or node.attr
+
+
+def test_private_names_are_found():
+    source = """
+import ray, ray._raylet
+from ray._private import services
+from ray.serve._private.constants import X
+from ray.serve.context import _get_client
+from ray import serve
+ray.get(handle)._actor_id
+ray._private.worker.node
+ray.__version__, ray.util.x, self._private
+"""
+    assert set(private_names(source)) == {
+        "ray._raylet",
+        "ray._private.services",
+        "ray.serve._private.constants.X",
+        "ray.serve.context._get_client",
+        "_actor_id",
+        "ray._private",
+        "ray._private.worker",
+        "ray._private.worker.node",
+    }
+
+
+def test_only_one_room_uses_private_names_of_ray():
+    for path in sorted((ROOT / "cluster").rglob("*.py")):
+        if path.parent != ROOM:
+            assert list(private_names(path.read_text())) == [], path
