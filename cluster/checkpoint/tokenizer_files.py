@@ -47,10 +47,19 @@ class _Added:
 
 
 def read_tokenizer_config(model_dir: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with what special_tokens_map.json says besides; {} without one. Raises CheckpointError."""
+    """tokenizer_config.json over special_tokens_map.json; {} without them.
+
+    Raises CheckpointError, also for a special token that is no text: an id in its place, say, would end nothing.
+    """
     config = _read_optional(model_dir / TOKENIZER_CONFIG_FILE)
     named = {} if "added_tokens_decoder" in config else _read_optional(model_dir / SPECIAL_TOKENS_FILE)
-    return named | config
+    both = named | config
+    for name in SPECIAL_TOKENS:
+        token = both.get(name)
+        if token is not None and token_content(token) is None:
+            file = TOKENIZER_CONFIG_FILE if name in config else SPECIAL_TOKENS_FILE
+            raise CheckpointError(f"{model_dir / file}: {name} is {shown(token)}, the token's text is needed")
+    return both
 
 
 def has_tokenizer(model_dir: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.cli import terminal
 from cluster.cli.arguments import add_command
 from cluster.client import options as connect
-from cluster.errors import Unavailable
+from cluster.errors import InvalidRequest, SetupError, Unavailable
 
 
 def add_commands(commands: Any) -> None:
@@ -31,14 +31,16 @@ def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    params = _sampling(args)
     with connect.connect(args) as client:
-        print_stream(client.stream(args.prompt, _sampling(args)))
+        print_stream(client.stream(args.prompt, params))
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
     from cluster.types import ChatMessage
 
+    params = _sampling(args)
     history = [ChatMessage(role="system", content=args.system)] if args.system else []
     with connect.connect(args) as client:
         if not client.is_serving(timeout_s=10.0):
@@ -51,16 +53,21 @@ def _chat(args: argparse.Namespace) -> int:
             if not line:
                 return 0
             history.append(ChatMessage(role="user", content=line))
-            answer = print_stream(client.stream(history, _sampling(args)))
+            answer = print_stream(client.stream(history, params))
             history.append(ChatMessage(role="assistant", content=answer))
 
 
 def _sampling(args: argparse.Namespace) -> Any:
+    """Raises SetupError for a value that no server takes: wrong usage, of which no server needs to hear."""
     from cluster.types import SamplingParams
 
-    return SamplingParams(
-        max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
-    )
+    try:
+        return SamplingParams(
+            max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
+        )
+    except InvalidRequest as error:
+        option = f"--{error.field.replace('_', '-')}"
+        raise SetupError(f"{option}{str(error).removeprefix(error.field)}") from error
 
 
 def print_stream(pieces: Iterator[Any]) -> str:

@@ -137,7 +137,20 @@ def test_the_tokenizers_eos_ends_an_answer_beside_the_configs(model_dir: Path) -
     assert read_eos_token_ids(model_dir, config) == (5, ENDOFTEXT, IM_START)
 
 
-@pytest.mark.parametrize("eos", ["<|nothing|>", "</s>", {"content": 7}, 7, ""])
+@pytest.mark.parametrize("eos", [7, 1.5, True, ["<|im_end|>"], {"content": 7}])
+def test_a_special_token_that_is_no_text_is_refused_as_in_transformers(model_dir: Path, eos: Any) -> None:
+    from transformers import Qwen2Tokenizer
+
+    config = CheckpointReader(model_dir).config
+    change(model_dir / "tokenizer_config.json", eos_token=eos)
+    with pytest.raises(TypeError, match="eos_token has to be"):
+        Qwen2Tokenizer.from_pretrained(model_dir)
+    for read in (lambda: Tokenizer(model_dir), lambda: read_eos_token_ids(model_dir, config)):
+        with pytest.raises(CheckpointError, match=r"_config.json: eos_token is .*, the token's text is needed"):
+            read()
+
+
+@pytest.mark.parametrize("eos", ["<|nothing|>", "</s>", ""])
 def test_an_eos_without_an_id_ends_nothing(model_dir: Path, eos: Any) -> None:
     (model_dir / "generation_config.json").unlink()
     change(model_dir / "tokenizer_config.json", eos_token=eos)

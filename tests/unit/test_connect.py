@@ -98,6 +98,18 @@ def test_the_files_of_serve_are_found_wherever_its_processes_run(tmp_path, monke
     assert cluster_config(args, args.model).api_keys_file == str(Path(tmp_path, "keys.txt").resolve())
 
 
+@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--max-tokens", "-5"), ("--temperature", "-1.5"), ("--top-p", "nan"), ("--top-k", "-2"), ("--seed", "-1")],
+)
+def test_a_sampling_value_that_no_server_takes_is_wrong_usage(command, option, value, capsys):
+    """No server is asked: none answers at this address, which would be exit code 1."""
+    assert cli.main([*command, "--address", "127.0.0.1:1", f"{option}={value}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"moe-cluster: {option} is {value}, it must be ")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
