@@ -16,5 +16,5 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     config = ClusterConfig.from_mapping(args)
     if Path(config.model).is_dir():  # where it is not, the head node does not serve: the replicas will say
-        check_config(config)
+        config = check_config(config)
     return build_application(config)

@@ -90,6 +90,8 @@ def print_cluster(cluster: Served) -> None:
     print(f"gRPC     {cluster.grpc_address}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
     for address in status.metrics_addresses:
         print(f"metrics  {address}")
+    if status.dense:
+        print("experts  none: the model is dense, attention replicas alone serve it")
     if cache:
         print(f"cache    {cache}")
 
@@ -139,7 +141,8 @@ def render_status(status: ClusterStatus, before: ClusterStatus | None = None) ->
     """Processes, loads, faults. before: an earlier one, for rates."""
     state = "SERVING" if status.covered else f"some experts have had no copy for {status.uncovered_s:.0f} s"
     state = status.failure or ("draining" if status.draining else state if status.published else "starting")
-    title = f"{state}   plan epoch {status.epoch}   imbalance {status.imbalance:.2f}"
+    placement = "dense model" if status.dense else f"plan epoch {status.epoch}   imbalance {status.imbalance:.2f}"
+    title = f"{state}   {placement}"
     parts: list[RenderableType] = [Text(title, style="bold")]
     if len(status.versions) > 1:
         advice = "a rollout is under way, or `moe-cluster roll` is still to come"
@@ -147,7 +150,8 @@ def render_status(status: ClusterStatus, before: ClusterStatus | None = None) ->
     if status.work:
         parts.append(Text(f"under way: {status.work}", style="yellow"))
     parts.append(_replica_table(status, before))
-    parts.append(_shard_table(status))
+    if not status.dense:
+        parts.append(_shard_table(status))
     if status.load is not None and status.plan is not None and any(map(sum, status.load)):
         parts.append(_load_map(status.load, status.plan))
     if status.faults:
@@ -247,7 +251,7 @@ def print_plan(plan: PlacementPlan, dtype: str, expert_bytes: int, dense_bytes: 
         "experts of each sparse layer",
         "experts",
         "weights",
-        title=f"{len(plan.layer_ids)} sparse layers, {dtype}",
+        title=f"{len(plan.layer_ids) or 'no'} sparse layers, {dtype}",
     )
     table.add_row("attention replica", "dense weights", "", size(dense_bytes))
     for shard_id, layers in enumerate(plan.slices):

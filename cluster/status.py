@@ -108,6 +108,11 @@ class ClusterStatus:
         return self.published and self.uncovered_s <= patience_s
 
     @property
+    def dense(self) -> bool:
+        """Whether the model has no routed experts, so that there are no shards."""
+        return self.plan is not None and not self.plan.num_experts
+
+    @property
     def versions(self) -> tuple[str, ...]:
         """Of this package, in controller, shards and engines: more than one during a rollout."""
         processes = [self.process, *(s.process for s in self.shards), *(r.process for r in self.replicas)]

@@ -31,7 +31,7 @@ def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> S
 
 def check_shards(num_shards: int, config: ModelConfig) -> None:
     """Raises SetupError for a number that the checkpoint's experts do not allow."""
-    if not 1 <= num_shards <= config.num_experts:
+    if config.num_experts and not 1 <= num_shards <= config.num_experts:
         raise SetupError(f"--shards is {num_shards}, 1 to {config.num_experts} (the experts) are possible")
 
 

@@ -30,6 +30,7 @@ KINDS = (
     *QUICK_KINDS, "end-shard", "end-replica", "stop-replica", "slow-shard", "refuse-memory", "move-experts",
     "rebalance", "scale-experts",
 )  # fmt: skip
+KINDS_OF_DENSE = ("kill-replica", "kill-controller", "end-replica", "stop-replica")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     """Exit code 1 when a request failed or an answer was different. Raises ClusterError."""
-    kinds = tuple(args.kinds.split(","))
+    kinds = possible_kinds(tuple(args.kinds.split(",")), cluster)
     with connect.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
@@ -103,6 +104,16 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     if args.json:
         args.json.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
     return 0 if outcome.lossless else 1
+
+
+def possible_kinds(kinds: tuple[str, ...], cluster: "RunningCluster") -> tuple[str, ...]:
+    """The kinds of faults that a cluster can meet: without shards fewer. Raises SetupError where none is left."""
+    if not cluster.status().dense:
+        return kinds
+    possible = tuple(kind for kind in kinds if kind in KINDS_OF_DENSE)
+    if not possible:
+        raise SetupError(f"the model is dense and has no shards: give --kinds of {', '.join(KINDS_OF_DENSE)}")
+    return possible
 
 
 def unleash(

@@ -43,7 +43,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, default=default[name], metavar=metavar, help=text + shown)
 
-    add("expert_shards", int, "processes that share the routed experts")
+    add("expert_shards", int, "processes that share the routed experts; a dense model has none")
     add("attention_replicas", int, "processes with the dense weights and a KV cache")
     add("min_copies", int, "copies of each expert, on different shards")
     add("redundant_experts", int, "further copies a layer, of the busiest experts")

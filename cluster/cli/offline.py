@@ -11,8 +11,14 @@ from cluster.cli.arguments import add_command
 
 def add_commands(commands: Any) -> None:
     plan = add_command(commands, "plan", _plan, "show which expert goes where and how many bytes, without loading")
-    plan.add_argument("model", metavar="MODEL_DIR", help="directory of a qwen2_moe checkpoint")
-    plan.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: %(default)s)")
+    plan.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint")
+    plan.add_argument(
+        "--shards",
+        type=int,
+        default=2,
+        metavar="N",
+        help="expert shards (default: %(default)s)",
+    )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
 
     add_command(commands, "ray-env", _ray_env, "print what `ray start` needs in its environment, for a shell to eval")
@@ -31,12 +37,13 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.config import EngineConfig
     from cluster.console import print_plan
     from cluster.engine.preflight import check_checkpoint
-    from cluster.experts.placement import plan_evenly
+    from cluster.experts.placement import num_shards_for, plan_evenly
 
     engine = EngineConfig(dtype=args.dtype)
     config = check_checkpoint(args.model, engine, args.shards, tokenizer=has_tokenizer(Path(args.model))).config
     dtype = resolve_dtype(args.dtype, config)
-    plan = plan_evenly(config.sparse_layers, config.num_experts, args.shards)
+    num_shards = num_shards_for(config.num_experts, args.shards)
+    plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
     print_plan(plan, dtype, config.expert_bytes(dtype), dense_bytes(config, dtype), config.kv_bytes_per_token(dtype))
     return 0
 

@@ -38,9 +38,7 @@ def add_commands(commands: Any) -> None:
     demo.set_defaults(grpc_port=0, metrics_port=0)
 
     serve = add_command(commands, "serve", _serve, "serve a checkpoint from this machine until Ctrl-C")
-    serve.add_argument(
-        "model", metavar="MODEL_DIR", help="directory of a qwen2_moe checkpoint (config.json, *.safetensors)"
-    )
+    serve.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint (config.json, *.safetensors)")
     add_cluster_arguments(serve)
     add_security_arguments(serve)
 

@@ -63,7 +63,7 @@ class ClusterConfig:
     """A deployed cluster: the arguments of `cluster.app:build` and of `moe-cluster serve`.
 
     model: the checkpoint's directory, readable on every node.
-    attention_replicas, expert_shards: how many processes of each role.
+    attention_replicas, expert_shards: how many processes of each role. A dense model has no shards, whatever this says.
     max_attention_replicas: Serve adds and removes some by waiting sequences and KV use up to so many; None is never.
     min_copies: of each expert, on different shards; with 2 a lost shard costs no wait.
     redundant_experts: further copies a layer, of the experts with the highest load.
@@ -149,12 +149,11 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise SetupError("model is empty: give the directory of a qwen2_moe checkpoint")
+            raise SetupError("model is empty: give the directory of a checkpoint")
         _check_choice(self, "transport", TRANSPORTS)
         _check_choice(self, "log_format", LOG_FORMATS)
         for name in (
             "attention_replicas",
-            "expert_shards",
             "ingress_replicas",
             "min_copies",
             "rebalance_threshold",
@@ -177,6 +176,7 @@ class ClusterConfig:
                     f"{name} is {gpus}, a part of one GPU (at least {LEAST:g}) or a whole number is needed"
                 )
         for name in (
+            "expert_shards",
             "recovery_timeout_s",
             "drain_timeout_s",
             "redundant_experts",
@@ -189,7 +189,7 @@ class ClusterConfig:
         for name in ("cpus_per_attention_replica", "cpus_per_expert_shard", "shard_timeout_s"):
             _check_number(self, name, LEAST)
         _check_number(self, "metrics_port", 0, 65535)
-        if self.min_copies > self.expert_shards:
+        if self.expert_shards and self.min_copies > self.expert_shards:
             raise SetupError(
                 f"min_copies is {self.min_copies}, and {self.expert_shards} expert shards can hold "
                 f"{self.expert_shards} copies of an expert at most: ask for more shards or fewer copies"

@@ -9,6 +9,7 @@ from cluster.config import ClusterConfig
 from cluster.config.resources import available_cpus
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
+from cluster.experts.placement import num_shards_for
 from cluster.runtime.attention_replica import AttentionReplica
 from cluster.runtime.autoscaling import autoscaling_config
 from cluster.runtime.ingress import Ingress
@@ -25,9 +26,13 @@ HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replace
 NO_ACCESS_LOG = {"enable_access_log": False}  # the service has one of its own, `log_requests`
 
 
-def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> None:
-    """Finds before anything starts what would fail on every node. Reads no tensor. Raises SetupError."""
-    check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=tokenizer)
+def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterConfig:
+    """Finds before anything starts what would fail on every node. Reads no tensor. Raises SetupError.
+
+    Returns the configuration with as many shards as the model can have: none for a dense one.
+    """
+    reader = check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=tokenizer)
+    return replace(config, expert_shards=num_shards_for(reader.config.num_experts, config.expert_shards))
 
 
 def check_cpus(config: ClusterConfig, *, attention_replicas: int = 0) -> None:

@@ -92,7 +92,7 @@ class ServedCluster:
         """
         options = options or ServeOptions()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
-        check_config(config)
+        config = check_config(config)
         if options.ray_address is None and not ray.is_initialized():
             check_cpus(config, attention_replicas=config.attention_replicas)
         Tokenizer(config.model)  # the ingress needs it; a missing one is named here, not by a deployment that fails

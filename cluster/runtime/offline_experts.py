@@ -42,7 +42,7 @@ class RayExperts:
     ) -> None:
         """Blocks until the shards are loaded. Raises SetupError; for shards that found no room in `room_timeout_s`
         too."""
-        check_config(config, tokenizer=False)
+        config = check_config(config, tokenizer=False)
         if not ray.is_initialized():
             check_cpus(config)
         self._controller: Any = None

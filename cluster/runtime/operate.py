@@ -102,6 +102,8 @@ class RunningCluster:
                     "`moe-cluster status`"
                 )
             time.sleep(WAIT_INTERVAL_S)  # Ray restarts it in its own time
+        if self.status().dense:
+            return "the controller has a new process"
         return f"the controller and {self._ask('roll', CHANGE_TIMEOUT_S)}"
 
     def _has_successor(self, controller: ProcessInfo) -> bool:

@@ -100,7 +100,7 @@ def test_arguments_are_typed():
         ({"model": "/m", "shards": 2}, "unknown argument 'shards'"),
         ({"model": "/m", "expert_shards": "2"}, "expert_shards is '2', int is needed"),
         ({"model": "/m", "expert_shards": True}, "expert_shards is True"),
-        ({"model": "/m", "expert_shards": 0}, "expert_shards is 0, at least 1"),
+        ({"model": "/m", "expert_shards": -1}, "expert_shards is -1, at least 0"),
         ({"model": "/m", "transport": "pigeon"}, "transport is 'pigeon'"),
         ({"model": "/m", "dtype": "int4"}, "dtype is 'int4'"),
         ({"model": "/m", "gpus_per_expert_shard": -1}, "gpus_per_expert_shard is -1"),

@@ -1,15 +1,21 @@
 """A model without routed experts: no shards, whatever was asked for, and nothing of a cluster's is missed."""
 
+from dataclasses import replace
+
 import pytest
 from configs import DENSE_CONFIGS
+from rich.console import Console
 
 from cluster import LLM, SamplingParams, llm
+from cluster.chaos.command import KINDS, possible_kinds
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.config import EngineConfig, read_model_config
+from cluster.console import render_status
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
 from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for, plan_evenly
+from cluster.status import ClusterStatus
 
 RAW = DENSE_CONFIGS["no layer sparse"]
 
@@ -52,3 +58,36 @@ def test_offline_it_runs_in_this_process_whatever_the_transport(dense_dir, monke
             answers.append(model.generate([1, 2, 3], params)[0].token_ids)
             assert model.info.num_experts == 0
     assert answers[0] == answers[1]
+
+
+def status_of(plan):
+    return ClusterStatus(
+        epoch=1, shards=(), replicas=(), metrics_addresses=(), draining=False, plan=plan, published=True, load=[]
+    )
+
+
+def shown(status):
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(render_status(status))
+    return captured.get()
+
+
+def test_its_status_shows_no_shards_and_no_placement():
+    text = shown(status_of(plan_evenly((), 0, 0)))
+    assert text.startswith("SERVING   dense model")
+    assert "expert" not in text
+    assert "imbalance" not in text
+    assert "expert shard (0 of 2)" in shown(replace(status_of(None), target_shards=2))  # not known yet
+
+
+class Cluster:
+    def status(self):
+        return status_of(plan_evenly((), 0, 0))
+
+
+def test_chaos_leaves_out_the_faults_of_shards():
+    possible = possible_kinds(KINDS, Cluster())
+    assert set(possible) == {"kill-replica", "kill-controller", "end-replica", "stop-replica"}
+    with pytest.raises(SetupError, match="is dense"):
+        possible_kinds(("kill-shard", "rebalance"), Cluster())

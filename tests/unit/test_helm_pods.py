@@ -30,6 +30,14 @@ def test_an_ingress_pod_is_ready_when_its_grpc_says_so(shape):
     assert {"name": "serve-grpc", "containerPort": 9000} in found["ports"]
 
 
+def test_a_dense_model_has_no_pods_for_experts():
+    release = rendered("a2.7b", {"cluster.expert_shards": 0, "podDisruptionBudgets.enabled": True})
+    assert set(release.pods) == {"head", "ingress", "attention"}
+    budgets = [budget["metadata"]["name"] for budget in release.of("PodDisruptionBudget")]
+    assert len(budgets) == 2
+    assert not any(name.endswith("-experts") for name in budgets)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("role", ROLES)
 def test_a_long_load_restarts_nothing(shape, role):

@@ -41,7 +41,7 @@ class PlacementChanges:
     def first_plan(self) -> PlacementPlan:
         """Even slices; copies where the configuration asks for them."""
         plan = plan_evenly(self._state.sparse_layers, self._state.num_experts, self._state.target, epoch=0)
-        if self._state.config.min_copies > 1 or self._state.config.redundant_experts:
+        if plan.num_shards and (self._state.config.min_copies > 1 or self._state.config.redundant_experts):
             even = [[1.0] * self._state.num_experts for _ in self._state.sparse_layers]
             plan = eplb.rebalance(
                 plan, even, shards=self._capacities(self._state.target), min_copies=self._state.config.min_copies
@@ -57,11 +57,13 @@ class PlacementChanges:
 
     async def rebalance(self) -> str:
         """Follows the measured load; returns what was done. Raises SetupError."""
+        self._check_experts()
         async with self.changing:
             return await self._balance("rebalance")
 
     async def shuffle(self, num_swaps: int, seed: int) -> str:
         """Swaps experts between shards for the sake of it: a rehearsal of moves. Raises ClusterError."""
+        self._check_experts()
         async with self.changing:
             assert self._state.plan is not None
             await self._move(swapped(self._state.plan, num_swaps, seed), "shuffle")
@@ -93,6 +95,8 @@ class PlacementChanges:
             while len(self._state.shards) != self._state.target and self._state.failure is None:
                 await (self._grow() if len(self._state.shards) < self._state.target else self._shrink())
             self._state.metrics.shards(len(self._state.handles()), self._state.target)
+            if not self._state.num_experts:
+                return "settle: a dense model has no experts to move"
             if before == len(self._state.shards):
                 return await self._balance("settle")
             return f"{before} -> {len(self._state.shards)} expert shards"
@@ -117,7 +121,12 @@ class PlacementChanges:
             room = -(-wanted // num_shards)
         return [room] * num_shards + [0] * ((total_shards or num_shards) - num_shards)
 
+    def _check_experts(self) -> None:
+        if not self._state.num_experts and self._state.failure is None:
+            raise SetupError("this model is dense: it has no expert shards, attention replicas alone serve it")
+
     def _check_target(self, num_shards: int) -> None:
+        self._check_experts()
         if not 1 <= num_shards <= self._state.num_experts:
             raise SetupError(
                 f"{num_shards} expert shards for {self._state.num_experts} experts a layer: ask for 1 to "

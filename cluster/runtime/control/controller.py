@@ -128,7 +128,7 @@ class ExpertController:
         before = state.config
         self._follow(config)
         if config.expert_shards != before.expert_shards:
-            state.target = config.expert_shards
+            state.target = state.shards_of(config)
         state.remember()
         if state.failure is None:
             self._tasks.append(asyncio.create_task(self.changes.guard(self.changes.settle())))
@@ -221,10 +221,11 @@ class ExpertController:
         try:
             state.read_checkpoint()
             found = await self._recall()
+            if found is not None or ray.get_runtime_context().was_current_actor_reconstructed:
+                self._slots_known_at = time.monotonic() + REGISTRATION_S
             if found is not None:
                 self._follow(found.config)
                 state.target, state.plan = found.target, found.plan
-                self._slots_known_at = time.monotonic() + REGISTRATION_S
                 log.info("%s: goes on from plan epoch %d, %d shards", state.group, found.plan.epoch, found.target)
             else:
                 state.plan = self.changes.first_plan()
@@ -234,6 +235,9 @@ class ExpertController:
         state.metrics.shards(0, state.target)
         for shard_id in range(state.plan.num_shards):
             self.supervision.add(shard_id)
+        if not state.plan.num_shards:  # a dense model: nothing loads before engines may start
+            async with state.news:
+                state.publish(state.plan)
         self._tasks = [asyncio.create_task(self._check()), asyncio.create_task(LoadWatch(state, self.changes).run())]
         if state.target != state.plan.num_shards:  # an earlier controller died over it
             self._tasks.append(asyncio.create_task(self.changes.guard(self.changes.settle())))

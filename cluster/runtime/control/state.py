@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.engine.load import torch_dtype
 from cluster.errors import SetupError
 from cluster.experts.load_meter import LoadMeter
-from cluster.experts.placement import PlacementPlan
+from cluster.experts.placement import PlacementPlan, num_shards_for
 from cluster.metrics import ControllerMetrics
 from cluster.runtime.control.shard_process import ShardProcess
 from cluster.runtime.workers.protocol import ClusterRecord
@@ -64,7 +64,12 @@ class ClusterState:
         self.expert_bytes = reader.config.expert_bytes(str(dtype).removeprefix("torch."))
         self.num_experts = reader.config.num_experts
         self.sparse_layers = tuple(reader.config.sparse_layers)
+        self.target = self.shards_of(self.config)
         self.load = LoadMeter(len(self.sparse_layers), self.num_experts, half_life_s=LOAD_HALF_LIFE_S)
+
+    def shards_of(self, config: ClusterConfig) -> int:
+        """The shards that a configuration asks for."""
+        return num_shards_for(self.num_experts, config.expert_shards)
 
     def rates(self) -> Any:
         """[sparse layers, experts] tokens/s, None before the checkpoint is read."""
