@@ -9,23 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.checkpoint.names import expert_shapes
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 from cluster.errors import ShardUnavailable
-from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop
-from cluster.kernels.linear import PackedWeight, Weight, packs
+from cluster.kernels.experts import ExpertWeights, no_experts
+from cluster.kernels.weights import Parts, Weight, WeightLoader
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSlice:
-    """One layer's physical experts. local_ids: [E] int64, where each expert stands here, -1 for elsewhere.
-    held: [E] bool on the CPU, whether it is here."""
+    """One layer's physical experts. local_ids: [E] int64, each expert's place in `weights`, -1 for one elsewhere.
+    is_here: [E] bool on the CPU."""
 
     expert_ids: tuple[int, ...]
     local_ids: Tensor
-    held: Tensor
-    gate_up_proj: Tensor | list[Weight]  # [L, 2I, H]
-    down_proj: Tensor | list[Weight]  # [L, H, I]
+    is_here: Tensor
+    weights: ExpertWeights
 
 
 class ExpertShard:
@@ -35,11 +35,10 @@ class ExpertShard:
         assert config.moe is not None, "a dense model has no experts to hold"
         self.shard_id = shard_id
         self.config = config
-        self.width = config.moe.moe_intermediate_size
         self.dtype = dtype
         self.device = device
         self.layers: dict[int, LayerSlice] = {}
-        self._plain: Tensor | None = None  # where weights are read before they are packed, during a load
+        self._no_experts = no_experts(config.hidden_size, config.moe.moe_intermediate_size, dtype=dtype, device=device)
         self.expert_tokens = torch.zeros(
             (config.num_hidden_layers, config.num_experts), dtype=torch.int64, device=device
         )  # rows that each expert has computed here since the start: the load that placement balances
@@ -53,69 +52,38 @@ class ExpertShard:
         """Holds `experts` (layer id -> expert ids) from now on: reads what is not here, then lets go of the rest.
 
         Blocks until read; layers change one after another, `forward` goes on beside it. Opens only the tensors that
-        are read. Peak memory is the slice plus one tensor, or one product's weight where weights are packed, which is
-        gate and up together; where a layer that is held changes and weights are not packed, that layer's slice is
-        there twice. Raises CheckpointError for a missing or misshapen tensor, a damaged file; layers that were through
-        before stay changed.
+        are read. Peak memory is the slice, and where weights are packed one of them more, gate and up together; on a
+        GPU a layer that changes is there twice meanwhile. Raises CheckpointError for a missing or misshapen tensor, a
+        damaged file; layers that were through before stay changed.
         """
-        change = self._load_packed if packs(self.dtype, self.device) else self._load_plain
+        loader = WeightLoader(lambda targets: reader.load(targets, progress), self.device)
         for layer_id, expert_ids in experts.items():
-            held = self.layers.get(layer_id)
-            if held is None or held.expert_ids != tuple(expert_ids):
-                self.layers[layer_id] = change(reader, layer_id, tuple(expert_ids), held, progress)
-        self._plain = None
+            before = self.layers.get(layer_id)
+            if before is None or before.expert_ids != tuple(expert_ids):
+                self.layers[layer_id] = self._changed(layer_id, tuple(expert_ids), before, loader)
         for layer_id in self.layers.keys() - experts.keys():
             del self.layers[layer_id]
 
-    def _load_plain(
-        self,
-        reader: CheckpointReader,
-        layer_id: int,
-        expert_ids: tuple[int, ...],
-        held: LayerSlice | None,
-        progress: Callable[[int], None] | None,
+    def _changed(
+        self, layer_id: int, expert_ids: tuple[int, ...], before: LayerSlice | None, loader: WeightLoader
     ) -> LayerSlice:
-        gate_up_proj, down_proj = self._allocate(len(expert_ids))
-        targets: dict[str, Tensor] = {}
+        """A layer with other experts than before; those that it had are not read again."""
+        known = before.expert_ids if before is not None else ()
+        weights = (before.weights if before is not None else self._no_experts).rearranged(
+            [known.index(expert_id) if expert_id in known else None for expert_id in expert_ids]
+        )
+        unread: list[tuple[Weight, Parts]] = []
         for local_id, expert_id in enumerate(expert_ids):
-            if held is not None and expert_id in held.expert_ids:
-                before = held.expert_ids.index(expert_id)
-                assert isinstance(held.gate_up_proj, Tensor)
-                assert isinstance(held.down_proj, Tensor)
-                gate_up_proj[local_id] = held.gate_up_proj[before]
-                down_proj[local_id] = held.down_proj[before]
-            else:
-                targets |= _gate_up_targets(layer_id, expert_id, gate_up_proj[local_id])
-                targets |= _down_targets(layer_id, expert_id, down_proj[local_id])
-        reader.load(targets, progress)
-        return self._layer(expert_ids, gate_up_proj, down_proj)
-
-    def _load_packed(
-        self,
-        reader: CheckpointReader,
-        layer_id: int,
-        expert_ids: tuple[int, ...],
-        held: LayerSlice | None,
-        progress: Callable[[int], None] | None,
-    ) -> LayerSlice:
-        hidden, width = self.config.hidden_size, self.width
-        if self._plain is None:
-            # Every weight is read into the same memory: freed between two packed ones it would stay a hole in the heap.
-            self._plain = torch.empty(2 * width * hidden, dtype=self.dtype, device=self.device)
-        gate_up = self._plain.view(2 * width, hidden)
-        down = self._plain[: hidden * width].view(hidden, width)
-        packed: tuple[list[Weight], list[Weight]] = ([], [])
-        for expert_id in expert_ids:
-            if held is not None and expert_id in held.expert_ids:
-                before = held.expert_ids.index(expert_id)
-                packed[0].append(held.gate_up_proj[before])
-                packed[1].append(held.down_proj[before])
-                continue
-            reader.load(_gate_up_targets(layer_id, expert_id, gate_up), progress)
-            packed[0].append(PackedWeight(gate_up))
-            reader.load(_down_targets(layer_id, expert_id, down), progress)
-            packed[1].append(PackedWeight(down))
-        return self._layer(expert_ids, *packed)
+            if expert_id not in known:
+                gate, up, down = (
+                    {name.removesuffix(".weight"): shape[0]}
+                    for name, shape in expert_shapes(self.config, layer_id, expert_id).items()
+                )
+                unread += [(weights.gate_up[local_id], gate | up), (weights.down[local_id], down)]
+        loader.load(unread)
+        local_ids = torch.full((self.config.num_experts,), -1, dtype=torch.int64)
+        local_ids[list(expert_ids)] = torch.arange(len(expert_ids))
+        return LayerSlice(expert_ids, local_ids.to(self.device), local_ids >= 0, weights)
 
     def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sums this shard's weighted experts for each row, in float32.
@@ -128,7 +96,7 @@ class ExpertShard:
         if layer is None:
             raise ShardUnavailable(f"shard {self.shard_id} holds no expert of layer {layer_id}", self.shard_id)
         if not topk_ids.is_cuda:  # a look at ids on a GPU would wait for it; from another process they come on the CPU
-            missing = (topk_ids >= 0) & ~layer.held[topk_ids.clamp_min(0)]
+            missing = (topk_ids >= 0) & ~layer.is_here[topk_ids.clamp_min(0)]
             if missing.any():
                 raise ShardUnavailable(
                     f"shard {self.shard_id} does not hold expert {int(topk_ids[missing].min())} of layer {layer_id}: "
@@ -140,45 +108,11 @@ class ExpertShard:
         local_ids = torch.where(here, layer.local_ids[topk_ids.clamp_min(0)], -1)  # [T, K]
         self.expert_tokens[layer_id].index_add_(0, topk_ids.clamp_min(0).flatten(), here.flatten().long())
         with torch.inference_mode():
-            if hidden_states.is_cuda:
-                assert isinstance(layer.gate_up_proj, Tensor)
-                assert isinstance(layer.down_proj, Tensor)
-                out = experts_by_grouped_mm(hidden_states, local_ids, topk_weights, layer.gate_up_proj, layer.down_proj)
-            else:
-                out = experts_by_loop(hidden_states, local_ids, topk_weights, layer.gate_up_proj, layer.down_proj)
+            out = layer.weights.forward(hidden_states, local_ids, topk_weights)
         return out.to(hidden_states.dtype)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights held."""
-        slices = (weights for layer in list(self.layers.values()) for weights in (layer.gate_up_proj, layer.down_proj))
-        return sum(weight.nbytes for weights in slices for weight in weights)
-
-    def _allocate(self, num_experts: int) -> tuple[Tensor, Tensor]:
-        """[num_experts, 2I, H] and [num_experts, H, I], not filled."""
-        hidden, width = self.config.hidden_size, self.width
-        shapes = ((num_experts, 2 * width, hidden), (num_experts, hidden, width))
-        gate_up_proj, down_proj = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
-        return gate_up_proj, down_proj
-
-    def _layer(
-        self, expert_ids: Sequence[int], gate_up_proj: Tensor | list[Weight], down_proj: Tensor | list[Weight]
-    ) -> LayerSlice:
-        local_ids = torch.full((self.config.num_experts,), -1, dtype=torch.int64)
-        local_ids[list(expert_ids)] = torch.arange(len(expert_ids))
-        return LayerSlice(tuple(expert_ids), local_ids.to(self.device), local_ids >= 0, gate_up_proj, down_proj)
-
-
-def _gate_up_targets(layer_id: int, expert_id: int, gate_up_proj: Tensor) -> dict[str, Tensor]:
-    """Where the checkpoint's tensors of one expert's first product go. gate_up_proj: [2I, H]."""
-    gate, up = gate_up_proj.chunk(2)
-    return {_name(layer_id, expert_id, "gate_proj"): gate, _name(layer_id, expert_id, "up_proj"): up}
-
-
-def _down_targets(layer_id: int, expert_id: int, down_proj: Tensor) -> dict[str, Tensor]:
-    """As `_gate_up_targets`, of the second. down_proj: [H, I]."""
-    return {_name(layer_id, expert_id, "down_proj"): down_proj}
-
-
-def _name(layer_id: int, expert_id: int, projection: str) -> str:
-    return f"model.layers.{layer_id}.mlp.experts.{expert_id}.{projection}.weight"
+        """Bytes of the weights that it has."""
+        layers = [layer.weights for layer in list(self.layers.values())]
+        return sum(weight.nbytes for layer in layers for weight in (*layer.gate_up, *layer.down))

@@ -1,16 +1,87 @@
-"""Products of a batch with its routed experts. Knows neither layers nor which shard it runs on.
+"""Products of a batch with a layer's routed experts. Knows neither layers nor which shard it runs on.
 
 T: tokens, H: hidden size, I: expert intermediate size, K: experts a token, L: experts held here, N: (token, expert)
 pairs that are computed here. An id below zero marks a pair that is computed elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels.linear import MIN_ROWS, PackedWeight, Weight, linear
+from cluster.kernels.weights import PlainWeight, Weight, weight_maker
+
+
+class ExpertWeights(Protocol):
+    """L experts, each a pair of weights: gate above up [2I, H], and down [H, I]."""
+
+    @property
+    def gate_up(self) -> Sequence[Weight]: ...
+
+    @property
+    def down(self) -> Sequence[Weight]: ...
+
+    def rearranged(self, places: Sequence[int | None]) -> Self:
+        """Returns other experts: for each of them its place here, or None for one whose weights are yet to be filled.
+        These stay what they are."""
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """As `experts_reference`."""
+
+
+class SeparateExperts:
+    """The CPU's, whose weights are tensors of their own: `rearranged` shares them."""
+
+    def __init__(
+        self, make_gate_up: Callable[[], Weight], make_down: Callable[[], Weight],
+        gate_up: Sequence[Weight] = (), down: Sequence[Weight] = (),
+    ) -> None:  # fmt: skip
+        self._make_gate_up, self._make_down = make_gate_up, make_down
+        self.gate_up, self.down = gate_up, down
+
+    def rearranged(self, places: Sequence[int | None]) -> "SeparateExperts":
+        gate_up = [self._make_gate_up() if place is None else self.gate_up[place] for place in places]
+        down = [self._make_down() if place is None else self.down[place] for place in places]
+        return SeparateExperts(self._make_gate_up, self._make_down, gate_up, down)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return experts_by_loop(hidden_states, topk_ids, topk_weights, self.gate_up, self.down)
+
+
+class StackedExperts:
+    """The GPU's, which stand side by side in memory: `rearranged` copies them.
+
+    gate_up_proj: [L, 2I, H].  down_proj: [L, H, I].
+    """
+
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor) -> None:
+        self._gate_up_proj, self._down_proj = gate_up_proj, down_proj
+        self.gate_up = [PlainWeight(matrix) for matrix in gate_up_proj]
+        self.down = [PlainWeight(matrix) for matrix in down_proj]
+
+    def rearranged(self, places: Sequence[int | None]) -> "StackedExperts":
+        before = self._gate_up_proj, self._down_proj
+        after = [stack.new_empty(len(places), *stack.shape[1:]) for stack in before]
+        for stack, source in zip(after, before, strict=True):
+            for i, place in enumerate(places):
+                if place is not None:
+                    stack[i] = source[place]
+        return StackedExperts(*after)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return experts_by_grouped_mm(hidden_states, topk_ids, topk_weights, self._gate_up_proj, self._down_proj)
+
+
+def no_experts(hidden_size: int, intermediate_size: int, *, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
+    """An empty set, in the form that is multiplied fastest here."""
+    gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+    if device.type == "cuda":
+        return StackedExperts(*(torch.empty(0, *shape, dtype=dtype, device=device) for shape in (gate_up, down)))
+    make = weight_maker(dtype, device)
+    return SeparateExperts(partial(make, *gate_up), partial(make, *down))
 
 
 def experts_reference(
@@ -34,19 +105,19 @@ def experts_by_loop(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Sequence[Weight] | Tensor,
-    down_proj: Sequence[Weight] | Tensor,
+    gate_up: Sequence[Weight],
+    down: Sequence[Weight],
 ) -> Tensor:
     """The CPU's path: one pair of products for each active expert, whose weights are read once. As the reference.
 
-    gate_up_proj, down_proj: as the reference, or L weights of the same shapes, packed or not.
+    gate_up, down: as of `ExpertWeights`, all of one form.
     Sums run in the order of the expert ids, so the result does not depend on how the batch is ordered.
     """
-    pair_tokens, pair_weights, counts = _group(topk_ids, topk_weights, len(gate_up_proj))
+    pair_tokens, pair_weights, counts = _group(topk_ids, topk_weights, len(gate_up))
     num_pairs = int(counts.sum())
     pair_tokens = pair_tokens[:num_pairs]
-    # MIN_ROWS rows are computed where fewer are wanted (see `linear`): the next expert's stand in, and at the end any.
-    spare = MIN_ROWS - 1 if isinstance(gate_up_proj[0], PackedWeight) else 0
+    # A product of fewer than min_rows takes no less time: the next expert's stand in, and at the end any.
+    spare = gate_up[0].min_rows - 1
     x = hidden_states.index_select(0, F.pad(pair_tokens, (0, spare)))  # [N + spare, H]
     y = torch.empty_like(x)
     start = 0
@@ -54,8 +125,8 @@ def experts_by_loop(
         if not count:
             continue
         rows = x[start : start + max(count, 1 + spare)]
-        gate, up = linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [rows, I]
-        y[start : start + count] = linear(F.silu(gate).mul_(up), down_proj[expert])[:count]
+        gate, up = gate_up[expert].product(rows).chunk(2, dim=-1)  # [rows, I]
+        y[start : start + count] = down[expert].product(F.silu(gate).mul_(up))[:count]
         start += count
     out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     return out.index_add_(0, pair_tokens, y[:num_pairs] * pair_weights[:num_pairs])  # the product is float32

@@ -17,6 +17,7 @@ from cluster.kernels.attention import PagedBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.attention import Attention
 from cluster.model.layers.feed_forward import Experts, FeedForward
+from cluster.model.layers.linear import Linear
 from cluster.model.layers.norm import RMSNorm
 from cluster.model.layers.rope import RotaryEmbedding
 
@@ -75,7 +76,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, layers)
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Linear(config.hidden_size, {"lm_head": config.vocab_size})
         )
 
     @torch.inference_mode()

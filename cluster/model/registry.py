@@ -6,8 +6,9 @@ import torch
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
-from cluster.kernels.linear import pack_linears, packs
+from cluster.kernels.weights import WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
+from cluster.model.layers.linear import Linear
 from cluster.model.layers.rope import RotaryEmbedding
 from cluster.model.qwen2_moe import qwen2_moe
 
@@ -23,7 +24,7 @@ def load_model(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
 ) -> CausalLM:
-    """Reads all but the routed experts, each tensor straight into its place; then packs them where that is faster.
+    """Reads all but the routed experts, each tensor into its place, or into the memory that its weight is made from.
 
     Raises CheckpointError.
     """
@@ -31,8 +32,13 @@ def load_model(
     with torch.device("meta"):
         model = MODELS[config.model_type](config).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    reader.load(model.state_dict(), progress)
-    if packs(dtype, device):
-        pack_linears(model)
+    weights, plain_targets = [], model.state_dict()
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            prefix = path.removesuffix(path.rpartition(".")[2])
+            module.allocate(weight_maker(dtype, device), dtype=dtype, device=device)
+            weights.append((module.weight, module.parts(prefix)))
+            plain_targets |= module.bias_targets(prefix)
+    WeightLoader(lambda targets: reader.load(targets, progress), device).load(weights, plain_targets)
     model.rotary = RotaryEmbedding(config.rope, config.head_dim).to(device)  # in float32, whatever the weights are in
     return model

@@ -21,7 +21,7 @@ from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import read_model_config
 from cluster.errors import CheckpointError
 from cluster.experts.shard import ExpertShard
-from cluster.kernels.linear import packs
+from cluster.kernels.weights import packs
 from cluster.types import SAMPLING_DEFAULTS
 
 INDEX = "model.safetensors.index.json"

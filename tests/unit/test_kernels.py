@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weight_tools import packed, plain
 
 from cluster.kernels import attention
 from cluster.kernels.attention import PagedBatch, attention_reference, paged_attention, write_kv
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop, experts_reference
-from cluster.kernels.linear import PackedLinear, PackedWeight, packs
+from cluster.kernels.weights import packs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 DEVICES = [
@@ -21,8 +22,12 @@ DEVICES = [
 ]
 
 
+def loop_over_plain(x, ids, weights, gate_up, down):
+    return experts_by_loop(x, ids, weights, [plain(w) for w in gate_up], [plain(w) for w in down])
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("product", [experts_by_loop, experts_by_grouped_mm])
+@pytest.mark.parametrize("product", [loop_over_plain, experts_by_grouped_mm])
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31), num_tokens=st.integers(1, 9), num_local=st.integers(1, 6), top_k=st.integers(1, 4),
@@ -45,25 +50,27 @@ def test_grouped_experts_are_the_weighted_sum_of_single_ones(
     torch.testing.assert_close(got.cpu(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-packed = pytest.mark.skipif(
+needs_packing = pytest.mark.skipif(
     not packs(torch.bfloat16, torch.device("cpu")), reason="this CPU's oneDNN has no bfloat16 products"
 )
 
 
-@packed
+@needs_packing
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 70), outputs=st.integers(1, 90), inputs=st.integers(1, 90))
 def test_a_packed_weight_gives_the_product_of_the_plain_one(seed, rows, outputs, inputs):
     random = torch.Generator().manual_seed(seed)
-    plain = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
+    weight, bias = (
+        torch.randn(*shape, generator=random).div(8).bfloat16() for shape in ((outputs, inputs), (outputs,))
+    )
     x = torch.randn(rows, inputs, generator=random).bfloat16()
     with torch.inference_mode():
-        expected = torch.nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double())
-        got = PackedLinear(plain)(x)
+        expected = F.linear(x.double(), weight.double(), bias.double())
+        got = packed(weight).product(x, bias)
     torch.testing.assert_close(got.double(), expected, atol=2e-2, rtol=2e-2)
 
 
-@packed
+@needs_packing
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), num_tokens=st.integers(1, 40), top_k=st.integers(1, 4))
 def test_packed_experts_are_the_weighted_sum_of_single_ones(seed, num_tokens, top_k):
@@ -76,7 +83,7 @@ def test_packed_experts_are_the_weighted_sum_of_single_ones(seed, num_tokens, to
     down = torch.randn(num_local, hidden, width, generator=random).div(8).bfloat16()
     expected = experts_reference(x.double(), ids, weights, gate_up.double(), down.double())
     with torch.inference_mode():
-        got = experts_by_loop(x, ids, weights, [PackedWeight(w) for w in gate_up], [PackedWeight(w) for w in down])
+        got = experts_by_loop(x, ids, weights, [packed(w) for w in gate_up], [packed(w) for w in down])
     torch.testing.assert_close(got, expected, atol=6e-2, rtol=6e-2)
 
 

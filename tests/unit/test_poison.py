@@ -12,12 +12,13 @@ from engine_fakes import request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from weight_tools import packed, plain
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.kernels import attention
 from cluster.kernels.attention import PagedBatch, attention_reference, paged_attention, write_kv
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop
-from cluster.kernels.linear import PackedLinear, PackedWeight, packs
+from cluster.kernels.weights import packs
 from cluster.llm import LLM
 from cluster.model import kv_cache
 
@@ -121,7 +122,11 @@ def test_only_the_rows_that_saw_nan_are_repaired_to_nan():
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("product", [experts_by_loop, experts_by_grouped_mm])
+def loop_over_plain(x, ids, weights, gate_up, down):
+    return experts_by_loop(x, ids, weights, [plain(w) for w in gate_up], [plain(w) for w in down])
+
+
+@pytest.mark.parametrize("product", [loop_over_plain, experts_by_grouped_mm])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_of_nan_reaches_no_other_row_of_the_experts(product, dtype):
     random = torch.Generator().manual_seed(2)
@@ -143,21 +148,20 @@ def test_a_row_of_nan_reaches_no_other_row_of_the_experts(product, dtype):
 def test_a_row_of_nan_reaches_no_other_row_of_packed_weights():
     """Fewer rows than the packed product takes are filled up with the first one, or with another expert's."""
     random = torch.Generator().manual_seed(3)
-    plain = torch.nn.Linear(64, 48, dtype=torch.bfloat16)
-    gate_up = [PackedWeight(w.bfloat16()) for w in torch.randn(3, 96, 64, generator=random)]
-    down = [PackedWeight(w.bfloat16()) for w in torch.randn(3, 64, 48, generator=random)]
+    linear = packed(torch.randn(48, 64, generator=random).bfloat16())
+    gate_up = [packed(w.bfloat16()) for w in torch.randn(3, 96, 64, generator=random)]
+    down = [packed(w.bfloat16()) for w in torch.randn(3, 64, 48, generator=random)]
     with torch.inference_mode():
-        linear = PackedLinear(plain)
         for num_rows in (2, 3, 5, 17):
             x = torch.randn(num_rows, 64, generator=random).bfloat16()
             ids = torch.randint(0, 3, (num_rows, 2), generator=random)
             weights = torch.rand(num_rows, 2, generator=random)
-            expected = linear(x), experts_by_loop(x, ids, weights, gate_up, down)
+            expected = linear.product(x), experts_by_loop(x, ids, weights, gate_up, down)
             for row in range(num_rows):
                 poisoned = x.clone()
                 poisoned[row] = torch.nan
                 others = torch.arange(num_rows) != row
-                assert torch.equal(linear(poisoned)[others], expected[0][others])
+                assert torch.equal(linear.product(poisoned)[others], expected[0][others])
                 got = experts_by_loop(poisoned, ids, weights, gate_up, down)
                 assert torch.equal(got[others], expected[1][others])
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cluster.config import ModelConfig
 from cluster.kernels.attention import PagedBatch, paged_attention, write_kv
-from cluster.kernels.linear import PackedLinear
+from cluster.model.layers.linear import Linear
 from cluster.model.layers.rope import apply_rotary
 
 
@@ -18,32 +18,17 @@ class Attention(nn.Module):
         self.window = config.window(layer_id)
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj: nn.Linear | PackedLinear = nn.Linear(query_width, config.hidden_size, bias=False)
-        self.qkv_proj: PackedLinear | None = None
+        outputs = {"q_proj": query_width, "k_proj": kv_width, "v_proj": kv_width}
+        self.qkv_proj = Linear(config.hidden_size, outputs, bias=config.qkv_bias)
+        self.o_proj = Linear(query_width, {"o_proj": config.hidden_size})
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], batch: PagedBatch
     ) -> Tensor:
         """x: [T, H]; rotary: cos and sin, each [T, 1, D]; cache: one layer's keys and values, written in place."""
-        q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self._project(x))
+        q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv_proj.each(x))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)  # [T, Q, D], [T, KV, D]
         write_kv(*cache, k, v, batch.slot_mapping)
         out = paged_attention(q, *cache, batch, scale=self.head_dim**-0.5, window=self.window)
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected
-
-    def pack(self) -> None:
-        """Packs the loaded weights; queries, keys and values become one product."""
-        self.qkv_proj = PackedLinear(self.q_proj, self.k_proj, self.v_proj)
-        self.o_proj = PackedLinear(self.o_proj)
-        del self.q_proj, self.k_proj, self.v_proj
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[T, H] -> [T, Q * D], [T, KV * D], [T, KV * D]."""
-        if self.qkv_proj is None:
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        parts: tuple[Tensor, ...] = self.qkv_proj(x).split(self.qkv_proj.sizes, dim=1)
-        return parts

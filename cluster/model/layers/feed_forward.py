@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.kernels.linear import PackedLinear
+from cluster.model.layers.linear import Linear
 
 
 class Experts(Protocol):
@@ -34,16 +34,11 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj: nn.Linear | PackedLinear = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.gate_up_proj: PackedLinear | None = None
+        self.gate_up_proj = Linear(hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size})
+        self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size})
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up_proj is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj.each(x)
         out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
@@ -51,9 +46,3 @@ class MLP(nn.Module):
         """As `FeedForward.begin`, with nothing to wait for."""
         out: Tensor = self(x)
         return lambda: out
-
-    def pack(self) -> None:
-        """Packs the loaded weights; gate and up become one product."""
-        self.gate_up_proj = PackedLinear(self.gate_proj, self.up_proj)
-        self.down_proj = PackedLinear(self.down_proj)
-        del self.gate_proj, self.up_proj

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cluster.config import MoeConfig
 from cluster.model.layers.feed_forward import MLP, Experts
+from cluster.model.layers.linear import Linear
 
 
 class Router(nn.Module):
@@ -41,7 +42,7 @@ class SparseMoe(nn.Module):
         self.layer_id = layer_id
         self.gate = Router(moe, hidden_size)
         self.shared_expert = MLP(hidden_size, moe.shared_expert_intermediate_size)
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+        self.shared_expert_gate = Linear(hidden_size, {"shared_expert_gate": 1})
 
     def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
         """As `FeedForward.begin`: sends the routed rows away, then computes the shared expert."""

@@ -1,0 +1,152 @@
+"""Weight matrices in the forms in which products read them, and how they are filled. Knows neither layers nor files.
+
+Who multiplies with a weight does not ask for its form. On the CPU a bfloat16 weight is packed once, in the order in
+which it is read: at 24 GB/s for 1 row and 10 GB/s for 32, a plain one at 15 and 7.6 (2816 x 2048, 40 of them in turn,
+2 threads of a Zen 4; BENCHMARKS.md). float32 stays plain: it is the dtype in which answers are compared.
+M: rows, N: outputs, K: inputs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parts = Mapping[str, int]  # matrices one above another: each one's name in the checkpoint without `.weight`, its rows
+
+
+class Weight(Protocol):
+    """One matrix [N, K]. It is made empty and filled by a `WeightLoader`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes when it is filled."""
+
+    @property
+    def min_rows(self) -> int:
+        """A product of fewer rows takes no less time: a caller that has more at hand may give them."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the memory that it is read into before it takes its form; 0 where that is its own."""
+
+    def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
+        """Returns the destination of each tensor that it needs of the checkpoint, by name.
+
+        staging: [staging_bytes or more] uint8, its own until `settle`.
+        """
+
+    def settle(self) -> None:
+        """Takes its form, now that its targets are filled."""
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As F.linear. x: [M, K]; bias: [N]. Returns [M, N]."""
+
+
+MakeWeight = Callable[[int, int], Weight]  # from N and K
+
+
+class PlainWeight:
+    """A tensor as it is. matrix: [N, K], which may be a part of a larger one."""
+
+    min_rows = 1
+    staging_bytes = 0
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+
+    @property
+    def nbytes(self) -> int:
+        return self._matrix.nbytes
+
+    def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
+        return _split(self._matrix, parts)
+
+    def settle(self) -> None:
+        """It has its form."""
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self._matrix, bias)
+
+
+class PackedWeight:
+    """bfloat16 in oneDNN's own layout, as large as it would be plain."""
+
+    # Fewer rows take longer: 0.65, 0.75 and 0.50 ms for 1, 2 and 3, 0.48 for 4 (2816 x 2048, 1 thread of a Zen 4).
+    min_rows = 4
+
+    def __init__(self, num_outputs: int, num_inputs: int) -> None:
+        self._shape = (num_outputs, num_inputs)
+        self.nbytes = self.staging_bytes = torch.bfloat16.itemsize * num_outputs * num_inputs
+        self._matrix = torch.empty(0)  # plain in staging memory, then packed
+
+    def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
+        self._matrix = staging[: self.staging_bytes].view(torch.bfloat16).view(self._shape)
+        return _split(self._matrix, parts)
+
+    def settle(self) -> None:
+        self._matrix = torch.ops.mkldnn._reorder_linear_weight(self._matrix)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        num_rows = x.shape[0]
+        if num_rows < self.min_rows:
+            x = torch.cat((x, x[:1].expand(self.min_rows - num_rows, -1)))
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._matrix, bias, "none", [], "")
+        return out[:num_rows]
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights of this dtype gain from being packed here."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def weight_maker(dtype: torch.dtype, device: torch.device) -> MakeWeight:
+    """Chooses the form in which weights are multiplied fastest here."""
+    return PackedWeight if packs(dtype, device) else partial(_plain, dtype=dtype, device=device)
+
+
+class WeightLoader:
+    """Fills weights from a checkpoint.
+
+    Those that are read straight into their own memory are read together, in the order of the files. Those that need
+    staging memory are read one by one into the same: freed between two of them it would stay a hole in the heap.
+    read: copies the checkpoint's tensors to their destinations, by name.
+    """
+
+    def __init__(self, read: Callable[[Mapping[str, Tensor]], object], device: torch.device) -> None:
+        self._read = read
+        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def load(self, weights: Iterable[tuple[Weight, Parts]], plain_targets: Mapping[str, Tensor] | None = None) -> None:
+        """Fills each weight with its parts. Blocks. plain_targets: tensors that are no weights, read with them."""
+        wanted = list(weights)
+        num_bytes = max((weight.staging_bytes for weight, _ in wanted), default=0)
+        if num_bytes > len(self._staging):
+            self._staging = self._staging.new_empty(num_bytes)
+        together = dict(plain_targets or {})
+        for weight, parts in wanted:
+            targets = weight.targets(parts, self._staging)
+            if weight.staging_bytes:
+                self._read(targets)
+                weight.settle()
+            else:
+                together |= targets
+        if together:
+            self._read(together)
+        for weight, _ in wanted:
+            if not weight.staging_bytes:
+                weight.settle()
+
+
+def _plain(num_outputs: int, num_inputs: int, *, dtype: torch.dtype, device: torch.device) -> PlainWeight:
+    return PlainWeight(torch.empty(num_outputs, num_inputs, dtype=dtype, device=device))
+
+
+def _split(matrix: Tensor, parts: Parts) -> dict[str, Tensor]:
+    rows = torch.split(matrix, list(parts.values()))
+    return {f"{name}.weight": part for name, part in zip(parts, rows, strict=True)}

@@ -1,0 +1,45 @@
+"""Weights with given numbers, and a form of weight that the package does not know."""
+
+import torch
+import torch.nn.functional as F
+
+from cluster.kernels.weights import PackedWeight, PlainWeight, WeightLoader
+
+
+def filled(weight, matrix):
+    """The weight with the numbers of a matrix [N, K]."""
+    WeightLoader(lambda targets: targets["w.weight"].copy_(matrix), matrix.device).load([(weight, {"w": len(matrix)})])
+    return weight
+
+
+def plain(matrix):
+    return filled(PlainWeight(torch.empty_like(matrix)), matrix)
+
+
+def packed(matrix):
+    return filled(PackedWeight(*matrix.shape), matrix)
+
+
+class HalvedWeight:
+    """Half of each number, doubled in the product: a form of its own, read through staging memory in float32."""
+
+    min_rows = 3
+
+    def __init__(self, num_outputs, num_inputs):
+        self.shape = (num_outputs, num_inputs)
+        self.nbytes = 2 * num_outputs * num_inputs
+        self.staging_bytes = 4 * num_outputs * num_inputs
+        self.halves = None
+
+    def targets(self, parts, staging):
+        self.halves = staging[: self.staging_bytes].view(torch.float32).view(self.shape)
+        return {
+            f"{name}.weight": part for name, part in zip(parts, self.halves.split(list(parts.values())), strict=True)
+        }
+
+    def settle(self):
+        self.halves = (self.halves / 2).bfloat16()
+
+    def product(self, x, bias=None):
+        out = F.linear(x.float(), 2 * self.halves.float())
+        return (out if bias is None else out + bias).to(x.dtype)
