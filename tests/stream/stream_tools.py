@@ -10,7 +10,7 @@ import torch
 from cluster.errors import ShardUnavailable
 from cluster.experts.transport import ExpertBatch
 from cluster.stream import frames
-from cluster.stream.client import StreamConnection
+from cluster.stream.connection import StreamConnection
 from cluster.stream.server import StreamServer
 
 HERE, ELSEWHERE = "this host", "another host"

@@ -11,7 +11,7 @@ from stream_tools import CPU, ELSEWHERE, HERE, Backend, answer, batch, connect, 
 
 from cluster.errors import ProtocolError
 from cluster.stream import region as regions
-from cluster.stream.client import StreamConnection
+from cluster.stream.connection import StreamConnection
 from cluster.stream.frames import HELLO, Header, Kind
 from cluster.stream.region import NUM_SLOTS, REGION_BYTES, SLOT_BYTES, make_region, open_region
 from cluster.stream.server import StreamServer
@@ -72,7 +72,7 @@ def test_a_shard_that_cannot_open_the_memory_gets_rows_through_the_socket(server
     def refuse(descriptor, fds, device):
         raise ProtocolError("no such memory")
 
-    monkeypatch.setattr("cluster.stream.server.open_region", refuse)
+    monkeypatch.setattr("cluster.stream.peer.open_region", refuse)
     connection = connect(server)
     assert connection._region is None
     sent = batch()

@@ -2,6 +2,7 @@
 
 import pickle
 import socket
+import struct
 import threading
 from contextlib import suppress
 
@@ -13,7 +14,8 @@ from stream_tools import CPU, ELSEWHERE, HERE, Backend, answer, batch, connect, 
 
 from cluster.errors import ClusterError, ProtocolError, ShardUnavailable
 from cluster.stream import frames
-from cluster.stream.client import StreamBroken, StreamConnection, StreamTransport
+from cluster.stream.client import StreamTransport
+from cluster.stream.connection import StreamBroken, StreamConnection
 from cluster.stream.frames import HEADER, Header, Kind, StreamOffer
 from cluster.stream.server import StreamServer
 
@@ -177,6 +179,23 @@ def test_noise_harms_nobody_else(server, data, change, byte):
     assert torch.equal(answer(neighbour, sent), sent.hidden_states * 2)
     for sock in (stranger, caller, neighbour):
         sock.close()
+
+
+def test_a_stranger_who_leaves_before_he_is_greeted_harms_nobody(backend):
+    """He has connected and gone when the server looks for the first time: its greeting meets a closed socket."""
+    server = StreamServer(backend, host="127.0.0.1", node=HERE)
+    for family, address in (
+        (socket.AF_UNIX, f"\0{server.offer.unix_name}"),
+        (socket.AF_INET, (server.offer.host, server.offer.port)),
+    ):
+        with socket.socket(family) as stranger:
+            stranger.connect(address)
+            if family == socket.AF_INET:  # gone with a reset, not with a goodbye
+                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    server.start()
+    sent = batch()
+    assert torch.equal(answer(connect(server), sent), sent.hidden_states * 2)
+    server.close()
 
 
 class Bomb:
