@@ -7,7 +7,7 @@ with LLM(model_dir, num_expert_shards=3, transport="ray") as llm:
 import itertools
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +18,7 @@ from torch import Tensor
 from cluster import inputs
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
-from cluster.config import TRANSPORTS, ClusterConfig, EngineConfig, Transport
+from cluster.config import DEFAULTS, TRANSPORTS, ClusterConfig, Transport
 from cluster.config.resources import available_cpus
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
@@ -56,7 +56,7 @@ class LLM:
     the end of the process closes those that are open. "stream" and "ray" name the carrier to them.
     A dense model has no experts to be anywhere: it runs in this process, whatever these two say.
     skip_tokenizer: prompts are token ids only and outputs have no text.
-    The other arguments are the fields of `EngineConfig`.
+    The other arguments are fields of `ClusterConfig`, with its defaults.
     Raises SetupError, CheckpointError.
     """
 
@@ -64,67 +64,64 @@ class LLM:
         self,
         model_dir: str | os.PathLike[str],
         *,
-        dtype: str = "auto",
-        device: str = "auto",
         num_expert_shards: int = 1,
         transport: Transport = "local",
         skip_tokenizer: bool = False,
-        kv_cache_bytes: int | None = None,
-        memory_utilization: float | None = None,
-        block_size: int = 16,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
-        max_model_len: int | None = None,
-        enable_prefix_caching: bool = True,
-        cpus_per_expert_shard: float = 1.0,
-        gpus_per_expert_shard: float | None = None,
+        dtype: str = DEFAULTS["dtype"],
+        device: str = DEFAULTS["device"],
+        kv_cache_bytes: int | None = DEFAULTS["kv_cache_bytes"],
+        memory_utilization: float | None = DEFAULTS["memory_utilization"],
+        block_size: int = DEFAULTS["block_size"],
+        max_num_seqs: int = DEFAULTS["max_num_seqs"],
+        max_num_batched_tokens: int = DEFAULTS["max_num_batched_tokens"],
+        max_model_len: int | None = DEFAULTS["max_model_len"],
+        enable_prefix_caching: bool = DEFAULTS["enable_prefix_caching"],
+        cpus_per_expert_shard: float = DEFAULTS["cpus_per_expert_shard"],
+        gpus_per_expert_shard: float | None = DEFAULTS["gpus_per_expert_shard"],
     ) -> None:
         model_dir, num_expert_shards, skip_tokenizer = _checked(model_dir, num_expert_shards, skip_tokenizer)
         if transport not in ("local", *TRANSPORTS):
             raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
-        config = EngineConfig(
+        cluster = ClusterConfig(
+            model=str(model_dir.resolve()),
+            expert_shards=num_expert_shards,
+            transport="auto" if transport == "local" else transport,
+            spare_processes=False,
             dtype=dtype,
             device=device,
-            block_size=block_size,
             kv_cache_bytes=kv_cache_bytes,
             memory_utilization=memory_utilization,
+            block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            max_waiting=QUEUE_LIMIT,
             enable_prefix_caching=enable_prefix_caching,
+            cpus_per_expert_shard=cpus_per_expert_shard,
+            gpus_per_expert_shard=gpus_per_expert_shard,
         )
-        # torch counts the machine's cores, and knows nothing of a control group's quota.
-        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         self._request_ids = itertools.count()
         self._ray_experts: RayExperts | None = None
         self._closed = False
+        self._load(model_dir, cluster, local=transport == "local", skip_tokenizer=skip_tokenizer)
+
+    def _load(self, model_dir: Path, cluster: ClusterConfig, *, local: bool, skip_tokenizer: bool) -> None:
+        config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
+        # torch counts the machine's cores, and knows nothing of a control group's quota.
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         registry = new_registry()
         dispatch_metrics = DispatchMetrics(registry, "llm")
-        check_checkpoint(model_dir, config, num_expert_shards, tokenizer=False)
+        check_checkpoint(model_dir, config, cluster.expert_shards, tokenizer=False)
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
         self.info = model_info(model_dir, config)
         self._completer = RequestCompleter(self.info, read_sampling_defaults(model_dir))
-        if transport != "local" and self.info.num_experts:
-            self._ray_experts = RayExperts(
-                ClusterConfig(
-                    model=str(Path(model_dir).resolve()),
-                    dtype=dtype,
-                    device=device,
-                    expert_shards=num_expert_shards,
-                    transport=transport,
-                    spare_processes=False,
-                    cpus_per_expert_shard=cpus_per_expert_shard,
-                    gpus_per_expert_shard=gpus_per_expert_shard,
-                ),
-                dispatch_metrics,
-            )
+        if not local and self.info.num_experts:
+            self._ray_experts = RayExperts(cluster, dispatch_metrics)
             self.experts: ExpertDispatcher = self._ray_experts.dispatcher
         else:
-            self.experts = local_experts(model_dir, config, num_expert_shards, dispatch_metrics)
+            self.experts = local_experts(model_dir, config, cluster.expert_shards, dispatch_metrics)
         try:
             self.engine: Engine = load_engine(
-                model_dir, config, self.experts, EngineMetrics(registry, "llm"), remote_experts=transport != "local"
+                model_dir, config, self.experts, EngineMetrics(registry, "llm"), remote_experts=not local
             )
         except BaseException:
             self.close()
@@ -234,13 +231,13 @@ def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: objec
     if not isinstance(model_dir, str | os.PathLike) or "\0" in os.fspath(model_dir):
         raise SetupError(f"model_dir is {inputs.shown(model_dir)}, a checkpoint's directory is needed")
     try:
-        return (
-            Path(model_dir),
-            inputs.whole_number(num_expert_shards, "num_expert_shards"),
-            inputs.truth_value(skip_tokenizer, "skip_tokenizer"),
-        )
+        num_shards = inputs.whole_number(num_expert_shards, "num_expert_shards")
+        skip = inputs.truth_value(skip_tokenizer, "skip_tokenizer")
     except InvalidRequest as error:
         raise SetupError(str(error)) from None
+    if num_shards < 0:
+        raise SetupError(f"num_expert_shards is {inputs.shown(num_shards)}, at least 0 is needed")
+    return Path(model_dir), num_shards, skip
 
 
 @dataclass(slots=True)

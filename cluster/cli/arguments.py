@@ -8,10 +8,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ClusterConfig
+from cluster.config import DEFAULTS, ClusterConfig
+from cluster.config.options import doc_of, type_of
 from cluster.config.resources import available_cpus
 from cluster.inputs import shown
 
+OPTIONS = (  # fields of ClusterConfig; the rest has no option
+    "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "device", "transport",
+    "kv_cache_bytes", "memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting",
+    "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port",
+    "log_format",
+)  # fmt: skip
+SECURITY_OPTIONS = ("api_keys_file", "max_streams_per_client")
+UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_port": "PORT", "_file": "FILE"}
 _SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B?)\s*", re.IGNORECASE)
 
 
@@ -34,49 +43,20 @@ def add_command(
     return parser
 
 
-def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `ClusterConfig`, with its defaults, and of this machine's ports."""
-    default = {f.name: f.default for f in fields(ClusterConfig)}
+def add_cluster_arguments(parser: argparse.ArgumentParser, *, grpc_port: int = 9000, **defaults: Any) -> None:
+    """Options of `ClusterConfig`, with its help texts and defaults, and of this machine's ports.
 
-    def add(name: str, kind: Callable[[str], Any], text: str, metavar: str = "N") -> None:
-        shown = "" if default[name] is None else f" (default: {default[name]})"
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, default=default[name], metavar=metavar, help=text + shown)
-
-    add("expert_shards", int, "processes that share the routed experts; a dense model has none")
-    add("attention_replicas", int, "processes with the dense weights and a KV cache")
-    add("min_copies", int, "copies of each expert, on different shards")
-    add("redundant_experts", int, "further copies a layer, of the busiest experts")
-    add("dtype", str, "float32, bfloat16, float16 or auto: the checkpoint's", "TYPE")
-    add("device", str, "cpu, cuda or auto: cuda where there is one", "DEVICE")
-    add("transport", str, "auto (streams, and Ray calls while one is down), stream or ray", "NAME")
-    add(
-        "kv_cache_bytes",
-        byte_size,
-        "memory for each attention replica's keys and values, 8GiB too; default: as next",
-        "BYTES",
-    )
-    add("memory_utilization", float, "share of free memory for it, default: 0.9 on a GPU, else 0.5", "X")
-    add("max_num_seqs", int, "sequences in one step at most")
-    add("max_num_batched_tokens", int, "tokens in one step at most, prefill and decode together")
-    add("max_model_len", int, "prompt and output at most, default: what the checkpoint allows")
-    add("max_waiting", int, "requests that may queue for a replica before a further one is refused")
-    add("gpus_per_attention_replica", float, "GPUs, fractions allowed; default: 1 where Ray has any", "X")
-    add("gpus_per_expert_shard", float, "GPUs, fractions allowed; default: 1 where Ray has any", "X")
+    defaults: in place of ClusterConfig's.
+    """
+    for name in OPTIONS:
+        _add_option(parser, name, (DEFAULTS | defaults)[name])
     for role in ("attention_replica", "expert_shard"):
-        parser.add_argument(
-            f"--cpus-per-{role.replace('_', '-')}", type=float, metavar="X",
-            help="CPU threads (default: this machine's cores divided by the processes of the role; 1 elsewhere)",
-        )  # fmt: skip
-    add("recovery_timeout_s", float, "how long requests wait for a lost shard's successor", "SECONDS")
-    add("drain_timeout_s", float, "how long a stop waits for running requests", "SECONDS")
-    add("metrics_port", int, "where /metrics is served; 0: a free port (demo: 0)", "PORT")
-    add("log_format", str, "of all processes' log lines: text, or json, one object a line", "FORMAT")
+        name = f"cpus_per_{role}"
+        instead = "this machine's cores divided by the processes of the role; 1 on a Ray of yours"
+        _add_option(parser, name, None, f" (default: {instead})")
+    parser.add_argument("--log-requests", action="store_true", help=_doc("log_requests"))
     parser.add_argument(
-        "--log-requests", action="store_true", help="a log line for each request (default: for those that fail)"
-    )
-    parser.add_argument(
-        "--grpc-port", type=int, default=9000, metavar="PORT", help="0: a free one (default: 9000, demo: 0)"
+        "--grpc-port", type=int, default=grpc_port, metavar="PORT", help="0: a free one (default: %(default)s)"
     )
     parser.add_argument(
         "--proxy", choices=("haproxy", "serve"), default="haproxy",
@@ -86,20 +66,29 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     add_ray_address(parser, "else a Ray of this machine is started")
 
 
+def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, note: str = "") -> None:
+    """note: what stands for the default in the help."""
+    if default not in (None, ""):
+        note = f" (default: {default})"
+    kind: Callable[[str], Any] = type_of(ClusterConfig, name)
+    metavar = {float: "X", int: "N"}.get(kind, name.rpartition("_")[2].upper())  # type: ignore[call-overload]
+    for ending, unit in UNITS.items():
+        metavar = unit if name.endswith(ending) else metavar
+    if name.endswith("_bytes"):
+        kind, note = byte_size, f" (8GiB, 512MB …){note}"
+    parser.add_argument(
+        f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=_doc(name) + note
+    )
+
+
+def _doc(name: str) -> str:
+    """A field's help text, as argparse takes it; `%` has a meaning there."""
+    return doc_of(ClusterConfig.__dataclass_fields__[name]).replace("%", "%%")
+
+
 def add_security_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--api-keys-file",
-        default="",
-        metavar="FILE",
-        help="with hashed keys (`moe-cluster keys new`); clients need one",
-    )
-    parser.add_argument(
-        "--max-streams-per-client",
-        type=int,
-        default=0,
-        metavar="N",
-        help="requests of a client at a time (default: any)",
-    )
+    for name in SECURITY_OPTIONS:
+        _add_option(parser, name, DEFAULTS[name])
     parser.add_argument(
         "--host", default="", metavar="HOST", help="where gRPC listens; 0.0.0.0: on all interfaces (default: 127.0.0.1)"
     )

@@ -34,8 +34,7 @@ DEMO_METRICS = (
 def add_commands(commands: Any) -> None:
     demo = add_command(commands, "demo", _demo, "make a tiny random model, serve it here, ask it a question")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running until Ctrl-C")
-    add_cluster_arguments(demo)
-    demo.set_defaults(grpc_port=0, metrics_port=0)
+    add_cluster_arguments(demo, grpc_port=0, metrics_port=0)
 
     serve = add_command(commands, "serve", _serve, "serve a checkpoint from this machine until Ctrl-C")
     serve.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint (config.json, *.safetensors)")

@@ -1,26 +1,76 @@
 """The documents say what the code does."""
 
+import inspect
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import config_docs
 import pytest
+import yaml
 
-from cluster import cli, metrics
-from cluster.config import ClusterConfig
+from cluster import LLM, cli, metrics
+from cluster.config import DEFAULTS, ClusterConfig
+from cluster.config.options import doc_of
 from cluster.metrics import CollectorRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_configuration_table_has_every_argument_and_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|(required)) \|", README, flags=re.MULTILINE)
-    written = {name: required or default for name, default, required in rows}
-    expected = {
-        f.name: "required" if f.default is MISSING else repr(f.default).replace("'", '"') for f in fields(ClusterConfig)
-    }
-    assert written == expected
+def test_the_table_of_arguments_is_made_from_the_fields_help_texts():
+    """`python tests/config_docs.py` makes it."""
+    assert config_docs.with_table(README) == README
+    rows = re.findall(r"^\| `(\w+)` \| (`.*?`|required) \| \S", README, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(dict.fromkeys(name for name, _ in rows))
+    assert {name for name, _ in rows} == {f.name for f in fields(ClusterConfig)}
+    assert dict(rows)["max_num_seqs"] == "`64`"
+
+
+def test_the_comments_of_serve_yaml_are_the_fields_help_texts():
+    """So are those for `python tests/config_docs.py`; a value that is not the default has that in its comment."""
+    text = (ROOT / "deploy" / "serve.yaml").read_text()
+    assert config_docs.with_comments(text) == text
+    assert "# sequences in one step of an engine at most (default: 64)\n      max_num_seqs: 128\n" in text
+
+
+def test_the_charts_values_for_the_cluster_have_the_fields_help_texts():
+    """The chart may say more of one, in place of what its field says after the first semicolon."""
+    docs = {f.name: doc_of(f) for f in fields(ClusterConfig)}
+    values = (ROOT / "helm" / "moe-cluster" / "values.yaml").read_text()
+    [block] = re.findall(r"^cluster:\n((?:  .*\n)+)", values, flags=re.MULTILINE)
+    meanings = re.findall(r"  # -- (.+)\n  (\w+):", block)
+    assert len(meanings) == len(yaml.safe_load(block)) >= 6
+    for text, name in meanings:
+        begin = docs[name].partition(";")[0]
+        assert text.startswith(begin[0].upper() + begin[1:]), name
+
+
+def test_the_options_of_serve_have_the_fields_help_texts_and_defaults():
+    """Two defaults are the command line's own: a machine's cores are divided by its processes."""
+    serve = cli._parser()._subparsers._group_actions[0].choices["serve"]
+    options = {action.dest: action for action in serve._actions}
+    shared = [f for f in fields(ClusterConfig) if f.name in options and f.default is not MISSING]
+    assert len(shared) > 20
+    for f in shared:
+        assert options[f.name].help.startswith(doc_of(f)), f.name
+        if not f.name.startswith("cpus_per_"):
+            assert options[f.name].default == f.default, f.name
+
+
+def test_an_offline_llm_has_the_clusters_defaults():
+    """Two differ: one shard, in the caller's process."""
+    given = {name: p.default for name, p in inspect.signature(LLM).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    shared = given.keys() & {f.name for f in fields(ClusterConfig)}
+    assert given.keys() - shared == {"num_expert_shards", "skip_tokenizer"}
+    different = {name for name in shared if given[name] != DEFAULTS[name]}
+    assert different == {"transport"}
+
+
+def test_every_field_says_what_it_is_for_in_one_clause_without_a_full_stop():
+    for f in fields(ClusterConfig):
+        assert doc_of(f), f.name
+        assert not doc_of(f).endswith((".", ";")), f.name
 
 
 def test_every_command_is_in_the_readme():

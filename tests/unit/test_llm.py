@@ -283,6 +283,8 @@ def test_logits_of_no_prompt_are_refused(llm, token_ids):
         {"max_num_batched_tokens": [1]}, {"enable_prefix_caching": "no"}, {"skip_tokenizer": "no"},
         {"dtype": torch.bfloat16}, {"dtype": ["float32"]}, {"device": torch.device("cpu")}, {"transport": ["local"]},
         {"cpus_per_expert_shard": "1", "transport": "ray"}, {"gpus_per_expert_shard": "1", "transport": "ray"},
+        {"cpus_per_expert_shard": 0}, {"cpus_per_expert_shard": "1"}, {"gpus_per_expert_shard": -1},
+        {"num_expert_shards": 0},
     ],
     ids=lambda arguments: "-".join(arguments),
 )  # fmt: skip

@@ -1,0 +1,43 @@
+"""One engine's limits. Knows no checkpoint."""
+
+from dataclasses import dataclass
+
+from cluster.config.model import DTYPES
+from cluster.config.options import check, option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Raises SetupError for values that cannot work."""
+
+    dtype: str = option("auto", "float32, bfloat16, float16, or auto: the checkpoint's", choices=("auto", *DTYPES))
+    device: str = option("auto", "cpu, cuda, or auto: cuda where a process has one", choices=("auto", "cpu", "cuda"))
+    block_size: int = option(16, "tokens in a block of the KV cache", least=1)
+    kv_cache_bytes: int | None = option(
+        None, "memory for the keys and values of each attention replica; unset: as memory_utilization says", least=1
+    )
+    memory_utilization: float | None = option(
+        None,
+        "share of the memory that is free once the weights are loaded, for the keys and values of the replicas that "
+        "share it (a control group's limit counts), and never more than max_num_seqs contexts; unset: 0.9 on a GPU, "
+        "else 0.5",
+        least=0.01,
+        most=1,
+    )
+    max_num_seqs: int = option(64, "sequences in one step of an engine at most", least=1)
+    max_num_batched_tokens: int = option(
+        2048, "tokens in one step at most, decode rows and prefill chunks together", least=1
+    )
+    max_model_len: int | None = option(
+        None, "tokens of prompt and answer together at most; unset: the checkpoint's context", least=1
+    )
+    max_waiting: int = option(
+        256,
+        "requests that may queue for an engine, a further one gets RESOURCE_EXHAUSTED; 0: none queues, and answers "
+        "keep their latency under any load",
+        least=0,
+    )
+    enable_prefix_caching: bool = option(True, "prompts that begin alike share the keys and values of their beginning")
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -1,0 +1,105 @@
+"""A configuration's fields, each with its help text, default and limits: the command line and the documents read them.
+
+Knows no field by name.
+"""
+
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from cluster import inputs
+from cluster.errors import InvalidRequest, SetupError
+
+T = TypeVar("T")
+
+_DOC, _LIMITS = "doc", "limits"
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    least: float
+    most: float
+    choices: Sequence[str]
+
+
+def option(default: T, doc: str, *, least: float = -math.inf, most: float = math.inf, choices: Sequence[str] = ()) -> T:
+    """Returns a dataclass field. doc: what the value means, and what it means to leave it unset.
+
+    least, most: of a number.  choices: of a text; none: any text.
+    """
+    metadata = {_DOC: doc, _LIMITS: _Limits(least, most, choices)}
+    made: T = field(default=default, metadata=metadata)
+    return made
+
+
+def required(doc: str) -> Any:
+    """Returns a dataclass field without a default."""
+    return field(metadata={_DOC: doc})
+
+
+def doc_of(option: "Field[Any]") -> str:
+    return str(option.metadata[_DOC])
+
+
+def defaults_of(config: type[Any]) -> dict[str, Any]:
+    """Returns the defaults by the fields' names."""
+    return {f.name: f.default for f in fields(config) if f.default is not MISSING}
+
+
+def type_of(config: type[Any], name: str) -> type:
+    """Returns the plain type of a field: int of `int | None`, str of a Literal."""
+    hint = typing.get_type_hints(config)[name]
+    plain = next(part for part in (typing.get_args(hint) or (hint,)) if part is not type(None))
+    return plain if isinstance(plain, type) else type(plain)
+
+
+def check(config: Any) -> None:
+    """Checks each field by its type and limits; leaves plain ints and floats there. Raises SetupError."""
+    for f in fields(config):
+        value, limits = getattr(config, f.name), f.metadata.get(_LIMITS)
+        if limits is None or (value is None and f.default is None):
+            continue
+        kind = type_of(type(config), f.name)
+        if limits.choices:
+            if value not in limits.choices:
+                raise SetupError(f"{f.name} is {inputs.shown(value)}, one of {', '.join(limits.choices)} is needed")
+        elif kind is bool:
+            if not isinstance(value, bool):
+                raise SetupError(f"{f.name} is {inputs.shown(value)}, true or false is needed")
+        elif kind in (int, float):
+            object.__setattr__(config, f.name, _number(value, f.name, kind, limits))
+
+
+def _number(value: Any, name: str, kind: type, limits: _Limits) -> float:
+    try:
+        number = inputs.number(value, name) if kind is float else inputs.whole_number(value, name)
+    except InvalidRequest as error:
+        raise SetupError(str(error)) from None
+    if not limits.least <= number <= limits.most or math.isinf(number):
+        upper = "" if limits.most == math.inf else f" and at most {limits.most:g}"
+        raise SetupError(f"{name} is {inputs.shown(number)}, at least {limits.least:g}{upper} is needed")
+    return number
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """Returns an untyped `value` as `hint` (int, float, str, Literal or one of these | None), an int as a float.
+
+    Raises SetupError for a value of another type.
+    """
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for part in parts:
+        if part is type(None):
+            if value is None:
+                return None
+        elif typing.get_origin(part) is Literal:
+            if value in typing.get_args(part):
+                return value
+        elif part is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, part) and isinstance(value, bool) == (part is bool):
+            return value
+    names = " or ".join(getattr(p, "__name__", None) or "/".join(map(str, typing.get_args(p))) for p in parts)
+    raise SetupError(f"{name} is {value!r}, {names.replace('NoneType', 'null')} is needed")
