@@ -15,7 +15,8 @@ from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, ScheduledSequence, StepResult
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
-from cluster.kernels.attention import PagedBatch
+from cluster.kernels.attention import make_attention
+from cluster.kernels.paged import PagedBatch
 from cluster.model.decoder import CausalLM, MicroBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.feed_forward import Experts
@@ -41,6 +42,7 @@ class ModelRunner:
         self.experts = experts
         self.block_size = block_size
         self.micro_batching = micro_batching or MicroBatching(enabled=False)
+        self.attention = make_attention(cache.layer(0)[0])
         self.device = model.model.norm.weight.device
 
     @property
@@ -137,12 +139,12 @@ class ModelRunner:
             token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
             positions.append(where)
             slots.append(table[where // self.block_size] * self.block_size + where % self.block_size)
-        if self.cache.reads_whole_blocks:
+        if self.attention.reads_whole_blocks:
             self.cache.clear(self._tails(scheduled))
         return MicroBatch(
             token_ids=self._tensor(np.concatenate(token_ids)),
             positions=self._tensor(np.concatenate(positions)),
-            paged=self._paged_batch(scheduled, np.concatenate(slots)),
+            attention=self.attention.plan(self._paged_batch(scheduled, np.concatenate(slots))),
             experts=experts,
         )
 

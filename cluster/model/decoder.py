@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.config import ModelConfig
-from cluster.kernels.attention import PagedBatch
+from cluster.kernels.paged import AttentionPlan
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.attention import Attention
 from cluster.model.layers.feed_forward import Experts, FeedForward
@@ -28,7 +28,7 @@ class MicroBatch:
 
     token_ids: Tensor
     positions: Tensor
-    paged: PagedBatch
+    attention: AttentionPlan
     experts: Experts
 
 
@@ -47,11 +47,11 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor],
-        batch: PagedBatch,
+        plan: AttentionPlan,
         experts: Experts,
     ) -> Callable[[], Tensor]:
         """x: [T, H]. Computes up to where routed rows are waited for; the result waits and gives the layer's [T, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, batch)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, plan)
         finish = self.mlp.begin(self.post_attention_layernorm(x), experts)
         return lambda: x + finish()
 
@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
             assert isinstance(layer, DecoderLayer)
             kv = cache.layer(layer_id)
             for i, part in enumerate(micro_batches):
-                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.paged, part.experts)
+                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.attention, part.experts)
         rows = [wait() for wait in finish]
         normed: Tensor = self.model.norm(rows[0] if len(rows) == 1 else torch.cat(rows))
         return normed

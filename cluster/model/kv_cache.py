@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cluster.config import DTYPE_BYTES, EngineConfig, ModelConfig
 from cluster.errors import SetupError
-from cluster.kernels.attention import reads_whole_blocks
 
 MIN_BYTES = 64 << 20  # of a cache that nobody gave a size, however little memory is free
 UNKNOWN_BYTES = 1 << 30  # where a machine does not say what is free
@@ -19,7 +18,6 @@ class KVCache:
     """keys, values: [layers, blocks + 1, S, KV, D], allocated once.
 
     padding_block: the last one. It stays zero, and is read where a sequence has no token.
-    reads_whole_blocks: as in `cluster.kernels.attention`; who writes must then `clear`.
     """
 
     def __init__(
@@ -39,7 +37,6 @@ class KVCache:
             config.head_dim,
         )
         self.padding_block = num_blocks
-        self.reads_whole_blocks = reads_whole_blocks(device, dtype)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -48,7 +45,8 @@ class KVCache:
         return self.keys[layer_id], self.values[layer_id]
 
     def clear(self, slots: np.ndarray) -> None:
-        """Writes zeros into slots [n]: past a sequence's end its last block holds what an earlier owner left."""
+        """Writes zeros into slots [n]: past a sequence's end its last block holds what an earlier owner left, and some
+        attention reads it (`AttentionKernel.reads_whole_blocks`)."""
         if len(slots):
             index = torch.from_numpy(slots).to(self.keys.device)
             for cache in (self.keys, self.values):

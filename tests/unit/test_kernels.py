@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_tools import paged_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_tools import packed, plain
 
-from cluster.kernels import attention
-from cluster.kernels.attention import PagedBatch, attention_reference, paged_attention, write_kv
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop, experts_reference
+from cluster.kernels.paged import PagedBatch, attention_reference, write_kv
+from cluster.kernels.varlen_attention import VarlenAttention
 from cluster.kernels.weights import packs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
@@ -154,7 +155,7 @@ def varlen_on_the_cpu(
 
 @pytest.mark.parametrize("reads_blocks", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_gpus_attention_is_told_where_everything_lies(monkeypatch, window, reads_blocks):
+def test_the_gpus_attention_is_told_where_everything_lies(window, reads_blocks):
     """The call of flash attention, checked against a plain writing-out of what torch says it does."""
     random = torch.Generator().manual_seed(5)
     cache = torch.randn(2, 6, 4, 2, 8, generator=random)
@@ -168,13 +169,13 @@ def test_the_gpus_attention_is_told_where_everything_lies(monkeypatch, window, r
             raise TypeError("got an unexpected keyword argument 'block_table'")
         return varlen_on_the_cpu(*args, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
-    monkeypatch.setattr(attention, "_reads_blocks", True)
+    kernel = VarlenAttention(varlen)
     q = torch.randn(4, 4, 8, generator=random)
     expected = attention_reference(q, cache[0], cache[1], batch, scale=0.3, window=window)
-    got = attention._attend_varlen(q, cache[0], cache[1], batch.lengths(), 0.3, window)
-    torch.testing.assert_close(got, expected)
-    assert attention._reads_blocks == reads_blocks
+    for _ in range(2):
+        got = kernel.plan(batch).attend(q, cache[0], cache[1], scale=0.3, window=window)
+        torch.testing.assert_close(got, expected)
+        assert kernel.reads_in_place == reads_blocks, "it is asked once, and remembered"
 
 
 def test_the_attention_reference_on_numbers_worked_out_by_hand():

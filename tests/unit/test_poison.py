@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from attention_tools import paged_attention
 from engine_fakes import request
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from weight_tools import packed, plain
 
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.kernels import attention
-from cluster.kernels.attention import PagedBatch, attention_reference, paged_attention, write_kv
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop
+from cluster.kernels.paged import PagedBatch, attention_reference, write_kv
+from cluster.kernels.varlen_attention import VarlenAttention
 from cluster.kernels.weights import packs
 from cluster.llm import LLM
-from cluster.model import kv_cache
 
 POISON_ID = 5
 HARMLESS_ID = 6
@@ -299,7 +299,7 @@ def test_a_poisoned_end_leaves_the_shared_beginning_sound(nan_checkpoint, dtype)
         assert not got[64:].isfinite().any()
 
 
-def test_a_kernel_that_reads_whole_blocks_finds_zeros_past_the_end(nan_checkpoint, monkeypatch):
+def test_a_kernel_that_reads_whole_blocks_finds_zeros_past_the_end(nan_checkpoint):
     """As one on a GPU may: it multiplies all that stands in a sequence's blocks, and in those it was padded with, by a
     probability, which is zero past the sequence's end."""
 
@@ -317,10 +317,8 @@ def test_a_kernel_that_reads_whole_blocks_finds_zeros_past_the_end(nan_checkpoin
 
     with llm_of_16_blocks(nan_checkpoint, "float32") as llm:
         expected = [answers(llm, prompts) for prompts in HEALTHY]
-    monkeypatch.setattr(attention, "varlen_attn", careless)
-    for module in (attention, kv_cache):
-        monkeypatch.setattr(module, "reads_whole_blocks", lambda device, dtype: True)
     with llm_of_16_blocks(nan_checkpoint, "float32") as llm:
+        llm.engine.runner.attention = VarlenAttention(careless)
         for prompts, tokens in zip(HEALTHY, expected, strict=True):
             answers(llm, [[POISON_ID] * 40, [POISON_ID] * 60])
             assert answers(llm, prompts) == tokens
