@@ -1,4 +1,4 @@
-"""What the command line draws: a start's progress, placements, metrics. Knows no Ray and no requests."""
+"""Draws for the command line: a start's progress, placements, a cluster's status, metrics. Knows no Ray."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ class Served(Protocol):
 
 
 class _Console(Console):
-    """Leaves a reader that has gone to the command line, as `print` does."""
+    """Raises for a reader that has gone, as `print` does; the command line handles it."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -63,7 +63,7 @@ class LoadProgress:
         for shard in status.shards:
             loaded = (
                 shard.total_bytes if shard.state == "up" else shard.loaded_bytes
-            )  # up is told before its last bytes
+            )  # the state may say up before the last bytes are counted
             self._show(
                 f"expert shard {shard.shard_id}: {shard.state}",
                 f"shard-{shard.shard_id}",
@@ -81,7 +81,7 @@ class LoadProgress:
 
 
 def print_cluster(cluster: Served) -> None:
-    """Where the cluster is reached, and what its caches hold."""
+    """Prints the cluster's addresses and the size of its caches."""
     status = cluster.status()
     deadline = time.monotonic() + STATS_TIMEOUT_S
     while not (cache := describe_cache(status)) and time.monotonic() < deadline:
@@ -97,7 +97,7 @@ def print_cluster(cluster: Served) -> None:
 
 
 def describe_cache(status: ClusterStatus) -> str:
-    """The smallest KV cache of a cluster's attention replicas, and what it means for answers; "" while unknown."""
+    """Describes the smallest KV cache of the attention replicas, and its meaning for answers; "" while unknown."""
     known = [replica.stats for replica in status.replicas if replica.stats is not None and replica.stats.block_size]
     if not known:
         return ""
@@ -112,12 +112,12 @@ def describe_cache(status: ClusterStatus) -> str:
 
 
 def print_status(status: ClusterStatus) -> None:
-    """A running cluster, once."""
+    """Prints a running cluster, once."""
     _Console().print(render_status(status))
 
 
 def watch_status(read: Callable[[], ClusterStatus], interval_s: float) -> None:
-    """A running cluster, live, until Ctrl-C. A read that fails shows its error and is made again."""
+    """Shows a running cluster, live, until Ctrl-C. A read that fails shows its error and is made again."""
     console = _Console()
     with Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         last: ClusterStatus | None = None
@@ -138,7 +138,7 @@ def watch_status(read: Callable[[], ClusterStatus], interval_s: float) -> None:
 
 
 def render_status(status: ClusterStatus, before: ClusterStatus | None = None) -> RenderableType:
-    """Processes, loads, faults. before: an earlier one, for rates."""
+    """Draws processes, loads of experts and faults. before: an earlier status, for rates."""
     state = "SERVING" if status.covered else f"some experts have had no copy for {status.uncovered_s:.0f} s"
     state = status.failure or ("draining" if status.draining else state if status.published else "starting")
     placement = "dense model" if status.dense else f"plan epoch {status.epoch}   imbalance {status.imbalance:.2f}"
@@ -193,10 +193,10 @@ def _shard_table(status: ClusterStatus) -> Table:
     )
     shares = _shares(status)
     for shard in status.shards:
-        held = _slice(status.plan, shard.shard_id)
+        experts = _slice(status.plan, shard.shard_id)
         table.add_row(
-            str(shard.shard_id), shard.state, _pid(shard.process),
-            str(sum(map(len, held.values()))), f"{shares[shard.shard_id]:.0%}" if shares else "", str(shard.respawns),
+            str(shard.shard_id), shard.state, _pid(shard.process), str(sum(map(len, experts.values()))),
+            f"{shares[shard.shard_id]:.0%}" if shares else "", str(shard.respawns),
         )  # fmt: skip
     return table
 
@@ -211,7 +211,7 @@ def _pid(process: ProcessInfo | None) -> str:
 
 
 def _shares(status: ClusterStatus) -> dict[int, float]:
-    """Each shard's share of the load, copies of an expert in equal parts."""
+    """Returns each shard's share of the load; an expert's copies share its load equally."""
     loads = dict.fromkeys((shard.shard_id for shard in status.shards), 0.0)
     if status.load is not None and status.plan is not None:
         for rates, layer_id in zip(status.load, status.plan.layer_ids, strict=True):
@@ -223,7 +223,7 @@ def _shares(status: ClusterStatus) -> dict[int, float]:
 
 
 def _load_map(load: list[list[float]], plan: PlacementPlan) -> Text:
-    """A row for each layer, a character for each expert, as high as its load; experts with copies are underlined."""
+    """Draws a row for each layer, a character for each expert, as high as its load; it underlines those with copies."""
     text = Text("load of each expert, a row a layer (highest █; underlined: has copies)\n")
     for rates, layer_id in zip(load, plan.layer_ids, strict=True):
         text.append(f"{layer_id:3d} ")
@@ -235,7 +235,7 @@ def _load_map(load: list[list[float]], plan: PlacementPlan) -> Text:
 
 
 def print_placement(status: ClusterStatus) -> None:
-    """Which experts each running shard holds."""
+    """Prints the experts of each running shard."""
     table = Table("shard", "pid", "state", "experts of each layer", title=f"experts, plan epoch {status.epoch}")
     for shard in status.shards:
         experts = ranges(next(iter(_slice(status.plan, shard.shard_id).values()), ()))
@@ -244,7 +244,7 @@ def print_placement(status: ClusterStatus) -> None:
 
 
 def print_plan(plan: PlacementPlan, dtype: str, expert_bytes: int, dense_bytes: int, kv_bytes_per_token: int) -> None:
-    """Which expert would go where, and the bytes of each process."""
+    """Prints which expert would go where, and the bytes of each process."""
     console = _Console()
     table = Table(
         "process",
@@ -267,7 +267,7 @@ def print_plan(plan: PlacementPlan, dtype: str, expert_bytes: int, dense_bytes: 
 
 
 def print_metrics(text: str, names: tuple[str, ...]) -> None:
-    """An excerpt of a Prometheus exposition."""
+    """Prints an excerpt of a Prometheus exposition."""
     print("\nmetrics (excerpt):")
     for line in text.splitlines():
         if line.startswith(names):
@@ -275,7 +275,7 @@ def print_metrics(text: str, names: tuple[str, ...]) -> None:
 
 
 def ranges(ids: tuple[int, ...]) -> str:
-    """Sorted ids in short: 0-8, 12."""
+    """Shortens ids: 0-8, 12."""
     parts: list[list[int]] = []
     for i in sorted(ids):
         if parts and parts[-1][1] == i - 1:

@@ -1,8 +1,7 @@
-"""The command line. Reads arguments and the environment, prints; everything else is done elsewhere.
+"""The command line. Reads arguments and the environment, and prints; other parts do the work.
 
-Each file has the commands of one kind: `serving` what starts a cluster, `clients` what talks with one, `running` what
-looks at one and changes it, `offline` what needs none. `arguments` has the options that they share, `terminal` what
-surrounds each of them.
+Each file has the commands of one kind: `serving` starts a cluster, `clients` talk with one, `running` look at one and
+change it, `offline` need none. `arguments` has the options that they share, `terminal` runs each of them.
 Exit codes: 0 done, 1 a request or a bench failed or its output could not be written, 2 wrong usage or a set-up that
 cannot work, 130 Ctrl-C, 141 the output's reader has gone.
 """
@@ -45,7 +44,7 @@ def _run(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose help and version are output like any other: argparse takes it for written when it is not."""
+    """Writes help and version as any other output; argparse would not notice that it cannot be written."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is sys.stdout:

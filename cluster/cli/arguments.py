@@ -25,7 +25,7 @@ _SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B?)\s*", re.IGNOR
 
 
 def byte_size(text: str) -> int:
-    """512MiB, 8G, 1.5 GB or 1073741824: KiB, MiB … are powers of 1024, and so are K, M …; KB, MB … of 1000."""
+    """Reads 512MiB, 8G, 1.5 GB or 1073741824: KiB, MiB … and K, M … are powers of 1024, KB, MB … of 1000."""
     found = _SIZE.fullmatch(text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no size: 1073741824, 8GiB, 512MiB or 8.5GB are some")
@@ -44,7 +44,7 @@ def add_command(
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser, *, grpc_port: int = 9000, **defaults: Any) -> None:
-    """Options of `ClusterConfig`, with its help texts and defaults, and of this machine's ports.
+    """Adds options of `ClusterConfig`, with its help texts and defaults, and of this machine's ports.
 
     defaults: in place of ClusterConfig's.
     """
@@ -60,14 +60,14 @@ def add_cluster_arguments(parser: argparse.ArgumentParser, *, grpc_port: int = 9
     )
     parser.add_argument(
         "--proxy", choices=("haproxy", "serve"), default="haproxy",
-        help="what takes the connections: HAProxy, or Serve's own proxy (default: %(default)s; "
+        help="takes the connections: HAProxy, or Serve's own proxy (default: %(default)s; "
         "a running Ray cluster decides by its environment)",
     )  # fmt: skip
     add_ray_address(parser, "else a Ray of this machine is started")
 
 
 def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, note: str = "") -> None:
-    """note: what stands for the default in the help."""
+    """note: in the help, in place of the default."""
     if default not in (None, ""):
         note = f" (default: {default})"
     kind: Callable[[str], Any] = type_of(ClusterConfig, name)
@@ -82,7 +82,7 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, note: 
 
 
 def _doc(name: str) -> str:
-    """A field's help text, as argparse takes it; `%` has a meaning there."""
+    """Returns a field's help text for argparse, where `%` has a meaning."""
     return doc_of(ClusterConfig.__dataclass_fields__[name]).replace("%", "%%")
 
 
@@ -90,14 +90,17 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
     for name in SECURITY_OPTIONS:
         _add_option(parser, name, DEFAULTS[name])
     parser.add_argument(
-        "--host", default="", metavar="HOST", help="where gRPC listens; 0.0.0.0: on all interfaces (default: 127.0.0.1)"
+        "--host", default="", metavar="HOST", help="address for gRPC; 0.0.0.0: all interfaces (default: 127.0.0.1)"
     )
     parser.add_argument(
         "--tls-cert", type=Path, metavar="FILE", help="PEM of this server's certificate and chain: TLS only"
     )
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key (default: in the same file)")
     parser.add_argument(
-        "--tls-client-ca", type=Path, metavar="FILE", help="PEM of who signs clients' certificates; they need one then"
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM of the authority that signs clients' certificates; they need one then",
     )
 
 
@@ -109,8 +112,8 @@ def add_ray_address(parser: argparse.ArgumentParser, otherwise: str = "else that
 
 
 def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
-    """Attention and experts take turns, so each role gets all cores of a machine that is its own: 71.5 instead of 58.4
-    tokens/s over 32 streams (BENCHMARKS.md)."""
+    """Returns the configuration. On a machine of its own each role gets all cores, since attention and experts take
+    turns: 71.5 instead of 58.4 tokens/s over 32 streams (BENCHMARKS.md)."""
     names = {f.name for f in fields(ClusterConfig)} & vars(args).keys() - {"model"}
     given = {name: getattr(args, name) for name in names}
     cores = 1 if args.ray_address else available_cpus()

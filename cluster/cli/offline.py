@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
     new = keys.add_subparsers(metavar="ACTION", required=True).add_parser(
         "new", help="print a fresh key, and its line for the file of --api-keys-file"
     )
-    new.add_argument("name", metavar="NAME", help="whose it is: what logs and fairness between clients go by")
+    new.add_argument("name", metavar="NAME", help="of its client, for logs and for turns between clients")
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _ray_env(args: argparse.Namespace) -> int:
     from cluster.runtime.haproxy import ray_environment
 
-    print("umask 077")  # Ray's files and sockets are then for this user alone
+    print("umask 077")  # so that only this user can open Ray's files and sockets
     for name, value in ray_environment().items():
         print(f"export {name}={shlex.quote(value)}")
     return 0

@@ -97,7 +97,7 @@ def _chaos(args: argparse.Namespace) -> int:
 
 
 def _running(args: argparse.Namespace) -> "RunningCluster":
-    """The running cluster that the arguments mean."""
+    """Returns the running cluster that the arguments name."""
     address = find_address(args.ray_address if args.ray_address != "auto" else None)
     found = find_ray(address)
     from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
@@ -110,7 +110,7 @@ def _running(args: argparse.Namespace) -> "RunningCluster":
 
 @contextmanager
 def _work_shown(cluster: "RunningCluster") -> Iterator[None]:
-    """While a change goes on, what the controller says of it."""
+    """Prints the controller's word on a change while it goes on."""
     done = threading.Event()
 
     def show() -> None:

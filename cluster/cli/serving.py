@@ -18,7 +18,7 @@ from cluster.cli.arguments import (
 from cluster.cli.clients import print_stream
 from cluster.footprint.folders import OwnedFolder
 
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that drain and stop what was started
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each drains and stops the cluster
 DEMO_QUESTION = "Which experts answered this question?"
 DEMO_METRICS = (
     "moecluster_requests_total",
@@ -82,7 +82,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
-    """A served cluster, with its start and its stop shown; SIGTERM, or a closed terminal, ends it like Ctrl-C."""
+    """Serves a cluster while it is open, and shows its start and stop. SIGTERM and a closed terminal act as Ctrl-C."""
     from cluster.console import LoadProgress  # torch and ray load with these: not for --help
     from cluster.runtime.launch import ServedCluster
 
@@ -105,7 +105,7 @@ def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
 
 
 def _end(reason: str) -> None:
-    """Ends this process, in whatever its main thread hangs: its Ray is gone, and all that ran on it."""
+    """Ends this process, even while its main thread hangs: its Ray is gone, and with it all that ran on it."""
     out = sys.__stderr__  # while stopping, sys.stderr is a buffer
     if out is not None:
         show_cursor = "\x1b[?25h" if out.isatty() else ""  # the start's progress hides it
@@ -114,7 +114,7 @@ def _end(reason: str) -> None:
 
 
 def _say(line: str, out: TextIO) -> None:
-    """Where nobody reads any more, or not these characters, the stop goes on without it."""
+    """Prints a line; the stop goes on if nobody reads it, or not these characters."""
     with suppress(OSError, ValueError):
         print(line, file=out, flush=True)
 
@@ -122,7 +122,7 @@ def _say(line: str, out: TextIO) -> None:
 def _wait_for_interrupt(invitation: str) -> None:
     """Prints the invitation and returns on Ctrl-C, SIGTERM or a closed terminal, however soon it comes.
 
-    A KeyboardInterrupt would be lost in whatever callback it happened to be raised in: the signal wakes a pipe instead.
+    A KeyboardInterrupt could be raised in any callback and be lost there, so the signal writes to a pipe instead.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -131,7 +131,7 @@ def _wait_for_interrupt(invitation: str) -> None:
         signal.signal(number, lambda *_: None)
     print(f"\n{invitation}", flush=True)
     while os.read(reader, 1)[0] not in ENDS:
-        pass  # another signal that something handles
+        pass  # another signal, which has its own handler
     signal.set_wakeup_fd(-1)
     os.close(reader)
     os.close(writer)

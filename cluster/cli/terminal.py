@@ -1,7 +1,7 @@
-"""What surrounds a command: its streams, however broken, its arguments' encoding, and how long it may hang.
+"""Runs a command with streams that may be broken, arguments in any encoding, and a bound for calls that may hang.
 
-A command reads and prints as if all were well. Here a character that the terminal's encoding lacks is drawn in ASCII, a
-reader that has gone ends the command quietly, an output that cannot be written is one line on stderr.
+A command reads and prints as if all were well. A character that the terminal's encoding lacks is drawn in ASCII here, a
+reader that has gone ends the command quietly, an output that cannot be written becomes one line on stderr.
 """
 
 import codecs
@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 
 from cluster.errors import SetupError
 
-READER_GONE = 141  # what a shell shows for a command that SIGPIPE has ended
+READER_GONE = 141  # a shell shows this for a command that SIGPIPE has ended
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 _ASCII = dict(zip("▁▂▃▄▅▆▇█━╸╺", ".:-=+*%#---", strict=True)) | {"…": "...", "\u2013": "-", "\u00d7": "x"}
 
 
 def run(command: Callable[[], int]) -> int:
-    """The exit code of a command, after its output has got to where it goes."""
+    """Runs a command and returns its exit code, once its output is written."""
     _prepare()
     try:
         code = command()
@@ -37,13 +37,13 @@ def run(command: Callable[[], int]) -> int:
 
 
 def complain(message: object) -> None:
-    """One line on stderr, if that can be."""
+    """Prints one line on stderr, if that is possible."""
     with suppress(OSError, ValueError):
         print(f"moe-cluster: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def utf8(text: str, what: str) -> str:
-    """An argument's or a line's text. Bytes that the locale's encoding lacks are tried as UTF-8. Raises SetupError."""
+    """Returns a text; bytes that the locale's encoding lacks are tried as UTF-8. what: its name. Raises SetupError."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -53,15 +53,15 @@ def utf8(text: str, what: str) -> str:
 
 
 def arguments(given: Sequence[str]) -> list[str]:
-    """Raises SetupError for one that no text is."""
+    """Raises SetupError for an argument that is no text."""
     return [utf8(argument, f"argument {number}") for number, argument in enumerate(given, 1)]
 
 
 @contextmanager
 def bounded(seconds: float, message: str) -> Iterator[None]:
-    """Ends this process with `message` where the block takes longer, and shows nothing that foreign code writes there.
+    """Ends this process with `message` if the block takes longer, and hides anything that the block writes to stderr.
 
-    For what cannot be interrupted from Python. Nothing may have been started that has to be stopped.
+    For calls that Python cannot interrupt. Use it only while nothing runs that must be stopped.
     """
     with suppress(OSError, ValueError):
         sys.stderr.flush()
@@ -89,12 +89,12 @@ def bounded(seconds: float, message: str) -> Iterator[None]:
 
 
 def _prepare() -> None:
-    """Gives closed streams a place, and the others an encoding in which nothing raises."""
+    """Opens closed streams, and gives the others an encoding in which no character raises."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number: else a socket or a file would become stdout
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: else a socket or a file would become stdout
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
@@ -103,7 +103,7 @@ def _prepare() -> None:
         (sys.stdin, "surrogateescape"),
         *((s, "moe-cluster-ascii") for s in (sys.stdout, sys.stderr)),
     ):
-        with suppress(AttributeError, OSError, ValueError):  # another object stands there, or it was read from
+        with suppress(AttributeError, OSError, ValueError):  # it is another object, or was read from
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
@@ -120,7 +120,7 @@ def _failed(error: OSError) -> int:
 
 
 def _flushed(code: int) -> int:
-    """What the interpreter would else find out at its end, with a traceback and an exit code of its own."""
+    """Flushes the streams and returns the exit code; else the interpreter would do it at its end, with a traceback."""
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""How the command line's clients reach a server: their options, and the API key of the environment."""
+"""The options of the command line's clients, and the client that they make; its API key may be in the environment."""
 
 import argparse
 import os
@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"with the API key (default: ${API_KEY})")
     parser.add_argument("--tls", action="store_true", help="speak TLS, with the authorities that this machine trusts")
     parser.add_argument(
-        "--tls-ca", type=Path, metavar="FILE", help="speak TLS; PEM of who signed the server's certificate"
+        "--tls-ca",
+        type=Path,
+        metavar="FILE",
+        help="speak TLS; PEM of the authority that signed the server's certificate",
     )
     parser.add_argument(
         "--tls-cert", type=Path, metavar="FILE", help="PEM of this client's certificate, where one is asked for"
@@ -34,7 +37,7 @@ def connect(args: argparse.Namespace) -> "Client":
     """Raises SetupError."""
     if not args.address.strip() or args.address.lower().startswith(("http://", "https://", "grpc://")):
         raise SetupError(f"--address is {args.address!r}, HOST:PORT is needed, without http://")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines stand in the error already, which is one line
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the error, one line, has gRPC's log lines already
     from cluster.client.grpc_client import Client, TlsFiles  # grpc loads with it: not for --help
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
@@ -43,7 +46,7 @@ def connect(args: argparse.Namespace) -> "Client":
 
 
 def _api_key(path: Path | None) -> str:
-    """Raises SetupError for a file without exactly one key, and for what no key is."""
+    """Raises SetupError for a file without exactly one key, and for a text that is no key."""
     if path is None:
         return _checked(os.environ.get(API_KEY, ""), f"${API_KEY}")
     source = f"--api-key-file {path}"
@@ -61,7 +64,7 @@ def _api_key(path: Path | None) -> str:
 
 
 def _checked(text: str, source: str) -> str:
-    """The one key in a text, "" for none."""
+    """Returns the one key in a text, "" for none."""
     words = text.split()
     if len(words) > 1:
         raise SetupError(

@@ -1,7 +1,7 @@
-"""CPUs and memory that this process may use: the machine's, or less where a control group limits it.
+"""Finds the CPUs and the memory that this process may use: the machine's, or less if a control group limits it.
 
-Reads /proc and the control groups (version 1 and 2) that they name. Each group above this process's own may have a
-limit too, and all hold. Where nothing can be read there is no limit.
+Reads /proc and the control groups (version 1 and 2) that they name. Each group above this process's may have a limit
+too, and all of them count. A limit that cannot be read is none.
 """
 
 import os
@@ -13,9 +13,9 @@ ROOT = Path("/")
 
 
 def available_cpus(root: Path = ROOT) -> int:
-    """CPUs that this process may run on, a control group's quota rounded up; at least one.
+    """Returns the CPUs that this process may run on, a control group's quota rounded up; at least one.
 
-    root: where /proc and the control groups are found.
+    root: the folder of /proc and the control groups.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [_v2_quota(group) if version == 2 else _v1_quota(group) for version, group in _groups("cpu", root)]
@@ -23,14 +23,15 @@ def available_cpus(root: Path = ROOT) -> int:
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Bytes that this process and others in its control groups can still take without swapping. None if unknown."""
+    """Returns the bytes that this process and others in its control groups can still take without swapping; None if
+    unknown."""
     rooms = [_memory_information("MemAvailable", root)]
     for version, group in _groups("memory", root):
         v2 = version == 2
         limit = _number(group / ("memory.max" if v2 else "memory.limit_in_bytes"))
         used = _number(group / ("memory.current" if v2 else "memory.usage_in_bytes"))
         if limit is not None and used is not None:
-            # Files that were read and are not in use are given up before anything is refused.
+            # The kernel gives up files that were read and are not in use before it refuses anything.
             cached = _entry(group / "memory.stat", "inactive_file" if v2 else "total_inactive_file") or 0
             rooms.append(max(0, limit - used + min(cached, used)))
     known = [room for room in rooms if room is not None]
@@ -38,7 +39,7 @@ def available_memory(root: Path = ROOT) -> int | None:
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """Bytes that the control groups allow this process, or the machine has. None if unknown."""
+    """Returns the bytes that the control groups allow, or the machine has; None if unknown."""
     limits = [_memory_information("MemTotal", root)]
     for version, group in _groups("memory", root):
         limits.append(_number(group / ("memory.max" if version == 2 else "memory.limit_in_bytes")))
@@ -56,14 +57,14 @@ class _Mount:
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
-    """The folders of this process's group and of all above it, in each tree that knows the controller."""
-    own = _own_groups(root)
+    """Yields version and folder of this process's group and of all above it, in each tree that knows the controller."""
+    groups = _groups_of_process(root)
     for mount in _mounts(root):
         name = "" if mount.version == 2 else controller
-        if name not in own or (name and name not in mount.controllers):
+        if name not in groups or (name and name not in mount.controllers):
             continue
-        inside = os.path.relpath(own[name], mount.top)
-        # A container may see its own group as the top while its name is told from outside.
+        inside = os.path.relpath(groups[name], mount.top)
+        # A container may see its group as the top, but read the group's name as it is outside.
         group = mount.point if inside.startswith("..") else mount.point / inside
         yield mount.version, group
         while group != mount.point:
@@ -71,8 +72,8 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
             yield mount.version, group
 
 
-def _own_groups(root: Path) -> dict[str, str]:
-    """For each controller of version 1 the group's name, for "" that of version 2."""
+def _groups_of_process(root: Path) -> dict[str, str]:
+    """Returns the group's name for each controller of version 1, and for "" that of version 2."""
     groups: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -95,7 +96,7 @@ def _mounts(root: Path) -> Iterator[_Mount]:
 
 
 def _v2_quota(group: Path) -> tuple[int, int] | None:
-    """Microseconds of CPU in a period, and the period."""
+    """Returns the microseconds of CPU in a period, and the period."""
     for line in _lines(group / "cpu.max"):
         quota, _, period = line.partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period):
@@ -109,7 +110,7 @@ def _v1_quota(group: Path) -> tuple[int, int] | None:
 
 
 def _number(file: Path) -> int | None:
-    """What a file with one number says; None for "max", -1 and no such file."""
+    """Returns the number in a file; None for "max", -1 and no such file."""
     for line in _lines(file):
         return int(line) if line.isdecimal() else None
     return None

@@ -1,1 +1,1 @@
-"""From a client's request to an engine's request, and from tokens back to text. Knows no Ray."""
+"""Makes an engine's request of a client's, and text of the tokens that come back. Knows no Ray."""

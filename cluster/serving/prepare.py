@@ -1,6 +1,6 @@
-"""From a prompt to an engine's request: tokenizes, fills defaults in, refuses what can never succeed.
+"""Makes an engine's request of a prompt: tokenizes it, fills defaults in, refuses requests that can never succeed.
 
-Knows no running requests and no network. `service` runs what comes out of it.
+Knows no running requests and no network. `service` runs its requests.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from cluster.types import SAMPLING_DEFAULTS, EngineRequest, ModelInfo, SamplingP
 class RequestCompleter:
     """Completes tokenized prompts to requests for one model.
 
-    defaults: the checkpoint's generation_config; what is None there takes `SAMPLING_DEFAULTS`.
+    defaults: the checkpoint's generation_config; None fields take `SAMPLING_DEFAULTS`.
     """
 
     def __init__(self, info: ModelInfo, defaults: SamplingParams) -> None:
@@ -32,7 +32,7 @@ class RequestCompleter:
         request_id: str,
         timeout_s: float | None = None,
     ) -> EngineRequest:
-        """Returns the request as an engine takes it; `field` is what a refusal calls the prompt.
+        """Returns the request as an engine takes it; `field` is the prompt's name in a refusal.
 
         Raises InvalidRequest with the field, the value and the limit.
         """
@@ -47,7 +47,7 @@ class RequestCompleter:
         )
 
     def prompt(self, token_ids: Iterable[int], field: str) -> tuple[int, ...]:
-        """A prompt's ids as plain ones. Raises InvalidRequest for none, for what is no id, and beyond the context."""
+        """Returns a prompt's ids as plain ints. Raises InvalidRequest for none, too many, and a value that is no id."""
         limit = self._info.max_model_len
         ids = inputs.prompt_token_ids(token_ids, field, limit)
         if not ids:
@@ -70,7 +70,7 @@ class RequestCompleter:
         )
 
     def _resolve(self, params: SamplingParams, field: str, num_prompt_tokens: int) -> SamplingParams:
-        """Fills every default in. Raises InvalidRequest for what does not fit the context."""
+        """Fills every default in. Raises InvalidRequest for a request that does not fit the context."""
         limit = self._info.max_model_len
         room = limit - num_prompt_tokens
         if room < 1:
@@ -93,7 +93,7 @@ class RequestCompleter:
 
 
 class RequestPreparer:
-    """Prepares requests for one model. Never blocks for long: `TextWork` does what takes time beside the event loop."""
+    """Prepares requests for one model. Never blocks for long: `TextWork` does the long work beside the event loop."""
 
     def __init__(self, work: TextWork, info: ModelInfo, defaults: SamplingParams) -> None:
         self._work = work

@@ -1,6 +1,6 @@
-"""Requests that outlive their attention replica: what a client already has is given to another one, which goes on.
+"""Lets requests outlive their attention replica: another one gets the tokens that the client has, and goes on.
 
-Knows no network and no Ray. Sampling depends on nothing but seed, position and the tokens before it, so the answer is
+Knows no network and no Ray. Sampling depends only on the seed, the position and the tokens before it, so the answer is
 the one that the first replica would have given.
 """
 
@@ -23,9 +23,9 @@ RETRY_INTERVAL_S = 0.2  # between two tries to find room for a request that was 
 
 @dataclass(slots=True)
 class Deaths:
-    """The deaths of replicas for which one request may be the reason.
+    """Counts the deaths of replicas that one request may have caused.
 
-    at_this_token: since its last new token.  proven: whether the last of them is proof that it is.
+    at_this_token: since its last new token.  proven: the last death proves that the request caused it.
     """
 
     total: int = 0
@@ -41,7 +41,7 @@ class Deaths:
         self.proven = self.at_this_token > 1 and num_in_step == 1
 
     def progressed(self) -> None:
-        """There is a new token."""
+        """Notes a new token."""
         self.at_this_token, self.proven = 0, False
 
     def are_its_fault(self, max_replays: int) -> bool:
@@ -49,17 +49,17 @@ class Deaths:
 
     @property
     def num_alone_tokens(self) -> int:
-        """A suspect computes its next token alone; one that dies again and again with others, ever more."""
+        """Returns how many tokens a suspect computes alone: one, and more after each further death."""
         return 4 ** (self.total - 1) if self.at_this_token else 0
 
 
 class ReplayingBackend:
-    """A backend over one that raises ReplicaUnavailable, or says so in an update, when a replica dies.
+    """A backend over one that raises ReplicaUnavailable, or sends it in an update, when a replica dies.
 
-    max_replays: how often a request goes on elsewhere without a new token in between; then it is held to kill replicas.
-    An engine that died beside it, computing others, does not count; one that died when it computed this request alone,
-    after another had died at the same token, is proof.
-    room_timeout_s: how long a request that was let in looks for room at another replica.  on_replay: for each.
+    max_replays: times that a request goes on elsewhere without a new token in between; after that it is taken to kill
+        replicas. The death of an engine that computed only others does not count; the death of one that computed this
+        request alone, after another engine had died at the same token, is proof.
+    room_timeout_s: time for an admitted request to find room at another replica.  on_replay: called at each replay.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ReplayingBackend:
         self._seeds = seeds or random.Random()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        """No token twice, none missing. Raises PoisonedRequest, and what the replicas refuse a new request with."""
+        """Yields each token once. Raises PoisonedRequest, and the replicas' errors for a new request."""
         arrived_at = self._clock()
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(63)))
@@ -97,7 +97,7 @@ class ReplayingBackend:
                 ) as news:
                     async for update in news:
                         died = update.error if isinstance(update.error, ReplicaUnavailable) else None
-                        if died is not None:  # what came just before is in the same update
+                        if died is not None:  # the same update has the last tokens too
                             update = replace(update, finish_reason=None, error=None)
                         if update.token_ids:
                             given += update.token_ids
@@ -129,7 +129,8 @@ class ReplayingBackend:
     def _resumed(
         self, request: EngineRequest, given: list[int], attempt: int, deaths: "Deaths", arrived_at: float
     ) -> EngineRequest:
-        """A replica that was told to cancel the earlier attempt must not take this one for it: it has its own id."""
+        """Returns the request for one attempt. It has a new id, so that a replica that shall cancel an earlier attempt
+        does not cancel this one."""
         if not attempt:
             return request
         timeout_s = request.timeout_s

@@ -1,6 +1,6 @@
-"""Where ingresses of version 0.1 look for `cluster.serving.text.worker`.
+"""The name by which ingresses of version 0.1 start `cluster.serving.text.worker`.
 
-An ingress that runs on when a newer package is installed starts this process by its name.
+One that runs on while a newer package is installed finds its worker here.
 """
 
 from cluster.serving.text.worker import main

@@ -1,18 +1,17 @@
-"""One stream's updates on their way to its reader: bounded, since a reader may be slow, or never read at all."""
+"""Keeps one stream's updates for its reader: bounded, since a reader may be slow, or never read at all."""
 
 import asyncio
 
 from cluster.errors import Overloaded
 from cluster.types import SequenceUpdate
 
-TOKEN_BYTES, LOGPROB_BYTES = 40, 120  # about what Python takes for one in memory
+TOKEN_BYTES, LOGPROB_BYTES = 40, 120  # about the memory that Python takes for one
 
 
 class UpdateQueue:
-    """What has gathered since the last look comes out as one. For one event loop.
+    """Gives all updates since the last `take` as one. For one event loop.
 
-    max_bytes: of what nobody has taken. Beyond it the stream is lost to its reader: what had gathered is dropped, and
-    an error stands in its place.
+    max_bytes: of updates that nobody has taken. Beyond it the reader loses its stream: an error replaces the updates.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -23,7 +22,7 @@ class UpdateQueue:
         self.overflowed = False
 
     def put(self, update: SequenceUpdate) -> bool:
-        """False once, for what finds no room; what comes later is dropped."""
+        """Returns False once: for the update that finds no room. Later ones are dropped."""
         if self.overflowed:
             return True
         self._num_tokens += len(update.token_ids)
@@ -50,13 +49,13 @@ class UpdateQueue:
 
 
 def size_of(update: SequenceUpdate) -> int:
-    """About what it takes in memory."""
+    """Returns about how many bytes it takes in memory."""
     num_logprobs = sum(1 + len(entry.top) for entry in update.logprobs)
     return TOKEN_BYTES * len(update.token_ids) + LOGPROB_BYTES * num_logprobs
 
 
 def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
-    """One sequence's updates in order, as one."""
+    """Joins one sequence's updates, which are in order."""
     if len(updates) == 1:
         return updates[0]
     last = updates[-1]

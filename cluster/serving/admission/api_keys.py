@@ -1,11 +1,11 @@
-"""API keys: the file of their hashes, who a caller is by his key, and how much he may ask for. Knows no gRPC.
+"""API keys: reads the file of their hashes, finds a caller's name by its key, keeps it to its limits. Knows no gRPC.
 
-One key a line of the file, blank lines and what follows a # left out:
+The file has one key on each line; blank lines and the rest of a line after a # do not count:
 
     NAME SHA256 [requests_per_minute=N] [concurrent=N] [tokens_per_minute=N]
 
-SHA256 is the key's hash in hex. Keys are 256 random bits (`new_key`), which nobody can search through: a slow hash, as
-for passwords, would only cost time. A minute's worth may come at once. Each ingress process counts by itself.
+SHA256 is the key's hash in hex. A key has 256 random bits (`new_key`), too many to search through: a slow hash, as for
+passwords, would only cost time. A minute's worth may come at once. Each ingress process counts for itself.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from cluster.serving.admission.token_bucket import TokenBucket
 log = logging.getLogger(__name__)
 
 RELOAD_INTERVAL_S = 1.0  # between two looks at the file
-CONCURRENT_RETRY_S = 1.0  # when a place may be free again
+CONCURRENT_RETRY_S = 1.0  # by then a place may be free again
 MAX_LIMIT_DIGITS = 15
 LIMITS = ("requests_per_minute", "concurrent", "tokens_per_minute")
 
@@ -35,7 +35,7 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """sha256: of the key.  Limits: 0 is none.  tokens: of prompts and answers together."""
+    """sha256: of the key.  Limits: 0 means none.  tokens: of prompts and answers together."""
 
     name: str
     sha256: bytes
@@ -53,7 +53,7 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
-    """source: what errors call the text. Raises SetupError with the line's number."""
+    """source: the text's name in errors. Raises SetupError with the line's number."""
     keys: list[ApiKey] = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -70,7 +70,7 @@ def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
 
 
 class _Account:
-    """What one key has used."""
+    """The use of one key so far."""
 
     def __init__(self, key: ApiKey, now: float) -> None:
         self.key = key
@@ -94,13 +94,13 @@ class ApiKeys:
         self._take(self._read())
 
     def identify(self, authorization: str | None) -> str:
-        """The name of the caller's key. authorization: "Bearer KEY". Raises Unauthenticated."""
+        """Returns the name of the caller's key. authorization: "Bearer KEY". Raises Unauthenticated."""
         self._reload()
         kind, _, key = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not key.strip():
             raise Unauthenticated("an API key is needed: send it as metadata, 'authorization: Bearer KEY'")
         digest, found = _hash(key.strip()), ""
-        for account in self._accounts.values():  # all of them: the time it takes says nothing
+        for account in self._accounts.values():  # all of them: so the time says nothing about the key
             if compare_digest(account.key.sha256, digest):
                 found = account.key.name
         if not found:
@@ -109,7 +109,7 @@ class ApiKeys:
 
     @contextmanager
     def admitted(self, name: str) -> Iterator[None]:
-        """Counts a request of a key from here to its end. Raises Overloaded over one of its limits."""
+        """Counts a request of a key while it is open. Raises Overloaded over one of its limits."""
         account, now = self._accounts[name], self._clock()
         key = account.key
         if key.concurrent and account.running >= key.concurrent:
@@ -126,7 +126,7 @@ class ApiKeys:
             account.running -= 1
 
     def spend(self, name: str, num_tokens: int) -> None:
-        """Counts a request's tokens once it has ended; one that was let in is never cut short."""
+        """Counts a request's tokens once it has ended; a running one is never cut short."""
         account = self._accounts.get(name)
         if account is not None and account.tokens is not None:
             account.tokens.take(num_tokens)
@@ -148,7 +148,7 @@ class ApiKeys:
             log.info("read %d API keys again: %s", len(self._accounts), ", ".join(self._accounts))
 
     def _take(self, keys: tuple[ApiKey, ...]) -> None:
-        """Accounts whose limits are the same go on."""
+        """Keeps the accounts with unchanged limits."""
         before, now = self._accounts, self._clock()
         self._accounts = {}
         for key in keys:
@@ -159,7 +159,7 @@ class ApiKeys:
             self._accounts[key.name] = account
 
     def _stamp(self) -> tuple[int, int, int]:
-        """Changes with the file, also when a link leads to another one."""
+        """Returns a value that changes with the file, also when a link leads to another one."""
         try:
             stat = self._path.stat()
         except OSError as error:

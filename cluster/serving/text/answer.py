@@ -1,4 +1,4 @@
-"""From one sequence's tokens to its text, piece by piece, and to the reason of its end."""
+"""Makes text of one sequence's tokens, piece by piece, and finds the reason of its end."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from cluster.types import FinishReason, Logprobs, SamplingParams, SequenceUpdate
 
 
 class Answer:
-    """Turns one sequence's updates into deltas of text, and finds its end. name: what errors call the request."""
+    """Turns one sequence's updates into deltas of text, and finds its end. name: of the request, for errors."""
 
     def __init__(
         self, tokenizer: TokenBytes, params: SamplingParams, eos_token_ids: Sequence[int], name: str = ""
@@ -43,7 +43,7 @@ class Answer:
         )
 
     def _split(self, update: SequenceUpdate) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Splits off the token that ended the sequence (EOS or a stop token): it has no place in the text."""
+        """Splits off the token that ended the sequence (EOS or a stop token), which is no text."""
         token_ids = update.token_ids
         if update.finish_reason == "stop" and token_ids and token_ids[-1] in self._end_ids:
             return token_ids[:-1], token_ids[-1:]

@@ -1,8 +1,8 @@
-"""Token ids to text while they come, with stop strings. Knows no requests, no network.
+"""Makes text of token ids while they come, and finds stop strings. Knows no requests and no network.
 
-A byte-level token is a run of bytes, so the text so far is one UTF-8 stream: each token is decoded once, by
-an incremental decoder. Stop strings are found by one Aho-Corasick automaton, a step a character; its depth
-is at the same time the number of characters that may still become a stop string and must be held back.
+A byte-level token is a run of bytes, so the text so far is one UTF-8 stream: an incremental decoder decodes each token
+once. An Aho-Corasick automaton finds the stop strings, one step for each character; its depth is the number of
+characters that may still become a stop string, and are not shown yet.
 """
 
 import codecs
@@ -12,13 +12,13 @@ from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """What text a token is; a `Tokenizer` is one."""
+    """Gives a token's text; a `Tokenizer` does."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class NoText:
-    """Every token is no text: for models without a tokenizer."""
+    """Gives no token a text: for models without a tokenizer."""
 
     def token_bytes(self, token_id: int) -> bytes:
         return b""
@@ -40,22 +40,22 @@ class StreamDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = _StopMatcher(stop) if stop else None
         self._min_tokens = min_tokens
-        self._held = ""
+        self._pending = ""
         self._stopped: str | None = None
         self._num_tokens = 0
 
     @property
     def stopped(self) -> str | None:
-        """The stop string that ended the text, None while there is none. Nothing is taken in after it."""
+        """Returns the stop string that ended the text, None so far. Later tokens are ignored."""
         return self._stopped
 
     @property
     def num_tokens(self) -> int:
-        """Tokens pushed that belong to the answer: up to the one that completed the stop string, if any."""
+        """Returns how many pushed tokens belong to the answer: up to the one that completed the stop string, if any."""
         return self._num_tokens
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Takes tokens in and returns the text that is safe to show."""
+        """Takes tokens and returns the text that is safe to show."""
         pieces = []
         for token_id in token_ids:
             if self._stopped is not None:
@@ -65,27 +65,27 @@ class StreamDetokenizer:
         return "".join(pieces)
 
     def flush(self) -> str:
-        """Returns the rest of the text at its end: what was held back, an unfinished character as U+FFFD."""
+        """Returns the rest of the text at its end; an unfinished character becomes U+FFFD."""
         if self._stopped is not None:
             return ""
         text = self._add(self._decoder.decode(b"", final=True))
-        text, self._held = text + self._held, ""
+        text, self._pending = text + self._pending, ""
         return text
 
     def _add(self, text: str) -> str:
-        """Returns what is safe to show of the held text and `text`; sets `stopped` at a stop string's end."""
+        """Returns the part of pending and new text that is safe to show; sets `stopped` at a stop string's end."""
         if self._matcher is None or not text:
             return text
         armed = self._num_tokens >= self._min_tokens
-        num_held = len(self._held)
-        text = self._held + text
-        for end in range(num_held + 1, len(text) + 1):
+        num_pending = len(self._pending)
+        text = self._pending + text
+        for end in range(num_pending + 1, len(text) + 1):
             match = self._matcher.step(text[end - 1])
             if match is not None and armed:
-                self._stopped, self._held = match, ""
+                self._stopped, self._pending = match, ""
                 return text[: end - len(match)]
         safe = len(text) - self._matcher.num_open
-        self._held = text[safe:]
+        self._pending = text[safe:]
         return text[:safe]
 
 
@@ -112,7 +112,7 @@ class _StopMatcher:
         return self._depth[self._state]
 
     def step(self, char: str) -> str | None:
-        """Takes one character in and returns the longest stop string that it completes."""
+        """Takes one character and returns the longest stop string that it completes."""
         node = self._state
         while node and char not in self._next[node]:
             node = self._fail[node]

@@ -1,4 +1,4 @@
-"""One piece of work after the other in a thread of its own; waiting clients take turns. Knows not what the work is."""
+"""Does one piece of work after the other in a thread; waiting clients take turns. Does not know what the work is."""
 
 import asyncio
 from collections import OrderedDict, deque
@@ -14,7 +14,7 @@ RETRY_S = 1.0
 
 
 class Lane:
-    """For one event loop. name: what a refusal says is waiting.  max_waiting: pieces of work; 0 lets none wait.
+    """For one event loop. name: of the pieces of work, for refusals.  max_waiting: pieces of work; 0 lets none wait.
 
     When it is full, the client with the most waiting loses its latest to one that has at least two fewer.
     """
@@ -31,7 +31,7 @@ class Lane:
         return sum(map(len, self._turns.values()))
 
     async def run(self, work: Callable[[], T], client: str = "") -> T:
-        """The outcome of `work`. Raises Overloaded. Who is cancelled before its turn leaves nothing behind."""
+        """Returns the outcome of `work`. Raises Overloaded. A call that is cancelled before its turn leaves nothing."""
         if self._busy:
             await self._turn(client)
         self._busy = True
@@ -41,10 +41,10 @@ class Lane:
             self._pass_on()
             raise
         running.add_done_callback(self._done)
-        return await asyncio.shield(running)  # a thread cannot be stopped: the next one's turn comes when it is through
+        return await asyncio.shield(running)  # a thread cannot be stopped: the next turn comes at its end
 
     async def _turn(self, client: str) -> None:
-        """Waits for it. Whoever ends the one before hands it on, so that nobody comes in between."""
+        """Waits for the client's turn. The call before hands it on itself, so that no third call takes it."""
         self._make_room(client)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._turns.setdefault(client, deque()).append(turn)
@@ -52,7 +52,7 @@ class Lane:
             await turn
         except BaseException:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._pass_on()  # it was cancelled in the moment in which its turn had come
+                self._pass_on()  # it was cancelled just when its turn came
             else:
                 self._forget(client, turn)
             raise
@@ -71,11 +71,11 @@ class Lane:
 
     def _done(self, running: asyncio.Future[Any]) -> None:
         if not running.cancelled():
-            running.exception()  # taken note of: whoever waited may be gone
+            running.exception()  # read, so that asyncio does not report it: its caller may be gone
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """The next client's turn, or nobody's."""
+        """Gives the turn to the next client, if one waits."""
         while self._turns:
             client, turns = next(iter(self._turns.items()))
             turn = turns[0]

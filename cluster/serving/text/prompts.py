@@ -18,27 +18,27 @@ _WANTED = "a text, token ids, or a list of these"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What to answer: exactly one of a text, token ids or a conversation. Raises InvalidRequest."""
+    """The input of a request: exactly one of a text, token ids or a conversation. Raises InvalidRequest."""
 
     text: str | None = None
     token_ids: Iterable[int] | None = None
     messages: Sequence[ChatMessage] | None = None
 
     def __post_init__(self) -> None:
-        inputs = {"text": self.text, "token_ids": self.token_ids, "chat": self.messages}
-        given = [name for name, value in inputs.items() if value is not None]
+        values = {"text": self.text, "token_ids": self.token_ids, "chat": self.messages}
+        given = [name for name, value in values.items() if value is not None]
         if len(given) != 1:
             found = " and ".join(given) or "empty"
             raise InvalidRequest(f"input is {found}, exactly one of text, token_ids and chat is needed", "input")
 
     @property
     def field(self) -> str:
-        """The given input's name in the public API."""
+        """Returns the given input's name in the public API."""
         return "text" if self.text is not None else "token_ids" if self.token_ids is not None else "chat"
 
 
 def to_prompts(given: Any) -> list[Prompt]:
-    """One prompt, or a collection of them: texts, token ids in any kind of list, array or tensor, vLLM's mappings.
+    """Reads one prompt, or a collection of them: texts, token ids in any list, array or tensor, vLLM's mappings.
 
     Whole numbers side by side are one prompt, as in vLLM; so are the numbers of a one-dimensional array.
     """
@@ -55,7 +55,7 @@ def to_prompts(given: Any) -> list[Prompt]:
 
 
 def to_params(given: Any, num_prompts: int) -> list[SamplingParams]:
-    """One for each prompt, from one for all, a list with one for each, or None. Mappings have the fields' names."""
+    """Returns one for each prompt. given: one for all, a list, or None; mappings have the fields' names."""
     if given is None or isinstance(given, SamplingParams | Mapping):
         return [_to_params(given)] * num_prompts
     if not inputs.is_series(given):
@@ -95,7 +95,7 @@ def _to_prompt(given: Any, field: str) -> Prompt:
 
 
 def _of_mapping(given: Mapping[Any, Any], field: str) -> Prompt:
-    """A TokensPrompt, whose text is only for the record, or a TextPrompt."""
+    """Reads a TokensPrompt (its text is only for the record) or a TextPrompt."""
     unknown = [key for key, value in given.items() if key not in (_TEXT, _TOKEN_IDS) and value is not None]
     if unknown:
         raise InvalidRequest(f"{field} has {inputs.shown(unknown[0])}, which this model has no use for", field)

@@ -1,8 +1,8 @@
 """Text to token ids and back, with the checkpoint's tokenizer and chat template. Knows no network.
 
-The files are read under `checkpoint/`. Used by `service`,
-and by `detokenizer` through `token_bytes`. A Tokenizer is immutable after its construction and may be
-called from several threads; encoding and decoding release the interpreter lock, rendering a template does not.
+`checkpoint/` reads the files. `work` encodes and decodes whole texts, `detokenizer` takes `token_bytes`. A Tokenizer
+does not change and may be called from several threads; encoding and decoding release the interpreter lock, rendering a
+template does not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ CHAT_ROLES = ("system", "user", "assistant", "tool")
 MAX_CHAT_MESSAGES = 2048
 MAX_RENDERED_CHARS = 8_000_000  # a template that multiplies its input is stopped here
 _MAX_REASON_CHARS = 200
-# What template code can raise beside jinja2's own errors.
+# Errors that template code can raise beside jinja2's.
 _RENDER_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -47,7 +47,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens with a text; a model's vocabulary may be larger by padding."""
+        """Returns the number of tokens with a text; padding may make a model's vocabulary larger."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
@@ -55,7 +55,7 @@ class Tokenizer:
         return self._chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, with what the tokenizer adds by itself (for Qwen: nothing)."""
+        """Returns the token ids of a text, with those that the tokenizer adds by itself (for Qwen: none)."""
         return self._encode(text, "text", add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -72,7 +72,7 @@ class Tokenizer:
         return str(text)
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """Returns what one token adds to the text's UTF-8 bytes: `decode` is their concatenation, decoded."""
+        """Returns the UTF-8 bytes that one token adds to the text: `decode` decodes all of them together."""
         key = (token_id, skip_special_tokens)
         known = self._token_bytes.get(key)
         if known is None:

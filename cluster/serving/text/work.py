@@ -1,8 +1,8 @@
-"""Tokenizing, templates and detokenizing beside the event loop: what takes long holds up neither it nor what is short.
+"""Tokenizes, renders and detokenizes beside the event loop: a long input delays neither the loop nor short inputs.
 
 Small inputs take less time than a thread would cost. Medium ones go to a thread, where tokenizing releases the
-interpreter lock. Large ones go to a process (`worker`), since templates, lists of a million tokens and pickles
-hold that lock. Both do one after the other, and a bounded number wait.
+interpreter lock. Large ones go to a process (`worker`), since templates, lists of a million tokens and pickles keep
+that lock. Thread and process take one input after the other, and a bounded number wait.
 """
 
 import logging
@@ -26,13 +26,13 @@ from cluster.types import ChatMessage
 log = logging.getLogger(__name__)
 
 MEDIUM_CHARS, LARGE_CHARS = 2048, 32_768  # about 0.5 and 8 ms of tokenizing
-CHARS_A_MESSAGE = 64  # what a message costs a template, in characters that cost as much
+CHARS_A_MESSAGE = 64  # a template takes as long for a message's frame as for so many characters
 MAX_TASK_S = 60.0  # a megabyte takes some seconds
 READ_BYTES = 1 << 20
 
 
 class TextWork:
-    """Does it for one checkpoint, on one event loop. max_waiting: medium and large inputs, each."""
+    """For one checkpoint and one event loop. max_waiting: medium and large inputs, each."""
 
     def __init__(self, tokenizer: Tokenizer, max_waiting: int) -> None:
         self._tokenizer = tokenizer
@@ -62,7 +62,7 @@ class TextWork:
 
 
 class TextProcess:
-    """The process of `worker`, started when first needed and again when it is gone. For one thread."""
+    """Starts the process of `worker` when it is first needed, and again when it is gone. For one thread."""
 
     def __init__(self, model_dir: Path, max_task_s: float = MAX_TASK_S) -> None:
         self._model_dir, self._max_task_s = model_dir, max_task_s

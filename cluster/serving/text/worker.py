@@ -1,9 +1,9 @@
-"""A process that tokenizes, renders and detokenizes what is large, so that its parent holds no interpreter lock for it.
+"""A process that tokenizes, renders and detokenizes large inputs, so that its parent's interpreter lock stays free.
 
     python -m cluster.serving.text.worker MODEL_DIR
 
-Reads a task from standard input and writes its outcome to standard output, one after the other, each a length and a
-pickle; only its parent can reach these. It ends with its parent, whatever that one's end: its input ends then.
+It reads tasks from standard input and writes their outcomes to standard output, one after the other, each as a length
+and a pickle; only its parent can reach these. When its parent ends, in whatever way, its input ends and so does it.
 """
 
 import os
@@ -19,21 +19,21 @@ from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import ChatMessage
 
 LENGTH = struct.Struct("<Q")
-NICENESS = 5  # what answers many requests at once goes before one large one
+NICENESS = 5  # the ingress, which answers many requests at once, goes before one large input
 
 Task = tuple[str, Any]
 
 
 def do(tokenizer: Tokenizer, task: Task) -> "array[int] | str":
-    """A task's outcome: token ids, or a text. Raises InvalidRequest."""
-    kind, what = task
+    """Returns a task's outcome: token ids, or a text. Raises InvalidRequest."""
+    kind, value = task
     match kind:
         case "text":
-            return array("q", tokenizer.encode(what))
+            return array("q", tokenizer.encode(value))
         case "chat":
-            return array("q", tokenizer.encode_chat([ChatMessage(role=role, content=text) for role, text in what]))
+            return array("q", tokenizer.encode_chat([ChatMessage(role=role, content=text) for role, text in value]))
         case "ids":
-            token_ids, skip_special_tokens = what
+            token_ids, skip_special_tokens = value
             return tokenizer.decode(token_ids.tolist(), skip_special_tokens)
     raise ValueError(f"unknown task {kind!r}")
 
@@ -51,7 +51,7 @@ def write_frame(stream: IO[bytes], value: object) -> None:
 
 def main() -> None:
     outcomes = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints, prints elsewhere
+    os.dup2(2, 1)  # a stray print goes to stderr, not between the outcomes
     os.nice(NICENESS)
     tokenizer = Tokenizer(sys.argv[1])
     tasks = sys.stdin.buffer
