@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.progress import Progress
 
-from cluster.checkpoint.made.demo import write_demo_checkpoint, write_tokenizer
-from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint, write_json
+from cluster.checkpoint.made.demo import write_demo_checkpoint
+from cluster.checkpoint.made.published import A2_7B_CONFIG
+from cluster.checkpoint.made.synthetic import write_checkpoint, write_json
+from cluster.checkpoint.made.tokenizer import write_tokenizer
 from cluster.checkpoint.reader import CONFIG_FILE, RANDOM_WEIGHTS, read_json_object
 from cluster.config import ModelConfig, read_model_config
 from cluster.errors import SetupError

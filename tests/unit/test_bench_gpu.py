@@ -7,7 +7,7 @@ from cluster import LLM, SamplingParams
 from cluster.bench import checkpoint as bench_checkpoint
 from cluster.bench.checkpoint import made_checkpoint
 from cluster.bench.gpu import memory_bound
-from cluster.checkpoint.made.synthetic import A2_7B_CONFIG
+from cluster.checkpoint.made.published import A2_7B_CONFIG
 from cluster.cli import main
 from cluster.config import read_model_config
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, QWEN2_57B_A14B_CONFIG
+from cluster.checkpoint.made.published import A2_7B_CONFIG, QWEN2_57B_A14B_CONFIG
 from cluster.checkpoint.names import checkpoint_shapes, dense_bytes, dense_shapes, expert_shapes
 from cluster.config import read_model_config
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
-from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint
+from cluster.checkpoint.made.published import A2_7B_CONFIG
+from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import read_model_config

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2MoeForCausalLM
 
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
-from cluster.checkpoint.made.demo import write_demo_checkpoint, write_tokenizer
-from cluster.checkpoint.made.synthetic import A2_7B_CONFIG, write_checkpoint
+from cluster.checkpoint.made.demo import write_demo_checkpoint
+from cluster.checkpoint.made.published import A2_7B_CONFIG
+from cluster.checkpoint.made.synthetic import write_checkpoint
+from cluster.checkpoint.made.tokenizer import write_tokenizer
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.errors import CheckpointError
 
