@@ -28,6 +28,16 @@ BASE: dict[str, Any] = {
     "eos_token_id": 1,
 }
 
+_OF_EXPERTS = (
+    "moe_intermediate_size", "shared_expert_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob",
+    "decoder_sparse_step",
+)  # fmt: skip
+
+BASE_DENSE: dict[str, Any] = {key: value for key, value in BASE.items() if key not in _OF_EXPERTS} | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+}
+
 NEW_STYLE: dict[str, Any] = {
     "rope_theta": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
@@ -39,6 +49,11 @@ NEW_STYLE: dict[str, Any] = {
 def config(**changes: Any) -> dict[str, Any]:
     """`BASE` with changes; a key set to None is left out."""
     return {key: value for key, value in {**BASE, **changes}.items() if value is not None}
+
+
+def dense(**changes: Any) -> dict[str, Any]:
+    """`BASE_DENSE` with changes; a key set to None is left out."""
+    return {key: value for key, value in {**BASE_DENSE, **changes}.items() if value is not None}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -66,7 +81,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-DENSE_CONFIGS: dict[str, dict[str, Any]] = {"no layer sparse": config(mlp_only_layers=[0, 1, 2])}
+DENSE_CONFIGS: dict[str, dict[str, Any]] = {
+    "no layer sparse": config(mlp_only_layers=[0, 1, 2]),
+    "qwen2, released key style": dense(),
+    "qwen2, new key style, tied embeddings, MHA": dense(**NEW_STYLE, tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen2, sliding window by max_window_layers": dense(
+        use_sliding_window=True, sliding_window=5, max_window_layers=2, num_hidden_layers=4
+    ),
+    "qwen2, sliding window by layer_types": dense(
+        **NEW_STYLE, use_sliding_window=True, sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen2, YaRN": dense(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+}  # fmt: skip
 
 PROMPTS: list[list[int]] = [[5], list(range(10, 42)), [7, 3, 7, 3, 7, 3, 9], list(range(100, 119))]
 """Lengths 1 to 32: longer than the windows and than YaRN's original context."""

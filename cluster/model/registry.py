@@ -10,9 +10,11 @@ from cluster.kernels.weights import WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
 from cluster.model.layers.linear import Linear
 from cluster.model.layers.rope import RotaryEmbedding
+from cluster.model.qwen2 import qwen2
 from cluster.model.qwen2_moe import qwen2_moe
 
 MODELS: Mapping[str, Callable[[ModelConfig], CausalLM]] = {
+    "qwen2": qwen2,
     "qwen2_moe": qwen2_moe,
 }
 

@@ -1,4 +1,4 @@
-"""The oracle of the parity tests: transformers' Qwen2MoeForCausalLM on the same checkpoint."""
+"""The oracle of the parity tests: transformers' model of the family on the same checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ class Oracle:
 
 
 def ask_transformers(model_dir: Path) -> Oracle:
-    from transformers import Qwen2MoeForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen2MoeForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
     logits, token_ids = [], []
     with torch.inference_mode():
         for prompt in PROMPTS:

@@ -82,9 +82,10 @@ def test_cuda_gives_the_tokens_or_near_logits(oracle, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_near_the_float32_distribution(oracle_of, dtype):
+@pytest.mark.parametrize("name", ["released key style, 60 experts", "qwen2, new key style, tied embeddings, MHA"])
+def test_half_precision_stays_near_the_float32_distribution(oracle_of, name, dtype):
     """The likeliest token in half precision is among the five likeliest in float32 at every position."""
-    oracle = oracle_of("released key style, 60 experts")
+    oracle = oracle_of(name)
     with LLM(oracle.model_dir, dtype=dtype, device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22) as llm:
         for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
             best = llm.logits(prompt).argmax(dim=-1)

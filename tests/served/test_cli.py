@@ -85,7 +85,10 @@ def test_a_directory_that_is_none_is_refused(tmp_path):
 
 
 def test_another_architecture_is_refused(broken, capsys):
-    refused(run_here(capsys, "serve", broken(config=('"qwen2_moe"', '"llama"'))), "'llama', one of qwen2_moe is needed")
+    refused(
+        run_here(capsys, "serve", broken(config=('"qwen2_moe"', '"llama"'))),
+        "'llama', one of qwen2, qwen2_moe is needed",
+    )
 
 
 def test_a_missing_weight_file_is_refused(broken, capsys):

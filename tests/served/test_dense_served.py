@@ -1,6 +1,5 @@
 """A dense model behind gRPC: attention replicas alone serve it, every command makes sense, nothing dies unnoticed."""
 
-import json
 import subprocess
 
 import pytest
@@ -8,7 +7,6 @@ from serving_tools import COMMAND, Serving
 
 from cluster import LLM, SamplingParams
 from cluster.checkpoint.made.demo import write_demo_checkpoint
-from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.client.grpc_client import Client
 from cluster.footprint.servers import servers
 from cluster.types import SamplingParams as ServedParams
@@ -21,11 +19,7 @@ PROMPT = "The old lighthouse keeper"
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     model_dir = tmp_path_factory.mktemp("dense") / "model"
-    write_demo_checkpoint(model_dir)
-    for path in model_dir.glob("*.safetensors*"):
-        path.unlink()
-    raw = json.loads((model_dir / "config.json").read_text())
-    write_checkpoint(model_dir, raw | {"mlp_only_layers": list(range(raw["num_hidden_layers"]))}, seed=3)
+    write_demo_checkpoint(model_dir, model_type="qwen2")
     return model_dir
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from cluster.checkpoint.made.published import A2_7B_CONFIG, QWEN2_57B_A14B_CONFIG
 from cluster.checkpoint.names import checkpoint_shapes, dense_bytes, dense_shapes, expert_shapes
@@ -26,9 +26,16 @@ SMALL = {
 }
 
 
+SMALL_DENSE = {
+    "model_type": "qwen2", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "num_hidden_layers": 3, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
 def transformers_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**raw))
+        dense = raw["model_type"] == "qwen2"
+        model = Qwen2ForCausalLM(Qwen2Config(**raw)) if dense else Qwen2MoeForCausalLM(Qwen2MoeConfig(**raw))
     # Tied weights stand twice in the state dict; a checkpoint has them once.
     tied = {"lm_head.weight"} if raw["tie_word_embeddings"] else set()
     return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
@@ -65,6 +72,31 @@ def test_names_and_shapes_are_those_of_transformers(changes: dict[str, Any]) -> 
                 f"{prefix}.{expert_id}.up_proj.weight": (10, 24),
                 f"{prefix}.{expert_id}.down_proj.weight": (24, 10),
             }
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 6}], ids=str)
+def test_names_and_shapes_of_dense_qwen2_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    raw = {**SMALL_DENSE, **changes}
+    config = read_model_config(raw)
+    assert checkpoint_shapes(config) == dense_shapes(config) == transformers_shapes(raw)
+    with pytest.raises(AssertionError, match="qwen2 has no experts"):
+        expert_shapes(config, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "billion_parameters"),
+    [
+        ((151936, 896, 4864, 24, 14, 2, True), 0.49),  # vocabulary, hidden, intermediate, layers, heads, KV heads, tied
+        ((151936, 1536, 8960, 28, 12, 2, True), 1.54),
+        ((152064, 3584, 18944, 28, 28, 4, False), 7.61),
+    ],
+    ids=["Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"],
+)
+def test_dense_qwen2_models_have_the_sizes_of_their_cards(sizes: tuple[Any, ...], billion_parameters: float) -> None:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "tie_word_embeddings")  # fmt: skip
+    config = read_model_config({**SMALL_DENSE, **dict(zip(names, sizes, strict=True))})
+    assert dense_bytes(config, "bfloat16") / 2e9 == pytest.approx(billion_parameters, abs=0.006)
 
 
 def test_a_checkpoint_is_the_dense_part_and_every_expert_of_every_sparse_layer() -> None:

@@ -1,7 +1,7 @@
 """Configurations are read in both key styles, and refused with the key, the value and what is needed."""
 
 import pytest
-from configs import BASE, config
+from configs import BASE, config, dense
 
 from cluster.config import ClusterConfig, EngineConfig, read_model_config
 from cluster.errors import CheckpointError, SetupError
@@ -35,6 +35,18 @@ def test_a_sliding_window_is_on_in_even_layers_below_max_window_layers():
     assert [read.window(i) for i in range(6)] == [9, None, 9, None, None, None]
 
 
+def test_in_dense_qwen2_a_sliding_window_is_on_from_max_window_layers():
+    read = read_model_config(dense(use_sliding_window=True, sliding_window=9, max_window_layers=4, num_hidden_layers=6))
+    assert [read.window(i) for i in range(6)] == [None, None, None, None, 9, 9]
+    assert read_model_config(dense(sliding_window=9, max_window_layers=1)).window(2) is None
+
+
+def test_dense_qwen2_has_biases_whatever_the_config_says():
+    """transformers' Qwen2Attention does not read qkv_bias."""
+    read = read_model_config(dense(qkv_bias=False))
+    assert (read.qkv_bias, read.moe) == (True, None)
+
+
 def test_sparse_layers_follow_step_and_mlp_only_layers():
     read = read_model_config(config(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]))
     assert read.sparse_layers == (1, 5)
@@ -55,7 +67,7 @@ def test_bytes_are_those_of_the_shapes():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "'llama', one of qwen2_moe is needed"),
+        ({"model_type": "llama"}, "'llama', one of qwen2, qwen2_moe is needed"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, Qwen2MoeForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2MoeForCausalLM
 
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.made.demo import write_demo_checkpoint
@@ -95,6 +95,17 @@ def test_the_demo_is_the_same_for_a_seed_and_another_for_another(demo_dir: Path,
         assert (tmp_path / "again" / name).read_bytes() == content, name
         same = (tmp_path / "other" / name).read_bytes() == content
         assert same != name.endswith(".safetensors"), name
+
+
+def test_a_dense_demo_is_a_whole_qwen2_checkpoint(tmp_path: Path) -> None:
+    write_demo_checkpoint(tmp_path / "dense", model_type="qwen2")
+    dense, info = Qwen2ForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info.values()), info
+    assert dense.config.tie_word_embeddings
+    CheckpointReader(tmp_path / "dense").check_tensors()
+    assert read_sampling_defaults(tmp_path / "dense").top_k == 20
+    with pytest.raises(CheckpointError, match="one of qwen2, qwen2_moe is needed for a demo"):
+        write_demo_checkpoint(tmp_path / "other", model_type="llama")
 
 
 def test_prompts_are_routed_to_nearly_all_experts_of_every_layer(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Each family is registered twice, on disk and as a model, and what it computes with is what its checkpoint stores."""
+"""Each family is registered twice, on disk and as a model, and a model reads all that its checkpoint stores for it."""
 
 import pytest
 import torch
@@ -7,7 +7,17 @@ from configs import CONFIGS, DENSE_CONFIGS
 from cluster.checkpoint.names import dense_shapes
 from cluster.config import read_model_config
 from cluster.config.architectures.registry import ARCHITECTURES
-from cluster.model.registry import MODELS
+from cluster.model.registry import MODELS, load_model
+
+
+class Reader:
+    """Notes which tensors are wanted."""
+
+    def __init__(self, config):
+        self.config, self.wanted = config, {}
+
+    def load(self, targets, progress=None):
+        self.wanted |= {name: tuple(target.shape) for name, target in targets.items()}
 
 
 def test_every_family_can_be_read_and_computed():
@@ -16,8 +26,8 @@ def test_every_family_can_be_read_and_computed():
 
 
 @pytest.mark.parametrize("raw", (CONFIGS | DENSE_CONFIGS).values(), ids=[*CONFIGS, *DENSE_CONFIGS])
-def test_a_models_weights_are_its_checkpoints_dense_tensors(raw):
-    config = read_model_config(raw)
-    with torch.device("meta"):
-        model = MODELS[config.model_type](config)
-    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == dense_shapes(config)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_reads_its_checkpoints_dense_tensors(raw, dtype):
+    reader = Reader(read_model_config(raw))
+    load_model(reader, dtype=dtype, device=torch.device("cpu"))
+    assert reader.wanted == dense_shapes(reader.config)

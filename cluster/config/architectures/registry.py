@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.config.architectures.architecture import Architecture
+from cluster.config.architectures.qwen2 import QWEN2
 from cluster.config.architectures.qwen2_moe import QWEN2_MOE
 from cluster.config.json_keys import Keys, shown
 from cluster.config.model import ModelConfig
@@ -12,6 +13,7 @@ from cluster.errors import CheckpointError
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.model_type: family
     for family in (
+        QWEN2,
         QWEN2_MOE,
     )
 }  # fmt: skip
