@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.errors import ShardUnavailable
 from cluster.experts.placement import PlacementPlan
-from cluster.experts.routes import Route
+from cluster.experts.routing import Route
 from cluster.experts.transport import NOT_HERE, ExpertBatch, ExpertTransport, Flight
 from cluster.metrics import DispatchMetrics
 
