@@ -16,8 +16,9 @@ from cluster.engine.isolation import OnStep
 from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
 from cluster.errors import SetupError
-from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import num_shards_for, plan_evenly
+from cluster.experts.routing import FixedPlan
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.metrics import DispatchMetrics, EngineMetrics

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ShardUnavailable
-from cluster.experts.dispatch import DispatchFlight, ExpertDispatcher
+from cluster.experts.dispatch import ExpertDispatcher
+from cluster.experts.legs import DispatchFlight
 from cluster.experts.transport import NOT_HERE
 
 

@@ -9,8 +9,9 @@ from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import EngineConfig
 from cluster.engine.load import load_engine
 from cluster.errors import ShardUnavailable
-from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import plan_evenly
+from cluster.experts.routing import FixedPlan
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.process import process_info
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor

@@ -8,8 +8,9 @@ import torch
 
 from cluster.config import ClusterConfig
 from cluster.errors import ShardUnavailable
-from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import plan_evenly
+from cluster.experts.routing import FixedPlan
 from cluster.metrics import DispatchMetrics, new_registry
 from cluster.runtime.control.shard_process import ShardProcess
 from cluster.runtime.process import process_info

@@ -12,9 +12,10 @@ import torch
 from stream_tools import ELSEWHERE, HERE, Backend, batch, connect
 
 from cluster.errors import ProtocolError, ShardUnavailable
-from cluster.experts.dispatch import ExpertDispatcher, FixedPlan
+from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import plan_evenly
 from cluster.experts.pulse import Pulse
+from cluster.experts.routing import FixedPlan
 from cluster.metrics import DispatchMetrics, new_registry
 from cluster.stream import frames
 from cluster.stream.client import StreamTransport

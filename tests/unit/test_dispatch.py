@@ -2,14 +2,15 @@
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cluster.errors import SetupError, ShardUnavailable
-from cluster.experts.dispatch import ExpertDispatcher, FixedPlan, Leg, Search
+from cluster.experts.deadline import Deadline
+from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import PlacementPlan, plan_evenly
+from cluster.experts.routing import FixedPlan
 from cluster.metrics import DispatchMetrics, new_registry
 
 
@@ -303,7 +304,7 @@ def test_a_late_shard_is_overtaken_even_by_a_copy_that_was_late_itself_a_moment_
     made = dispatcher(transport, FixedPlan(plan), clock=clock)
     warm(made, transport)
     for shard_id in (0, 1):
-        made._give_up(Leg(shard_id, None, SimpleNamespace(epoch=plan.epoch), clock.now, None))
+        made.routing.failed(shard_id, heard_at=clock.now, silent=False)
     transport.delays = {2: 1000.0, 3: 1000.0}
     started = clock.now
     assert torch.equal(run(made), EXPECTED)
@@ -322,7 +323,7 @@ def test_a_late_shard_that_answers_before_its_copies_wins():
     if 2 not in shards_of(transport):  # rows are split: the first leg may be the other copy's
         pytest.fail("no rows for shard 2")
     late = [leg for leg in flight.legs if leg.shard_id == 2]
-    value = made._receive(late[0], Search(clock.now + 100))
+    value = made.receiver.receive(late[0], Deadline(clock, clock.now + 100))
     assert torch.equal(value, late[0].batch.hidden_states * 3 * late[0].batch.topk_weights.sum(1, keepdim=True))
     assert all(flight.abandoned for shard_id, flight in transport.flights[len(flight.legs) :] if shard_id != 2)
 
@@ -332,8 +333,8 @@ def test_second_sendings_are_a_small_share_of_all():
     transport = SlowTransport(clock)
     made = dispatcher(transport, FixedPlan(TWO_COPIES), clock=clock)
     warm(made, transport)
-    made._patience_s = lambda leg: 0.0  # every answer counts as late
-    made._suspected = lambda: frozenset()
+    made.calls.patience.late_s = lambda num_rows: 0.0  # every answer counts as late
+    made.routing.suspected = lambda: frozenset()
     for _ in range(200):
         assert torch.equal(run(made), EXPECTED)
     first_sendings = 200 * len(made.dispatch(0, X, IDS, WEIGHTS).legs)
@@ -366,14 +367,28 @@ def test_rows_at_a_shard_of_an_older_plan_are_sent_again():
     assert clock.now < 3.0
 
 
+def test_a_plan_that_changes_between_two_looks_costs_no_row():
+    """Each look finds another plan, of two shards or of four: rows go by one of them, all experts included."""
+
+    class Restless:
+        def __init__(self):
+            self.plans = (replace(plan_evenly([0], 4, 2 + 2 * (i % 2)), epoch=i) for i in itertools.count(1))
+
+        def current(self):
+            return next(self.plans)
+
+    for _ in range(3):
+        assert torch.equal(run(dispatcher(FaultyTransport(), Restless())), EXPECTED)
+
+
 class Lost:
-    """A step's losses: (row numbers, shard) of each, as told."""
+    """A step's losses: (row numbers, shard) of each, in their order."""
 
     def __init__(self):
-        self.hung, self.told = set(), []
+        self.hung, self.rows = set(), []
 
     def lose(self, rows, error):
-        self.told.append((rows.tolist(), error.shard_id))
+        self.rows.append((rows.tolist(), error.shard_id))
 
 
 @pytest.mark.parametrize("at_submit", [False, True])
@@ -386,12 +401,12 @@ def test_rows_without_a_living_copy_are_lost_and_the_others_come(at_submit):
         began, lost = clock.now, Lost()
         out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
         assert torch.equal(out[1], EXPECTED[1])
-        assert lost.told == [([0, 2], 1)]
+        assert lost.rows == [([0, 2], 1)]
         assert clock.now - began == pytest.approx(waited)
     transport.dead.clear()
     lost = Lost()
     assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
-    assert lost.told == []
+    assert lost.rows == []
 
 
 @pytest.mark.parametrize("at_submit", [False, True])
@@ -402,7 +417,7 @@ def test_rows_of_the_only_shard_are_lost_without_sending_none_of_them(at_submit)
     for _ in range(2):
         lost = Lost()
         made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
-        assert lost.told == [([0, 1, 2], 0)]
+        assert lost.rows == [([0, 1, 2], 0)]
     assert all(batch.hidden_states.shape[0] for _, batch in transport.sent)
 
 
@@ -413,7 +428,7 @@ def test_a_successor_that_comes_soon_loses_no_row():
     plans = ScriptedPlans(plan, replace(plan, epoch=2), clock=clock, on_wait=transport.dead.clear)
     made, lost = dispatcher(transport, plans, clock=clock), Lost()
     assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
-    assert lost.told == []
+    assert lost.rows == []
 
 
 def test_rows_whose_copies_are_all_dead_are_lost_without_asking_them_in_a_circle():
@@ -423,7 +438,7 @@ def test_rows_whose_copies_are_all_dead_are_lost_without_asking_them_in_a_circle
     lost = Lost()
     out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
     assert torch.equal(out[1], EXPECTED[1])
-    assert {row for rows, _ in lost.told for row in rows} == {0, 2}
+    assert {row for rows, _ in lost.rows for row in rows} == {0, 2}
     assert clock.now <= 1.5
     assert len(transport.sent) < 20
 
@@ -447,7 +462,7 @@ def test_a_newer_plan_sends_rows_again_and_loses_none():
     plans.plans = [replace(plan, epoch=2)]
     transport.delays[1] = 0.001
     assert torch.equal(made.combine(flight, lost), EXPECTED)
-    assert lost.told == []
+    assert lost.rows == []
 
 
 def test_a_slow_answer_is_no_lost_one():
@@ -460,7 +475,7 @@ def test_a_slow_answer_is_no_lost_one():
         transport.delays[1] = 8.0
         lost = Lost()
         assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
-        assert lost.told == []
+        assert lost.rows == []
         transport.delays[1] = 0.001
 
 
@@ -476,12 +491,12 @@ def test_a_silent_shard_is_waited_for_once_in_a_step_then_shorter_and_longer_aga
         for _ in range(3):  # layers
             out = made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost)
             assert torch.equal(out[1], EXPECTED[1])
-        assert lost.told == [([0, 2], 1)] * 3
+        assert lost.rows == [([0, 2], 1)] * 3
         assert clock.now - began == pytest.approx(waited, abs=0.7)
     transport.delays[1] = 12.0
     lost = Lost()
     assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
-    assert lost.told == []
+    assert lost.rows == []
 
 
 @pytest.mark.parametrize("hung", [0, 1])
@@ -495,7 +510,7 @@ def test_an_answer_that_came_while_another_shard_was_waited_for_counts(hung):
     for _ in range(3):
         lost = Lost()
         out = made.combine(made.dispatch(0, X[:2], torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)), lost)
-        assert lost.told == [([hung], hung)]
+        assert lost.rows == [([hung], hung)]
         assert {shard_id for _, shard_id in lost.hung} == {hung}
         assert torch.equal(out[1 - hung], (X[:2] * torch.tensor([[3.0], [7.0]]))[1 - hung])
 

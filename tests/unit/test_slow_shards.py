@@ -49,7 +49,7 @@ def test_a_shard_that_works_100_times_longer_than_a_timeout_answers_what_it_was_
     assert torch.equal(made.combine(made.dispatch(0, X, IDS, WEIGHTS), lost), EXPECTED)
     assert shards_of(transport) == [0, 1]
     assert clock.now > 3000.0
-    assert lost is None or (lost.told, lost.hung) == ([], set())
+    assert lost is None or (lost.rows, lost.hung) == ([], set())
 
 
 def test_layer_after_layer_a_slow_shard_is_never_suspected():

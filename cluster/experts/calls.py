@@ -1,0 +1,146 @@
+"""Single calls to shards: makes them, asks them, gives them up. What they show goes to `Routing` and `Patience`.
+
+T: tokens, H: hidden size, K: experts a token, R: rows for one shard.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ShardUnavailable
+from cluster.experts.deadline import Deadline
+from cluster.experts.legs import Leg
+from cluster.experts.patience import Patience
+from cluster.experts.routing import Routing
+from cluster.experts.transport import NOT_HERE, ExpertBatch, ExpertTransport
+from cluster.metrics import DispatchMetrics
+
+log = logging.getLogger(__name__)
+
+RETRY_INTERVAL_S = 0.5  # between two looks for news of the plan; a respawn takes seconds (process start, loading)
+SIGN_S = 2.0  # a shard that works has shown it in so long, on either carrier
+
+
+class ShardCalls:
+    """One dispatcher's calls. shard_timeout_s, recovery_timeout_s: as in `ExpertDispatcher`."""
+
+    def __init__(
+        self,
+        transport: ExpertTransport,
+        routing: Routing,
+        metrics: DispatchMetrics,
+        *,
+        shard_timeout_s: float,
+        recovery_timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.transport = transport
+        self.routing = routing
+        self.patience = Patience(shard_timeout_s)
+        self.metrics = metrics
+        self.shard_timeout_s = shard_timeout_s
+        self.recovery_timeout_s = recovery_timeout_s
+        self.clock = clock
+
+    def send(
+        self,
+        layer_id: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        avoid: frozenset[int] = frozenset(),
+    ) -> list[Leg]:
+        """Sends rows to the shards of their experts without waiting; returns the legs in shard order.
+
+        Shapes as in `ExpertDispatcher.dispatch`.  avoid: shards that get only rows that no other can compute.
+        """
+        plan = self.routing.plan()
+        if plan.num_shards == 1:  # nothing to select, and on a GPU nothing to wait for
+            batch = ExpertBatch(
+                layer_id=layer_id,
+                epoch=plan.epoch,
+                hidden_states=hidden_states,
+                topk_ids=topk_ids,
+                topk_weights=topk_weights,
+            )
+            return [self._launch(0, None, batch)]
+        shard_of = self.routing.route(plan, layer_id, topk_ids.device, avoid).shards(topk_ids)  # [T, K]
+        legs = []
+        for shard_id in range(plan.num_shards):
+            mine = shard_of == shard_id
+            rows = mine.any(dim=1).nonzero().squeeze(1)
+            if not rows.numel():
+                continue
+            batch = ExpertBatch(
+                layer_id=layer_id,
+                epoch=plan.epoch,
+                hidden_states=hidden_states[rows],
+                topk_ids=torch.where(mine, topk_ids, NOT_HERE)[rows],
+                topk_weights=topk_weights[rows],
+            )
+            legs.append(self._launch(shard_id, rows, batch))
+        return legs
+
+    def _launch(self, shard_id: int, rows: Tensor | None, batch: ExpertBatch) -> Leg:
+        flight = None
+        try:
+            flight = self.transport.submit(shard_id, batch)
+            self.metrics.sent(shard_id, batch.hidden_states.shape[0], batch.num_bytes)
+            self.patience.sent()
+        except ShardUnavailable as error:
+            log.debug("layer %d: %s", batch.layer_id, error)
+        now = self.clock()
+        return Leg(shard_id, rows, batch, now, flight, now)
+
+    def ask(self, leg: Leg, timeout_s: float) -> Tensor | None:
+        """Blocks for one leg's rows: [R, H] float32. None when they are not there; the leg has no flight any more if
+        they never come."""
+        if leg.flight is None:
+            return None
+        began = self.clock()
+        try:
+            value = leg.flight.result(timeout_s)
+        except TimeoutError:
+            return None
+        except ShardUnavailable as error:
+            log.debug("layer %d: %s", leg.batch.layer_id, error)
+            leg.flight = None
+            return None
+        now = self.clock()
+        leg.flight = None
+        self.metrics.returned(leg.shard_id, now - leg.sent_at, value.nbytes)
+        self.routing.answered(leg.shard_id)
+        self.patience.answered(leg.num_rows, now - began)
+        return value.float()
+
+    def hear(self, leg: Leg, search: Deadline) -> bool:
+        """Whether the leg's shard has shown since the last look that it works; then rows may look for a copy for longer
+        (`search`). Ask when `ask` has returned None."""
+        if leg.flight is None or not leg.flight.works():
+            return False
+        now, before = self.clock(), leg.heard_at
+        if before - leg.sent_at < self.shard_timeout_s <= now - leg.sent_at:
+            log.warning("shard %d works on layer %d for %g s", leg.shard_id, leg.batch.layer_id, self.shard_timeout_s)
+        leg.heard_at = now
+        search.postpone(now + self.recovery_timeout_s)
+        return True
+
+    def is_outdated(self, leg: Leg) -> bool:
+        """Whether there is a newer plan, by which the shard may be another process by now: not while it works."""
+        now = self.clock()
+        if now - leg.sent_at < RETRY_INTERVAL_S:
+            return False
+        plan = self.routing.plan()
+        if plan.epoch <= leg.batch.epoch:
+            return False
+        return leg.shard_id in plan.down or leg.shard_id >= plan.num_shards or now - leg.heard_at >= SIGN_S
+
+    def give_up(self, leg: Leg, *, silent: bool = False) -> None:
+        """The leg's rows go elsewhere, and for a while so do others that can. silent: the reason to give it up."""
+        leg.abandon()
+        # A call by an older plan says nothing of its shard, which may be another process by now.
+        if self.routing.plan().epoch <= leg.batch.epoch:
+            self.routing.failed(leg.shard_id, heard_at=leg.heard_at, silent=silent)
