@@ -146,33 +146,38 @@ class LLM:
         requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, every, strict=True)]
         open_answers = {request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests}
         answers = list(open_answers.values())
-        failures: list[ClusterError] = []
         try:
             for request in requests:
                 self.engine.submit(request)
-            while open_answers:
-                for update in self.engine.step():
-                    answer = open_answers.get(update.request_id)
-                    if answer is None:
-                        continue
-                    try:
-                        ended = answer.add(update)
-                    except Exception as error:  # noqa: BLE001 it is this answer's alone
-                        failures.append(
-                            error if isinstance(error, ClusterError) else failure_of(update.request_id, error)
-                        )
-                        ended = True
-                    if ended:
-                        del open_answers[update.request_id]
-                        if update.finish_reason is None:  # a stop string, of which the engine knows nothing
-                            self.engine.cancel(update.request_id)
+            failures = self._complete(open_answers)
         finally:
             for request_id in open_answers:
                 self.engine.cancel(request_id)
+        outputs = [answer.finished for answer in answers]
         if failures:
-            failures[0].outputs = [answer.finished for answer in answers]
+            failures[0].outputs = outputs
             raise failures[0]
-        return [answer.output() for answer in answers]
+        return [output for output in outputs if output is not None]
+
+    def _complete(self, open_answers: dict[str, "_OpenAnswer"]) -> list[ClusterError]:
+        """Makes steps until every answer has ended, and takes each out then. Returns errors in the order they came."""
+        failures: list[ClusterError] = []
+        while open_answers:
+            for update in self.engine.step():
+                answer = open_answers.get(update.request_id)
+                if answer is None:
+                    continue
+                try:
+                    answer.add(update)
+                    ended = answer.finished is not None
+                except Exception as error:  # noqa: BLE001 it is this answer's alone
+                    failures.append(error if isinstance(error, ClusterError) else failure_of(update.request_id, error))
+                    ended = True
+                if ended:
+                    del open_answers[update.request_id]
+                    if update.finish_reason is None:  # a stop string, of which the engine knows nothing
+                        self.engine.cancel(update.request_id)
+        return failures
 
     def logits(self, token_ids: Iterable[int]) -> Tensor:
         """The logits at every position of a prompt: [T, vocab] float32. Computed in chunks, as a prompt would be.
@@ -188,7 +193,7 @@ class LLM:
         return self.engine.score(request)
 
     def close(self) -> None:
-        """Takes the shards down; what is asked afterwards raises Closed. Safe to call again."""
+        """Takes the shards down; later calls raise Closed. Safe to call again."""
         self._closed = True
         if self._ray_experts is not None:
             self._ray_experts.close()
@@ -242,7 +247,7 @@ def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: objec
 
 @dataclass(slots=True)
 class _OpenAnswer:
-    """What has come of one answer so far."""
+    """One answer's pieces. finished: the whole of it, once its last piece has come."""
 
     request: EngineRequest
     answer: Answer
@@ -251,14 +256,14 @@ class _OpenAnswer:
     logprobs: list[Logprobs] = field(default_factory=list)
     finished: CompletionOutput | None = None
 
-    def add(self, update: SequenceUpdate) -> bool:
-        """Takes an update in; true when the answer is complete. Raises the update's error."""
+    def add(self, update: SequenceUpdate) -> None:
+        """Takes an update in. Raises the update's error."""
         delta = self.answer.add(update)
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         if delta.finish_reason is None:
-            return False
+            return
         self.finished = CompletionOutput(
             request_id=self.request.request_id,
             prompt_token_ids=self.request.prompt_token_ids,
@@ -267,8 +272,3 @@ class _OpenAnswer:
             finish_reason=delta.finish_reason,
             logprobs=tuple(self.logprobs),
         )
-        return True
-
-    def output(self) -> CompletionOutput:
-        assert self.finished is not None
-        return self.finished

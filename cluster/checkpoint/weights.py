@@ -1,4 +1,4 @@
-"""Finds the safetensors files of a directory, and what their headers say. Knows no model."""
+"""Finds the safetensors files of a directory and reads their headers. Knows no model."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _FOREIGN = ("pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "tf_model*.h5", "fl
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as its file's header has it. dtype: safetensors' own name of it."""
+    """One tensor as its file's header has it. dtype: in safetensors' words."""
 
     path: Path
     dtype: str
@@ -29,8 +29,8 @@ class StoredTensor:
 
 
 def locate_tensors(model_dir: Path) -> dict[str, Path]:
-    """Which file holds which tensor. A single file goes before an index, as in transformers; files without an index
-    are all read, as in vLLM. Raises CheckpointError."""
+    """Finds each tensor's file. A single file goes before an index, as in transformers; files without an index are all
+    read, as in vLLM. Raises CheckpointError."""
     if is_there(model_dir / SINGLE_FILE):
         return dict.fromkeys(read_header(model_dir / SINGLE_FILE), model_dir / SINGLE_FILE)
     if is_there(model_dir / INDEX_FILE):
@@ -42,7 +42,7 @@ def locate_tensors(model_dir: Path) -> dict[str, Path]:
             "and save that"
         )
     if not paths:
-        raise CheckpointError(f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}: {_what_else(model_dir)}")
+        raise CheckpointError(f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}: {_advice(model_dir)}")
     _check_parts(model_dir, paths)
     files: dict[str, Path] = {}
     for path in paths:
@@ -57,7 +57,7 @@ def locate_tensors(model_dir: Path) -> dict[str, Path]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What one file holds; reads no tensor. Raises CheckpointError."""
+    """Lists the tensors of one file; reads none. Raises CheckpointError."""
     with open_weights(path) as file:
         try:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
@@ -102,7 +102,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_parts(model_dir: Path, paths: list[Path]) -> None:
-    """Raises CheckpointError where files are numbered, and one is not there."""
+    """Raises CheckpointError where files are numbered and one is missing."""
     for path in paths:
         part = _PART.fullmatch(path.name)
         if part is None:
@@ -113,7 +113,7 @@ def _check_parts(model_dir: Path, paths: list[Path]) -> None:
             raise CheckpointError(f"{model_dir}: {some(absent, 'is', 'are')} missing: download the missing files")
 
 
-def _what_else(model_dir: Path) -> str:
+def _advice(model_dir: Path) -> str:
     found = sorted(path.name for pattern in _FOREIGN for path in model_dir.glob(pattern))
     if not found:
         return "only safetensors weights are read"

@@ -35,7 +35,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Makes room for the first `num_tokens` tokens of a sequence; false, and nothing changed, if there is none."""
+        """Gives a sequence blocks for its first `num_tokens` tokens; without room changes nothing and returns False."""
         missing = self.blocks_for(num_tokens) - len(sequence.block_table)
         if missing > self.num_free:
             return False
@@ -68,8 +68,7 @@ class BlockManager:
     def remember(self, sequence: Sequence) -> None:
         """Makes a sequence's full, computed blocks findable: one digest a block. Call it after each step.
 
-        Those of a sequence that wants hidden states stay its own: not even NaN ends it, and blocks with NaN are shared
-        with nobody.
+        A sequence that wants hidden states shares none: NaN does not end it, and no other may read blocks with NaN.
         """
         if not self.prefix_caching or sequence.wants_hidden_states:
             return
@@ -82,7 +81,7 @@ class BlockManager:
                 self._digest_of[block_id] = digest
 
     def disown(self, sequence: Sequence) -> None:
-        """Makes the blocks that a sequence has computed itself unfindable; those that it found stay."""
+        """Makes the blocks that a sequence has computed unfindable; those that it found stay findable."""
         for block_id in sequence.block_table[sequence.num_reused_blocks :]:
             if (digest := self._digest_of.pop(block_id, None)) is not None:
                 del self._block_of[digest]

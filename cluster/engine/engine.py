@@ -165,9 +165,9 @@ class Engine:
             del self._cancelled_early[next(iter(self._cancelled_early))]
 
     def step(self) -> list[SequenceUpdate]:
-        """Makes one step and returns what it brought, ends of cancelled and expired sequences included. Blocks.
+        """Makes one step and returns its updates, ends of cancelled and expired sequences included. Blocks.
 
-        A sequence that meets an exception of its own ends with it. Raises what ends them all.
+        An exception at one sequence ends that one. Raises the exceptions that end them all.
         """
         self._expire()
         self.holding.release()
@@ -178,11 +178,11 @@ class Engine:
         updates = self._run(batch) if batch.scheduled else []
         updates += self._finished
         self._finished = []
-        held = len(self.holding)
-        if held and not batch.scheduled and not updates:
+        num_held = len(self.holding)
+        if num_held and not batch.scheduled and not updates:
             self.holding.wait()
         num_running, num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        self.metrics.state(num_running, held, num_waiting, self.blocks.num_used, self.blocks.num_blocks)
+        self.metrics.state(num_running, num_held, num_waiting, self.blocks.num_used, self.blocks.num_blocks)
         return updates
 
     def _make_room(self, client: str) -> None:
@@ -237,9 +237,9 @@ class Engine:
         return updates
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """Ends a sequence that met an exception of its own."""
+        """Ends a sequence with the exception that it met."""
         if isinstance(error, NoFiniteNumbers):
-            self.blocks.disown(sequence)  # what went wrong may have begun before it showed
+            self.blocks.disown(sequence)  # the fault may have begun before it showed
         self._end(sequence, "error", failure_of(sequence.request.called, error))
 
     def _hold(self, result: StepResult, batch: Batch) -> None:
@@ -269,7 +269,7 @@ class Engine:
         return [update]
 
     def _take_rows(self, sequence: Sequence, rows: Tensor) -> None:
-        """Keeps the hidden states of a sequence that wants them; it ends when all are there. rows: [T, H]."""
+        """Keeps the hidden states of a sequence that wants them; it ends with its last row. rows: [T, H]."""
         kept = self._rows[sequence]
         if sequence.num_computed_tokens == len(rows):
             kept.clear()  # it begins, perhaps again: it may have lost its blocks

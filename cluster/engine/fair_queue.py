@@ -1,4 +1,4 @@
-"""Sequences that wait for their turn: clients in rotation, each one's own in the order of their arrival.
+"""Sequences that wait for their turn: clients in rotation, the sequences of each in the order of their arrival.
 
 A client that sends a thousand requests delays another's first one by one request, not by a thousand.
 """
@@ -23,24 +23,24 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self._returned
-        for own in self._clients.values():
-            yield from own
+        for sequences in self._clients.values():
+            yield from sequences
 
     def append(self, sequence: Sequence) -> None:
         self._clients.setdefault(sequence.request.client, deque()).append(sequence)
         self._length += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """It had its turn and needs another one: it is next."""
+        """Takes back a sequence that had its turn and needs another one: it is next."""
         self._returned.appendleft(sequence)
         self._length += 1
 
     def peek(self) -> Sequence:
-        """What `pop` would take."""
+        """Returns the sequence that `pop` would take."""
         return self._returned[0] if self._returned else next(iter(self._clients.values()))[0]
 
     def first(self, limit: int) -> list[Sequence]:
-        """What `limit` times `pop` would take, in that order."""
+        """Returns the sequences that `pop` would take if it were called `limit` times, in that order."""
         rounds = zip_longest(*self._clients.values())
         in_turn = (sequence for turn in rounds for sequence in turn if sequence is not None)
         return list(islice(chain(self._returned, in_turn), max(0, limit)))
@@ -51,7 +51,7 @@ class FairQueue:
         return sequence
 
     def take(self, sequence: Sequence) -> None:
-        """Takes one out that begins. Its client's turn is over, if it was its client's first."""
+        """Takes out a sequence that begins. If it was its client's first, that client's turn is over."""
         client = sequence.request.client
         had_turn = sequence not in self._returned and self._clients[client][0] is sequence
         self.remove(sequence)
@@ -64,15 +64,18 @@ class FairQueue:
             self._returned.remove(sequence)
         else:
             client = sequence.request.client
-            own = self._clients.get(client, deque())
-            own.remove(sequence)
-            if not own:
+            sequences = self._clients.get(client, deque())
+            sequences.remove(sequence)
+            if not sequences:
                 del self._clients[client]
         self._length -= 1
 
     def to_make_room(self, client: str) -> Sequence | None:
-        """Whom a request of `client` may take the place of: the latest of the client with the most that wait here, if
-        that is at least two more than `client` itself has. What was let in by another replica keeps its place."""
+        """Returns the waiting sequence whose place a request of `client` may take, or None.
+
+        It is the latest of the client with the most sequences here, if these are at least two more than `client` has.
+        A sequence that another replica let in keeps its place.
+        """
         largest = max(self._clients.values(), key=len, default=deque())
         if len(largest) < len(self._clients.get(client, ())) + 2:
             return None

@@ -40,9 +40,8 @@ class Holding:
 
     def release(self) -> None:
         """Lets held sequences go on when the plan has changed, or to see whether it works again."""
-        held = [sequence for sequence in self._running if sequence.held]
-        if held and (self._clock() >= self._release_at or self._runner.has_news(self._beyond_epoch)):
-            for sequence in held:
+        if len(self) and (self._clock() >= self._release_at or self._runner.has_news(self._beyond_epoch)):
+            for sequence in self._running:
                 sequence.held = False
 
     def wait(self) -> None:

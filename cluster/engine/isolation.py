@@ -17,18 +17,18 @@ MAX_REASON_CHARS = 400
 
 T = TypeVar("T")
 
-OnStep = Callable[[Sequence[str]], None]  # told the requests of each step before it is computed
+OnStep = Callable[[Sequence[str]], None]  # called with the ids of a step's requests before it is computed
 
 
 def run_isolated(runner: Runner, batch: Batch, on_step: OnStep) -> StepResult:
     """Blocks. A step that raises is run again in halves, down to the sequences that raise alone: those have failed.
 
-    What is not there for the moment (Unavailable) is so for all. Raises what the device ends with: then all are lost.
+    An Unavailable is every sequence's: a part of the cluster is missing. Raises the device's fault, which ends all.
     """
     on_step([s.sequence.request_id for s in batch.scheduled])
     try:
         return runner.run(batch)
-    except Exception as error:  # noqa: BLE001 whose it is shows when the others run without it
+    except Exception as error:  # noqa: BLE001 the halves show which sequence it belongs to
         runner.check_device()
         size = len(batch.scheduled)
         if size == 1 or isinstance(error, Unavailable):
@@ -52,7 +52,7 @@ def _moved(by_number: Mapping[int, T], offset: int) -> dict[int, T]:
 
 def prove(runner: Runner, blocks: BlockManager, on_step: OnStep) -> None:
     """After a step in which every sequence failed: computes a token that nobody asked for. Raises if that fails too,
-    for then it is the engine that is broken, and its requests are better off at another one."""
+    because then the engine is broken, and another one serves its requests better."""
     params = SamplingParams(temperature=0, max_tokens=1)
     request = EngineRequest(request_id="proof", prompt_token_ids=(0,), params=params)
     sequence = EngineSequence(request=request, params=params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None)
@@ -78,7 +78,7 @@ def failure_of(name: str, error: Exception) -> ClusterError:
             "the checkpoint's weights, or serve with dtype bfloat16 or float32 if it is float16 that overflows"
         )
     log.error("request %s ends: %s", name, error, exc_info=error)
-    reason = " ".join(str(error).split())[:MAX_REASON_CHARS]  # torch's words have many lines
+    reason = " ".join(str(error).split())[:MAX_REASON_CHARS]  # torch's messages have many lines
     return RequestFailed(
         f"request {name} met an exception of its own, the others go on: {type(error).__name__}: {reason}"
     )

@@ -38,7 +38,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is CUDA where this process sees one. Raises SetupError for a CUDA that is not there."""
+    """ "auto" is CUDA where this process sees one. Raises SetupError for a CUDA device that is missing."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SetupError("device is 'cuda', but torch sees no CUDA device in this process: use device 'cpu' or 'auto'")
     if device == "auto":
@@ -60,9 +60,10 @@ def load_engine(
 ) -> Engine:
     """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError.
 
-    remote_experts: they are in other processes, so that splitting a step may hide the way there.
-    on_step: told the requests of each step before it is computed.
-    wait_for_experts: called when the dense weights are loaded. By default the cache is sized by what is free then.
+    remote_experts: they are in other processes, so that splitting a step may hide the time of the crossing.
+    on_step: as of `Engine`.
+    wait_for_experts: called when the dense weights are loaded. By default the cache is sized by the memory that is free
+    then.
     num_sharers: engines that share this free memory, this one included.
     """
     reader = CheckpointReader(model_dir)

@@ -1,4 +1,4 @@
-"""Runs an engine in a thread of its own: commands go in, one message a step comes out. Knows no Ray."""
+"""Runs an engine in a separate thread: commands go in, one message a step comes out. Knows no Ray."""
 
 import logging
 import queue
@@ -45,7 +45,7 @@ class EngineLoop:
 
         received: the number of the last message that the caller has, 0 for none. A message that got lost on its way
         is given again: no token is lost with a call. When the time is over without news the list is empty.
-        Raises what ended the engine's thread, if something did.
+        Raises the exception that ended the engine's thread, if one did.
         """
         with self._news:
             if received == self._number:
@@ -82,7 +82,7 @@ class EngineLoop:
             self._news.notify_all()
 
     def _take_commands(self, *, block: bool) -> bool:
-        """Carries out what has arrived; false when the loop shall end."""
+        """Carries out the commands that have arrived; returns False when the loop shall end."""
         try:
             command = self._inbox.get(block=block)
             while True:
@@ -99,7 +99,7 @@ class EngineLoop:
             return
         try:
             self._engine.submit(command)
-        except Exception as error:  # noqa: BLE001 what one request brings along must not end the others
+        except Exception as error:  # noqa: BLE001 one request's fault must not end the others
             failure = error if isinstance(error, ClusterError) else failure_of(command.called, error)
             refusal = SequenceUpdate(request_id=command.request_id, finish_reason="error", error=failure)
             with self._news:

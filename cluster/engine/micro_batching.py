@@ -1,7 +1,7 @@
 """Decides, from measured times, whether a step is split so that one part computes while the other is at its experts.
 
-Splitting hides the crossing and costs weights that are read twice. Which of them weighs more depends on the machine,
-the carrier and the step's size, so both are tried now and then for each size, and the faster one is kept.
+Splitting hides the crossing, but reads weights twice. The machine, the carrier and the step's size decide if it pays,
+so both ways are tried now and then for each size, and the faster one is kept.
 """
 
 import statistics
@@ -24,7 +24,7 @@ class MicroBatching:
         self._steps: dict[int, int] = {}
 
     def choose(self, num_tokens: int, num_sequences: int) -> int:
-        """Into how many parts a step is split: 1 or 2."""
+        """Returns the number of parts that a step is split into: 1 or 2."""
         if not self._has_choice(num_tokens, num_sequences):
             return 1
         size = num_tokens.bit_length()
@@ -37,7 +37,7 @@ class MicroBatching:
         return slower if step % RETRY_STEPS == 0 else faster
 
     def record(self, num_tokens: int, num_sequences: int, parts: int, seconds: float) -> None:
-        """What a step took."""
+        """Takes in the time of a step."""
         if self._has_choice(num_tokens, num_sequences):
             times = self._times.setdefault((num_tokens.bit_length(), parts), deque(maxlen=TRIES))
             times.append(seconds / num_tokens)

@@ -1,4 +1,4 @@
-"""What can be known of a checkpoint before a process starts for it: JSON, the tokenizer, headers. Reads no tensor."""
+"""Checks of a checkpoint before a process starts for it: JSON, the tokenizer, headers. Reads no tensor."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from cluster.model.kv_cache import check_block_fits
 def check_checkpoint(
     model_dir: str | Path, engine: EngineConfig, num_shards: int, *, tokenizer: bool = True
 ) -> CheckpointReader:
-    """Finds what would fail at a node, or in each of them, minutes later. Returns the reader that it made.
+    """Finds the faults that would end a start minutes later, at one node or at each. Returns the reader that it made.
 
-    tokenizer: whether texts will be asked for. Raises SetupError, CheckpointError.
+    tokenizer: whether requests will bring texts. Raises SetupError, CheckpointError.
     """
     reader = CheckpointReader(model_dir)
     reader.check_tensors()

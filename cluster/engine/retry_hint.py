@@ -1,4 +1,4 @@
-"""When a refused client had best come again: when about half of those before it are through."""
+"""Advises a refused client to come again when about half of those before it have ended."""
 
 MIN_S, MAX_S = 0.1, 60.0
 
@@ -14,5 +14,5 @@ class RetryHint:
         self._last = now
 
     def seconds(self, num_before: int) -> float:
-        """num_before: who came earlier."""
+        """Returns how long to wait. num_before: clients that came earlier."""
         return min(MAX_S, max(MIN_S, num_before / 2 * self._interval_s))

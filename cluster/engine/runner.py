@@ -87,7 +87,7 @@ class ModelRunner:
     def _sample(
         self, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, step: StepExperts
     ) -> tuple[dict[int, Sampled], dict[int, Exception]]:
-        """The next token of each sequence that samples and is not lost, or its own exception. hidden_states: [T, H]."""
+        """The next token of each sequence that samples and is not lost, or its exception. hidden_states: [T, H]."""
         tokens: dict[int, Sampled] = {}
         failed: dict[int, Exception] = {}
         rows: dict[int, SamplingRow] = {}
@@ -178,9 +178,9 @@ class ModelRunner:
 
 
 def non_finite(hidden_states: Tensor, num_tokens: Seq[int]) -> list[int]:
-    """The numbers of the sequences with NaN or infinity in one of their rows. hidden_states: [T, H], so many rows each.
+    """The numbers of the sequences with NaN or infinity in one of their rows. hidden_states: [T, H], num_tokens each.
 
-    A key or value that is NaN makes its own row NaN in every layer after it, so all rows are looked at.
+    A key or value that is NaN makes its row NaN in every layer after it, so all rows are looked at.
     """
     sums = hidden_states.sum(dim=-1, dtype=torch.float32)  # [T]; finite halves add up to a finite float
     if len(num_tokens) < len(sums):

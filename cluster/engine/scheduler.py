@@ -1,8 +1,8 @@
 """Chooses what each step computes. Knows blocks and tokens as numbers; knows no tensors and no clock.
 
-Sequences that only need their next token come first. Prompts share what these leave of the budget, in chunks: short
-ones first, but at least half is for the one whose turn it is. Turns go by arrival, of those that wait by rotation.
-A suspect, at which an engine died, has a step of its own: if it ends this engine too, no other one is suspected.
+Sequences that only need their next token come first. Prompts share the rest of the budget, in chunks: short ones
+first, but at least half is for the one whose turn it is. Turns go by arrival, among waiting clients by rotation.
+A suspect, at which an engine died, is computed alone: if it ends this engine too, no other one is suspected.
 """
 
 from dataclasses import dataclass, field, replace
@@ -80,7 +80,7 @@ class Scheduler:
         self.blocks.free(sequence)
 
     def schedule(self) -> Batch:
-        """Plans one step and allocates its blocks. When blocks run out, the latest arrival gives its own up and is
+        """Plans one step and allocates its blocks. When blocks run out, the latest arrival gives its blocks up and is
         computed again later (preemption by recompute); a sequence that fits the cache alone always gets on.
 
         Suspects get every other step at most, in turn.
@@ -100,7 +100,7 @@ class Scheduler:
         return replace(batch, num_preempted=num_preempted)
 
     def _suspects(self) -> list[Sequence]:
-        """Those that run or may begin, from the one that comes after the last one."""
+        """The suspects that run or may begin, from the one that comes after the last one."""
         suspects = [sequence for sequence in self.running if sequence.is_suspect and not sequence.held]
         if len(self.waiting) and len(self.running) < self.max_num_seqs and self.waiting.peek().is_suspect:
             suspects.append(self.waiting.peek())
@@ -108,7 +108,7 @@ class Scheduler:
         return suspects[after:] + suspects[:after]
 
     def _schedule(self, suspect: Sequence | None) -> Batch:
-        """A step of the suspect alone, or with None one of all that are none."""
+        """Plans a step of the suspect alone; with None, one of all sequences that are no suspects."""
         step = _Step(self.max_num_batched_tokens)
         prompts: list[Sequence] = []
         for sequence in [s for s in self.running if not s.held and _takes_part(s, suspect)]:
@@ -122,10 +122,10 @@ class Scheduler:
         return step.batch()
 
     def _share(self, step: "_Step", prompts: list[Sequence], suspect: Sequence | None) -> None:
-        """Shares what the decode rows leave among prompts that run and those that may begin: the shortest rest first.
+        """Shares the budget that decode rows leave among prompts that run or may begin: the shortest rest first.
 
-        Whose turn it is keeps at least half for itself, so N tokens take no more than 2 N / (what decode rows leave)
-        steps, however many shorter ones come.
+        The prompt whose turn it is keeps at least half of it, so N tokens take 2 N / (that budget) steps at most,
+        however many shorter ones come.
         """
         waiting = self._may_begin(suspect) if not step.num_preempted else []
         prompts = [sequence for sequence in prompts if sequence in self.running]
@@ -141,7 +141,7 @@ class Scheduler:
                 self._go_on(step, sequence, step.budget - reserved)
             elif self._leaves_room(sequence, waiting):
                 self._begin(step, sequence, step.budget - reserved)
-        # What was kept for one that found no room, and what a found beginning saved.
+        # The share of one that found no room, and the tokens that a found beginning saved.
         for sequence in prompts:
             self._go_on(step, sequence, step.budget)
         for sequence in waiting:
@@ -149,7 +149,7 @@ class Scheduler:
                 break
 
     def _may_begin(self, suspect: Sequence | None) -> list[Sequence]:
-        """Waiting sequences that there are places for, in their order; the first one's turn has come."""
+        """Waiting sequences that have places, in their order; the first one's turn has come."""
         places = self.max_num_seqs - len(self.running)
         waiting = list(takewhile(lambda s: _takes_part(s, suspect), self.waiting.first(places)))
         for sequence in waiting[:1]:
@@ -161,8 +161,8 @@ class Scheduler:
             sequence.turn = next(self._turns)
 
     def _leaves_room(self, sequence: Sequence, waiting: list[Sequence]) -> bool:
-        """Whether it may begin before the one whose turn it is: only if the cache has room for that one's prompt, for
-        those that run and for its own. Else short ones could keep a long one out of the cache for ever."""
+        """Whether it may begin before the one whose turn it is: only if the cache has room for both prompts and for all
+        that run. Else short ones could keep a long one out of the cache for ever."""
         first = waiting[0]
         if sequence is first or first in self.running:
             return True
@@ -230,5 +230,5 @@ class Scheduler:
 
 
 def _takes_part(sequence: Sequence, suspect: Sequence | None) -> bool:
-    """Whether it may stand in a step of that suspect, or with None in one of all that are none."""
+    """Whether it may stand in a step of that suspect; with None, in one of all that are no suspects."""
     return sequence is suspect if suspect is not None else not sequence.is_suspect

@@ -15,14 +15,15 @@ class Sequence:
 
     token_ids: prompt and output.  num_computed_tokens: tokens whose keys and values are in the cache.
     block_table: ids of its cache blocks in order.  block_digests: of its first blocks, those full and computed.
-    turn: the scheduler's number for when its turn to have its prompt computed came; the lowest is served first.
+    turn: a number that the scheduler gives it when its turn to have its prompt computed comes; the lowest goes first.
     num_reused_blocks: of its first blocks, those that another sequence has computed.
     deadline, arrived_at, lost_since: on the engine's clock, in seconds.
     lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
-    held: it has blocks and takes part in no step, until there is news of that expert.
+    held: it keeps its blocks and takes part in no step until there is news of that expert.
     stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
     wants_hidden_states: it ends when its prompt is computed, with the hidden states of every row and no new token.
-    block_salt: what its keys and values depend on beside its tokens; sequences of different salts share no block.
+    block_salt: names anything but its tokens that its keys and values depend on (an adapter); sequences of different
+    salts share no block.
     """
 
     request: EngineRequest

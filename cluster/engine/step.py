@@ -55,7 +55,7 @@ class StepResult:
     hidden_states: [T, H] of the sequences that want them and are not lost.
     lost: the error of each sequence that needs an expert without a living copy. Nothing that the step computed for it
     counts.  epoch: of the plan that had no copy.
-    failed: the exception of each sequence that met one of its own; NoFiniteNumbers where the model's numbers for it are
+    failed: the exception of each sequence that met one; NoFiniteNumbers where the model's numbers for it are
     NaN or infinite, in any of its rows: its keys and values are then not to be used again.
     """
 
@@ -87,7 +87,7 @@ class Runner(Protocol):
         """Whether there is a plan of a higher epoch."""
 
     def wait_for_news(self, epoch: int, timeout_s: float) -> None:
-        """Blocks until there is one, for so long at most."""
+        """Blocks until there is one, timeout_s at most."""
 
     def check_device(self) -> None:
         """Raises when the device answers every call with the fault of an earlier one: only a new process can go on."""

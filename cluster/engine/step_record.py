@@ -1,4 +1,4 @@
-"""Whom an engine computes right now, where another process of its host can read it when the engine has died.
+"""The requests that an engine computes right now, for another process of its host to read when the engine has died.
 
 A file in memory that the reader makes and the engine opens through /proc: nothing of it stays behind.
 """
@@ -22,20 +22,20 @@ class StepRecord:
 
     @property
     def path(self) -> str:
-        """Where another process opens it, for as long as this one lives."""
+        """Its path for another process, which can open it as long as this one lives."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def write(self, request_ids: Sequence[str]) -> None:
-        """A step with these begins. Ids that find no place are counted only."""
+        """Notes that a step with these begins. Ids without room are counted only."""
         ids, room = "\n".join(request_ids).encode(), len(self._memory) - _HEADER.size
         if len(ids) > room:
             ids = ids[:room].rpartition(b"\n")[0]
-        self._memory[: _HEADER.size] = _HEADER.pack(0, 0)  # whoever reads a half-written one knows nothing
+        self._memory[: _HEADER.size] = _HEADER.pack(0, 0)  # a half-written record says nothing
         self._memory[_HEADER.size : _HEADER.size + len(ids)] = ids
         self._memory[: _HEADER.size] = _HEADER.pack(len(request_ids), len(ids))
 
     def num_beside(self, request_id: str) -> int | None:
-        """How many sequences the last step has or had, that one among them; 0 without it, None if nobody knows."""
+        """Returns the number of sequences of the last step if this one is among them; 0 if not, None if unknown."""
         num_sequences: int
         num_sequences, num_bytes = _HEADER.unpack(self._memory[: _HEADER.size])
         ids = self._memory[_HEADER.size : _HEADER.size + num_bytes].decode(errors="replace").split("\n")

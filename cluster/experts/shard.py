@@ -1,6 +1,6 @@
 """One shard's experts: loads its slice, multiplies rows with it. Stateless between calls; knows no network, no plan.
 
-T: rows, H: hidden size, I: expert intermediate size, K: experts a token, E: routed experts of a layer, L: held here.
+T: rows, H: hidden size, I: expert intermediate size, K: experts a token, E: routed experts of a layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,12 +49,12 @@ class ExpertShard:
         experts: Mapping[int, Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Holds `experts` (layer id -> expert ids) from now on: reads what is not here, then lets go of the rest.
+        """Changes the slice to `experts` (layer id -> expert ids): reads those that are missing, then drops the others.
 
         Blocks until read; layers change one after another, `forward` goes on beside it. Opens only the tensors that
-        are read. Peak memory is the slice, and where weights are packed one of them more, gate and up together; on a
-        GPU a layer that changes is there twice meanwhile. Raises CheckpointError for a missing or misshapen tensor, a
-        damaged file; layers that were through before stay changed.
+        are read. Peak memory is the slice, and where weights are packed one of them more, gate and up together; a GPU
+        has a layer that changes twice meanwhile. Raises CheckpointError for a missing or misshapen tensor, a damaged
+        file; the layers before it stay changed.
         """
         loader = WeightLoader(lambda targets: reader.load(targets, progress), self.device)
         for layer_id, expert_ids in experts.items():

@@ -1,6 +1,6 @@
 """Products of a batch with a layer's routed experts. Knows neither layers nor which shard it runs on.
 
-T: tokens, H: hidden size, I: expert intermediate size, K: experts a token, L: experts held here, N: (token, expert)
+T: tokens, H: hidden size, I: expert intermediate size, K: experts a token, L: experts of this set, N: (token, expert)
 pairs that are computed here. An id below zero marks a pair that is computed elsewhere.
 """
 
@@ -33,7 +33,7 @@ class ExpertWeights(Protocol):
 
 
 class SeparateExperts:
-    """The CPU's, whose weights are tensors of their own: `rearranged` shares them."""
+    """For the CPU. Each weight is a tensor by itself, which `rearranged` shares."""
 
     def __init__(
         self, make_gate_up: Callable[[], Weight], make_down: Callable[[], Weight],
@@ -52,7 +52,7 @@ class SeparateExperts:
 
 
 class StackedExperts:
-    """The GPU's, which stand side by side in memory: `rearranged` copies them.
+    """For the GPU. The weights stand side by side in memory, and `rearranged` copies them.
 
     gate_up_proj: [L, 2I, H].  down_proj: [L, H, I].
     """

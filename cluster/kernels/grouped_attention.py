@@ -146,8 +146,8 @@ def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale:
 
 
 def _repair(out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float) -> None:
-    """Computes again, in place, what is not finite in out: a sequence's own NaN or infinity reaches no token before
-    it, whose keys and values other sequences may share.
+    """Computes the numbers of out that are not finite again, in place: a token's NaN or infinity reaches no token
+    before it, whose keys and values other sequences may share.
 
     out, q: [B, Q, t, D]; k, v: [B, KV, C, D]; visible: [B, 1, t, C].
     """

@@ -1,8 +1,8 @@
 """Weight matrices in the forms in which products read them, and how they are filled. Knows neither layers nor files.
 
-Who multiplies with a weight does not ask for its form. On the CPU a bfloat16 weight is packed once, in the order in
-which it is read: at 24 GB/s for 1 row and 10 GB/s for 32, a plain one at 15 and 7.6 (2816 x 2048, 40 of them in turn,
-2 threads of a Zen 4; BENCHMARKS.md). float32 stays plain: it is the dtype in which answers are compared.
+A caller multiplies with a weight and does not ask for its form. On the CPU a bfloat16 weight is packed once, in the
+order in which it is read: at 24 GB/s for 1 row and 10 GB/s for 32, a plain one at 15 and 7.6 (2816 x 2048, 40 of them
+in turn, 2 threads of a Zen 4; BENCHMARKS.md). float32 stays plain: it is the dtype in which answers are compared.
 M: rows, N: outputs, K: inputs.
 """
 
@@ -30,12 +30,12 @@ class Weight(Protocol):
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the memory that it is read into before it takes its form; 0 where that is its own."""
+        """Bytes of memory that it is read into before it takes its form; 0 where it is read straight into its place."""
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
         """Returns the destination of each tensor that it needs of the checkpoint, by name.
 
-        staging: [staging_bytes or more] uint8, its own until `settle`.
+        staging: [staging_bytes or more] uint8, used by no other weight until `settle`.
         """
 
     def settle(self) -> None:
@@ -72,7 +72,7 @@ class PlainWeight:
 
 
 class PackedWeight:
-    """bfloat16 in oneDNN's own layout, as large as it would be plain."""
+    """bfloat16 in oneDNN's layout, as large as a plain one."""
 
     # Fewer rows take longer: 0.65, 0.75 and 0.50 ms for 1, 2 and 3, 0.48 for 4 (2816 x 2048, 1 thread of a Zen 4).
     min_rows = 4
@@ -113,8 +113,8 @@ def weight_maker(dtype: torch.dtype, device: torch.device) -> MakeWeight:
 class WeightLoader:
     """Fills weights from a checkpoint.
 
-    Those that are read straight into their own memory are read together, in the order of the files. Those that need
-    staging memory are read one by one into the same: freed between two of them it would stay a hole in the heap.
+    Weights without staging memory are read together, in the order of the files. Those with it are read one by one into
+    the same memory: freed between two of them, it would stay a hole in the heap.
     read: copies the checkpoint's tensors to their destinations, by name.
     """
 

@@ -304,7 +304,7 @@ def test_the_recovery_time_begins_anew_with_each_loss():
 
 
 def test_a_lost_sequences_blocks_are_found_by_nobody():
-    """What a step wrote for it lacks an expert: b begins alike, and computes its prompt itself."""
+    """Its keys and values lack an expert: b begins alike, and computes its prompt itself."""
     engine = make_engine()
     engine.submit(request("a", range(1, 11), max_tokens=1))
     engine.runner.lost = {"a"}

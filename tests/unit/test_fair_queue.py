@@ -1,4 +1,4 @@
-"""Who is next among those that wait, and who makes room."""
+"""The order in which waiting sequences are served, and which one makes room."""
 
 from dataclasses import replace
 

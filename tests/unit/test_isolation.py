@@ -25,7 +25,7 @@ NUM_TOKENS = 6
 
 
 class Bug(Exception):
-    """What nobody expected."""
+    """An exception that nobody expected."""
 
 
 @pytest.fixture(scope="module")

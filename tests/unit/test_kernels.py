@@ -132,7 +132,7 @@ def test_paged_attention_is_attention_written_out(device, seed, lengths, groups,
 def varlen_on_the_cpu(
     q, k, v, cu_queries, cu_keys, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k=None, block_table=None
 ):
-    """What torch documents of varlen_attn, one sequence at a time; causal, aligned to the end of the keys."""
+    """varlen_attn as torch documents it, one sequence at a time; causal, aligned to the end of the keys."""
     assert window_size[1] == 0
     out = torch.empty_like(q)
     for i, (start, stop) in enumerate(zip(cu_queries.tolist(), cu_queries.tolist()[1:], strict=False)):

@@ -89,8 +89,8 @@ def test_attention_gets_nothing_from_slots_that_are_not_its_own(seed, lengths, d
     data=st.data(),
 )
 def test_attention_gets_nothing_from_its_own_later_tokens(seed, lengths, window, dtype, wild, data):
-    """One new token has wild keys and values. What does not see it is as without it; what sees it is not as without
-    it, for that would hide it."""
+    """One new token has wild keys and values. Tokens that do not see it are as without it; those that see it are not,
+    for that would hide it."""
     cache, q, k, v, batch = paged(lengths, torch.Generator().manual_seed(seed), dtype)
     place = data.draw(st.integers(0, len(q) - 1))
     wild_k, wild_v = k.clone(), v.clone()
