@@ -83,7 +83,7 @@ class ClusterStatus:
     replicas: the engines that have asked for the plan lately.  uncovered_s: for how long some expert has had no copy
     that is up, 0 if none.  target_shards: as many as were asked for.  work: the change under way, "" for none.
     load: [sparse layers][experts] tokens/s, lately.  imbalance: the slowest shard's share of the load against the mean.
-    process: the controller's.
+    process: the controller's.  lease_by_renewal: its `renew_lease` keeps the shards; older ones' `status` does.
     """
 
     epoch: int
@@ -102,6 +102,7 @@ class ClusterStatus:
     faults: tuple[Fault, ...] = ()
     config: ClusterConfig | None = None
     process: ProcessInfo | None = None
+    lease_by_renewal: bool = False
 
     def serves(self, patience_s: float) -> bool:
         """Whether requests are answered: no expert has been without a copy for longer than they wait for one."""

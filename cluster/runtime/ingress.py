@@ -193,6 +193,8 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         while True:
             try:
                 status = await self._controller.status.remote()
+                if status.lease_by_renewal:
+                    self._controller.renew_lease.remote()
                 covered = status.serves(self._config.recovery_timeout_s)
                 self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
                 if status.draining:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import plan_evenly
 from cluster.experts.routing import FixedPlan
 from cluster.metrics import DispatchMetrics, new_registry
+from cluster.runtime.control.launcher import RayLauncher
 from cluster.runtime.control.shard_process import ShardProcess
+from cluster.runtime.control.spares import SpareProcesses
 from cluster.runtime.process import process_info
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 from cluster.runtime.workers.transports import RayOffers, RayTransport
@@ -38,7 +41,7 @@ def slow_shard_class():
             while time.monotonic() < end:
                 torch.randn(256, 256) @ torch.randn(256, 256)
             while self.work_s < 0:
-                with self._computing:
+                with self._server._computing:
                     time.sleep(3600)
             return super().compute(batch, waited_s)
 
@@ -110,7 +113,10 @@ def test_a_shard_that_hangs_is_given_up_over_ray_calls(ray_cluster, shard, demo_
 def test_who_watches_a_shard_waits_while_it_works_and_kills_it_when_it_hangs(ray_cluster, shard, demo_checkpoint):
     """The watcher asks every two seconds; the work takes two of its timeouts."""
     config = ClusterConfig(model=str(demo_checkpoint), shard_timeout_s=TIMEOUT_S)
-    watched = ShardProcess("test", 0, config)
+    launcher = RayLauncher("test")
+    configured = SimpleNamespace(config=config)
+    spares = SpareProcesses("test", configured, launcher)
+    watched = ShardProcess("test", 0, configured=configured, launcher=launcher, spares=spares)
     watched._actor, watched.status.process = shard, ray_cluster.get(shard.process.remote())
     made, size = dispatcher("ray", shard), hidden_size(demo_checkpoint)
 

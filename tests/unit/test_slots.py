@@ -82,10 +82,10 @@ def test_a_controller_that_comes_new_learns_the_slots_of_engines_that_live(new_c
     async def play():
         controller = new_controller()
         living = Engine()
-        controller._register("old", replace(PROCESS, slot=1), living)
+        controller.engines.register("old", replace(PROCESS, slot=1), living)
         assert [await controller.slot(name, PROCESS, Engine()) for name in "ab"] == [0, 2]
-        controller._register("from an older version", PROCESS, Engine())
-        assert controller.state.replicas["from an older version"].process.slot == 3
+        controller.engines.register("from an older version", PROCESS, Engine())
+        assert controller.engines.find("from an older version").process.slot == 3
 
     asyncio.run(play())
 
@@ -93,7 +93,7 @@ def test_a_controller_that_comes_new_learns_the_slots_of_engines_that_live(new_c
 def test_a_holder_without_an_engine_takes_no_slot(new_controller):
     async def play():
         controller = new_controller()
-        controller._register("offline", PROCESS, None)
+        controller.engines.register("offline", PROCESS, None)
         assert await controller.slot("r", PROCESS, Engine()) == 0
 
     asyncio.run(play())

@@ -1,16 +1,14 @@
 """The expert controller: makes the shards, watches them, replaces the dead, moves experts, publishes plans.
 
 No request passes through it. When it dies, serving goes on; Ray restarts it and it takes up the shards that run, by
-their names, and what its predecessor left with them. Changes of placement come one after another and are made before
-they are broken: load on the new shard, publish the plan, wait for its readers, unload on the old one.
+their names, and what its predecessor left with them.
 """
 
 import asyncio
-import itertools
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,43 +18,73 @@ from cluster.config import ClusterConfig
 from cluster.errors import SetupError
 from cluster.evolving import on_wire, sent
 from cluster.experts import eplb
+from cluster.experts.placement import num_shards_for
 from cluster.metrics import ControllerMetrics, new_registry, report_version
+from cluster.runtime.control.capacity import first_plan
 from cluster.runtime.control.changes import PlacementChanges
 from cluster.runtime.control.collector import NodeCollectors
+from cluster.runtime.control.engines import Engines
+from cluster.runtime.control.expert_facts import ExpertFacts, read_expert_facts
+from cluster.runtime.control.launcher import Launcher, RayLauncher
 from cluster.runtime.control.load_watch import LoadWatch
+from cluster.runtime.control.news import News
+from cluster.runtime.control.recall import recall
 from cluster.runtime.control.shard_process import ShardProcess
-from cluster.runtime.control.spares import NO_SHARD, SpareProcesses
+from cluster.runtime.control.shards import Shards
+from cluster.runtime.control.spares import SpareProcesses
 from cluster.runtime.control.state import ClusterState
 from cluster.runtime.control.supervision import ShardSupervision
-from cluster.runtime.names import NAMESPACE, controller_name, shard_prefix, spare_prefix
+from cluster.runtime.names import NAMESPACE, controller_name
 from cluster.runtime.process import actor_environment, prepare_process, process_info, share_of
-from cluster.runtime.workers.protocol import LEASE_S, LONG_POLL_S, REPLICA_SILENCE_S, ClusterRecord, Membership
-from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus
+from cluster.runtime.workers.protocol import LEASE_S, LONG_POLL_S, Membership
+from cluster.status import ClusterStatus, ProcessInfo
 
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 5.0  # between two looks at the lease and at the cluster's nodes
-RECALL_TIMEOUT_S = 5.0
 REGISTRATION_S = 3.0  # in which the engines that live ask a controller that comes new, and say their slots
 
 
 @on_wire("cluster.runtime.controller")
 class ExpertController:
-    """An asyncio actor, named `<group>:controller`. Every public method may be called at any time."""
+    """An asyncio actor of the group's name. Every public method may be called at any time."""
 
-    def __init__(self, group: str, config: ClusterConfig, *, collect_metrics: bool, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self,
+        group: str,
+        config: ClusterConfig,
+        *,
+        collect_metrics: bool,
+        lease_s: float = LEASE_S,
+        launcher: Launcher | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """launcher: Ray's by default."""
         prepare_process(1)
-        self.collect_metrics = collect_metrics
-        self.lease_s = lease_s
-        self.state = ClusterState(group, config, ControllerMetrics(report_version(new_registry(), "controller")))
-        self.spares = SpareProcesses(group, config)
-        self.supervision = ShardSupervision(self.state, self.spares)
-        self.changes = PlacementChanges(self.state, self.supervision, self.spares)
-        self.collectors = NodeCollectors(group)
-        self.draining = False
-        self.last_asked = time.monotonic()
+        self._clock = clock
+        self._collect_metrics, self._lease_s = collect_metrics, lease_s
+        self._launcher = launcher or RayLauncher(group)
+        self._metrics = ControllerMetrics(report_version(new_registry(), "controller"))
+        news, self._look = News(), asyncio.Event()
+        self.shards = Shards()
+        self.state = ClusterState(group, config, self.shards, self._metrics, news=news, clock=clock)
+        self.engines = Engines(news, self.state.note, clock=clock)
+        self._spares = SpareProcesses(group, self.state, self._launcher)
+        self._supervision = ShardSupervision(
+            self.state,
+            self.shards,
+            self._metrics,
+            make_shard=self._make_shard,
+            nodes=self._launcher.nodes,
+            on_up=self._look.set,
+            clock=clock,
+        )
+        self._loads: LoadWatch | None = None  # these two once the checkpoint is read
+        self._changes: PlacementChanges | None = None
+        self._collectors = NodeCollectors(group)
+        self._draining = False
+        self._renewed_at = self._clock()
         self._tasks: list[asyncio.Task[None]] = []
-        self._watchers: dict[str, asyncio.Task[None]] = {}
         self._starting: asyncio.Task[None] | None = None
         self._slots_known_at = 0.0
 
@@ -68,126 +96,84 @@ class ExpertController:
         `holder`, an engine, thereby says that it still needs the shards. Raises SetupError when they can never come up.
         """
         await self._start()
+        await self.renew_lease()
         state = self.state
-        replica = self._register(holder, process, engine)
-        async with state.news:
-            replica.epoch = known_epoch
-            state.news.notify_all()
-            if state.published and state.plan is not None and known_epoch > state.plan.epoch:
-                state.publish(state.plan, beyond=known_epoch)  # this controller is younger than the plan of its callers
-            try:
-                async with asyncio.timeout(LONG_POLL_S):
-                    await state.news.wait_for(lambda: state.failure is not None or state.is_news(known_epoch))
-            except TimeoutError:
-                return None
-        if state.failure is not None:
-            raise state.failure
-        assert state.plan is not None
-        return Membership(plan=state.plan, handles=state.handles())
+        self.engines.has_plan(self.engines.register(holder, process, engine), known_epoch)
+        if state.published and known_epoch > state.plan.epoch:
+            state.publish(beyond=known_epoch)  # this controller is younger than the plan of its callers
+        try:
+            async with asyncio.timeout(LONG_POLL_S):
+                await state.until(lambda: state.is_news(known_epoch))
+        except TimeoutError:
+            return None
+        return Membership(plan=state.plan, handles=self.shards.handles())
 
     async def slot(self, holder: str, process: ProcessInfo, engine: Any) -> int:
         """The place of an engine that starts: the lowest that no living one has."""
         await self._start()
-        await asyncio.sleep(self._slots_known_at - time.monotonic())
-        return self._register(holder, process, engine).process.slot
+        await self.renew_lease()
+        await asyncio.sleep(self._slots_known_at - self._clock())
+        return self.engines.register(holder, process, engine).process.slot
 
-    def _register(self, holder: str, process: ProcessInfo, engine: Any | None) -> ReplicaStatus:
-        """Takes note of an engine, or another holder, that asks."""
-        self.last_asked = time.monotonic()
-        replicas = self.state.replicas
-        replica = replicas.get(holder)
-        if replica is None:
-            if engine is not None:
-                taken = {r.process.slot for r in replicas.values()}
-                free = next(slot for slot in itertools.count() if slot not in taken)
-                process = replace(process, slot=free if process.slot in {-1, *taken} else process.slot)
-            replica = replicas[holder] = ReplicaStatus(name=holder, process=process, engine=engine, asked_at=0.0)
-            if engine is not None:
-                self._watchers[holder] = asyncio.create_task(self._watch_engine(replica))
-        replica.asked_at = self.last_asked
-        return replica
-
-    async def _watch_engine(self, replica: ReplicaStatus) -> None:
-        """Forgets an attention replica when its engine dies. Serve replaces it; this is for who asks for the status."""
-        try:
-            await replica.engine.hold.remote()  # type: ignore[union-attr]
-        except ray.exceptions.RayActorError:
-            self.state.note(f"attention replica {replica.name} lost its engine")
-        async with self.state.news:
-            self.state.replicas.pop(replica.name, None)
-            self._watchers.pop(replica.name, None)
-            self.state.news.notify_all()
+    async def renew_lease(self) -> None:
+        """Says that somebody needs the shards: without a call for the lease's time the controller takes them down."""
+        self._renewed_at = self._clock()
 
     async def apply(self, config: ClusterConfig) -> None:
         """Follows a redeployed configuration in what can change while shards run. The same one again changes nothing,
         so that a restarted ingress does not undo a scaling by hand."""
         await self._start()
-        state = self.state
-        if config == state.config:
+        if config == self.state.config:
             return
-        before = state.config
-        self._follow(config)
-        if config.expert_shards != before.expert_shards:
-            state.target = state.shards_of(config)
-        state.remember()
-        if state.failure is None:
-            self._tasks.append(asyncio.create_task(self.changes.guard(self.changes.settle())))
-
-    def _follow(self, config: ClusterConfig) -> None:
-        """What runs already reads it from now on."""
-        self.state.config = self.spares.config = config
-        for shard in self.state.shards.values():
-            shard.config = config
+        self.state.follow(config)
+        if self._changes is not None:
+            self._tasks.append(asyncio.create_task(self._changes.guard(self._changes.settle())))
 
     async def scale(self, num_shards: int) -> str:
         """Adds or removes shards one at a time; returns what was done. Raises SetupError for what cannot be."""
-        await self._start()
-        return await self.changes.scale(num_shards)
+        return await (await self._placement()).scale(num_shards)
 
     async def rebalance(self) -> str:
         """Follows the measured load; returns what was done. Raises SetupError."""
-        await self._start()
-        return await self.changes.rebalance()
+        return await (await self._placement()).rebalance()
 
     async def shuffle(self, num_swaps: int, seed: int) -> str:
         """As `PlacementChanges.shuffle`. Raises ClusterError."""
-        await self._start()
-        return await self.changes.shuffle(num_swaps, seed)
+        return await (await self._placement()).shuffle(num_swaps, seed)
 
     async def roll(self) -> str:
         """As `PlacementChanges.roll`. Raises SetupError."""
-        await self._start()
-        return await self.changes.roll()
+        return await (await self._placement()).roll()
 
     async def report_load(self, name: str, loaded_bytes: int, total_bytes: int) -> None:
         """Takes note of how far a shard's or an attention replica's load is."""
-        shards = {f"shard-{shard_id}": shard.status for shard_id, shard in self.state.shards.items()}
-        if status := shards.get(name) or self.state.replicas.get(name):
+        shards = {f"shard-{shard.shard_id}": shard.status for shard in self.shards}
+        if status := shards.get(name) or self.engines.find(name):
             status.loaded_bytes, status.total_bytes = loaded_bytes, total_bytes
 
     async def status(self) -> ClusterStatus:
+        """Asking changes nothing: it keeps no cluster alive."""
         await self._start()
-        state = self.state
-        self.last_asked = now = time.monotonic()
-        state.replicas = {name: r for name, r in state.replicas.items() if now - r.asked_at < REPLICA_SILENCE_S}
-        rates = state.rates()
+        state, plan = self.state, self.state.known_plan
+        rates = None if self._loads is None else self._loads.rates()
         return ClusterStatus(
-            epoch=state.plan.epoch if state.plan else 0,
-            shards=tuple(shard.status for _, shard in sorted(state.shards.items())),
-            replicas=tuple(state.replicas.values()),
-            metrics_addresses=self.collectors.addresses,
-            draining=self.draining,
+            epoch=plan.epoch if plan else 0,
+            shards=tuple(shard.status for shard in self.shards),
+            replicas=self.engines.known(),
+            metrics_addresses=self._collectors.addresses,
+            draining=self._draining,
             failure=str(state.failure or ""),
-            plan=state.plan,
+            plan=plan,
             published=state.published,
-            uncovered_s=0.0 if state.uncovered_since is None else now - state.uncovered_since,
+            uncovered_s=state.uncovered_s,
             target_shards=state.target,
-            work=state.work,
+            work="" if self._changes is None else self._changes.work,
             load=None if rates is None else rates.tolist(),
-            imbalance=eplb.imbalance(state.plan, rates) if state.plan is not None and rates is not None else 1.0,
-            faults=tuple(state.faults),
+            imbalance=1.0 if plan is None or rates is None else eplb.imbalance(plan, rates),
+            faults=state.faults,
             config=state.config,
             process=process_info(),
+            lease_by_renewal=True,
         )
 
     async def process(self) -> ProcessInfo:
@@ -195,20 +181,32 @@ class ExpertController:
 
     async def drain(self) -> None:
         """Tells the ingresses, who ask for the status, to take no new requests."""
-        self.draining = True
+        self._draining = True
         log.info("%s: draining", self.state.group)
 
     async def close(self) -> None:
         """Takes the shards down and gives their resources back; this actor is then of no more use."""
-        for task in (*self._tasks, *self._watchers.values()):
+        for task in self._tasks:
             task.cancel()
-        self.supervision.close()
-        for _, actor in self._actors():
-            ray.kill(actor)
-        for shard_id in {*self.state.shards, *self.supervision.found}:
-            ShardProcess(self.state.group, shard_id, self.state.config).remove()
-        self.collectors.close()
+        self.engines.close()
+        for _, actor in self._launcher.named():
+            self._launcher.end(actor)
+        self._supervision.close()
+        self._collectors.close()
         log.info("%s: closed", self.state.group)
+
+    def _make_shard(self, shard_id: int) -> ShardProcess:
+        return ShardProcess(
+            self.state.group, shard_id, configured=self.state, launcher=self._launcher, spares=self._spares
+        )
+
+    async def _placement(self) -> PlacementChanges:
+        """Raises the failure that no shards can come up for."""
+        await self._start()
+        if self._changes is None:
+            assert self.state.failure is not None
+            raise self.state.failure
+        return self._changes
 
     async def _start(self) -> None:
         """Begins the work with the first call: the event loop does not run yet in the constructor."""
@@ -219,73 +217,61 @@ class ExpertController:
     async def _begin(self) -> None:
         state = self.state
         try:
-            state.read_checkpoint()
-            found = await self._recall()
-            if found is not None or ray.get_runtime_context().was_current_actor_reconstructed:
-                self._slots_known_at = time.monotonic() + REGISTRATION_S
-            if found is not None:
-                self._follow(found.config)
-                state.target, state.plan = found.target, found.plan
-                log.info("%s: goes on from plan epoch %d, %d shards", state.group, found.plan.epoch, found.target)
+            facts = read_expert_facts(state.config)
+            record, actors = await recall(self._launcher)
+            if record is not None or self._launcher.restarted():
+                self._slots_known_at = self._clock() + REGISTRATION_S
+            if record is not None:
+                state.resume(record)
+                log.info("%s: goes on from plan epoch %d, %d shards", state.group, record.plan.epoch, record.target)
             else:
-                state.plan = self.changes.first_plan()
+                num_shards = num_shards_for(facts.num_experts, state.config.expert_shards)
+                state.begin(first_plan(state.config, facts, num_shards))
         except SetupError as error:
-            state.failure = error
+            state.fail(error)
             return
-        state.metrics.shards(0, state.target)
-        for shard_id in range(state.plan.num_shards):
-            self.supervision.add(shard_id)
-        if not state.plan.num_shards:  # a dense model: nothing loads before engines may start
-            async with state.news:
-                state.publish(state.plan)
-        self._tasks = [asyncio.create_task(self._check()), asyncio.create_task(LoadWatch(state, self.changes).run())]
+        loads, changes = self._plan_with(facts)
+        self._supervision.take_over(actors)
+        for _ in range(state.plan.num_shards):
+            self._supervision.add()
+        self._tasks += [
+            asyncio.create_task(self._check()),
+            asyncio.create_task(loads.run(lambda: changes.guard(changes.rebalance()), lambda: changes.busy)),
+        ]
         if state.target != state.plan.num_shards:  # an earlier controller died over it
-            self._tasks.append(asyncio.create_task(self.changes.guard(self.changes.settle())))
+            self._tasks.append(asyncio.create_task(changes.guard(changes.settle())))
 
-    async def _recall(self) -> ClusterRecord | None:
-        """What an earlier controller of this group left with its shards; the newest, if any. Finds which actor is
-        which shard; spare processes that it had are ended."""
-        records: list[ClusterRecord] = []
-        for name, actor in self._actors():
-            try:
-                async with asyncio.timeout(RECALL_TIMEOUT_S):
-                    shard_id, record = await actor.which.remote(), await actor.recall.remote()
-            except (TimeoutError, ray.exceptions.RayError) as error:
-                log.warning("%s: %s does not answer: %r", self.state.group, name, error)
-                continue
-            if shard_id == NO_SHARD:
-                ray.kill(actor)
-                continue
-            self.supervision.found[shard_id] = name
-            records += [] if record is None else [record]
-        return max(records, key=lambda record: record.version, default=None)
-
-    def _actors(self) -> list[tuple[str, Any]]:
-        """The running processes of this group's shards, and those that wait to become one, by name."""
-        prefixes = shard_prefix(self.state.group), spare_prefix(self.state.group)
-        names = sorted(actor["name"] or "" for actor in ray.util.list_named_actors(all_namespaces=True))
-        found = []
-        for name in names:
-            if name.startswith(prefixes):
-                with suppress(ValueError):  # it died since
-                    found.append((name, ray.get_actor(name, namespace=NAMESPACE)))
-        return found
+    def _plan_with(self, facts: ExpertFacts) -> tuple[LoadWatch, PlacementChanges]:
+        """Makes the parts that must know the model's experts."""
+        self._loads = LoadWatch(self.state, self.shards, self.engines, self._metrics, facts, clock=self._clock)
+        self._changes = PlacementChanges(
+            self.state,
+            self.shards,
+            self._supervision,
+            self._spares,
+            self.engines,
+            facts=facts,
+            rates=self._loads.rates,
+            metrics=self._metrics,
+            clock=self._clock,
+        )
+        return self._loads, self._changes
 
     async def _check(self) -> None:
         """Looks after the lease and after one metrics collector for each node."""
         while True:
-            if time.monotonic() - self.last_asked > self.lease_s:
-                log.warning("%s: no one has asked for the shards in %g s", self.state.group, self.lease_s)
+            if self._clock() - self._renewed_at > self._lease_s:
+                log.warning("%s: no one has needed the shards for %g s", self.state.group, self._lease_s)
                 await self.close()
                 ray.actor.exit_actor()
-            if self.collect_metrics:
-                await self.collectors.keep(self.state.config)
-            if self.state.shards and self.state.all_up():
-                await self.spares.keep(shard.node_id for shard in self.state.shards.values())
+            if self._collect_metrics:
+                await self._collectors.keep(self.state.config)
+            if len(self.shards) and self.shards.all_up():
+                await self._spares.keep(shard.node_id for shard in self.shards)
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_INTERVAL_S):
-                    await self.state.look.wait()
-            self.state.look.clear()
+                    await self._look.wait()
+            self._look.clear()
 
 
 def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool = True) -> Any:

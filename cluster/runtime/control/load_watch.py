@@ -2,15 +2,21 @@
 
 import asyncio
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import ray
 
 from cluster.experts import eplb
-from cluster.runtime.control.changes import PlacementChanges
-from cluster.runtime.control.shard_process import ShardProcess
+from cluster.experts.load_meter import LoadMeter, Loads
+from cluster.metrics import ControllerMetrics
+from cluster.runtime.control.engines import Engines
+from cluster.runtime.control.expert_facts import ExpertFacts
+from cluster.runtime.control.shards import Shard, Shards
 from cluster.runtime.control.state import ClusterState
 from cluster.status import ReplicaStatus
 
+HALF_LIFE_S = 60.0  # of the loads that placement follows: longer than a burst, shorter than a change of traffic
 INTERVAL_S = 2.0  # between two looks
 TIMEOUT_S = 2.0
 
@@ -18,39 +24,60 @@ TIMEOUT_S = 2.0
 class LoadWatch:
     """Used by the controller's event loop, which runs it."""
 
-    def __init__(self, state: ClusterState, changes: PlacementChanges) -> None:
-        self._state = state
-        self._changes = changes
+    def __init__(
+        self,
+        state: ClusterState,
+        shards: Shards,
+        engines: Engines,
+        metrics: ControllerMetrics,
+        facts: ExpertFacts,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state, self._shards, self._engines, self._metrics = state, shards, engines, metrics
+        self._layers, self._clock = list(facts.sparse_layers), clock
+        self._meter = LoadMeter(len(self._layers), facts.num_experts, half_life_s=HALF_LIFE_S)
 
-    async def run(self) -> None:
-        """Follows the loads of the experts, and rebalances by them where the configuration says so."""
-        balanced_at = time.monotonic()
+    def rates(self) -> Loads:
+        """[sparse layers, experts] tokens/s."""
+        return self._meter.rates(self._clock())
+
+    async def run(self, rebalance: Callable[[], Coroutine[Any, Any, None]], busy: Callable[[], bool]) -> None:
+        """Looks for ever; rebalances where the configuration says so.
+
+        busy: whether a change of placement is under way.
+        """
+        balanced_at = self._clock()
         while True:
             await asyncio.sleep(INTERVAL_S)
-            await asyncio.gather(
-                *(self._measure_shard(shard) for shard in self._state.shards.values()),
-                *(self._measure_replica(replica) for replica in self._state.replicas.values()),
-            )
-            if self._state.plan is None or not self._state.published:
+            await self.look()
+            if not self._state.published:
                 continue
-            imbalance = eplb.imbalance(self._state.plan, self._state.rates())
-            self._state.metrics.imbalance(imbalance)
-            due = 0 < self._state.config.rebalance_interval_s <= time.monotonic() - balanced_at
-            if due and imbalance > self._state.config.rebalance_threshold and not self._changes.changing.locked():
-                balanced_at = time.monotonic()
-                await self._changes.guard(self._changes.rebalance())
+            imbalance = eplb.imbalance(self._state.plan, self.rates())
+            self._metrics.imbalance(imbalance)
+            config = self._state.config
+            due = 0 < config.rebalance_interval_s <= self._clock() - balanced_at
+            if due and imbalance > config.rebalance_threshold and not busy():
+                balanced_at = self._clock()
+                await rebalance()
 
-    async def _measure_shard(self, shard: ShardProcess) -> None:
-        if shard.handle is None or self._state.load is None:
+    async def look(self) -> None:
+        """Asks each shard and each engine once."""
+        await asyncio.gather(
+            *map(self._measure_shard, self._shards), *map(self._measure_replica, self._engines.known())
+        )
+
+    async def _measure_shard(self, shard: Shard) -> None:
+        if shard.handle is None:
             return
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 counters = await shard.handle.expert_tokens.remote()
         except (TimeoutError, ray.exceptions.RayError):
-            return  # its supervisor finds out why
+            return  # its supervision finds out why
         if counters is not None:
-            own = counters[list(self._state.sparse_layers)].numpy()
-            self._state.load.observe((shard.shard_id, shard.status.process), own, time.monotonic())
+            source = shard.shard_id, shard.status.process
+            self._meter.observe(source, counters[self._layers].numpy(), self._clock())
 
     async def _measure_replica(self, replica: ReplicaStatus) -> None:
         if replica.engine is None:

@@ -7,23 +7,19 @@ there is none: Ray gives a process its GPU at its start only.
 import asyncio
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import ClusterConfig
-from cluster.evolving import sent
-from cluster.runtime.names import NAMESPACE, spare_prefix
-from cluster.runtime.process import actor_environment, num_threads
-from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
+from cluster.runtime.control.launcher import Launcher
+from cluster.runtime.control.shards import Configured
+from cluster.runtime.names import spare_prefix
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 2.0
-NO_SHARD = -1  # what a spare process answers when it is asked which shard it is
 
 
 class Spare(NamedTuple):
@@ -36,24 +32,24 @@ class Spare(NamedTuple):
 class SpareProcesses:
     """Each one's actor has a name, which it keeps as the shard that it becomes."""
 
-    def __init__(self, group: str, config: ClusterConfig) -> None:
-        self._group = group
-        self.config = config
+    def __init__(self, group: str, configured: Configured, launcher: Launcher) -> None:
+        self._group, self._configured, self._launcher = group, configured, launcher
         self._by_node: dict[str, asyncio.Task[Spare | None]] = {}
 
     async def keep(self, node_ids: Iterable[str]) -> None:
         """Begins to start one on each node that has none; replaces those that died."""
-        if not self.config.spare_processes or self.config.gpus_per_expert_shard:
+        config = self._configured.config
+        if not config.spare_processes or config.gpus_per_expert_shard:
             return
         for node_id in set(node_ids) - {""}:
-            there = self._by_node.get(node_id)
-            if there is not None and (not there.done() or await _answers(there.result(), ANSWER_TIMEOUT_S)):
+            known = self._by_node.get(node_id)
+            if known is not None and (not known.done() or await self._lives(known.result(), ANSWER_TIMEOUT_S)):
                 continue
-            if self._by_node.get(node_id) is there:  # not taken meanwhile
+            if self._by_node.get(node_id) is known:  # not taken meanwhile
                 self._by_node[node_id] = asyncio.create_task(self._start(node_id))
 
     async def started(self, node_id: str) -> None:
-        """Waits for the one that begins to start there, if any."""
+        """Waits for the one that begins to start on that node, if any."""
         if starting := self._by_node.get(node_id):
             await starting
 
@@ -61,50 +57,38 @@ class SpareProcesses:
         """Ends all."""
         for starting in list(self._by_node.values()):
             if spare := await starting:
-                ray.kill(spare.actor)
+                self._launcher.end(spare.actor)
         self._by_node.clear()
 
     async def take(self, node_id: str, shard_id: int) -> Spare | None:
-        """A process on that node, waited for if it is starting, that is the given shard from now on."""
+        """A process on that node, waited for if it is starting, that is the given shard from now on; None without a
+        living one."""
         starting = self._by_node.pop(node_id, None)
         spare = None if starting is None else await starting
-        return spare if await _answers(spare, ANSWER_TIMEOUT_S, become=shard_id) else None
+        if spare is None or not await self._lives(spare, ANSWER_TIMEOUT_S):
+            return None
+        return spare if await self._answers(spare, spare.actor.become.remote(shard_id), ANSWER_TIMEOUT_S) else None
 
     async def _start(self, node_id: str) -> Spare | None:
         name = f"{spare_prefix(self._group)}{uuid.uuid4().hex[:8]}"
-        spare = Spare(name, self._create(name, node_id))
-        if not await _answers(spare, START_TIMEOUT_S):
+        spare = Spare(name, self._launcher.start_spare(name, node_id, self._configured.config))
+        if not await self._lives(spare, START_TIMEOUT_S):
             return None
         log.info("%s waits on node %s", name, node_id)
         return spare
 
-    def _create(self, name: str, node_id: str) -> Any:
-        threads = num_threads(self.config.cpus_per_expert_shard)
-        return (
-            ray.remote(concurrency_groups=SHARD_GROUPS)(sent(ExpertShardActor))
-            .options(
-                name=name,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                max_restarts=0,
-                num_cpus=0,  # the CPUs of the shard that it will be are reserved
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-                runtime_env=actor_environment(self._group, threads),
-            )
-            .remote(NO_SHARD, threads)
-        )
+    async def _lives(self, spare: Spare | None, timeout_s: float) -> bool:
+        """Asks it for its shard, which changes nothing."""
+        return spare is not None and await self._answers(spare, spare.actor.which.remote(), timeout_s)
 
-
-async def _answers(spare: Spare | None, timeout_s: float, *, become: int = NO_SHARD) -> bool:
-    """Whether there is one that lives; one that does not answer in time is killed."""
-    if spare is None:
-        return False
-    try:
-        async with asyncio.timeout(timeout_s):
-            await spare.actor.become.remote(become)
-    except ray.exceptions.RayError:
-        return False
-    except TimeoutError:
-        ray.kill(spare.actor)
-        return False
-    return True
+    async def _answers(self, spare: Spare, answer: Awaitable[object], timeout_s: float) -> bool:
+        """False for one that died; one that does not answer in time is killed."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await answer
+        except ray.exceptions.RayError:
+            return False
+        except TimeoutError:
+            self._launcher.end(spare.actor)
+            return False
+        return True

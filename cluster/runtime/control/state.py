@@ -1,147 +1,191 @@
-"""What the controller knows of its cluster, and who waits for news of it. Decides nothing."""
+"""A cluster's plan, how many shards it shall have, its configuration, and who waits for news of them.
 
-import asyncio
+The controller's parts read it; only its own methods change it. Decides nothing.
+"""
+
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
-import ray
-
-from cluster.checkpoint.info import resolve_dtype
-from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ClusterConfig
-from cluster.engine.load import torch_dtype
 from cluster.errors import SetupError
-from cluster.experts.load_meter import LoadMeter
 from cluster.experts.placement import PlacementPlan, num_shards_for
 from cluster.metrics import ControllerMetrics
-from cluster.runtime.control.shard_process import ShardProcess
+from cluster.runtime.control.news import News
+from cluster.runtime.control.shards import Shards
 from cluster.runtime.workers.protocol import ClusterRecord
-from cluster.status import Fault, ReplicaStatus
+from cluster.status import Fault
 
 log = logging.getLogger(__name__)
 
-LOAD_HALF_LIFE_S = 60.0  # of the loads that placement follows: longer than a burst, shorter than a change of traffic
 MAX_FAULTS = 50  # that `status` remembers
 
 
-class ClusterState:
-    """Shared by the controller's parts, on its event loop.
+class Coverage(NamedTuple):
+    """Experts, over all layers, by their copies that are up."""
 
-    target: how many shards there shall be.  published: the plan has been given to someone.  failure: why there can be
-    no shards.  work: the change of placement under way.  news: notified of a new plan, of a replica that has it, of a
-    failure.  look: a shard came up.
+    none: int
+    one: int
+    more: int
+
+
+def coverage(plan: PlacementPlan, up: Set[int]) -> Coverage:
+    """up: the shards that are."""
+    copies = Counter(
+        min(2, sum(shard_id in up for shard_id in owners))
+        for layer_id in plan.layer_ids
+        for owners in plan.owners(layer_id)
+    )
+    return Coverage(copies[0], copies[1], copies[2])
+
+
+class ClusterState:
+    """target: how many shards there shall be.  published: the plan has been given to someone.  failure: why there can
+    be no shards.  news: of a new plan, of an engine that has it, of a failure.
+
+    clock: monotonic, in seconds.  wall_clock: since 1970.
     """
 
-    def __init__(self, group: str, config: ClusterConfig, metrics: ControllerMetrics) -> None:
+    def __init__(
+        self,
+        group: str,
+        config: ClusterConfig,
+        shards: Shards,
+        metrics: ControllerMetrics,
+        *,
+        news: News,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self.group = group
-        self.config = config
-        self.metrics = metrics
-        self.target = config.expert_shards
-        self.shards: dict[int, ShardProcess] = {}
-        self.replicas: dict[str, ReplicaStatus] = {}
-        self.faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
-        self.plan: PlacementPlan | None = None
-        self.published = False
-        self.failure: SetupError | None = None
-        self.work = ""
-        self.uncovered_since: float | None = None
-        self.news = asyncio.Condition()
-        self.look = asyncio.Event()
-        self.expert_bytes = 0
-        self.num_experts = 0
-        self.sparse_layers: tuple[int, ...] = ()
-        self.load: LoadMeter | None = None
+        self.news = news
+        self._shards, self._metrics = shards, metrics
+        self._clock, self._wall_clock = clock, wall_clock
+        self._config, self._target = config, config.expert_shards
+        self._plan: PlacementPlan | None = None
+        self._published = False
+        self._failure: SetupError | None = None
+        self._uncovered_since: float | None = None
+        self._faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
 
-    def read_checkpoint(self) -> None:
-        """What placement must know of the model. Raises SetupError."""
-        reader = CheckpointReader(self.config.model)
-        reader.check_names()
-        dtype = torch_dtype(resolve_dtype(self.config.dtype, reader.config))
-        self.expert_bytes = reader.config.expert_bytes(str(dtype).removeprefix("torch."))
-        self.num_experts = reader.config.num_experts
-        self.sparse_layers = tuple(reader.config.sparse_layers)
-        self.target = self.shards_of(self.config)
-        self.load = LoadMeter(len(self.sparse_layers), self.num_experts, half_life_s=LOAD_HALF_LIFE_S)
+    @property
+    def config(self) -> ClusterConfig:
+        return self._config
 
-    def shards_of(self, config: ClusterConfig) -> int:
-        """The shards that a configuration asks for."""
-        return num_shards_for(self.num_experts, config.expert_shards)
+    @property
+    def target(self) -> int:
+        return self._target
 
-    def rates(self) -> Any:
-        """[sparse layers, experts] tokens/s, None before the checkpoint is read."""
-        return None if self.load is None else self.load.rates(time.monotonic())
+    @property
+    def published(self) -> bool:
+        return self._published
 
-    def handles(self) -> dict[int, Any]:
-        """The actors of the shards that are up."""
-        return {shard_id: s.handle for shard_id, s in self.shards.items() if s.handle is not None}
+    @property
+    def failure(self) -> SetupError | None:
+        return self._failure
 
-    def all_up(self) -> bool:
-        return all(shard.handle is not None for shard in self.shards.values())
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        return tuple(self._faults)
+
+    @property
+    def plan(self) -> PlacementPlan:
+        """There is one once the controller has begun, unless it failed."""
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def known_plan(self) -> PlacementPlan | None:
+        return self._plan
+
+    @property
+    def uncovered_s(self) -> float:
+        """For how long some expert has had no copy that is up, 0 if none."""
+        return 0.0 if self._uncovered_since is None else self._clock() - self._uncovered_since
 
     def slice_of(self, shard_id: int) -> dict[int, tuple[int, ...]]:
-        """What the plan gives a shard."""
-        assert self.plan is not None
+        """The plan's experts for a shard; empty for one that the plan does not have yet."""
         return dict(self.plan.slices[shard_id]) if shard_id < self.plan.num_shards else {}
 
     def is_news(self, known_epoch: int) -> bool:
-        return self.published and self.plan is not None and self.plan.epoch > known_epoch
+        return self._published and self.plan.epoch > known_epoch
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for news that make it true. Raises the failure."""
-        async with self.news:
-            await self.news.wait_for(lambda: condition() or self.failure is not None)
-        if self.failure is not None:
-            raise self.failure
+        await self.news.wait_for(lambda: condition() or self._failure is not None)
+        if self._failure is not None:
+            raise self._failure
 
-    def publish(self, plan: PlacementPlan, *, beyond: int = 0) -> None:
-        """Makes it the plan, under a higher epoch, and wakes who waits for one. Call with `news` held."""
-        up = self.handles().keys()
-        epoch = max(plan.epoch, beyond, self.plan.epoch if self.plan else 0) + 1
-        self.plan = replace(plan, epoch=epoch, down=frozenset(range(plan.num_shards)) - up)
-        self.published = True
-        self.metrics.plan_epoch(self.plan.epoch)
-        self.metrics.shards(len(up), self.target)
-        copies = Counter(
-            min(2, sum(shard_id in up for shard_id in owners))
-            for layer_id in self.plan.layer_ids
-            for owners in self.plan.owners(layer_id)
-        )
-        self.metrics.coverage(copies[0], copies[1], copies[2])
-        if not copies[0]:
-            self.uncovered_since = None
-        elif self.uncovered_since is None:
-            self.uncovered_since = time.monotonic()
+    def begin(self, plan: PlacementPlan) -> None:
+        """The first plan of a new cluster; published once its shards are up, at once where a dense model has none."""
+        self._plan, self._target = plan, plan.num_shards
+        self._metrics.shards(0, self._target)
+        if not plan.num_shards:
+            self.publish()
+
+    def resume(self, record: ClusterRecord) -> None:
+        """Goes on from what an earlier controller left."""
+        self._config = record.config
+        self.begin(record.plan)
+        self._target = record.target
+
+    def follow(self, config: ClusterConfig) -> None:
+        """All parts read it from now on."""
+        before, self._config = self._config, config
+        if config.expert_shards != before.expert_shards and self._plan is not None:
+            self._target = num_shards_for(self._plan.num_experts, config.expert_shards)
+        self.aim(self._target)
+
+    def aim(self, num_shards: int) -> None:
+        """How many shards there shall be from now on."""
+        self._target = num_shards
+        self._metrics.shards(len(self._shards.handles()), num_shards)
         self.remember()
-        self.news.notify_all()
-        log.info("%s: plan epoch %d, %d of %d shards up", self.group, self.plan.epoch, len(up), len(self.shards))
+
+    def publish(self, plan: PlacementPlan | None = None, *, beyond: int = 0) -> None:
+        """Gives who waits for it a plan, the last one again by default, under an epoch above all earlier ones and
+        `beyond`, with the shards that are down at the moment."""
+        up = self._shards.handles().keys()
+        plan = plan or self.plan
+        epoch = max(plan.epoch, beyond, self.plan.epoch) + 1
+        self._plan = replace(plan, epoch=epoch, down=frozenset(range(plan.num_shards)) - up)
+        self._published = True
+        self._metrics.plan_epoch(epoch)
+        self._metrics.shards(len(up), self._target)
+        self._cover(coverage(self._plan, up))
+        self.remember()
+        self.news.tell()
+        log.info("%s: plan epoch %d, %d of %d shards up", self.group, epoch, len(up), len(self._shards))
+
+    def _cover(self, found: Coverage) -> None:
+        self._metrics.coverage(*found)
+        if not found.none:
+            self._uncovered_since = None
+        elif self._uncovered_since is None:
+            self._uncovered_since = self._clock()
 
     def remember(self) -> None:
         """Leaves with the shards what a successor must know."""
-        if self.plan is None:
+        if self._plan is None:
             return
         record = ClusterRecord(
-            version=time.time(), plan=replace(self.plan, down=frozenset()), target=self.target, config=self.config
+            version=self._wall_clock(),
+            plan=replace(self._plan, down=frozenset()),
+            target=self._target,
+            config=self._config,
         )
-        for shard in self.shards.values():
-            if shard.handle is not None:
-                shard.handle.remember.remote(record)
+        for handle in self._shards.handles().values():
+            handle.remember.remote(record)
 
     def note(self, what: str) -> None:
         """Remembers a fault for `status`."""
-        self.faults.append(Fault(at=time.time(), what=what))
+        self._faults.append(Fault(at=self._wall_clock(), what=what))
 
-    async def fail(self, error: SetupError) -> None:
+    def fail(self, error: SetupError) -> None:
         """There can be no shards: tells who waits for them."""
         log.error("%s: %s", self.group, error)
-        async with self.news:
-            self.failure = error
-            self.news.notify_all()
-
-
-def this_actor() -> Any:
-    """For whom it calls, to answer to."""
-    return ray.get_runtime_context().current_actor
+        self._failure = error
+        self.news.tell()

@@ -1,6 +1,6 @@
 """What the controller and the processes that compute send each other, and how long they wait for one another."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ from cluster.experts.placement import PlacementPlan
 
 LONG_POLL_S = 10.0  # how long a question for news waits at the controller
 REPLICA_SILENCE_S = 2.5 * LONG_POLL_S  # an engine asks for the plan once a long poll; a dead one no more
-LEASE_S = 60.0  # a controller that nobody has asked for so long takes its shards down; longer than a Serve redeploy
+LEASE_S = 60.0  # a controller that nobody has needed for so long takes its shards down; longer than a Serve redeploy
+Slice = Mapping[int, Sequence[int]]  # layer id -> expert ids
+NO_SHARD = -1  # a spare process gives it for its shard's id
 
 
 @evolving("cluster.runtime.protocol")

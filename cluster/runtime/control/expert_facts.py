@@ -1,0 +1,29 @@
+"""What placement must know of a model's experts."""
+
+from dataclasses import dataclass
+
+from cluster.checkpoint.info import resolve_dtype
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.config import ClusterConfig
+from cluster.engine.load import torch_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFacts:
+    """num_experts: of each sparse layer.  expert_bytes: of one expert's weights."""
+
+    sparse_layers: tuple[int, ...]
+    num_experts: int
+    expert_bytes: int
+
+
+def read_expert_facts(config: ClusterConfig) -> ExpertFacts:
+    """From the checkpoint's configuration and the names of its tensors. Raises SetupError."""
+    reader = CheckpointReader(config.model)
+    reader.check_names()
+    dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
+    return ExpertFacts(
+        sparse_layers=tuple(reader.config.sparse_layers),
+        num_experts=reader.config.num_experts,
+        expert_bytes=reader.config.expert_bytes(str(dtype).removeprefix("torch.")),
+    )
