@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.client import options as connect
+from cluster.client import options
 from cluster.errors import SetupError
 
 PARTS = ("throughput", "latency", "transport", "serve", "growth", "gpu")
@@ -98,7 +98,7 @@ def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    connect.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="in all (default: 64)")
     parser.add_argument(
         "--concurrency", type=int, default=32, metavar="N",

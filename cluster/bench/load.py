@@ -19,7 +19,7 @@ from cluster.bench.spec import SystemSpec
 from cluster.bench.systems import check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
-from cluster.client import options as connect
+from cluster.client import options
 from cluster.client.grpc_client import Client
 from cluster.config import ModelConfig
 from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
@@ -73,7 +73,7 @@ def measure_server(args: argparse.Namespace) -> int:
         raise SetupError(f"--rate is {args.rate}, more than 0 is needed")
     if args.offline is not None:
         offline = _offline_spec(args)
-    with connect.connect(args) as client:
+    with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         vocab_size = client.model_info().vocab_size

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cluster.chaos.traffic import Question, Reply, ask_all, make_questions
-from cluster.client import options as connect
+from cluster.client import options
 from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError, SetupError, Unavailable
 
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    connect.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument(
         "--requests", type=int, default=300, metavar="N", help="streams at least (default: %(default)s)"
     )
@@ -92,7 +92,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     """Exit code 1 when a request failed or an answer was different. Raises ClusterError."""
     kinds = possible_kinds(tuple(args.kinds.split(",")), cluster)
-    with connect.connect(args) as client:
+    with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         outcome = unleash(

@@ -8,13 +8,16 @@ cannot work, 130 Ctrl-C, 141 the output's reader has gone.
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster import bench
 from cluster.cli import clients, offline, running, serving, terminal
 from cluster.cli.arguments import add_command
 from cluster.errors import ClusterError, SetupError
 from cluster.version import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 EPILOG = """\
 a first look, on any machine:   moe-cluster demo
@@ -46,15 +49,15 @@ def _run(argv: list[str]) -> int:
 class _Parser(argparse.ArgumentParser):
     """Writes help and version as any other output; argparse would not notice that it cannot be written."""
 
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if file is sys.stdout:
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
+        if file is not None and file is sys.stdout:
             file.write(message)
         else:
             super()._print_message(message, file)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="moe-cluster",
         description="Serve Qwen2-MoE models with attention and experts in processes of their own, on Ray.",
         epilog=EPILOG,

@@ -6,12 +6,17 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cluster.config import DEFAULTS, ClusterConfig
 from cluster.config.options import doc_of, type_of
 from cluster.config.resources import available_cpus
 from cluster.inputs import shown
+
+if TYPE_CHECKING:
+    from cluster.runtime.launch import ServeOptions
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # as `add_subparsers` makes them
 
 OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "device", "transport",
@@ -34,11 +39,9 @@ def byte_size(text: str) -> int:
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_text: str
+    commands: "Commands", name: str, run: Callable[[argparse.Namespace], int], help_text: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
-    )
+    parser = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     parser.set_defaults(run=run)
     return parser
 
@@ -128,7 +131,7 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
     return ClusterConfig(model=str(Path(model).resolve()), **given)
 
 
-def serve_options(args: argparse.Namespace) -> Any:
+def serve_options(args: argparse.Namespace) -> "ServeOptions":
     from cluster.runtime.grpc_front import GrpcFront
     from cluster.runtime.launch import ServeOptions
 

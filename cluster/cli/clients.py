@@ -3,15 +3,19 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.cli import terminal
-from cluster.cli.arguments import add_command
-from cluster.client import options as connect
+from cluster.cli.arguments import Commands, add_command
+from cluster.client import options
 from cluster.errors import InvalidRequest, SetupError, Unavailable
 
+if TYPE_CHECKING:  # these take a while to load: not for --help
+    from cluster.pb.moecluster.v1 import inference_pb2 as pb
+    from cluster.types import SamplingParams
 
-def add_commands(commands: Any) -> None:
+
+def add_commands(commands: Commands) -> None:
     generate = add_command(commands, "generate", _generate, "send a prompt to a running server, stream the answer")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to go on with (no chat template)")
     _add_client_arguments(generate)
@@ -22,7 +26,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    connect.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of answer at most")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
     parser.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the checkpoint's)")
@@ -32,7 +36,7 @@ def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     params = _sampling(args)
-    with connect.connect(args) as client:
+    with options.connect(args) as client:
         print_stream(client.stream(args.prompt, params))
     return 0
 
@@ -42,7 +46,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     params = _sampling(args)
     history = [ChatMessage(role="system", content=args.system)] if args.system else []
-    with connect.connect(args) as client:
+    with options.connect(args) as client:
         if not client.is_serving(timeout_s=10.0):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         while True:
@@ -57,7 +61,7 @@ def _chat(args: argparse.Namespace) -> int:
             history.append(ChatMessage(role="assistant", content=answer))
 
 
-def _sampling(args: argparse.Namespace) -> Any:
+def _sampling(args: argparse.Namespace) -> "SamplingParams":
     """Raises SetupError for a value that no server takes: wrong usage, of which no server needs to hear."""
     from cluster.types import SamplingParams
 
@@ -70,7 +74,7 @@ def _sampling(args: argparse.Namespace) -> Any:
         raise SetupError(f"{option}{str(error).removeprefix(error.field)}") from error
 
 
-def print_stream(pieces: Iterator[Any]) -> str:
+def print_stream(pieces: Iterator["pb.GenerateStreamResponse"]) -> str:
     """Prints an answer while it comes; returns its text."""
     texts = []
     for piece in pieces:

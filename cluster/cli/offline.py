@@ -4,12 +4,11 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
-from cluster.cli.arguments import add_command
+from cluster.cli.arguments import Commands, add_command
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     plan = add_command(commands, "plan", _plan, "show which expert goes where and how many bytes, without loading")
     plan.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint")
     plan.add_argument(

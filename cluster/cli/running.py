@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import chaos
 from cluster.cli import terminal
-from cluster.cli.arguments import add_command, add_ray_address
+from cluster.cli.arguments import Commands, add_command, add_ray_address
 from cluster.errors import ClusterError, SetupError
 from cluster.footprint.servers import find_address
 from cluster.runtime.ray_address import TRY_ANOTHER, find_ray
@@ -22,7 +22,7 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_INTERVAL_S = 86_400.0
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     status = add_command(commands, "status", _status, "show a running cluster: processes, loads of experts, faults")
     add_ray_address(status)
     top = add_command(commands, "top", _top, "show a running cluster, live, until Ctrl-C")

@@ -6,9 +6,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from cluster.cli.arguments import (
+    Commands,
     add_cluster_arguments,
     add_command,
     add_security_arguments,
@@ -17,6 +18,9 @@ from cluster.cli.arguments import (
 )
 from cluster.cli.clients import print_stream
 from cluster.footprint.folders import OwnedFolder
+
+if TYPE_CHECKING:
+    from cluster.runtime.launch import ServedCluster
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each drains and stops the cluster
 DEMO_QUESTION = "Which experts answered this question?"
@@ -31,7 +35,7 @@ DEMO_METRICS = (
 )
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     demo = add_command(commands, "demo", _demo, "make a tiny random model, serve it here, ask it a question")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running until Ctrl-C")
     add_cluster_arguments(demo, grpc_port=0, metrics_port=0)
@@ -81,7 +85,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _served(args: argparse.Namespace, model: str) -> Iterator[Any]:
+def _served(args: argparse.Namespace, model: str) -> Iterator["ServedCluster"]:
     """Serves a cluster while it is open, and shows its start and stop. SIGTERM and a closed terminal act as Ctrl-C."""
     from cluster.console import LoadProgress  # torch and ray load with these: not for --help
     from cluster.runtime.launch import ServedCluster

@@ -119,6 +119,7 @@ class Client:
         self.close()
 
     def _error(self, error: grpc.RpcError) -> ClusterError:
+        """Returns ours for gRPC's. gRPC has the reason of a failed connection in words only; they choose the advice."""
         code, details = error.code(), error.details() or ""
         if code == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
             reason = details.rpartition("last error: ")[2]

@@ -9,7 +9,7 @@ import pytest
 
 from cluster import cli
 from cluster.cli.arguments import cluster_config
-from cluster.client import options as connect
+from cluster.client import options
 from cluster.client.grpc_client import Client, _short
 from cluster.config import ClusterConfig
 from cluster.console import LoadProgress
@@ -23,20 +23,20 @@ from cluster.types import ChatMessage, SamplingParams
 
 def parsed(*arguments):
     parser = ArgumentParser()
-    connect.add_arguments(parser)
+    options.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def metadata(*arguments):
-    with connect.connect(parsed(*arguments)) as client:
+    with options.connect(parsed(*arguments)) as client:
         return {name: value for name, value in client._metadata if name == "authorization"}
 
 
 def test_the_key_is_that_of_the_file_else_of_the_environment(tmp_path, monkeypatch):
     (tmp_path / "key").write_text("moe-file\n")
-    monkeypatch.delenv(connect.API_KEY, raising=False)
+    monkeypatch.delenv(options.API_KEY, raising=False)
     assert metadata() == {}
-    monkeypatch.setenv(connect.API_KEY, "moe-environment")
+    monkeypatch.setenv(options.API_KEY, "moe-environment")
     assert metadata() == {"authorization": "Bearer moe-environment"}
     assert metadata("--api-key-file", str(tmp_path / "key")) == {"authorization": "Bearer moe-file"}
     with pytest.raises(SetupError, match="nothing cannot be read"):
@@ -60,8 +60,8 @@ def test_an_interval_that_no_clock_keeps_is_wrong_usage(seconds, capfd):
 def test_any_tls_option_means_tls(tmp_path):
     for option in ("--tls-ca", "--tls-cert", "--tls-key"):
         with pytest.raises(SetupError):
-            connect.connect(parsed(option, str(tmp_path / "nothing")))
-    connect.connect(parsed("--tls")).close()
+            options.connect(parsed(option, str(tmp_path / "nothing")))
+    options.connect(parsed("--tls")).close()
 
 
 def test_keys_new_prints_the_key_beside_and_its_line_for_the_file(capsys):
@@ -135,7 +135,7 @@ def test_a_file_without_exactly_one_key_is_one_line_and_exit_code_2(tmp_path, ca
 
 @pytest.mark.parametrize("value", ["moe-one moe-two", "moe-one\nmoe-two", "moe-ü", "moe-\udcff", "a\x7f"])
 def test_an_environment_without_exactly_one_key_is_refused(monkeypatch, value):
-    monkeypatch.setenv(connect.API_KEY, value)
+    monkeypatch.setenv(options.API_KEY, value)
     with pytest.raises(SetupError, match=r"\$MOE_CLUSTER_API_KEY has"):
         metadata()
 
@@ -171,7 +171,7 @@ def test_what_is_no_pem_file_is_named(tmp_path, option):
     (tmp_path / "junk").write_bytes(b"\xff\x00junk")
     pair = ["--tls-key", str(tmp_path / "junk")] if option == "--tls-cert" else []
     with pytest.raises(SetupError, match="junk is no PEM file"):
-        connect.connect(parsed(option, str(tmp_path / "junk"), *pair))
+        options.connect(parsed(option, str(tmp_path / "junk"), *pair))
 
 
 def test_a_failed_handshake_is_said_by_its_last_cause():
