@@ -22,15 +22,13 @@ class EverySequenceLost(Exception):
 class StepExperts:
     """Which of a step's sequences have lost rows. What is computed for those is of no use, and is thrown away.
 
-    waits: rather wait for their successor, and raise ShardUnavailable when there is none in recovery_timeout_s.
     lost: for the number of such a sequence in the step, the first error.  epoch: of the first plan that had no copy.
     hung: as in `Losses`.
     """
 
-    def __init__(self, dispatcher: ExpertDispatcher, num_sequences: int, *, waits: bool = False) -> None:
+    def __init__(self, dispatcher: ExpertDispatcher, num_sequences: int) -> None:
         self.dispatcher = dispatcher
         self.num_sequences = num_sequences
-        self.waits = waits
         self.lost: dict[int, ShardUnavailable] = {}
         self.epoch = 0
         self.hung: set[tuple[int, int]] = set()
@@ -77,7 +75,7 @@ class PartExperts:
 
         Raises EverySequenceLost.
         """
-        out = self._step.dispatcher.combine(flight, None if self._step.waits else self)
+        out = self._step.dispatcher.combine(flight, self)
         if len(self._step.lost) == self._step.num_sequences:
             raise EverySequenceLost
         return out

@@ -18,11 +18,12 @@ from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defa
 from cluster.checkpoint.made.published import A2_7B_CONFIG
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.names import checkpoint_shapes
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.reader import RANDOM_WEIGHTS, CheckpointReader
 from cluster.config import read_model_config
 from cluster.errors import CheckpointError
 from cluster.experts.shard import ExpertShard
 from cluster.kernels.weights import packs
+from cluster.model.registry import load_model
 from cluster.types import SAMPLING_DEFAULTS
 
 INDEX = "model.safetensors.index.json"
@@ -164,6 +165,26 @@ def test_packing_a_slice_holds_at_most_one_product_beside_it(tmp_path: Path) -> 
     assert shard.num_bytes == 8 * 48 * mib
     assert len(samples) > 5
     assert max(samples) - samples[0] < (8 * 48 + 40) * mib
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16, torch.device("cpu")), reason="weights are not packed here")
+def test_packing_a_dense_model_holds_at_most_its_largest_weight_beside_it(tmp_path: Path) -> None:
+    """Embeddings and head are 64 MiB each; a layer has four matrices of 8 MiB and three of 16. The head's memory while
+    it is packed is the most that may stand beside them."""
+    mib = 1 << 20
+    raw = {
+        **RAW, "hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "vocab_size": 16384, "num_hidden_layers": 2, "mlp_only_layers": [0, 1], "torch_dtype": "bfloat16",
+        RANDOM_WEIGHTS: 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    reader = CheckpointReader(tmp_path)
+    with anonymous_memory() as samples:
+        model = load_model(reader, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert model.config.vocab_size == 16384
+    whole = (2 * 64 + 2 * (4 * 8 + 3 * 16)) * mib
+    assert len(samples) > 5
+    assert whole - 8 * mib < max(samples) - samples[0] < whole + 72 * mib
 
 
 @contextmanager

@@ -91,9 +91,3 @@ def test_a_step_without_a_living_sequence_ends():
         second.combine(flight)
     step.abandon()
     assert flight.abandoned
-
-
-def test_a_step_that_waits_raises():
-    step = StepExperts(Losing({9}), 2, waits=True)
-    with pytest.raises(ShardUnavailable):
-        call(step.part(0, [1, 1], CPU), [1], [9])
