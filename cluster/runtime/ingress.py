@@ -29,7 +29,8 @@ from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc.handlers import GrpcInferenceService
-from cluster.serving.grpc.health import GrpcHealthService, HealthState
+from cluster.serving.grpc.health import GrpcHealthService
+from cluster.serving.health import HealthState
 from cluster.serving.replay import ReplayingBackend
 from cluster.serving.service import InferenceService, ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer

@@ -36,8 +36,9 @@ from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.admission.callers import client_of, is_local
 from cluster.serving.grpc.context import MAX_DETAILS_BYTES, MAX_DETAILS_CHARS, StreamFailed, peer_of, set_status
 from cluster.serving.grpc.handlers import GrpcInferenceService
-from cluster.serving.grpc.health import GrpcHealthService, HealthState
+from cluster.serving.grpc.health import GrpcHealthService
 from cluster.serving.grpc.registration import SERVICE_NAME, add_inference_service
+from cluster.serving.health import HealthState
 from cluster.serving.service import ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import ModelInfo, SequenceUpdate

@@ -22,8 +22,9 @@ from cluster.serving.admission.keyless import MAX_HOSTS, KeylessCalls, KeylessLi
 from cluster.serving.admission.questions import QuestionLimits, Questions
 from cluster.serving.grpc import gate as grpc_gate
 from cluster.serving.grpc.handlers import GrpcInferenceService
-from cluster.serving.grpc.health import GrpcHealthService, HealthState
+from cluster.serving.grpc.health import GrpcHealthService
 from cluster.serving.grpc.registration import SERVICE_NAME
+from cluster.serving.health import HealthState
 from cluster.serving.text.tokenizer import Tokenizer
 
 KEYLESS = KeylessLimits(max_calls=4, max_calls_per_host=3, calls_per_minute=60)

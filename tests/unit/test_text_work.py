@@ -2,15 +2,17 @@
 
 import asyncio
 import os
+import pickle
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
 
 import pytest
 import tokenizers
-from serving_fakes import CHATML, EchoBackend, byte_ids, make_service, write_tokenizer
+from serving_fakes import CHATML, HELLO, EchoBackend, byte_ids, make_service, write_tokenizer
 
 from cluster.errors import InvalidRequest, Overloaded, Unavailable
 from cluster.serving.text.prompts import Prompt
@@ -50,6 +52,15 @@ def test_the_ids_and_the_text_are_those_of_a_plain_call(work, reference, num_cha
     assert ids == reference.encode(text).ids
     assert asyncio.run(work.decode(ids, False)) == reference.decode(ids, skip_special_tokens=False) == text
     assert asyncio.run(work.decode(ids, True)) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_an_ingress_of_the_last_version_finds_its_worker_by_the_old_name(tmp_path):
+    """It runs on while a newer package is installed. Its frames: eight bytes of length, then a pickle."""
+    command = [sys.executable, "-m", "cluster.serving.text_worker", str(write_tokenizer(tmp_path))]
+    data = pickle.dumps(("text", "hello"))
+    done = subprocess.run(command, input=struct.pack("<Q", len(data)) + data, capture_output=True, timeout=120)
+    assert done.stdout[:8] == struct.pack("<Q", len(done.stdout) - 8), done.stderr
+    assert pickle.loads(done.stdout[8:]).tolist() == [HELLO]
 
 
 @pytest.mark.parametrize("num_chars", SIZES)

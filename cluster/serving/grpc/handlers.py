@@ -73,7 +73,7 @@ class GrpcInferenceService:
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         request_id = self._service.new_request_id()
         try:
-            with self._let_in(grpc_context) as client:
+            with self._counted(grpc_context) as client:
                 message = self._parse(request, pb.GenerateStreamRequest)
                 request_id = message.request_id or request_id
                 first_id = request_id
@@ -131,7 +131,7 @@ class GrpcInferenceService:
         """
         request_id = request_id or self._service.new_request_id()
         try:
-            with self._let_in(context) as client:
+            with self._counted(context) as client:
                 message = self._parse(request, request_type)
                 request_id = getattr(message, "request_id", "") or request_id
                 response = await answer(message, client)
@@ -142,7 +142,7 @@ class GrpcInferenceService:
             return response_type()
 
     @contextmanager
-    def _let_in(self, context: GrpcContext) -> Iterator[str]:
+    def _counted(self, context: GrpcContext) -> Iterator[str]:
         """Counts a call while it is open; yields its client. Raises Forbidden, Unauthenticated, Overloaded."""
         with ExitStack() as counted:
             try:

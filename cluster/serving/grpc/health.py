@@ -1,11 +1,10 @@
-"""`grpc.health.v1.Health` for Ray Serve's gRPC ingress: Check, List and Watch over one flag.
+"""`grpc.health.v1.Health` for Ray Serve's gRPC ingress: Check, List and Watch over one `HealthState`.
 
-Register with `grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server` in Serve's
-`grpc_servicer_functions`; requests arrive parsed. Knows nothing of what makes the service healthy.
+Register with `grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server` in Serve's `grpc_servicer_functions`;
+requests arrive parsed.
 """
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -16,45 +15,9 @@ from cluster.errors import ClusterError
 from cluster.serving.admission.admission import Admission
 from cluster.serving.grpc.context import GrpcContext, StreamFailed, metadata_of, peer_of, set_status
 from cluster.serving.grpc.registration import SERVICE_NAME
+from cluster.serving.health import HealthState
 
 _SERVICES = ("", SERVICE_NAME)
-
-
-class HealthState:
-    """Says whether this server takes requests. `set` may be called from any thread; it starts as not serving."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._serving = False
-        self._watchers: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
-
-    @property
-    def serving(self) -> bool:
-        return self._serving
-
-    def set(self, serving: bool) -> None:
-        with self._lock:
-            self._serving = serving
-            for changed, loop in self._watchers.items():
-                loop.call_soon_threadsafe(changed.set)
-
-    async def watch(self) -> AsyncGenerator[bool, None]:
-        """Yields the state now and after each change; of quick ones only the last. Never ends by itself."""
-        changed = asyncio.Event()
-        with self._lock:
-            self._watchers[changed] = asyncio.get_running_loop()
-        try:
-            last: bool | None = None
-            while True:
-                changed.clear()
-                serving = self._serving
-                if serving != last:
-                    last = serving
-                    yield serving
-                await changed.wait()
-        finally:
-            with self._lock:
-                del self._watchers[changed]
 
 
 class GrpcHealthService:
