@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, values
 from prometheus_client.values import MultiProcessValue
 
 from cluster.private import private_folder
+from cluster.process_identity import identity
 
 _DIR_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-_STATE, _START_TICKS = 0, 19  # fields of /proc/<pid>/stat, counted from the one after the command's name
 
 
 def multiprocess_env(multiproc_dir: Path) -> dict[str, str]:
@@ -52,20 +52,12 @@ class ProcessOwner:
     def __call__(self) -> str:
         pid = os.getpid()
         if pid != self._pid:
-            self._name = f"{pid}-{_stat(pid)[_START_TICKS]}"
+            self._name = f"{pid}-{identity(pid)[1]}"
             self._pid = pid
         return self._name
 
 
 def is_running(pid: int, start_ticks: int | None) -> bool:
     """Whether the process that started at `start_ticks` (None: any of that pid) runs; a zombie does not."""
-    try:
-        stat = _stat(pid)
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat[_STATE] not in ("Z", "X") and start_ticks in (None, int(stat[_START_TICKS]))
-
-
-def _stat(pid: int) -> list[str]:
-    # The command's name stands in parentheses and may hold spaces and parentheses itself.
-    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    started = identity(pid)[1]
+    return started != "" and start_ticks in (None, int(started))

@@ -1,12 +1,15 @@
-"""Keeps an HAProxy running, on listening sockets that outlive it. Knows nothing of what HAProxy's configuration means.
+"""Runs an HAProxy on listening sockets that outlive it. Does not know what HAProxy's configuration means.
 
-Serve (2.60) starts one of these as HAProxy for each configuration, with the pid of the one before it.
+Serve (2.60) starts `front_keeper.py` as HAProxy for each configuration, with the pid of the one before it. That keeps
+this process running, and this process HAProxy.
 
-    who ends            what happens
-    HAProxy             another one starts at once; connections wait at the sockets meanwhile
+    ends                what happens
+    HAProxy             this process starts another one; connections wait at the sockets meanwhile
+    this process        HAProxy ends with it, and the keeper starts both again, on the same sockets
+    the keeper          HAProxy serves on. Serve finds nobody at the admin socket, and makes another manager
     Serve's manager     HAProxy serves on, until the next manager's takes the sockets over
-    the manager's parent (Ray's raylet), or this process
-                        HAProxy ends, and the sockets close
+    Ray's raylet, the manager's parent
+                        all of them end, and the sockets close
 """
 
 import asyncio
@@ -23,8 +26,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cluster.process_identity import identity, is_alive, parent_of
 from cluster.runtime.admin_relay import AdminRelay, with_pid
-from cluster.runtime.listeners import ask_for, hand_over, open_listener, serve_at
+from cluster.runtime.listeners import Handed, ask_for, hand_over, serve_at
 from cluster.runtime.renewal import Copy, ask, end_with_parent, watch
 
 START_TIMEOUT_S = 25.0  # Serve waits 30 s
@@ -33,6 +37,7 @@ LOOK_S = 0.2  # between two looks at who must live
 ORPHAN_S = 120.0  # without a manager; Serve starts another within 4 s, on a busy machine in many more
 STAND_IN_S = 60.0  # for the next manager to hear of the applications
 MAX_DEATHS, DEATHS_S = 10, 30.0  # of HAProxy in a row: something is wrong that another start does not heal
+AGAIN = 75  # this process's exit code where its keeper shall look for its place anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,32 +69,48 @@ class FrontTask:
     read: Mapping[Path, bytes]
 
 
-class Front:
-    """One configuration's life. manager: who started this process, and whose parent must live, too."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a front listens.
 
-    def __init__(self, task: FrontTask, files: FrontFiles, manager: int) -> None:
+    predecessor: the front that has listened there until now.
+    stands_in: the predecessor serves on, and `listeners` are sockets that nobody knows: a manager that follows a dead
+        one has not heard of any application yet.
+    """
+
+    listeners: Mapping[str, socket.socket]
+    predecessor: Handed | None
+    stands_in: bool
+
+    def close(self) -> None:
+        for listener in self.listeners.values():
+            listener.close()
+
+
+class Front:
+    """The life of one configuration's HAProxy. manager: Serve's, the keeper's parent; its own parent must live, too."""
+
+    def __init__(self, task: FrontTask, files: FrontFiles, place: Place, *, keeper: int, manager: int) -> None:
         self._task = task
         self._files = files
-        self._manager = manager
-        self._parent = _identity(_parent_of(manager))
-        self._handed = ask_for(files.handover)
-        # A manager that follows a dead one has not heard of any application yet: the dead one's HAProxy serves on.
-        self._stands_in = not task.serves and self._handed is not None and self._handed.pid not in task.old_pids
-        self._standing_since = self._wanted_at = time.monotonic()
-        self._listeners: dict[str, socket.socket] = {}
+        self._place = place
+        self._keeper = keeper
+        self._manager = identity(manager)
+        self._raylet = identity(parent_of(manager))
+        self._started_at = self._wanted_at = time.monotonic()
         self._handover: socket.socket | None = None
+        self._admin: asyncio.AbstractServer | None = None
         self._haproxy: asyncio.subprocess.Process | None = None
-        self._draining = self._ending = False
+        self._draining = self._ending = self._again = False
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
 
     async def run(self) -> int:
-        """Returns the exit code. Raises OSError when it cannot listen."""
+        """Returns the exit code: HAProxy's, or AGAIN."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGUSR1, self._drain)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes is not for it
-        self._listen()
         await self._start(states=True)
         try:
             if not await self._is_ready():
@@ -98,26 +119,13 @@ class Front:
             looking = asyncio.create_task(self._look())
             code = await self._keep()
             looking.cancel()
-            return code
+            return AGAIN if self._again else code
         finally:
             for path in (self._files.inner, self._files.config):
                 path.unlink(missing_ok=True)
 
-    def _listen(self) -> None:
-        """With a predecessor on the real sockets, on others that nobody knows."""
-        handed = dict(self._handed.listeners) if self._handed is not None else {}
-        for address in self._task.addresses:
-            if self._stands_in:
-                self._listeners[address] = open_listener("127.0.0.1:0")
-            else:
-                self._listeners[address] = (
-                    handed.pop(address) if address in handed else open_listener(address, self._task.old_pids)
-                )
-        for listener in handed.values():
-            listener.close()
-
     async def _start(self, *, states: bool) -> None:
-        fds = {address: listener.fileno() for address, listener in self._listeners.items()}
+        fds = {address: listener.fileno() for address, listener in self._place.listeners.items()}
         self._files.config.write_text(self._task.text(fds, states))
         self._haproxy = await asyncio.create_subprocess_exec(
             *self._task.command,
@@ -141,12 +149,13 @@ class Front:
 
     async def _publish(self) -> None:
         """Takes the predecessors' place."""
-        relay = AdminRelay(self._files.inner, partial(with_pid, os.getpid()))
-        await asyncio.start_unix_server(relay.answer, sock=serve_at(self._files.admin))
+        relay = AdminRelay(self._files.inner, partial(with_pid, self._keeper))
+        self._admin = await asyncio.start_unix_server(relay.answer, sock=serve_at(self._files.admin))
         pids = set(self._task.old_pids)
-        if not self._stands_in:
+        if not self._place.stands_in:
             self._offer()
-            pids |= {self._handed.pid} if self._handed is not None else set()
+            if self._place.predecessor is not None:
+                pids |= {self._place.predecessor.pid, self._place.predecessor.keeper}
         _signal(pids, signal.SIGUSR1)
         threading.Thread(target=self._renew, name="renewal", daemon=True).start()
 
@@ -157,7 +166,7 @@ class Front:
     def _hand_over(self) -> None:
         assert self._handover is not None
         self._wanted_at = time.monotonic()
-        hand_over(self._handover, self._listeners)
+        hand_over(self._handover, self._place.listeners, self._keeper)
 
     def _renew(self) -> None:
         def haproxy() -> int:
@@ -189,34 +198,29 @@ class Front:
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
-            if os.getppid() == self._manager:
+            kept = os.getppid() == self._keeper
+            if kept and is_alive(self._manager):
                 self._wanted_at = now
-            if _identity(self._parent[0]) != self._parent:
+            if not kept and self._admin is not None:
+                self._admin.close()  # Serve reloads through a process that lives only; without one it makes all anew
+            if not is_alive(self._raylet):
                 self._end()
             elif not self._draining and now - self._wanted_at > ORPHAN_S:
                 _say(f"nobody has taken HAProxy over within {ORPHAN_S:g} s since Serve's manager ended: it ends, too")
                 self._end()
-            elif self._stands_in:
-                try:
-                    self._look_at_predecessor(now)
-                except OSError as error:
-                    _say(f"no place where the HAProxy before listened ({error}): this one ends, Serve starts another")
-                    self._end()
+            elif self._place.stands_in and not self._again:
+                self._look_at_predecessor(now)
 
     def _look_at_predecessor(self, now: float) -> None:
-        """Takes its place when it is gone, or has stood there for long enough."""
-        self._handed = ask_for(self._files.handover)
-        if self._handed is not None and now - self._standing_since < STAND_IN_S:
-            self._handed.close()
-            return
-        self._stands_in = False
-        for listener in self._listeners.values():
-            listener.close()
-        self._listen()
-        self._offer()
-        if self._handed is not None:
-            _signal({self._handed.pid}, signal.SIGUSR1)
-        self._kill(signal.SIGTERM)  # and the next one listens there
+        """Leaves its place for the predecessor's when that is gone, or this one has stood in for long enough."""
+        handed = ask_for(self._files.handover)
+        if handed is not None:
+            handed.close()
+        before = self._place.predecessor
+        lives = handed is not None or (before is not None and is_alive(identity(before.keeper)))
+        if not lives or now - self._started_at > STAND_IN_S:
+            self._again = True
+            self._end()
 
     def _drain(self) -> None:
         """A successor has the sockets: streams go on, and when they have ended HAProxy ends."""
@@ -225,8 +229,7 @@ class Front:
             asyncio.get_running_loop().remove_reader(self._handover)
             self._handover.close()
             self._handover = None
-        for listener in self._listeners.values():
-            listener.close()  # else a connection could wait here for nobody
+        self._place.close()  # else a connection could wait here for nobody
         self._kill(signal.SIGUSR1)
 
     def _end(self) -> None:
@@ -243,25 +246,6 @@ def _signal(pids: set[int], number: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def _identity(pid: int) -> tuple[int, str]:
-    """A process and when it started; "" for none."""
-    fields = _stat(pid)
-    return pid, fields[19] if fields and fields[0] != "Z" else ""
-
-
-def _parent_of(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else 1
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the command's name: state, parent, …; none for a process that is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
 
 
 def _say(what: str) -> None:

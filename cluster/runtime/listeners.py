@@ -19,9 +19,10 @@ MAX_LISTENERS = 64
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """What a predecessor, process `pid`, gave: its sockets by address, as HAProxy writes it."""
+    """The sockets that process `pid` gave, by address as HAProxy writes it. keeper: the process that keeps it."""
 
     pid: int
+    keeper: int
     listeners: Mapping[str, socket.socket]
 
     def close(self) -> None:
@@ -54,13 +55,13 @@ def open_listener(address: str, holders: Sequence[int] = ()) -> socket.socket:
             return listener
 
 
-def hand_over(server: socket.socket, listeners: Mapping[str, socket.socket]) -> None:
-    """Answers one who has connected to `server`."""
-    with suppress(OSError):  # he has gone again
+def hand_over(server: socket.socket, listeners: Mapping[str, socket.socket], keeper: int) -> None:
+    """Answers a process that has connected to `server`."""
+    with suppress(OSError):  # it has gone again
         connection, _ = server.accept()
         with connection:
             connection.settimeout(TIMEOUT_S)
-            text = json.dumps({"pid": os.getpid(), "addresses": list(listeners)}).encode()
+            text = json.dumps({"pid": os.getpid(), "keeper": keeper, "addresses": list(listeners)}).encode()
             socket.send_fds(connection, [text], [listener.fileno() for listener in listeners.values()])
 
 
@@ -73,10 +74,11 @@ def ask_for(path: Path) -> Handed | None:
             text, fds, _, _ = socket.recv_fds(sock, MAX_BYTES, MAX_LISTENERS)
         if not text:
             return None
-        said = json.loads(text)
+        answer = json.loads(text)
     except OSError:
         return None
-    return Handed(said["pid"], dict(zip(said["addresses"], (socket.socket(fileno=fd) for fd in fds), strict=True)))
+    listeners = dict(zip(answer["addresses"], (socket.socket(fileno=fd) for fd in fds), strict=True))
+    return Handed(answer["pid"], answer.get("keeper", answer["pid"]), listeners)  # one of before had no keeper
 
 
 def serve_at(path: Path) -> socket.socket:

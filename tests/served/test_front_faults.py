@@ -15,6 +15,7 @@ from test_listening import family
 
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.process_identity import parent_of
 
 pytestmark = [pytest.mark.ray]
 
@@ -73,37 +74,45 @@ def caller(served):
     caller.channel.close()
 
 
-def test_haproxy_killed_is_there_again_before_serve_looks(served, caller):
+def keepers():
+    """The processes that Serve takes for HAProxy; each has one child of the same name."""
+    pids = processes("moe-cluster-haproxy")
+    return [pid for pid in pids if parent_of(pid) not in pids]
+
+
+@pytest.mark.parametrize("who", ["HAProxy", "its supervisor"])
+def test_a_killed_front_is_there_again_before_serve_looks(served, caller, who):
     """Serve's manager, which would need seconds for it, lives on and reloads as before."""
-    managers = processes("ray::HAProxyManager")
-    (supervisor,) = processes("moe-cluster-haproxy")
-    for killed in haproxies():
+    managers, kept = processes("ray::HAProxyManager"), keepers()
+
+    def victims():
+        return haproxies() if who == "HAProxy" else set(processes("moe-cluster-haproxy")) - set(keepers())
+
+    for killed in victims():
+        before = haproxies()
         os.kill(killed, signal.SIGKILL)
         caller.goes_on()
-        assert killed not in haproxies()
-    assert processes("moe-cluster-haproxy") == [supervisor]
+        assert killed not in victims()
+        assert haproxies() != before
+    assert keepers() == kept
     assert processes("ray::HAProxyManager") == managers
     assert set(caller.codes) <= {"OK", "UNAVAILABLE"}
-    os.write(1, f"HAProxy killed: {caller.longest_s:.3f} s without an answer, {dict(caller.codes)}\n".encode())
+    os.write(1, f"{who} killed: {caller.longest_s:.3f} s without an answer, {dict(caller.codes)}\n".encode())
 
 
 @pytest.mark.slow
-def test_the_manager_killed_costs_no_call(served, caller):
+@pytest.mark.parametrize("who", ["manager", "keeper"])
+def test_the_manager_or_the_keeper_killed_costs_no_call(served, caller, who):
     """Its HAProxy serves on until the next manager has heard of the application; streams go on, too."""
     stub = health_pb2_grpc.HealthStub(caller.channel)
     watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     (manager,), before = processes("ray::HAProxyManager"), processes("moe-cluster-haproxy")
-    os.kill(manager, signal.SIGKILL)
-    wait_until(lambda: manager not in processes("ray::HAProxyManager"), "the manager's end")
+    os.kill(manager if who == "manager" else keepers()[-1], signal.SIGKILL)
+    wait_until(lambda: manager not in processes("ray::HAProxyManager"), "the manager's end", 60)
     wait_until(lambda: processes("ray::HAProxyManager"), "another manager", 60)
     caller.goes_on()
-
-    def taken_over():
-        now = processes("moe-cluster-haproxy")
-        return set(now) - set(before)
-
-    wait_until(taken_over, "another HAProxy", 60)
+    wait_until(lambda: set(processes("moe-cluster-haproxy")) - set(before), "another HAProxy", 60)
     caller.goes_on()
     time.sleep(3)  # reloads, as Serve hears of the applications
     caller.goes_on()

@@ -106,7 +106,7 @@ def haproxy(folder, backend_port, front=None):
         await_port(process, ports[0])
         yield ports[0]
     finally:
-        process.kill()
+        process.terminate()
         process.communicate()
 
 
@@ -150,10 +150,20 @@ def pid_at(admin_socket):
         return int(re.search(r"^Pid: (\d+)$", ask("show info\n", admin_socket), flags=re.MULTILINE)[1])
 
 
+def children_of(pid):
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def supervisor_of(pid):
+    """The child of our program that keeps HAProxy running."""
+    return next(iter(children_of(pid)), None)
+
+
 def haproxy_of(pid):
-    """The child of our program that is HAProxy."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return next((int(child) for child in children if is_haproxy(child)), None)
+    """The grandchild of our program that is HAProxy."""
+    return next((child for own in children_of(pid) for child in children_of(own) if is_haproxy(child)), None)
 
 
 def is_haproxy(pid):

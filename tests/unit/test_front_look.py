@@ -1,14 +1,14 @@
-"""A front that stands in for a dead manager's, and finds its place taken by a stranger."""
+"""The keeper of a front that stands in for a dead manager's, and finds its place taken by a stranger."""
 
-import asyncio
 import os
-import signal
 import socket
 
 import pytest
 
-from cluster.runtime import front
-from cluster.runtime.front import Front, FrontFiles, FrontTask
+from cluster.runtime import front_keeper
+from cluster.runtime.front import AGAIN, FrontFiles, FrontTask
+from cluster.runtime.front_keeper import FrontKeeper
+from cluster.runtime.listeners import Handed
 
 
 @pytest.fixture
@@ -17,9 +17,11 @@ def taken_port():
         yield stranger.getsockname()[1]
 
 
-def test_a_stand_in_that_finds_no_place_to_listen_ends_and_says_why(tmp_path, taken_port, monkeypatch, capfd):
+def test_a_stand_in_that_finds_no_place_to_listen_ends_and_tells_why(tmp_path, taken_port, monkeypatch):
     """Else it would serve on where nobody looks, and Serve would take it for healthy."""
-    monkeypatch.setattr(front, "LOOK_S", 0.0)
+    monkeypatch.setattr("cluster.runtime.listeners.TIMEOUT_S", 0.1)
+    predecessors = [Handed(pid=7, keeper=6, listeners={}), None]
+    monkeypatch.setattr(front_keeper, "ask_for", lambda path: predecessors.pop(0))
     files = FrontFiles(
         admin=tmp_path / "a", handover=tmp_path / "h", inner=tmp_path / "i", config=tmp_path / "haproxy.cfg"
     )
@@ -27,18 +29,17 @@ def test_a_stand_in_that_finds_no_place_to_listen_ends_and_says_why(tmp_path, ta
         command=[], old_pids=[], addresses=[f"127.0.0.1:{taken_port}"], text=lambda fds, states: "", serves=False,
         copies=[], read={},
     )  # fmt: skip
-    stands_in = Front(task, files, manager=os.getppid())
-    stands_in._stands_in = True
-    killed = []
-    monkeypatch.setattr(stands_in, "_kill", killed.append)
+    keeper = FrontKeeper(task, files, manager=os.getppid())
+    started = []
 
-    async def look():
-        looking = asyncio.create_task(stands_in._look())
-        while not killed and not looking.done():
-            await asyncio.sleep(0.01)
-        looking.cancel()
+    def start():
+        started.append(keeper._place.stands_in)
+        keeper._child = os.fork()
+        if keeper._child == 0:
+            os._exit(AGAIN)
 
-    asyncio.run(look())
-    assert killed[:1] == [signal.SIGTERM]
-    assert stands_in._ending
-    assert "this one ends" in capfd.readouterr().err
+    monkeypatch.setattr(keeper, "_start", start)
+    monkeypatch.setattr(front_keeper.signal, "signal", lambda number, handler: None)  # pytest keeps its own
+    with pytest.raises(OSError, match=f"{taken_port}.*in use"):
+        keeper.run()
+    assert started == [True]

@@ -12,7 +12,17 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from haproxy_tools import Manager, free_ports, haproxy_of, ingress, is_haproxy, pid_at, until, write_config
+from haproxy_tools import (
+    Manager,
+    free_ports,
+    haproxy_of,
+    ingress,
+    is_haproxy,
+    pid_at,
+    supervisor_of,
+    until,
+    write_config,
+)
 
 from cluster.metrics.process import is_running
 from cluster.runtime.haproxy import PROGRAM
@@ -108,13 +118,14 @@ def node(tmp_path, server):
             os.kill(int(path.name), signal.SIGKILL)
 
 
-def test_a_killed_haproxy_is_followed_by_another_before_serve_looks(node):
+@pytest.mark.parametrize("who", [haproxy_of, supervisor_of])
+def test_a_killed_process_of_the_front_is_followed_by_another_before_serve_looks(node, who):
     """Its streams end with UNAVAILABLE. Serve asks the socket which pid runs, and finds its own as before."""
     ours = node.manager.start(node.config())
     caller = node.caller()
     caller.goes_on()
     for _ in range(3):
-        killed = haproxy_of(ours)
+        haproxy, killed = haproxy_of(ours), who(ours)
         stream = health_pb2_grpc.HealthStub(caller.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(stream) == SERVING
         os.kill(killed, signal.SIGKILL)
@@ -122,8 +133,8 @@ def test_a_killed_haproxy_is_followed_by_another_before_serve_looks(node):
             next(stream)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         caller.goes_on()
-        assert haproxy_of(ours) != killed
-        assert pid_at(node.folder / "a.sock") == ours
+        assert haproxy_of(ours) != haproxy
+        until(lambda: pid_at(node.folder / "a.sock") == ours)
     caller.end()
     sys.stdout.write(f"longest time without an answer: {caller.longest_s:.3f} s, {caller.codes}\n")
     assert set(caller.codes) <= {"OK", "UNAVAILABLE"}
@@ -153,13 +164,13 @@ def test_serve_reloads_after_a_kill_as_before(node, server):
 def test_a_connection_that_comes_while_there_is_no_haproxy_waits(node):
     """It finds the socket open; stopped, our program cannot start the next one."""
     ours = node.manager.start(node.config())
-    killed = haproxy_of(ours)
-    os.kill(ours, signal.SIGSTOP)
+    killed, supervisor = haproxy_of(ours), supervisor_of(ours)
+    os.kill(supervisor, signal.SIGSTOP)
     os.kill(killed, signal.SIGKILL)
     caller = node.caller()
     time.sleep(0.5)
     assert caller.codes == {}
-    os.kill(ours, signal.SIGCONT)
+    os.kill(supervisor, signal.SIGCONT)
     caller.goes_on()
     caller.end()
     assert caller.codes.keys() == {"OK"}
@@ -190,13 +201,40 @@ def test_a_dead_manager_costs_nothing(node, server):
     assert caller.codes.keys() == {"OK"}
 
 
+def test_a_killed_keeper_costs_nothing(node, server):
+    """Serve finds nobody at the admin socket then, and makes a manager anew, which takes over from the orphan."""
+    first = node.manager.start(node.config())
+    caller = node.caller()
+    caller.goes_on()
+    stream = health_pb2_grpc.HealthStub(caller.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+    assert next(stream) == SERVING
+    haproxy = haproxy_of(first)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: pid_at(node.folder / "a.sock") is None)
+    caller.goes_on()
+    node.manager.kill()
+    node.manager = Manager()
+    second = node.manager.start(node.config(known=False))
+    caller.goes_on()
+    third = node.manager.reload(node.config(), second)
+    caller.goes_on()
+    server.go_on.set()
+    assert list(stream) == [SERVING]
+    caller.end()
+    until(lambda: not is_haproxy(haproxy))
+    until(lambda: not is_running(second, None))
+    assert pid_at(node.folder / "a.sock") == third
+    assert caller.codes.keys() == {"OK"}
+
+
 def test_who_stands_in_for_one_that_dies_then_takes_its_place(node):
     first = node.manager.start(node.config())
     node.manager.kill()
     node.manager = Manager()
     second = node.manager.start(node.config(known=False))
-    haproxy = haproxy_of(first)
+    haproxy, supervisor = haproxy_of(first), supervisor_of(first)
     os.kill(first, signal.SIGKILL)
+    os.kill(supervisor, signal.SIGKILL)
     until(lambda: not is_haproxy(haproxy))
     codes = set()
 
@@ -217,7 +255,7 @@ def test_who_stands_in_for_one_that_dies_then_takes_its_place(node):
     assert pid_at(node.folder / "a.sock") == third
 
 
-@pytest.mark.parametrize("who", ["raylet", "manager and raylet", "itself"])
+@pytest.mark.parametrize("who", ["raylet", "manager and raylet", "itself and raylet", "all but HAProxy"])
 def test_nothing_stays_of_a_node_that_ends(node, who):
     """`ray stop` kills the raylet; Serve ends an HAProxy that it wants no more with SIGKILL."""
     node.manager.kill()
@@ -226,11 +264,17 @@ def test_nothing_stays_of_a_node_that_ends(node, who):
     raylet = node.manager.process.pid
     manager = int(Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()[0])
     haproxy = haproxy_of(ours)
-    for pid in {"raylet": [raylet], "manager and raylet": [manager, raylet], "itself": [ours]}[who]:
+    killed = {
+        "raylet": [raylet],
+        "manager and raylet": [manager, raylet],
+        "itself and raylet": [ours, raylet],
+        "all but HAProxy": [ours, supervisor_of(ours)],
+    }[who]
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
     until(lambda: not is_running(ours, None) and not is_haproxy(haproxy))
     until(lambda: is_refused(node.ports[0]))
-    if who != "itself":
+    if who != "all but HAProxy":
         return
     again = node.manager.start(node.config())
     assert haproxy_of(again)
