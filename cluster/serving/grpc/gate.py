@@ -23,7 +23,7 @@ Keeper = Callable[[], Doorkeeper | None]  # returns None in a process without on
 
 
 def gated_unary(handler: Callable[[Any, Any], Awaitable[bytes]], keeper: Keeper) -> Callable[..., Awaitable[bytes]]:
-    """A handler of many messages and one answer, around one of one message."""
+    """Returns a handler of many messages and one answer, around a handler of one message."""
 
     async def call(requests: AsyncIterator[bytes], context: Any) -> bytes:
         request = await _request(requests, context, keeper)
@@ -33,7 +33,7 @@ def gated_unary(handler: Callable[[Any, Any], Awaitable[bytes]], keeper: Keeper)
 
 
 def gated_stream(handler: Callable[[Any, Any], Awaitable[None]], keeper: Keeper) -> Callable[..., Awaitable[None]]:
-    """The same for many answers, which the handler writes itself."""
+    """Returns the same for many answers, which the handler writes itself."""
 
     async def call(requests: AsyncIterator[bytes], context: Any) -> None:
         request = await _request(requests, context, keeper)

@@ -108,7 +108,7 @@ class _StopMatcher:
 
     @property
     def num_open(self) -> int:
-        """The length of the longest end of the text that may still become a stop string."""
+        """Returns the length of the longest end of the text that may still become a stop string."""
         return self._depth[self._state]
 
     def step(self, char: str) -> str | None:
