@@ -1,4 +1,4 @@
-"""The checkpoint that is measured on: the user's, or one with random weights that is made once and kept."""
+"""The checkpoint to measure with: the user's, or one with random weights that is made once and kept."""
 
 import hashlib
 import json
@@ -55,11 +55,11 @@ def made_checkpoint(
     *,
     with_files: bool = True,
 ) -> Path:
-    """Returns a checkpoint with random weights, made unless an earlier call has.
+    """Returns a checkpoint with random weights, and makes it unless an earlier call has.
 
     shapes: one of SHAPES; num_layers is for a2.7b only.  progress: called with bytes made and bytes in all.
-    with_files: False leaves the weights to whoever loads it, who draws them on his device; for a2.7b only.
-    A directory under its final name is complete; its name holds a digest of what it was made from.
+    with_files: False writes no weights, and the process that loads it draws them on its device; for a2.7b only.
+    A directory under its final name is complete; its name has a digest of its configuration and seed.
     Raises SetupError where it cannot be written.
     """
     if shapes == "demo":

@@ -12,7 +12,7 @@ from cluster.types import SAMPLING_DEFAULTS
 
 
 class ClusterSystem:
-    """num_threads: None leaves them to the launcher of the Ray actors."""
+    """num_threads: None leaves the threads to the launcher of the Ray actors."""
 
     def __init__(self, spec: SystemSpec, config: ModelConfig, workload: Workload, num_threads: int | None) -> None:
         assert spec.kind in ("local", "stream", "ray")

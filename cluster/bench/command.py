@@ -195,7 +195,7 @@ def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def with_part(argv: Sequence[str]) -> list[str]:
-    """Arguments of the command line in which `bench` names its part: throughput, unless it does."""
+    """The command line's arguments, with the part of `bench`: throughput, unless they name one."""
     if argv[:1] == ["bench"] and (len(argv) == 1 or argv[1] not in (*PARTS, "-h", "--help")):
         return ["bench", "throughput", *argv[1:]]
     return list(argv)

@@ -20,7 +20,7 @@ class ForeignSystem:
     """Tuned by the caller's variables (SystemSpec.variables), which its process alone gets."""
 
     def __init__(self, spec: SystemSpec, workload: Workload) -> None:
-        """Raises ClusterError when it does not start; what it printed is on stderr."""
+        """Raises ClusterError if it does not start; stderr has its output."""
         options = {
             "model": str(spec.model_dir),
             "dtype": spec.dtype,
@@ -56,6 +56,6 @@ class ForeignSystem:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ClusterError(f"its worker ended with code {self._process.wait()}; its last words are above")
+            raise ClusterError(f"its worker ended with code {self._process.wait()}; see its output above")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -33,7 +33,7 @@ BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}  # bytes/s, NVIDI
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuResult:
-    """requests_per_s: each of the repeats.  bound: what the memory's bandwidth alone would allow, 0 if unknown."""
+    """requests_per_s: of each repeat.  bound: requests/s by the memory's bandwidth alone, 0 if unknown."""
 
     system: str
     requests_per_s: tuple[float, ...]

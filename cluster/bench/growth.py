@@ -39,8 +39,8 @@ def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -
             model_dir = made_with_progress(args.shapes, layers, args.checkpoint_dir, progress)
             if layers == args.layers:
                 config = read_config(model_dir)
-            own = [point for point in points if (point.layers, point.shards) == (layers, shards)]
-            for point, step_ms in _measure_system(model_dir, own, args.repeat, start):
+            together = [point for point in points if (point.layers, point.shards) == (layers, shards)]
+            for point, step_ms in _measure_system(model_dir, together, args.repeat, start):
                 measured[point] = replace(point, step_ms=step_ms)
                 progress.update(task, advance=1, description=f"{point.axis} {point.value}")
     results = [measured[point] for point in points]
@@ -79,8 +79,8 @@ def _measure_system(
 
 
 def _time_step(system: System, prompts: Prompts) -> float:
-    """Seconds of a decode step. The prompts' keys and values are in the cache by then: beside seconds of prefill, whose
-    time wanders, a few steps could not be told."""
+    """Seconds of a decode step. The prompts' keys and values are in the cache by then: prefill takes seconds, and its
+    time wanders by more than a few steps take."""
     system.generate(prompts, 1)
     started = time.perf_counter()
     system.generate(prompts, 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthPoint:
-    """One setting. axis: which of them is varied here.  step_ms: median of the repeats, of a decode step."""
+    """One setting. axis: the name of the value that varies.  step_ms: of a decode step, the median of the repeats."""
 
     axis: str
     batch: int
@@ -17,12 +17,12 @@ class GrowthPoint:
 
     @property
     def value(self) -> int:
-        """Where it stands on its axis."""
+        """Its place on its axis."""
         return int(getattr(self, self.axis))
 
 
 def plan_points(args: argparse.Namespace) -> list[GrowthPoint]:
-    """Each axis from the same middle: the middle's other values stay."""
+    """The points of each axis: one value varies, the others are those of one middle."""
     middle = GrowthPoint(axis="batch", batch=8, context=64, shards=2, layers=args.layers)
     axes = {"batch": args.batch, "context": args.context, "shards": args.shards}
     if args.shapes == "a2.7b":  # the demo checkpoint has one depth

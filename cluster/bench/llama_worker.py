@@ -17,7 +17,7 @@ MAX_BATCH_TOKENS = 2048
 def main() -> None:
     options = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what llama.cpp prints must not get among the answers
+    os.dup2(2, 1)  # llama.cpp's prints must not get among the answers
     import llama_cpp  # type: ignore[import-not-found]  # in the user's environment only
 
     model_dir = Path(options["model"])

@@ -1,4 +1,4 @@
-"""`moe-cluster bench serve`: load on a running server over gRPC, as its clients see it."""
+"""`moe-cluster bench serve`: traffic for a running server over gRPC, timed as its clients see it."""
 
 import argparse
 import json
@@ -31,8 +31,10 @@ _MAX_THREADS = 1000  # streams of an open loop at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamTiming:
-    """One answer. arrivals_s: when each of its tokens came, after it was asked for; several may come in one piece.
-    refused_s: when it was refused for want of room, None if it was not."""
+    """One answer; all seconds count from its request.
+
+    arrivals_s: of each token; several may come in one piece.  refused_s: of a refusal for want of room, else None.
+    """
 
     arrivals_s: tuple[float, ...]
     error: str = ""
@@ -41,9 +43,10 @@ class StreamTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadResult:
-    """Milliseconds by percentile (50, 90, 99). gap: between two pieces of an answer.  whole: to its last token.
-    refusal: to being refused for want of room, which is no failure.
+    """Milliseconds by percentile (50, 90, 99).
 
+    gap: between two pieces of an answer.  whole: to its last token.
+    refusal: to a refusal for want of room, which is no failure.
     server_bytes: the memory of the server's processes before and after.
     """
 
@@ -62,7 +65,7 @@ class LoadResult:
 
 
 def measure_server(args: argparse.Namespace) -> int:
-    """Puts the load on, prints a table, returns 1 when a request failed. Raises SetupError, Unavailable."""
+    """Sends the requests, prints a table, returns 1 if a request failed. Raises SetupError, Unavailable."""
     for option, value in (
         ("--requests", args.requests), ("--concurrency", args.concurrency), ("--prompt-tokens", args.prompt_tokens),
         ("--output-tokens", args.output_tokens),
@@ -95,7 +98,7 @@ def measure_server(args: argparse.Namespace) -> int:
 
 
 def summarize(timings: list[StreamTiming], took_s: float) -> LoadResult:
-    """took_s: from the first request to the end of the last."""
+    """took_s: from the first request to the last answer's end."""
     good = [timing for timing in timings if not timing.error and timing.refused_s is None]
     refused = [timing.refused_s for timing in timings if timing.refused_s is not None]
     gaps = [b - a for t in good for a, b in zip(t.arrivals_s, t.arrivals_s[1:], strict=False) if b > a]

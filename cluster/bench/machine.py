@@ -1,4 +1,4 @@
-"""What a figure was measured on, without names that identify it: no host, no user, no path."""
+"""Describes the machine of a measurement, without names that identify it: no host, no user, no path."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 from cluster.config.resources import available_cpus, memory_limit
 
 _PACKAGES = ("torch", "ray", "transformers")
-_SPEEDS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")  # what decides the speed of products
+_SPEEDS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")  # they decide the speed of products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +57,8 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def process_tree_bytes(pid: int) -> tuple[int, int]:
-    """How many processes this one and its descendants are, and the memory they take together; shared pages count once
-    (Pss). Linux. Raises ProcessLookupError."""
+    """The number of processes, this one and its descendants, and their memory together; shared pages count once (Pss).
+    Linux. Raises ProcessLookupError."""
     parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
@@ -78,6 +78,6 @@ def process_tree_bytes(pid: int) -> tuple[int, int]:
 
 
 def _memory_bytes() -> int:
-    """The machine's memory, or that of a control group of this process where that is less."""
+    """The machine's memory, or the limit of this process's control group if that is less."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(physical, memory_limit() or physical)

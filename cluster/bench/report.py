@@ -11,7 +11,7 @@ from cluster.bench.worker import SystemResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """reference: the system that the others are divided by.  failures: why a system has no figures."""
+    """reference: the system that the others are divided by.  failures: the errors of systems without figures."""
 
     machine: Machine
     checkpoint: str

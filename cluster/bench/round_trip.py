@@ -1,4 +1,4 @@
-"""`moe-cluster bench transport`: what a crossing costs by itself, for each carrier and number of rows, in one run."""
+"""`moe-cluster bench transport`: times a crossing alone, for each carrier and number of rows, in one run."""
 
 import argparse
 import json

@@ -89,7 +89,7 @@ def _python(args: argparse.Namespace, kind: str) -> str:
 
 
 def _draft(args: argparse.Namespace) -> Workload:
-    """The workload but for the vocabulary: wrong arguments are refused before gigabytes are written."""
+    """The workload without the vocabulary: wrong arguments are refused before gigabytes are written."""
     return Workload(
         batches=args.batch,
         prompt_tokens=args.prompt_tokens,
@@ -100,7 +100,7 @@ def _draft(args: argparse.Namespace) -> Workload:
 
 
 def _fit(draft: Workload, num_shards: int, config: ModelConfig) -> Workload:
-    """Fills in the vocabulary. Raises SetupError for what this checkpoint does not allow."""
+    """Fills in the vocabulary. Raises SetupError for a workload that this checkpoint does not allow."""
     check_shards(num_shards, config)
     num_tokens = draft.prompt_tokens + draft.output_tokens
     if num_tokens > config.context_length:
@@ -118,7 +118,7 @@ def _run_systems(
     progress: Progress,
     run_one: RunSystem,
 ) -> tuple[list[SystemResult], list[str]]:
-    """One after another, since two may not fit into memory. One that fails leaves the others be."""
+    """Runs one after another: two may not fit into memory. The failure of one does not stop the others."""
     results, failures = [], []
     for spec in specs:
         task = progress.add_task(f"{spec.name}: loading", total=workload.num_runs + 1)
@@ -139,7 +139,7 @@ def _take_turns(
     *,
     clock: Callable[[], float],
 ) -> tuple[list[SystemResult], list[str]]:
-    """All at once in memory, one at a time at work."""
+    """Loads all at once; one at a time works."""
     systems: list[RemoteSystem] = []
     failures = []
     try:

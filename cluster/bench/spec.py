@@ -1,4 +1,4 @@
-"""Which system to measure, as a value. Knows no system: `systems` builds them."""
+"""Names the system to measure. Knows no system: `systems` builds them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemSpec:
-    """What to build. dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
-    gpus_per_shard: None is one where there are any.
+    """The system to build.
 
-    python, variables: the interpreter that has vLLM or llama.cpp, and what its process gets in its environment.
+    dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
+    gpus_per_shard: None is one on a machine with GPUs.
+    python, variables: the interpreter that has vLLM or llama.cpp, and variables for its process.
     """
 
     kind: Literal["local", "stream", "ray", "transformers", "vllm", "llama.cpp"]
@@ -39,8 +40,8 @@ class SystemSpec:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables to start its process with: memory that stays with the process for all, and beside shards threads
-        that do not spin while they wait, as a served engine has them."""
+        """Variables to start its process with. All keep freed memory in the process; beside shards, threads do not spin
+        while they wait, as in a served engine."""
         if self.kind in FOREIGN:
             return {}  # they have allocators of their own
         return {**MALLOC_ENVIRONMENT, **(SHARED_CORES_ENVIRONMENT if self.split else {})}

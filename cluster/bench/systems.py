@@ -1,4 +1,4 @@
-"""Builds what a `SystemSpec` names, and says what cannot be measured here."""
+"""Builds the system that a `SystemSpec` names, and refuses those that cannot be measured here."""
 
 import importlib.util
 import subprocess
@@ -11,7 +11,7 @@ from cluster.errors import SetupError
 
 
 def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
-    """Loads the checkpoint; takes all cores of this process, except beside shards, whose launcher deals them out.
+    """Loads the checkpoint. The system takes all cores of this process; beside shards their launcher deals them out.
 
     Imports late: a process that measures one system carries neither the memory nor the threads of the other.
     """
@@ -30,13 +30,13 @@ def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> S
 
 
 def check_shards(num_shards: int, config: ModelConfig) -> None:
-    """Raises SetupError for a number that the checkpoint's experts do not allow."""
+    """Raises SetupError for a number of shards that the checkpoint's experts do not allow."""
     if config.num_experts and not 1 <= num_shards <= config.num_experts:
         raise SetupError(f"--shards is {num_shards}, 1 to {config.num_experts} (the experts) are possible")
 
 
 def check_comparison(kind: str, python: str) -> None:
-    """Raises SetupError where the other system cannot be run."""
+    """Raises SetupError if the other system cannot run."""
     if kind == "transformers" and importlib.util.find_spec("transformers") is None:
         raise SetupError("--compare transformers: it is not installed; pip install 'moe-cluster[test]' has it")
     if kind in FOREIGN:

@@ -1,4 +1,4 @@
-"""How prefill and decode are told apart, repeated and summed up. Knows no model: it times a `System`.
+"""Times prefill and decode apart, repeats and sums up. Knows no model: it times a `System`.
 
 A run generates one token (t_1: all of it prefill) and then M tokens (t_M). With B prompts of P tokens,
 prefill is B · P / t_1 and decode B · (M − 1) / (t_M − t_1) tokens/s.
@@ -16,7 +16,7 @@ Prompts = list[list[int]]
 
 
 class System(Protocol):
-    """What is measured: greedy generation that EOS does not stop."""
+    """A system to measure: greedy generation that EOS does not stop."""
 
     @property
     def detail(self) -> str:
@@ -26,12 +26,12 @@ class System(Protocol):
         """Blocks until every prompt has its tokens; returns how many each got."""
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Gives back its memory and processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What every system is given: the same prompts, drawn from `seed`. batches: ascending."""
+    """The work of every system: the same prompts, drawn from `seed`. batches: ascending."""
 
     batches: tuple[int, ...]
     prompt_tokens: int
@@ -57,7 +57,7 @@ class Workload:
         return len(self.batches) * (1 + self.repeats)
 
     def prompts(self, batch: int, run_id: int) -> Prompts:
-        """Random token ids, other ones for each run, so that nothing kept from an earlier one is of use."""
+        """Random token ids, others for each run, so that no system can reuse an earlier run."""
         draw = random.Random(f"{self.seed}/{batch}/{run_id}")
         return [[draw.randrange(self.vocab_size) for _ in range(self.prompt_tokens)] for _ in range(batch)]
 
@@ -124,9 +124,10 @@ def measure_in_turns(
     advance: Callable[[System, int], None],
     rest: Callable[[], None],
 ) -> dict[int, tuple[Point, ...] | ClusterError]:
-    """As `measure`, each run by all systems one after another: a machine whose speed wanders does so for all.
+    """As `measure`, each run by all systems one after another: if the machine's speed wanders, it wanders for all.
 
-    rest: called before each run.  Returns, by the system's place in `systems`, its points or why it has none.
+    rest: called before each run.  Returns each system's points, or the error that left it without, by its place in
+    `systems`.
     """
     timings: dict[tuple[int, int], list[Timing]] = {}
     found: dict[int, tuple[Point, ...] | ClusterError] = {}

@@ -11,7 +11,7 @@ import sys
 def main() -> None:
     options = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints must not get among the answers
+    os.dup2(2, 1)  # vLLM's prints must not get among the answers
     import vllm  # type: ignore[import-not-found]  # in the user's environment only
 
     model = vllm.LLM(skip_tokenizer_init=True, enable_prefix_caching=False, **options)

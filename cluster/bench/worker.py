@@ -1,6 +1,6 @@
-"""Runs a system in a process of its own: its memory is given back, its threads disturb no other.
+"""Runs a system in a process of its own, so that it gives back its memory and its threads disturb no other.
 
-The child says ("loaded", detail, seconds), then answers each (prompts, num_tokens) with ("done", tokens of each
+The child sends ("loaded", detail, seconds), then answers each (prompts, num_tokens) with ("done", tokens of each
 prompt) until it is sent None; ("failed", message) ends it.
 """
 
@@ -40,8 +40,8 @@ class SystemResult:
 class RemoteSystem:
     """A system in a fresh process. load_s: from nothing to ready.
 
-    Raises ClusterError with the child's message, or with its exit code when it was killed; from any method. Neither
-    names the system.
+    Each method raises ClusterError with the child's message, or with its exit code if it was killed. Neither names the
+    system.
     """
 
     def __init__(self, spec: SystemSpec, config: ModelConfig, workload: Workload, build: Build = build_system) -> None:
@@ -64,7 +64,7 @@ class RemoteSystem:
         return list(counts)
 
     def close(self) -> None:
-        """Blocks until the child has ended, by force if it must be."""
+        """Blocks until the child has ended, by force if need be."""
         with suppress(OSError):
             self._pipe.send(None)
         self._pipe.close()
@@ -115,7 +115,7 @@ def run_system(
 def _child_main(
     pipe: "Connection[Any, Any]", build: Build, spec: SystemSpec, config: ModelConfig, workload: Workload
 ) -> None:
-    os.dup2(2, 1)  # what libraries print must not get into the table
+    os.dup2(2, 1)  # libraries' prints must not get into the table
     try:
         _serve_runs(pipe, build, spec, config, workload)
     except ClusterError as error:
@@ -139,7 +139,7 @@ def _serve_runs(
 
 
 def _next_task(pipe: "Connection[Any, Any]") -> tuple[Prompts, int] | None:
-    """None when nothing more will come."""
+    """None if no more tasks come."""
     try:
         task: tuple[Prompts, int] | None = pipe.recv()
     except EOFError:
@@ -149,7 +149,7 @@ def _next_task(pipe: "Connection[Any, Any]") -> tuple[Prompts, int] | None:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables for processes that are started meanwhile."""
+    """Sets variables for processes that start meanwhile."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

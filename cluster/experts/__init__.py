@@ -1,1 +1,1 @@
-"""Routed experts: what a shard computes, which shard holds what, and how rows get there. Knows no Ray."""
+"""Routed experts: a shard's products, the plan of who has which experts, the way of rows to them. Knows no Ray."""

@@ -1,4 +1,4 @@
-"""Single calls to shards: makes them, asks them, gives them up. What they show goes to `Routing` and `Patience`.
+"""Makes single calls to shards, asks for their answers, gives them up; keeps `Routing` and `Patience` informed.
 
 T: tokens, H: hidden size, K: experts a token, R: rows for one shard.
 """
@@ -96,8 +96,8 @@ class ShardCalls:
         return Leg(shard_id, rows, batch, now, flight, now)
 
     def ask(self, leg: Leg, timeout_s: float) -> Tensor | None:
-        """Blocks for one leg's rows: [R, H] float32. None when they are not there; the leg has no flight any more if
-        they never come."""
+        """Blocks for one leg's rows: [R, H] float32. None if they have not come; if they never will, the leg has no
+        flight from then on."""
         if leg.flight is None:
             return None
         began = self.clock()

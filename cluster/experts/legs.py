@@ -38,7 +38,7 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class DispatchFlight:
-    """What `combine` needs: the legs in shard order, and the shape and dtype of the answer."""
+    """Rows under way, for `combine`: the legs in shard order, and a tensor with the answer's shape and dtype."""
 
     legs: list[Leg]
     like: Tensor

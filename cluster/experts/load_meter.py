@@ -1,4 +1,4 @@
-"""The load of each expert lately, from counters that only grow and start again with their process. Knows no clock."""
+"""Measures the load of each expert, from counters that grow and start again with their process. Knows no clock."""
 
 from collections.abc import Hashable
 
@@ -11,7 +11,7 @@ Loads = NDArray[np.float64]
 class LoadMeter:
     """The load of each expert now: a mean over time in which a second counts half as much half_life_s later.
 
-    Fed with the counters of each shard (or any other source), which start at 0 with its process. For one thread.
+    `observe` takes the counters of each shard (or any other source), which start at 0 with its process. For one thread.
     """
 
     def __init__(self, num_layers: int, num_experts: int, *, half_life_s: float) -> None:
@@ -24,8 +24,8 @@ class LoadMeter:
     def observe(self, source: Hashable, counters: ArrayLike, now: float) -> None:
         """counters: [layers, E], tokens since the source's start; now: seconds, never less than at an earlier call.
 
-        A source's first counters only say where it begins. If any is lower than before, the source has restarted and
-        all that they count is new.
+        A source's first counters are where it begins. If any counter is lower than before, the source has restarted and
+        all its counts are new.
         """
         count = np.array(counters, dtype=np.float64)
         before, then = self._last.get(source, (count, now))

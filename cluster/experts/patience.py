@@ -12,8 +12,8 @@ HUNG_S = 5.0  # a step that can lose rows waits so long for a shard that was sil
 
 @dataclass(slots=True)
 class _Waits:
-    """What recent waits for an answer took, and what is longer than usual: mean plus four mean deviations, as TCP
-    decides when to send again (RFC 6298, with its 1/8 and 1/4)."""
+    """Recent waits for an answer. An unusual one is longer than the mean and four mean deviations, after which TCP
+    sends again (RFC 6298, with its 1/8 and 1/4)."""
 
     mean_s: float = -1.0
     deviation_s: float = 0.0

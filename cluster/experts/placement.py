@@ -1,4 +1,4 @@
-"""Which shard holds which physical experts. Pure values; knows no weights and no network."""
+"""The plan of which shard holds which physical experts. Pure values; knows no weights and no network."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ class PlacementPlan:
     """A frozen plan. `slices[shard][layer_id]` are the ids of the experts that the shard holds a copy of.
 
     epoch: grows with every change, a respawned shard included; callers compare it, nothing else.
-    down: shards that do not answer at the moment; what they hold counts as placed.
+    down: shards that do not answer at the moment; their copies count as placed.
     Raises ValueError for an expert that no shard holds: a plan never lacks one.
     """
 

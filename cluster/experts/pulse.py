@@ -1,7 +1,7 @@
-"""Whether a shard's work goes on: told by those who compute, read by any thread. Knows no shard and no carrier.
+"""Shows whether a shard's work goes on: threads that compute report, any thread asks. Knows no shard and no carrier.
 
-A long computation and one that hangs look alike from outside, but for what they use: a thread that computes on the CPU
-uses CPU time, one that waits for ever uses none.
+From outside, a long computation looks like one that hangs, but for the CPU time: a thread that computes on the CPU uses
+some, a thread that waits for ever uses none.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from cluster.evolving import evolving
 @evolving("cluster.experts.pulse")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sign:
-    """A sign of life. progress: changes while work goes on.  busy: there is work now.
-    stuck_s: since progress last changed, 0 without work."""
+    """A sign of life. progress: changes while work goes on.  busy: whether there is work now.
+    stuck_s: seconds since progress last changed, 0 without work."""
 
     progress: int = 0
     busy: bool = False
@@ -37,8 +37,8 @@ class Pulse:
         self._grew_at = clock()
 
     def begin(self, *, on_cpu: bool = True) -> None:
-        """This thread computes from now on. on_cpu: its CPU time tells whether it goes on; a computation on a GPU has
-        only its end to tell, as a host that waits for a GPU uses CPU time in any case."""
+        """This thread computes from now on. on_cpu: its CPU time shows whether the work goes on. Of work on a GPU only
+        the end shows it: a host that waits for a GPU uses CPU time in any case."""
         me = threading.get_ident()
         if on_cpu and hasattr(time, "pthread_getcpuclockid"):
             self._clocks[me] = time.pthread_getcpuclockid(me)
@@ -52,11 +52,11 @@ class Pulse:
         self._done = next(self._counter)
 
     def progress(self) -> int:
-        """Another number than before when the work has gone on."""
+        """A number that changes while the work goes on."""
         return self._done + sum(map(_used_ns, list(self._clocks.values())))
 
     def sign(self) -> Sign:
-        """Ask more often than what is to be noticed takes: how long work stands still is seen by asking."""
+        """Ask often: `stuck_s` counts from the last question that found progress."""
         progress, now = self.progress(), self._clock()
         if progress != self._seen.progress:
             self._grew_at = now

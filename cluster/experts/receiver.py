@@ -36,7 +36,7 @@ class Receiver:
             return None
         num_silences = calls.routing.num_silences(leg.shard_id) if losses is not None else 0
         silence_s = calls.patience.silence_s(num_silences)
-        # An answer that came while another leg was waited for lies there: there is always the time to read it.
+        # An answer may have come while another leg was waited for: there is always the time to read it.
         lost = search.earlier(max(leg.sent_at + silence_s, self._clock() + SIGN_S))
         value = self._wait(leg, lost, silence_s, search)
         if value is None:
@@ -47,8 +47,10 @@ class Receiver:
         return value
 
     def _wait(self, leg: Leg, lost: Deadline, silence_s: float, search: Deadline) -> Tensor | None:
-        """Until the rows are there, the call has failed or is outdated, or `lost` is over, which each sign of work
-        puts off to silence_s later."""
+        """Blocks until the rows come, the call fails or is outdated, or `lost` is over.
+
+        Each sign of work moves `lost` to silence_s later.
+        """
         calls = self._calls
         late = Deadline.after(self._clock, calls.patience.late_s(leg.num_rows))
         may_hedge = True
@@ -87,8 +89,8 @@ class Receiver:
         return value
 
     def _first(self, late: Leg, others: list[Leg], search: Deadline) -> Tensor | None:
-        """What is whole first: the late leg's rows, or the sum of the others' [R, H] float32. None when neither can
-        come any more, or all were silent for shard_timeout_s."""
+        """The late leg's rows or the sum of the others', whichever is whole first: [R, H] float32. None if neither can
+        come any more, or if all were silent for shard_timeout_s."""
         calls = self._calls
         values: dict[int, Tensor] = {}
         silent = search.earlier(self._clock() + calls.shard_timeout_s)

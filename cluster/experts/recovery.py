@@ -27,7 +27,7 @@ LOST_S = 0.5
 
 
 class Fate(Enum):
-    """What becomes of rows whose call failed, as far as is known now."""
+    """The fate of rows whose call failed, as far as it is known now."""
 
     COVERED = auto()  # all have another copy: they are sent there at once
     AWAITED = auto()  # some have none: they are sent again at the plan's next news, which may bring a successor
@@ -89,8 +89,8 @@ class Recovery:
         return self._lost.batch.layer_id
 
     def _alone(self, part: _Part) -> Tensor:
-        """Which rows have no other copy: [R] bool. Also those of which nothing is wanted any more: a plan's only shard
-        gets these too, and they need not be sent again."""
+        """The rows without another copy: [R] bool. Also rows that ask for no expert any more: a plan's only shard gets
+        those too, and nobody needs them again."""
         return ~self._calls.routing.covered(part.shard_id, part.batch) | (part.batch.topk_ids == NOT_HERE).all(dim=1)
 
     def _deadline(self, part: _Part) -> Deadline:

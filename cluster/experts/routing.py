@@ -1,4 +1,4 @@
-"""Which copy of an expert a row goes to: by the current plan, and by what calls have shown of its shards.
+"""Chooses the copy of an expert that a row goes to, by the current plan and by the calls to its shards so far.
 
 T: tokens, K: experts a token, E: experts of a layer, C: copies of the most copied expert, R: rows for one shard.
 """
@@ -39,8 +39,8 @@ class FixedPlan:
 
 
 class Route:
-    """Which shards compute each expert of one layer: those that are up and not avoided, and of these the ones that are
-    not suspected, as far as that leaves any.
+    """The shards that compute each expert of one layer: those that are up, not avoided and not suspected. A condition
+    that leaves an expert no shard does not count.
 
     copies: [E, C] int64 shard ids, each expert's repeated to the width of the most copied one.  counts: [E] int64.
     """
@@ -66,7 +66,7 @@ class Route:
         )
 
     def shards(self, topk_ids: Tensor) -> Tensor:
-        """[T, K] int64: each slot's shard, NOT_HERE where the slot is empty. An expert's rows take its copies in turn.
+        """Each slot's shard: [T, K] int64, NOT_HERE for an empty slot. The rows of an expert take its copies in turn.
 
         topk_ids: [T, K] int64.
         """
@@ -81,8 +81,8 @@ class Route:
 
 @dataclass(slots=True)
 class _Suspect:
-    """A shard that failed calls in a row, `silences` of them by silence. It gets no rows that another one can compute
-    until `until`."""
+    """A shard that failed calls in a row, `silences` of them by silence. Until `until` it gets no rows that another one
+    can compute."""
 
     failures: int = 0
     silences: int = 0
@@ -90,7 +90,7 @@ class _Suspect:
 
 
 class Routing:
-    """Routes by the current plan. What calls have shown of its shards is forgotten with the plan. For one thread."""
+    """Makes routes by the current plan, and keeps for as long how calls to its shards went. Used by one thread."""
 
     def __init__(self, plans: PlanSource, clock: Callable[[], float]) -> None:
         self._plans = plans
@@ -132,7 +132,7 @@ class Routing:
         return plan.num_shards > 1 and bool(self._spared(plan, batch, plan.down | late, avoid=late).all())
 
     def covered(self, shard_id: int, batch: ExpertBatch) -> Tensor:
-        """Which rows of a batch that failed at the shard would go, if sent now, only to shards of which nothing bad is
+        """The rows of a batch, whose call to the shard failed, that would now go only to shards of which nothing bad is
         known: [R] bool."""
         plan = self.plan()
         bad = plan.down | self.suspected()
@@ -171,6 +171,6 @@ class Routing:
     def _spared(
         self, plan: PlacementPlan, batch: ExpertBatch, bad: frozenset[int], avoid: frozenset[int] = frozenset()
     ) -> Tensor:
-        """Which rows, sent now, would go to no bad shard: [R] bool."""
+        """The rows that would now go to no bad shard: [R] bool."""
         shards = self.route(plan, batch.layer_id, batch.topk_ids.device, avoid).shards(batch.topk_ids)
         return ~torch.isin(shards, torch.tensor(sorted(bad), device=shards.device)).any(dim=1)

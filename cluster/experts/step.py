@@ -1,4 +1,4 @@
-"""One step's use of the experts: its sequences whose rows cannot be computed now, so that the others need not wait.
+"""One step's use of the experts: it loses sequences whose rows cannot be computed now, so that the others go on.
 
 T: rows of a part, R: lost rows, H: hidden size, K: experts a token.
 """
@@ -16,13 +16,13 @@ from cluster.experts.transport import NOT_HERE
 
 
 class EverySequenceLost(Exception):
-    """None is left for whom the step would be worth finishing. Stays between `PartExperts` and the runner."""
+    """No sequence would get anything from the step, so it ends. Stays between `PartExperts` and the runner."""
 
 
 class StepExperts:
-    """Which of a step's sequences have lost rows. What is computed for those is of no use, and is thrown away.
+    """Knows which of a step's sequences have lost rows. The engine throws away the step's results for these.
 
-    lost: for the number of such a sequence in the step, the first error.  epoch: of the first plan that had no copy.
+    lost: the first error, by the sequence's number in the step.  epoch: of the first plan without a copy.
     hung: as in `Losses`.
     """
 
@@ -35,12 +35,12 @@ class StepExperts:
         self._parts: list[PartExperts] = []
 
     def part(self, first: int, num_tokens: Sequence[int], device: torch.device) -> "PartExperts":
-        """The experts for a micro-batch of the sequences from number `first` on, with so many rows each."""
+        """The experts for a micro-batch: the sequences from number `first` on, each with its number of rows."""
         self._parts.append(PartExperts(self, first, num_tokens, device))
         return self._parts[-1]
 
     def abandon(self) -> None:
-        """The step is not finished: what is under way is not asked for."""
+        """The step is not finished: nobody will ask for the rows under way."""
         for part in self._parts:
             part.abandon()
 
@@ -58,12 +58,12 @@ class PartExperts:
 
     @cached_property
     def _owners(self) -> Tensor:
-        """[T] int64: the number of each row's sequence in the step. Most steps lose none and need it not."""
+        """The number of each row's sequence in the step: [T] int64. Most steps lose no row and do not need it."""
         numbers = torch.arange(self._first, self._first + len(self._num_tokens))
         return numbers.repeat_interleave(torch.tensor(self._num_tokens)).to(self._device)
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
-        """As `ExpertDispatcher.dispatch`; rows of sequences that are lost already stay here."""
+        """As `ExpertDispatcher.dispatch`; rows of lost sequences ask for no expert any more."""
         if self._step.lost:
             lost = torch.isin(self._owners, torch.tensor(list(self._step.lost), device=self._owners.device))
             topk_ids = topk_ids.masked_fill(lost.unsqueeze(1), NOT_HERE)

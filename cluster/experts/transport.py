@@ -54,11 +54,11 @@ class Flight(Protocol):
         """
 
     def works(self) -> bool:
-        """Whether the shard has shown since the last such question that it gets on with its work, this batch's or what
-        is before it. Does not block. Ask when `result` has raised TimeoutError."""
+        """Whether the shard has shown since the last such question that it gets on, with this batch or one before it.
+        Does not block. Ask when `result` has raised TimeoutError."""
 
     def abandon(self) -> None:
-        """Nobody will ask any more; an answer that still comes is dropped."""
+        """Nobody will ask any more: an answer that still comes is dropped."""
 
 
 class ExpertTransport(Protocol):

@@ -1,4 +1,4 @@
-"""Which version of this package a process runs."""
+"""The version of this package that a process runs."""
 
 from typing import Literal
 

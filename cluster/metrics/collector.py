@@ -54,7 +54,7 @@ class NodeCollector:
         private_folder(multiproc_dir)
         self._lock_file = (multiproc_dir / "collector.lock").open("w")
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process dies
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel unlocks it when this process dies
         except OSError as error:
             self._lock_file.close()
             raise SetupError(f"another collector serves the metrics in {multiproc_dir}: stop it first") from error
@@ -106,7 +106,7 @@ class _DirectoryCollector:
             return sorted(metrics, key=lambda metric: metric.name)
 
     def _is_readable(self, path: Path) -> bool:
-        """False for a file only just created, and for a damaged one, which is logged once."""
+        """False for a file that was just created, and for a damaged one, which is logged once."""
         if path.stat().st_size == 0:
             return False
         try:
@@ -130,7 +130,7 @@ def clear_dead(directory: Path) -> None:
         try:
             _write_fold(directory, counted)
         except OSError:
-            # A full disk, say. The totals are right all the same: what was not folded is read where it is.
+            # A full disk, for instance. The totals are right all the same: files that were not folded are still read.
             log.exception("the counts of dead processes in %s could not be folded", directory)
             return
         finish_fold(directory)
@@ -138,7 +138,7 @@ def clear_dead(directory: Path) -> None:
 
 
 def _write_fold(directory: Path, files: list[Path]) -> None:
-    """Adds `files` to copies of the archives. Counts from when the journal is renamed into place."""
+    """Adds `files` to copies of the archives. The copies count once the journal has its final name."""
     by_kind: dict[str, list[Path]] = defaultdict(list)
     for path in files:
         by_kind[path.name.split("_")[0]].append(path)
@@ -166,7 +166,7 @@ def _write_fold(directory: Path, files: list[Path]) -> None:
 
 
 def finish_fold(directory: Path) -> None:
-    """Carries out the journal, if there is one; again after a collector died on the way."""
+    """Carries out the journal, if any; again after a collector died on the way."""
     journal = directory / _JOURNAL
     if not journal.exists():
         return

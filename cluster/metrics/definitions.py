@@ -1,11 +1,11 @@
-"""How the metrics of each role are made. Knows no role: those are in `engine` and `experts`.
+"""Makes the metrics of each role. Knows no role: those are in `engine` and `experts`.
 
 Each role's class takes the process's registry and makes or shares its metrics there, so that several shards
 of one process can stand in one registry. Children of labels are resolved once and kept: their methods run for
 each step, layer and shard. They may be called from several threads.
 
-Gauges are `livesum` where two processes with the same labels both hold what is counted (a replica that drains
-beside its successor), `livemostrecent` where the newer word replaces the older. Both go with their process.
+Gauges are `livesum` where two processes with the same labels both count (a replica that drains beside its successor),
+`livemostrecent` where the newer value replaces the older. Both go with their process.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=MetricWrapperBase)
 
 
 class Definitions:
-    """Makes metrics in a registry, or returns the one that is there under the same name."""
+    """Makes metrics in a registry, or returns the one that the registry has under the same name."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry

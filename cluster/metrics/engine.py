@@ -1,4 +1,4 @@
-"""What clients see and what one engine does. Knows neither: callers hand in plain numbers."""
+"""The figures of clients' requests and of one engine. Knows neither: callers hand in plain numbers."""
 
 from prometheus_client import CollectorRegistry
 
@@ -96,7 +96,7 @@ class IngressMetrics:
         self._first_token.observe(seconds)
 
     def inter_token(self, seconds: float, num_tokens: int) -> None:
-        """`num_tokens` came `seconds` after the ones before: as many observations of the time for each."""
+        """`num_tokens` came `seconds` after those before: each counts as one observation, of its part of the time."""
         for _ in range(num_tokens):
             self._inter_token.observe(seconds / num_tokens)
 

@@ -1,4 +1,4 @@
-"""Traffic between replicas and shards, the shards' work, the controller's view, in plain numbers."""
+"""The figures of traffic between replicas and shards, of the shards' work, of the controller. In plain numbers."""
 
 from prometheus_client import CollectorRegistry, Counter
 
@@ -223,7 +223,7 @@ class ControllerMetrics:
         self._wanted.set(wanted)
 
     def expected(self, shard_id: int) -> None:
-        """There is to be such a shard."""
+        """The configuration asks for this shard."""
         self._respawns.labels(shard_id)
 
     def respawned(self, shard_id: int) -> None:

@@ -1,4 +1,4 @@
-"""One process's share of a node's metrics: its registry and its files. Knows no metric and no collector.
+"""One process's part of a node's metrics: its registry and its files. Knows no metric and no collector.
 
 Under `PROMETHEUS_MULTIPROC_DIR` prometheus_client keeps every value in files that it maps into memory, one
 for each type and process: `counter_<owner>.db`, `histogram_<owner>.db`, `gauge_<mode>_<owner>.db`. The

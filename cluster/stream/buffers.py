@@ -10,14 +10,14 @@ def memory(rows: Tensor) -> memoryview:
 
 
 class ReceiveBuffers:
-    """Memory for payloads, used again and again. On a CUDA host it is pinned, for copies at full speed."""
+    """Memory for payloads, used again and again. With CUDA it is pinned, for copies at full speed."""
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
         self._free: list[Tensor] = []
 
     def take(self, num_bytes: int) -> Tensor:
-        """At least num_bytes of uint8, with what they last held."""
+        """At least num_bytes of uint8, with old contents."""
         for i, buffer in enumerate(self._free):
             if buffer.numel() >= num_bytes:
                 return self._free.pop(i)
@@ -30,14 +30,14 @@ class ReceiveBuffers:
 
 
 class Staging:
-    """Pinned memory for rows on their way from a GPU to a socket; a CPU tensor's are sent as they are."""
+    """Pinned memory for rows on their way from a GPU to a socket; rows of a CPU tensor need none."""
 
     def __init__(self) -> None:
         self._pinned = ReceiveBuffers(True)
 
     def copy(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[T, H] contiguous on the CPU, from a GPU once the current stream has come so far; and the memory to give
-        back when they are sent, if any."""
+        """The rows, contiguous on the CPU: [T, H], from a GPU once the current stream has come so far. Beside them the
+        memory to give back when they are sent, if any."""
         if not rows.is_cuda:
             return rows.contiguous(), None
         buffer = self._pinned.take(rows.nbytes)

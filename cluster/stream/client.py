@@ -23,10 +23,10 @@ RECONNECT_INTERVAL_S = 1.0  # after a connection that failed; the fallback carri
 
 
 class OfferSource(Protocol):
-    """Where streams are negotiated."""
+    """Tells where shards listen."""
 
     def incarnation(self, shard_id: int) -> Hashable:
-        """Differs for a shard and its successor. Raises ShardUnavailable while there is none."""
+        """Differs for a shard and its successor. Raises ShardUnavailable while no shard has this id."""
 
     def offer(self, shard_id: int) -> StreamOffer:
         """Asks the shard. Blocks. Raises ShardUnavailable."""
@@ -69,8 +69,9 @@ class StreamFlight:
 class StreamTransport:
     """A connection to each shard, made when first needed. Used by one thread.
 
-    node: a name of this host.  fallback: carries while a stream is down; without one its shard counts as lost then.
-    timeout_s: a shard computes no rows whose sender it has told nothing for so long.
+    node: a name of this host.  fallback: carries batches while a stream is down; without a fallback the shard counts as
+    lost then.
+    timeout_s: a shard drops rows whose sender it has told nothing for so long.
     on_fallback: called with the shard's id for each batch that took it.
     """
 
@@ -128,7 +129,7 @@ class StreamTransport:
             self._fallback.close()
 
     def _connection(self, shard_id: int, device: torch.device) -> StreamConnection:
-        """Raises StreamBroken when there can be none now, ShardUnavailable for a shard that is gone."""
+        """Raises StreamBroken if no connection can be made now, ShardUnavailable for a shard that is gone."""
         incarnation = self._offers.incarnation(shard_id)
         known = self._connections.get(shard_id)
         if known is not None:

@@ -33,8 +33,8 @@ class StreamConnection:
     """One connection to one shard. Used by one thread."""
 
     def __init__(self, offer: StreamOffer, shard_id: int, node: str, device: torch.device) -> None:
-        """Connects and proves itself; over the Unix socket when the shard is on this host (node), where memory of
-        `device` is then shared for the rows. Raises OSError, ProtocolError.
+        """Connects and proves that it knows the secret. To a shard on this host (node) it goes over the Unix socket and
+        shares memory of `device` for the rows. Raises OSError, ProtocolError.
         """
         self.shard_id = shard_id
         if offer.unix_name and offer.node == node:
@@ -43,7 +43,7 @@ class StreamConnection:
         else:
             self._sock = socket.socket(socket.AF_INET6 if ":" in offer.host else socket.AF_INET)
             address = (offer.host, offer.port)
-        self.num_heard = 0  # frames: each is a sign of life
+        self.num_heard = 0  # frames that came: each is a sign of life
         self._next_id = 1
         self._abandoned: set[int] = set()
         self._early: dict[int, Tensor | ClusterError] = {}
@@ -68,7 +68,7 @@ class StreamConnection:
             raise
 
     def send(self, batch: ExpertBatch, timeout_s: float | None = None) -> int:
-        """Blocks until the kernel has it; returns the request's id. Raises StreamBroken."""
+        """Blocks until the kernel has all bytes; returns the request's id. Raises StreamBroken."""
         rows = batch.hidden_states
         slot = self._region.take(rows.nbytes) if self._region is not None else 0
         staged: tuple[Tensor, Tensor | None] | None = None
@@ -112,9 +112,10 @@ class StreamConnection:
         return request_id
 
     def receive(self, request_id: int, like: Tensor, timeout_s: float) -> Tensor:
-        """Blocks for one request's rows, as `like`; valid until the next call, which may use the same memory.
+        """Blocks for one request's rows, with the width and dtype of `like`. They are valid until the next call, which
+        may use the same memory.
 
-        Raises StreamBroken, ClusterError as the shard says, TimeoutError; after that it may be asked for again.
+        Raises StreamBroken; the shard's ClusterError; TimeoutError, after which the rows may be asked for again.
         """
         deadline = time.monotonic() + timeout_s
         self._free_last()
@@ -136,12 +137,12 @@ class StreamConnection:
         return early
 
     def abandon(self, request_id: int) -> None:
-        """Its answer will not be asked for: it is dropped as it comes."""
+        """Nobody will ask for this answer: it is dropped when it comes."""
         if self._early.pop(request_id, None) is None:
             self._abandoned.add(request_id)
 
     def _free_last(self) -> None:
-        """What was read last is no longer needed; its memory takes the next."""
+        """Frees the memory of the answer that was read last, for the next one."""
         if self._release is not None:
             self._release()
             self._release = None
@@ -152,16 +153,16 @@ class StreamConnection:
     def _shake_hands(self, secret: bytes) -> None:
         magic, version, _, nonce = frames.GREETING.unpack(self._exactly(frames.GREETING.size))
         frames.check_version(magic, version)
-        own = secrets.token_bytes(frames.NONCE_BYTES)
+        our_nonce = secrets.token_bytes(frames.NONCE_BYTES)
         proof = frames.mac(secret, b"client", nonce)
-        self._sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, own, proof))
+        self._sock.sendall(frames.HELLO.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, our_nonce, proof))
         magic, version, proof = frames.WELCOME.unpack(self._exactly(frames.WELCOME.size))
         frames.check_version(magic, version)
-        if not compare_digest(proof, frames.mac(secret, b"server", own)):
-            raise ProtocolError(f"what answers at shard {self.shard_id}'s address does not know its secret")
+        if not compare_digest(proof, frames.mac(secret, b"server", our_nonce)):
+            raise ProtocolError(f"the process that answers at shard {self.shard_id}'s address does not know its secret")
 
     def _share_memory(self, device: torch.device) -> None:
-        """Offers the shard memory for the rows; without it they go through the socket."""
+        """Offers the shard memory for the rows. Without shared memory they go through the socket."""
         region = make_region(device)
         if region is None:
             return
@@ -232,7 +233,8 @@ class StreamConnection:
         return buffer[: head.payload_bytes].view(head.dtype).view(head.rows, -1).to(like.device)
 
     def _fill(self, target: memoryview, deadline: float) -> None:
-        """Reads a part whose beginning is there. A peer that stops in the middle has broken the stream."""
+        """Fills the target with a part of a frame that has begun to come. Raises StreamBroken, also for a shard that
+        stops in the middle."""
         while target:
             try:
                 count = self._sock.recv_into(target, 0, socket.MSG_DONTWAIT)

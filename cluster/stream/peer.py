@@ -1,4 +1,4 @@
-"""One caller's connection, as the shard sees it: which part of his words comes next, and what he is still to be sent.
+"""One caller's connection, as the shard sees it: it reads his frames part by part, and keeps the bytes not yet sent.
 
 Knows no other caller, no queue and no selector. Never blocks on the socket.
 """
@@ -34,8 +34,8 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(16)  # for a few file descriptors; the kern
 
 
 class State(Enum):
-    """Which part of a caller's words is being read. A stranger becomes a caller with his HELLO; from then on heads and
-    payloads come in turn, until the connection ends."""
+    """The part that is being read. A stranger becomes a caller with his HELLO; from then on heads and payloads come in
+    turn, until the connection ends."""
 
     HELLO = auto()
     HEAD = auto()
@@ -82,9 +82,9 @@ class Request:
 class Peer:
     """One caller's connection.
 
-    state: which part of his words is being read.  deadline: for a stranger to prove himself.
+    state: the part that is being read.  deadline: for a stranger to prove himself.
     features: of his version.  region: the memory that he shares, if any.  num_pending: his requests that wait here.
-    outgoing: what the socket has not taken yet.  watched: the selector's events, which the server keeps.
+    outgoing: bytes that the socket has not taken yet.  watched: the selector's events, which the server keeps.
     """
 
     def __init__(self, sock: socket.socket, secret: bytes, buffers: ReceiveBuffers, device: torch.device) -> None:
@@ -105,11 +105,11 @@ class Peer:
         self._target = memoryview(bytearray(frames.HELLO.size))
         self._filled = 0
         self._frame: tuple[Header, Tensor] | None = None  # in SHARE and REQUEST: the head, and memory for the payload
-        self._fds: list[int] = []  # file descriptors that came with his words, not yet used
+        self._fds: list[int] = []  # file descriptors that have come, not yet used
 
     @property
     def waits(self) -> bool:
-        """Whether there is a request of his, or a part of one."""
+        """Whether a request of his is here, or a part of one."""
         return self.num_pending > 0 or self._filled > 0 or self.state is State.REQUEST
 
     @property
@@ -123,7 +123,7 @@ class Peer:
         return frames.GREETING.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, self._nonce)
 
     def read(self) -> Iterator[Request]:
-        """Takes in what has arrived, and yields the requests that are whole. Raises ProtocolError, OSError."""
+        """Reads all bytes that have arrived, and yields the requests that are whole. Raises ProtocolError, OSError."""
         while self.num_pending < MAX_PENDING:
             try:
                 count = self._receive()
@@ -138,7 +138,7 @@ class Peer:
                     yield request
 
     def send(self, *parts: bytes | memoryview) -> None:
-        """Leaves in `outgoing` what the socket does not take now. Raises OSError."""
+        """Puts into `outgoing` the bytes that the socket does not take now. Raises OSError."""
         if self.outgoing:
             self.outgoing.extend(memoryview(part) for part in parts)
             return
@@ -158,7 +158,7 @@ class Peer:
             self.outgoing = deque(remaining(tuple(self.outgoing), sent))
 
     def refuse(self, message: str) -> None:
-        """Tells a caller, not a stranger, why the connection ends, as far as the socket takes it at once."""
+        """Tells a caller, but no stranger, why the connection ends, if the socket takes it at once."""
         if self.state is State.HELLO:
             return
         payload = message.encode()
@@ -174,7 +174,7 @@ class Peer:
             self._frame = None
 
     def _receive(self) -> int:
-        """Reads on in the target; returns the bytes. Before a region is shared, descriptors may come with them.
+        """Reads on in the target; returns the number of bytes. Before a region is shared, descriptors may come too.
 
         Raises BlockingIOError, OSError.
         """
@@ -207,7 +207,7 @@ class Peer:
         return request
 
     def _prove(self) -> None:
-        """The stranger knows the secret, or ProtocolError."""
+        """Raises ProtocolError for a stranger who does not know the secret."""
         magic, version, features, nonce, proof = frames.HELLO.unpack(self._target)
         frames.check_version(magic, version)
         if not compare_digest(proof, frames.mac(self._secret, b"client", self._nonce)):

@@ -1,8 +1,8 @@
-"""Memory that a caller and a shard of one host share: rows lie where the other side reads them, no socket carries them.
+"""Memory that a caller and a shard of one host share: each side reads the rows in place, no socket carries them.
 
-On the CPU it is a sealed memory file, whose descriptor goes over the Unix socket once; on a GPU the caller's memory,
-opened by the shard through CUDA IPC. The caller owns it and says with each request in which slot its rows lie; the
-answer comes back in the same slot. Frames still say what is there and when: they are the order of reads and writes.
+On the CPU it is a sealed memory file, whose descriptor goes over the Unix socket once. On a GPU it is the caller's
+memory, which the shard opens through CUDA IPC. The caller owns it and names with each request the slot of its rows; the
+answer comes back in the same slot. Frames announce the rows, and so give reads and writes their order.
 """
 
 import fcntl
@@ -23,12 +23,12 @@ REGION_BYTES = SLOT_BYTES * NUM_SLOTS
 
 _ADD_SEALS, _GET_SEALS = 1033, 1034  # Linux, fcntl.h; Python 3.11 has no names for them
 _SHRINK, _GROW, _SEAL = 2, 4, 1
-_SEALS = _SHRINK | _GROW | _SEAL  # a file that shrank under its reader would kill him with SIGBUS
+_SEALS = _SHRINK | _GROW | _SEAL  # a file that shrinks under its reader kills the reader with SIGBUS
 
 
 class Region:
-    """memory: [REGION_BYTES] uint8, seen by both sides. descriptor: how the other side opens it, with the file
-    descriptors `fds`, which are this object's until `close_fds`."""
+    """memory: [REGION_BYTES] uint8, seen by both sides.  descriptor: how the other side opens it.
+    fds: file descriptors for that; this object closes them in `close_fds`."""
 
     def __init__(self, memory: Tensor, descriptor: bytes = b"", fds: Sequence[int] = ()) -> None:
         self.memory = memory
@@ -37,7 +37,7 @@ class Region:
         self._free = list(range(NUM_SLOTS, 0, -1))
 
     def take(self, num_bytes: int) -> int:
-        """A slot's number, from 1; 0 when the rows do not fit or none is free. The last one given is the next taken."""
+        """A slot's number, from 1; 0 if the rows do not fit or no slot is free. The slot given last is taken first."""
         return self._free.pop() if self._free and num_bytes <= SLOT_BYTES else 0
 
     def give(self, slot: int) -> None:
@@ -55,7 +55,7 @@ class Region:
 
 
 def make_region(device: torch.device) -> Region | None:
-    """The caller's end; None where there is no memory to share with another process."""
+    """The caller's end; None where no memory can be shared with another process."""
     if device.type == "cuda":
         return _make_on_cuda(device)
     if sys.platform != "linux":
@@ -67,21 +67,21 @@ def make_region(device: torch.device) -> Region | None:
 
 
 def open_region(descriptor: bytes, fds: Sequence[int], device: torch.device) -> Region:
-    """The shard's end, of what the caller described. device: where the shard computes. The fds stay the caller's.
+    """The shard's end, from the caller's descriptor. device: where the shard computes. The caller keeps the fds.
 
-    Raises ProtocolError for what is not a region, or cannot be opened from here.
+    Raises ProtocolError for a descriptor that names no region, or one that cannot be opened from here.
     """
     try:
-        said = json.loads(descriptor)
-        if said["kind"] == "file" and len(fds) == 1:
+        parts = json.loads(descriptor)
+        if parts["kind"] == "file" and len(fds) == 1:
             if fcntl.fcntl(fds[0], _GET_SEALS) & _SEALS != _SEALS or os.fstat(fds[0]).st_size != REGION_BYTES:
                 raise ProtocolError("the caller's memory file is not sealed or has another size")
             return Region(_map(fds[0]))
-        if said["kind"] == "cuda" and device.type == "cuda":
-            return _open_on_cuda(said, device)
+        if parts["kind"] == "cuda" and device.type == "cuda":
+            return _open_on_cuda(parts, device)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         raise ProtocolError(f"the caller's memory cannot be opened: {error}") from error
-    raise ProtocolError(f"memory of kind {said['kind']!r} is not shared with a shard on {device.type}")
+    raise ProtocolError(f"memory of kind {parts['kind']!r} is not shared with a shard on {device.type}")
 
 
 def _map(fd: int) -> Tensor:
@@ -103,12 +103,12 @@ def _make_on_cuda(device: torch.device) -> Region | None:
     return Region(memory, json.dumps({"kind": "cuda", **parts}).encode())
 
 
-def _open_on_cuda(said: dict[str, object], device: torch.device) -> Region:
-    parts = [bytes.fromhex(str(said[name])) if name in ("handle", "counter_handle", "event") else said[name]
-             for name in _CUDA_PARTS[1:]]  # fmt: skip
+def _open_on_cuda(parts: dict[str, object], device: torch.device) -> Region:
+    values = [bytes.fromhex(str(parts[name])) if name in ("handle", "counter_handle", "event") else parts[name]
+              for name in _CUDA_PARTS[1:]]  # fmt: skip
     with torch.cuda.device(device):
         # Opened as memory of the shard's own GPU: the caller's need not be visible here (CUDA 10.1 and later).
-        storage = torch.UntypedStorage._new_shared_cuda(torch.cuda.current_device(), *parts)
+        storage = torch.UntypedStorage._new_shared_cuda(torch.cuda.current_device(), *values)
     memory = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     if memory.numel() != REGION_BYTES:
         raise ProtocolError(f"the caller's memory has {memory.numel()} bytes, {REGION_BYTES} are needed")

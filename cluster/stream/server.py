@@ -39,7 +39,7 @@ MIN_BEAT_S = 0.02
 
 
 class StreamBackend(Protocol):
-    """What computes. `forward` is called by the server's thread only."""
+    """Computes the rows. Only the server's first thread calls `forward`."""
 
     device: torch.device
 
@@ -65,7 +65,7 @@ class StreamServer:
         self._pulse = pulse or Pulse()
         self._on_cpu = backend.device.type == "cpu"
         self._beat_s = beat_s
-        self._turn = threading.Lock()  # of the thread that uses the fields below; free during a product
+        self._turn = threading.Lock()  # of the thread that uses the fields below; no thread has it during a product
         self._selector = selectors.DefaultSelector()
         self._peers: set[Peer] = set()
         self._waiting = WaitingRequests(max_group_rows)

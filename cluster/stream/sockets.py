@@ -1,4 +1,4 @@
-"""What both ends of a stream do with sockets. Knows no frames."""
+"""Makes and prepares the sockets of both ends of a stream. Knows no frames."""
 
 import os
 import secrets

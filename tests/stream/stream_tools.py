@@ -1,4 +1,4 @@
-"""What the tests of streams share: a shard that multiplies its rows by layer + 1, and callers good and bad."""
+"""Shared by the tests of streams: a shard that multiplies its rows by layer + 1, and callers good and bad."""
 
 import multiprocessing
 import socket

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory 
 
 
 def test_what_one_side_writes_the_other_reads():
-    own = make_region(CPU)
-    other = open_region(own.descriptor, own.fds, CPU)
-    own.close_fds()
-    own.rows(2, 3, 5, torch.bfloat16).fill_(1.5)
+    ours = make_region(CPU)
+    other = open_region(ours.descriptor, ours.fds, CPU)
+    ours.close_fds()
+    ours.rows(2, 3, 5, torch.bfloat16).fill_(1.5)
     assert torch.equal(other.rows(2, 3, 5, torch.bfloat16), torch.full((3, 5), 1.5, dtype=torch.bfloat16))
     assert not other.memory[:SLOT_BYTES].any()
 
@@ -99,7 +99,7 @@ def test_a_file_that_could_shrink_under_its_reader_is_refused():
 
 
 def test_a_slot_of_memory_that_was_not_shared_or_that_is_too_small_is_refused(server):
-    for slot, rows, said in (
+    for slot, rows, reason in (
         (1, 1, b"was not shared"),
         (NUM_SLOTS + 1, 1, b"does not hold"),
         (1, 1 << 24, b"does not"),
@@ -107,7 +107,7 @@ def test_a_slot_of_memory_that_was_not_shared_or_that_is_too_small_is_refused(se
         raw = proven(server)
         sizes = {"rows": rows, "hidden_size": 3, "topk": 2, "slot": slot}
         raw.sendall(Header(kind=Kind.REQUEST, request_id=1, payload_bytes=rows * 16, **sizes).pack())  # the head only
-        assert said in read_all(raw)
+        assert reason in read_all(raw)
 
 
 def test_memory_is_shared_once(server):

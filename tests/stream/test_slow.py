@@ -211,7 +211,7 @@ def test_an_older_caller_is_told_nothing_that_it_does_not_know(serve):
 
 
 def test_an_older_shard_gets_the_same_bytes_but_for_two_that_it_skips():
-    """What version 2 had there before: padding, in all three frames of the handshake and at the same size."""
+    """Version 2 first had padding in their place; all three frames of the handshake keep their size."""
     assert (frames.VERSION, frames.GREETING.size, frames.HELLO.size, frames.WELCOME.size) == (2, 40, 72, 40)
     hello = frames.HELLO.pack(frames.MAGIC, frames.VERSION, frames.FEATURES, b"n" * 32, b"p" * 32)
     assert hello[:6] + hello[8:] == b"moeX\x02\0" + b"n" * 32 + b"p" * 32

@@ -40,7 +40,7 @@ def test_answers_are_told_apart_when_they_are_asked_for_in_another_order(server)
     connection.close()
 
 
-def test_what_waits_for_the_same_layer_is_one_product_and_the_oldest_layer_is_first(server, backend):
+def test_requests_of_one_layer_are_one_product_and_the_oldest_layer_is_first(server, backend):
     backend.gate.clear()
     callers = [connect(server) for _ in range(4)]
     sent = [batch(1, layer_id=9), batch(2, layer_id=1), batch(3, layer_id=0), batch(4, layer_id=1)]
@@ -111,7 +111,7 @@ def test_a_wrong_secret_is_refused_on_both_sides(server, caplog):
 
 
 def test_a_server_that_does_not_know_the_secret_is_refused(backend):
-    """Who takes over a dead shard's port can greet, but not prove himself."""
+    """A process that takes over a dead shard's port can greet, but not prove itself."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def impostor():
@@ -147,9 +147,9 @@ def test_an_oversized_frame_is_refused_before_anything_is_allocated(server):
         payload_bytes=rows * (4 * hidden_size + 8 * topk),
     )  # fmt: skip
     raw.sendall(head.pack())
-    said = read_all(raw)
-    assert Header.unpack(said[: HEADER.size]).kind is Kind.REFUSED
-    assert b"at most" in said
+    answer = read_all(raw)
+    assert Header.unpack(answer[: HEADER.size]).kind is Kind.REFUSED
+    assert b"at most" in answer
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (1, 0, 2), (1, 3, 0)])
@@ -199,7 +199,7 @@ def test_a_stranger_who_leaves_before_he_is_greeted_harms_nobody(backend):
 
 
 class Bomb:
-    """Whoever unpickles it makes a file."""
+    """Makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

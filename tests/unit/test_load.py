@@ -1,4 +1,4 @@
-"""What `moe-cluster bench serve` and `bench transport` make of the times that they took."""
+"""The figures that `moe-cluster bench serve` and `bench transport` compute from their times."""
 
 import pytest
 

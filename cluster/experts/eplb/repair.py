@@ -1,5 +1,7 @@
-"""What a plan must keep whatever it costs: no shard holds more than fits, every expert has its copies. L, E, S as in
-`plans`."""
+"""Repairs a plan at whatever cost: no shard holds more than fits, and every expert has its copies.
+
+L, E, S as in `plans`.
+"""
 
 from itertools import product
 
@@ -10,8 +12,11 @@ from cluster.experts.eplb.task import Task
 
 
 def complete(task: Task, held: Held) -> None:
-    """Mutates held: adds copies until each expert has as many as it must. Ends, as `Task.of` has counted: where all
-    shards with room hold all that lack a copy, shards without such an expert hold one that a shard with room lacks."""
+    """Mutates held: adds copies until each expert has as many as it must.
+
+    Ends, because `Task.of` has counted: if all shards with room hold every expert that lacks a copy, each shard without
+    such an expert holds another one that some shard with room does not hold.
+    """
 
     def lacking() -> list[tuple[int, int]]:
         at = zip(*np.nonzero(held.sum(axis=2) < task.copies), strict=True)
@@ -23,7 +28,8 @@ def complete(task: Task, held: Held) -> None:
 
 
 def _add_copy(task: Task, held: Held, layer: int, expert: int) -> bool:
-    """Mutates held: a copy where its layer is within its quota, load is lowest, room is most; false without room."""
+    """Mutates held: adds a copy: where the layer is within its quota, then where load is lowest, then where room is
+    most. False if no shard has room."""
     room, used = task.room(held), held[layer].sum(axis=0)
     closed = (room <= 0) | held[layer, expert]
     by_shard = shard_load(task.load[layer], held[layer])
@@ -33,8 +39,8 @@ def _add_copy(task: Task, held: Held, layer: int, expert: int) -> bool:
 
 
 def _make_way(task: Task, held: Held, layer: int, expert: int) -> None:
-    """Mutates held: a place on a shard without the expert. A copy is dropped there, or goes to a shard with room; or
-    one is dropped anywhere, so that some shard has room."""
+    """Mutates held: makes room on a shard without the expert. Drops a copy there, or hands one on to a shard with room;
+    else drops a copy anywhere, so that some shard has room."""
     without = np.flatnonzero((task.capacity > 0) & ~held[layer, expert])
     if any(_drop_spare_copy(task, held, int(shard_id)) for shard_id in without):
         return
@@ -50,7 +56,7 @@ def _make_way(task: Task, held: Held, layer: int, expert: int) -> None:
 
 
 def fit(task: Task, held: Held) -> None:
-    """Mutates held: drops what a shard has no room for, the least needed first."""
+    """Mutates held: drops the copies that a shard has no room for, the least needed first."""
     held[..., task.capacity == 0] = False
     for shard_id in range(len(task.capacity)):
         while task.room(held)[shard_id] < 0:
@@ -60,7 +66,7 @@ def fit(task: Task, held: Held) -> None:
 
 
 def _drop_spare_copy(task: Task, held: Held, shard_id: int) -> bool:
-    """Mutates held: drops the copy on a shard that raises its layer's cost least; false where all have to stay."""
+    """Mutates held: drops the copy on a shard whose loss costs its layer least; false if all have to stay."""
     rise = np.where(held[..., shard_id], _rise(task, held), np.inf)
     if np.isinf(rise).all():
         return False
@@ -70,7 +76,7 @@ def _drop_spare_copy(task: Task, held: Held, shard_id: int) -> bool:
 
 
 def _rise(task: Task, held: Held) -> Loads:
-    """[L, E], by how much at most the layer's cost rises with one copy less of an expert; inf if it has to stay."""
+    """[L, E]: how much the layer's cost rises at most with one copy less of an expert; inf if all have to stay."""
     count, by_shard = held.sum(axis=2), shard_load(task.load, held)
     growth = task.load / np.maximum(count - 1, 1) - task.load / np.maximum(count, 1)
     grown = np.where(held, by_shard[:, None], 0.0).max(axis=2) + growth
