@@ -6,7 +6,7 @@ from typing import Any
 from ray import serve
 
 from cluster.config import ClusterConfig
-from cluster.runtime.application import build_application, check_config
+from cluster.runtime.start.application import build_application, check_config
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -27,7 +27,7 @@ from cluster.engine.preflight import check_checkpoint
 from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
-from cluster.runtime.offline_experts import RayExperts
+from cluster.runtime.start.offline import RayExperts
 from cluster.serving.prepare import RequestCompleter
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText

@@ -59,9 +59,9 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
     import ray
 
     from cluster.private import private_files
-    from cluster.runtime.haproxy import local_environment, set_environment
-    from cluster.runtime.local_ray import loopback
+    from cluster.runtime.front.haproxy import local_environment, set_environment
     from cluster.runtime.names import RAY_FOLDER
+    from cluster.runtime.start.local_ray import loopback
 
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
     outside = pytest.MonkeyPatch()
@@ -94,7 +94,7 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
 def served(ray_cluster: Any, demo_checkpoint: Path) -> Iterator[Any]:
     """The application as `moe-cluster serve` starts it: two attention replicas on two expert shards, float32."""
     from cluster.config import ClusterConfig
-    from cluster.runtime.launch import ServedCluster, ServeOptions
+    from cluster.runtime.start.served import ServedCluster, ServeOptions
 
     config = ClusterConfig(
         model=str(demo_checkpoint),

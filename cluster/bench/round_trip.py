@@ -36,7 +36,7 @@ def measure_round_trips(args: argparse.Namespace) -> int:
         raise SetupError(f"--shards, --rows and --hidden-size must be at least 1, --repeat at least {_ROUNDS}")
     os.environ["OMP_WAIT_POLICY"] = "passive"
     torch.set_num_threads(1)
-    from cluster.runtime.echo import echo_transports  # Ray loads with it
+    from cluster.runtime.start.echo import echo_transports  # Ray loads with it
 
     results = []
     with echo_transports(args.shards, args.ray_address) as transports:

@@ -14,7 +14,7 @@ from cluster.config.resources import available_cpus
 from cluster.inputs import shown
 
 if TYPE_CHECKING:
-    from cluster.runtime.launch import ServeOptions
+    from cluster.runtime.start.served import ServeOptions
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # as `add_subparsers` makes them
 
@@ -132,8 +132,8 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
 
 
 def serve_options(args: argparse.Namespace) -> "ServeOptions":
-    from cluster.runtime.grpc_front import GrpcFront
-    from cluster.runtime.launch import ServeOptions
+    from cluster.runtime.front.tls import GrpcFront
+    from cluster.runtime.start.served import ServeOptions
 
     given = {f.name: getattr(args, f.name) for f in fields(GrpcFront) if hasattr(args, f.name)}
     return ServeOptions(

@@ -48,7 +48,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _ray_env(args: argparse.Namespace) -> int:
-    from cluster.runtime.haproxy import ray_environment
+    from cluster.runtime.front.haproxy import ray_environment
 
     print("umask 077")  # so that only this user can open Ray's files and sockets
     for name, value in ray_environment().items():

@@ -13,7 +13,7 @@ from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_ray_address
 from cluster.errors import ClusterError, SetupError
 from cluster.footprint.servers import find_address
-from cluster.runtime.ray_address import TRY_ANOTHER, find_ray
+from cluster.runtime.start.ray_address import TRY_ANOTHER, find_ray
 
 if TYPE_CHECKING:
     from cluster.runtime.operate import RunningCluster

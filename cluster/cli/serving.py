@@ -20,7 +20,7 @@ from cluster.cli.clients import print_stream
 from cluster.footprint.folders import OwnedFolder
 
 if TYPE_CHECKING:
-    from cluster.runtime.launch import ServedCluster
+    from cluster.runtime.start.served import ServedCluster
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each drains and stops the cluster
 DEMO_QUESTION = "Which experts answered this question?"
@@ -88,7 +88,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _served(args: argparse.Namespace, model: str) -> Iterator["ServedCluster"]:
     """Serves a cluster while it is open, and shows its start and stop. SIGTERM and a closed terminal act as Ctrl-C."""
     from cluster.console import LoadProgress  # torch and ray load with these: not for --help
-    from cluster.runtime.launch import ServedCluster
+    from cluster.runtime.start.served import ServedCluster
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

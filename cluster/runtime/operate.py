@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE, controller_name, group_of_controller
-from cluster.runtime.ray_address import CONNECT_HINT, find_ray
 from cluster.runtime.ray_private.serve import ask_for_replicas
+from cluster.runtime.start.ray_address import CONNECT_HINT, find_ray
 from cluster.status import ClusterStatus, ProcessInfo
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from served_tools import wait_until
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, SetupError
 from cluster.metrics import DispatchMetrics, new_registry
-from cluster.runtime.offline_experts import RayExperts
+from cluster.runtime.start.offline import RayExperts
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 

@@ -8,8 +8,8 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, SetupError
 from cluster.metrics import DispatchMetrics, new_registry
-from cluster.runtime.local_ray import start_ray
-from cluster.runtime.offline_experts import RayExperts
+from cluster.runtime.start.local_ray import start_ray
+from cluster.runtime.start.offline import RayExperts
 
 pytestmark = pytest.mark.ray
 

@@ -20,7 +20,7 @@ from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import ClusterConfig
 from cluster.engine.load import load_engine
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
-from cluster.runtime.offline_experts import RayExperts
+from cluster.runtime.start.offline import RayExperts
 from cluster.runtime.protocol import NAMESPACE
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest, SamplingParams
 address, model_dir, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

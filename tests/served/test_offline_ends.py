@@ -47,7 +47,7 @@ for name, call in {"generate": lambda: tokens(one), "logits": lambda: one.logits
 
 from cluster.config import ClusterConfig
 from cluster.metrics import DispatchMetrics, new_registry
-from cluster.runtime.offline_experts import RayExperts
+from cluster.runtime.start.offline import RayExperts
 
 @ray.remote
 class Greedy:

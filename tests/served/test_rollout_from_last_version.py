@@ -34,7 +34,7 @@ from cluster.footprint.servers import servers
 os.environ.update(server.environment)
 from dataclasses import replace
 from ray import serve
-from cluster.runtime.application import build_application
+from cluster.runtime.start.application import build_application
 from cluster.runtime.operate import RunningCluster
 from cluster.version import __version__
 seen = []

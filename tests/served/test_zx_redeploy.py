@@ -11,9 +11,9 @@ from ray import serve
 import cluster as this_version
 from cluster.chaos.traffic import ask_all, make_questions
 from cluster.client.grpc_client import Client
-from cluster.runtime.application import build_application
 from cluster.runtime.names import APPLICATION
 from cluster.runtime.operate import RunningCluster
+from cluster.runtime.start.application import build_application
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 

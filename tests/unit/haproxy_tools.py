@@ -19,9 +19,9 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.haproxy import PROGRAM, SERVE_ENVIRONMENT
-from cluster.runtime.renewal import ask
+from cluster.runtime.front.haproxy import PROGRAM, SERVE_ENVIRONMENT
+from cluster.runtime.front.renewal import ask
+from cluster.runtime.front.tls import GrpcFront
 
 
 def free_ports(count):

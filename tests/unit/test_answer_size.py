@@ -13,7 +13,7 @@ from cluster.client.grpc_client import Client
 from cluster.errors import InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
-from cluster.runtime.haproxy import MAX_MESSAGE_BYTES
+from cluster.runtime.front.haproxy import MAX_MESSAGE_BYTES
 from cluster.serving.grpc.answer_size import (
     DEFAULT_RECEIVE_BYTES,
     MAX_ANSWER_BYTES,

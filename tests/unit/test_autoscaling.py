@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.errors import SetupError
-from cluster.runtime.autoscaling import engine_load, replicas_by_load, wanted_replicas
+from cluster.runtime.front.autoscaling import engine_load, replicas_by_load, wanted_replicas
 from cluster.types import EngineStats
 
 

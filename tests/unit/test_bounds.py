@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cluster.runtime.bounds import RAY_BOUNDS, clear_logs, open_files
-from cluster.runtime.haproxy import ray_environment
+from cluster.runtime.front.haproxy import ray_environment
 
 NOW = 1_000_000.0
 HOURS = 3600.0

@@ -426,7 +426,7 @@ def test_serve_refuses_before_it_starts_ray(
     def start_ray(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("cluster.runtime.launch.start_ray", start_ray)
+    monkeypatch.setattr("cluster.runtime.start.served.start_ray", start_ray)
     for file_name in FILES:
         with replaced(model_dir, file_name) as path:
             odd(path)

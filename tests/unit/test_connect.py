@@ -14,9 +14,9 @@ from cluster.client.grpc_client import Client, _short
 from cluster.config import ClusterConfig
 from cluster.console import LoadProgress
 from cluster.errors import InvalidRequest, SetupError
-from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.haproxy import MAX_MESSAGE_BYTES
-from cluster.runtime.launch import ServeOptions
+from cluster.runtime.front.haproxy import MAX_MESSAGE_BYTES
+from cluster.runtime.front.tls import GrpcFront
+from cluster.runtime.start.served import ServeOptions
 from cluster.serving.admission.api_keys import ApiKeys, parse_keys
 from cluster.types import ChatMessage, SamplingParams
 

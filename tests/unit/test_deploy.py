@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster import cli
 from cluster.config import ClusterConfig
-from cluster.runtime.application import GRPC_SERVICERS
+from cluster.runtime.start.application import GRPC_SERVICERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

@@ -5,10 +5,10 @@ import socket
 
 import pytest
 
-from cluster.runtime import front_keeper
-from cluster.runtime.front import AGAIN, FrontFiles, FrontTask
-from cluster.runtime.front_keeper import FrontKeeper
-from cluster.runtime.listeners import Handed
+from cluster.runtime.front import keeper as front_keeper
+from cluster.runtime.front.keeper import FrontKeeper
+from cluster.runtime.front.listeners import Handed
+from cluster.runtime.front.supervisor import AGAIN, FrontFiles, FrontTask
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def taken_port():
 
 def test_a_stand_in_that_finds_no_place_to_listen_ends_and_tells_why(tmp_path, taken_port, monkeypatch):
     """Else it would serve on where nobody looks, and Serve would take it for healthy."""
-    monkeypatch.setattr("cluster.runtime.listeners.TIMEOUT_S", 0.1)
+    monkeypatch.setattr("cluster.runtime.front.listeners.TIMEOUT_S", 0.1)
     predecessors = [Handed(pid=7, keeper=6, listeners={}), None]
     monkeypatch.setattr(front_keeper, "ask_for", lambda path: predecessors.pop(0))
     files = FrontFiles(

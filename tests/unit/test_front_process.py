@@ -25,7 +25,7 @@ from haproxy_tools import (
 )
 
 from cluster.metrics.process import is_running
-from cluster.runtime.haproxy import PROGRAM
+from cluster.runtime.front.haproxy import PROGRAM
 
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 

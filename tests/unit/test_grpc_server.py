@@ -30,7 +30,7 @@ from cluster.client.grpc_client import Client, TlsFiles
 from cluster.errors import CheckpointError, ClusterError, Overloaded, ShardUnavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
-from cluster.runtime.grpc_front import GrpcFront
+from cluster.runtime.front.tls import GrpcFront
 from cluster.serving.admission.admission import Admission
 from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.admission.callers import client_of, is_local

@@ -12,7 +12,7 @@ from haproxy_tools import write_config
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.runtime.haproxy import BINARY, INGRESS_PORTS, PROGRAM, adapted, local_environment, set_environment
+from cluster.runtime.front.haproxy import BINARY, INGRESS_PORTS, PROGRAM, adapted, local_environment, set_environment
 
 NODE_ID_CHARS = 56
 # All that we change, so that a newer Serve's line that we do not know is found here.

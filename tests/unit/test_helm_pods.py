@@ -6,7 +6,7 @@ import pytest
 from helm_charts import SHAPES, container, rendered, values_of
 
 from cluster.runtime.bounds import RAY_BOUNDS
-from cluster.runtime.haproxy import SERVE_ENVIRONMENT
+from cluster.runtime.front.haproxy import SERVE_ENVIRONMENT
 
 ROLES = ("head", "ingress", "attention", "experts")
 BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "m": 1e-3}

@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.cli import _parser
 from cluster.config import ClusterConfig
-from cluster.runtime.application import GRPC_SERVICERS
+from cluster.runtime.start.application import GRPC_SERVICERS
 
 KNOWN = {field.name for field in fields(ClusterConfig)}
 SET_BY_THE_CHART = {

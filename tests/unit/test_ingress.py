@@ -8,8 +8,8 @@ import ray
 from engine_fakes import request
 
 from cluster.errors import ReplicaStopping, ReplicaUnavailable
-from cluster.runtime import ingress
-from cluster.runtime.ingress import ServeReplicas
+from cluster.runtime.front import ingress
+from cluster.runtime.front.ingress import ServeReplicas
 from cluster.types import SequenceUpdate
 
 

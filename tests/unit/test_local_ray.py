@@ -11,7 +11,7 @@ SCRIPT = """
 import json, os, subprocess, sys
 import grpc, ray
 from ray.core.generated import gcs_service_pb2 as pb, gcs_service_pb2_grpc
-from cluster.runtime.local_ray import start_ray
+from cluster.runtime.start.local_ray import start_ray
 
 def ask(address, *metadata):
     with grpc.insecure_channel(address) as channel:

@@ -12,8 +12,8 @@ from ray.serve._private.grpc_util import start_grpc_server
 from ray.serve._private.haproxy import build_grpc_healthcheck_request_hex
 from ray.serve.config import gRPCOptions
 
-from cluster.runtime.haproxy import ray_environment
-from cluster.runtime.proxy import accept_pings
+from cluster.runtime.front.haproxy import ray_environment
+from cluster.runtime.front.serve_proxy import accept_pings
 
 CALL_S = 1.5
 PING = b"\0\0\x08\x06\0\0\0\0\0ping...."
@@ -73,7 +73,7 @@ def serves_options(monkeypatch):
     options = [option for option in constants.DEFAULT_GRPC_SERVER_OPTIONS if "ping" not in option[0]]
     for module in (constants, grpc_util):
         monkeypatch.setattr(module, "DEFAULT_GRPC_SERVER_OPTIONS", options)
-    monkeypatch.setattr("cluster.runtime.proxy.DEFAULT_GRPC_SERVER_OPTIONS", options)
+    monkeypatch.setattr("cluster.runtime.front.serve_proxy.DEFAULT_GRPC_SERVER_OPTIONS", options)
     return options
 
 

@@ -9,8 +9,8 @@ import pytest
 from ray._private import services
 
 from cluster.errors import SetupError
-from cluster.runtime import ray_address
-from cluster.runtime.ray_address import find_ray
+from cluster.runtime.start import ray_address
+from cluster.runtime.start.ray_address import find_ray
 
 
 @pytest.fixture(autouse=True)

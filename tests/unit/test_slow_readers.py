@@ -17,8 +17,8 @@ from ray.serve.generated import serve_pb2_grpc
 from serving_fakes import EchoBackend, make_service, write_tokenizer
 
 from cluster.errors import Overloaded, ReplicaUnavailable
-from cluster.runtime.attention_replica import AttentionReplica
-from cluster.runtime.relay import relay_cancels
+from cluster.runtime.front.attention_replica import AttentionReplica
+from cluster.runtime.front.relay import relay_cancels
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.update_queue import LOGPROB_BYTES, TOKEN_BYTES, UpdateQueue, merge_updates, size_of

@@ -13,11 +13,11 @@ from cluster.config import ClusterConfig
 from cluster.errors import SetupError
 from cluster.footprint import folders
 from cluster.footprint.folders import OwnedFolder
-from cluster.runtime import launch
-from cluster.runtime.application import check_cpus
-from cluster.runtime.launch import ServedCluster
-from cluster.runtime.local_ray import ConnectedRay, start_ray
-from cluster.runtime.ray_processes import apart
+from cluster.runtime.start import served as launch
+from cluster.runtime.start.application import check_cpus
+from cluster.runtime.start.local_ray import ConnectedRay, start_ray
+from cluster.runtime.start.ray_processes import apart
+from cluster.runtime.start.served import ServedCluster
 
 GONE = ray.exceptions.GetTimeoutError("no answer")
 

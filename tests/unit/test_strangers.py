@@ -14,8 +14,8 @@ from serving_fakes import EchoBackend, TickingClock, make_service, write_tokeniz
 from cluster.errors import Forbidden, Overloaded, Unauthenticated
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
-from cluster.runtime import proxy
-from cluster.runtime.proxy import add_inference_service, bound_reflection
+from cluster.runtime.front import serve_proxy as proxy
+from cluster.runtime.front.serve_proxy import add_inference_service, bound_reflection
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.admission.keyless import MAX_HOSTS, KeylessCalls, KeylessLimits

@@ -24,8 +24,8 @@ from tls_files import Authority
 
 from cluster.client.grpc_client import Client, TlsFiles
 from cluster.errors import SetupError, Unavailable
-from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.renewal import INTERVAL_S, Copy
+from cluster.runtime.front.renewal import INTERVAL_S, Copy
+from cluster.runtime.front.tls import GrpcFront
 
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 

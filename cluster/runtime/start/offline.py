@@ -13,12 +13,12 @@ from cluster.errors import SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.transport import ExpertTransport
 from cluster.metrics import DispatchMetrics
-from cluster.runtime.application import check_config, check_cpus, check_gpus, resolve_gpus
 from cluster.runtime.control.controller import get_controller
-from cluster.runtime.groups import OnStatus, StatusReports, close_controller
-from cluster.runtime.local_ray import start_ray
 from cluster.runtime.names import shard_prefix
 from cluster.runtime.process import process_info
+from cluster.runtime.start.application import check_config, check_cpus, check_gpus, resolve_gpus
+from cluster.runtime.start.groups import OnStatus, StatusReports, close_controller
+from cluster.runtime.start.local_ray import start_ray
 from cluster.runtime.workers.directory import ShardDirectory
 from cluster.runtime.workers.transports import make_transport
 

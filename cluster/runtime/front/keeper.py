@@ -13,8 +13,8 @@ import time
 from collections import deque
 from types import FrameType
 
-from cluster.runtime.front import AGAIN, DEATHS_S, MAX_DEATHS, Front, FrontFiles, FrontTask, Place
-from cluster.runtime.listeners import Handed, ask_for, open_listener
+from cluster.runtime.front.listeners import Handed, ask_for, open_listener
+from cluster.runtime.front.supervisor import AGAIN, DEATHS_S, MAX_DEATHS, Front, FrontFiles, FrontTask, Place
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 

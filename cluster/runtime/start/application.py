@@ -10,9 +10,9 @@ from cluster.config.resources import available_cpus
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
 from cluster.experts.placement import num_shards_for
-from cluster.runtime.attention_replica import AttentionReplica
-from cluster.runtime.autoscaling import autoscaling_config
-from cluster.runtime.ingress import Ingress
+from cluster.runtime.front.attention_replica import AttentionReplica
+from cluster.runtime.front.autoscaling import autoscaling_config
+from cluster.runtime.front.ingress import Ingress
 from cluster.runtime.names import ATTENTION_REPLICA, INGRESS, shard_group
 from cluster.runtime.process import actor_environment, share_of
 

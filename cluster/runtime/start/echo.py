@@ -9,8 +9,8 @@ import torch
 
 from cluster.errors import ShardUnavailable
 from cluster.experts.transport import ExpertBatch, ExpertTransport
-from cluster.runtime.local_ray import start_ray
 from cluster.runtime.process import prepare_process, process_info
+from cluster.runtime.start.local_ray import start_ray
 from cluster.runtime.workers.transports import RayOffers, RayTransport, decode, to_bytes
 from cluster.stream.client import StreamTransport
 from cluster.stream.frames import StreamOffer

@@ -19,7 +19,11 @@ from cluster.config.environment import DIRECT_ENVIRONMENT
 from cluster.errors import ClusterError, SetupError
 from cluster.footprint.folders import OwnedFolder
 from cluster.footprint.servers import Server, announce
-from cluster.runtime.application import (
+from cluster.runtime.front.haproxy import MAX_MESSAGE_BYTES, SERVERS_ENVIRONMENT, free_block, local_environment
+from cluster.runtime.front.tls import GrpcFront
+from cluster.runtime.last_words import why_not_started
+from cluster.runtime.names import APPLICATION, controller_name, shard_group
+from cluster.runtime.start.application import (
     GRPC_SERVICERS,
     INGRESS_CPUS,
     build_application,
@@ -28,12 +32,8 @@ from cluster.runtime.application import (
     check_gpus,
     resolve_gpus,
 )
-from cluster.runtime.groups import STATUS_TIMEOUT_S, OnStatus, StatusReports, close_controller, find_actor
-from cluster.runtime.grpc_front import GrpcFront
-from cluster.runtime.haproxy import MAX_MESSAGE_BYTES, SERVERS_ENVIRONMENT, free_block, local_environment
-from cluster.runtime.last_words import why_not_started
-from cluster.runtime.local_ray import start_ray
-from cluster.runtime.names import APPLICATION, controller_name, shard_group
+from cluster.runtime.start.groups import STATUS_TIMEOUT_S, OnStatus, StatusReports, close_controller, find_actor
+from cluster.runtime.start.local_ray import start_ray
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.status import ClusterStatus

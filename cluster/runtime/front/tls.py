@@ -16,7 +16,7 @@ from hashlib import blake2s
 from pathlib import Path
 
 from cluster.errors import SetupError
-from cluster.runtime.renewal import Copy, no_password
+from cluster.runtime.front.renewal import Copy, no_password
 
 GRPC_HOST, TLS_CERT = "MOE_CLUSTER_GRPC_HOST", "MOE_CLUSTER_TLS_CERT"
 TLS_KEY, TLS_CLIENT_CA = "MOE_CLUSTER_TLS_KEY", "MOE_CLUSTER_TLS_CLIENT_CA"

@@ -25,11 +25,11 @@ from cluster.footprint.keeper import start_keeper
 from cluster.footprint.processes import MARK
 from cluster.private import private_files
 from cluster.runtime.bounds import RAY_BOUNDS
-from cluster.runtime.haproxy import set_environment
+from cluster.runtime.front.haproxy import set_environment
 from cluster.runtime.names import NAMESPACE, RAY_FOLDER
-from cluster.runtime.ray_address import check_address
 from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, worker
-from cluster.runtime.ray_processes import RayWatch, apart
+from cluster.runtime.start.ray_address import check_address
+from cluster.runtime.start.ray_processes import RayWatch, apart
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Runs an HAProxy on listening sockets that outlive it. Does not know what HAProxy's configuration means.
 
-Serve (2.60) starts `front_keeper.py` as HAProxy for each configuration, with the pid of the one before it. That keeps
+Serve (2.60) starts `keeper.py` as HAProxy for each configuration, with the pid of the one before it. That keeps
 this process running, and this process HAProxy.
 
     ends                what happens
@@ -27,9 +27,9 @@ from functools import partial
 from pathlib import Path
 
 from cluster.process_identity import identity, is_alive, parent_of
-from cluster.runtime.admin_relay import AdminRelay, with_pid
-from cluster.runtime.listeners import Handed, ask_for, hand_over, serve_at
-from cluster.runtime.renewal import Copy, ask, end_with_parent, watch
+from cluster.runtime.front.admin_relay import AdminRelay, with_pid
+from cluster.runtime.front.listeners import Handed, ask_for, hand_over, serve_at
+from cluster.runtime.front.renewal import Copy, ask, end_with_parent, watch
 
 START_TIMEOUT_S = 25.0  # Serve waits 30 s
 READY_INTERVAL_S = 0.02

@@ -1,0 +1,162 @@
+"""The Serve deployment in front of an engine: hands requests in, shares each step's message out to their streams."""
+
+import asyncio
+import contextvars
+import logging
+import os
+import signal
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig
+from cluster.engine.step_record import make_step_record
+from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
+from cluster.evolving import sent
+from cluster.runtime.control.controller import get_controller
+from cluster.runtime.front.autoscaling import engine_load
+from cluster.runtime.names import shard_group
+from cluster.runtime.process import actor_environment, num_threads, prepare_process
+from cluster.runtime.workers.engine_actor import ENGINE_GROUPS, EngineActor
+from cluster.runtime.workers.protocol import LONG_POLL_S
+from cluster.serving.update_queue import UpdateQueue
+from cluster.types import EngineRequest, SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+LOST = "the attention replica of this request lost its engine"
+HUNG_S = LONG_POLL_S + 10.0  # an engine that answers no poll for so long hangs: a healthy one does within LONG_POLL_S
+LAST_WORDS_S = 0.2  # for the ends of the streams to leave the process, when all have been taken
+TAKEN_S = 2.0  # within so long
+
+
+class AttentionReplica:
+    """Serve makes any number of these. Each owns one engine, which dies with it."""
+
+    async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        prepare_process(1)
+        self.name = serve.get_replica_context().replica_id.unique_id
+        group = shard_group(config)
+        threads = num_threads(config.cpus_per_attention_replica)
+        self._record = make_step_record(config.max_num_seqs)
+        record_path = self._record.path if self._record is not None else ""
+        self.engine = (
+            ray.remote(concurrency_groups=ENGINE_GROUPS)(sent(EngineActor))
+            .options(
+                num_cpus=config.cpus_per_attention_replica,
+                num_gpus=config.gpus_per_attention_replica or 0,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    get_current_placement_group(), placement_group_bundle_index=0
+                ),
+                runtime_env=actor_environment(group, threads),
+            )
+            .remote(config, self.name, get_controller(group, config), threads, record_path)
+        )
+        try:
+            self._engine_pid: int = await self.engine.ready.remote()
+        except ray.exceptions.RayActorError as error:
+            raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
+        self._streams: dict[str, UpdateQueue] = {}
+        self._lost = ""
+        self._max_num_seqs = config.max_num_seqs
+        self._max_unread_bytes = config.max_unread_bytes
+        # Ray cancels what a cancelled request called, and a cancelled call holds up all later ones of its caller to
+        # the same actor for 30 s (Ray 2.60): calls to the engine are made in the replica's name, not in a request's.
+        self._own = contextvars.copy_context()
+        self._pump = asyncio.create_task(self._share_out())
+        log.info("attention replica %s is up", self.name)
+
+    async def ready(self) -> None:
+        """Returns when the engine is loaded; Serve lets no call in before."""
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
+        """Who runs it, then the sequence's updates, the last with a finish_reason; closing it cancels the sequence."""
+        yield SequenceUpdate(request_id=request.request_id, replica=self.name)
+        refusal = self._refusal(request)
+        if refusal is not None:
+            yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)
+            return
+        stream = self._streams[request.request_id] = UpdateQueue(self._max_unread_bytes)
+        ended = False
+        try:
+            self._own.run(self.engine.submit.remote, [request])
+            while not ended:
+                update = await stream.take()
+                ended = update.finish_reason is not None
+                yield update
+        finally:
+            del self._streams[request.request_id]
+            if not ended:
+                self._own.run(self.engine.cancel.remote, [request.request_id])
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks, where it scales by load."""
+        stats = await _as_future(self._own.run(self.engine.stats.remote))
+        return engine_load(stats, self._max_num_seqs)
+
+    def check_health(self) -> None:
+        """Serve asks; a replica whose engine is gone is replaced."""
+        if self._lost:
+            raise RuntimeError(self._lost)
+
+    def _refusal(self, request: EngineRequest) -> Exception | None:
+        if self._lost:
+            return ReplicaStopping(self._lost)
+        if request.request_id in self._streams:
+            return InvalidRequest(f"request_id {request.request_id!r} is that of a running request", "request_id")
+        return None
+
+    def _share(self, updates: Iterable[SequenceUpdate]) -> None:
+        """Gives each stream its own; one whose reader is too slow is ended, at the engine too."""
+        for update in updates:
+            stream = self._streams.get(update.request_id)
+            if stream is not None and not stream.put(update) and update.finish_reason is None:
+                log.warning("a stream ends, its client reads too slowly (request id %s here)", update.request_id)
+                self._own.run(self.engine.cancel.remote, [update.request_id])
+
+    async def _share_out(self) -> None:
+        """Asks the engine for each step's message, for as long as it lives."""
+        received = 0
+        while not self._lost:
+            news = asyncio.ensure_future(_as_future(self.engine.poll.remote(LONG_POLL_S, received)))
+            if not (await asyncio.wait([news], timeout=HUNG_S))[0]:
+                self._lost = f"the engine of attention replica {self.name} answers nothing for {HUNG_S:g} s"
+                log.error("%s", self._lost)
+                break
+            try:
+                received, updates = news.result()
+            except ray.exceptions.ActorUnavailableError as error:
+                log.info("attention replica %s asks its engine again: %s", self.name, type(error).__name__)
+            except ray.exceptions.RayError as error:
+                self._lost = f"the engine of attention replica {self.name} is gone"
+                log.error("%s: %s", self._lost, error)
+            else:
+                self._share(updates)
+        with suppress(ProcessLookupError):
+            os.kill(self._engine_pid, signal.SIGKILL)  # Ray's word does not reach a process that is stopped
+        await self._say_last_words()
+        os._exit(1)  # Serve hears of it at once and makes another; its next health check would be seconds away
+
+    async def _say_last_words(self) -> None:
+        """Ends all streams; their requests go on elsewhere, those that the engine computed last with more care."""
+        for request_id, stream in self._streams.items():
+            num_in_step = self._record.num_beside(request_id) if self._record is not None else None
+            if num_in_step:
+                log.error("the engine computed request %s when it died, of %d in the step", request_id, num_in_step)
+            died = ReplicaUnavailable(LOST, num_in_step)
+            stream.put(SequenceUpdate(request_id=request_id, finish_reason="error", error=died))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TAKEN_S):
+                while self._streams:
+                    await asyncio.sleep(0.01)
+        await asyncio.sleep(LAST_WORDS_S)
+
+
+async def _as_future(ref: Any) -> Any:
+    return await ref

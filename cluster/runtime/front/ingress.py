@@ -1,0 +1,209 @@
+"""The Serve deployment that clients reach: gRPC in, a stream of tokens from an attention replica, text out."""
+
+import asyncio
+import contextvars
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.checkpoint.generation import read_sampling_defaults
+from cluster.checkpoint.info import model_info
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
+from cluster.metrics import IngressMetrics, new_registry, report_version
+from cluster.runtime.control.controller import get_controller
+from cluster.runtime.names import shard_group
+from cluster.runtime.process import prepare_process
+from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
+from cluster.serving.admission.admission import Admission, AdmissionLimits
+from cluster.serving.admission.api_keys import ApiKeys
+from cluster.serving.admission.keyless import KeylessLimits
+from cluster.serving.grpc.handlers import GrpcInferenceService
+from cluster.serving.grpc.health import GrpcHealthService
+from cluster.serving.health import HealthState
+from cluster.serving.replay import ReplayingBackend
+from cluster.serving.service import InferenceService, ServiceLimits
+from cluster.serving.text.tokenizer import Tokenizer
+from cluster.serving.tracking import request_log
+from cluster.types import EngineRequest, SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+HEALTH_INTERVAL_S = 0.5  # between two looks at replicas and shards
+ACCEPT_TIMEOUT_S = 10.0  # a replica answers a new request at once, whether it then waits in a queue or not
+FAREWELL_S = 1.0  # for a replica whose engine died to say so itself, and whom the engine computed
+READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long is not counted as up
+
+
+class ServeReplicas:
+    """A generation backend: Serve's own balancer chooses the replica with fewer requests under way.
+
+    Updates come over Serve's gRPC between deployments (1.45 times the tokens/s of its calls through Ray). A connection
+    says nothing of a host that is gone: Ray's word that an engine died, which `watch` waits for, ends its streams.
+    """
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._generate = replicas.generate.options(stream=True, _by_reference=False)
+        self._ready = replicas.ready
+        self._engines: dict[str, Any] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, set[Any]] = {}  # replica -> Serve's responses
+        self._lost: set[Any] = set()
+        self._own = contextvars.copy_context()  # for calls that are not cancelled with their request
+
+    @property
+    def num_engines(self) -> int:
+        return len(self._engines)
+
+    def watch(self, engines: Mapping[str, Any]) -> None:
+        """engines: of all replicas by name, as the controller last said."""
+        self._engines = dict(engines)
+        for name, engine in engines.items():
+            if name not in self._watchers:
+                self._watchers[name] = asyncio.create_task(self._await_death(name, engine))
+
+    async def _await_death(self, name: str, engine: Any) -> None:
+        with suppress(ray.exceptions.RayActorError):
+            await engine.hold.remote()
+        await asyncio.sleep(FAREWELL_S)
+        del self._watchers[name]
+        for response in self._running.pop(name, ()):
+            self._lost.add(response)
+            response.cancel()
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
+        """Raises Overloaded, ReplicaStopping, ReplicaUnavailable. Closing it cancels the sequence on its replica."""
+        response = self._generate.remote(request)
+        replica, ended = "", False
+        try:
+            async with asyncio.timeout(ACCEPT_TIMEOUT_S):
+                replica = (await anext(response)).replica
+            self._running.setdefault(replica, set()).add(response)
+            async for update in response:
+                ended = update.finish_reason is not None
+                yield update
+        except BackPressureError as error:
+            raise Overloaded("all attention replicas have as many requests as they take: try again later") from error
+        except (ray.exceptions.RayActorError, RayServeException, grpc.aio.AioRpcError) as error:
+            raise ReplicaUnavailable("the attention replica of this request died") from error
+        except TimeoutError as error:
+            raise ReplicaStopping(f"no attention replica took this request in {ACCEPT_TIMEOUT_S:g} s") from error
+        except asyncio.CancelledError as error:
+            if response not in self._lost:
+                raise
+            raise ReplicaUnavailable("the attention replica of this request is gone, with its host") from error
+        except ray.exceptions.RayTaskError as error:
+            raise ClusterError(f"the attention replica failed: {error.cause!r}") from error
+        finally:
+            self._running.get(replica, set()).discard(response)
+            self._lost.discard(response)
+            if not ended:
+                response.cancel()
+                # Serve's cancel can miss a request that is just being handed over; the engines know it by its id.
+                for engine in self._engines.values():
+                    self._own.run(engine.cancel.remote, [request.request_id])
+
+    async def answers(self) -> bool:
+        """Whether some replica is up."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._ready.remote()
+        except (TimeoutError, ray.exceptions.RayError, RayServeException):
+            return False
+        return True
+
+
+class Ingress(GrpcInferenceService, GrpcHealthService):
+    """Serve makes any number of these; each knows all replicas."""
+
+    def __init__(self, config: ClusterConfig, replicas: DeploymentHandle) -> None:
+        prepare_process(1)
+        request_log.setLevel(logging.INFO if config.log_requests else logging.WARNING)
+        self._config = config
+        self._controller = get_controller(shard_group(config), config)
+        self._controller.apply.remote(config)
+        self._replicas = ServeReplicas(replicas)
+        self._admission = self._make_admission()
+        metrics = IngressMetrics(report_version(new_registry(), "ingress"))
+        self._service = InferenceService(
+            tokenizer=Tokenizer(config.model),
+            info=model_info(config.model, config.engine(), config.model_id),
+            defaults=read_sampling_defaults(config.model),
+            backend=ReplayingBackend(
+                self._replicas,
+                max_replays=config.max_replays,
+                room_timeout_s=config.recovery_timeout_s,
+                on_replay=metrics.replayed,
+            ),
+            metrics=metrics,
+            limits=ServiceLimits(
+                max_request_bytes=config.max_request_bytes, max_waiting_inputs=config.max_waiting_inputs
+            ),
+            admission=self._admission,
+        )
+        self._health = HealthState()
+        raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
+        GrpcInferenceService.__init__(self, self._service, raise_failures=raise_failures)
+        GrpcHealthService.__init__(self, self._health, self._admission, raise_failures=raise_failures)
+        self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
+
+    def _make_admission(self) -> Admission:
+        config = self._config
+        return Admission(
+            ApiKeys(Path(config.api_keys_file), time.monotonic) if config.api_keys_file else None,
+            AdmissionLimits(
+                max_calls=config.max_ongoing_requests,
+                max_streams_per_client=config.max_streams_per_client,
+                keyless=KeylessLimits(
+                    max_calls=config.max_keyless_calls,
+                    max_calls_per_host=config.max_keyless_calls_per_host,
+                    calls_per_minute=config.keyless_calls_per_minute,
+                ),
+            ),
+            # Behind HAProxy an ingress listens on all interfaces, and has no TLS.
+            local_only=RAY_SERVE_ENABLE_DIRECT_INGRESS and ip_address(ray.util.get_node_ip_address()).is_loopback,
+            room=self._room,
+        )
+
+    def _room(self) -> float:
+        """This ingress's part of what all engines run and queue; unknown before the first look at them."""
+        engines = self._replicas.num_engines
+        if not engines:
+            return math.inf
+        config = self._config
+        return engines * (config.max_num_seqs + config.max_waiting) / config.ingress_replicas
+
+    async def num_running(self) -> int:
+        """Requests under way; a stop waits for none."""
+        return self._admission.num_running
+
+    async def _watch_cluster(self) -> None:
+        """Keeps the health true: serving once replicas and shards are up, until draining, or until some expert has
+        had no copy for longer than its requests wait."""
+        covered = False
+        while True:
+            try:
+                status = await self._controller.status.remote()
+                if status.lease_by_renewal:
+                    self._controller.renew_lease.remote()
+                covered = status.serves(self._config.recovery_timeout_s)
+                self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
+                if status.draining:
+                    self._admission.drain()
+            except ray.exceptions.RayError as error:
+                log.warning("the expert controller does not answer, the last state stays: %s", error)
+            serving = covered and not self._admission.draining and await self._replicas.answers()
+            if serving != self._health.serving:
+                log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
+            self._health.set(serving)
+            await asyncio.sleep(HEALTH_INTERVAL_S)

@@ -1,0 +1,97 @@
+"""What Serve's gRPC servers register for this application: its proxy's, and each ingress's own behind HAProxy.
+
+Around Serve's handlers stand ours: who may call is looked at before a message is read (`grpc_gate`), streams end with
+their clients (`relay`), reflection is bounded.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from grpc.aio._server import Server
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from cluster.runtime.front.haproxy_config import NOT_FOR_CLIENTS
+from cluster.runtime.front.relay import relay_cancels
+from cluster.runtime.ray_private.serve import DEFAULT_GRPC_SERVER_OPTIONS
+from cluster.serving.admission.admission import Admission
+from cluster.serving.grpc import keyless, registration
+from cluster.serving.grpc.gate import Doorkeeper, gated_stream, gated_unary
+
+REFLECTION = "grpc.reflection."
+PINGS = ("grpc.http2.max_ping_strikes", 0)  # no number of them is too many
+
+
+def add_inference_service(servicer: Any, server: Any) -> None:
+    """Registers the rpcs. For Serve's `grpc_servicer_functions`; works on any grpc.aio server."""
+    factory = getattr(server, "service_handler_factory", None)
+    if factory is None:
+        registration.add_inference_service(servicer, server)
+        return
+    refuse_listing(server)
+    bound_reflection(server, Admission())
+
+    def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
+        """Those of many messages are ours, around Serve's of one."""
+        kinds = type(streaming_type)
+        if streaming_type.name == "STREAM_STREAM":
+            stream = relay_cancels(factory(service_method=service_method, streaming_type=kinds.UNARY_STREAM))
+            return gated_stream(stream, _ingress)
+        if streaming_type.name == "STREAM_UNARY":
+            return gated_unary(factory(service_method=service_method, streaming_type=kinds.UNARY_UNARY), _ingress)
+        handler: Callable[..., Any] = factory(service_method=service_method, streaming_type=streaming_type)
+        return handler
+
+    server.service_handler_factory = make_handler
+    try:
+        registration.add_inference_service(servicer, server, gated=True)
+    finally:
+        server.service_handler_factory = factory
+
+
+def _ingress() -> Doorkeeper | None:
+    """The ingress of this process; None in Serve's proxy."""
+    try:
+        ingress: Doorkeeper | None = serve.get_replica_context().servable_object
+    except RayServeException:
+        return None
+    return ingress
+
+
+def accept_pings() -> list[Any]:
+    """For Serve's RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: called before a process of Serve's makes its gRPC server,
+    and returns what is to stand before its HTTP server, which is nothing.
+
+    gRPC's server ends a connection, and the calls on it, after a third ping within five minutes (too_many_pings):
+    clients that keep a connection alive, every 5 s say, while a long unary call sends nothing. Serve has no setting.
+    """
+    if PINGS not in DEFAULT_GRPC_SERVER_OPTIONS:
+        DEFAULT_GRPC_SERVER_OPTIONS.append(PINGS)
+    return []
+
+
+def refuse_listing(server: Server) -> None:
+    """Serve's list of applications, which its servers have for everybody, is not for clients."""
+    handler = grpc.unary_unary_rpc_method_handler(_refuse)
+    # Not by `server`'s own method, which would make a call to a replica of it.
+    Server.add_registered_method_handlers(server, "ray.serve.RayServeAPIService", {"ListApplications": handler})
+
+
+def bound_reflection(server: Server, admission: Admission) -> None:
+    """Serve answers reflection on `server` itself, in calls that may stay and of which it counts none."""
+    register = server.add_registered_method_handlers
+
+    def bounded(service: str, handlers: dict[str, Any]) -> None:
+        if service.startswith(REFLECTION):
+            handlers = {
+                name: handler._replace(stream_stream=keyless.bounded(handler.stream_stream, admission))
+                for name, handler in handlers.items()
+            }
+        register(service, handlers)
+
+    vars(server)["add_registered_method_handlers"] = bounded  # Serve calls it later, for reflection
+
+
+async def _refuse(request: bytes, context: Any) -> None:
+    await context.abort(grpc.StatusCode.PERMISSION_DENIED, NOT_FOR_CLIENTS)
