@@ -11,10 +11,11 @@ from typing import Any
 from rich.progress import Progress
 
 from cluster.checkpoint.made.demo import write_demo_checkpoint
+from cluster.checkpoint.made.drawn import SEED_KEY
 from cluster.checkpoint.made.published import A2_7B_CONFIG
 from cluster.checkpoint.made.synthetic import write_checkpoint, write_json
 from cluster.checkpoint.made.tokenizer import write_tokenizer
-from cluster.checkpoint.reader import CONFIG_FILE, RANDOM_WEIGHTS, read_json_object
+from cluster.checkpoint.reader import CONFIG_FILE, read_json_object
 from cluster.config import ModelConfig, read_model_config
 from cluster.errors import SetupError
 
@@ -68,7 +69,7 @@ def made_checkpoint(
         raise SetupError(f"--layers is {num_layers}, at least 1 is needed")
     raw_config: dict[str, Any] = {**A2_7B_CONFIG, "num_hidden_layers": num_layers}
     if not with_files:
-        raw_config[RANDOM_WEIGHTS] = _SEED
+        raw_config[SEED_KEY] = _SEED
     digest = hashlib.sha256(json.dumps([raw_config, _SEED, "tokenizer"], sort_keys=True).encode()).hexdigest()[:8]
 
     def write(path: Path) -> None:

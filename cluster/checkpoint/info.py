@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cluster.checkpoint.generation import read_eos_token_ids
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import DTYPES, EngineConfig, ModelConfig
 from cluster.errors import CheckpointError, SetupError
 from cluster.types import ModelInfo
@@ -32,7 +32,7 @@ def model_info(model_dir: str | Path, config: EngineConfig, model_id: str = "") 
 
     Raises CheckpointError, SetupError.
     """
-    reader = CheckpointReader(model_dir)
+    reader = open_checkpoint(model_dir)
     return ModelInfo(
         model_id=model_id or reader.model_dir.resolve().name,
         vocab_size=reader.config.vocab_size,

@@ -5,7 +5,6 @@ Knows nothing of modules or devices: `model/` and `experts/` allocate what they 
 
 import logging
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -21,7 +20,6 @@ from cluster.checkpoint.names import (
     EMBEDDING,
     HEAD,
     Source,
-    checkpoint_shapes,
     find_source,
     is_harmless,
     stored_shapes,
@@ -35,25 +33,22 @@ from cluster.checkpoint.weights import (
     open_weights,
     read_header,
 )
-from cluster.config import read_model_config
+from cluster.config import ModelConfig, read_model_config
 from cluster.config.architectures.architecture import Shapes
-from cluster.config.json_keys import Keys
 from cluster.config.model import given_dtype
 from cluster.errors import CheckpointError
 
-__all__ = ["CONFIG_FILE", "INDEX_FILE", "RANDOM_WEIGHTS", "SINGLE_FILE", "CheckpointReader", "read_json_object"]
+__all__ = ["CONFIG_FILE", "INDEX_FILE", "SINGLE_FILE", "CheckpointReader", "read_config", "read_json_object"]
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 
-# In config.json, a seed: there are no weight files, random weights are drawn where they are wanted (for benches).
-RANDOM_WEIGHTS = "moe_cluster_random_weights"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class CheckpointReader:
-    """A `qwen2_moe` directory as published: config.json and safetensors files.
+    """A directory as published: config.json and safetensors files.
 
     config: as the file has it, but for what the tensors decide: embeddings are tied only where one of the two is
     stored (as in transformers), and where it names no dtype, theirs counts.
@@ -65,25 +60,15 @@ class CheckpointReader:
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
-        check_directory(self.model_dir, CONFIG_FILE)
-        raw = read_json_object(self.model_dir / CONFIG_FILE)
-        try:
-            config = read_model_config(raw)
-            self._seed = (
-                Keys(raw, CONFIG_FILE).count(RANDOM_WEIGHTS, at_least=0)
-                if raw.get(RANDOM_WEIGHTS) is not None
-                else None
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.model_dir}: {error}") from error
-        self._files = locate_tensors(self.model_dir) if self._seed is None else {}
-        if self._seed is None and not self._files:
+        raw, config = read_config(self.model_dir)
+        self._files = locate_tensors(self.model_dir)
+        if not self._files:
             raise CheckpointError(f"{self.model_dir}: no tensor is in its safetensors files: download them again")
-        self.names: frozenset[str] = frozenset(self._files or checkpoint_shapes(config))
-        if self._files and config.tie_word_embeddings and {EMBEDDING, HEAD} <= self.names:
+        self.names: frozenset[str] = frozenset(self._files)
+        if config.tie_word_embeddings and {EMBEDDING, HEAD} <= self.names:
             log.info("%s: %s is stored beside tied embeddings: it is the head", self.model_dir, HEAD)
             config = replace(config, tie_word_embeddings=False)
-        if self._files and given_dtype(raw) is None:
+        if given_dtype(raw) is None:
             config = replace(config, dtype=_common_dtype(self._headers()))
         self.config = config
 
@@ -92,17 +77,15 @@ class CheckpointReader:
 
         Raises CheckpointError that names the first missing and the first superfluous ones.
         """
-        self._check_names(self._expected())
+        self._check_names(stored_shapes(self.config, self.names))
 
     def check_tensors(self) -> None:
         """As `check_names`, and every file's header: each tensor in one file, in its shape, in a dtype that is read.
 
         Reads no tensor. Raises CheckpointError.
         """
-        expected = self._expected()
+        expected = stored_shapes(self.config, self.names)
         self._check_names(expected)
-        if self._seed is not None:
-            return
         headers = self._headers()
         for name, shape in expected.items():
             _check_tensor(name, headers[name], shape)
@@ -129,8 +112,6 @@ class CheckpointReader:
         falls when the file is closed.
         Raises CheckpointError, naming the tensor, for one that is absent, misshapen or of an unserved dtype.
         """
-        if self._seed is not None:
-            return _draw(self._seed, targets, progress)
         sources = {name: find_source(name, self.names, tied=self.config.tie_word_embeddings) for name in targets}
         absent = [name for name, source in sources.items() if source is None]
         if absent:
@@ -155,9 +136,6 @@ class CheckpointReader:
                         if progress is not None:
                             progress(part_bytes)
         return num_bytes
-
-    def _expected(self) -> Shapes:
-        return checkpoint_shapes(self.config) if self._seed is not None else stored_shapes(self.config, self.names)
 
     def _check_names(self, expected: Shapes) -> None:
         missing = [name for name in expected if name not in self.names]
@@ -196,6 +174,16 @@ class CheckpointReader:
         return {name: in_files[path][name] for name, path in self._files.items()}
 
 
+def read_config(model_dir: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """A directory's config.json, as it is and as it is understood. Raises CheckpointError."""
+    check_directory(model_dir, CONFIG_FILE)
+    raw = read_json_object(model_dir / CONFIG_FILE)
+    try:
+        return raw, read_model_config(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{model_dir}: {error}") from error
+
+
 def _not_in_file(path: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{path}: {some(names, 'is', 'are')} not in this file, but {INDEX_FILE} says so: download both again"
@@ -206,17 +194,6 @@ def _common_dtype(headers: Mapping[str, StoredTensor]) -> str:
     """The smallest dtype that holds every tensor, as vLLM finds it; float32 where none is of a served one."""
     found = [_DTYPES[dtype] for dtype in sorted({tensor.dtype for tensor in headers.values()}) if dtype in _DTYPES]
     return str(reduce(torch.promote_types, found, found[0])).removeprefix("torch.") if found else "float32"
-
-
-def _draw(seed: int, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None) -> int:
-    """Fills each destination on its own device from the seed and its name. Returns their bytes."""
-    for name, target in targets.items():
-        generator = torch.Generator(target.device).manual_seed(seed ^ zlib.crc32(name.encode()))
-        with torch.no_grad():
-            target.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
-        if progress is not None:
-            progress(target.nbytes)
-    return sum(target.nbytes for target in targets.values())
 
 
 def _check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:

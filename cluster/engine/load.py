@@ -8,7 +8,7 @@ import torch
 
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.info import max_model_len, resolve_dtype
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.config.resources import available_memory
 from cluster.engine.engine import Engine
@@ -66,7 +66,7 @@ def load_engine(
     then.
     num_sharers: engines that share this free memory, this one included.
     """
-    reader = CheckpointReader(model_dir)
+    reader = open_checkpoint(model_dir)
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
     longest = max_model_len(reader.config, config)
     check_block_fits(reader.config, config, dtype)
@@ -119,7 +119,7 @@ def local_experts(
 
     Raises CheckpointError, SetupError.
     """
-    reader = CheckpointReader(model_dir)
+    reader = open_checkpoint(model_dir)
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     num_experts = reader.config.num_experts

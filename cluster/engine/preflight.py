@@ -5,7 +5,7 @@ from pathlib import Path
 from cluster.checkpoint.chat_template import read_chat_template
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.info import max_model_len, resolve_dtype
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.tokenizer_files import read_tokenizer, read_tokenizer_config
 from cluster.config import EngineConfig
 from cluster.experts.placement import num_shards_for, plan_evenly
@@ -14,12 +14,12 @@ from cluster.model.kv_cache import check_block_fits
 
 def check_checkpoint(
     model_dir: str | Path, engine: EngineConfig, num_shards: int, *, tokenizer: bool = True
-) -> CheckpointReader:
-    """Finds the faults that would end a start minutes later, at one node or at each. Returns the reader that it made.
+) -> Checkpoint:
+    """Finds the faults that would end a start minutes later, at one node or at each. Returns the opened checkpoint.
 
     tokenizer: whether requests will bring texts. Raises SetupError, CheckpointError.
     """
-    reader = CheckpointReader(model_dir)
+    reader = open_checkpoint(model_dir)
     reader.check_tensors()
     num_experts = reader.config.num_experts
     plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint.names import expert_shapes
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
 from cluster.errors import ShardUnavailable
 from cluster.kernels.experts import ExpertWeights, no_experts
@@ -45,7 +45,7 @@ class ExpertShard:
 
     def load(
         self,
-        reader: CheckpointReader,
+        reader: Checkpoint,
         experts: Mapping[int, Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
 from cluster.kernels.weights import WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
@@ -20,7 +20,7 @@ MODELS: Mapping[str, Callable[[ModelConfig], CausalLM]] = {
 
 
 def load_model(
-    reader: CheckpointReader,
+    reader: Checkpoint,
     *,
     dtype: torch.dtype,
     device: torch.device,

@@ -10,7 +10,7 @@ import pytest
 from serving_tools import COMMAND, PORTS, TINY
 
 from cluster.checkpoint.made.demo import write_demo_checkpoint
-from cluster.checkpoint.reader import RANDOM_WEIGHTS
+from cluster.checkpoint.made.drawn import SEED_KEY
 
 pytestmark = pytest.mark.slow  # Serve tries three times
 
@@ -30,7 +30,7 @@ def test_what_has_no_memory_says_how_much_it_wanted(tmp_path, sizes, named):
     for path in model_dir.glob("*.safetensors"):
         path.unlink()
     raw = json.loads((model_dir / "config.json").read_text())
-    raw |= {RANDOM_WEIGHTS: 1, "hidden_size": 4096, **sizes}
+    raw |= {SEED_KEY: 1, "hidden_size": 4096, **sizes}
     (model_dir / "config.json").write_text(json.dumps(raw))
     arguments = [*COMMAND, "serve", str(model_dir), *TINY, *PORTS]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=500)

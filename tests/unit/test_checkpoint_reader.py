@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
+from cluster.checkpoint.made.drawn import SEED_KEY
 from cluster.checkpoint.made.published import A2_7B_CONFIG
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.names import checkpoint_shapes
-from cluster.checkpoint.reader import RANDOM_WEIGHTS, CheckpointReader
+from cluster.checkpoint.opening import open_checkpoint
+from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import read_model_config
 from cluster.errors import CheckpointError
 from cluster.experts.shard import ExpertShard
@@ -175,10 +177,10 @@ def test_packing_a_dense_model_holds_at_most_its_largest_weight_beside_it(tmp_pa
     raw = {
         **RAW, "hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 16,
         "vocab_size": 16384, "num_hidden_layers": 2, "mlp_only_layers": [0, 1], "torch_dtype": "bfloat16",
-        RANDOM_WEIGHTS: 1,
+        SEED_KEY: 1,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    reader = CheckpointReader(tmp_path)
+    reader = open_checkpoint(tmp_path)
     with anonymous_memory() as samples:
         model = load_model(reader, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert model.config.vocab_size == 16384

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.checkpoint.info import resolve_dtype
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
 from cluster.engine.load import torch_dtype
 
@@ -19,7 +19,7 @@ class ExpertFacts:
 
 def read_expert_facts(config: ClusterConfig) -> ExpertFacts:
     """From the checkpoint's configuration and the names of its tensors. Raises SetupError."""
-    reader = CheckpointReader(config.model)
+    reader = open_checkpoint(config.model)
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     return ExpertFacts(

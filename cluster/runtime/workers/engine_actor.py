@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from cluster.checkpoint.names import dense_bytes
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
 from cluster.engine.load import load_engine
 from cluster.engine.loop import EngineLoop
@@ -52,7 +52,7 @@ class EngineActor:
             shard_timeout_s=config.shard_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
         )
-        reader = CheckpointReader(config.model)
+        reader = open_checkpoint(config.model)
         reader.check_names()
         total = dense_bytes(reader.config, reader.config.dtype)
         engine = load_engine(

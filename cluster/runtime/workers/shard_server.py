@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from cluster.checkpoint.info import resolve_dtype
-from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.engine.load import resolve_device, torch_dtype
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
@@ -59,7 +59,7 @@ class ShardServer:
 
         progress: from the bytes that will be read, the callback for each piece of them.
         """
-        reader = CheckpointReader(model_dir)
+        reader = open_checkpoint(model_dir)
         if self._shard is None or self._source != (model_dir, dtype, device):
             self._shard = None
             shard = ExpertShard(

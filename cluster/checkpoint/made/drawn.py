@@ -1,0 +1,49 @@
+"""A checkpoint without weight files: each process draws the tensors that it wants, on its own device. For benches."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint.files import read_json_object
+from cluster.checkpoint.reader import CONFIG_FILE, read_config
+from cluster.config.json_keys import Keys
+from cluster.errors import CheckpointError
+
+SEED_KEY = "moe_cluster_random_weights"  # in config.json
+
+
+class DrawnCheckpoint:
+    """Random weights: normal ones with deviation 0.02, norms' around one. A tensor depends on the seed and its name."""
+
+    def __init__(self, model_dir: str | Path) -> None:
+        """Raises CheckpointError."""
+        self.model_dir = Path(model_dir)
+        raw, self.config = read_config(self.model_dir)
+        self._seed = Keys(raw, f"{self.model_dir}: {CONFIG_FILE}").count(SEED_KEY, at_least=0)
+
+    def check_names(self) -> None:
+        """It has whatever name is asked for."""
+
+    def check_tensors(self) -> None:
+        """They have whatever shape is asked for."""
+
+    def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
+        """Fills each destination. Returns their bytes."""
+        for name, target in targets.items():
+            generator = torch.Generator(target.device).manual_seed(self._seed ^ zlib.crc32(name.encode()))
+            with torch.no_grad():
+                target.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
+            if progress is not None:
+                progress(target.nbytes)
+        return sum(target.nbytes for target in targets.values())
+
+
+def has_seed(model_dir: str | Path) -> bool:
+    """Whether a config.json asks for drawn weights. One that cannot be read does not."""
+    try:
+        return read_json_object(Path(model_dir) / CONFIG_FILE).get(SEED_KEY) is not None
+    except CheckpointError:
+        return False
