@@ -128,9 +128,8 @@ class ShardCalls:
         search.postpone(now + self.recovery_timeout_s)
         return True
 
-    def is_outdated(self, leg: Leg) -> bool:
+    def is_outdated(self, leg: Leg, now: float) -> bool:
         """Whether there is a newer plan, by which the shard may be another process by now: not while it works."""
-        now = self.clock()
         if now - leg.sent_at < RETRY_INTERVAL_S:
             return False
         plan = self.routing.plan()

@@ -4,6 +4,7 @@ R: rows of a leg, H: hidden size.
 """
 
 import logging
+from math import inf
 
 import torch
 from torch import Tensor
@@ -53,16 +54,14 @@ class Receiver:
         """
         calls = self._calls
         late = Deadline.after(self._clock, calls.patience.late_s(leg.num_rows))
-        may_hedge = True
-        while leg.flight is not None and not lost.is_over:
-            if may_hedge and late.is_over:
-                may_hedge = False
+        while leg.flight is not None and (now := self._clock()) < lost.at:
+            if now >= late.at:
+                late.at = inf  # asked once
                 if self._can_hedge(leg):
                     return self._hedge(leg, search)
-            if calls.is_outdated(leg):
+            if calls.is_outdated(leg, now):
                 return None
-            next_look_s = min(lost.left_s, RETRY_INTERVAL_S)
-            value = calls.ask(leg, min(late.left_s, next_look_s) if may_hedge else next_look_s)
+            value = calls.ask(leg, min(late.at, lost.at, now + RETRY_INTERVAL_S) - now)
             if value is not None:
                 return value
             if calls.hear(leg, search):
