@@ -20,6 +20,7 @@ from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError, SetupError, Unavailable
 
 if TYPE_CHECKING:
+    from cluster.chaos.faults import Recovery
     from cluster.runtime.operate import RunningCluster
 
 _READY_S = 30.0
@@ -35,7 +36,7 @@ KINDS_OF_DENSE = ("kill-replica", "kill-controller", "end-replica", "stop-replic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run of chaos found. different: answers with another token or text than without faults.
+    """Of a run of chaos. different: answers with another token or text than without faults.
 
     stall: the longest wait between two pieces of an answer; gap: 99 % of them are shorter. In seconds.
     """
@@ -132,13 +133,13 @@ def unleash(
 
     Raises ClusterError when the cluster does not recover.
     """
-    from cluster.chaos.faults import Injected, inject, wait_whole
+    from cluster.chaos.faults import Recovery, inject, wait_whole
 
     questions = make_questions(min(_DISTINCT, requests), client.model_info().vocab_size, seed)
     num_replicas = sum(replica.engine is not None for replica in cluster.status().replicas)
     wait_whole(cluster, num_replicas, recovery_timeout_s)
     rng = random.Random(seed)
-    injected: list[Injected] = []
+    recoveries: list[Recovery] = []
     with Progress(console=console or Console(quiet=True)) as progress:
         quiet_task = progress.add_task("without faults", total=len(questions))
         quiet = ask_all(client, questions, concurrency, lambda _: progress.update(quiet_task, advance=1))
@@ -152,18 +153,21 @@ def unleash(
         try:
             for number in range(faults):
                 kind = kinds[number % len(kinds)]
-                injected.append(inject(kind, cluster, rng, num_replicas, recovery_timeout_s))
+                fault = inject(kind, cluster, rng, num_replicas, recovery_timeout_s)
+                recoveries.append(fault)
                 progress.update(fault_task, advance=1)
-                progress.console.print(
-                    f"{injected[-1].recovered_s:6.1f} s  {kind}: {injected[-1].what}", highlight=False
-                )
+                progress.console.print(f"{fault.recovered_s:6.1f} s  {kind}: {fault.what}", highlight=False)
             traffic.wait_for(requests)
         finally:
             asked = traffic.stop()
-        seconds = time.monotonic() - started
-    different = [
-        (question, reply) for question, reply in asked if not reply.error and not reply.says_the_same(quiet[question])
-    ]
+    return _outcome(quiet, asked, recoveries, started)
+
+
+def _outcome(
+    quiet: Sequence[Reply], asked: Sequence[tuple[int, Reply]], recoveries: Sequence["Recovery"], started: float
+) -> Outcome:
+    """quiet: a reply to each question.  asked: (number of the question, reply) under faults."""
+    different = [reply for question, reply in asked if not reply.error and not reply.says_the_same(quiet[question])]
     gaps = [gap for _, reply in asked for gap in reply.gaps_s]
     quiet_gaps = [gap for reply in quiet for gap in reply.gaps_s]
     failed = [reply.error for _, reply in asked if reply.error]
@@ -171,15 +175,15 @@ def unleash(
         requests=len(asked),
         failed=len(failed),
         different=len(different),
-        faults=dict(Counter(fault.kind for fault in injected)),
+        faults=dict(Counter(fault.kind for fault in recoveries)),
         worst_stall_s=max(gaps, default=0.0),
         quiet_stall_s=max(quiet_gaps, default=0.0),
         gap_s=_percentile(gaps, 0.99),
         quiet_gap_s=_percentile(quiet_gaps, 0.99),
-        worst_recovery_s=max((fault.recovered_s for fault in injected), default=0.0),
-        seconds=seconds,
+        worst_recovery_s=max((fault.recovered_s for fault in recoveries), default=0.0),
+        seconds=time.monotonic() - started,
         errors=tuple(sorted(set(failed))[:10]),
-        log=tuple(f"{fault.at - started:.1f} s {fault.kind}: {fault.what}" for fault in injected),
+        log=tuple(f"{fault.at - started:.1f} s {fault.kind}: {fault.what}" for fault in recoveries),
     )
 
 

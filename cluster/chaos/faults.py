@@ -1,13 +1,14 @@
-"""What is done to a running cluster. Each fault says in a few words what it did."""
+"""Faults of a running cluster. Each one says in a few words what it did, and which process it ended."""
 
 import random
 import signal
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
 from cluster.runtime.operate import Part, RunningCluster
+from cluster.runtime.workers.rehearsal import Disturbance
 from cluster.status import ProcessInfo
 
 _STOPPED_S = (0.5, 3.0)
@@ -15,9 +16,17 @@ _SLOW_S = 3.0
 _WHOLE_POLL_S = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Injected:
-    """at: when, on the monotonic clock.  recovered_s: from its end until the cluster was whole again."""
+    """A fault that has been. killed: the process that it ended, None for none."""
+
+    what: str
+    killed: ProcessInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """A fault and its end. at: when, on the monotonic clock.  recovered_s: from then until the cluster was whole."""
 
     kind: str
     what: str
@@ -25,70 +34,74 @@ class Injected:
     recovered_s: float
 
 
-def kill_shard(cluster: RunningCluster, rng: random.Random) -> str:
-    return _signal(cluster, rng, "shard", signal.SIGKILL)
+Fault = Callable[[RunningCluster, random.Random], Injected]
 
 
-def kill_replica(cluster: RunningCluster, rng: random.Random) -> str:
-    return _signal(cluster, rng, "replica", signal.SIGKILL)
+def kill_shard(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _end(cluster, rng, "shard", signal.SIGKILL)
 
 
-def kill_controller(cluster: RunningCluster, rng: random.Random) -> str:
-    return _signal(cluster, rng, "controller", signal.SIGKILL)
+def kill_replica(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _end(cluster, rng, "replica", signal.SIGKILL)
 
 
-def end_shard(cluster: RunningCluster, rng: random.Random) -> str:
-    return _signal(cluster, rng, "shard", signal.SIGTERM)
+def kill_controller(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _end(cluster, rng, "controller", signal.SIGKILL)
 
 
-def end_replica(cluster: RunningCluster, rng: random.Random) -> str:
-    return _signal(cluster, rng, "replica", signal.SIGTERM)
+def end_shard(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _end(cluster, rng, "shard", signal.SIGTERM)
 
 
-def stop_shard(cluster: RunningCluster, rng: random.Random) -> str:
+def end_replica(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _end(cluster, rng, "replica", signal.SIGTERM)
+
+
+def stop_shard(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _stop(cluster, rng, "shard")
 
 
-def stop_replica(cluster: RunningCluster, rng: random.Random) -> str:
+def stop_replica(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _stop(cluster, rng, "replica")
 
 
-def cut_streams(cluster: RunningCluster, rng: random.Random) -> str:
+def cut_streams(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _disturb(cluster, rng, "cut", 0.0)
 
 
-def damage_frame(cluster: RunningCluster, rng: random.Random) -> str:
+def damage_frame(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _disturb(cluster, rng, "damage", 0.0)
 
 
-def slow_shard(cluster: RunningCluster, rng: random.Random) -> str:
+def slow_shard(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _disturb(cluster, rng, "slow", _SLOW_S)
 
 
-def refuse_memory(cluster: RunningCluster, rng: random.Random) -> str:
+def refuse_memory(cluster: RunningCluster, rng: random.Random) -> Injected:
     """The next experts that one shard shall load find no memory: the move fails, the old plan stays."""
-    what = _disturb(cluster, rng, "no memory", 0.0)
+    refused = _disturb(cluster, rng, "no memory", 0.0)
     try:
-        return f"{what}; {cluster.shuffle(rng.randrange(4, 16), rng.randrange(1 << 30))}"
+        outcome = cluster.shuffle(rng.randrange(4, 16), rng.randrange(1 << 30))
     except ClusterError as error:
-        return f"{what}; {error}"
+        outcome = str(error)
+    return Injected(f"{refused.what}; {outcome}")
 
 
-def move_experts(cluster: RunningCluster, rng: random.Random) -> str:
-    return cluster.shuffle(rng.randrange(4, 16), rng.randrange(1 << 30))
+def move_experts(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return Injected(cluster.shuffle(rng.randrange(4, 16), rng.randrange(1 << 30)))
 
 
-def rebalance(cluster: RunningCluster, rng: random.Random) -> str:
-    return cluster.rebalance()
+def rebalance(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return Injected(cluster.rebalance())
 
 
-def scale_experts(cluster: RunningCluster, rng: random.Random) -> str:
+def scale_experts(cluster: RunningCluster, rng: random.Random) -> Injected:
     """One shard more, or back to as many as before."""
     now, first = len(cluster.status().shards), cluster.first_shards
-    return cluster.scale_experts(now + 1 if now <= first else first)
+    return Injected(cluster.scale_experts(now + 1 if now <= first else first))
 
 
-KINDS: dict[str, Callable[[RunningCluster, random.Random], str]] = {
+KINDS: dict[str, Fault] = {
     "kill-shard": kill_shard,
     "kill-replica": kill_replica,
     "kill-controller": kill_controller,
@@ -106,21 +119,17 @@ KINDS: dict[str, Callable[[RunningCluster, random.Random], str]] = {
 }
 
 
-def inject(kind: str, cluster: RunningCluster, rng: random.Random, num_replicas: int, timeout_s: float) -> Injected:
+def inject(kind: str, cluster: RunningCluster, rng: random.Random, num_replicas: int, timeout_s: float) -> Recovery:
     """One fault, on a whole cluster, and then until it is whole again. Raises ClusterError when it does not recover."""
-    before = {part.process for part in cluster.parts()}
     at = time.monotonic()
-    what = KINDS[kind](cluster, rng)
+    fault = KINDS[kind](cluster, rng)
     done = time.monotonic()
-    dead = {p for p in before if kind.startswith(("kill-", "end-")) and f"({p.pid})" in what}
-    wait_whole(cluster, num_replicas, timeout_s, dead)
-    return Injected(kind=kind, what=what, at=at, recovered_s=time.monotonic() - done)
+    wait_whole(cluster, num_replicas, timeout_s, killed=fault.killed)
+    return Recovery(kind=kind, what=fault.what, at=at, recovered_s=time.monotonic() - done)
 
 
-def wait_whole(
-    cluster: RunningCluster, num_replicas: int, timeout_s: float, dead: Set[ProcessInfo] = frozenset()
-) -> None:
-    """Until all shards and attention replicas are up again, none of them `dead`. Raises ClusterError."""
+def wait_whole(cluster: RunningCluster, num_replicas: int, timeout_s: float, killed: ProcessInfo | None = None) -> None:
+    """Until all shards and attention replicas are up again, and the killed process is missed. Raises ClusterError."""
     deadline = time.monotonic() + timeout_s
     missing = "the controller"
     while time.monotonic() < deadline:
@@ -133,7 +142,7 @@ def wait_whole(
         up = sum(replica.stats is not None for replica in status.replicas)
         shards_up = status.published and all(shard.state == "up" for shard in status.shards)
         if (
-            not dead & processes
+            killed not in processes
             and shards_up
             and up >= num_replicas
             and not status.work
@@ -152,23 +161,23 @@ def _pick(cluster: RunningCluster, rng: random.Random, role: str) -> Part:
     return rng.choice(parts)
 
 
-def _signal(cluster: RunningCluster, rng: random.Random, role: str, number: signal.Signals) -> str:
+def _end(cluster: RunningCluster, rng: random.Random, role: str, number: signal.Signals) -> Injected:
     part = _pick(cluster, rng, role)
     cluster.send_signal(part.process, number)
-    return f"{number.name} to {part.name} ({part.process.pid})"
+    return Injected(f"{number.name} to {part.name} ({part.process.pid})", killed=part.process)
 
 
-def _stop(cluster: RunningCluster, rng: random.Random, role: str) -> str:
+def _stop(cluster: RunningCluster, rng: random.Random, role: str) -> Injected:
     part, seconds = _pick(cluster, rng, role), rng.uniform(*_STOPPED_S)
     cluster.send_signal(part.process, signal.SIGSTOP)
     try:
         time.sleep(seconds)
     finally:
         cluster.send_signal(part.process, signal.SIGCONT)
-    return f"{part.name} ({part.process.pid}) stopped for {seconds:.1f} s"
+    return Injected(f"{part.name} ({part.process.pid}) stopped for {seconds:.1f} s")
 
 
-def _disturb(cluster: RunningCluster, rng: random.Random, what: str, seconds: float) -> str:
+def _disturb(cluster: RunningCluster, rng: random.Random, what: Disturbance, seconds: float) -> Injected:
     shard_id = rng.choice([shard.shard_id for shard in cluster.status().shards])
     cluster.disturb(shard_id, what, seconds)
-    return f"{what} at shard {shard_id}"
+    return Injected(f"{what} at shard {shard_id}")

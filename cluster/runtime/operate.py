@@ -16,6 +16,7 @@ from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE, controller_name, group_of_controller
 from cluster.runtime.ray_private.serve import ask_for_replicas
 from cluster.runtime.start.ray_address import CONNECT_HINT, find_ray
+from cluster.runtime.workers.rehearsal import Disturbance
 from cluster.status import ClusterStatus, ProcessInfo
 
 log = logging.getLogger(__name__)
@@ -120,8 +121,8 @@ class RunningCluster:
     def _shard_actor(self, shard_id: int) -> str:
         return next((s.actor for s in self.status().shards if s.shard_id == shard_id), f"no shard {shard_id}")
 
-    def disturb(self, shard_id: int, what: str, seconds: float) -> None:
-        """As `ExpertShardActor.disturb`. A shard that is gone is no error."""
+    def disturb(self, shard_id: int, what: Disturbance, seconds: float) -> None:
+        """As `Rehearsal.begin`. A shard that is gone is no error."""
         try:
             shard = ray.get_actor(self._shard_actor(shard_id), namespace=NAMESPACE)
             ray.get(shard.disturb.remote(what, seconds), timeout=STATUS_TIMEOUT_S)

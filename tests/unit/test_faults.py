@@ -1,0 +1,119 @@
+"""A fault tells which process it ended, and is over when that one is missed and all others are there."""
+
+import random
+import signal
+
+import pytest
+
+from cluster.chaos import faults
+from cluster.chaos.faults import inject, wait_whole
+from cluster.errors import ClusterError
+from cluster.runtime.operate import Part
+from cluster.runtime.workers.rehearsal import SLOW_S, Rehearsal
+from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus, ShardStatus
+from cluster.types import EngineStats
+
+STATS = EngineStats(running=0, waiting=0, used_blocks=0, num_blocks=1, generated_tokens=0, at=0.0)
+
+
+def process(pid):
+    return ProcessInfo(pid=pid, node_id="n", gpu_ids=())
+
+
+class FakeCluster:
+    """A shard and a replica. A killed process is seen for `blind` more looks; then its successor is there."""
+
+    first_shards = 1
+
+    def __init__(self, blind=2):
+        self.pids, self.blind, self.killed, self.looks, self.signals = {"shard": 7, "replica": 77}, blind, "", 0, []
+
+    def parts(self):
+        return [Part(role=role, name=role, process=process(pid)) for role, pid in self.pids.items()]
+
+    def status(self):
+        if self.killed:
+            self.looks += 1
+            if self.looks > self.blind:
+                self.pids[self.killed] += 1000
+                self.killed = ""
+        replica = ReplicaStatus(name="r", process=process(self.pids["replica"]), engine=None, asked_at=0.0, stats=STATS)
+        return ClusterStatus(
+            epoch=1, shards=(ShardStatus(shard_id=0, state="up", process=process(self.pids["shard"])),),
+            replicas=(replica,), metrics_addresses=(), draining=False, published=True, target_shards=1,
+        )  # fmt: skip
+
+    def send_signal(self, process, number):
+        self.signals.append((process.pid, number))
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            [self.killed] = [role for role, pid in self.pids.items() if pid == process.pid]
+
+    def rebalance(self):
+        return "moved to shard 0 (7)"
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(faults, "_WHOLE_POLL_S", 0.0)
+    monkeypatch.setattr(faults, "_STOPPED_S", (0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "role", "number"),
+    [("kill-shard", "shard", signal.SIGKILL), ("end-replica", "replica", signal.SIGTERM)],
+)
+def test_a_killed_process_is_waited_for_until_it_is_missed(kind, role, number):
+    """Its successor is seen at the third look; until then the status shows it as if nothing had been."""
+    cluster = FakeCluster()
+    pid = cluster.pids[role]
+    recovery = inject(kind, cluster, random.Random(0), 1, 10.0)
+    assert cluster.signals == [(pid, number)]
+    assert (cluster.looks, cluster.pids[role]) == (3, pid + 1000)
+    assert recovery.what == f"{number.name} to {role} ({pid})"
+
+
+@pytest.mark.parametrize("kind", ["stop-shard", "rebalance"])
+def test_a_fault_that_ends_no_process_waits_for_none(kind):
+    """Though its words name the process by its id."""
+    cluster = FakeCluster()
+    assert "(7)" in inject(kind, cluster, random.Random(0), 1, 10.0).what
+    assert cluster.looks == 0
+
+
+def test_a_process_that_nobody_misses_is_no_recovery():
+    with pytest.raises(ClusterError, match=r"not whole again after 0\.05 s: 1 of 1 attention replicas"):
+        wait_whole(FakeCluster(), 1, 0.05, killed=process(7))
+
+
+class Streams:
+    def __init__(self):
+        self.calls = []
+
+    def cut(self):
+        self.calls.append("cut")
+
+    def damage(self):
+        self.calls.append("damage")
+
+
+def test_a_rehearsal_shows_each_fault_for_as_long_as_it_is_asked_to():
+    now, slept, streams = [0.0], [], Streams()
+    rehearsal = Rehearsal(clock=lambda: now[0], sleep=slept.append)
+    rehearsal.before_load()
+    rehearsal.before_product()
+    for what in ("cut", "damage", "slow", "no memory"):
+        rehearsal.begin(what, 3.0, streams)
+    assert streams.calls == ["cut", "damage"]
+    for at in (1.0, 2.9, 3.1):
+        now[0] = at
+        rehearsal.before_product()
+    assert slept == [SLOW_S, SLOW_S]
+    with pytest.raises(MemoryError, match="as a rehearsal"):
+        rehearsal.before_load()
+    rehearsal.before_load()
+
+
+def test_a_shard_without_a_stream_has_none_to_break():
+    rehearsal = Rehearsal()
+    rehearsal.begin("cut", 0.0, None)
+    rehearsal.begin("damage", 0.0, None)
