@@ -6,7 +6,7 @@ tests/unit/test_wire_names.py freezes the names.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copyreg import __newobj__ as new_object  # type: ignore[attr-defined]  # typeshed leaves it out
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
@@ -30,21 +30,31 @@ def evolving(module: str) -> Callable[[C], C]:
     return decorate
 
 
-def on_wire(module: str) -> Callable[[C], C]:
-    """Gives a class its wire name only: for actors, whose class Ray sends to each process that calls them."""
+def on_wire(module: str, *, former: Sequence[str] = ()) -> Callable[[C], C]:
+    """Gives a class its wire name only: for actors, whose class Ray sends to each process that calls them.
+
+    former: methods that the class no longer has. Versions up to 0.1.0 send a class with the names of all its methods,
+        private ones too, and a process that lacks one cannot read it.
+    """
 
     def decorate(cls: C) -> C:
         cls.__module__ = module  # pickle and Ray read it
+        for name in former:
+            setattr(cls, name, _former)
         return cls
 
     return decorate
 
 
 def sent(cls: C) -> C:
-    """The class, ready to be pickled: its wire name gives it. (Ray sends a class whose module is not imported by value,
-    as another class of the same name.)"""
+    """The class, ready to be pickled: its wire name gives it. (A class whose module is not imported would be sent by
+    value, and come out as another one of the same name.)"""
     assert getattr(importlib.import_module(cls.__module__), cls.__name__) is cls
     return cls
+
+
+def _former(self: object, *args: object, **options: object) -> None:
+    raise AttributeError("this method was of an older version")
 
 
 def _reduce(self: Any) -> tuple[Any, ...]:

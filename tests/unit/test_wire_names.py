@@ -1,12 +1,14 @@
 """The names by which processes of different versions know the classes of what they exchange: they never change."""
 
+import importlib
+import json
 import os
 import pickle
 import subprocess
 import sys
 
 import pytest
-from last_version import write_last_version
+from last_version import ROOT, write_last_version
 
 from cluster.config import ClusterConfig
 from cluster.errors import InvalidRequest, ShardUnavailable
@@ -105,15 +107,58 @@ def test_what_is_exchanged_goes_by_the_names_that_it_had_first(tmp_path):
 def test_the_last_version_reads_what_this_one_sends_and_the_reverse(tmp_path):
     """Its process loads the values, and sends them back as it writes them."""
     write_last_version(tmp_path / "last")
-    done = subprocess.run(
-        [sys.executable, "-c", READ_AND_ANSWER], input=pickle.dumps((EXCHANGED, FAILURES, tuple(map(sent, ACTORS)))),
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "last")}, cwd=tmp_path, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
-    values, failures, actors = pickle.loads(done.stdout)
+    data = pickle.dumps((EXCHANGED, FAILURES, tuple(map(sent, ACTORS))))
+    values, failures, actors = pickle.loads(run_python(READ_AND_ANSWER, tmp_path / "last", data))
     assert values == EXCHANGED
     assert failures == [("ShardUnavailable", ("shard 1 died", 1)), ("InvalidRequest", ("no", "n"))]
     assert actors == [actor.__name__ for actor in ACTORS]
+
+
+SEND_ACTORS = """
+import pickle, sys, ray.cloudpickle
+from cluster.runtime.actors import EngineActor, ExpertShardActor
+from cluster.runtime.controller import ExpertController
+try:
+    from cluster.runtime.ray_private.core import by_name
+except ImportError:  # the last version
+    by_name = lambda cls: cls
+made = [ray.remote(by_name(cls)) for cls in (ExpertController, ExpertShardActor, EngineActor)]
+pickle.dump([ray.cloudpickle.dumps(actor.__ray_metadata__.modified_class) for actor in made], sys.stdout.buffer)
+"""
+READ_ACTORS = """
+import json, pickle, sys
+classes = [pickle.loads(data) for data in pickle.load(sys.stdin.buffer)]
+print(json.dumps([[cls.__name__, [name for name in dir(cls) if not name.startswith("_")]] for cls in classes]))
+"""
+
+
+def run_python(script, folder, data=b""):
+    """The output of a process that imports this package from `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=data, env={**os.environ, "PYTHONPATH": str(folder)}, cwd=folder,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def test_each_version_reads_the_actors_classes_that_the_other_sends_to_callers(tmp_path):
+    """As Ray pickles them. A process that could not read one has a handle without methods."""
+    write_last_version(tmp_path / "last")
+    for sender, reader in ((ROOT, tmp_path / "last"), (tmp_path / "last", ROOT)):
+        found = dict(json.loads(run_python(READ_ACTORS, reader, run_python(SEND_ACTORS, sender))))
+        assert list(found) == ["ExpertController", "ExpertShardActor", "EngineActor"]
+        assert {"wait_plan", "slot", "status", "apply"} <= set(found["ExpertController"])
+        assert ("renew_lease" in found["ExpertController"]) == (reader is ROOT), "the reader's own methods"
+        assert {"forward", "become", "sign"} <= set(found["ExpertShardActor"])
+        assert {"poll", "submit"} <= set(found["EngineActor"])
+
+
+def test_what_serve_starts_again_by_the_last_versions_names_is_found():
+    """A replica of the version before may die while the next one is installed already."""
+    for name in ("ingress.Ingress", "attention_replica.AttentionReplica", "autoscaling.replicas_by_load"):
+        module, _, attribute = name.partition(".")
+        assert hasattr(importlib.import_module(f"cluster.runtime.{module}"), attribute)
 
 
 def test_a_class_whose_wire_name_does_not_give_it_is_not_sent():

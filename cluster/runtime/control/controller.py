@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.errors import SetupError
-from cluster.evolving import on_wire, sent
+from cluster.evolving import on_wire
 from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for
 from cluster.metrics import ControllerMetrics, new_registry, report_version
@@ -36,6 +36,7 @@ from cluster.runtime.control.state import ClusterState
 from cluster.runtime.control.supervision import ShardSupervision
 from cluster.runtime.names import NAMESPACE, controller_name
 from cluster.runtime.process import actor_environment, prepare_process, process_info, share_of
+from cluster.runtime.ray_private.core import by_name
 from cluster.runtime.workers.protocol import LEASE_S, LONG_POLL_S, Membership
 from cluster.status import ClusterStatus, ProcessInfo
 
@@ -45,7 +46,7 @@ CHECK_INTERVAL_S = 5.0  # between two looks at the lease and at the cluster's no
 REGISTRATION_S = 3.0  # in which the engines that live ask a controller that comes new, and say their slots
 
 
-@on_wire("cluster.runtime.controller")
+@on_wire("cluster.runtime.controller", former=("_actors", "_follow", "_recall", "_register", "_watch_engine"))
 class ExpertController:
     """An asyncio actor of the group's name. Every public method may be called at any time."""
 
@@ -277,7 +278,7 @@ class ExpertController:
 def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool = True) -> Any:
     """The group's controller; makes it if there is none. It outlives who made it, by its lease."""
     return (
-        ray.remote(sent(ExpertController))
+        ray.remote(by_name(ExpertController))
         .options(
             name=controller_name(group),
             namespace=NAMESPACE,

@@ -18,9 +18,9 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.evolving import sent
 from cluster.runtime.names import NAMESPACE, shard_prefix, spare_prefix
 from cluster.runtime.process import actor_environment, num_threads, share_of
+from cluster.runtime.ray_private.core import by_name
 from cluster.runtime.workers.protocol import NO_SHARD
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 from cluster.status import ProcessInfo
@@ -135,7 +135,7 @@ class RayLauncher:
 
     def _start(self, name: str, shard_id: int, config: ClusterConfig, options: Mapping[str, Any]) -> Any:
         threads = num_threads(config.cpus_per_expert_shard)
-        actor = ray.remote(concurrency_groups=SHARD_GROUPS)(sent(ExpertShardActor)).options(
+        actor = ray.remote(concurrency_groups=SHARD_GROUPS)(by_name(ExpertShardActor)).options(
             name=name,
             namespace=NAMESPACE,
             lifetime="detached",

@@ -17,11 +17,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ClusterConfig
 from cluster.engine.step_record import make_step_record
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
-from cluster.evolving import sent
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.front.autoscaling import engine_load
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import actor_environment, num_threads, prepare_process
+from cluster.runtime.ray_private.core import by_name
 from cluster.runtime.workers.engine_actor import ENGINE_GROUPS, EngineActor
 from cluster.runtime.workers.protocol import LONG_POLL_S
 from cluster.serving.update_queue import UpdateQueue
@@ -46,7 +46,7 @@ class AttentionReplica:
         self._record = make_step_record(config.max_num_seqs)
         record_path = self._record.path if self._record is not None else ""
         self.engine = (
-            ray.remote(concurrency_groups=ENGINE_GROUPS)(sent(EngineActor))
+            ray.remote(concurrency_groups=ENGINE_GROUPS)(by_name(EngineActor))
             .options(
                 num_cpus=config.cpus_per_attention_replica,
                 num_gpus=config.gpus_per_attention_replica or 0,

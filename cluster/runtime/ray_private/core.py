@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -13,9 +13,14 @@ from ray._private import ray_constants, services, utils, worker
 # Ray reads its token once a process; a token of ours comes and goes with our Ray.
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
+from cluster.evolving import sent
+
+C = TypeVar("C", bound=type)
+
 __all__ = [
     "AuthenticationTokenLoader",
     "actor_id",
+    "by_name",
     "gcs_channel",
     "left_addresses",
     "logs_folder",
@@ -27,6 +32,14 @@ __all__ = [
     "utils",
     "worker",
 ]
+
+
+def by_name(cls: C) -> C:
+    """An actor's class that Ray sends by its wire name. It would make a class of its own of it, and send that by value
+    with the names of all methods: a process of a version that lacks one could not read it, and so call no actor of it.
+    A class with this attribute Ray takes for one that it has made."""
+    cls.__ray_actor_class__ = cls  # type: ignore[attr-defined]
+    return sent(cls)
 
 
 def process_title() -> str:

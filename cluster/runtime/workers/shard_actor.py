@@ -25,7 +25,7 @@ from cluster.stream.frames import StreamOffer
 from cluster.stream.server import StreamServer
 
 
-@on_wire("cluster.runtime.actors")
+@on_wire("cluster.runtime.actors", former=("_flush_loads",))
 class ExpertShardActor:
     """`forward` runs one call at a time; the other groups answer beside it. A spare process has no server yet."""
 
