@@ -321,7 +321,7 @@ def test_an_haproxy_that_always_dies_is_given_up(node):
         time.sleep(0.05)
 
 
-IMPATIENT = "from cluster.runtime import front, haproxy; front.ORPHAN_S = 2.0; haproxy.main()"
+IMPATIENT = "from cluster.runtime.front import haproxy, supervisor; supervisor.ORPHAN_S = 2.0; haproxy.main()"
 
 
 def test_without_another_manager_it_ends(node):
