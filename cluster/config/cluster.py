@@ -38,7 +38,9 @@ class ClusterConfig(EngineConfig):
         "unset: it does not",
     )
     expert_shards: int = option(2, "processes that share the routed experts; a dense model has none", least=0)
-    ingress_replicas: int = option(1, "processes that tokenize, validate and stream", least=1)
+    ingress_replicas: int = option(
+        2, "processes that tokenize, validate and stream; with 2 one that dies leaves no gap", least=1
+    )
     min_copies: int = option(
         1, "copies of each expert, on different shards; with 2 a lost shard costs no wait", least=1
     )

@@ -119,3 +119,21 @@ def test_the_manager_or_the_keeper_killed_costs_no_call(served, caller, who):
     assert not watch.done(), (watch.code(), watch.details())
     watch.cancel()
     assert caller.codes.keys() == {"OK"}
+
+
+def ingresses():
+    return processes("ray::ServeReplica:moe-cluster:Ingress")
+
+
+@pytest.mark.slow
+def test_a_killed_ingress_leaves_no_gap(served, caller):
+    """Its own streams end with UNAVAILABLE; HAProxy passes every further call to another ingress."""
+    before = ingresses()
+    assert len(before) == 2
+    os.kill(before[0], signal.SIGKILL)
+    caller.goes_on()
+    wait_until(lambda: len(set(ingresses()) - {before[0]}) == 2, "another ingress", 60)
+    caller.goes_on()
+    assert set(caller.codes) <= {"OK", "UNAVAILABLE"}
+    assert caller.codes["UNAVAILABLE"] <= 1
+    os.write(1, f"ingress killed: {caller.longest_s:.3f} s without an answer, {dict(caller.codes)}\n".encode())

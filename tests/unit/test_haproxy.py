@@ -18,7 +18,7 @@ NODE_ID_CHARS = 56
 # All that we change, so that a newer Serve's line that we do not know is found here.
 CHANGED = (
     r"mode 666|h2\.be\.max-concurrent-streams|log 127\.0\.0\.1:514|bind :|bind \*:|errorfile 50\d|hdr grpc-status 5 |"
-    r"if is_list_applications|server fallback .* backup$"
+    r"if is_list_applications|server fallback .* backup$|timeout connect "
 )
 SOCKET_PATH_CHARS = 97  # HAProxy's limit
 

@@ -111,7 +111,7 @@ REFUSED = {
     "two caches": ({"model.cache": {"claimName": "a", "hostPath": "/b"}}, "model.cache"),
     "more shards than GPUs": ({"cluster.expert_shards": 3}, "groups.experts has 2 pods with 1 GPUs"),
     "more replicas than GPUs": ({"cluster.attention_replicas": 2}, "groups.attention has 1 pods with 1 GPUs"),
-    "an ingress pod without a process": ({"groups.ingress.replicas": 2}, "cluster.ingress_replicas is 1"),
+    "an ingress pod without a process": ({"groups.ingress.replicas": 3}, "cluster.ingress_replicas is 2"),
     "more pods than the most": (
         {"autoscaling.enabled": True, "groups.experts.maxReplicas": 1},
         "groups.experts.replicas is 2, at least minReplicas (2) and at most maxReplicas (1)",

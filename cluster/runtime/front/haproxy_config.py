@@ -16,6 +16,7 @@ ANSWERS = {
     TOO_LARGE: (3, "the request has too many bytes for one of health"),
 }
 MAX_HEALTH_BYTES = 4096
+CONNECT, RETRIES = "250ms", 8  # the kernel of a living ingress's machine answers within a round trip
 SYSLOG = "127.0.0.1:514"  # Serve's default: a line for every request, to whoever listens
 
 
@@ -50,6 +51,12 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     # HAProxy (2.8) reads nothing more from a connection whose one stream waits for its client: a client that does not
     # read would stop all streams beside its own, and health. A connection for each call is used again after its end.
     config = _replaced(config, r"^(    tune\.h2\.be\.max-concurrent-streams )\d+$", r"\g<1>1")
+    # HAProxy (2.8) waits a whole second, or the time for a connection, before it tries another ingress than a dead one.
+    config = _replaced(
+        config,
+        r"^(    timeout connect )\d+s\n((?:.*\n)*?    retry-on .*\n)",
+        rf"\g<1>{CONNECT}\n\g<2>    retries {RETRIES}\n",
+    )
     # Serve makes 500 of these, which is UNKNOWN to a gRPC client and final; its own page is of HTTP.
     for status in (502, 503, 504):
         config = _replaced(config, rf"^(    errorfile {status}) \S+$", rf"\g<1> {folder / UNDELIVERED}")
