@@ -95,7 +95,7 @@ REFUSED = {
     "text for a number": ({"groups.attention.gpus": "one"}, "gpus"),
     "number for a text": ({"commonLabels": {"team": 1}}, "commonLabels"),
     "no pods in a group": ({"groups.ingress.replicas": 0}, "replicas"),
-    "no shards": ({"cluster.expert_shards": 0}, "expert_shards"),
+    "fewer than no shards": ({"cluster.expert_shards": -1}, "expert_shards"),
     "dtype that there is not": ({"cluster.dtype": "int4"}, "dtype"),
     "no model": ({"model.source": {}}, "source"),
     "a model from two places": ({"model.source.pvc": {"claimName": "models"}}, "source"),
