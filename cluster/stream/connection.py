@@ -166,7 +166,7 @@ class StreamConnection:
         region = make_region(device)
         if region is None:
             return
-        head = Header(kind=Kind.SHARE, request_id=0, payload_bytes=len(region.descriptor))
+        head = Header(kind=Kind.SHARE, payload_bytes=len(region.descriptor))
         socket.send_fds(self._sock, [head.pack(region.descriptor) + region.descriptor], region.fds)
         region.close_fds()
         answer = Header.unpack(self._exactly(HEADER.size))

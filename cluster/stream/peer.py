@@ -162,7 +162,7 @@ class Peer:
         if self.state is State.HELLO:
             return
         payload = message.encode()
-        head = Header(kind=Kind.REFUSED, request_id=0, payload_bytes=len(payload))
+        head = Header(kind=Kind.REFUSED, payload_bytes=len(payload))
         with suppress(OSError):  # it is being closed anyway
             self.sock.sendmsg([head.pack(payload), payload])
 

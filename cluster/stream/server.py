@@ -142,7 +142,7 @@ class StreamServer:
 
     def _beat(self) -> None:
         """Tells all callers whose requests wait that the work goes on, but for those who do not read their answers."""
-        head, now = Header(kind=Kind.ALIVE, request_id=0, payload_bytes=0).pack(), time.monotonic()
+        head, now = Header(kind=Kind.ALIVE).pack(), time.monotonic()
         for peer in [p for p in self._peers if p.features & frames.FEATURES and p.waits and not p.outgoing]:
             self._send(peer, head)
             for request in self._waiting.of(peer):
