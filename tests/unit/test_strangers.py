@@ -171,12 +171,12 @@ def test_a_flood_of_ever_new_addresses_is_bounded_too():
 @pytest.mark.parametrize(
     ("askers", "period_s"),
     [
-        pytest.param(50, 1.0, id="probes of Kubernetes, or grpc_health_probe in them, at their shortest period"),
-        pytest.param(20, 2.0, id="HAProxy's default interval from as many balancers"),
+        pytest.param(100, 1.0, id="probes of Kubernetes, or grpc_health_probe in them, at their shortest period"),
+        pytest.param(200, 2.0, id="HAProxy's default interval from as many balancers"),
     ],
 )
 def test_honest_askers_never_meet_the_bounds(askers, period_s):
-    """An hour of each, all behind one address: 50 a second are 500 in a window."""
+    """An hour of each, all behind one address: 100 a second are 1,000 in a window."""
     clock = TickingClock()
     admission = Admission(clock=clock)
     for _ in range(int(3600 / period_s)):

@@ -1,8 +1,8 @@
 """Short questions that need no key, Health.Check and List: bounded in number by host and in all.
 
-An answer takes 0.2 ms of CPU, so all answers take 5 % of an ingress's one core, twice that at worst. An honest asker
+An answer takes 0.2 ms of CPU, so all answers take 10 % of an ingress's one core, twice that at worst. An honest asker
 does not meet the bounds: a Kubernetes probe asks once a second at most, grpc_health_probe once a run, a load balancer
-every few seconds from each of its nodes; 50 of the fastest may share an address. The checks of our own HAProxy are not
+every few seconds from each of its nodes; 100 of the fastest may share an address. The checks of our own HAProxy are not
 counted: they ask Serve (`RayServeAPIService/Healthz`), which answers past admission.
 """
 
@@ -20,8 +20,8 @@ class QuestionLimits:
     """max_per_host, max_questions: in a window of window_s seconds."""
 
     window_s: float = 10.0
-    max_per_host: int = 500
-    max_questions: int = 2500
+    max_per_host: int = 1000
+    max_questions: int = 5000
 
 
 class Questions:
