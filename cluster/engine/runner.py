@@ -70,19 +70,17 @@ class ModelRunner:
         """As `Runner.run`, a token at most for a sequence."""
         hidden_states, step = self.forward(batch.scheduled)  # [T, H]
         tokens, failed = self._sample(batch.scheduled, hidden_states, step)
-        wanted: dict[int, Tensor] = {}
-        if len(step.lost) < len(batch.scheduled):
-            num_tokens = [s.num_tokens for s in batch.scheduled]
+        num_tokens = [s.num_tokens for s in batch.scheduled]
+        wanting = [i for i, s in enumerate(batch.scheduled) if s.sequence.wants_hidden_states and i not in step.lost]
+        if len(step.lost) < len(num_tokens):
             for i in non_finite(hidden_states, num_tokens):
-                if i not in step.lost and not batch.scheduled[i].sequence.wants_hidden_states:
+                if i not in step.lost and i not in wanting:
                     failed[i] = NoFiniteNumbers("a row's hidden state is NaN or infinite")
-            for i, rows in enumerate(torch.split(hidden_states, num_tokens)):
-                if i not in step.lost and batch.scheduled[i].sequence.wants_hidden_states:
-                    wanted[i] = rows
         if failed:
             self.check_device()
-        every = [(tokens[i],) if i in tokens and i not in failed else () for i in range(len(batch.scheduled))]
-        return StepResult(every, wanted, step.lost, step.epoch, failed)
+        every = [(tokens[i],) if i in tokens and i not in failed else () for i in range(len(num_tokens))]
+        rows = torch.split(hidden_states, num_tokens) if wanting else ()
+        return StepResult(every, {i: rows[i] for i in wanting}, step.lost, step.epoch, failed)
 
     def _sample(
         self, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, step: StepExperts
