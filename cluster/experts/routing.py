@@ -13,7 +13,7 @@ from torch import Tensor
 from cluster.experts.placement import PlacementPlan
 from cluster.experts.transport import NOT_HERE, ExpertBatch
 
-SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # a shard that failed n calls in a row gets no rows that have another copy
+SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # for so long a shard that failed 1, 2, … calls gets no rows with another copy
 
 
 class PlanSource(Protocol):

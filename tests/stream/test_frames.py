@@ -46,7 +46,7 @@ def test_a_head_is_these_68_bytes():
     head.check(memoryview(payload))
 
 
-def test_what_a_caller_does_not_say_is_zero_and_no_timeout():
+def test_fields_that_are_left_out_are_zero_and_no_timeout():
     """A sign of life: kind 7, then nothing but the timeout's ones."""
     zeros = b"moeX" + le(2, 2) + le(7, 1) + le(0, 1) + bytes(8 + 4 * 4 + 8) + b"\xff" * 4 + bytes(4 + 8 + 8)
     packed = Header(kind=Kind.ALIVE, request_id=0, payload_bytes=0).pack()
@@ -66,7 +66,7 @@ def test_dtypes_have_the_numbers_that_older_versions_know(dtype, code):
     assert Header(kind=Kind.ANSWER, request_id=0, payload_bytes=0, dtype=dtype).pack()[7] == code
 
 
-def test_of_a_large_part_the_words_exclusive_or_is_summed():
+def test_the_checksum_of_a_large_part_is_that_of_its_words_exclusive_or():
     """4100 bytes: 512 words of 8 and 4 bytes more. A part of 4096 bytes at most is summed as it is."""
     large, small = bytes(i * 7 % 251 for i in range(4100)), bytes(4096)
     folded = 0

@@ -19,7 +19,7 @@ from cluster.stream.server import StreamServer
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
 
 
-def test_what_one_side_writes_the_other_reads():
+def test_one_side_reads_the_rows_that_the_other_writes():
     ours = make_region(CPU)
     other = open_region(ours.descriptor, ours.fds, CPU)
     ours.close_fds()

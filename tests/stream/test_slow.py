@@ -1,4 +1,4 @@
-"""A stream whose shard computes for long: its callers hear that it works, others connect, and silence is told apart."""
+"""A stream whose shard computes for long: callers hear that it works, others connect, and silence differs from work."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ TIMEOUT_S = 1.0
 
 
 class Busy(Backend):
-    """Computes for `seconds`, on the CPU; hangs instead while told to."""
+    """Computes for `seconds`, on the CPU; hangs instead while `hangs` is set."""
 
     def __init__(self, seconds=0.0, hangs=False):
         super().__init__()
@@ -80,7 +80,7 @@ def dispatcher(node, *servers, **options):
 
 
 def run(made):
-    """Rows for all of four experts at layer 0, where a shard of these tests answers with what it gets."""
+    """Rows for all of four experts at layer 0, where a shard of these tests sends its rows back."""
     x, ids = torch.randn(4, 6), torch.arange(4).unsqueeze(1)
     return x, made.combine(made.dispatch(0, x, ids, torch.ones(4, 1)))
 
@@ -189,8 +189,8 @@ def _hears(flight):
         return flight.works()
 
 
-def test_an_older_caller_is_told_nothing_that_it_does_not_know(serve):
-    """Its handshake has zeros where a newer one names its features: between question and answer it reads no frame."""
+def test_an_older_caller_gets_no_frame_that_it_does_not_know(serve):
+    """Its handshake has zeros where a newer one names its features: it gets no frame between question and answer."""
     backend = Busy(10 * BEAT_S)
     server = serve(backend)
     sock = socket.socket(socket.AF_UNIX)

@@ -31,7 +31,7 @@ def test_rows_come_back_as_they_were_computed(server, node, dtype, shape):
     connection.close()
 
 
-def test_answers_are_told_apart_when_they_are_asked_for_in_another_order(server):
+def test_answers_may_be_asked_for_in_another_order(server):
     connection = connect(server)
     first, second = batch(2, layer_id=1), batch(3, layer_id=2)
     ids = [connection.send(first), connection.send(second)]
@@ -307,7 +307,7 @@ def test_a_server_that_cannot_be_reached_is_not_tried_at_every_step(server):
     transport.close()
 
 
-def test_a_successor_is_connected_to_instead(server, backend):
+def test_after_a_shard_its_successor_is_connected_to(server, backend):
     other = StreamServer(Backend(), host="127.0.0.1", node=HERE)
     other.start()
     offers = Offers(server)
@@ -334,7 +334,7 @@ def test_a_dead_server_is_noticed_while_waiting(server, backend):
 
 
 class DamagingProxy:
-    """Carries a stream over TCP and changes one byte of what comes from one side, at a place of its own choice."""
+    """Carries a stream over TCP and changes one byte that comes from one side, at `place`."""
 
     def __init__(self, target, place, from_server):
         self.place, self.from_server = place, from_server

@@ -60,7 +60,7 @@ class FakeSystem:
         pass
 
 
-def test_prefill_and_decode_are_told_apart_after_a_warm_up() -> None:
+def test_prefill_and_decode_are_timed_apart_after_a_warm_up() -> None:
     """Batch 4: prefill 4 · 8 / 2 s = 16 tokens/s; decode 4 · (5 − 1) / (6 − 2) s = 4 tokens/s. Batch 1: a quarter."""
     system = FakeSystem()
     advanced: list[int] = []

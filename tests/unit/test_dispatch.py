@@ -31,8 +31,8 @@ class Flight:
 
 
 class LateFlight(Flight):
-    """Has its answer at a time of the clock; waiting for it lets the time pass. works_until: its shard shows that it
-    works, until then."""
+    """Has its answer at a time of the clock; a wait for it lets the time pass. works_until: until then its shard shows
+    that it works."""
 
     def __init__(self, value, ready_at, clock, works_until=0.0):
         super().__init__(value)
@@ -297,7 +297,7 @@ def test_a_late_shard_is_overtaken_by_its_copies():
 
 
 def test_a_late_shard_is_overtaken_even_by_a_copy_that_was_late_itself_a_moment_ago():
-    """On a busy machine everyone is late at times: who really hangs must not find the others barred."""
+    """On a busy machine each shard is late at times: one that really hangs must not find the others barred."""
     clock = Clock()
     transport = SlowTransport(clock)
     plan = PlacementPlan(epoch=1, num_experts=4, slices=({0: (0, 1)}, {0: (2, 3)}, {0: (0, 1)}, {0: (2, 3)}))
@@ -410,7 +410,7 @@ def test_rows_without_a_living_copy_are_lost_and_the_others_come(at_submit):
 
 
 @pytest.mark.parametrize("at_submit", [False, True])
-def test_rows_of_the_only_shard_are_lost_without_sending_none_of_them(at_submit):
+def test_when_all_rows_of_the_only_shard_are_lost_no_empty_batch_is_sent(at_submit):
     transport, clock = FaultyTransport(at_submit), Clock()
     transport.dead.add(0)
     made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 1), clock=clock), clock=clock)
@@ -444,7 +444,7 @@ def test_rows_whose_copies_are_all_dead_are_lost_without_asking_them_in_a_circle
 
 
 def with_a_silent_shard(plan):
-    """A warm dispatcher, its transport whose shard 1 answers nothing from now on, its plans and its clock."""
+    """A warm dispatcher, its transport, its plans and its clock. Shard 1 does not answer from now on."""
     clock = Clock()
     transport, plans = SlowTransport(clock), ScriptedPlans(plan)
     made = dispatcher(transport, plans, clock=clock)
@@ -501,7 +501,7 @@ def test_a_silent_shard_is_waited_for_once_in_a_step_then_shorter_and_longer_aga
 
 @pytest.mark.parametrize("hung", [0, 1])
 def test_an_answer_that_came_while_another_shard_was_waited_for_counts(hung):
-    """Row 0 needs shard 0 only, row 1 shard 1 only: whichever hangs, the other row comes."""
+    """Row 0 needs shard 0 only, row 1 shard 1 only: one of them hangs, the other one's row comes."""
     clock = Clock()
     transport = SlowTransport(clock)
     made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 2), clock=clock), clock=clock)
@@ -528,8 +528,8 @@ def test_a_silent_shard_is_waited_for_once_by_each_plan():
     assert waited == [30, 0, 30, 0, 0]
 
 
-def test_an_only_shard_that_died_is_not_asked_for_rows_that_nobody_wants():
-    """Rows of a sequence that is lost already go to an only shard as well, empty."""
+def test_an_only_shard_that_died_is_not_asked_for_rows_that_ask_for_no_expert():
+    """An only shard gets the rows of lost sequences too, without experts."""
     transport, clock = FaultyTransport(), Clock()
     transport.dead.add(0)
     made = dispatcher(transport, ScriptedPlans(plan_evenly([0], 4, 1), clock=clock), clock=clock)

@@ -1,4 +1,4 @@
-"""Plans from measured load: what every plan must keep, what it must reach, and DeepSeek's balancer beside it.
+"""Plans from measured load: conditions that every plan keeps, balance that it reaches, DeepSeek's balancer beside it.
 
 Loads of a shard are added up here by loops over the plan's slices, never by the code under test.
 """
@@ -72,8 +72,8 @@ def cases(draw):
 @given(cases(), st.none() | st.integers(0, 20))
 @settings(max_examples=300, deadline=None)
 def test_every_plan_keeps_copies_capacities_and_moves_or_is_refused(case, max_moves):
-    """Refused exactly when the places are too few, where a shard never counts more than one for an expert of a layer:
-    no other arrangement is impossible (Gale-Ryser, with equal demands)."""
+    """A call is refused exactly when the places are too few; a shard counts at most one for each expert of a layer.
+    Every other arrangement is possible (Gale-Ryser, with equal demands)."""
     plan, load, shards, min_copies = case
     copies = min(min_copies, sum(capacity > 0 for capacity in shards))
     if not copies or sum(min(capacity, load.size) for capacity in shards) < load.size * copies:
@@ -237,7 +237,7 @@ def test_shards_that_cannot_hold_the_copies_are_refused(shards):
 
 
 @pytest.mark.parametrize("load", [np.ones((1, 12)), np.ones((2, 11)), np.full((2, 12), -1.0), np.full((2, 12), np.nan)])
-def test_a_load_that_is_none_is_refused(load):
+def test_a_load_of_wrong_shape_negative_or_nan_is_refused(load):
     with pytest.raises(ValueError, match=r"give \(2, 12\)"):
         rebalance(plan_evenly([0, 1], 12, 4), load, shards=[12] * 4)
 
@@ -300,7 +300,7 @@ def test_the_reference_gives_the_plan_that_deepseek_published():
 
 @st.composite
 def even_cases(draw):
-    """One layer, the same number of places on each shard: what the reference takes."""
+    """One layer, the same number of places on each shard, as the reference needs it."""
     num_shards = draw(st.integers(1, 12))
     num_experts = draw(st.integers(num_shards, 40))
     places = draw(st.integers(-(-num_experts // num_shards), min(num_experts, -(-num_experts // num_shards) + 4)))
@@ -334,7 +334,7 @@ def test_a_layer_is_never_slower_than_in_the_references_plan(case):
     [(64, 16, 5), (64, 32, 3), (64, 8, 9), (64, 8, 10), (32, 4, 9), (64, 16, 4)],
 )
 def test_a_model_is_never_slower_than_in_the_references_plan(num_experts, num_shards, places, exponent, num_nodes):
-    """With the uneven split that two copies on one device give the reference. In single layers that puts it ahead, and
+    """The reference may split load unevenly, by two copies on one device. That puts it ahead in single layers, and
     where both come within 0.1 % of perfect balance."""
     load = zipf_load(12, num_experts, exponent)
     reference = sum(

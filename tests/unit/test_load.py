@@ -34,6 +34,6 @@ def test_a_failed_answer_counts_as_failed_and_in_no_time():
         (["throughput", "--compare", "vllm", "--vllm-python", "/bin/false"], "cannot import vllm"),
     ],
 )
-def test_what_cannot_be_carried_out_is_refused_at_once(arguments, named, capsys):
+def test_arguments_that_cannot_be_carried_out_are_refused_at_once(arguments, named, capsys):
     assert main(["bench", *arguments]) == 2
     assert named in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A shard that works is waited for, however long it computes; one that is silent is not. Over a clock of the test."""
+"""A dispatcher waits for a shard that works, however long, and not for a silent one. Over a clock of the test."""
 
 import math
 from dataclasses import replace
@@ -41,7 +41,7 @@ def slow(plan=PLAN, *, works_until=math.inf, **options):
 
 @pytest.mark.parametrize("losses", [False, True])
 @pytest.mark.parametrize("slow_shards", [(0,), (1,), (0, 1)])
-def test_a_shard_that_works_100_times_longer_than_a_timeout_answers_what_it_was_sent_once(slow_shards, losses):
+def test_a_shard_that_works_100_times_longer_than_a_timeout_answers_and_is_asked_once(slow_shards, losses):
     """30 s are a timeout, 60 s the recovery's: 3,000 s are beyond both."""
     made, transport, _, clock = slow()
     transport.delays = dict.fromkeys(slow_shards, 3000.0)
@@ -101,7 +101,7 @@ def test_a_newer_plan_sends_nothing_again_to_a_shard_that_works():
 
 
 def test_a_newer_plan_in_which_the_shard_is_down_sends_its_rows_again():
-    """Signs of work of a process that the controller has given up count no more."""
+    """The controller has given the process up: its signs of work count no more."""
     plan = replace(TWO_COPIES, slices=({0: (0, 1)}, {0: (2, 3)}, {0: (2, 3)}))
     made, transport, plans, clock = slow(plan)
     transport.delays = {1: 10_000.0}
@@ -135,7 +135,8 @@ def test_a_shard_of_an_older_version_shows_nothing_over_ray_calls():
 
 
 def test_a_ray_call_is_worked_on_when_its_shard_gets_on(monkeypatch):
-    """Busy at the first look, then what the progress says: the same number twice is no sign, nor is an idle shard."""
+    """The first look finds it busy; from then on its progress counts. The same number twice is no sign, nor is an idle
+    shard."""
     answers = [Sign(progress=7, busy=True), Sign(progress=7, busy=True), Sign(progress=9, busy=True)]
     monkeypatch.setattr("cluster.runtime.workers.transports.PROBE_S", 0.0)
     monkeypatch.setattr("cluster.runtime.workers.transports.ray.wait", lambda refs, timeout: (refs, []))

@@ -55,7 +55,7 @@ def test_a_lost_row_takes_its_sequence_along_and_no_other():
 
 
 def test_a_step_knows_the_plan_that_lacked_an_expert_first():
-    """The next one may have it already: who asks for news shall hear of it."""
+    """The next plan may have it already: the engine then hears of it as news."""
     losing = Losing({9})
     step = StepExperts(losing, 3)
     part = step.part(0, [1, 1, 1], CPU)
