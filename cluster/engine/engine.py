@@ -25,7 +25,7 @@ from cluster.engine.step import Batch, Runner, ScheduledSequence, StepResult
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.metrics import EngineMetrics
 from cluster.model.sampler import NoFiniteNumbers, Sampled
-from cluster.types import EngineRequest, EngineStats, FinishReason, SequenceUpdate
+from cluster.types import EngineRequest, EngineStats, FinishReason, SamplingParams, SequenceUpdate
 
 log = logging.getLogger(__name__)
 
@@ -94,24 +94,14 @@ class Engine:
         if request.request_id in self._cancelled_early:
             del self._cancelled_early[request.request_id]
             raise RequestCancelled("the request was cancelled before it began")
-        if request.request_id in self.sequences:
-            raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request", "request_id")
+        self._check_unused(request.request_id)
         params = fitting(request, self.max_model_len, self.blocks.num_blocks * self.blocks.block_size)
         if not request.num_replays and self.scheduler.num_queued >= self.config.max_waiting:
             self._make_room(request.client)
         if params.seed is None:
             params = replace(params, seed=self.seeds.getrandbits(63))
-        stop_token_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
-        now = self.clock()
-        sequence = Sequence(
-            request=request,
-            params=params,
-            stop_token_ids=frozenset(stop_token_ids),
-            arrived_at=now,
-            deadline=None if request.timeout_s is None else now + request.timeout_s,
-        )
-        self.scheduler.add(sequence)
-        self.sequences[request.request_id] = sequence
+        eos_token_ids = () if params.ignore_eos else self.eos_token_ids
+        sequence = self._add(request, params, frozenset({*params.stop_token_ids, *eos_token_ids}))
         if request.output_token_ids and (reason := sequence.end()):
             self._end(sequence, reason)  # the earlier attempt got to the end, and its last update was lost
 
@@ -121,22 +111,14 @@ class Engine:
         The other sequences take part in these steps, and the next `step` returns their updates. Raises InvalidRequest
         for a prompt without room in the cache, and the error that the request ends with.
         """
+        self._check_unused(request.request_id)
         num_tokens, room = len(request.prompt_token_ids), self.blocks.num_blocks * self.blocks.block_size
         if num_tokens > room:
             raise InvalidRequest(
                 f"token_ids has {num_tokens} tokens, the KV cache has room for {room}: give more kv_cache_bytes",
                 "token_ids",
             )
-        sequence = Sequence(
-            request=request,
-            params=request.params,
-            stop_token_ids=frozenset(),
-            arrived_at=self.clock(),
-            deadline=None,
-            wants_hidden_states=True,
-        )
-        self.scheduler.add(sequence)
-        self.sequences[request.request_id] = sequence
+        sequence = self._add(request, request.params, frozenset(), is_scored=True)
         rows = self._rows.setdefault(sequence, [])
         updates: list[SequenceUpdate] = []
         try:
@@ -184,6 +166,27 @@ class Engine:
         num_running, num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         self.metrics.state(num_running, num_held, num_waiting, self.blocks.num_used, self.blocks.num_blocks)
         return updates
+
+    def _check_unused(self, request_id: str) -> None:
+        if request_id in self.sequences:
+            raise InvalidRequest(f"request_id {request_id!r} is in use by a running request", "request_id")
+
+    def _add(
+        self, request: EngineRequest, params: SamplingParams, stop_token_ids: frozenset[int], *, is_scored: bool = False
+    ) -> Sequence:
+        """Queues a sequence."""
+        now = self.clock()
+        sequence = Sequence(
+            request=request,
+            params=params,
+            stop_token_ids=stop_token_ids,
+            arrived_at=now,
+            deadline=None if request.timeout_s is None else now + request.timeout_s,
+            wants_hidden_states=is_scored,
+        )
+        self.scheduler.add(sequence)
+        self.sequences[request.request_id] = sequence
+        return sequence
 
     def _make_room(self, client: str) -> None:
         """In a full queue the client with the most waiting requests loses its latest. Raises Overloaded if that is

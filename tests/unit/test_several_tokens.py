@@ -12,7 +12,7 @@ from engine_fakes import Clock, CountingRunner, make_engine, request, run_to_end
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.step import StepResult
-from cluster.errors import InvalidRequest, ShardUnavailable
+from cluster.errors import DeadlineExceeded, InvalidRequest, ShardUnavailable
 from cluster.metrics import EngineMetrics, new_registry
 from cluster.serving.text.answer import Answer
 from cluster.types import Logprobs
@@ -229,3 +229,14 @@ def test_a_score_without_room_is_refused():
     with pytest.raises(InvalidRequest, match="token_ids has 9 tokens, the KV cache has room for 8"):
         engine.score(request("s", range(9)))
     assert not engine.has_work
+
+
+def test_a_score_has_an_id_and_a_time_like_every_request():
+    engine = scoring_engine()
+    engine.submit(request("a", [1]))
+    with pytest.raises(InvalidRequest, match="'a' is in use"):
+        engine.score(request("a", [1]))
+    engine.clock.now = 5.0
+    with pytest.raises(DeadlineExceeded):
+        engine.score(request("s", [1], timeout_s=0.0))
+    assert run_to_end(engine)["a"][1] == "length"
