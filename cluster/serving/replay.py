@@ -92,23 +92,11 @@ class ReplayingBackend:
         lost_at = arrived_at
         while True:
             try:
-                async with aclosing(
-                    self._replicas.generate(self._resumed(request, given, attempt, deaths, arrived_at))
-                ) as news:
-                    async for update in news:
-                        died = update.error if isinstance(update.error, ReplicaUnavailable) else None
-                        if died is not None:  # the same update has the last tokens too
-                            update = replace(update, finish_reason=None, error=None)
-                        if update.token_ids:
-                            given += update.token_ids
-                            deaths.progressed()
-                        if update.token_ids or died is None:
-                            yield replace(update, request_id=request.request_id)
-                        if died is not None:
-                            raise died
-                        if update.finish_reason is not None:
-                            return
-                raise ReplicaUnavailable("the attention replica ended its stream without a reason")
+                resumed = self._resumed(request, given, attempt, deaths, arrived_at)
+                async with aclosing(self._attempt(resumed, given, deaths)) as updates:
+                    async for update in updates:
+                        yield replace(update, request_id=request.request_id)
+                return
             except (Overloaded, ReplicaStopping) as error:
                 if (isinstance(error, Overloaded) and not attempt) or self._clock() - lost_at > self._room_timeout_s:
                     raise
@@ -126,8 +114,31 @@ class ReplayingBackend:
                 self._on_replay()
                 attempt, lost_at = attempt + 1, self._clock()
 
+    async def _attempt(
+        self, request: EngineRequest, given: list[int], deaths: Deaths
+    ) -> AsyncGenerator[SequenceUpdate, None]:
+        """Yields the updates of one replica, to the last one. Raises the errors of a replica that dies or refuses.
+
+        given: gets the new tokens.
+        """
+        async with aclosing(self._replicas.generate(request)) as updates:
+            async for update in updates:
+                death = update.error if isinstance(update.error, ReplicaUnavailable) else None
+                if death is not None:  # the same update has the last tokens too
+                    update = replace(update, finish_reason=None, error=None)
+                if update.token_ids:
+                    given += update.token_ids
+                    deaths.progressed()
+                if update.token_ids or death is None:
+                    yield update
+                if death is not None:
+                    raise death
+                if update.finish_reason is not None:
+                    return
+        raise ReplicaUnavailable("the attention replica ended its stream without a reason")
+
     def _resumed(
-        self, request: EngineRequest, given: list[int], attempt: int, deaths: "Deaths", arrived_at: float
+        self, request: EngineRequest, given: list[int], attempt: int, deaths: Deaths, arrived_at: float
     ) -> EngineRequest:
         """Returns the request for one attempt. It has a new id, so that a replica that shall cancel an earlier attempt
         does not cancel this one."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
+from cluster.config import DEFAULTS
 from cluster.errors import ClusterError
 from cluster.serving.admission.admission import Admission
 from cluster.serving.backend import GenerationBackend, UpdateStream
@@ -28,8 +29,8 @@ class ServiceLimits:
     max_waiting_inputs: medium and large inputs, each, that may wait to be tokenized.
     """
 
-    max_request_bytes: int = 1 << 20
-    max_waiting_inputs: int = 64
+    max_request_bytes: int = DEFAULTS["max_request_bytes"]
+    max_waiting_inputs: int = DEFAULTS["max_waiting_inputs"]
 
 
 class InferenceService:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+from cluster.config import DEFAULTS
 from cluster.errors import Forbidden, Overloaded, Unauthenticated
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.admission.callers import client_of, host_of, is_local
@@ -27,8 +28,8 @@ class AdmissionLimits:
     max_streams_per_client: generations of one client at a time; 0: any number.
     """
 
-    max_calls: int = 1024
-    max_streams_per_client: int = 0
+    max_calls: int = DEFAULTS["max_ongoing_requests"]
+    max_streams_per_client: int = DEFAULTS["max_streams_per_client"]
     keyless: KeylessLimits = field(default_factory=KeylessLimits)
     questions: QuestionLimits = field(default_factory=QuestionLimits)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cluster.config import DEFAULTS
 from cluster.errors import Overloaded
 from cluster.serving.admission.token_bucket import TokenBucket
 
@@ -21,9 +22,9 @@ class KeylessLimits:
     """max_calls: open at a time (Watch, reflection).  max_calls_per_host: of these, from one host.
     calls_per_minute: new ones of these from one host, and its calls refused for want of a key."""
 
-    max_calls: int = 256
-    max_calls_per_host: int = 32
-    calls_per_minute: int = 600
+    max_calls: int = DEFAULTS["max_keyless_calls"]
+    max_calls_per_host: int = DEFAULTS["max_keyless_calls_per_host"]
+    calls_per_minute: int = DEFAULTS["keyless_calls_per_minute"]
 
 
 class KeylessCalls:
