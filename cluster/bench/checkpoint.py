@@ -30,7 +30,7 @@ def default_directory(environ: dict[str, str]) -> Path:
 
 
 def read_config(model_dir: Path) -> ModelConfig:
-    """Raises CheckpointError for a directory that is not a qwen2_moe checkpoint."""
+    """Raises CheckpointError for a directory that is no checkpoint."""
     return read_model_config(read_json_object(model_dir / "config.json"))
 
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's chat template and compiles it, in surroundings as transformers gives it. Renders nothing."""
+"""Reads a checkpoint's chat template and compiles it, with the functions that transformers gives. Renders nothing."""
 
 import json
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def read_chat_template(model_dir: Path, config: Mapping[str, Any]) -> jinja2.Tem
         TypeError,
         ValueError,
     ) as error:
-        # The last ones are Python's own, of what a template becomes: twenty loops in one another, say.
+        # Python raises the last ones, over the code that a template becomes: twenty nested loops, for example.
         raise CheckpointError(
             f"{file}: the chat template cannot be compiled: {type(error).__name__}: {in_one_line(error)}"
         ) from error
@@ -71,7 +71,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlock, loopcontrols],
-        optimized=False,  # else what is constant is computed while it is compiled, were it 9 ** 9 ** 9
+        optimized=False,  # else compiling computes constants, even 9 ** 9 ** 9
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

@@ -18,7 +18,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_directory(path: Path, needed: str) -> None:
-    """Raises CheckpointError for what is no directory, or may not be entered."""
+    """Raises CheckpointError for a path that is no directory, or that this user may not enter."""
     try:
         if path.is_dir():
             return
@@ -32,11 +32,11 @@ def is_there(path: Path) -> bool:
 
 
 def check_file(path: Path) -> int:
-    """Returns a file's bytes. Raises CheckpointError for what is no readable file, or stands for one in Git LFS."""
+    """Returns a file's size in bytes. Raises CheckpointError for no readable file, and for a pointer of Git LFS."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"{path} is not a file: put the checkpoint's own there")
+            raise CheckpointError(f"{path} is not a file: put the checkpoint's file in its place")
         with path.open("rb") as file:
             begins = file.read(len(_LFS_POINTER))
     except FileNotFoundError as error:
@@ -52,7 +52,7 @@ def check_file(path: Path) -> int:
 def read_text(path: Path) -> str:
     """A file's text, UTF-8 with or without a byte order mark. Raises CheckpointError."""
     if check_file(path) > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{path} has more than {MAX_TEXT_BYTES:,} bytes: it is not what its name says")
+        raise CheckpointError(f"{path} has more than {MAX_TEXT_BYTES:,} bytes: no checkpoint has such a large one")
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -82,7 +82,7 @@ def in_one_line(error: object, limit: int = 200) -> str:
 
 
 def some(names: Collection[str], singular: str, plural: str, limit: int = 3) -> str:
-    """ "a, b, c and 5 more are", for messages."""
+    """Lists names for a message: "a, b, c and 5 more are"."""
     shown = ", ".join(_printable(name) for name in list(names)[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{shown}{more} {singular if len(names) == 1 else plural}"

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generation: sampling defaults, and the ids that end an answer. Other keys are ignored."""
+"""Reads a checkpoint's sampling defaults, and the ids that end an answer. Ignores all other keys."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ _WHOLE = ("top_k", "max_new_tokens")
 def read_sampling_defaults(model_dir: str | Path) -> SamplingParams:
     """The checkpoint's sampling parameters, filled up by SAMPLING_DEFAULTS; `max_tokens` may stay None.
 
-    `do_sample: false` is temperature 0, `top_k: -1` is vLLM's way to keep all, 20.0 is 20. A missing file or key and a
-    null are no fault. Raises CheckpointError that names the file and the key for a value out of range.
+    `do_sample: false` means temperature 0; `top_k: -1` keeps all tokens, as in vLLM; 20.0 means 20. A missing file or
+    key and a null are allowed. Raises CheckpointError that names the file and the key for a value out of range.
     """
     path = Path(model_dir) / GENERATION_FILE
     raw = _read(path)
@@ -63,7 +63,7 @@ def read_eos_token_ids(model_dir: str | Path, config: ModelConfig) -> tuple[int,
 def find_end_ids(model_dir: str | Path, config: ModelConfig) -> list[TokenId]:
     """Ids that shall end a sequence: generation_config.json's, config.json's, and the tokenizer's own, as in vLLM.
 
-    Raises CheckpointError for what is no id.
+    Raises CheckpointError for a value that is no id.
     """
     model_dir = Path(model_dir)
     path = model_dir / GENERATION_FILE

@@ -54,7 +54,7 @@ def checkpoint_shapes(config: ModelConfig) -> Shapes:
 
 
 def stored_shapes(config: ModelConfig, stored: Collection[str]) -> Shapes:
-    """As `checkpoint_shapes`, with the names that a checkpoint which stores `stored` has for them."""
+    """As `checkpoint_shapes`, under the names by which a checkpoint with the tensors `stored` has them."""
     shapes = checkpoint_shapes(config)
     for layer_id in config.sparse_layers:
         for expert_id in range(config.num_experts):
@@ -69,9 +69,9 @@ def stored_shapes(config: ModelConfig, stored: Collection[str]) -> Shapes:
 
 
 def find_source(name: str, stored: Collection[str], *, tied: bool) -> Source | None:
-    """Where a tensor of `checkpoint_shapes` lies among the stored ones; None where it does not.
+    """Finds a tensor of `checkpoint_shapes` among the stored ones; None where it is absent.
 
-    tied: the embeddings are also the head, and may lie under either name.
+    tied: the embeddings are also the head, and stand under either name.
     """
     if name in stored:
         return Source(name)
@@ -82,7 +82,7 @@ def find_source(name: str, stored: Collection[str], *, tied: bool) -> Source | N
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a stored tensor that the model does not have can be let lie."""
+    """Whether a stored tensor that the model does not have may stay unread."""
     return any(pattern.fullmatch(name) for pattern in HARMLESS)
 
 

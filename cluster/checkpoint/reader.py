@@ -1,4 +1,4 @@
-"""Reads a checkpoint's directory: its config, its index, and only the tensors that are asked for.
+"""Reads a checkpoint's directory: its config, its index, and only the tensors that a caller names.
 
 Knows nothing of modules or devices: `model/` and `experts/` allocate what they want to have filled.
 """
@@ -50,8 +50,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 class CheckpointReader:
     """A directory as published: config.json and safetensors files.
 
-    config: as the file has it, but for what the tensors decide: embeddings are tied only where one of the two is
-    stored (as in transformers), and where it names no dtype, theirs counts.
+    config: as the file has it, except where the tensors decide: embeddings are tied only if one of the two is stored
+    (as in transformers), and the tensors give the dtype if the file names none.
     names: of all stored tensors, from the index, or from the files' headers.
 
     Opening reads JSON, and headers where there is no index; no tensor. Several threads may load at once.
@@ -103,7 +103,7 @@ class CheckpointReader:
     def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
         """Copies each named tensor into its destination, cast to the destination's dtype; returns bytes read.
 
-        An expert's name finds its part of a fused tensor, of which nothing else is read.
+        An expert's name finds its part of a fused tensor; the rest of that is not read.
         Mutates the destinations, which may be views and may lie on CUDA; after an error some are filled.
         progress: called after each tensor with its bytes on disk.
         Files are mapped, each once and only those that hold a wanted tensor, and read in the order of their
@@ -175,7 +175,7 @@ class CheckpointReader:
 
 
 def read_config(model_dir: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """A directory's config.json, as it is and as it is understood. Raises CheckpointError."""
+    """Returns a directory's config.json, raw and normalized. Raises CheckpointError."""
     check_directory(model_dir, CONFIG_FILE)
     raw = read_json_object(model_dir / CONFIG_FILE)
     try:
@@ -191,13 +191,13 @@ def _not_in_file(path: Path, names: list[str]) -> CheckpointError:
 
 
 def _common_dtype(headers: Mapping[str, StoredTensor]) -> str:
-    """The smallest dtype that holds every tensor, as vLLM finds it; float32 where none is of a served one."""
+    """The smallest dtype that holds every tensor, as in vLLM; float32 where no tensor has a served one."""
     found = [_DTYPES[dtype] for dtype in sorted({tensor.dtype for tensor in headers.values()}) if dtype in _DTYPES]
     return str(reduce(torch.promote_types, found, found[0])).removeprefix("torch.") if found else "float32"
 
 
 def _check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Raises CheckpointError for a dtype that is not read, and for another shape."""
+    """Raises CheckpointError for a dtype that is not read, and for a shape other than `shape`."""
     if found.dtype not in ITEM_BYTES:
         raise CheckpointError(
             f"{found.path}: {name} has dtype {found.dtype}, {', '.join(ITEM_BYTES)} are served: "
@@ -211,7 +211,7 @@ def _check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> Non
 
 
 def _copy(path: Path, file: Any, source: Source, destination: Tensor) -> int:
-    """Returns the bytes on disk of what is copied. Mutates `destination`."""
+    """Copies a tensor, or its part, into `destination`; returns the bytes on disk."""
     header = file.get_slice(source.name)
     found = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
     index: tuple[int | slice, ...] = () if source.expert_id is None else (source.expert_id,)

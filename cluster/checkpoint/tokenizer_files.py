@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tokenizer from the files that it may lie in, as transformers' Qwen2Tokenizer does.
+"""Reads a checkpoint's tokenizer from whichever files hold it, as transformers' Qwen2Tokenizer does.
 
 tokenizer.json, or vocab.json and merges.txt; tokens that only tokenizer_config.json or added_tokens.json have are
 added, under the ids that they say. Encodes nothing.
@@ -31,7 +31,7 @@ QWEN2_PRETOKENIZE = (
 
 @dataclass(frozen=True, slots=True)
 class TokenId:
-    """A token's id, and where it comes from: for messages."""
+    """A token's id, and its origin for messages."""
 
     token_id: int
     origin: str
@@ -39,7 +39,7 @@ class TokenId:
 
 @dataclass(frozen=True, slots=True)
 class _Added:
-    """A token beside the vocabulary. token_id: as its file says, None for where there is room."""
+    """A token beside the vocabulary. token_id: the one in its file; None for the next free one."""
 
     token: AddedToken
     token_id: int | None
@@ -63,19 +63,19 @@ def read_tokenizer_config(model_dir: Path) -> dict[str, Any]:
 
 
 def has_tokenizer(model_dir: Path) -> bool:
-    """Whether some of its files is there."""
+    """Whether any of its files is there."""
     return any(is_there(model_dir / name) for name in (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE))
 
 
 def read_tokenizer(model_dir: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer without truncation and padding. config: of `read_tokenizer_config`.
 
-    Raises CheckpointError for what is missing, broken or not byte-level (all qwen2_moe checkpoints are).
+    Raises CheckpointError for a missing or broken file, and for a tokenizer that is not byte-level, as Qwen2's is.
     """
     added = _added_tokens(model_dir, config)
     if is_there(model_dir / TOKENIZER_FILE):
         tokenizer = _from_json(model_dir / TOKENIZER_FILE)
-        added = [token for token in added if token.token_id is not None]  # the file has those that are only named
+        added = [token for token in added if token.token_id is not None]  # tokens without an id are in the file
     elif is_there(model_dir / VOCAB_FILE) and is_there(model_dir / MERGES_FILE):
         tokenizer = _from_vocabulary(model_dir, add_prefix_space=config.get("add_prefix_space") is True)
         _check_named(tokenizer, added)
@@ -154,7 +154,7 @@ def _from_vocabulary(model_dir: Path, *, add_prefix_space: bool) -> tokenizers.T
 
 
 def _added_tokens(model_dir: Path, config: Mapping[str, Any]) -> list[_Added]:
-    """Tokens beside the vocabulary in the order in which they are added: by id, then those that are only named."""
+    """Tokens beside the vocabulary in the order in which they are added: by id, then those without one."""
     path = model_dir / TOKENIZER_CONFIG_FILE
     special = _special_tokens(path, config)
     found = []
@@ -206,7 +206,7 @@ def _added_token(fields: Any) -> AddedToken | None:
 
 
 def _add(tokenizer: tokenizers.Tokenizer, added: _Added) -> None:
-    """Raises CheckpointError where the token would have another id than its file says: another embedding."""
+    """Raises CheckpointError if the token would get another id than in its file, and so another embedding."""
     content = added.token.content
     if content not in {token.content for token in tokenizer.get_added_tokens_decoder().values()}:
         tokenizer.add_tokens([added.token])
@@ -219,7 +219,7 @@ def _add(tokenizer: tokenizers.Tokenizer, added: _Added) -> None:
 
 
 def _check_named(tokenizer: tokenizers.Tokenizer, added: list[_Added]) -> None:
-    """One token that no file has an id for comes after the vocabulary; of several nobody knows which comes first."""
+    """One token without an id in any file comes after the vocabulary. With several the order is unknown: raises."""
     with_id = {token.token.content for token in added if token.token_id is not None}
     without = [t.token.content for t in added if t.token_id is None and t.token.content not in with_id]
     without = [content for content in without if tokenizer.token_to_id(content) is None]

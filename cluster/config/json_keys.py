@@ -11,7 +11,7 @@ MAX_COUNT = 2**31 - 1  # two of them multiplied, times a dtype's bytes, still co
 
 
 def shown(value: Any) -> str:
-    """A value for a message: in one line, cut where it is long, whatever it is."""
+    """Any value for a message: in one line, cut where it is long."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring = 2, 60
     return short.repr(value)
@@ -34,7 +34,7 @@ class Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        # Compared as it is: a whole number of hundreds of digits is no float.
+        # Compared before it is converted: a whole number of hundreds of digits does not fit a float.
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self._wrong(key, "a number above 0")
         return float(value)

@@ -40,7 +40,7 @@ class RopeConfig:
 def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
     """Reads `rope_parameters` (new) or `rope_theta` + `rope_scaling` (old), as transformers does.
 
-    A null is as if its key were missing. Raises CheckpointError.
+    A null counts as a missing key. Raises CheckpointError.
     """
     merged = _merged(raw)
     keys = Keys(merged, "config.json, rope")
@@ -55,11 +55,11 @@ def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfi
     if rope_type == "default":
         return RopeConfig(theta=theta, original_max_position_embeddings=max_position_embeddings)
     original = keys.count("original_max_position_embeddings", max_position_embeddings)
-    # DeepSeek's configs leave YaRN's factor out: the ratio of the two contexts is meant.
+    # DeepSeek's configs leave YaRN's factor out: they mean the ratio of the two contexts.
     implied = (
         max_position_embeddings / original if rope_type == "yarn" and original != max_position_embeddings else None
     )
-    # 0 is transformers' "not given" too, but for attention_factor, with which it would compute.
+    # transformers takes a 0 for "not given" as well, except for attention_factor: with that it computes.
     given = [key for key in _YARN_KEYS if merged.get(key) or (key == "attention_factor" and keys.has(key))]
     rope = RopeConfig(
         theta=theta,
@@ -70,7 +70,9 @@ def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfi
         **{key: keys.number(key) for key in given},
     )
     if rope.context_length(max_position_embeddings) not in range(1, MAX_COUNT):
-        raise CheckpointError(f"config.json, rope: factor is {rope.factor:g}, that is no context of this world")
+        raise CheckpointError(
+            f"config.json, rope: factor is {rope.factor:g}, a context of 1 to {MAX_COUNT:,} tokens must result"
+        )
     return rope
 
 
@@ -81,7 +83,7 @@ def _merged(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, value in (*scaling.items(), *parameters.items()):
         if isinstance(value, dict | list) and key not in ("type", "rope_type"):
             raise CheckpointError(
-                f"config.json: rope has {shown(value)} for {shown(key)}, one embedding for all layers is served"
+                f"config.json: rope has {shown(value)} for {shown(key)}, only one embedding for all layers is served"
             )
     if scaling and parameters and not _renamed(scaling).items() <= _renamed(parameters).items():
         raise CheckpointError(
@@ -94,9 +96,9 @@ def _merged(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _renamed(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Under the new keys, without what is null."""
+    """The same settings under the new keys, without nulls."""
     items = {"rope_type" if key == "type" else key: value for key, value in rope.items() if value is not None}
-    return items | {"rope_type": shown(items.get("rope_type"))}  # it may be a list, which no set can hold
+    return items | {"rope_type": shown(items.get("rope_type"))}  # a list must become hashable
 
 
 def _rope_type(keys: Keys) -> Any:

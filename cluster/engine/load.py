@@ -74,7 +74,9 @@ def load_engine(
     wait_for_experts()
     splits = remote_experts and reader.config.moe is not None
     share = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers
-    num_blocks = num_kv_blocks(reader.config, config, dtype, longest, free_memory(device), share)
+    num_blocks = num_kv_blocks(
+        reader.config, config, dtype, max_model_len=longest, room_bytes=free_memory(device), share=share
+    )
     _report_cache(reader.config.kv_bytes_per_token(dtype), num_blocks * config.block_size, longest)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
     return Engine(

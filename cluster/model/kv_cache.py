@@ -1,4 +1,4 @@
-"""The memory of keys and values, in blocks. Knows no sequences: the block manager counts, this holds.
+"""The memory of keys and values, in blocks. Knows no sequences: the block manager counts the blocks.
 
 S: tokens a block, KV: key/value heads, D: head size.
 """
@@ -10,8 +10,8 @@ from torch import Tensor
 from cluster.config import DTYPE_BYTES, EngineConfig, ModelConfig
 from cluster.errors import SetupError
 
-MIN_BYTES = 64 << 20  # of a cache that nobody gave a size, however little memory is free
-UNKNOWN_BYTES = 1 << 30  # where a machine does not say what is free
+MIN_BYTES = 64 << 20  # of a cache without a size in the configuration, however little memory is free
+UNKNOWN_BYTES = 1 << 30  # of such a cache on a machine whose free memory is unknown
 
 
 class KVCache:
@@ -54,9 +54,9 @@ class KVCache:
 
 
 def num_kv_blocks(
-    config: ModelConfig, engine: EngineConfig, dtype: str, max_model_len: int, room_bytes: int | None, share: float
+    config: ModelConfig, engine: EngineConfig, dtype: str, *, max_model_len: int, room_bytes: int | None, share: float
 ) -> int:
-    """How many blocks the cache has: what fits in kv_cache_bytes, which by default are `share` of room_bytes.
+    """Counts the blocks that fit in kv_cache_bytes, by default `share` of room_bytes.
 
     Never more than max_num_seqs sequences of max_model_len tokens can use.
     room_bytes: memory that is free once all weights are loaded, None if that is unknown.
@@ -71,7 +71,7 @@ def num_kv_blocks(
 
 
 def check_block_fits(config: ModelConfig, engine: EngineConfig, dtype: str) -> int:
-    """The bytes of a block. Raises SetupError for a kv_cache_bytes below them."""
+    """Returns the bytes of a block. Raises SetupError if kv_cache_bytes is less."""
     assert dtype in DTYPE_BYTES
     block_bytes = engine.block_size * config.kv_bytes_per_token(dtype)
     if engine.kv_cache_bytes is not None and engine.kv_cache_bytes < block_bytes:

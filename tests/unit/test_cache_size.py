@@ -45,12 +45,19 @@ def model_config(demo_checkpoint):
     ],
 )
 def test_the_cache_has_its_share_of_what_is_free(model_config, limits, room, share, blocks):
-    assert num_kv_blocks(model_config, EngineConfig(**limits), "float32", 100_000, room, share) == blocks
+    assert (
+        num_kv_blocks(
+            model_config, EngineConfig(**limits), "float32", max_model_len=100_000, room_bytes=room, share=share
+        )
+        == blocks
+    )
 
 
 def test_a_size_below_one_block_is_refused(model_config):
     with pytest.raises(SetupError, match=f"kv_cache_bytes is 5, one block of 16 tokens takes {BLOCK_BYTES}"):
-        num_kv_blocks(model_config, EngineConfig(kv_cache_bytes=5), "float32", 4096, GIB, 0.5)
+        num_kv_blocks(
+            model_config, EngineConfig(kv_cache_bytes=5), "float32", max_model_len=4096, room_bytes=GIB, share=0.5
+        )
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -1])

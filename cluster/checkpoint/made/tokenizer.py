@@ -17,6 +17,7 @@ from tokenizers import (
 )
 
 from cluster.checkpoint.made.synthetic import write_json
+from cluster.checkpoint.tokenizer_files import QWEN2_PRETOKENIZE
 
 ENDOFTEXT, IM_START, IM_END = SPECIALS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = """\
@@ -38,12 +39,6 @@ CHAT_TEMPLATE = """\
 """
 
 VOCAB_SIZE = 1024  # three of them special
-# Source: Qwen2's tokenizer.json; digits stay alone.
-_PRETOKENIZE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 # The tokenizer is trained on it: prose, chat, code, and scripts whose characters take several bytes.
 _TEXT = """\
 A mixture of experts is a network in which a router chooses, for every token and in every layer, a few
@@ -108,7 +103,7 @@ def _train_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PRETOKENIZE), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_PRETOKENIZE), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )

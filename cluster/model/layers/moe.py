@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer with routed experts: router and shared expert. The routed ones are somewhere else.
+"""The feed-forward half of a layer with routed experts: router and shared expert. The routed experts are elsewhere.
 
 T: tokens, H: hidden size, E: routed experts, K: experts a token.
 """

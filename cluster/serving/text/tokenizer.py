@@ -29,7 +29,7 @@ class Tokenizer:
     Special tokens written out in a text ("<|im_end|>") are encoded as special tokens, also inside chat
     messages: this is Hugging Face's default behaviour.
 
-    Raises CheckpointError when a file is missing, broken, or not byte-level (all qwen2_moe checkpoints are).
+    Raises CheckpointError when a file is missing, broken, or not byte-level (as Qwen2's are).
     """
 
     def __init__(self, model_dir: str | Path) -> None:
