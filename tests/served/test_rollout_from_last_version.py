@@ -41,7 +41,12 @@ seen = []
 with RunningCluster(server.ray_address) as cluster:
     seen.append(cluster.status().versions)
     config = replace(cluster.status().config, release=__version__, expert_shards=3)
-    serve.run(build_application(config), name="moe-cluster", route_prefix="/", external_scaler_enabled=False)
+    try:
+        serve.run(build_application(config), name="moe-cluster", route_prefix="/", external_scaler_enabled=False)
+    except RuntimeError:
+        for deployment in serve.status().applications["moe-cluster"].deployments.values():
+            print(deployment.message[-3000:], file=sys.stderr)
+        raise
     seen.append(cluster.status().versions)
     cluster.roll()
     seen.append(cluster.status().versions)

@@ -123,6 +123,9 @@ try:
 except ImportError:  # the last version
     by_name = lambda cls: cls
 made = [ray.remote(by_name(cls)) for cls in (ExpertController, ExpertShardActor, EngineActor)]
+collisions = ray._private.worker.global_worker.function_actor_manager.compute_collision_identifier
+for actor in made:
+    collisions(actor.__ray_metadata__.modified_class)  # as Ray does first
 pickle.dump([ray.cloudpickle.dumps(actor.__ray_metadata__.modified_class) for actor in made], sys.stdout.buffer)
 """
 READ_ACTORS = """

@@ -38,8 +38,15 @@ def by_name(cls: C) -> C:
     """An actor's class that Ray sends by its wire name. It would make a class of its own of it, and send that by value
     with the names of all methods: a process of a version that lacks one could not read it, and so call no actor of it.
     A class with this attribute Ray takes for one that it has made."""
-    cls.__ray_actor_class__ = cls  # type: ignore[attr-defined]
+    cls.__ray_actor_class__ = _Itself()  # type: ignore[attr-defined]
     return sent(cls)
+
+
+class _Itself:
+    """A class's attribute that is the class. (Ray disassembles all classes among the attributes, and those in them.)"""
+
+    def __get__(self, instance: object, owner: type) -> type:
+        return owner
 
 
 def process_title() -> str:
