@@ -36,6 +36,7 @@ class ClusterConfig(EngineConfig):
         None,
         "Serve adds and removes attention replicas up to so many, by waiting sequences and use of the KV caches; "
         "unset: it does not",
+        least=1,
     )
     expert_shards: int = option(2, "processes that share the routed experts; a dense model has none", least=0)
     ingress_replicas: int = option(

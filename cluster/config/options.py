@@ -19,18 +19,17 @@ _DOC, _LIMITS = "doc", "limits"
 
 
 @dataclass(frozen=True, slots=True)
-class _Limits:
+class Limits:
+    """least, most: of a number.  choices: of a text; none: any text."""
+
     least: float
     most: float
     choices: Sequence[str]
 
 
 def option(default: T, doc: str, *, least: float = -math.inf, most: float = math.inf, choices: Sequence[str] = ()) -> T:
-    """Returns a dataclass field. doc: what the value means, and what it means to leave it unset.
-
-    least, most: of a number.  choices: of a text; none: any text.
-    """
-    metadata = {_DOC: doc, _LIMITS: _Limits(least, most, choices)}
+    """Returns a dataclass field. doc: the meaning of a value, and of no value.  The rest: as in `Limits`."""
+    metadata = {_DOC: doc, _LIMITS: Limits(least, most, choices)}
     made: T = field(default=default, metadata=metadata)
     return made
 
@@ -44,6 +43,11 @@ def doc_of(option: "Field[Any]") -> str:
     return str(option.metadata[_DOC])
 
 
+def limits_of(option: "Field[Any]") -> Limits:
+    limits = option.metadata.get(_LIMITS)
+    return limits if isinstance(limits, Limits) else Limits(-math.inf, math.inf, ())
+
+
 def defaults_of(config: type[Any]) -> dict[str, Any]:
     """Returns the defaults by the fields' names."""
     return {f.name: f.default for f in fields(config) if f.default is not MISSING}
@@ -51,18 +55,22 @@ def defaults_of(config: type[Any]) -> dict[str, Any]:
 
 def type_of(config: type[Any], name: str) -> type:
     """Returns the plain type of a field: int of `int | None`, str of a Literal."""
-    hint = typing.get_type_hints(config)[name]
+    return _plain_type(typing.get_type_hints(config)[name])
+
+
+def _plain_type(hint: Any) -> type:
     plain = next(part for part in (typing.get_args(hint) or (hint,)) if part is not type(None))
     return plain if isinstance(plain, type) else type(plain)
 
 
 def check(config: Any) -> None:
     """Checks each field by its type and limits; leaves plain ints and floats there. Raises SetupError."""
+    hints = typing.get_type_hints(type(config))
     for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata.get(_LIMITS)
-        if limits is None or (value is None and f.default is None):
+        value, limits = getattr(config, f.name), limits_of(f)
+        if value is None and f.default is None:
             continue
-        kind = type_of(type(config), f.name)
+        kind = _plain_type(hints[f.name])
         if limits.choices:
             if value not in limits.choices:
                 raise SetupError(f"{f.name} is {inputs.shown(value)}, one of {', '.join(limits.choices)} is needed")
@@ -73,7 +81,7 @@ def check(config: Any) -> None:
             object.__setattr__(config, f.name, _number(value, f.name, kind, limits))
 
 
-def _number(value: Any, name: str, kind: type, limits: _Limits) -> float:
+def _number(value: Any, name: str, kind: type, limits: Limits) -> float:
     try:
         number = inputs.number(value, name) if kind is float else inputs.whole_number(value, name)
     except InvalidRequest as error:

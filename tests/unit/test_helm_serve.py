@@ -1,6 +1,7 @@
 """What the chart tells Ray Serve: an application that it takes, with arguments that the application takes."""
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -12,6 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.cli import _parser
 from cluster.config import ClusterConfig
+from cluster.config.options import limits_of, type_of
 from cluster.runtime.start.application import GRPC_SERVICERS
 
 KNOWN = {field.name for field in fields(ClusterConfig)}
@@ -51,6 +53,26 @@ def test_every_argument_can_be_set():
     schema = json.loads((CHART / "values.schema.json").read_text())
     settable = set(schema["properties"]["cluster"]["properties"])
     assert settable == KNOWN - SET_BY_THE_CHART
+
+
+def test_the_charts_schema_has_the_fields_types_and_limits():
+    """But a pod's user may open no port below 1024, and finds none by chance."""
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]["cluster"]["properties"]
+    for field in fields(ClusterConfig):
+        if field.name in SET_BY_THE_CHART:
+            continue
+        limits = limits_of(field)
+        kind = {int: "integer", float: "number", bool: "boolean", str: "string"}[type_of(ClusterConfig, field.name)]
+        expected = {
+            "type": [kind, "null"] if field.default is None else kind,
+            "minimum": None if limits.least == -math.inf else limits.least,
+            "maximum": None if limits.most == math.inf else limits.most,
+        }
+        if limits.choices:
+            expected = {"enum": list(limits.choices)}
+        if field.name == "metrics_port":
+            expected["minimum"] = 1024
+        assert schema[field.name] == {key: value for key, value in expected.items() if value is not None}, field.name
 
 
 def test_values_pass_through_as_they_are():
