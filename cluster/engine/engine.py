@@ -67,13 +67,13 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}
         self.num_generated_tokens = 0
         self._retry_hint = RetryHint(self.clock())
-        self._finished: list[SequenceUpdate] = []
+        self._unreturned: list[SequenceUpdate] = []
         self._cancelled_early: dict[str, None] = {}
         self._rows: dict[Sequence, list[Tensor]] = {}  # hidden states of sequences that want them, in their order
 
     @property
     def has_work(self) -> bool:
-        return bool(self.sequences or self._finished)
+        return bool(self.sequences or self._unreturned)
 
     def stats(self) -> EngineStats:
         """May be called from any thread."""
@@ -128,7 +128,7 @@ class Engine:
             del self._rows[sequence]
             if request.request_id in self.sequences:
                 self._forget(sequence, "cancelled")
-            self._finished += [update for update in updates if update.request_id != request.request_id]
+            self._unreturned += [update for update in updates if update.request_id != request.request_id]
         for update in updates:
             if update.request_id == request.request_id and update.error is not None:
                 raise update.error
@@ -157,9 +157,8 @@ class Engine:
         for _ in range(batch.num_preempted):
             self.metrics.preempted()
         self.metrics.reused(batch.num_reused_tokens)
-        updates = self._run(batch) if batch.scheduled else []
-        updates += self._finished
-        self._finished = []
+        new = self._run(batch) if batch.scheduled else []
+        updates, self._unreturned = [*self._unreturned, *new], []  # a score may have left earlier tokens
         num_held = len(self.holding)
         if num_held and not batch.scheduled and not updates:
             self.holding.wait()
@@ -291,7 +290,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: ClusterError | None = None) -> None:
         self._forget(sequence, reason)
-        self._finished.append(SequenceUpdate(request_id=sequence.request_id, finish_reason=reason, error=error))
+        self._unreturned.append(SequenceUpdate(request_id=sequence.request_id, finish_reason=reason, error=error))
 
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
         self._retry_hint.ended(self.clock())

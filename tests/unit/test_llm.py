@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cluster import LLM, SamplingParams
 from cluster.errors import Closed, InvalidRequest, SetupError
 from cluster.serving.text.tokenizer import Tokenizer
+from cluster.types import SAMPLING_DEFAULTS, EngineRequest
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,20 @@ def test_logits_of_a_prompt_as_long_as_the_context(llm):
         llm.logits([*ids, 1])
     with pytest.raises(InvalidRequest, match="leave room for an answer"):
         llm.generate([ids])
+
+
+def test_logits_beside_a_running_request_are_those_alone_and_leave_its_answer(llm):
+    """The steps of a score are those of every sequence: the other one goes on in them."""
+    expected = llm.generate([[7, 8, 9]], GREEDY)[0].token_ids
+    alone = llm.logits(range(1, 60))
+    llm.engine.submit(
+        EngineRequest(request_id="beside", prompt_token_ids=(7, 8, 9), params=GREEDY.with_defaults(SAMPLING_DEFAULTS))
+    )
+    torch.testing.assert_close(llm.logits(range(1, 60)), alone, atol=1e-4, rtol=1e-4)
+    token_ids = []
+    while llm.engine.has_work:
+        token_ids += [token_id for update in llm.engine.step() for token_id in update.token_ids]
+    assert tuple(token_ids) == expected
 
 
 @pytest.mark.parametrize("token_ids", ["text", None, [], [[1]], b"a", 5, [10**9]])

@@ -184,11 +184,11 @@ def expected_logits(prompt):
 
 def test_a_score_has_the_logits_of_every_position_and_leaves_the_others_updates():
     engine = scoring_engine(max_num_batched_tokens=4)
-    engine.submit(request("a", [1], max_tokens=2))
+    engine.submit(request("a", [1], max_tokens=9))
     logits = engine.score(request("s", range(20, 30)))
     assert logits.dtype == torch.float32
     assert torch.equal(logits, expected_logits(range(20, 30)))
-    assert run_to_end(engine) == {"a": ([2, 3], "length")}
+    assert run_to_end(engine) == {"a": ([*range(2, 11)], "length")}
     assert engine.blocks.num_used == 0
 
 
