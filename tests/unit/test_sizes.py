@@ -16,9 +16,7 @@ LARGE_FILES: dict[str, int] = {}
 LARGE_FUNCTIONS: dict[str, int] = {
     "cluster/runtime/start/served.py:__init__": 54,
 }
-LONG_PARAMETER_LISTS: dict[str, int] = {
-    "cluster/model/kv_cache.py:num_kv_blocks": 6,
-}
+LONG_PARAMETER_LISTS: dict[str, int] = {}
 
 
 def functions():
