@@ -13,9 +13,7 @@ MAX_PARAMETERS = 5  # that are not keyword-only; `self` and `cls` do not count
 # The exceptions, each with the size that it may have. These lists only shrink: a line that is no longer needed makes
 # its test fail.
 LARGE_FILES: dict[str, int] = {}
-LARGE_FUNCTIONS: dict[str, int] = {
-    "cluster/runtime/start/served.py:__init__": 54,
-}
+LARGE_FUNCTIONS: dict[str, int] = {}
 LONG_PARAMETER_LISTS: dict[str, int] = {}
 
 

@@ -95,9 +95,7 @@ class ServedCluster:
         config = check_config(config)
         if options.ray_address is None and not ray.is_initialized():
             check_cpus(config, attention_replicas=config.attention_replicas)
-        Tokenizer(config.model)  # the ingress needs it; a missing one is named here, not by a deployment that fails
-        if config.api_keys_file:
-            ApiKeys(Path(config.api_keys_file), time.monotonic)  # as well
+        _check_ingress_files(config)
         options.front_environment()
         self.group, self._model = "", config.model
         self.grpc_port = _free_port("grpc port", options.grpc_port)
@@ -105,14 +103,9 @@ class ServedCluster:
         self.http_port = _free_port("http port", options.http_port)
         if config.metrics_port:
             _free_port("metrics port", config.metrics_port)
-        num_cpus = (
-            config.attention_replicas * config.cpus_per_attention_replica
-            + config.expert_shards * config.cpus_per_expert_shard
-            + config.ingress_replicas * INGRESS_CPUS
-        )
         on_checked()
         self._ray = start_ray(
-            num_cpus=num_cpus,
+            num_cpus=_num_cpus(config),
             address=options.ray_address,
             environment=lambda directory: options.serve_environment(directory, config),
             on_lost=on_lost,
@@ -225,3 +218,19 @@ def _free_port(what: str, port: int) -> int:
                 f"{what} {port} is taken ({error.strerror}): choose another, or 0 for a free one"
             ) from error
     return port
+
+
+def _check_ingress_files(config: ClusterConfig) -> None:
+    """Raises SetupError for files that an ingress could not use: better here than by a deployment that fails."""
+    Tokenizer(config.model)
+    if config.api_keys_file:
+        ApiKeys(Path(config.api_keys_file), time.monotonic)
+
+
+def _num_cpus(config: ClusterConfig) -> float:
+    """The CPUs that a served application asks of Ray."""
+    return (
+        config.attention_replicas * config.cpus_per_attention_replica
+        + config.expert_shards * config.cpus_per_expert_shard
+        + config.ingress_replicas * INGRESS_CPUS
+    )
