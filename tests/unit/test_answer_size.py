@@ -87,7 +87,7 @@ def test_16000_tokens_with_20_logprobs_are_refused_before_the_work(tokenizer):
 
 
 @pytest.mark.parametrize("request_", [asking(12_985, 20), asking(16_000, 5), asking(39_000)])
-def test_what_the_client_can_take_is_generated(tokenizer, request_):
+def test_an_answer_that_the_client_can_take_is_generated(tokenizer, request_):
     backend = Backend()
     assert call(tokenizer, "Generate", request_, backend=backend)[0] == "OK"
     assert backend.asked == 1
@@ -121,7 +121,7 @@ def test_a_limit_that_is_no_number_is_named(tokenizer, value):
     assert RECEIVE_KEY in details
 
 
-def test_no_limit_is_above_what_the_server_sends():
+def test_no_limit_is_above_the_servers():
     assert MAX_ANSWER_BYTES == MAX_MESSAGE_BYTES
     assert receive_limit({RECEIVE_KEY: "9" * 100}) == MAX_ANSWER_BYTES
     assert receive_limit({}) == DEFAULT_RECEIVE_BYTES

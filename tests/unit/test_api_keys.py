@@ -1,4 +1,4 @@
-"""The file of API keys, who is let in, and how much. Times are seconds of a clock that the test moves."""
+"""The file of API keys, its callers and their limits. Times are seconds of a clock that the test moves."""
 
 import hashlib
 import logging
@@ -101,16 +101,16 @@ def test_a_fresh_key_is_long_never_the_same_and_known_by_its_line(tmp_path, cloc
         new_key("alice smith")
 
 
-# Who
+# Callers
 
 
-def test_a_key_says_who_its_caller_is(keys):
+def test_a_key_names_its_caller(keys):
     assert keys.identify(f"Bearer {ALICE}") == "alice"
     assert keys.identify(f"bearer {BOB}") == "bob"
 
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer ", ALICE, f"Basic {ALICE}"])
-def test_who_sends_no_key_is_told_how(keys, authorization):
+def test_a_caller_without_a_key_hears_how_to_send_one(keys, authorization):
     with pytest.raises(Unauthenticated, match="authorization: Bearer KEY"):
         keys.identify(authorization)
 
@@ -195,7 +195,7 @@ def test_requests_of_a_minute_may_come_at_once_and_then_one_at_a_time(tmp_path, 
         ask(keys)
 
 
-def test_what_was_not_asked_for_is_not_saved_up(tmp_path, clock):
+def test_unused_requests_are_not_saved_up(tmp_path, clock):
     keys = limited(tmp_path, clock, "requests_per_minute=2")
     clock.now_s += 3600.0
     for _ in range(2):
@@ -235,7 +235,7 @@ def test_tokens_are_counted_when_a_request_ends_and_the_next_one_waits_for_them(
     ask(keys, "bob")
 
 
-def test_a_new_hash_for_a_name_keeps_what_it_has_used(tmp_path, clock):
+def test_a_new_hash_for_a_name_keeps_its_use(tmp_path, clock):
     keys = limited(tmp_path, clock, "requests_per_minute=1")
     ask(keys)
     (tmp_path / "limited").write_text(line("alice", "moe-rotated", "requests_per_minute=1"))

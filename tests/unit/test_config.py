@@ -90,7 +90,7 @@ def test_bytes_are_those_of_the_shapes():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
     ],
 )
-def test_what_cannot_be_served_is_refused(changes, named):
+def test_a_model_that_cannot_be_served_is_refused(changes, named):
     raw = {key: value for key, value in {**BASE, **changes}.items() if value is not None}
     with pytest.raises(CheckpointError) as raised:
         read_model_config(raw)
@@ -134,7 +134,7 @@ def test_the_engines_part_has_the_clusters_values():
 
 @pytest.mark.parametrize("name", ["cpus_per_attention_replica", "cpus_per_expert_shard", "shard_timeout_s"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 1e-5])
-def test_what_cannot_be_nothing_nor_endless_is_refused(name, value):
+def test_nothing_and_endless_are_refused_where_they_cannot_be(name, value):
     with pytest.raises(SetupError, match=name):
         ClusterConfig(model="m", **{name: value})
 

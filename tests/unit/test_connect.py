@@ -1,4 +1,4 @@
-"""What the command line says to a server and of one, before anything is connected."""
+"""The command line's client before it connects: its options, key, certificates and errors."""
 
 import time
 from argparse import ArgumentParser
@@ -44,7 +44,7 @@ def test_the_key_is_that_of_the_file_else_of_the_environment(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("address", ["", " ", "http://127.0.0.1:9000", "HTTPS://host"])
-def test_what_is_no_address_of_a_server_is_one_line_and_exit_code_2(address, capfd):
+def test_a_text_that_is_no_address_is_one_line_and_exit_code_2(address, capfd):
     for command in (["generate", "hello"], ["chat"]):
         assert cli.main([*command, "--address", address]) == 2
         error = capfd.readouterr().err
@@ -66,15 +66,15 @@ def test_any_tls_option_means_tls(tmp_path):
 
 def test_keys_new_prints_the_key_beside_and_its_line_for_the_file(capsys):
     assert cli.main(["keys", "new", "alice"]) == 0
-    said = capsys.readouterr()
-    [key] = [line for line in said.err.splitlines() if line.startswith("moe-")]
-    [known] = parse_keys(said.out, "stdout")
+    output = capsys.readouterr()
+    [key] = [line for line in output.err.splitlines() if line.startswith("moe-")]
+    [known] = parse_keys(output.out, "stdout")
     assert known.name == "alice"
-    assert key not in said.out
+    assert key not in output.out
     assert cli.main(["keys", "new", "alice smith"]) == 2
 
 
-def test_what_serve_cannot_do_is_refused():
+def test_serve_refuses_impossible_arguments():
     front = GrpcFront(host="0.0.0.0")
     with pytest.raises(SetupError, match="use --proxy haproxy"):
         ServeOptions(haproxy=False, front=front).front_environment()
@@ -83,7 +83,7 @@ def test_what_serve_cannot_do_is_refused():
     assert ServeOptions(ray_address="127.0.0.1:6379").front_environment() == {}
 
 
-def test_grpc_takes_what_a_request_may_have_and_not_gigabytes(tmp_path):
+def test_grpc_takes_the_largest_request_and_no_gigabytes(tmp_path):
     def limit(max_request_bytes):
         config = ClusterConfig(model="m", max_request_bytes=max_request_bytes)
         return int(ServeOptions().serve_environment(tmp_path, config)["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"])
@@ -167,7 +167,7 @@ def test_a_servers_file_of_keys_that_is_no_text_is_not_said_to_be_missing(tmp_pa
 
 
 @pytest.mark.parametrize("option", ["--tls-ca", "--tls-cert"])
-def test_what_is_no_pem_file_is_named(tmp_path, option):
+def test_a_file_that_is_no_pem_is_named(tmp_path, option):
     (tmp_path / "junk").write_bytes(b"\xff\x00junk")
     pair = ["--tls-key", str(tmp_path / "junk")] if option == "--tls-cert" else []
     with pytest.raises(SetupError, match="junk is no PEM file"):
@@ -197,7 +197,7 @@ def test_a_failed_handshake_is_said_by_its_last_cause():
         ([ChatMessage(role="user", content="a"), 5], {}, "input"),
     ],
 )
-def test_what_no_message_carries_is_an_invalid_request(prompt, params, field):
+def test_a_value_that_no_message_carries_is_an_invalid_request(prompt, params, field):
     with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest) as refusal:
         next(client.stream(prompt, SamplingParams(**params)))
     assert refusal.value.field == field
@@ -214,7 +214,7 @@ def test_a_size_may_have_a_unit(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8XB", "-1", "1e9", "8 Gi B", "nan", "9" * 5000])
-def test_what_is_no_size_is_wrong_usage(text, capsys):
+def test_a_text_that_is_no_size_is_wrong_usage(text, capsys):
     with pytest.raises(SystemExit) as end:
         cli._parser().parse_args(["serve", "model", f"--kv-cache-bytes={text}"])
     assert end.value.code == 2

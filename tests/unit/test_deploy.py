@@ -1,4 +1,4 @@
-"""The files in deploy/ are accepted by what reads them, as far as that can be had without a container engine."""
+"""The programs that read the files in deploy/ accept them, as far as that can be tried without a container engine."""
 
 import json
 import re
@@ -49,13 +49,13 @@ def test_one_file_has_every_argument():
 
 
 @pytest.mark.parametrize("name", [name for name in SERVE_FILES if name != "serve.yaml"])
-def test_the_others_have_what_differs(name):
+def test_the_other_files_have_only_arguments_that_differ(name):
     [application] = read(name).applications
     assert {key for key, value in application.args.items() if DEFAULTS[key] in (value, MISSING)} == {"model"}
 
 
 @pytest.mark.parametrize("name", SERVE_FILES)
-def test_the_proxy_registers_what_the_command_line_registers(name):
+def test_the_proxy_registers_the_command_lines_servicers(name):
     schema = read(name)
     assert schema.grpc_options.grpc_servicer_functions == GRPC_SERVICERS
     assert [path for path in GRPC_SERVICERS if not callable(found(path))] == []
@@ -93,8 +93,8 @@ def stages():
 
 def lineage(name):
     """A stage's instructions with those that it builds on, first to last."""
-    base, own = stages()[name]
-    return (lineage(base) if base in stages() else []) + own
+    base, instructions = stages()[name]
+    return (lineage(base) if base in stages() else []) + instructions
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -132,7 +132,7 @@ def test_versions_are_pinned_and_torch_is_the_projects():
     assert [image for image in images if not re.search(r":v?\d+\.\d+\.\d+", image)] == []
 
 
-def test_what_is_copied_exists_and_is_not_ignored():
+def test_copied_files_exist_and_are_not_ignored():
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     for _, instructions in stages().values():
         for word, rest in instructions:
@@ -169,7 +169,7 @@ def test_compose_starts_a_command_that_there_is(services):
     assert scraped["static_configs"] == [{"targets": ["127.0.0.1:9464"]}]
 
 
-def test_compose_mounts_what_exists_where_it_is_looked_for(services):
+def test_compose_mounts_existing_files_where_programs_look_for_them(services):
     for name, service in services.items():
         mounts = [mount.split(":") for mount in service.get("volumes", ())]
         assert [source for source, _, _ in mounts if not (DEPLOY / source).exists()] == []

@@ -67,7 +67,7 @@ def test_an_offline_llm_has_the_clusters_defaults():
     assert different == {"transport"}
 
 
-def test_every_field_says_what_it_is_for_in_one_clause_without_a_full_stop():
+def test_every_field_has_a_help_text_without_a_full_stop():
     for f in fields(ClusterConfig):
         assert doc_of(f), f.name
         assert not doc_of(f).endswith((".", ";")), f.name

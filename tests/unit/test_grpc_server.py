@@ -405,7 +405,7 @@ def test_a_closed_watch_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize("char", ["a", "é", "🙂"])
-def test_long_details_are_cut_to_what_trailers_carry(char):
+def test_long_details_are_cut_so_that_trailers_carry_them(char):
     context = FakeContext()
     details = set_status(context, Overloaded(char * 5000), "r")
     assert details == context.details
@@ -435,7 +435,7 @@ def test_behind_haproxy_a_failed_stream_ends_with_its_status_and_no_exception():
 
 
 class Bomb:
-    """Whoever unpickles it makes a file."""
+    """To unpickle it makes a file."""
 
     def __init__(self, path):
         self.path = path
@@ -445,7 +445,7 @@ class Bomb:
 
 
 class FakeService:
-    """What refuses needs of a service."""
+    """The part of a service that refusals need."""
 
     limits = ServiceLimits()
 
@@ -502,7 +502,7 @@ def test_without_a_known_key_no_call_is_answered_and_each_is_counted(serve, tmp_
 
 
 def test_keys_and_tls_are_asked_for_together_behind_haproxy(serve, tmp_path):
-    """Who has the key and trusts the certificate is answered; who lacks one of them is not."""
+    """A client with the key that trusts the certificate is answered; one that lacks either is not."""
     authority, (key, line) = Authority(tmp_path, "ours"), new_key("alice")
     (tmp_path / "keys").write_text(line)
     pair = authority.issue("server", server=True)

@@ -1,4 +1,4 @@
-"""One after the other, clients in turn, a bounded number waiting. What is done here is done when the test says so."""
+"""One after the other, clients in turn, a bounded number waiting. The test says when a piece of work ends."""
 
 import asyncio
 import threading
@@ -107,7 +107,7 @@ def test_where_none_may_wait_the_second_is_refused_while_the_first_runs():
     scenario(run, max_waiting=0)
 
 
-def test_who_leaves_before_its_turn_is_not_done():
+def test_work_whose_caller_leaves_before_its_turn_is_not_done():
     async def run(lane, start, end, tasks):
         for name in "abc":
             await start(name)
@@ -120,7 +120,7 @@ def test_who_leaves_before_its_turn_is_not_done():
     assert scenario(run) == ["a", "c"]
 
 
-def test_who_leaves_in_the_moment_of_its_turn_hands_it_on():
+def test_a_caller_that_leaves_when_its_turn_comes_hands_it_on():
     async def run(lane, start, end, tasks):
         for name in "abc":
             await start(name)
@@ -133,7 +133,7 @@ def test_who_leaves_in_the_moment_of_its_turn_hands_it_on():
     assert scenario(run) == ["a", "c"]
 
 
-def test_who_leaves_while_it_runs_keeps_the_next_one_waiting_until_the_thread_is_free():
+def test_after_a_caller_that_leaves_the_next_one_waits_until_the_thread_is_free():
     async def run(lane, start, end, tasks):
         await start("a")
         await start("b")

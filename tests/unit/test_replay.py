@@ -111,7 +111,7 @@ def test_text_stop_strings_and_logprobs_are_those_of_a_run_without_the_death(tmp
     assert [entry.logprob for entry in output.logprobs] == [-float(token) for token in output.token_ids]
 
 
-def test_every_attempt_has_the_same_seed_and_what_is_left_of_the_time():
+def test_every_attempt_has_the_same_seed_and_the_rest_of_the_time():
     replicas, clock = DyingReplicas(1), Clock()
     collect(replicas, request("a", temperature=1.0, timeout_s=9.0), clock, on_replay=lambda: setattr(clock, "now", 4.0))
     first, second = replicas.seen
@@ -161,7 +161,7 @@ def test_an_engine_goes_on_after_the_tokens_of_an_earlier_attempt():
 
 
 @pytest.mark.parametrize(("given", "reason"), [((2, 3, 4, 5), "length"), ((2, 0), "stop")])
-def test_an_engine_ends_what_had_come_to_its_end(given, reason):
+def test_an_engine_ends_a_request_that_had_all_its_tokens(given, reason):
     engine = make_engine()
     engine.submit(replace(request("a"), output_token_ids=given, num_replays=1))
     assert run_to_end(engine) == {"a": ([], reason)}

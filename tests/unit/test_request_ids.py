@@ -141,7 +141,7 @@ def test_an_id_that_looks_like_a_replayed_ones_is_only_a_name(tokenizer):
     assert asyncio.run(run()) == [(name, "bcde") for name in ("x", "x#1", "unique-0", "unique-1")]
 
 
-def test_what_travels_is_unique_and_the_clients_id_is_its_name(tokenizer):
+def test_the_id_that_travels_is_unique_and_the_clients_is_its_name(tokenizer):
     backend = EchoBackend()
     service = make_service(tokenizer, backend)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What control groups leave of a machine, in trees of files like those of real ones."""
+"""A machine's resources under control groups, in trees of files like those of real ones."""
 
 import ast
 import os

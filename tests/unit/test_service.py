@@ -62,7 +62,7 @@ def update(*token_ids, finish_reason=None, **fields):
     return SequenceUpdate(request_id="r", token_ids=token_ids, finish_reason=finish_reason, **fields)
 
 
-# What a request becomes
+# From a prompt to a request
 
 
 def test_each_kind_of_prompt_is_tokenized(service):
@@ -93,7 +93,7 @@ def test_prompt_and_max_tokens_may_fill_the_context(service):
     assert prepare(service, Prompt(token_ids=[1] * 4), params).params.max_tokens == MAX_MODEL_LEN - 4
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_draining_service_sends_new_requests_elsewhere(service):
         generate(service, Prompt(text="a"))
 
 
-# What comes out
+# Answers
 
 
 def test_generate_returns_the_echo_without_eos_text(service, backend):
@@ -336,7 +336,7 @@ def test_a_request_over_its_budget_fails_and_closes_its_sequence(tokenizer):
     assert metrics.named("finished") == [("deadline_exceeded",)]
 
 
-def test_the_engine_gets_what_is_left_of_the_budget(tokenizer, backend):
+def test_the_engine_gets_the_rest_of_the_budget(tokenizer, backend):
     """The clock adds 1 s a reading: arrival is reading 1, preparing starts at 2, the rest is counted at 3."""
     service = make_service(tokenizer, backend, clock=TickingClock(tick=1.0))
     generate(service, Prompt(text="a"), timeout_s=60.0)
@@ -413,7 +413,7 @@ async def started(service, client):
     return task
 
 
-def test_what_finds_no_room_is_refused_before_it_is_looked_at(tokenizer):
+def test_a_request_without_room_is_refused_before_it_is_read(tokenizer):
     service = make_service(tokenizer, EchoBackend(hang=True), room=2)
 
     async def run():

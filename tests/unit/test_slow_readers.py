@@ -38,7 +38,7 @@ def update(*token_ids, top=0, finish_reason=None):
 # The queue of an attention replica
 
 
-def test_what_gathers_comes_out_as_one_and_makes_room_again():
+def test_gathered_updates_come_out_as_one_and_make_room_again():
     """Two tokens with a log-probability of three entries each: 2 tokens and 2 x 4 pairs of numbers."""
     assert size_of(update(5, 6, top=3)) == 2 * TOKEN_BYTES + 8 * LOGPROB_BYTES
 
@@ -51,11 +51,11 @@ def test_what_gathers_comes_out_as_one_and_makes_room_again():
     asyncio.run(run())
 
 
-def test_a_full_queue_drops_what_it_has_for_an_error_that_says_what_to_do():
+def test_a_full_queue_drops_its_updates_for_an_error_that_says_how_to_go_on():
     async def run():
         queue = UpdateQueue(3 * TOKEN_BYTES)
         found = [queue.put(update(token)) for token in range(6)]
-        assert found == [True, True, True, False, True, True]  # false once: whoever put it ends the sequence
+        assert found == [True, True, True, False, True, True]  # false once: the caller of put then ends the sequence
         queue.put(update(9, finish_reason="length"))
         taken = await queue.take()
         assert (taken.token_ids, taken.finish_reason) == ((), "error")

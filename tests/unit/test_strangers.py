@@ -71,7 +71,7 @@ def test_a_hosts_calls_come_at_a_rate():
     known.count("a")
 
 
-def test_what_is_remembered_of_hosts_is_bounded():
+def test_a_bounded_number_of_hosts_is_remembered():
     known = keyless()
     for number in range(MAX_HOSTS + 50):
         with known.open(f"host-{number}"):
@@ -94,7 +94,7 @@ def test_wrong_keys_are_counted_and_right_ones_are_not(key):
         admission.identify({}, "192.0.2.8")
 
 
-def test_requests_beyond_what_an_ingress_takes_are_refused_and_watches_take_no_place_of_them(key):
+def test_too_many_requests_are_refused_and_watches_take_none_of_their_places(key):
     keys, metadata = key
     admission = Admission(keys, AdmissionLimits(max_calls=2, keyless=KEYLESS))
     with ExitStack() as calls:
@@ -110,7 +110,7 @@ def test_requests_beyond_what_an_ingress_takes_are_refused_and_watches_take_no_p
         pass
 
 
-def test_the_host_is_what_the_proxy_says():
+def test_the_host_is_the_one_that_the_proxy_names():
     admission = Admission(limits=LIMITS)
     with ExitStack() as calls:
         for _ in range(3):
@@ -339,7 +339,7 @@ def test_without_a_key_no_message_is_read(tmp_path, key):
 
 
 @pytest.mark.usefixtures("refused_early")
-def test_who_guesses_keys_is_told_to_wait_and_when(tmp_path, key):
+def test_a_caller_that_guesses_keys_hears_when_to_come_again(tmp_path, key):
     async def run():
         async with serving(tmp_path, Admission(key[0], LIMITS, clock=TickingClock())) as channel:
             for _ in range(KEYLESS.calls_per_minute):

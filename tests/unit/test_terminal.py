@@ -90,7 +90,7 @@ def test_bytes_that_are_no_text_are_refused(given):
         terminal.utf8(given, "the line")
 
 
-def test_what_an_encoding_lacks_is_drawn_in_ascii():
+def test_characters_that_an_encoding_lacks_are_drawn_in_ascii():
     text = "import sys; from cluster.cli import terminal; terminal.run(lambda: print('▁█ … ─ é') or 0)"
     done = subprocess.run(
         [sys.executable, "-c", text], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -98,7 +98,7 @@ def test_what_an_encoding_lacks_is_drawn_in_ascii():
     assert (done.returncode, done.stdout, done.stderr) == (0, b".# ... ? ?\n", b"")
 
 
-def test_what_hangs_in_foreign_code_ends_with_one_line():
+def test_a_call_that_hangs_in_foreign_code_ends_with_one_line():
     """The block writes to stderr and sleeps where no Python code can be interrupted."""
     text = (
         "import os, time; from cluster.cli import terminal\n"

@@ -90,7 +90,7 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name(field, value):
         ({"temperature": 1}, {"temperature": 1.0}),
     ],
 )
-def test_what_means_one_thing_is_taken_as_that(given, expected):
+def test_a_value_with_one_meaning_is_taken(given, expected):
     params = SamplingParams(**given)
     for name, value in expected.items():
         found = getattr(params, name)
@@ -125,7 +125,7 @@ def test_what_means_one_thing_is_taken_as_that(given, expected):
         ("top_k", torch.tensor([5]), "a whole number"),
     ],
 )
-def test_what_means_nothing_is_refused_with_its_field(field, value, words):
+def test_a_value_without_meaning_is_refused_with_its_field(field, value, words):
     with pytest.raises(InvalidRequest, match=words) as refusal:
         SamplingParams(**{field: value})
     assert refusal.value.field == field
