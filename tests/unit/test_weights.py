@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from weight_tools import HalvedWeight
+from weight_tools import HalvedWeight, ScaledWeight
 
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
@@ -61,6 +61,28 @@ def test_linear_layers_of_any_form_give_the_products_of_their_parts_side_by_side
             for name, got in zip("qkv", linear.each(x), strict=True):
                 weight, bias = stored[f"layer.{name}.weight"].double(), stored[f"layer.{name}.bias"].double()
                 torch.testing.assert_close(got.double(), F.linear(x.double(), weight, bias), atol=6e-2, rtol=2e-2)
+
+
+def test_a_weight_names_the_tensors_that_it_needs():
+    """As a quantized checkpoint has several for one matrix. Gate is 2 * (1, -1) and 3 * (0, 4), up is 5 * (1, 1): for
+    x = (10, 1) that is 18, 12 and 55."""
+    stored = {
+        "mlp.gate_proj.qweight": [[1, -1], [0, 4]], "mlp.gate_proj.scales": [2.0, 3.0],
+        "mlp.up_proj.qweight": [[1, 1]], "mlp.up_proj.scales": [5.0],
+    }  # fmt: skip
+    calls = []
+
+    def read(targets):
+        calls.append(sorted(targets))
+        for name, target in targets.items():
+            target.copy_(torch.tensor(stored[name]))
+
+    linear = Linear(2, {"gate_proj": 2, "up_proj": 1})
+    linear.allocate(ScaledWeight, dtype=torch.float32, device=torch.device("cpu"))
+    WeightLoader(read, torch.device("cpu")).load([(linear.weight, linear.parts("mlp."))])
+    gate, up = linear.each(torch.tensor([[10.0, 1.0]]))
+    assert (gate.tolist(), up.tolist()) == ([[18.0, 12.0]], [[55.0]])
+    assert calls == [sorted(stored)]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Weights with given numbers, and a form of weight that the package does not know."""
+"""Weights with given numbers, and forms of weights that the package does not know."""
 
 import torch
 import torch.nn.functional as F
@@ -43,3 +43,28 @@ class HalvedWeight:
     def product(self, x, bias=None):
         out = F.linear(x.float(), 2 * self.halves.float())
         return (out if bias is None else out + bias).to(x.dtype)
+
+
+class ScaledWeight:
+    """8-bit numbers and a scale a row, which the checkpoint has as two tensors: read straight into their place."""
+
+    min_rows = 1
+    staging_bytes = 0
+
+    def __init__(self, num_outputs, num_inputs):
+        self.numbers = torch.empty(num_outputs, num_inputs, dtype=torch.int8)
+        self.scales = torch.empty(num_outputs)
+        self.is_settled = False
+        self.nbytes = self.numbers.nbytes + self.scales.nbytes
+
+    def targets(self, parts, staging):
+        sizes = list(parts.values())
+        numbers = dict(zip((f"{name}.qweight" for name in parts), self.numbers.split(sizes), strict=True))
+        return numbers | dict(zip((f"{name}.scales" for name in parts), self.scales.split(sizes), strict=True))
+
+    def settle(self):
+        self.is_settled = True
+
+    def product(self, x, bias=None):
+        assert self.is_settled
+        return F.linear(x, self.numbers.to(x.dtype) * self.scales.to(x.dtype).unsqueeze(1), bias)
