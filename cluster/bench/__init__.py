@@ -3,7 +3,7 @@
 `command`: arguments.  `session`: one run from start to report.  `checkpoint`: where the weights come from.
 `spec`: which system to measure.  `systems`: builds it, one of `cluster_system`, `transformers_system`,
 `foreign_system`.  `throughput`: how to time it.  `worker`: runs it in a process of its own.
-`round_trip`: the carriers alone.  `load`: a running server.  `growth`, `growth_points`: one setting after another.
+`round_trip`: the carriers alone.  `traffic`: a running server.  `growth`, `growth_points`: one setting after another.
 `gpu`: the full model on one GPU.  `machine`, `report`, `plot`: the report.
 """
 

@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
 
         return measure_growth(args)
     if args.bench == "serve":
-        from cluster.bench.load import measure_server
+        from cluster.bench.traffic import measure_server
 
         return measure_server(args)
     from cluster.bench.session import measure_all

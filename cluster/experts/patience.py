@@ -5,7 +5,7 @@ from dataclasses import dataclass
 HEDGE_FLOOR_S = 0.1  # rows go to another copy at the earliest after so long: 50 times a healthy round trip (1 to 2 ms)
 HEDGE_CEILING_S = 5.0  # and at the latest after so long
 HEDGE_UNKNOWN_S = 1.0  # before anything is known
-HEDGE_SHARE = 0.05  # of all sendings may be such second ones, so that a slow cluster is not loaded twice
+HEDGE_SHARE = 0.05  # of all sendings may be such second ones, so that a slow cluster does not get twice the traffic
 HEDGE_BURST = 10.0
 HUNG_S = 5.0  # a step that can lose rows waits so long for a shard that was silent, the next one twice as long, …
 

@@ -44,9 +44,9 @@ class _Part:
 
 
 class Recovery:
-    """Of one lost leg's rows, until all are back. Used once.
+    """The recovery of one lost leg's rows. Used once.
 
-    search: by when they have to find a living copy.  losses: where they may be lost instead, after LOST_S.
+    search: by when they have to find a living copy.  losses: with them rows may be lost instead, after LOST_S.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.bench.load import StreamTiming, summarize
+from cluster.bench.traffic import StreamTiming, summarize
 from cluster.cli import main
 
 

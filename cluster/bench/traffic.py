@@ -42,7 +42,7 @@ class StreamTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadResult:
+class TrafficResult:
     """Milliseconds by percentile (50, 90, 99).
 
     gap: between two pieces of an answer.  whole: to its last token.
@@ -97,13 +97,13 @@ def measure_server(args: argparse.Namespace) -> int:
     return 1 if result.failed else 0
 
 
-def summarize(timings: list[StreamTiming], took_s: float) -> LoadResult:
+def summarize(timings: list[StreamTiming], took_s: float) -> TrafficResult:
     """took_s: from the first request to the last answer's end."""
     good = [timing for timing in timings if not timing.error and timing.refused_s is None]
     refused = [timing.refused_s for timing in timings if timing.refused_s is not None]
     gaps = [b - a for t in good for a, b in zip(t.arrivals_s, t.arrivals_s[1:], strict=False) if b > a]
     per_token = [(t.arrivals_s[-1] - t.arrivals_s[0]) / (len(t.arrivals_s) - 1) for t in good if len(t.arrivals_s) > 1]
-    return LoadResult(
+    return TrafficResult(
         requests=len(timings),
         failed=len(timings) - len(good) - len(refused),
         refused=len(refused),
@@ -201,7 +201,7 @@ def _percentiles(seconds: list[float]) -> tuple[float, float, float]:
     return 1000 * cuts[49], 1000 * cuts[89], 1000 * cuts[98]
 
 
-def _print(result: LoadResult, args: argparse.Namespace) -> None:
+def _print(result: TrafficResult, args: argparse.Namespace) -> None:
     loop = f"{args.concurrency} streams at a time" if args.rate is None else f"{args.rate:g} requests/s"
     print(
         f"{result.requests} requests of {args.prompt_tokens} prompt and {args.output_tokens} output tokens, {loop}: "
