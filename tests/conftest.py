@@ -90,29 +90,65 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
     shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def served(ray_cluster: Any, demo_checkpoint: Path) -> Iterator[Any]:
-    """The application as `moe-cluster serve` starts it: two attention replicas on two expert shards, float32."""
-    from cluster.config import ClusterConfig
-    from cluster.runtime.start.served import ServedCluster, ServeOptions
+class SharedApplication:
+    """The served application that tests share, as `moe-cluster serve` starts it: two attention replicas on two expert
+    shards, float32. It starts when a test needs one and there is none."""
 
-    config = ClusterConfig(
-        model=str(demo_checkpoint),
-        model_id="demo-moe",
-        dtype="float32",
-        device="cpu",
-        attention_replicas=2,
-        expert_shards=2,
-        kv_cache_bytes=4 << 20,
-        max_num_seqs=16,
-        max_num_batched_tokens=512,
-        max_waiting=16,
-        metrics_port=0,
-        drain_timeout_s=10.0,
-    )
-    cluster = ServedCluster(config, ServeOptions(grpc_port=0))
-    yield cluster
-    cluster.close()
+    def __init__(self, model_dir: Path) -> None:
+        self._model_dir = model_dir
+        self._cluster: Any = None
+
+    def running(self) -> Any:
+        from cluster.config import ClusterConfig
+        from cluster.runtime.start.served import ServedCluster, ServeOptions
+
+        if self._cluster is None:
+            config = ClusterConfig(
+                model=str(self._model_dir),
+                model_id="demo-moe",
+                dtype="float32",
+                device="cpu",
+                attention_replicas=2,
+                expert_shards=2,
+                kv_cache_bytes=4 << 20,
+                max_num_seqs=16,
+                max_num_batched_tokens=512,
+                max_waiting=16,
+                metrics_port=0,
+                drain_timeout_s=10.0,
+            )
+            self._cluster = ServedCluster(config, ServeOptions(grpc_port=0))
+        return self._cluster
+
+    def end(self) -> None:
+        if self._cluster is not None:
+            self._cluster.close()
+            self._cluster = None
+
+
+@pytest.fixture(scope="session")
+def application(ray_cluster: Any, demo_checkpoint: Path) -> Iterator[SharedApplication]:
+    shared = SharedApplication(demo_checkpoint)
+    yield shared
+    shared.end()
+
+
+@pytest.fixture
+def served(application: SharedApplication) -> Any:
+    """The shared application. A test leaves it as it found it: whole, with as many shards and replicas."""
+    return application.running()
+
+
+@pytest.fixture(scope="module")
+def served_for_good(application: SharedApplication) -> Iterator[Any]:
+    """The shared application, for tests that leave it changed: no test of another module gets it afterwards."""
+    yield application.running()
+    application.end()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use the shared application up come last, so that the others share one."""
+    items.sort(key=lambda item: "served_for_good" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.ray
 
 NOT_READING = (("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0))  # HTTP/2's window is next to nothing
 WATCHERS, CONNECTIONS = 105, 7
+UNREAD = 20
 MAX_WATCHERS = 32  # of one host, by default
 LONG_TEXT = "lorem ipsum dolor sit amet " * 20_000  # half a megabyte
 
@@ -89,7 +90,7 @@ def test_streams_that_nobody_reads_stop_no_other(connect, channel):
     request = pb.GenerateStreamRequest(text="x", sampling_params=greedy(2000, logprobs=20))
     unread = [
         inference_pb2_grpc.InferenceServiceStub(connect(n, *NOT_READING)).GenerateStream(request, timeout=120)
-        for n in range(8)
+        for n in range(UNREAD)
     ]
     reading = pb.GenerateStreamRequest(text="x", sampling_params=greedy(400))
     for _ in range(2):

@@ -187,3 +187,30 @@ def test_streams_of_a_killed_attention_replica_go_on_without_a_gap(served, stub,
     places = {sample.labels["replica"] for sample in samples(served) if "replica" in sample.labels}
     assert places <= {"0", "1", "2"}  # two and, where Serve is quicker than the controller, the dead one's
     assert {str(replica.process.slot) for replica in served.status().replicas} <= places
+
+
+@pytest.mark.slow
+def test_ten_killed_engines_leave_no_series_behind(served, stub):
+    """A successor goes on with the slot of the dead one, or with the next where it is quicker than the news of a death.
+
+    `test_slots.py` has 50 kills with the controller alone, and the files of real processes.
+    """
+
+    def names():
+        return {(sample.name, tuple(sorted(sample.labels.items()))) for sample in samples(served)}
+
+    def kill_one():
+        before = engine_pids(served)
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: len(set(engine_pids(served)) - {before[0]}) == 2, "a new engine", timeout_s=90)
+        stub.Generate(pb.GenerateRequest(text="x", sampling_params=greedy(4)), timeout=60)
+
+    wait_until(lambda: len(engine_pids(served)) == 2, "the controller knows both engines", timeout_s=60)
+    for _ in range(3):  # all slots that are ever used, each with every series
+        kill_one()
+    before = names()
+    for _ in range(10):
+        kill_one()
+    places = {sample.labels["replica"] for sample in samples(served) if "replica" in sample.labels}
+    assert places <= {"0", "1", "2"}
+    assert len(names()) <= len(before) * 1.5, "a slot that comes late brings one replica's series at most"

@@ -1,4 +1,4 @@
-"""Draining the served application. Last in this folder: what it drains takes no request any more."""
+"""Draining the served application, which takes no request any more then."""
 
 import grpc
 import pytest
@@ -10,7 +10,13 @@ from cluster.pb.moecluster.v1 import inference_pb2_grpc
 pytestmark = pytest.mark.ray
 
 
-def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(served, channel):
+@pytest.fixture
+def channel(served_for_good):
+    with grpc.insecure_channel(f"127.0.0.1:{served_for_good.grpc_port}") as channel:
+        yield channel
+
+
+def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(served_for_good, channel):
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -18,7 +24,7 @@ def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(ser
     running = stub.GenerateStream(pb.GenerateStreamRequest(text="still here", sampling_params=params))
     num_tokens = len(next(running).token_ids)
 
-    served.drain()  # returns when no request runs any more
+    served_for_good.drain()  # returns when no request runs any more
 
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
     watch.cancel()

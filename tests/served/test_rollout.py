@@ -1,5 +1,4 @@
-"""Another version of this package rolled out under streams. Late in this folder: the cluster is another one
-afterwards."""
+"""Another version of this package rolled out under streams."""
 
 import threading
 from dataclasses import replace
@@ -20,11 +19,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 NUM_QUESTIONS = 12
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def next_version(installed):
-    """From now on new processes are of it, as after an installation."""
-    folder = installed.parent / "next"
+    """New processes are of it, as after an installation."""
+    folder, before = installed.parent / "next", installed.readlink()
     assert write_next_version(folder) > 8
+    turn(installed, folder)
+    yield
+    turn(installed, before)
+
+
+def turn(installed, folder):
     turned = installed.parent / "turned"
     turned.symlink_to(folder)
     turned.rename(installed)
@@ -37,13 +42,15 @@ def roll_out(config, cluster):
     cluster.roll()
 
 
-def test_another_version_rolls_out_under_streams_and_no_answer_changes(served, next_version):
+def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_for_good, next_version):
     """Attention replicas, the ingress, the controller, shards and their number change while streams run; more streams
     than the new replicas have places for bring a third one."""
-    with Client(f"127.0.0.1:{served.grpc_port}") as client, RunningCluster() as cluster:
+    with Client(f"127.0.0.1:{served_for_good.grpc_port}") as client, RunningCluster() as cluster:
         questions = make_questions(NUM_QUESTIONS, client.model_info().vocab_size, seed=3)
         quiet = ask_all(client, questions, concurrency=4)
-        config = replace(served.config, release=VERSION, expert_shards=3, max_num_seqs=2, max_attention_replicas=3)
+        config = replace(
+            served_for_good.config, release=VERSION, expert_shards=3, max_num_seqs=2, max_attention_replicas=3
+        )
         rolled = threading.Thread(target=roll_out, args=(config, cluster))
         rolled.start()
         rounds = []

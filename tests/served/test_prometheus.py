@@ -1,7 +1,6 @@
 """A real Prometheus scrapes the served application with the rules of deploy/, a real Alertmanager gets the alerts.
 
-Both run with the files of deploy/, with seconds for minutes. Near the end of this folder: a shard is killed for longer
-than a respawn takes.
+Both run with the files of deploy/, with seconds for minutes. A shard is killed for longer than a respawn takes.
 """
 
 import json
@@ -152,12 +151,12 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def watch(served: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    wait_until(lambda: bool(served.status().metrics_addresses), "the metrics are served")
-    watch = Watch(tmp_path_factory.mktemp("prometheus"), urlsplit(served.status().metrics_addresses[0]).netloc)
+def watch(served_for_good: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    wait_until(lambda: bool(served_for_good.status().metrics_addresses), "the metrics are served")
+    watch = Watch(tmp_path_factory.mktemp("prometheus"), urlsplit(served_for_good.status().metrics_addresses[0]).netloc)
     try:
         wait_until(lambda: watch.value("count_over_time(up[1m])") is not None, "a first scrape")
-        with Client(f"127.0.0.1:{served.grpc_port}") as client:
+        with Client(f"127.0.0.1:{served_for_good.grpc_port}") as client:
             wait_until(lambda: _traffic_is_seen(client, watch), "the rates of traffic")
         yield watch
     finally:
@@ -190,11 +189,11 @@ def test_every_expression_is_evaluated_and_a_panel_has_something_to_show(watch):
     assert empty == []
 
 
-def test_a_killed_shard_pages_and_the_page_ends_when_it_is_back(watch, served):
+def test_a_killed_shard_pages_and_the_page_ends_when_it_is_back(watch, served_for_good):
     """Its experts have no other copy here. It is killed again when it is back before Prometheus has noticed."""
 
     def paged():
-        shard = served.status().shards[1]
+        shard = served_for_good.status().shards[1]
         if "MoeClusterExpertWithoutCopy" in watch.alerts():
             return True
         if shard.state == "up" and shard.process is not None:
@@ -214,7 +213,7 @@ def test_a_killed_shard_pages_and_the_page_ends_when_it_is_back(watch, served):
     wait_until(lambda: ("page", "MoeClusterExpertWithoutCopy", "resolved") in told, "and it says so")
     assert ("page", "MoeClusterExpertWithoutCopy", "firing") in told
     assert ("ticket", "MoeClusterShardsMissing", "firing") not in told  # follows from the page: inhibited
-    wait_until(lambda: served.status().covered, "the shard is back")
+    wait_until(lambda: served_for_good.status().covered, "the shard is back")
 
 
 def test_every_metric_in_rules_and_dashboards_is_in_the_scrape(watch):
