@@ -1,4 +1,4 @@
-"""What a cluster looks like from outside: its processes, shards, attention replicas and faults at a moment.
+"""A cluster at a moment, seen from outside: its processes, shards, attention replicas and faults.
 
 Plain values that anyone may read. Knows no Ray; the controller makes them.
 """

@@ -1,4 +1,4 @@
-"""What the actors' processes are started with, and what each does first."""
+"""The environment of the actors' processes, and the first steps of each."""
 
 import hashlib
 import logging
@@ -47,7 +47,7 @@ def num_sharers(config: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> in
 
 
 def share_of(resource: str) -> dict[str, float]:
-    """What a process asks of a node's custom resource, so that it runs where there is some. ""  is none."""
+    """A process's share of a node's custom resource, so that it runs only where there is some. "": no resource."""
     return {resource: SHARE} if resource else {}
 
 
@@ -93,7 +93,7 @@ def metrics_dir(group: str) -> Path:
 
 
 def prepare_process(num_threads: int) -> None:
-    """What every actor's process does first: log lines to Ray's log files, and no more threads than it was given."""
+    """The first step of every actor's process: log lines go to Ray's log files, and torch gets the given threads."""
     # Ray has handlers of its own on the root logger, and Serve puts a buffer of 1000 lines in a replica's sys.stderr.
     handler = logging.StreamHandler(sys.__stderr__)
     title = process_title().removeprefix("ray::").partition(".")[0]
@@ -108,7 +108,9 @@ def prepare_process(num_threads: int) -> None:
 
 
 def end_at_sigterm() -> None:
-    """Ray's own handler waits for the calls under way, `hold` among them, which never end: the process would hang, and
-    those who wait for it would find out by its silence only. Nothing here needs a farewell: call it in the main thread.
+    """Lets SIGTERM end the process at once. Call it in the main thread.
+
+    Ray's own handler waits for the calls under way, and `hold` never ends: the process would hang, and its callers
+    would only see that it is silent. No process of ours needs time to end.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

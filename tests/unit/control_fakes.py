@@ -57,7 +57,13 @@ class FakeActor:
     def __getattr__(self, method):
         if method not in self.METHODS:
             raise AttributeError(method)
-        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(self._call(method, args)))
+
+        def remote(*args):
+            call = asyncio.ensure_future(self._call(method, args))
+            call.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it
+            return call
+
+        return SimpleNamespace(remote=remote)
 
     async def _call(self, method, args):
         answer = asyncio.ensure_future(getattr(self, f"_{method}")(*args))

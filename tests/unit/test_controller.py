@@ -130,13 +130,25 @@ def test_a_successor_ends_the_change_that_its_predecessor_died_over(make):
 def test_the_newest_record_counts_and_spare_processes_are_ended():
     async def play():
         made = await FakeCluster(replace(CONFIG, spare_processes=True)).up()
-        made.actor(0).stopped = True  # it has an older record, and answers nothing
-        made.state.aim(4)
         await made.spares.keep(["b"])
-        await asyncio.sleep(1)
+        for target, deaf in ((3, 1), (4, 0)):  # each misses one of the two records
+            made.actor(deaf).stopped = True
+            made.state.aim(target)
+            await asyncio.sleep(0.1)
+            made.actor(deaf).stopped = False
         record, actors = await recall(made.launcher)
-        assert (record.target, actors) == (4, {1: "g:shard-1"})
+        assert (record.target, actors) == (4, {0: "g:shard-0", 1: "g:shard-1"})
         assert [name for name, _ in made.launcher.named()] == ["g:shard-0", "g:shard-1"]
+
+    virtual_time.run(play)
+
+
+def test_a_shard_that_does_not_answer_is_no_one_that_is_found():
+    async def play():
+        made = await FakeCluster().up()
+        made.actor(0).stopped = True
+        _, actors = await recall(made.launcher)
+        assert actors == {1: "g:shard-1"}
 
     virtual_time.run(play)
 

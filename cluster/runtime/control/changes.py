@@ -29,7 +29,7 @@ from cluster.runtime.control.supervision import ShardSupervision
 
 log = logging.getLogger(__name__)
 
-ADOPTION_TIMEOUT_S = 5.0  # for engines to have a new plan; who comes later is refused by the shard and sends again
+ADOPTION_TIMEOUT_S = 5.0  # for engines to have a new plan; a later one is refused by the shard and sends its rows again
 GROW_TIMEOUT_S = 600.0  # for a new shard's process: a cluster that grows itself takes minutes for a node
 MIN_GAIN = 0.05  # of a layer's slowest shard; less is not worth a move
 
@@ -173,7 +173,7 @@ class PlacementChanges:
                 plan = await asyncio.to_thread(
                     eplb.rebalance,
                     padded(self._state.plan, last + 1),
-                    self._balance_load(),
+                    self._traffic(),
                     shards=capacities(self._state.config, self._facts, last, last + 1),
                     min_copies=self._state.config.min_copies,
                 )
@@ -187,18 +187,18 @@ class PlacementChanges:
 
     async def _balance(self, change: Change, *, spread: bool = False) -> str:
         """Moves experts to where the load asks for. spread: also to a shard that has none, whatever was measured."""
-        num_shards, load = len(self._shards), self._balance_load()
+        num_shards, traffic = len(self._shards), self._traffic()
         before = padded(self._state.plan, num_shards)
         plan = await asyncio.to_thread(  # 0.5 s for 28 layers of 64 experts on 16 shards
             eplb.rebalance,
             before,
-            load,
+            traffic,
             shards=capacities(self._state.config, self._facts, num_shards),
             min_copies=self._state.config.min_copies,
             max_moves=None if spread else self._state.config.rebalance_max_moves,
             min_gain=MIN_GAIN,
         )
-        was, now = (eplb.imbalance(p, load, num_shards=num_shards) for p in (before, plan))
+        was, now = (eplb.imbalance(p, traffic, num_shards=num_shards) for p in (before, plan))
         num_moves = len(eplb.moves(before, plan).added)
         if plan is not before:
             await self._move(plan, change)
@@ -243,7 +243,7 @@ class PlacementChanges:
             except (ray.exceptions.RayError, AssertionError) as error:
                 log.info("%s: shard %d is not there to be trimmed: %r", self._state.group, shard_id, error)
 
-    def _balance_load(self) -> Loads:
-        """What placement follows: the measured load, and a little for each expert, so that idle ones spread too."""
+    def _traffic(self) -> Loads:
+        """The measured load, and a little for each expert, so that idle ones spread too. Placement follows it."""
         rates = self._rates()
         return rates + max(float(rates.mean()), 1.0) * 0.01

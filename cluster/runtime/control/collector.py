@@ -1,4 +1,4 @@
-"""One actor on each node, and who keeps it there: serves /metrics for all processes, clears dead ones' logs away."""
+"""One actor on each node serves /metrics for all its processes, and deletes the logs of dead ones."""
 
 import asyncio
 import logging

@@ -80,7 +80,7 @@ class ExpertController:
             on_up=self._look.set,
             clock=clock,
         )
-        self._loads: LoadWatch | None = None  # these two once the checkpoint is read
+        self._load_watch: LoadWatch | None = None  # these two once the checkpoint is read
         self._changes: PlacementChanges | None = None
         self._collectors = NodeCollectors(group)
         self._draining = False
@@ -156,7 +156,7 @@ class ExpertController:
         """Asking changes nothing: it keeps no cluster alive."""
         await self._start()
         state, plan = self.state, self.state.known_plan
-        rates = None if self._loads is None else self._loads.rates()
+        rates = None if self._load_watch is None else self._load_watch.rates()
         return ClusterStatus(
             epoch=plan.epoch if plan else 0,
             shards=tuple(shard.status for shard in self.shards),
@@ -181,7 +181,7 @@ class ExpertController:
         return process_info()
 
     async def drain(self) -> None:
-        """Tells the ingresses, who ask for the status, to take no new requests."""
+        """The ingresses, which ask for the status, take no new requests from now on."""
         self._draining = True
         log.info("%s: draining", self.state.group)
 
@@ -244,7 +244,7 @@ class ExpertController:
 
     def _plan_with(self, facts: ExpertFacts) -> tuple[LoadWatch, PlacementChanges]:
         """Makes the parts that must know the model's experts."""
-        self._loads = LoadWatch(self.state, self.shards, self.engines, self._metrics, facts, clock=self._clock)
+        self._load_watch = LoadWatch(self.state, self.shards, self.engines, self._metrics, facts, clock=self._clock)
         self._changes = PlacementChanges(
             self.state,
             self.shards,
@@ -252,11 +252,11 @@ class ExpertController:
             self._spares,
             self.engines,
             facts=facts,
-            rates=self._loads.rates,
+            rates=self._load_watch.rates,
             metrics=self._metrics,
             clock=self._clock,
         )
-        return self._loads, self._changes
+        return self._load_watch, self._changes
 
     async def _check(self) -> None:
         """Looks after the lease and after one metrics collector for each node."""
@@ -276,7 +276,7 @@ class ExpertController:
 
 
 def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool = True) -> Any:
-    """The group's controller; makes it if there is none. It outlives who made it, by its lease."""
+    """The group's controller; makes it if there is none. It outlives its maker, by its lease."""
     return (
         ray.remote(by_name(ExpertController))
         .options(

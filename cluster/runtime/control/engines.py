@@ -1,4 +1,4 @@
-"""The engines, and others, that need the shards: who has asked for the plan lately, and which plan each has."""
+"""The engines, and others, that need the shards: each one's last question for the plan, and the plan that it has."""
 
 import asyncio
 import itertools

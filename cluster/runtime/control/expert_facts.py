@@ -1,4 +1,4 @@
-"""What placement must know of a model's experts."""
+"""Facts of a model's experts that placement needs."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,11 @@
-"""Who waits for something to become true, on one event loop."""
+"""Lets tasks of one event loop wait until something has become true."""
 
 import asyncio
 from collections.abc import Callable
 
 
 class News:
-    """`tell` wakes all who wait; each looks whether what it waits for is true now."""
+    """`tell` wakes all waiting tasks; each looks whether its own condition is true now."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()

@@ -1,4 +1,4 @@
-"""What an earlier controller of a group left with its shards."""
+"""Reads the record that an earlier controller of a group left with its shards."""
 
 import asyncio
 import logging

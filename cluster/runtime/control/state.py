@@ -1,4 +1,4 @@
-"""A cluster's plan, how many shards it shall have, its configuration, and who waits for news of them.
+"""A cluster's plan, the number of its shards, its configuration, and the tasks that wait for news of them.
 
 The controller's parts read it; only its own methods change it. Decides nothing.
 """
@@ -146,8 +146,8 @@ class ClusterState:
         self.remember()
 
     def publish(self, plan: PlacementPlan | None = None, *, beyond: int = 0) -> None:
-        """Gives who waits for it a plan, the last one again by default, under an epoch above all earlier ones and
-        `beyond`, with the shards that are down at the moment."""
+        """Gives a plan, the last one again by default, to all that wait for one. Its epoch is above all earlier ones
+        and `beyond`; it names the shards that are down at the moment."""
         up = self._shards.handles().keys()
         plan = plan or self.plan
         epoch = max(plan.epoch, beyond, self.plan.epoch) + 1
@@ -168,7 +168,7 @@ class ClusterState:
             self._uncovered_since = self._clock()
 
     def remember(self) -> None:
-        """Leaves with the shards what a successor must know."""
+        """Leaves a record with the shards, for a successor."""
         if self._plan is None:
             return
         record = ClusterRecord(
@@ -185,7 +185,7 @@ class ClusterState:
         self._faults.append(Fault(at=self._wall_clock(), what=what))
 
     def fail(self, error: SetupError) -> None:
-        """There can be no shards: tells who waits for them."""
+        """There can be no shards: all that wait for them get the error."""
         log.error("%s: %s", self.group, error)
         self._failure = error
         self.news.tell()

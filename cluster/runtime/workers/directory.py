@@ -1,4 +1,4 @@
-"""What one engine knows of the shards: the current plan and an actor for each, kept up to date by a thread.
+"""One engine's knowledge of the shards: the current plan and an actor for each, kept up to date by a thread.
 
 The thread asks the controller for the next plan and waits there; its asking is also the lease that keeps the shards
 alive: a controller that nobody asks any more takes them down. When the controller is away, the last plan stays.

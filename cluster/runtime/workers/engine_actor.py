@@ -36,7 +36,7 @@ class EngineActor:
     def __init__(
         self, config: ClusterConfig, replica: str, controller: Any, num_threads: int, record_path: str = ""
     ) -> None:
-        """record_path: where the replica reads whom the engine computed, when it has died."""
+        """record_path: the file where the replica reads, when the engine has died, which requests it computed."""
         prepare_process(num_threads)
         end_at_sigterm()
         registry = report_version(new_registry(), "engine")
@@ -76,7 +76,7 @@ class EngineActor:
 
     @ray.method(concurrency_group="watch")
     def hold(self) -> None:
-        """As a shard's: whoever waits for it hears of this process's death at once."""
+        """Never returns: its caller hears of this process's death at once."""
         threading.Event().wait()
 
     @ray.method(concurrency_group="control")

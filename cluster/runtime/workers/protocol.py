@@ -1,4 +1,4 @@
-"""What the controller and the processes that compute send each other, and how long they wait for one another."""
+"""Values that the controller, shards and engines send each other, and how long each waits for the others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Membership:
 @evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRecord:
-    """What a controller leaves with the shards for its successor. version: grows with every change."""
+    """A controller leaves it with the shards for its successor. version: grows with every change."""
 
     version: float
     plan: PlacementPlan

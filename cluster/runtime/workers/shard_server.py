@@ -54,8 +54,8 @@ class ShardServer:
         device: str,
         progress: Callable[[int], Callable[[int], None] | None],
     ) -> ExpertShard:
-        """Holds `experts` from now on, while calls go on. What is here of the same model, dtype and device is not read
-        again. Raises CheckpointError, SetupError.
+        """Holds `experts` from now on, while calls go on. Experts that are here, of the same model, dtype and device,
+        are not read again. Raises CheckpointError, SetupError.
 
         progress: from the bytes that will be read, the callback for each piece of them.
         """

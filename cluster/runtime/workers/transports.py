@@ -147,7 +147,7 @@ OFFER_TIMEOUT_S = 2.0  # a shard that does not even answer this is reached over 
 
 
 class RayOffers:
-    """Streams are negotiated by Ray calls: only who may call the actor learns its address and secret."""
+    """Streams are negotiated by Ray calls: only processes that may call the actor learn its address and secret."""
 
     def __init__(self, shards: ShardHandles) -> None:
         self.shards = shards
