@@ -48,7 +48,7 @@ def measure_all(
         config = read_config(model_dir)
         workload = _fit(draft, args.shards, config)
         dtype = config.dtype if args.dtype == "auto" else args.dtype
-        specs = _specs(args, model_dir, dtype)
+        specs = _specs(args, model_dir, dtype, config)
         if args.turns:
             results, failures = _take_turns(specs, config, workload, progress, start_one, clock=clock)
         else:
@@ -69,9 +69,9 @@ def measure_all(
     return 1 if failures else 0
 
 
-def _specs(args: argparse.Namespace, model_dir: Path, dtype: str) -> list[SystemSpec]:
-    """The systems to measure; the first is the reference."""
-    return [
+def _specs(args: argparse.Namespace, model_dir: Path, dtype: str, config: ModelConfig) -> list[SystemSpec]:
+    """The systems to measure; the first is the reference. A dense model has no shards to carry rows to."""
+    specs = [
         SystemSpec(
             kind=kind,
             model_dir=model_dir,
@@ -82,6 +82,7 @@ def _specs(args: argparse.Namespace, model_dir: Path, dtype: str) -> list[System
         )
         for kind in (*args.compare, *args.transports)
     ]
+    return [spec for spec in specs if config.num_experts or not spec.split] or [replace(specs[0], kind="local")]
 
 
 def _python(args: argparse.Namespace, kind: str) -> str:

@@ -32,6 +32,7 @@ from cluster.bench.throughput import (
     summarize,
 )
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
+from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.config import ModelConfig
 from cluster.errors import CheckpointError, ClusterError, SetupError
 
@@ -386,6 +387,14 @@ def test_the_command_measures_the_reference_first_and_prints_the_report(
     assert "ratio to transformers" in out
     assert str(demo_dir) not in out
     assert json.loads(file.read_text())["reference"] == "transformers"
+
+
+@pytest.mark.parametrize("transports", ["local,stream,ray", "stream"])
+def test_a_dense_model_is_measured_in_one_process(tmp_path: Path, transports: str) -> None:
+    write_demo_checkpoint(tmp_path / "dense", model_type="qwen2")
+    run_one = FakeRun()
+    assert measure_all(parse(str(tmp_path / "dense"), "--shards", "9", "--transports", transports), run_one) == 0
+    assert [spec.name for spec in run_one.specs] == ["local"]
 
 
 def test_a_system_that_fails_leaves_the_others_figures(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import virtual_time
@@ -211,5 +212,24 @@ def test_a_dense_model_has_a_plan_at_once_and_no_shards_to_change(make, monkeypa
                 await ask
         status = await controller.status()
         assert (status.dense, status.covered, status.target_shards, status.faults) == (True, True, 0, ())
+
+    virtual_time.run(play)
+
+
+def test_a_restarted_controller_of_a_dense_model_hears_of_the_slots_before_it_gives_one(make, monkeypatch):
+    """No shard tells it that it is a successor. The living engine has slot 0 and asks a second later."""
+    dense = ExpertFacts(sparse_layers=(), num_experts=0, expert_bytes=0)
+    monkeypatch.setattr(module, "read_expert_facts", lambda config: dense)
+
+    async def play():
+        engine = SimpleNamespace(hold=SimpleNamespace(remote=asyncio.get_running_loop().create_future))
+        launcher = FakeLauncher()
+        launcher.restarted = lambda: True
+        controller = make(launcher)
+        new = asyncio.create_task(controller.slot("new", PROCESS, engine))
+        await asyncio.sleep(1)
+        asking = asyncio.create_task(controller.wait_plan("old", replace(PROCESS, slot=0), engine, 5))
+        assert await new == 1
+        asking.cancel()
 
     virtual_time.run(play)
