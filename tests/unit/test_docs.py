@@ -94,7 +94,18 @@ def test_every_metric_in_the_readme_exists():
     assert named - known == set()
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "BENCHMARKS.md", "SECURITY.md"])
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+
+
+@pytest.mark.parametrize("name", DOCS)
 def test_links_lead_somewhere(name):
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text())
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_named_files_of_the_package_exist(name):
+    """`runtime/front/haproxy.py` is a path below cluster/."""
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", (ROOT / name).read_text()))
+    known = {path.split("/")[0] for path in named} & {path.name for path in (ROOT / "cluster").iterdir()}
+    assert [path for path in named if path.split("/")[0] in known and not (ROOT / "cluster" / path).exists()] == []
