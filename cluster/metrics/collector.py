@@ -39,7 +39,7 @@ _DAMAGED = (
     struct.error,
     ValueError,
     IndexError,
-)  # what prometheus_client raises on a broken file
+)  # prometheus_client raises these on a broken file
 
 
 class NodeCollector:
@@ -114,7 +114,7 @@ class _DirectoryCollector:
         except _DAMAGED:
             if path not in self._reported:
                 self._reported.add(path)
-                log.error("%s is damaged: what it counted is missing from the metrics", path)
+                log.error("%s is damaged: its counts are missing from the metrics", path)
             return False
         return True
 

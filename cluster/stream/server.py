@@ -267,7 +267,7 @@ class StreamServer:
         self._send(peer, packed, payload)
 
     def _send(self, peer: Peer, *parts: bytes | memoryview) -> None:
-        """Never waits: what the socket does not take now goes when it can."""
+        """Never waits: bytes that the socket does not take now go when it takes them."""
         try:
             peer.send(*parts)
             self._watch(peer)

@@ -194,7 +194,7 @@ def test_an_unforeseen_outcome_is_counted_too(registry: CollectorRegistry) -> No
     assert registry.get_sample_value("moecluster_engine_finished_sequences_total", labels) == 1
 
 
-# What one process of a node does: counts, says so, and lives until its input ends. With "fork" it has a child
+# One process of a node: it counts, reports that, and lives until its input ends. With "fork" it has a child
 # that counts as well, in files of its own.
 PROCESS = """
 import os, sys
@@ -416,7 +416,7 @@ def test_a_damaged_file_is_reported_and_the_others_are_served(
     for _ in range(2):
         assert samples(collector.render())[TOKENS] == 5
     assert [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()] == [
-        f"{damaged} is damaged: what it counted is missing from the metrics"
+        f"{damaged} is damaged: its counts are missing from the metrics"
     ]
 
 
