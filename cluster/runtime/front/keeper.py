@@ -38,7 +38,8 @@ class FrontKeeper:
         while True:
             self._start()
             code = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
-            if code == AGAIN:
+            self._child = 0
+            if code == AGAIN and not self._leaving:
                 self._place.close()
                 self._place = self._find_place(may_stand_in=False)
             elif code >= 0 or self._leaving or not self._may_start_again(code):
