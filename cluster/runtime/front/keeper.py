@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from types import FrameType
 
 from cluster.runtime.front.listeners import Handed, ask_for, open_listener
@@ -89,4 +90,5 @@ class FrontKeeper:
         if number == signal.SIGUSR1 and self._place is not None:
             self._place.close()  # a successor has the sockets: a connection could wait here for nobody
         if self._child:
-            os.kill(self._child, number)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(self._child, number)
