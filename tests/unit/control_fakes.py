@@ -37,6 +37,13 @@ def task_error(cause):
     return ray.exceptions.RayTaskError("load", "Traceback …", cause)
 
 
+def unwatched(coroutine):
+    """Its task, whose failure is no news where nobody waits for it."""
+    task = asyncio.ensure_future(coroutine)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
+
+
 class FakeActor:
     """A shard's process. `actor.method.remote(...)` is awaited, as Ray's are.
 
@@ -59,14 +66,12 @@ class FakeActor:
             raise AttributeError(method)
 
         def remote(*args):
-            call = asyncio.ensure_future(self._call(method, args))
-            call.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it
-            return call
+            return unwatched(self._call(method, args))
 
         return SimpleNamespace(remote=remote)
 
     async def _call(self, method, args):
-        answer = asyncio.ensure_future(getattr(self, f"_{method}")(*args))
+        answer = unwatched(getattr(self, f"_{method}")(*args))
         try:
             await asyncio.wait([answer, self.death], return_when=asyncio.FIRST_COMPLETED)
             if self.death.done():

@@ -203,6 +203,19 @@ def test_shards_without_memory_for_all_experts_are_not_made_fewer():
     virtual_time.run(play)
 
 
+def test_a_removal_whose_load_fails_leaves_as_many_shards_as_before():
+    async def play():
+        made = await FakeCluster().up()
+        made.launcher.errors.append(task_error(MemoryError("no room")))
+        with pytest.raises(ClusterError, match=r"remove shard 1 failed: .*no room"):
+            await made.changes.scale(1)
+        assert (len(made.shards), made.state.target) == (2, 2)
+        assert made.state.plan.slices == (HALF, OTHER_HALF)
+        assert made.value("changes_total", kind="remove", outcome="failed") == 1
+
+    virtual_time.run(play)
+
+
 @pytest.mark.parametrize("wrong", [0, 5])
 def test_a_number_of_shards_that_cannot_be_is_refused(wrong):
     async def play():

@@ -20,16 +20,12 @@ PROCESS = ProcessInfo(pid=1, node_id="a", gpu_ids=())
 LEASE_S = 60.0
 
 
-class Exited(Exception):
-    pass
-
-
 @pytest.fixture
 def make(monkeypatch):
     """From a launcher, a controller on it."""
 
     def leave():
-        raise Exited
+        raise asyncio.CancelledError  # the task ends, as the process would
 
     monkeypatch.setattr(module, "prepare_process", lambda num_threads: None)
     monkeypatch.setattr(module, "process_info", lambda: PROCESS)

@@ -39,8 +39,13 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 def run(play):
     """Runs `play`, a coroutine function, and ends what it has left; returns its result."""
+    failures = []
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(play())
+        # Not logged: a log line with a traceback, from a task that is collected while pytest parses, ends pytest.
+        runner.get_loop().set_exception_handler(lambda loop, context: failures.append(context))
+        result = runner.run(play())
+    assert failures == []
+    return result
 
 
 def now():

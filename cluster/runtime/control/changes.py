@@ -170,20 +170,27 @@ class PlacementChanges:
         change = Change("remove", last)
         with self._working(f"removing shard {last}"):
             try:
-                plan = await asyncio.to_thread(
-                    eplb.rebalance,
-                    padded(self._state.plan, last + 1),
-                    self._traffic(),
-                    shards=capacities(self._state.config, self._facts, last, last + 1),
-                    min_copies=self._state.config.min_copies,
-                )
-                await self._move(replace(plan, slices=plan.slices[:last]), change)
-            except SetupError:
-                self._state.aim(last + 1)  # there is no room: it stays
-                self._metrics.changed(change.kind, "failed", 0)
+                await self._move(await self._plan_without(last, change), change)
+            except ClusterError:
+                self._state.aim(last + 1)  # it stays: the others have no room, or did not load
                 raise
             self._supervision.remove_last()
             self._state.publish()
+
+    async def _plan_without(self, last: int, change: Change) -> PlacementPlan:
+        """The plan in which the other shards have the last one's experts too. Raises SetupError."""
+        try:
+            plan = await asyncio.to_thread(
+                eplb.rebalance,
+                padded(self._state.plan, last + 1),
+                self._traffic(),
+                shards=capacities(self._state.config, self._facts, last, last + 1),
+                min_copies=self._state.config.min_copies,
+            )
+        except SetupError:
+            self._metrics.changed(change.kind, "failed", 0)
+            raise
+        return replace(plan, slices=plan.slices[:last])
 
     async def _balance(self, change: Change, *, spread: bool = False) -> str:
         """Moves experts to where the load asks for. spread: also to a shard that has none, whatever was measured."""
