@@ -15,6 +15,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises SetupError, which Serve shows as the application's message, for an unknown argument or a value out of range.
     """
     config = ClusterConfig.from_mapping(args)
-    if Path(config.model).is_dir():  # where it is not, the head node does not serve: the replicas will say
+    if Path(config.model).is_dir():  # else the head node does not serve, and the replicas check the model
         config = check_config(config)
     return build_application(config)

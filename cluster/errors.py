@@ -3,12 +3,12 @@
     ClusterError                     INTERNAL            500
     ├── SetupError                   INTERNAL            500   the command line ends with exit code 2
     │   └── CheckpointError                                    a model directory that cannot be served
-    ├── Closed                       INTERNAL            500   an offline `LLM` after its `close`
+    ├── Closed                       INTERNAL            500   a call of an `LLM` after its `close`
     ├── InvalidRequest               INVALID_ARGUMENT    400   carries the field's name
     ├── Unauthenticated              UNAUTHENTICATED     401   no API key, or an unknown one
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
-    ├── Forbidden                    PERMISSION_DENIED   403   this way in is not for this caller
+    ├── Forbidden                    PERMISSION_DENIED   403   the caller may not use this address
     ├── PoisonedRequest              INTERNAL            500   it ends the engines that compute it
     ├── ProtocolError                INTERNAL            500   a stream's other side does not speak its protocol
     ├── RequestFailed                INTERNAL            500   an exception at this request's rows: the others go on
@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Self
 class ClusterError(Exception):
     """Base of all errors raised on purpose; `str(error)` is one line: what, where, what to do.
 
-    outputs: of one that `LLM.generate` raises, the answers of the other prompts.
+    outputs: the other prompts' answers, where `LLM.generate` raises it.
     """
 
     grpc_code: ClassVar[str] = "INTERNAL"
@@ -54,7 +54,7 @@ class CheckpointError(SetupError):
 
 
 class Closed(ClusterError):
-    """Something was asked of an object that has been closed."""
+    """A call of an object that is closed."""
 
 
 class InvalidRequest(ClusterError):
@@ -70,7 +70,7 @@ class InvalidRequest(ClusterError):
 
 
 class Unauthenticated(ClusterError):
-    """The server asks for an API key, and the caller has none that it knows."""
+    """The server asks for an API key, and the caller has no known one."""
 
     grpc_code = "UNAUTHENTICATED"
     http_status = 401
@@ -78,7 +78,7 @@ class Unauthenticated(ClusterError):
 
 
 class Forbidden(ClusterError):
-    """The caller may not come this way, whoever he is."""
+    """No caller of this kind may use this address."""
 
     grpc_code = "PERMISSION_DENIED"
     http_status = 403
@@ -86,7 +86,7 @@ class Forbidden(ClusterError):
 
 
 class PoisonedRequest(ClusterError):
-    """A request that is held to end the engines that compute it; sending it again would end more."""
+    """A request that most likely ends the engines that compute it; sent again, it would end more."""
 
     public = True
 
@@ -102,11 +102,11 @@ class NonFiniteOutput(RequestFailed):
 
 
 class ProtocolError(ClusterError):
-    """What came over a stream is no frame of this version, or from a stranger; the connection ends."""
+    """A stream delivered no frame of this version, or one of a stranger; the connection ends."""
 
 
 class Overloaded(ClusterError):
-    """A bounded queue is full; the same request may succeed later. retry_after_s: when it is worth a try."""
+    """A bounded queue is full; the same request may succeed later. retry_after_s: when to try again."""
 
     _HINT: ClassVar = re.compile(r"try again in ([0-9.]+) s")
 
@@ -120,12 +120,12 @@ class Overloaded(ClusterError):
 
     @classmethod
     def later(cls, reason: str, retry_after_s: float) -> Self:
-        """Returns one whose message ends with when to try again, which `read_hint` finds there."""
+        """Returns an error whose message ends with the time to try again, where `read_hint` finds it."""
         return cls(f"{reason}: try again in {retry_after_s:.1f} s", retry_after_s)
 
     @classmethod
     def read_hint(cls, message: str) -> float | None:
-        """Returns the seconds that `later` wrote into a message, for where only the message arrives; None for none."""
+        """Returns the seconds that `later` wrote into a message, for who gets the message alone; None for none."""
         found = cls._HINT.search(message)
         return None if found is None else float(found[1])
 
@@ -157,8 +157,8 @@ class Unavailable(ClusterError):
 class ReplicaUnavailable(Unavailable):
     """The attention replica of a request died, or the engine behind it.
 
-    num_in_step: of the sequences that the engine computed when it died, if the request's was one of them; 0 if it was
-    not, None if nobody knows.
+    num_in_step: how many sequences the engine computed when it died, if the request's was one of them; 0 if it was not,
+    None if nobody knows.
     """
 
     def __init__(self, message: str, num_in_step: int | None = None) -> None:
@@ -167,7 +167,7 @@ class ReplicaUnavailable(Unavailable):
 
 
 class ReplicaStopping(ReplicaUnavailable):
-    """The attention replica is on its way out and has not begun the request: another one will."""
+    """The attention replica is about to end and has not begun the request: another one will take it."""
 
 
 class ShardUnavailable(Unavailable):

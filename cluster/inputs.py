@@ -1,7 +1,7 @@
-"""Callers' values as plain Python ones, or refused with the field's name. Knows no request and no tensor library.
+"""Turns callers' values into plain Python ones, or refuses them by field. Knows no request and no tensor library.
 
-Numbers of NumPy and torch are taken for what they are; a truth value is no number, and bytes are neither a text nor
-token ids. Every function raises InvalidRequest and nothing else.
+Numbers of NumPy and torch count as numbers; a truth value is no number, and bytes are neither a text nor token ids.
+Every function raises InvalidRequest and nothing else.
 """
 
 import math
@@ -15,24 +15,24 @@ from cluster.errors import InvalidRequest
 
 MAX_SHOWN_CHARS = 60
 MAX_SHOWN_BITS = 256
-# Python itself refuses with these to make an int of something, or to go through it.
+# Python raises these where it cannot turn a value into an int, or cannot iterate over it.
 _REFUSALS = (TypeError, ValueError, OverflowError, RuntimeError, AttributeError)
 
 
 def shown(value: object) -> str:
-    """A value as an error message has it: short, whatever it is."""
+    """Any value in short form, for an error message."""
     if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
         return f"a whole number of {value.bit_length()} bits"  # Python writes none of over 4,300 digits
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 a foreign object's own fault
+    except Exception:  # noqa: BLE001 a foreign object's fault
         return f"a {type(value).__name__}"
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
 
 
 def whole_number(value: Any, field: str) -> int:
-    """An int of Python, NumPy or torch; an array of one is a list, not a number."""
+    """The int of a Python, NumPy or torch integer; an array of one element is a list, not a number."""
     if not _is_truth_value(value):
         try:
             if not getattr(value, "ndim", 0):
@@ -51,7 +51,7 @@ def is_whole_number(value: Any) -> bool:
 
 
 def number(value: Any, field: str) -> float:
-    """A number of Python or NumPy. NaN and the infinities are numbers here."""
+    """The float of a Python or NumPy number. NaN and the infinities are numbers here."""
     if isinstance(value, Real) and not _is_truth_value(value):
         try:
             return float(value)
@@ -69,7 +69,7 @@ def truth_value(value: Any, field: str) -> bool:
 
 
 def texts(value: Any, field: str, most: int) -> tuple[str, ...]:
-    """A text, or up to `most` of them; None is none."""
+    """The texts of a text, or of a list with up to `most` of them; none for None."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -81,7 +81,7 @@ def texts(value: Any, field: str, most: int) -> tuple[str, ...]:
 
 
 def text(value: Any, field: str) -> str:
-    """A text that UTF-8 can carry."""
+    """The value as a text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InvalidRequest(f"{field} has {shown(value)}, a text is needed", field)
     try:
@@ -94,14 +94,14 @@ def text(value: Any, field: str) -> str:
 
 
 def token_ids(value: Any, field: str, most: int) -> tuple[int, ...]:
-    """Ids of a list, a tuple, a range, an iterator, or a one-dimensional array or tensor; None is none.
+    """The ids of a list, a tuple, a range, an iterator, or a one-dimensional array or tensor; none for None.
 
-    most: how many of an iterator are taken, and one more; there is no other way to see that it goes on.
+    most: of an iterator so many are taken, and one more, which shows that it goes on.
     """
     if value is None:
         return ()
     ids = _elements(value, field, "a list of token ids", most + 1)
-    if set(map(type, ids)) <= {int}:  # as nearly always, and in C
+    if set(map(type, ids)) <= {int}:  # the usual case, and fast
         return tuple(ids)
     plain = []
     for position, token_id in enumerate(ids):
@@ -115,14 +115,14 @@ def token_ids(value: Any, field: str, most: int) -> tuple[int, ...]:
 
 
 def prompt_token_ids(value: Any, field: str, most: int) -> tuple[int, ...]:
-    """As `token_ids`, of what has an order."""
+    """As `token_ids`, but refuses None and sets, which have no order."""
     if value is None or isinstance(value, Set):
         raise InvalidRequest(f"{field} is {shown(value)}, a list of token ids is needed", field)
     return token_ids(value, field, most)
 
 
 def listed(value: Any) -> Any:
-    """An array or a tensor as the list (or number) that it stands for, anything else as it is; so are bytes' views."""
+    """The list (or number) of an array or a tensor; other values, bytes' views among them, unchanged."""
     if isinstance(value, type | memoryview) or not callable(getattr(value, "tolist", None)):
         return value
     try:
@@ -132,7 +132,7 @@ def listed(value: Any) -> Any:
 
 
 def is_series(value: object) -> bool:
-    """Whether it has parts in an order; text, bytes, mappings and sets have none that a caller can mean."""
+    """Whether the value is an ordered collection; text, bytes, mappings and sets are none."""
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping | Set) or not isinstance(value, Iterable):
         return False
     try:
@@ -143,7 +143,7 @@ def is_series(value: object) -> bool:
 
 
 def _elements(value: Any, field: str, wanted: str, most: int) -> list[Any]:
-    """The parts of a collection; of an iterator, which may have no end, the first `most`."""
+    """The elements of a collection; of an iterator, which may have no end, the first `most`."""
     value = listed(value)
     if not is_series(value) and not isinstance(value, Set):
         raise InvalidRequest(f"{field} is {shown(value)}, {wanted} is needed", field)

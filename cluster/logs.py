@@ -1,6 +1,6 @@
-"""How a process's log lines look: text, or one JSON object a line. Knows no Ray and no handler.
+"""Formats a process's log lines: as text, or as one JSON object a line. Knows no Ray and no handler.
 
-The format is one of the environment, so that processes hand it down to those that they make.
+The environment sets the format, so that processes pass it on to those that they start.
 """
 
 import json
@@ -12,7 +12,7 @@ LOG_FORMAT = "MOE_CLUSTER_LOG_FORMAT"  # "json"; anything else is text
 
 
 def make_formatter(process: str) -> logging.Formatter:
-    """As the environment asks for. process: what the lines say whose they are."""
+    """The formatter that the environment asks for. process: its name in the lines."""
     if os.environ.get(LOG_FORMAT) == "json":
         return JsonFormatter(process)
     return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -26,7 +26,7 @@ class JsonFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        fields = {
             "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         if request_id := getattr(record, "request_id", ""):
-            said["request_id"] = request_id
+            fields["request_id"] = request_id
         if record.exc_info:
-            said["exception"] = self.formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=False)
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)

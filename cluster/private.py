@@ -1,4 +1,4 @@
-"""Folders that no other user of the machine looks into. Knows nothing of what lies in them."""
+"""Folders that no other user of the machine can read. Does not know their contents."""
 
 import os
 import stat
@@ -11,9 +11,9 @@ from cluster.errors import SetupError
 
 
 def private_folder(path: Path) -> Path:
-    """Makes the folder, or takes this user's, for this user alone; returns where it really is.
+    """Makes the folder, or takes one of this user, and closes it to others; returns its path without links.
 
-    Raises SetupError for one that another user owns, or could put in its place: below /tmp anybody may have made it.
+    Raises SetupError for a folder that another user owns or could replace: below /tmp anybody may have made it.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = path.resolve()
@@ -33,7 +33,7 @@ def _is_open(folder: Path) -> bool:
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Whatever this process, or one that it starts meanwhile, then makes is for this user alone."""
+    """Files that this process, or one that it starts, makes meanwhile are for this user alone."""
     before = os.umask(0o077)
     try:
         yield

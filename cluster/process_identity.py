@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart by when they started, as the kernel gives a pid again. Linux only."""
+"""Tells this machine's processes apart by their start time, as the kernel reuses pids. Linux only."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _STATE, _PARENT, _START_TICKS = 0, 1, 19  # fields of /proc/<pid>/stat, counted 
 
 
 def identity(pid: int) -> Identity:
-    """A zombie does not run."""
+    """The identity of a pid; a zombie counts as a process that does not run."""
     fields = _stat(pid)
     return pid, fields[_START_TICKS] if fields and fields[_STATE] not in ("Z", "X") else ""
 
@@ -18,13 +18,13 @@ def is_alive(process: Identity) -> bool:
 
 
 def parent_of(pid: int) -> int:
-    """1, the parent of orphans, for a process that is gone."""
+    """The parent's pid; for a process that is gone 1, the parent of orphans."""
     fields = _stat(pid)
     return int(fields[_PARENT]) if fields else 1
 
 
 def _stat(pid: int) -> list[str]:
-    # The command's name stands in parentheses and may hold spaces and parentheses itself.
+    # The command's name stands in parentheses and may contain spaces and parentheses.
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

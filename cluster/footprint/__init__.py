@@ -1,5 +1,5 @@
-"""What a server of ours leaves on its machine, folders, processes and its address, and who removes it.
+"""The traces of a server on its machine: its folder, its processes and its address.
 
-Each has a folder of its own, which it alone removes; when it was killed, its keeper does, and else the next one's
-start. Knows no Ray, and needs nothing but Python: the keeper is a small process.
+Each server removes its own folder; if it was killed, its keeper does so, or else the next server at its start. Knows no
+Ray, and needs nothing but Python: the keeper is a small process.
 """

@@ -1,7 +1,7 @@
 """A folder for each server and each offline `LLM` on Ray of this user, below one that nobody else may enter.
 
-A lock on a file in it says that its owner, or the owner's keeper, lives: the kernel gives it up with the last of them,
-and no pid is mistaken for another's. What nobody holds is removed, with the processes that belong to it.
+A lock on a file in it shows that its owner, or the owner's keeper, lives: the kernel releases it when the last of them
+ends, and no pid is mistaken for another's. A folder without a locked file is removed, with its processes.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ def root() -> Path:
 
 
 class OwnedFolder:
-    """Made for this process, and locked by it until `remove`."""
+    """A new folder, which this process locks until `remove`."""
 
     def __init__(self) -> None:
         """Raises SetupError."""
@@ -50,7 +50,7 @@ class OwnedFolder:
             raise SetupError(f"no folder can be made in {root()}: {error.strerror}") from error
 
     def remove(self) -> None:
-        """With whoever belongs to it. Safe to call again."""
+        """Removes the folder and ends its processes. Safe to call again."""
         remove(self.path)
         if self.lock >= 0:
             os.close(self.lock)
@@ -58,27 +58,27 @@ class OwnedFolder:
 
 
 def remove(folder: Path) -> None:
-    """Ends who belongs to a folder, then deletes it."""
+    """Ends the processes that belong to a folder, then deletes it."""
     end_members(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def locked() -> list[Path]:
     """The folders whose owner lives."""
-    held = []
+    found = []
     with _alone():
         for folder in _folders():
             lock = _claim(folder)
             if lock is None:
-                held.append(folder)
+                found.append(folder)
             else:
                 os.close(lock)
-    return held
+    return found
 
 
 def clean() -> None:
-    """Removes the folders of this user that nobody holds any more."""
-    with _alone():  # nobody is making one
+    """Removes this user's folders that no process locks any more."""
+    with _alone():  # no process makes a folder meanwhile
         claimed = [(folder, lock) for folder in _folders() if (lock := _claim(folder)) is not None]
     for folder, lock in claimed:
         remove(folder)
@@ -90,7 +90,7 @@ def _folders() -> list[Path]:
 
 
 def _claim(folder: Path) -> int | None:
-    """The lock of a folder that nobody holds; None for one that somebody does."""
+    """Locks a folder; returns the lock, or None where another process has it."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def _claim(folder: Path) -> int | None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """While no other process of this user makes a folder, or looks for one that is left."""
+    """Keeps other processes of this user from making a folder or looking for abandoned ones meanwhile."""
     lock = os.open(root() / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""The process that stays when its owner is killed: it waits for that, then removes what the owner has left.
+"""The process that outlives its killed owner: at the owner's end it removes the folder and its processes.
 
-It is in a session of its own and ignores signals that ask it to end: those that a terminal, `timeout` or systemd sends
-to all of a server's processes must not take it along.
+It is in a session of its own and ignores signals that ask it to end: a terminal, `timeout` or systemd sends these to
+all of a server's processes.
 """
 
 import os
@@ -17,8 +17,8 @@ LOOK_INTERVAL_S = 0.5  # where the kernel has no handles for processes
 
 
 def start_keeper(folder: OwnedFolder) -> "subprocess.Popen[bytes]":
-    """For a folder of this process's. Kill it when the folder is removed."""
-    # A bare interpreter: what a user's site-packages load at each start would only be in its memory.
+    """Starts the keeper of a folder of this process. Kill it when the folder is removed."""
+    # A bare interpreter: modules that a user's site-packages import at each start would only take memory.
     return subprocess.Popen(
         [sys.executable, "-S", "-m", __name__, str(os.getpid()), str(folder.path)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
@@ -26,13 +26,13 @@ def start_keeper(folder: OwnedFolder) -> "subprocess.Popen[bytes]":
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        pass_fds=(folder.lock,),  # what is being cleaned up is nobody else's yet
+        pass_fds=(folder.lock,),  # the folder stays locked while the keeper cleans up
         start_new_session=True,
     )
 
 
 def main(owner: int, folder: Path) -> None:
-    """owner: the process that has started this one."""
+    """owner: the pid of the process that has started this one."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _wait_for_end(owner)

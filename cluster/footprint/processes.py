@@ -1,7 +1,7 @@
-"""The processes that belong to a folder: those that were started with its path in their environment. Linux only.
+"""The processes that belong to a folder: those that started with its path in their environment. Linux only.
 
-Whatever a process starts inherits the mark, in any session and group and however late. A pid alone may be another's by
-now: what the process was started with is read again through a handle that never passes to a successor.
+Children inherit this mark, in any session and group and however late they start. A pid may belong to another process by
+now: so the environment is read again under a handle, which never passes to another process.
 """
 
 import os
@@ -17,13 +17,13 @@ LOOK_INTERVAL_S = 0.02
 
 
 def members(folder: Path) -> list[int]:
-    """Their pids, without this process; a zombie is none any more. Those of another user cannot be read."""
+    """Their pids, without this process and zombies. Another user's processes cannot be read."""
     return [pid for pid in _pids() if pid != os.getpid() and _belongs(pid, folder)]
 
 
 def end_members(folder: Path, timeout_s: float = END_TIMEOUT_S) -> list[int]:
-    """Kills them, and whom they start meanwhile; blocks until there is none. Returns who is left after the timeout: the
-    kernel keeps a process that waits for a device."""
+    """Kills them, and those that they start meanwhile; blocks until there is none. Returns those that are left after
+    the timeout: the kernel keeps a process that waits for a device."""
     deadline = time.monotonic() + timeout_s
     while left := members(folder):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Where a server leaves how to reach it and its Ray, for other commands of the same user."""
+"""A file in which a server writes its addresses, for other commands of the same user."""
 
 import json
 import os
@@ -16,7 +16,7 @@ FILE = "server.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """One that runs here. environment: what a process needs to be let in, such as a token."""
+    """A server that runs here. environment: what a process needs to connect, such as a token."""
 
     ray_address: str
     grpc_address: str
@@ -26,7 +26,7 @@ class Server:
 
 
 def announce(server: Server, folder: Path) -> None:
-    """Writes it down in its folder, readable by this user only; it goes with the folder."""
+    """Writes the server into its folder, readable by this user only; the file goes with the folder."""
     written = folder / f"{FILE}.{os.getpid()}"
     with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
         json.dump(asdict(server), out)
@@ -34,7 +34,7 @@ def announce(server: Server, folder: Path) -> None:
 
 
 def servers() -> list[Server]:
-    """Those of this user that live, the newest first."""
+    """This user's running servers, the newest first."""
     found = []
     with suppress(SetupError, OSError):  # where no folder can be made, none runs
         for folder in locked():
@@ -44,10 +44,10 @@ def servers() -> list[Server]:
 
 
 def find_address(asked: str | None = None) -> str | None:
-    """The Ray address that is asked for, else that of the server that runs here; None for none.
+    """The given Ray address, else that of the server that runs here; None for none.
 
-    Sets the environment that its Ray wants, where one of ours is meant: call it before ray loads. Raises SetupError
-    where several run: a command that changes a cluster must not guess which.
+    For a server of ours, sets the environment that its Ray needs: call it before you import ray. Raises SetupError
+    where several run: a command that changes a cluster must not guess.
     """
     known = [server for server in servers() if not asked or asked == server.ray_address]
     if len(known) > 1 and len({server.ray_address for server in known}) > 1:

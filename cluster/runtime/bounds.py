@@ -1,7 +1,7 @@
-"""What a Ray that runs for weeks must not pile up: its logs, the files of its dead processes, what its GCS remembers.
+"""Bounds what a Ray piles up in weeks: its logs, the files of its dead processes, the memory of its GCS.
 
-Measured over 4,000 short requests (Ray 2.60): the GCS grew by 4.2 MB each 1,000 for its list of past tasks, which only
-its state API shows. Each of its processes wrote 8 KB of counters a minute.
+Measured over 4,000 short requests (Ray 2.60): the GCS grew by 4.2 MB each 1,000 by its list of past tasks, which only
+its state API shows. Each of Ray's processes wrote 8 KB of counters a minute.
 """
 
 import logging
@@ -13,9 +13,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-DEAD_LOG_BYTES = "MOE_CLUSTER_DEAD_LOG_BYTES"  # that files of ended processes may have together, on each node
+DEAD_LOG_BYTES = "MOE_CLUSTER_DEAD_LOG_BYTES"  # the limit for all files of ended processes on a node
 
-# Of every process of a Ray that serves: what is set already stays.
+# For every process of a Ray that serves; a variable that is set already keeps its value.
 RAY_BOUNDS: Mapping[str, str] = {
     "RAY_task_events_report_interval_ms": "0",  # no list of past tasks
     "RAY_maximum_gcs_destroyed_actor_cached_count": "1000",  # instead of 100,000
@@ -25,7 +25,7 @@ RAY_BOUNDS: Mapping[str, str] = {
     "RAY_ROTATION_BACKUP_COUNT": "2",
     DEAD_LOG_BYTES: str(64 << 20),
 }
-REST_S = 3600.0  # a file that was written to since is left alone: what keeps it open may be hidden, as in a container
+REST_S = 3600.0  # a file with newer writes stays: a hidden process, as in a container, may have it open
 
 
 def open_files() -> set[str]:
@@ -40,7 +40,7 @@ def open_files() -> set[str]:
 
 
 def clear_logs(folder: Path, max_bytes: int, *, in_use: Iterable[str], now: float | None = None) -> int:
-    """Deletes the oldest log files that nobody has open, until the others have max_bytes at most; returns how many.
+    """Deletes the oldest log files that nobody has open, until the others have max_bytes at most; returns their number.
 
     in_use: paths that are open.  now: seconds of the wall clock.
     """

@@ -1,4 +1,4 @@
-"""Finds the words of a process that could not start in the text of Ray and Serve: tracebacks in tracebacks."""
+"""Finds why a process could not start, in the texts of Ray and Serve: tracebacks in tracebacks."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"(?P<module>(?:[A-Za-z_]\w*\.)*)(?P<kind>[A-Z]\w*(?:Error|Exception)): (?P<words>.+)")
 _EXIT = re.compile(r".*Worker exit detail: (?P<words>.+)")
 _OURS = "cluster.errors."
-# These bring another error's text along, which follows them, and say nothing themselves.
+# These only introduce another error's text, which follows them.
 _MESSENGERS = re.compile(
     r"Traceback \(most recent call last\)|Failed to update the deployments|Deploying application .* failed"
     r"|The actor died|attention replica \S+: the engine did not start"
@@ -24,9 +24,10 @@ MAX_CHARS = 600
 
 
 def why_not_started(error: Exception, application: str, status: Callable[[], ClusterStatus]) -> str:
-    """Why an application did not start, in one line: from HAProxy, the controller, a deployment's process, or Serve.
+    """Returns in one line why an application did not start: from HAProxy, the controller, a deployment's process or
+    Serve.
 
-    error: what `serve.run` raised.  status: asks the controller.
+    error: raised by `serve.run`.  status: asks the controller.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     alert = next((line for line in lines if "[ALERT]" in line), "")  # HAProxy's
@@ -44,9 +45,10 @@ def why_not_started(error: Exception, application: str, status: Callable[[], Clu
 
 
 def last_words(text: str) -> str:
-    """The line of an error's text that says why; "" for none.
+    """The line of an error's text that tells the reason; "" for none.
 
-    An error of ours before all others: it is made for users. Else the innermost one, which tracebacks have first.
+    An error of ours comes before all others, as it is made for users; else the innermost one, which a traceback has
+    first.
     """
     text = _COLOUR.sub("", text)
     raised = [found for line in text.splitlines() if (found := _RAISED.fullmatch(line.strip()))]

@@ -8,15 +8,15 @@ from cluster.config import ClusterConfig
 NAMESPACE = "moe-cluster"  # of all named actors, so that `ray list actors` shows them together
 APPLICATION = "moe-cluster"  # of Serve
 INGRESS, ATTENTION_REPLICA = "Ingress", "AttentionReplica"  # its deployments
-RAY_FOLDER = "r"  # of a Ray of ours: it opens its folder to everybody, and the one above is closed
+RAY_FOLDER = "r"  # the folder of a Ray of ours: Ray opens it to everybody, but the one above is closed
 _CONTROLLER = ":controller"
 
 
 def shard_group(config: ClusterConfig) -> str:
-    """A name for the shards of a configuration: what would load or place them otherwise names them otherwise.
+    """The name of a configuration's shards, a hash of all that decides which weights they read, and where they run.
 
-    A redeployed application with the same experts finds the running shards, whatever their number; one with others
-    makes new ones beside.
+    A redeployed application with the same experts finds the running shards, whatever their number; with others it
+    makes new shards beside them.
     """
     fields = (
         config.model, config.dtype, config.device, config.gpus_per_expert_shard, config.cpus_per_expert_shard,
@@ -41,7 +41,7 @@ def shard_prefix(group: str) -> str:
 
 
 def shard_name(group: str, shard_id: int) -> str:
-    """A shard's placement group, and its actor unless that was a spare process."""
+    """The name of a shard's placement group, and of its actor unless that was a spare process."""
     return f"{shard_prefix(group)}{shard_id}"
 
 

@@ -1,4 +1,4 @@
-"""A served cluster found on a Ray cluster, to be looked at and changed from outside while it serves."""
+"""Finds a served cluster on a Ray cluster, and inspects and changes it from outside while it serves."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 WAIT_INTERVAL_S = 0.2
 STATUS_TIMEOUT_S = 10.0
-CHANGE_TIMEOUT_S = 3600.0  # for experts to move: as many loads as shards, one after another
+CHANGE_TIMEOUT_S = 3600.0  # for experts to move: all shards read weights, one after another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Part:
 
 
 class RunningCluster:
-    """Close it. The cluster stays as it is."""
+    """A connection to a cluster. Close it; the cluster stays as it is."""
 
     def __init__(self, ray_address: str | None = None) -> None:
         """Raises SetupError when no Ray, or no served cluster, is found there."""
@@ -55,7 +55,7 @@ class RunningCluster:
                 raise SetupError(f"no running Ray cluster was found ({reason}): {CONNECT_HINT}") from None
         try:
             self.group = self._find_group()
-            self.first_shards = self.status().target_shards  # when this object came
+            self.first_shards = self.status().target_shards  # when this object connected
         except BaseException:
             self.close()
             raise
@@ -82,7 +82,7 @@ class RunningCluster:
         return self._ask("scale", CHANGE_TIMEOUT_S, num_shards)  # type: ignore[no-any-return]
 
     def scale_attention(self, num_replicas: int) -> str:
-        """Tells Serve how many attention replicas to have; what goes ends its requests first. Raises SetupError."""
+        """Sets Serve's number of attention replicas; a replica that goes ends its requests first. Raises SetupError."""
         if num_replicas < 1:
             raise SetupError(f"{num_replicas} attention replicas: at least 1 is needed")
         try:
@@ -102,20 +102,20 @@ class RunningCluster:
                     f"the controller was not back in {CHANGE_TIMEOUT_S:g} s after its end: see its log, and "
                     "`moe-cluster status`"
                 )
-            time.sleep(WAIT_INTERVAL_S)  # Ray restarts it in its own time
+            time.sleep(WAIT_INTERVAL_S)  # until Ray has restarted it
         if self.status().dense:
             return "the controller has a new process"
         return f"the controller and {self._ask('roll', CHANGE_TIMEOUT_S)}"
 
     def _has_successor(self, controller: ProcessInfo) -> bool:
-        """Whether another controller runs, and has taken up the shards."""
+        """Whether another controller runs, and has found the shards."""
         try:
             return bool(self._ask("process", STATUS_TIMEOUT_S) != controller and self.status().published)
         except ClusterError:
             return False
 
     def shuffle(self, num_swaps: int, seed: int) -> str:
-        """Changes the placement of some experts, for the sake of it; blocks. Raises ClusterError."""
+        """Swaps some experts at random, as a test of changes; blocks. Raises ClusterError."""
         return self._ask("shuffle", CHANGE_TIMEOUT_S, num_swaps, seed)  # type: ignore[no-any-return]
 
     def _shard_actor(self, shard_id: int) -> str:
@@ -130,12 +130,12 @@ class RunningCluster:
             log.debug("shard %d is not there to be disturbed: %s", shard_id, error)
 
     def attention_replicas(self) -> int:
-        """Those that Serve has running."""
+        """Number of attention replicas that Serve has running."""
         app = serve.status().applications.get(APPLICATION)
         return 0 if app is None else app.deployments[ATTENTION_REPLICA].replica_states.get("RUNNING", 0)
 
     def parts(self) -> list[Part]:
-        """The processes that may fail one at a time, as far as they are up."""
+        """The processes that are up, and may fail one at a time."""
         status = self.status()
         found = [Part(role="controller", name="controller", process=self._ask("process", STATUS_TIMEOUT_S))]
         found += [
@@ -146,7 +146,7 @@ class RunningCluster:
         return found + [Part(role="replica", name=r.name, process=r.process) for r in status.replicas if r.engine]
 
     def send_signal(self, process: ProcessInfo, number: signal.Signals) -> None:
-        """By a task on its node, if that is another one. A process that is gone is no error."""
+        """Signals a process; on another node by a task there. A process that is gone is no error."""
         if process.node_id == ray.get_runtime_context().get_node_id():
             _send_signal(process.pid, int(number))
             return

@@ -1,4 +1,4 @@
-"""The environment of the actors' processes, and the first steps of each."""
+"""The environment and the first steps of each actor's process."""
 
 import hashlib
 import logging
@@ -29,14 +29,14 @@ SHARE = 0.001  # of a custom resource, for one process: a node may have any numb
 
 
 def num_threads(num_cpus: float) -> int:
-    """Threads that a process computes with on the CPU: as many as the CPUs that it was given, at least one."""
+    """Threads with which a process computes: one for each of its CPUs, at least one."""
     return max(1, int(num_cpus))
 
 
 def num_sharers(config: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> int:
-    """Engines that may come to share one machine's memory, or one GPU's.
+    """Number of engines that may share the memory of a machine, or of a GPU.
 
-    nodes: as `ray.nodes()` says them. Serve spreads replicas, so no node has more than its part, rounded up.
+    nodes: from `ray.nodes()`. Serve spreads replicas, so no node has more than its part, rounded up.
     """
     gpus = config.gpus_per_attention_replica or 0
     if gpus:
@@ -52,9 +52,9 @@ def share_of(resource: str) -> dict[str, float]:
 
 
 def actor_environment(group: str, threads: int, log_format: str = "") -> dict[str, Any]:
-    """Ray's runtime_env for an actor: where its metrics go, and threads that do not spin while they wait.
+    """Ray's runtime_env for an actor: the folder of its metrics, and threads that do not spin while they wait.
 
-    log_format: of its log lines; "" is that of this process.
+    log_format: of its log lines; "" takes this process's.
     """
     log_format = log_format or os.environ.get(LOG_FORMAT, "")
     return {
@@ -70,7 +70,7 @@ def actor_environment(group: str, threads: int, log_format: str = "") -> dict[st
 
 
 def process_info() -> ProcessInfo:
-    """This process, which Ray runs."""
+    """Describes this process, which Ray runs."""
     context = ray.get_runtime_context()
     return ProcessInfo(
         pid=os.getpid(),
@@ -81,20 +81,20 @@ def process_info() -> ProcessInfo:
 
 
 def metrics_dir(group: str) -> Path:
-    """Where the processes of a node leave their metrics for its collector. For a connected process.
+    """The folder where a node's processes write metrics for its collector. Needs a connection to Ray.
 
-    Another Ray cluster on the machine counts for itself, with the same configuration too.
+    Each Ray cluster of a machine has another one, even with the same configuration.
     """
     session = session_folder()
     if session.parent.name == RAY_FOLDER:
         return session.parents[1] / f"{group}-metrics"
-    # Not in it: Ray opens it to everybody.
+    # Not in the session's folder: Ray opens that to everybody.
     return Path(tempfile.gettempdir()) / f"{group}-{hashlib.sha256(session.name.encode()).hexdigest()[:8]}-metrics"
 
 
 def prepare_process(num_threads: int) -> None:
-    """The first step of every actor's process: log lines go to Ray's log files, and torch gets the given threads."""
-    # Ray has handlers of its own on the root logger, and Serve puts a buffer of 1000 lines in a replica's sys.stderr.
+    """The first step of every actor's process: sends log lines to Ray's log files, and gives torch its threads."""
+    # Ray has its own handlers on the root logger, and Serve makes a replica's sys.stderr a buffer of 1000 lines.
     handler = logging.StreamHandler(sys.__stderr__)
     title = process_title().removeprefix("ray::").partition(".")[0]
     handler.setFormatter(make_formatter(ray.get_runtime_context().get_actor_name() or title))
@@ -108,9 +108,9 @@ def prepare_process(num_threads: int) -> None:
 
 
 def end_at_sigterm() -> None:
-    """Lets SIGTERM end the process at once. Call it in the main thread.
+    """Makes SIGTERM end the process at once. Call it in the main thread.
 
-    Ray's own handler waits for the calls under way, and `hold` never ends: the process would hang, and its callers
-    would only see that it is silent. No process of ours needs time to end.
+    Ray's own handler waits for the calls under way, but `hold` never ends: the process would hang, and its callers
+    would only see silence. No process of ours needs time to end.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -89,7 +89,7 @@ def test_an_error_of_the_replica_finds_room_in_a_full_queue():
 def test_the_replica_ends_an_overflowing_sequence_at_the_engine_once_and_no_other():
     cancelled = []
     replica = AttentionReplica.__new__(AttentionReplica)
-    replica._own = contextvars.copy_context()
+    replica._context = contextvars.copy_context()
     replica.engine = SimpleNamespace(cancel=SimpleNamespace(remote=cancelled.append))
     replica._streams = {name: UpdateQueue(10 * TOKEN_BYTES) for name in ("unread", "read")}
 

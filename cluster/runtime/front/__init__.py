@@ -1,1 +1,1 @@
-"""A node's front: HAProxy and the processes that keep it, ingresses, and the replicas that they call."""
+"""A node's front: HAProxy, the processes that keep it running, ingresses, and the replicas that these call."""

@@ -1,6 +1,6 @@
-"""HAProxy's admin socket under the name that Serve knows, with the answer to who is there changed.
+"""Stands at the path where Serve looks for HAProxy's admin socket, and changes the pid in HAProxy's answers.
 
-Serve takes an HAProxy for started, and for the one that it started, when its socket names the pid that Serve started.
+Serve regards its HAProxy as started when the admin socket names the pid that Serve started.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ RETRY_S = 0.02
 
 
 class AdminRelay:
-    """haproxy: HAProxy's own socket.  renamed: the answer that a client gets for HAProxy's."""
+    """haproxy: HAProxy's own socket.  renamed: makes of HAProxy's answer the one that a client gets."""
 
     def __init__(self, haproxy: Path, renamed: Callable[[bytes], bytes]) -> None:
         self._haproxy = haproxy
         self._renamed = renamed
 
     async def answer(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        """One connection: commands in, as they come; the whole answer out, when HAProxy has closed."""
+        """Serves one connection: passes commands on as they come, and the whole answer when HAProxy has closed."""
         with suppress(OSError):  # the client sees its connection end
             haproxy, to_haproxy = await self._connect()
             commands = asyncio.create_task(_pass_on(client, to_haproxy))
@@ -47,7 +47,7 @@ class AdminRelay:
 
 
 def with_pid(pid: int, answer: bytes) -> bytes:
-    """HAProxy's answer to `show info`, from a process `pid`."""
+    """HAProxy's answer to `show info`, with this pid in place of its own."""
     return re.sub(rb"^Pid: \d+$", b"Pid: %d" % pid, answer, flags=re.MULTILINE)
 
 

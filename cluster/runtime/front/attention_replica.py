@@ -1,4 +1,4 @@
-"""The Serve deployment in front of an engine: hands requests in, shares each step's message out to their streams."""
+"""The Serve deployment before an engine: it hands requests in, and each step's updates out to their streams."""
 
 import asyncio
 import contextvars
@@ -30,13 +30,13 @@ from cluster.types import EngineRequest, SequenceUpdate
 log = logging.getLogger(__name__)
 
 LOST = "the attention replica of this request lost its engine"
-HUNG_S = LONG_POLL_S + 10.0  # an engine that answers no poll for so long hangs: a healthy one does within LONG_POLL_S
-LAST_WORDS_S = 0.2  # for the ends of the streams to leave the process, when all have been taken
-TAKEN_S = 2.0  # within so long
+HUNG_S = LONG_POLL_S + 10.0  # a healthy engine answers a poll within LONG_POLL_S; one that takes this long hangs
+TAKEN_S = 2.0  # all streams take their ends within this time
+LAST_WORDS_S = 0.2  # then the ends leave the process within this time
 
 
 class AttentionReplica:
-    """Serve makes any number of these. Each owns one engine, which dies with it."""
+    """Owns one engine, which dies with it. Serve makes any number of these."""
 
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         prepare_process(1)
@@ -68,15 +68,16 @@ class AttentionReplica:
         self._max_unread_bytes = config.max_unread_bytes
         # Ray cancels what a cancelled request called, and a cancelled call holds up all later ones of its caller to
         # the same actor for 30 s (Ray 2.60): calls to the engine are made in the replica's name, not in a request's.
-        self._own = contextvars.copy_context()
+        self._context = contextvars.copy_context()
         self._pump = asyncio.create_task(self._share_out())
         log.info("attention replica %s is up", self.name)
 
     async def ready(self) -> None:
-        """Returns when the engine is loaded; Serve lets no call in before."""
+        """Returns when the engine has its weights; Serve lets no call in before."""
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        """Who runs it, then the sequence's updates, the last with a finish_reason; closing it cancels the sequence."""
+        """Yields the replica's name, then the sequence's updates, the last with a finish_reason. Closing it cancels the
+        sequence."""
         yield SequenceUpdate(request_id=request.request_id, replica=self.name)
         refusal = self._refusal(request)
         if refusal is not None:
@@ -85,7 +86,7 @@ class AttentionReplica:
         stream = self._streams[request.request_id] = UpdateQueue(self._max_unread_bytes)
         ended = False
         try:
-            self._own.run(self.engine.submit.remote, [request])
+            self._context.run(self.engine.submit.remote, [request])
             while not ended:
                 update = await stream.take()
                 ended = update.finish_reason is not None
@@ -93,15 +94,15 @@ class AttentionReplica:
         finally:
             del self._streams[request.request_id]
             if not ended:
-                self._own.run(self.engine.cancel.remote, [request.request_id])
+                self._context.run(self.engine.cancel.remote, [request.request_id])
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks, where it scales by load."""
-        stats = await _as_future(self._own.run(self.engine.stats.remote))
+        """Serve calls this where it scales by load."""
+        stats = await _as_future(self._context.run(self.engine.stats.remote))
         return engine_load(stats, self._max_num_seqs)
 
     def check_health(self) -> None:
-        """Serve asks; a replica whose engine is gone is replaced."""
+        """Serve calls this, and replaces a replica whose engine is gone."""
         if self._lost:
             raise RuntimeError(self._lost)
 
@@ -113,15 +114,15 @@ class AttentionReplica:
         return None
 
     def _share(self, updates: Iterable[SequenceUpdate]) -> None:
-        """Gives each stream its own; one whose reader is too slow is ended, at the engine too."""
+        """Gives each stream its update; ends a stream whose client reads too slowly, at the engine too."""
         for update in updates:
             stream = self._streams.get(update.request_id)
             if stream is not None and not stream.put(update) and update.finish_reason is None:
                 log.warning("a stream ends, its client reads too slowly (request id %s here)", update.request_id)
-                self._own.run(self.engine.cancel.remote, [update.request_id])
+                self._context.run(self.engine.cancel.remote, [update.request_id])
 
     async def _share_out(self) -> None:
-        """Asks the engine for each step's message, for as long as it lives."""
+        """Asks the engine for each step's message until the engine has died; then ends this process."""
         received = 0
         while not self._lost:
             news = asyncio.ensure_future(_as_future(self.engine.poll.remote(LONG_POLL_S, received)))
@@ -139,12 +140,12 @@ class AttentionReplica:
             else:
                 self._share(updates)
         with suppress(ProcessLookupError):
-            os.kill(self._engine_pid, signal.SIGKILL)  # Ray's word does not reach a process that is stopped
+            os.kill(self._engine_pid, signal.SIGKILL)  # Ray cannot end a stopped process
         await self._say_last_words()
-        os._exit(1)  # Serve hears of it at once and makes another; its next health check would be seconds away
+        os._exit(1)  # Serve notices at once and makes another; its next health check would be seconds away
 
     async def _say_last_words(self) -> None:
-        """Ends all streams; their requests go on elsewhere, those that the engine computed last with more care."""
+        """Ends all streams. Their requests go on at other replicas, those of the engine's last step with more care."""
         for request_id, stream in self._streams.items():
             num_in_step = self._record.num_beside(request_id) if self._record is not None else None
             if num_in_step:

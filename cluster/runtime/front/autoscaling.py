@@ -1,6 +1,6 @@
-"""How many attention replicas Serve should run: by sequences that wait and by the use of the KV caches.
+"""Computes how many attention replicas Serve should run, from waiting sequences and the use of the KV caches.
 
-Serve's own policy counts requests; here a replica may be full with a few long ones, or half empty with many short.
+Serve's own policy counts requests; but a few long ones may fill a replica, and many short ones leave it half empty.
 """
 
 import math
@@ -10,13 +10,13 @@ from typing import Any
 from cluster.types import EngineStats
 
 POLICY = "cluster.runtime.autoscaling:replicas_by_load"
-KV_FULL = 0.85  # of the caches' blocks on average: one replica more, before sequences lose their blocks
-KV_FITS = 0.6  # what one replica fewer may be filled to
-SEATS_FIT = 0.7  # of the running sequences that one replica fewer may have
+KV_FULL = 0.85  # average use of the caches' blocks from which one replica more starts, before sequences lose blocks
+KV_FITS = 0.6  # highest use of the remaining caches after a replica has gone
+SEATS_FIT = 0.7  # highest use of the remaining seats after a replica has gone
 
 
 def engine_load(stats: EngineStats, max_num_seqs: int) -> dict[str, float]:
-    """What a replica tells Serve, by name."""
+    """The figures of a replica that Serve collects, by name."""
     return {
         "running": float(stats.running),
         "waiting": float(stats.waiting),
@@ -44,19 +44,19 @@ def wanted_replicas(
 
 def replicas_by_load(context: Any) -> tuple[int, dict[str, Any]]:
     """Serve's policy function. context: `ray.serve.config.AutoscalingContext`."""
-    told = {name: list(by_replica.values()) for name, by_replica in (context.aggregated_metrics or {}).items()}
+    metrics = {name: list(by_replica.values()) for name, by_replica in (context.aggregated_metrics or {}).items()}
     wanted = wanted_replicas(
         context.target_num_replicas,
-        running=told.get("running", ()),
-        waiting=told.get("waiting", ()),
-        kv_use=told.get("kv_use", ()),
-        seats=max(told.get("seats", ()), default=1.0),
+        running=metrics.get("running", ()),
+        waiting=metrics.get("waiting", ()),
+        kv_use=metrics.get("kv_use", ()),
+        seats=max(metrics.get("seats", ()), default=1.0),
     )
     return wanted, context.policy_state
 
 
 def autoscaling_config(min_replicas: int, max_replicas: int) -> dict[str, Any]:
-    """For Serve. A replica more starts in tens of seconds; one that goes away costs its prefix cache."""
+    """For Serve. One more replica starts in tens of seconds; one that goes takes its prefix cache along."""
     return {
         "min_replicas": min_replicas,
         "max_replicas": max_replicas,

@@ -1,8 +1,8 @@
-"""HAProxy as the front of the served application: what Ray Serve is told of it, and the program that Serve starts.
+"""HAProxy as the front of the served application: Ray Serve's settings for it, and the program that Serve starts.
 
 Serve (2.60) writes HAProxy's configuration and starts HAProxy on it. `main` stands in between, as
 RAY_SERVE_HAPROXY_BINARY_PATH: it changes what Serve has no setting for, and keeps HAProxy running (`keeper.py`). The
-ingress then serves gRPC itself behind it, with no proxy process of Python in between.
+ingresses behind HAProxy serve gRPC themselves: no proxy process in Python stands in between.
 """
 
 import os
@@ -36,38 +36,38 @@ from cluster.runtime.front.tls import GRPC_HOST, tls_files, tls_options
 
 PROGRAM = "moe-cluster-haproxy"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-MAX_MESSAGE_BYTES = 64 << 20  # that gRPC takes or sends at all: answers with many log-probabilities are the largest
-# Calls of one connection at a time. A further one waits in its client, where no server sees it: more than ingresses
-# take, which refuse visibly. HAProxy needs memory only for those that there are.
+MAX_MESSAGE_BYTES = 64 << 20  # gRPC's limit; the largest messages are answers with many log-probabilities
+# Calls of one connection at a time. A further call waits in its client, where no server sees it. Ingresses take fewer
+# than this, and refuse visibly. HAProxy needs memory for the calls that exist only.
 MAX_CONNECTION_STREAMS = 10_000
 
-# Called in Serve's processes before they make their gRPC servers, with HAProxy in front or without.
+# Serve's processes call it before they make their gRPC servers, with HAProxy in front or without.
 SERVERS_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.runtime.proxy.accept_pings"}
 
-# Of every process of a Ray whose Serve is to use HAProxy. The three in the middle put Serve's and our part of a process
-# on one event loop: 16 streams of short answers then pass 1.5 to 1.8 times the tokens/s on two cores.
+# For every process of a Ray whose Serve uses HAProxy. The three in the middle put Serve's and our part of a process on
+# one event loop: 16 streams of short answers then pass 1.5 to 1.8 times the tokens/s on two cores.
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # an ingress that leaves stays reachable for so long
-    # Three looks at a dead manager bring another, which takes over from its HAProxy: after 4 instead of 30 s.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # an ingress that leaves stays reachable this long
+    # After three failed checks Serve replaces a dead manager; the new one takes over its HAProxy: after 4, not 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # instead of 5: a busy machine starts three programs for it
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # when HAProxy has reloaded, its old streams may end in this time
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # instead of 5: three programs start meanwhile
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # after a reload, old streams have this time to end
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),  # instead of 2 GiB
     "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(MAX_CONNECTION_STREAMS),  # instead of 100
 }
-INGRESS_PORTS = 64  # that one cluster of this machine may use: old and new ingresses, and released ports that rest
+INGRESS_PORTS = 64  # for one cluster of this machine: old and new ingresses, and released ports that rest
 BLOCKS = range(20_000, 32_000)  # below what Linux gives to outgoing connections
-LOCAL_DRAINING_S = 1  # HAProxy on the same machine hears of it within milliseconds
+LOCAL_DRAINING_S = 1  # HAProxy on the same machine is notified within milliseconds
 
 
 def ray_environment() -> dict[str, str]:
-    """What `ray start` needs on each node, beside a umask of 077."""
+    """The environment that `ray start` needs on each node, beside a umask of 077."""
     program = shutil.which(PROGRAM, path=str(Path(sys.executable).parent)) or shutil.which(PROGRAM)
-    files = Path(f"/tmp/moe-haproxy-{os.getuid()}")  # Serve's own name for it could be another user's already
+    files = Path(f"/tmp/moe-haproxy-{os.getuid()}")  # another user may own a folder of Serve's default name
     ours = {} if program is None else {BINARY: program}
     return {**RAY_BOUNDS, **SERVE_ENVIRONMENT, **SERVERS_ENVIRONMENT, **_files_environment(files), **ours}
 
@@ -75,8 +75,8 @@ def ray_environment() -> dict[str, str]:
 def local_environment(directory: Path) -> dict[str, str]:
     """The same for a Ray of this machine alone; HAProxy's files go below `directory`.
 
-    The fixed ports are taken from the free ones, so that several clusters can stand on one machine. Those of ingresses
-    are shared by SO_REUSEPORT: in a range that two clusters both used, one would get the other's requests.
+    Free ports take the place of the fixed ones, so that several clusters can run on one machine. Ingresses share
+    theirs by SO_REUSEPORT: if two clusters used the same range, one would get the other's requests.
     """
     ports = free_block(4)
     http, grpc = free_block(INGRESS_PORTS), free_block(INGRESS_PORTS)
@@ -95,7 +95,7 @@ def local_environment(directory: Path) -> dict[str, str]:
 
 
 def _files_environment(folder: Path) -> dict[str, str]:
-    """Short names, and a short folder is asked for: HAProxy's socket paths end at 97 characters, 57 are Serve's."""
+    """Uses short names, and needs a short folder: HAProxy's socket paths have at most 97 characters, 57 are Serve's."""
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
@@ -107,7 +107,7 @@ def _files_environment(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def set_environment(values: Mapping[str, str]) -> Iterator[None]:
-    """This process's environment, changed for what it starts meanwhile; what is set already stays."""
+    """Sets this process's environment for what it starts meanwhile; keeps variables that are set already."""
     before = dict(os.environ)
     os.environ.update({name: value for name, value in values.items() if name not in before})
     try:
@@ -119,7 +119,7 @@ def set_environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def main() -> None:
-    """Checks the configuration file of `-f` as HAProxy does, with `-c`; else keeps an HAProxy running on it."""
+    """With `-c`, checks the configuration file of `-f` as HAProxy does; else keeps an HAProxy running on it."""
     os.umask(0o077)
     os.environ.pop(BINARY, None)  # names this program
     command, config, old_pids = _split(sys.argv[1:])
@@ -139,7 +139,7 @@ def main() -> None:
             checked.write_text(text)
             os.execv(command[0], [*command, "-f", str(checked)])
         manager = os.getppid()
-        os.setpgid(0, 0)  # a signal to all that a terminal or a service manager started is not for it
+        os.setpgid(0, 0)  # signals that a terminal or service manager sends to its whole group must not end it
         files = _files(config, text)
         task = FrontTask(
             command=command,
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], Path | None, list[int]]:
-    """What is HAProxy's alone, the file of `-f`, the pids of `-sf`; without `-x`, whose sockets we have already."""
+    """HAProxy's other arguments, the file of `-f`, the pids of `-sf`. Drops `-x`: the keeper has these sockets."""
     command, config, old_pids, option = list[str](), None, list[int](), ""
     for argument in arguments:
         if option in ("-f", "-x"):
@@ -171,7 +171,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], Path | None, list[int]]
 
 
 def _files(config: Path, text: str) -> FrontFiles:
-    """Removes those of processes that are gone, too."""
+    """The files of this process. Removes those of processes that are gone."""
     folder, pid = config.parent, os.getpid()
     for path in (*folder.glob("haproxy.*.cfg"), *folder.glob("i*")):
         owner = re.fullmatch(r"(?:haproxy\.|i)(\d+)(?:\.cfg)?", path.name)
@@ -186,8 +186,8 @@ def _files(config: Path, text: str) -> FrontFiles:
 
 
 def free_block(size: int) -> range:
-    """Ports in a row that nobody listens on, anywhere in BLOCKS: what the kernel hands out for port 0, it may hand to a
-    process of Ray's before HAProxy listens there."""
+    """Successive ports of BLOCKS that nobody listens on. A port that the kernel gives for port 0, it may also give to
+    one of Ray's processes before HAProxy listens there."""
     while True:
         start = random.randrange(BLOCKS.start, BLOCKS.stop - size)
         if all(_is_free(port) for port in range(start, start + size)):

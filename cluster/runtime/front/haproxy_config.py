@@ -1,19 +1,19 @@
-"""HAProxy's configuration as Serve (2.60) writes it, with what Serve has no setting for. Starts nothing."""
+"""Adds to the HAProxy configuration of Serve (2.60) what Serve has no setting for. Starts nothing."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 NOT_FOR_CLIENTS = "the list of applications is not for clients"
-# What HAProxy itself answers to gRPC clients: files of a folder, as its own replies without a body have no
-# content-type, without which some clients do not look at the code.
+# HAProxy's own answers to gRPC clients stand in files, because its replies without a body have no content-type, and
+# some clients then do not look at the code.
 UNDELIVERED, STARTING, FORBIDDEN = "undelivered.http", "starting.http", "forbidden.http"
 TOO_LARGE = "too-large.http"
 ANSWERS = {
     UNDELIVERED: (14, "no process of the server took this call to its end: try again"),
     STARTING: (14, "the server is starting: try again"),
     FORBIDDEN: (7, NOT_FOR_CLIENTS),
-    TOO_LARGE: (3, "the request has too many bytes for one of health"),
+    TOO_LARGE: (3, "the request has too many bytes for a health call"),
 }
 MAX_HEALTH_BYTES = 4096
 CONNECT, RETRIES = "250ms", 8  # the kernel of a living ingress's machine answers within a round trip
@@ -27,14 +27,14 @@ def write_answers(folder: Path) -> None:
 
 
 def adapted(config: str, folder: Path, *, host: str = "", tls: str = "") -> str:
-    """The configuration with our changes. Raises ValueError when Serve writes another.
+    """The configuration with our changes. Raises ValueError when Serve's differs from the known one.
 
-    folder: with the answers.  host: where gRPC is served, "" for where Serve says.  tls: what `tls_options` returns.
+    folder: has the files of `write_answers`.  host: the address for gRPC, "" for Serve's.  tls: from `tls_options`.
     """
-    # Whoever writes to it can send all traffic elsewhere.
+    # A user who can write to this socket can send all traffic elsewhere.
     config = _replaced(config, r"^(\s+stats socket \S+ mode )666(?= level admin)", r"\g<1>600")
     config = config.replace(f"    log {SYSLOG} local0 info\n", "")
-    # Its own pages, which have no password, are for this machine.
+    # HAProxy's own pages have no password: they are for this machine only.
     config = _replaced(config, r"(frontend prometheus\n\s+bind )(?=:\d+$)", r"\g<1>127.0.0.1")
     config = _replaced(config, r"(listen stats\n\s+bind )\*(?=:\d+$)", r"\g<1>127.0.0.1")
     return _adapted_grpc(config, folder, host, tls) if "frontend grpc_frontend" in config else config
@@ -45,19 +45,19 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     config = _replaced(
         config,
         r"^(frontend grpc_frontend\n(?:.*\n)*?\s+bind )(\S+)(:\d+ proto h2)\n",
-        # Without the header all clients look like this host, and could not take turns.
+        # Without the header all clients would look like this host, and could not take turns.
         rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n{_health_rules(folder)}",
     )
-    # HAProxy (2.8) reads nothing more from a connection whose one stream waits for its client: a client that does not
-    # read would stop all streams beside its own, and health. A connection for each call is used again after its end.
+    # HAProxy (2.8) stops reading from a connection when one of its streams waits for a client: a client that does not
+    # read would stop all other streams and health. So each call has a connection, which the next one uses again.
     config = _replaced(config, r"^(    tune\.h2\.be\.max-concurrent-streams )\d+$", r"\g<1>1")
-    # HAProxy (2.8) waits a whole second, or the time for a connection, before it tries another ingress than a dead one.
+    # After a dead ingress HAProxy (2.8) waits one second, or the connect timeout if that is less, and tries another.
     config = _replaced(
         config,
         r"^(    timeout connect )\d+s\n((?:.*\n)*?    retry-on .*\n)",
         rf"\g<1>{CONNECT}\n\g<2>    retries {RETRIES}\n",
     )
-    # Serve makes 500 of these, which is UNKNOWN to a gRPC client and final; its own page is of HTTP.
+    # Serve turns these into 500, which a gRPC client takes as UNKNOWN and final; Serve's page is of HTTP.
     for status in (502, 503, 504):
         config = _replaced(config, rf"^(    errorfile {status}) \S+$", rf"\g<1> {folder / UNDELIVERED}")
     config = _replaced(
@@ -65,13 +65,13 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
         r"^    (?:use_backend grpc_fallback_backend|http-request return .*) if is_list_applications$",
         f"    http-request return status 200 errorfile {folder / FORBIDDEN} if is_list_applications",
     )
-    # The fallback, Serve's own proxy, ends a stream that was refused as if it were whole.
+    # The fallback, Serve's own proxy, ends a refused stream as if it were complete.
     config = re.sub(r"^(    server .* proto h2 check backup)$", r"\g<1> disabled", config, flags=re.MULTILINE)
     return config if has_applications(config) else _refusing(config, folder)
 
 
 def _health_rules(folder: Path) -> str:
-    """Health needs no key, and gRPC would take a message of any size into memory before it asks who calls."""
+    """Bounds health calls: they need no key, and gRPC would read a message of any size before it checks the caller."""
     return (
         "    acl is_health path_beg /grpc.health.v1.Health/\n"
         f"    http-request wait-for-body time 5s at-least {MAX_HEALTH_BYTES} if is_health\n"
@@ -81,7 +81,7 @@ def _health_rules(folder: Path) -> str:
 
 
 def _refusing(config: str, folder: Path) -> str:
-    """Before Serve has told of an application, a call is refused with a code that clients try again after."""
+    """Before Serve knows an application, refuses calls with a code after which clients try again."""
     return re.sub(
         r"^    http-request return status 200 content-type application/grpc hdr grpc-status 5 .*$",
         f"    http-request return status 200 errorfile {folder / STARTING}",
@@ -91,12 +91,12 @@ def _refusing(config: str, folder: Path) -> str:
 
 
 def has_applications(config: str) -> bool:
-    """Whether Serve has told of one with gRPC."""
+    """Whether the configuration has an application with gRPC."""
     return re.search(r"^    acl is_\S+ req\.hdr\(application\)", config, flags=re.MULTILINE) is not None
 
 
 def listen_addresses(config: str) -> list[str]:
-    """As HAProxy writes them: "127.0.0.1:9000", "*:8000"."""
+    """The addresses in HAProxy's notation: "127.0.0.1:9000", "*:8000"."""
     return re.findall(r"^\s+bind (\S+:\d+)", config, flags=re.MULTILINE)
 
 
@@ -108,10 +108,10 @@ def admin_socket(config: str) -> Path:
 
 
 def with_sockets(config: str, admin: Path, fds: Mapping[str, int], states: bool) -> str:
-    """The adapted configuration for an HAProxy that is given its listening sockets.
+    """The adapted configuration for an HAProxy that inherits its listening sockets.
 
-    admin: where its own admin socket shall be.  fds: for each of `listen_addresses`.
-    states: whether it begins with what the one before it knew of the servers.
+    admin: the path of its own admin socket.  fds: for each of `listen_addresses`.
+    states: whether it begins with the servers' states of its predecessor.
     """
     config = _replaced(
         config, r"^(\s+stats socket )\S+( mode 600 level admin) expose-fd listeners$", rf"\g<1>{admin}\g<2>"

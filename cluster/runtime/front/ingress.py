@@ -1,4 +1,4 @@
-"""The Serve deployment that clients reach: gRPC in, a stream of tokens from an attention replica, text out."""
+"""The Serve deployment that clients reach: it takes gRPC calls, gets tokens from a replica, and sends text."""
 
 import asyncio
 import contextvars
@@ -41,15 +41,15 @@ log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5  # between two looks at replicas and shards
 ACCEPT_TIMEOUT_S = 10.0  # a replica answers a new request at once, whether it then waits in a queue or not
-FAREWELL_S = 1.0  # for a replica whose engine died to say so itself, and whom the engine computed
-READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long is not counted as up
+FAREWELL_S = 1.0  # in which a replica reports its engine's death itself, and the sequences of the last step
+READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long does not count as up
 
 
 class ServeReplicas:
     """A generation backend: Serve's own balancer chooses the replica with fewer requests under way.
 
     Updates come over Serve's gRPC between deployments (1.45 times the tokens/s of its calls through Ray). A connection
-    says nothing of a host that is gone: Ray's word that an engine died, which `watch` waits for, ends its streams.
+    does not show that a host is gone: `watch` waits until Ray reports an engine's death, and ends its streams.
     """
 
     def __init__(self, replicas: DeploymentHandle) -> None:
@@ -59,14 +59,14 @@ class ServeReplicas:
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._running: dict[str, set[Any]] = {}  # replica -> Serve's responses
         self._lost: set[Any] = set()
-        self._own = contextvars.copy_context()  # for calls that are not cancelled with their request
+        self._context = contextvars.copy_context()  # for calls that are not cancelled with their request
 
     @property
     def num_engines(self) -> int:
         return len(self._engines)
 
     def watch(self, engines: Mapping[str, Any]) -> None:
-        """engines: of all replicas by name, as the controller last said."""
+        """engines: of all replicas by name, as the controller last reported them."""
         self._engines = dict(engines)
         for name, engine in engines.items():
             if name not in self._watchers:
@@ -109,9 +109,9 @@ class ServeReplicas:
             self._lost.discard(response)
             if not ended:
                 response.cancel()
-                # Serve's cancel can miss a request that is just being handed over; the engines know it by its id.
+                # Serve's cancel can miss a request that is just being handed over; engines cancel it by its id.
                 for engine in self._engines.values():
-                    self._own.run(engine.cancel.remote, [request.request_id])
+                    self._context.run(engine.cancel.remote, [request.request_id])
 
     async def answers(self) -> bool:
         """Whether some replica is up."""
@@ -124,7 +124,7 @@ class ServeReplicas:
 
 
 class Ingress(GrpcInferenceService, GrpcHealthService):
-    """Serve makes any number of these; each knows all replicas."""
+    """Knows all replicas. Serve makes any number of these."""
 
     def __init__(self, config: ClusterConfig, replicas: DeploymentHandle) -> None:
         prepare_process(1)
@@ -176,7 +176,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         )
 
     def _room(self) -> float:
-        """This ingress's part of what all engines run and queue; unknown before the first look at them."""
+        """This ingress's share of the sequences that all engines run and queue; infinite before engines are known."""
         engines = self._replicas.num_engines
         if not engines:
             return math.inf
@@ -184,12 +184,12 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         return engines * (config.max_num_seqs + config.max_waiting) / config.ingress_replicas
 
     async def num_running(self) -> int:
-        """Requests under way; a stop waits for none."""
+        """Number of requests under way; a drain waits until it is 0."""
         return self._admission.num_running
 
     async def _watch_cluster(self) -> None:
-        """Keeps the health true: serving once replicas and shards are up, until draining, or until some expert has
-        had no copy for longer than its requests wait."""
+        """Keeps the health current. It is serving once replicas and shards are up, until draining, or until some expert
+        has had no copy for longer than its requests wait."""
         covered = False
         while True:
             try:

@@ -1,7 +1,7 @@
 """Keeps a front running: starts its process again, on the same sockets, when something kills it.
 
-Serve takes this process for HAProxy and sends it signals; it passes them on. It does nothing else, so that little can
-end it.
+Serve regards this process as HAProxy and sends it signals; it passes them on. It does nothing else, so that little
+can end it.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class FrontKeeper:
 
     def run(self) -> int:
         """Returns the exit code. Raises OSError when it cannot listen."""
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes is not for it
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes must not end it
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
         self._place = self._find_place(may_stand_in=True)
@@ -64,9 +64,9 @@ class FrontKeeper:
         return handed.keeper in self._task.old_pids
 
     def _start(self) -> None:
-        """Forks: no other thread runs here, and a program started anew would take half a second."""
+        """Forks, which is safe as no other thread runs here; a new program would take half a second to start."""
         assert self._place is not None
-        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known whom to pass them on to
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until the child's pid is known
         keeper, self._child = os.getpid(), os.fork()
         if self._child == 0:
             for number in PASSED_ON:
@@ -88,7 +88,7 @@ class FrontKeeper:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._leaving = True
         if number == signal.SIGUSR1 and self._place is not None:
-            self._place.close()  # a successor has the sockets: a connection could wait here for nobody
+            self._place.close()  # the successor has the sockets: nobody would accept a connection here
         if self._child:
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(self._child, number)

@@ -1,4 +1,4 @@
-"""Listening sockets that outlive who accepts on them: opened here, handed on to a successor through a Unix socket."""
+"""Listening sockets that outlive the process that accepts on them: a successor gets them through a Unix socket."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ MAX_LISTENERS = 64
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """The sockets that process `pid` gave, by address as HAProxy writes it. keeper: the process that keeps it."""
+    """The sockets that process `pid` gave, by address as HAProxy writes it. keeper: the process that keeps `pid`."""
 
     pid: int
     keeper: int
@@ -31,8 +31,8 @@ class Handed:
 
 
 def open_listener(address: str, holders: Sequence[int] = ()) -> socket.socket:
-    """address: "127.0.0.1:9000", "*:8000", ":8000" or "::1:9000".  holders: HAProxies that may listen there still, and
-    let go when they are told. Raises OSError."""
+    """address: "127.0.0.1:9000", "*:8000", ":8000" or "::1:9000".  holders: HAProxies that may still listen there;
+    each gets SIGTTOU, at which it stops. Raises OSError."""
     host, _, port = address.rpartition(":")
     host = "0.0.0.0" if host in ("", "*") else host.strip("[]")
     family, kind, protocol, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
@@ -45,7 +45,7 @@ def open_listener(address: str, holders: Sequence[int] = ()) -> socket.socket:
             listener.listen(BACKLOG)
         except OSError as error:
             listener.close()
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:  # whoever was killed closes it soon
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:  # a killed process closes it soon
                 raise OSError(error.errno, f"{address}: {error.strerror}") from error
             for pid in holders:
                 with suppress(ProcessLookupError):
@@ -66,7 +66,7 @@ def hand_over(server: socket.socket, listeners: Mapping[str, socket.socket], kee
 
 
 def ask_for(path: Path) -> Handed | None:
-    """What the process at the Unix socket gives; None where there is none."""
+    """Gets the sockets of the process at this Unix socket; None where no process is."""
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(TIMEOUT_S)
@@ -78,11 +78,11 @@ def ask_for(path: Path) -> Handed | None:
     except OSError:
         return None
     listeners = dict(zip(answer["addresses"], (socket.socket(fileno=fd) for fd in fds), strict=True))
-    return Handed(answer["pid"], answer.get("keeper", answer["pid"]), listeners)  # one of before had no keeper
+    return Handed(answer["pid"], answer.get("keeper", answer["pid"]), listeners)  # an older version has no keeper
 
 
 def serve_at(path: Path) -> socket.socket:
-    """A Unix socket that takes the path from whoever had it."""
+    """A Unix socket at this path; takes the path from the process that had it."""
     server, made = socket.socket(socket.AF_UNIX), path.with_name(f"{path.name}{os.getpid()}")
     made.unlink(missing_ok=True)
     server.bind(str(made))

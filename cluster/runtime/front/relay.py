@@ -1,8 +1,8 @@
-"""Streams that end when their client leaves, at any moment, or does not read.
+"""Ends a stream when its client leaves, at any moment, or does not read.
 
 Ray Serve 2.60's proxy passes a client's cancel on only when it reaches the proxy while that waits for the replica's
-next message. One that comes while a message is being written is lost (8 of 66 streams that were left after one or two
-tokens), and the replica generates to the end for nobody. `relay_cancels` closes that gap.
+next message. One that comes while a message is being written is lost (8 of 66 streams that clients left after one or
+two tokens), and the replica generates to the end for nobody. `relay_cancels` closes that gap.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ UNREAD_TIMEOUT_S = 120.0
 
 
 class ContextShield:
-    """A gRPC context that can be taken from a handler that outlives its call; touching it then kills the process."""
+    """A gRPC context that can be taken from a handler that outlives its call: to use it then kills the process."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -28,7 +28,7 @@ class ContextShield:
         self._context = None
 
     def set_details(self, details: str) -> None:
-        """Serve passes on a stream's code and details, not its trailing metadata: the hint is taken from the words."""
+        """Also sets the retry hint, read from the details: Serve passes on code and details, no trailing metadata."""
         if self._context is None:
             return
         self._context.set_details(details)
@@ -46,10 +46,10 @@ class ContextShield:
 def relay_cancels(
     handler: Callable[[Any, Any], AsyncGenerator[bytes, None]], unread_timeout_s: float = UNREAD_TIMEOUT_S
 ) -> Callable[..., Any]:
-    """A streaming handler that, when its client leaves at any moment, ends in the one way that Serve passes on:
-    with a cancel that meets it waiting for the next message.
+    """A streaming handler that ends when its client leaves, at any moment, in the one way that Serve passes on: by a
+    cancel while it waits for the next message.
 
-    unread_timeout_s: a client that takes no message for so long has left as well; it finds out when it reads again.
+    unread_timeout_s: a client that takes no message for so long counts as gone; it sees the end when it reads again.
     """
 
     async def stream(request: Any, context: Any) -> None:
@@ -58,7 +58,7 @@ def relay_cancels(
         begun = ended = False
         try:
             async for message in messages:
-                if not begun:  # with the first message it would be sent again, as a part of the status, which fails
+                if not begun:  # else the status would carry it again, which fails
                     await context.send_initial_metadata(())
                     begun = True
                 async with asyncio.timeout(unread_timeout_s):
@@ -76,6 +76,6 @@ def relay_cancels(
                 await asyncio.wait([waiting])
                 if not waiting.cancelled():
                     waiting.exception()  # taken note of: the client is gone
-                    await messages.aclose()  # it had a message at once, and waited for none
+                    await messages.aclose()  # it had a message at once, and did not wait
 
     return stream

@@ -1,4 +1,4 @@
-"""Certificates for HAProxy, and renewed ones for one that runs: a thread beside it looks at the operator's files."""
+"""Gives HAProxy its certificates, and renewed ones while it runs: a thread watches the operator's files."""
 
 import ctypes
 import os
@@ -20,15 +20,15 @@ PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """What HAProxy reads, made of the operator's files. kind: HAProxy's word for it, "cert" or "ca-file"."""
+    """A file for HAProxy, made of the operator's files. kind: HAProxy's word for it, "cert" or "ca-file"."""
 
     path: Path
     kind: str
     sources: Sequence[str]
 
     def wanted(self) -> bytes:
-        """The PEM blocks of the sources, one after the other, and nothing else: neither comments nor empty lines, which
-        would end a command of HAProxy's.
+        """The PEM blocks of the sources, one after the other, without comments and empty lines, which would end a
+        command of HAProxy's.
 
         Raises OSError; ValueError for a source without any.
         """
@@ -41,9 +41,9 @@ class Copy:
         return b"\n".join(blocks) + b"\n"
 
     def write(self, data: bytes) -> None:
-        """For this user only; whole at once, so that a HAProxy that starts meanwhile reads the old one or the new.
+        """Replaces the file, for this user only and at once: an HAProxy that starts meanwhile reads the old or the new.
 
-        Raises OSError, ssl.SSLError among them, or ValueError for what cannot serve; the old one then stays.
+        Raises OSError, ssl.SSLError among them, or ValueError for data that cannot serve; then the old file stays.
         """
         made = self.path.with_suffix(f".{os.getpid()}")
         made.unlink(missing_ok=True)
@@ -62,14 +62,14 @@ class Copy:
 
 
 def no_password() -> str:
-    """For a key that has one. Raises ValueError."""
+    """Refuses a key with a password. Raises ValueError."""
     raise ValueError("the key has a password, which nobody is there to type")
 
 
 def prepare(copies: Sequence[Copy]) -> dict[Path, bytes]:
-    """Writes what a HAProxy that starts now reads; returns it. Half of a renewal leaves what was there.
+    """Writes the files for an HAProxy that starts now; returns them. Keeps the old file where a renewal is incomplete.
 
-    Raises OSError, ValueError where nothing was.
+    Raises OSError, ValueError where there is no old file.
     """
     for copy in copies:
         try:
@@ -82,32 +82,32 @@ def prepare(copies: Sequence[Copy]) -> dict[Path, bytes]:
 
 
 def end_with_parent(parent: int) -> None:
-    """This process, whatever program it becomes, gets SIGTERM when who started it ends; it ends here if that was
-    before."""
+    """Makes SIGTERM reach this process, whatever program it becomes, when its parent ends; exits if the parent is gone
+    already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit(1)
 
 
 def watch(copies: Sequence[Copy], read: Mapping[Path, bytes], admin_socket: Path, haproxy: Callable[[], int]) -> None:
-    """Never returns, but where there is nothing to watch.
+    """Gives HAProxy each renewed file. Returns only where there is nothing to watch.
 
-    read: what HAProxy has read of each copy.  haproxy: its pid; 0 for one that has a successor, and only drains.
+    read: each copy as HAProxy has read it.  haproxy: its pid; 0 for one that has a successor, and only drains.
     """
     if not copies:
         return
-    told, complaints = dict(read), dict[Path, str]()
+    known, complaints = dict(read), dict[Path, str]()
     while True:
         time.sleep(INTERVAL_S)
         for copy in copies:
             complaint = ""
             try:
                 wanted = copy.wanted()
-                if wanted == told[copy.path] == copy.path.read_bytes() or not _is_at(admin_socket, haproxy()):
+                if wanted == known[copy.path] == copy.path.read_bytes() or not _is_at(admin_socket, haproxy()):
                     continue
-                if wanted != told[copy.path]:
+                if wanted != known[copy.path]:
                     tell(copy, wanted, admin_socket)
-                    told[copy.path] = wanted
+                    known[copy.path] = wanted
                 copy.write(wanted)
             except (OSError, ValueError) as error:  # half of a renewal: the next look sees the rest
                 complaint = str(error)
@@ -118,7 +118,7 @@ def watch(copies: Sequence[Copy], read: Mapping[Path, bytes], admin_socket: Path
 
 
 def tell(copy: Copy, data: bytes, admin_socket: Path) -> None:
-    """Gives HAProxy what it then serves new connections with. Raises OSError; ValueError for what it does not take."""
+    """Makes HAProxy use the data for new connections. Raises OSError; ValueError where HAProxy refuses the data."""
     parts = [data]
     if copy.kind == "ca-file":  # a command has 16 KB at most: one certificate at a time
         parts = [block + b"\n" for block in PEM_BLOCK.findall(data)]
@@ -126,21 +126,21 @@ def tell(copy: Copy, data: bytes, admin_socket: Path) -> None:
         f"{'add' if n else 'set'} ssl {copy.kind} {copy.path} <<\n{part.decode('ascii')}\n"
         for n, part in enumerate(parts)
     ]
-    said = ""
+    answer = ""
     for command in (*commands, f"commit ssl {copy.kind} {copy.path}\n"):
-        said = ask(command, admin_socket)
-        if not re.search(r"transaction (created|updated)|success", said, flags=re.IGNORECASE):
+        answer = ask(command, admin_socket)
+        if not re.search(r"transaction (created|updated)|success", answer, flags=re.IGNORECASE):
             ask(f"abort ssl {copy.kind} {copy.path}\n", admin_socket)
-            raise ValueError(" ".join(said.split()))
+            raise ValueError(" ".join(answer.split()))
 
 
 def _is_at(admin_socket: Path, pid: int) -> bool:
-    """Whether the socket is this HAProxy's: another one has read the files anew."""
+    """Whether the socket belongs to this HAProxy: another one has read the new files."""
     return f"\nPid: {pid}\n" in ask("show info\n", admin_socket)
 
 
 def ask(command: str, admin_socket: Path) -> str:
-    """Raises OSError."""
+    """HAProxy's answer to a command. Raises OSError."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(TIMEOUT_S)
         sock.connect(str(admin_socket))

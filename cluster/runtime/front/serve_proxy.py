@@ -1,7 +1,7 @@
-"""What Serve's gRPC servers register for this application: its proxy's, and each ingress's own behind HAProxy.
+"""Registers our handlers with Serve's gRPC servers: its proxy's, and those of the ingresses behind HAProxy.
 
-Around Serve's handlers stand ours: who may call is looked at before a message is read (`grpc_gate`), streams end with
-their clients (`relay`), reflection is bounded.
+Our handlers stand around Serve's: they check the caller before they read a message (`serving/grpc/gate.py`), end
+streams with their clients (`relay.py`), and bound reflection.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from cluster.serving.grpc import keyless, registration
 from cluster.serving.grpc.gate import Doorkeeper, gated_stream, gated_unary
 
 REFLECTION = "grpc.reflection."
-PINGS = ("grpc.http2.max_ping_strikes", 0)  # no number of them is too many
+PINGS = ("grpc.http2.max_ping_strikes", 0)  # no limit
 
 
 def add_inference_service(servicer: Any, server: Any) -> None:
@@ -33,7 +33,7 @@ def add_inference_service(servicer: Any, server: Any) -> None:
     bound_reflection(server, Admission())
 
     def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
-        """Those of many messages are ours, around Serve's of one."""
+        """Rpcs with a stream of requests get our handler around Serve's for one request."""
         kinds = type(streaming_type)
         if streaming_type.name == "STREAM_STREAM":
             stream = relay_cancels(factory(service_method=service_method, streaming_type=kinds.UNARY_STREAM))
@@ -60,11 +60,12 @@ def _ingress() -> Doorkeeper | None:
 
 
 def accept_pings() -> list[Any]:
-    """For Serve's RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: called before a process of Serve's makes its gRPC server,
-    and returns what is to stand before its HTTP server, which is nothing.
+    """For Serve's RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: a process of Serve's calls it before it makes its gRPC
+    server. Returns the middleware of its HTTP server: none.
 
-    gRPC's server ends a connection, and the calls on it, after a third ping within five minutes (too_many_pings):
-    clients that keep a connection alive, every 5 s say, while a long unary call sends nothing. Serve has no setting.
+    gRPC's server ends a connection, and the calls on it, after a third ping within five minutes (too_many_pings).
+    Clients ping more often, every 5 s for example, to keep a connection while a long unary call sends nothing. Serve
+    has no setting.
     """
     if PINGS not in DEFAULT_GRPC_SERVER_OPTIONS:
         DEFAULT_GRPC_SERVER_OPTIONS.append(PINGS)
@@ -72,14 +73,14 @@ def accept_pings() -> list[Any]:
 
 
 def refuse_listing(server: Server) -> None:
-    """Serve's list of applications, which its servers have for everybody, is not for clients."""
+    """Refuses Serve's list of applications, which its servers give to everybody."""
     handler = grpc.unary_unary_rpc_method_handler(_refuse)
-    # Not by `server`'s own method, which would make a call to a replica of it.
+    # Not by `server`'s own method, which would turn it into a call to a replica.
     Server.add_registered_method_handlers(server, "ray.serve.RayServeAPIService", {"ListApplications": handler})
 
 
 def bound_reflection(server: Server, admission: Admission) -> None:
-    """Serve answers reflection on `server` itself, in calls that may stay and of which it counts none."""
+    """Bounds reflection, which Serve answers on `server` itself: it does not count these calls, and they may stay."""
     register = server.add_registered_method_handlers
 
     def bounded(service: str, handlers: dict[str, Any]) -> None:

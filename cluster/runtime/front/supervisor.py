@@ -1,13 +1,13 @@
 """Runs an HAProxy on listening sockets that outlive it. Does not know what HAProxy's configuration means.
 
-Serve (2.60) starts `keeper.py` as HAProxy for each configuration, with the pid of the one before it. That keeps
-this process running, and this process HAProxy.
+Serve (2.60) starts `keeper.py` as HAProxy for each configuration, with the pid of the one before it. The keeper keeps
+this process running, and this process keeps HAProxy running.
 
     ends                what happens
     HAProxy             this process starts another one; connections wait at the sockets meanwhile
     this process        HAProxy ends with it, and the keeper starts both again, on the same sockets
-    the keeper          HAProxy serves on. Serve finds nobody at the admin socket, and makes another manager
-    Serve's manager     HAProxy serves on, until the next manager's takes the sockets over
+    the keeper          HAProxy serves on. Serve gets no answer at the admin socket, and makes another manager
+    Serve's manager     HAProxy serves on, until the next manager's HAProxy takes the sockets over
     Ray's raylet, the manager's parent
                         all of them end, and the sockets close
 """
@@ -33,17 +33,17 @@ from cluster.runtime.front.renewal import Copy, ask, end_with_parent, watch
 
 START_TIMEOUT_S = 25.0  # Serve waits 30 s
 READY_INTERVAL_S = 0.02
-LOOK_S = 0.2  # between two looks at who must live
-ORPHAN_S = 120.0  # without a manager; Serve starts another within 4 s, on a busy machine in many more
-STAND_IN_S = 60.0  # for the next manager to hear of the applications
-MAX_DEATHS, DEATHS_S = 10, 30.0  # of HAProxy in a row: something is wrong that another start does not heal
-AGAIN = 75  # this process's exit code where its keeper shall look for its place anew
+LOOK_S = 0.2  # between two checks that keeper, manager and raylet live
+ORPHAN_S = 120.0  # without a manager; Serve starts another within 4 s, on a busy machine much later
+STAND_IN_S = 60.0  # in which the next manager learns the applications
+MAX_DEATHS, DEATHS_S = 10, 30.0  # of HAProxy in a row: another start will not help
+AGAIN = 75  # this process's exit code when its keeper must find a new place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontFiles:
-    """Below one folder. admin: the socket that Serve asks.  handover: where a successor asks for the sockets.
-    inner: HAProxy's own admin socket.  config: what HAProxy reads. The last two are of this process alone."""
+    """Paths in one folder. admin: the socket that Serve asks.  handover: where a successor asks for the sockets.
+    inner: HAProxy's own admin socket.  config: the file for HAProxy. The last two belong to this process alone."""
 
     admin: Path
     handover: Path
@@ -53,10 +53,10 @@ class FrontFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontTask:
-    """What one of these is started for.
+    """The task of one front.
 
-    command: HAProxy's, without its configuration.  old_pids: whom Serve wants to drain.  addresses: to listen on.
-    text: the configuration, from the sockets' descriptors, and whether HAProxy takes over servers' states from before.
+    command: HAProxy's, without its configuration.  old_pids: the processes that shall drain.  addresses: to listen on.
+    text: makes the configuration, from the sockets' descriptors, and whether HAProxy keeps the servers' old states.
     serves: whether the configuration has an application.
     """
 
@@ -74,8 +74,8 @@ class Place:
     """Where a front listens.
 
     predecessor: the front that has listened there until now.
-    stands_in: the predecessor serves on, and `listeners` are sockets that nobody knows: a manager that follows a dead
-        one has not heard of any application yet.
+    stands_in: the predecessor serves on, and `listeners` are sockets that nobody knows, because a manager that follows
+        a dead one does not know any application yet.
     """
 
     listeners: Mapping[str, socket.socket]
@@ -88,7 +88,7 @@ class Place:
 
 
 class Front:
-    """The life of one configuration's HAProxy. manager: Serve's, the keeper's parent; its own parent must live, too."""
+    """Keeps one configuration's HAProxy. manager: Serve's, the keeper's parent. Its own parent is the raylet."""
 
     def __init__(self, task: FrontTask, files: FrontFiles, place: Place, *, keeper: int, manager: int) -> None:
         self._task = task
@@ -110,7 +110,7 @@ class Front:
         loop.add_signal_handler(signal.SIGUSR1, self._drain)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes is not for it
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes must not end it
         await self._start(states=True)
         try:
             if not await self._is_ready():
@@ -136,7 +136,7 @@ class Front:
         )
 
     async def _is_ready(self) -> bool:
-        """Waits for HAProxy to answer."""
+        """Waits until HAProxy answers; ends it if it does not."""
         assert self._haproxy is not None
         deadline = time.monotonic() + START_TIMEOUT_S
         while self._haproxy.returncode is None and time.monotonic() < deadline:
@@ -148,7 +148,7 @@ class Front:
         return False
 
     async def _publish(self) -> None:
-        """Takes the predecessors' place."""
+        """Opens the admin socket, and makes the predecessors drain."""
         relay = AdminRelay(self._files.inner, partial(with_pid, self._keeper))
         self._admin = await asyncio.start_unix_server(relay.answer, sock=serve_at(self._files.admin))
         pids = set(self._task.old_pids)
@@ -175,7 +175,7 @@ class Front:
         watch(self._task.copies, self._task.read, self._files.inner, haproxy)
 
     async def _keep(self) -> int:
-        """Starts HAProxy again whenever it ends, until it shall end."""
+        """Starts HAProxy again whenever it ends, unless it was asked to end."""
         while True:
             code = await self._exit_code()
             if self._draining or self._ending:
@@ -186,7 +186,7 @@ class Front:
                 return 1
             self._deaths.append(now)
             _say(f"HAProxy ended with {code}, its streams with it: another one starts")
-            # What it knew of the servers is as old as its start: all count as up, and are looked at.
+            # The file of servers' states is as old as the first start: without it all count as up, and are checked.
             await self._start(states=False)
 
     async def _exit_code(self) -> int:
@@ -202,17 +202,17 @@ class Front:
             if kept and is_alive(self._manager):
                 self._wanted_at = now
             if not kept and self._admin is not None:
-                self._admin.close()  # Serve reloads through a process that lives only; without one it makes all anew
+                self._admin.close()  # Serve reloads through a living keeper only; without an answer it makes a manager
             if not is_alive(self._raylet):
                 self._end()
             elif not self._draining and now - self._wanted_at > ORPHAN_S:
-                _say(f"nobody has taken HAProxy over within {ORPHAN_S:g} s since Serve's manager ended: it ends, too")
+                _say(f"no process took HAProxy over in {ORPHAN_S:g} s after Serve's manager ended: HAProxy ends too")
                 self._end()
             elif self._place.stands_in and not self._again:
                 self._look_at_predecessor(now)
 
     def _look_at_predecessor(self, now: float) -> None:
-        """Leaves its place for the predecessor's when that is gone, or this one has stood in for long enough."""
+        """Ends with AGAIN, for the predecessor's place, when that is gone or this front has stood in for STAND_IN_S."""
         handed = ask_for(self._files.handover)
         if handed is not None:
             handed.close()
@@ -223,13 +223,13 @@ class Front:
             self._end()
 
     def _drain(self) -> None:
-        """A successor has the sockets: streams go on, and when they have ended HAProxy ends."""
+        """Gives the sockets up, as a successor has them; HAProxy ends when its streams have ended."""
         self._draining = True
         if self._handover is not None:
             asyncio.get_running_loop().remove_reader(self._handover)
             self._handover.close()
             self._handover = None
-        self._place.close()  # else a connection could wait here for nobody
+        self._place.close()  # nobody would accept a connection here
         self._kill(signal.SIGUSR1)
 
     def _end(self) -> None:

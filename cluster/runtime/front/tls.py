@@ -1,11 +1,11 @@
-"""Where and how clients reach gRPC in HAProxy: the address, TLS, who signs clients' certificates.
+"""Where and how clients reach gRPC in HAProxy: the address, TLS, the authorities of clients' certificates.
 
-It stands in the environment of Ray's nodes, and is read whenever HAProxy starts; changed files count within seconds:
+The environment of Ray's nodes has it, and HAProxy reads it at each start; changed files count within seconds:
 
     MOE_CLUSTER_GRPC_HOST       the address to listen on; else that of Serve's http_options
     MOE_CLUSTER_TLS_CERT        PEM of the server's certificate and its chain: TLS only, 1.2 at least
-    MOE_CLUSTER_TLS_KEY         PEM of its key, where that is not in the same file
-    MOE_CLUSTER_TLS_CLIENT_CA   PEM of who signs clients' certificates: nobody without one comes in
+    MOE_CLUSTER_TLS_KEY         PEM of its key, unless that is in the same file
+    MOE_CLUSTER_TLS_CLIENT_CA   PEM of the authorities of clients' certificates: no client comes in without one
 """
 
 import socket
@@ -24,7 +24,7 @@ TLS_KEY, TLS_CLIENT_CA = "MOE_CLUSTER_TLS_KEY", "MOE_CLUSTER_TLS_CLIENT_CA"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpcFront:
-    """Where and how clients reach gRPC. host: to listen on; "" is this machine only.  The rest are PEM files."""
+    """Where and how clients reach gRPC. host: to listen on; "" is this machine only. The others are PEM files."""
 
     host: str = ""
     tls_cert: Path | None = None
@@ -32,14 +32,14 @@ class GrpcFront:
     tls_client_ca: Path | None = None
 
     def environment(self) -> dict[str, str]:
-        """What tells it to `main`. Raises SetupError for files that cannot serve."""
+        """The environment that `main` reads. Raises SetupError for files that cannot serve."""
         self._check()
         files = {TLS_CERT: self.tls_cert, TLS_KEY: self.tls_key, TLS_CLIENT_CA: self.tls_client_ca}
-        said = {name: str(path.resolve()) for name, path in files.items() if path is not None}
-        return said | ({GRPC_HOST: self.host} if self.host else {})
+        paths = {name: str(path.resolve()) for name, path in files.items() if path is not None}
+        return paths | ({GRPC_HOST: self.host} if self.host else {})
 
     def address(self, port: int) -> str:
-        """What a user is told."""
+        """Returns the address for a user to read."""
         host = f"[{self.host}]" if ":" in self.host else self.host or "127.0.0.1"
         return f"{host}:{port}{' (TLS)' if self.tls_cert else ''}"
 
@@ -68,17 +68,17 @@ class GrpcFront:
 
 
 def _tls_reason(error: Exception) -> str:
-    """OpenSSL's words for a file that is no PEM, or lacks its certificate or its key, help nobody."""
+    """OpenSSL's message, or a clearer one for a file that is no PEM, or lacks its certificate or its key."""
     if isinstance(error, ssl.SSLError) and error.reason in (None, "NO_CERTIFICATE_OR_CRL_FOUND"):
         return "PEM text is needed, with a block -----BEGIN CERTIFICATE-----, and for --tls-cert one of its private key"
     return str(error)
 
 
 def tls_files(environment: Mapping[str, str], folder: Path) -> list[Copy]:
-    """What HAProxy takes from files as the environment asks for TLS, in `folder`; none for no TLS.
+    """The files in `folder` that HAProxy needs for the TLS of the environment; none for no TLS.
 
-    HAProxy takes certificate and key from one file. What stays when a renewal cannot be used is of the same sources,
-    by its name: nothing of another configuration or cluster.
+    HAProxy takes certificate and key from one file. A file's name tells its sources: when a renewal cannot be used, the
+    old file stays, and never one of another configuration or cluster.
     """
     cert, key, client_ca = (environment.get(name, "") for name in (TLS_CERT, TLS_KEY, TLS_CLIENT_CA))
     if not cert:
@@ -89,7 +89,7 @@ def tls_files(environment: Mapping[str, str], folder: Path) -> list[Copy]:
 
 
 def tls_options(copies: Sequence[Copy]) -> str:
-    """What makes a `bind` of HAProxy's speak TLS with these files; "" for none."""
+    """The options of HAProxy's `bind` for TLS with these files; "" for none."""
     of_kind = {copy.kind: copy.path for copy in copies}
     if not of_kind:
         return ""

@@ -1,1 +1,1 @@
-"""Starting a server or an `LLM` on Ray, and ending what was started."""
+"""Starts a server or an `LLM` on Ray, and ends it."""

@@ -1,4 +1,4 @@
-"""The Serve application of a configuration, and what is checked of one before anything starts."""
+"""Checks a configuration before anything starts, and builds its Serve application."""
 
 from dataclasses import replace
 
@@ -20,34 +20,36 @@ GRPC_SERVICERS = [
     "cluster.runtime.proxy.add_inference_service",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
-CALLS_BEING_REFUSED = 1024  # in an ingress at a moment
+CALLS_BEING_REFUSED = 1024  # at a time, in an ingress
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
-HEALTH_TIMEOUT_S = 10.0  # a replica that answers nothing for so long is replaced; it does nothing that takes seconds
+HEALTH_TIMEOUT_S = 10.0  # Serve replaces a replica that is silent for so long; none of its work takes seconds
 NO_ACCESS_LOG = {"enable_access_log": False}  # the service has one of its own, `log_requests`
 
 
 def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterConfig:
-    """Finds before anything starts what would fail on every node. Reads no tensor. Raises SetupError.
+    """Finds, before anything starts, faults that every node would meet. Reads no tensor. Raises SetupError.
 
-    Returns the configuration with as many shards as the model can have: none for a dense one.
+    Returns the configuration with at most as many shards as the model can have: none for a dense one.
     """
     reader = check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=tokenizer)
     return replace(config, expert_shards=num_shards_for(reader.config.num_experts, config.expert_shards))
 
 
 def check_cpus(config: ClusterConfig, *, attention_replicas: int = 0) -> None:
-    """For a Ray of this machine, to which its CPUs are only numbers. Raises SetupError."""
-    there = available_cpus()
+    """Checks CPUs for a Ray of this machine, which does not count the real ones. Raises SetupError."""
+    available = available_cpus()
     for name, processes in (
         ("cpus_per_expert_shard", config.expert_shards),
         ("cpus_per_attention_replica", attention_replicas),
     ):
-        if processes and getattr(config, name) > there:
-            raise SetupError(f"{name} is {getattr(config, name):g}, and this machine has {there} CPUs: ask for fewer")
+        if processes and getattr(config, name) > available:
+            raise SetupError(
+                f"{name} is {getattr(config, name):g}, and this machine has {available} CPUs: ask for fewer"
+            )
 
 
 def resolve_gpus(config: ClusterConfig) -> ClusterConfig:
-    """Fills in GPUs a process: one each where the Ray cluster has any."""
+    """Fills in the GPUs of a process where they are None: one where the Ray cluster has any, else none."""
     default = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     given = (config.gpus_per_attention_replica, config.gpus_per_expert_shard)
     attention, expert = (default if gpus is None else gpus for gpus in given)
@@ -60,12 +62,12 @@ def check_gpus(config: ClusterConfig, *, attention_replicas: int) -> None:
     if config.device == "cuda" and not ray.cluster_resources().get("GPU", 0):
         raise SetupError("device is 'cuda', and the Ray cluster has no GPU: use device 'cpu' or 'auto'")
     asked = attention_replicas * attention + config.expert_shards * expert
-    there = ray.cluster_resources().get("GPU", 0)
-    if asked > there:
+    available = ray.cluster_resources().get("GPU", 0)
+    if asked > available:
         raise SetupError(
             f"{asked:g} GPUs are asked for ({attention_replicas} attention replicas with {attention:g} each, "
-            f"{config.expert_shards} expert shards with {expert:g} each), the Ray cluster has {there:g}: ask for fewer "
-            "processes, or for fractions of a GPU a process"
+            f"{config.expert_shards} expert shards with {expert:g} each), the Ray cluster has {available:g}: ask for "
+            "fewer processes, or for fractions of a GPU a process"
         )
 
 
@@ -86,7 +88,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         placement_group_bundles=[bundle],
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
-        # The engine refuses what is too much and says why; Serve's own queue must not hide requests from it.
+        # The engine refuses requests beyond its limits and says why; Serve's queue must not hide requests from it.
         max_ongoing_requests=config.max_num_seqs + config.max_waiting + 64,
         max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,
@@ -103,9 +105,9 @@ def build_application(config: ClusterConfig) -> serve.Application:
             "resources": share_of(config.ingress_resource),
             "runtime_env": environment,
         },
-        max_surge_percent=100,  # a new one is known to HAProxy before an old one goes, of which there may be one only
-        # The ingress itself counts and refuses, calls without a key apart from others. In Serve's own queue, which asks
-        # for no key, health would wait behind whatever stays.
+        max_surge_percent=100,  # HAProxy knows a new ingress before an old one, perhaps the only one, goes
+        # The ingress itself counts and refuses calls, those without a key apart from the others. In Serve's own queue,
+        # which checks no key, health would wait behind calls that stay.
         max_ongoing_requests=config.max_ongoing_requests + config.max_keyless_calls + CALLS_BEING_REFUSED,
         max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,

@@ -1,4 +1,4 @@
-"""Shards that send rows back as they came: what a carrier costs without any product."""
+"""Shards that send rows back unchanged, to measure a carrier without any product."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _TIMEOUT_S = 30.0
 
 
 class EchoActor:
-    """Speaks what an expert shard speaks, over both carriers."""
+    """Speaks the protocol of an expert shard, over both carriers."""
 
     def __init__(self) -> None:
         prepare_process(1)
@@ -52,8 +52,8 @@ class _Handles:
 def echo_transports(num_shards: int, ray_address: str | None = None) -> Iterator[dict[str, ExpertTransport]]:
     """Every carrier to the same `num_shards` echoes.
 
-    ray_address: a running Ray, which may put the echoes on other hosts; None starts one of this machine, where TCP goes
-    over loopback.
+    ray_address: a running Ray, which may put the echoes on other hosts; None starts one of this machine, where TCP uses
+    loopback.
     """
     connected = start_ray(num_cpus=num_shards, address=ray_address)
     try:

@@ -1,4 +1,4 @@
-"""A group of shards seen by who starts and stops it: its controller by name, how far its loads are, its end."""
+"""For the process that starts and stops a group of shards: finds its controller, reports its status, ends it."""
 
 import logging
 import shutil
@@ -21,7 +21,7 @@ OnStatus = Callable[[ClusterStatus], None]
 
 
 class StatusReports:
-    """While it is open, a thread hands the controller's status to a callback twice a second."""
+    """While open, a thread hands the controller's status to a callback twice a second."""
 
     def __init__(self, group: str, on_status: OnStatus | None) -> None:
         self._name = controller_name(group)
@@ -51,7 +51,7 @@ class StatusReports:
 
 
 def close_controller(controller: Any, group: str) -> None:
-    """Takes a group's shards, its controller and what they left on this machine away."""
+    """Ends a group's shards and its controller, and removes their files on this machine."""
     try:
         ray.get(controller.close.remote(), timeout=STOP_TIMEOUT_S)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:

@@ -1,8 +1,8 @@
 """A Ray of this machine alone: on loopback, with a token of its own, in a directory of its own.
 
-Ray (2.60) makes 127.0.0.1 the address that other hosts see, unless its switch for clusters of desktop systems is off:
-then the node is 127.0.0.1, and Ray's gRPC servers, which otherwise listen on all interfaces, listen there. The token
-that Ray makes by itself lies in the user's home, readable for everybody; ours is in its processes' environment only.
+Ray (2.60) replaces 127.0.0.1 by the address that other hosts see, unless its switch for clusters of desktop systems is
+off: then the node is 127.0.0.1, and Ray's gRPC servers listen there instead of on all interfaces. Ray would write its
+token into the user's home, readable for everybody; ours is in its processes' environment only.
 """
 
 import logging
@@ -33,18 +33,18 @@ from cluster.runtime.start.ray_processes import RayWatch, apart
 
 log = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 256 << 20  # batches pass through, nothing stays
+OBJECT_STORE_BYTES = 256 << 20  # batches only pass through
 ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
-# Pages of Ray's autoscaler and dashboard, for everybody of the machine. With a port that there is not, they log an
-# error at their start and serve none.
+# Metrics of Ray's autoscaler and dashboard, which everybody on the machine could read. With a port that does not
+# exist, they log an error at their start and serve none.
 NO_METRICS_PORTS = {"AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectedRay:
-    """stop: undoes what was started; a Ray that was there before, or that somebody else here still uses, stays.
-    environment: what another process of this user needs to reach it."""
+    """stop: ends the Ray, unless it ran before or this process still uses it elsewhere.
+    environment: of another process of this user that is to reach it."""
 
     stop: Callable[[], None]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -59,10 +59,10 @@ def start_ray(
 ) -> ConnectedRay:
     """Connects to a Ray cluster, or starts one of this machine, or shares the one that this process has started.
 
-    num_cpus: Ray's logical ones, so that the processes asked for find room whatever the machine has.
-    environment: from the directory of the Ray that is started, what its processes find in theirs.
-    on_lost: called by a thread, with the reason, when a Ray that was started here has died by itself; nothing of it
-        runs any more then.
+    num_cpus: Ray's logical ones, so that the processes find room whatever the machine has.
+    environment: from the directory of the Ray that starts, the environment of its processes.
+    on_lost: a thread calls it, with the reason, when a Ray that started here has died by itself and all its processes
+        have ended.
     """
     with _Process.lock:
         if ray.is_initialized():
@@ -71,9 +71,9 @@ def start_ray(
         elif address:
             check_address(address)
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-            return ConnectedRay(stop=lambda: ray.shutdown(), environment=_said(AUTH_MODE))
+            return ConnectedRay(stop=lambda: ray.shutdown(), environment=_from_environment(AUTH_MODE))
         else:
-            if _Process.started is not None:  # somebody has called ray.shutdown
+            if _Process.started is not None:  # other code of this process has called ray.shutdown
                 _Process.started.stop()
             _Process.started = LocalRay(num_cpus, environment)
         started = _Process.started
@@ -89,24 +89,24 @@ def start_ray(
                     _Process.started = None
 
     return ConnectedRay(
-        stop=stop, environment={**_said(AUTH_MODE, TOKEN), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+        stop=stop, environment={**_from_environment(AUTH_MODE, TOKEN), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
     )
 
 
 class _Process:
-    """What there is once a process, as Ray's connection is: the Ray that it has started."""
+    """The Ray that this process has started: a process has one, as it has one connection to Ray."""
 
     lock = threading.RLock()
     started: "LocalRay | None" = None
 
 
 class LocalRay:
-    """A Ray that was started here, its folder, and the process that removes both if this one is killed."""
+    """A Ray that this process started, its folder, and the keeper, which removes both if this process is killed."""
 
     def __init__(self, num_cpus: float, environment: Callable[[Path], Mapping[str, str]]) -> None:
         """Raises SetupError."""
         clean()
-        self.users: list[Callable[[str], None]] = []  # what to call when it is lost
+        self.users: list[Callable[[str], None]] = []  # each user's on_lost
         self._stopped = False
         self._watch: RayWatch | None = None
         self._forget_token: Callable[[], None] = lambda: None
@@ -154,16 +154,16 @@ class LocalRay:
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder / RAY_FOLDER),
                 _node_ip_address="127.0.0.1",
-                # Ray would start a worker for each logical CPU; our actors have environments of their own and use none.
-                # Nobody reads its metrics, which a port would show to everybody of this machine.
+                # Ray would start a worker for each logical CPU; our actors have their own environments and use none.
+                # Nobody needs its metrics, and everybody on this machine could read them at a port.
                 _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
             )
-        # Ray prints what its processes report, as the last twenty lines of a dead raylet's log, on our standard output.
+        # Ray prints its processes' reports, such as the last 20 lines of a dead raylet's log, on our standard output.
         self._print, worker.print_to_stdstream = worker.print_to_stdstream, _note
         self._watch = RayWatch(self._lost)
 
     def _lost(self, reason: str) -> None:
-        """Ray's own processes would stay, some of them for ever, and clients would wait for a minute."""
+        """Ends the rest of Ray: some of its processes would stay for ever, and clients would wait for a minute."""
         self._folder.remove()
         for on_lost in list(self.users):
             on_lost(reason)
@@ -182,7 +182,7 @@ def _note(message: dict[str, Any], *args: object, **kwargs: object) -> None:
 
 @contextmanager
 def _marked(folder: Path) -> Iterator[None]:
-    """For the processes that are started meanwhile: they belong to the folder, and to no other one."""
+    """Processes that start meanwhile belong to this folder, and to no other one."""
     before = os.environ.get(MARK)
     os.environ[MARK] = str(folder)
     try:
@@ -194,12 +194,12 @@ def _marked(folder: Path) -> Iterator[None]:
             os.environ[MARK] = before
 
 
-def _said(*names: str) -> dict[str, str]:
+def _from_environment(*names: str) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _make_token() -> Callable[[], None]:
-    """Sets a fresh one for Ray to take, unless the user has said otherwise; returns what takes it away again."""
+    """Sets a new token for Ray, unless the user has set a token or a mode; returns a function that removes it."""
     if os.environ.get(AUTH_MODE, "token") != "token" or TOKEN in os.environ or TOKEN_PATH in os.environ:
         return lambda: None
     os.environ[TOKEN] = secrets.token_hex(32)
@@ -214,7 +214,7 @@ def _make_token() -> Callable[[], None]:
 
 @contextmanager
 def loopback() -> Iterator[None]:
-    """The switch, for the processes that are started meanwhile and for this one, which has read it already."""
+    """Sets the switch for processes that start meanwhile, and for this one, which has read it already."""
     with set_environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", **NO_METRICS_PORTS}):
         before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
         try:

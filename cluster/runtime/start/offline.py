@@ -24,14 +24,14 @@ from cluster.runtime.workers.transports import make_transport
 
 log = logging.getLogger(__name__)
 
-LOOK_INTERVAL_S = 2.0  # between two looks at who waits for resources
+LOOK_INTERVAL_S = 2.0  # between two counts of shards that wait for resources
 ROOM_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = 5.0
 
 
 class RayExperts:
-    """Expert shards on Ray actors for one engine in this process; `dispatcher` reaches them. Close it: the end of the
-    process does, too."""
+    """Expert shards on Ray actors for one engine in this process; `dispatcher` reaches them. Close it; the end of the
+    process closes it, too."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class RayExperts:
         on_status: OnStatus | None = None,
         room_timeout_s: float = ROOM_TIMEOUT_S,
     ) -> None:
-        """Blocks until the shards are loaded. Raises SetupError; for shards that found no room in `room_timeout_s`
-        too."""
+        """Blocks until the shards have their weights. Raises SetupError, also for shards that found no room in
+        `room_timeout_s`."""
         config = check_config(config, tokenizer=False)
         if not ray.is_initialized():
             check_cpus(config)
@@ -52,7 +52,7 @@ class RayExperts:
         self._ray = start_ray(
             num_cpus=config.expert_shards * config.cpus_per_expert_shard, on_lost=lambda reason: self._lose(reason)
         )
-        atexit.register(self.close)  # after Ray's own, so it runs before that
+        atexit.register(self.close)  # registered after Ray's handler, so it runs before that
         try:
             config = resolve_gpus(config)
             check_gpus(config, attention_replicas=0)
@@ -74,7 +74,7 @@ class RayExperts:
         )
 
     def close(self) -> None:
-        """Takes the shards down, and Ray if this object started it and nobody else here uses it. Safe to call again."""
+        """Ends the shards, and Ray if this object started it and nothing else here uses it. Safe to call again."""
         atexit.unregister(self.close)
         if self._transport is not None:
             self._transport.close()
@@ -93,7 +93,7 @@ class RayExperts:
             self._directory.lose(self._lost)
 
     def _wait_ready(self, config: ClusterConfig, room_timeout_s: float) -> None:
-        """Says who waits for room in the Ray cluster, and raises SetupError when nobody finds any for so long."""
+        """Logs how many shards wait for room in the Ray cluster. Raises SetupError when none finds any for so long."""
         assert self._directory is not None
         since, waiting = time.monotonic(), 0
         while not self._directory.wait_ready(LOOK_INTERVAL_S):
@@ -109,21 +109,21 @@ class RayExperts:
                 )
 
     def _num_waiting(self) -> int:
-        """Shards for which Ray has found no place. One that starts its process has one."""
+        """Number of shards for which Ray has found no place; one whose process starts has a place."""
         groups = ray.util.placement_group_table().values()
         return sum(g["state"] == "PENDING" and g["name"].startswith(shard_prefix(self._group)) for g in groups)
 
 
 def _shortage(config: ClusterConfig, waiting: int) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
-    wanted, there = [], []
+    wanted, present = [], []
     for name, each in (("CPU", config.cpus_per_expert_shard), ("GPU", config.gpus_per_expert_shard or 0.0)):
         if each:
             wanted.append(f"{each:g} {name}{'' if each == 1 else 's'} each ({config.expert_shards * each:g} in all)")
-            there.append(f"{total.get(name, 0):g} {name}s, {free.get(name, 0):g} of them free")
+            present.append(f"{total.get(name, 0):g} {name}s, {free.get(name, 0):g} of them free")
     if config.expert_resource:
-        there.append(f"{total.get(config.expert_resource, 0):g} nodes' worth of {config.expert_resource!r}")
+        present.append(f"{total.get(config.expert_resource, 0):g} nodes' worth of {config.expert_resource!r}")
     return (
         f"{waiting} of {config.expert_shards} expert shards find no room: they ask for {' and '.join(wanted)}, the Ray "
-        f"cluster has {' and '.join(there)}"
+        f"cluster has {' and '.join(present)}"
     )

@@ -1,6 +1,6 @@
-"""Which running Ray an address means, and whether one answers there. Connects to none.
+"""Finds the address of a running Ray, and checks that it answers. Connects to none.
 
-Ray itself takes what a cluster that has ended left behind for an address, and looks there for two minutes.
+Ray itself would take the address that an ended cluster left behind, and try it for two minutes.
 """
 
 import os
@@ -12,13 +12,13 @@ from cluster.errors import SetupError
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
 AUTO = "auto"
-CLIENT = "ray://"  # a server of Ray's client protocol, no GCS
+CLIENT = "ray://"  # Ray's client protocol: its server is no GCS
 TRY_ANOTHER = "start one with `ray start --head`, or give another --ray-address"
 CONNECT_HINT = "give --ray-address, or run this where `moe-cluster serve` or `ray start` runs"
 
 
 def find_ray(address: str | None) -> str:
-    """The address of a Ray that answers: the one that is asked for, or for "auto" and None one of this machine.
+    """The address of a Ray that answers: the given one, or for "auto" and None one of this machine.
 
     Raises SetupError within seconds.
     """
@@ -38,7 +38,7 @@ def find_ray(address: str | None) -> str:
 
 
 def check_address(address: str) -> None:
-    """Raises SetupError where no Ray answers, for which Ray itself would look a minute or two."""
+    """Raises SetupError where no Ray answers; Ray itself would try for a minute or two."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if not host or "/" in host or not port.isdigit():
         raise SetupError(f"{address!r} is no address of a Ray: HOST:PORT or auto is needed")
@@ -51,8 +51,8 @@ def check_address(address: str) -> None:
 
 
 def _ask(address: str, hint: str) -> None:
-    """Raises SetupError where no Ray answers, or one that lets this process not in."""
-    import grpc  # with ray it takes seconds to load, which an address where nobody listens is not worth
+    """Raises SetupError where no Ray answers, or where it refuses this process."""
+    import grpc  # the import takes seconds with ray: not worth it for an address where nobody listens
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     from cluster.runtime.ray_private.core import gcs_channel
@@ -64,8 +64,8 @@ def _ask(address: str, hint: str) -> None:
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 raise SetupError(
-                    f"the Ray at {address} asks for a token that this process has not: set $RAY_AUTH_TOKEN, or run "
-                    "this as the user who started it"
+                    f"the Ray at {address} asks for a token that this process does not have: set $RAY_AUTH_TOKEN, or "
+                    "run this as the user who started it"
                 ) from error
             raise SetupError(
                 f"no Ray answers at {address} (something else listens, or its control service hangs: "
@@ -74,7 +74,7 @@ def _ask(address: str, hint: str) -> None:
 
 
 def _left_addresses() -> list[str]:
-    """Where Rays of this machine are said to be: $RAY_ADDRESS, the one started last, all whose processes run."""
+    """Addresses where Rays of this machine may run: $RAY_ADDRESS, the last start's, those of running processes."""
     from cluster.runtime.ray_private.core import left_addresses
 
     asked = os.environ.get("RAY_ADDRESS")

@@ -1,7 +1,7 @@
-"""The processes of a Ray that this process starts: apart from its signals, and watched.
+"""Starts Ray's processes apart from this one's signals, and watches them.
 
 A terminal, `timeout` and a shell send signals to a whole group of processes. Ray's (2.60) would end at once, while this
-one drains: they start in sessions of their own.
+process drains: so they start in sessions of their own.
 """
 
 import ctypes
@@ -22,7 +22,8 @@ PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """For the processes that Ray starts meanwhile; a handler for SIGTERM stays. Ray has no setting for either."""
+    """Gives the processes that Ray starts meanwhile sessions of their own, and keeps a handler for SIGTERM. Ray has no
+    setting for either."""
     before, set_handler = services.ConsolePopen, utils.set_sigterm_handler
     prctl, in_main_thread = ctypes.CDLL(None).prctl, threading.current_thread() is threading.main_thread()
 
@@ -37,21 +38,21 @@ def apart() -> Iterator[None]:
 
     services.ConsolePopen = Apart
     ours = signal.getsignal(signal.SIGTERM)
-    if ours is not signal.SIG_DFL:  # Ray would put its own in the place of ours
+    if ours is not signal.SIG_DFL:  # Ray would replace our handler
         utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         services.ConsolePopen, utils.set_sigterm_handler = before, set_handler
-        if ours not in (signal.SIG_DFL, None) and in_main_thread:  # Ray's C++ part takes it too, unseen by Python
+        if ours not in (signal.SIG_DFL, None) and in_main_thread:  # Ray's C++ part replaces it too, unseen by Python
             signal.signal(signal.SIGTERM, ours)
 
 
 class RayWatch:
-    """Tells, once, when a process without which Ray is nothing has ended. Stop it before they are ended on purpose."""
+    """Reports once when Ray's GCS or raylet has ended. Stop it before you end them on purpose."""
 
     def __init__(self, on_end: Callable[[str], None]) -> None:
-        """on_end: called by a thread, with who ended and how."""
+        """on_end: a thread calls it with the process that ended, and how."""
         started = started_processes()
         self._processes = {NAMES[kind]: started[kind][0].process for kind in NAMES}
         self._on_end = on_end

@@ -1,4 +1,4 @@
-"""Starts and stops the whole served application on this machine's Ray, or on one that runs."""
+"""Starts and stops the whole served application, on a Ray of this machine or on one that runs already."""
 
 import contextlib
 import io
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Ports of a cluster on this machine; 0 takes a free one. haproxy: in front, else Serve's own proxy.
-    front: where and how clients reach HAProxy; a running Ray's environment says it for its Serve."""
+    """Ports of a cluster on this machine; 0 takes a free one. haproxy: use HAProxy, else Serve's own proxy.
+    front: where and how clients reach HAProxy; for a Ray that runs already, its environment sets it."""
 
     grpc_port: int = 9000
     http_port: int = 0
@@ -53,7 +53,7 @@ class ServeOptions:
     front: GrpcFront = field(default_factory=GrpcFront)
 
     def serve_environment(self, directory: Path, config: ClusterConfig) -> dict[str, str]:
-        """What Serve finds in its environment; files go below `directory`. Raises SetupError."""
+        """The environment for Serve; its files go below `directory`. Raises SetupError."""
         return {
             **DIRECT_ENVIRONMENT,
             **(local_environment(directory) if self.haproxy else SERVERS_ENVIRONMENT),
@@ -62,17 +62,17 @@ class ServeOptions:
         }
 
     def front_environment(self) -> dict[str, str]:
-        """Raises SetupError for what cannot serve, or would not be looked at."""
-        said = self.front.environment()
-        if said and not self.haproxy:
+        """The environment of the front. Raises SetupError for values that cannot serve, or that nothing would read."""
+        variables = self.front.environment()
+        if variables and not self.haproxy:
             raise SetupError("Serve's own proxy knows no TLS and no --host: leave them out, or use --proxy haproxy")
-        if said and self.ray_address:
-            settings = ", ".join(f"{name}={value}" for name, value in said.items())
+        if variables and self.ray_address:
+            settings = ", ".join(f"{name}={value}" for name, value in variables.items())
             raise SetupError(
                 f"the Ray at {self.ray_address} runs already, and its environment says how it is reached: leave --host "
                 f"and --tls-* out, and start its nodes with {settings}"
             )
-        return said
+        return variables
 
 
 class ServedCluster:
@@ -88,10 +88,10 @@ class ServedCluster:
     ) -> None:
         """Blocks until requests are answered. Raises SetupError.
 
-        on_lost: as that of `start_ray`.  on_checked: called when nothing that can be known before forbids a start.
+        on_lost: as in `start_ray`.  on_checked: called after all checks that need no start.
         """
         options = options or ServeOptions()
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what a user must know, the caller shows
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the caller shows what a user must know
         config = check_config(config)
         if options.ray_address is None and not ray.is_initialized():
             check_cpus(config, attention_replicas=config.attention_replicas)
@@ -132,7 +132,7 @@ class ServedCluster:
         return status
 
     def drain(self) -> None:
-        """Takes no new requests and blocks until those under way have ended, drain_timeout_s at most."""
+        """Refuses new requests and blocks until those under way have ended, for drain_timeout_s at most."""
         ray.get(self._find_controller().drain.remote(), timeout=STATUS_TIMEOUT_S)
         ingress = serve.get_app_handle(APPLICATION)
         deadline = time.monotonic() + self.config.drain_timeout_s
@@ -141,9 +141,9 @@ class ServedCluster:
             time.sleep(0.1)
 
     def close(self, *, drain: bool = True) -> None:
-        """Stops what was started, in order: requests, application, shards, Ray. Safe to call again.
+        """Stops requests, application, shards, Ray, in this order. Safe to call again.
 
-        A step that fails stops none of the later ones.
+        A step that fails does not prevent the later ones.
         """
         try:
             if ray.is_initialized():
@@ -155,7 +155,7 @@ class ServedCluster:
 
     def _stop_application(self, drain: bool) -> None:
         controller = find_actor(controller_name(self.group)) if self.group else None
-        # Ray prints that calls to the stopped Serve controller will be retried: nothing to act on.
+        # Ray prints that it will retry calls to the stopped Serve controller: users need not act.
         with contextlib.redirect_stdout(io.StringIO()) as noise, contextlib.redirect_stderr(noise):
             if controller is not None and drain:
                 _attempt("drain", self.drain)
@@ -204,7 +204,7 @@ def _attempt(what: str, step: Callable[[], None]) -> None:
 
 
 def _free_port(what: str, port: int) -> int:
-    """The port if it can be bound, a free one for 0. Raises SetupError for one that is taken, or none."""
+    """The port if it is free, or a free one for 0. Raises SetupError for a port that is taken or out of range."""
     if not port:
         return free_block(1).start
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -221,7 +221,7 @@ def _free_port(what: str, port: int) -> int:
 
 
 def _check_ingress_files(config: ClusterConfig) -> None:
-    """Raises SetupError for files that an ingress could not use: better here than by a deployment that fails."""
+    """Raises SetupError for files that an ingress could not use, before a deployment fails by them."""
     Tokenizer(config.model)
     if config.api_keys_file:
         ApiKeys(Path(config.api_keys_file), time.monotonic)
