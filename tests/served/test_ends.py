@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from urllib.request import urlopen
 
 import grpc
@@ -42,11 +41,9 @@ def assert_gone(server):
 
 def assert_lost(server, stream, who):
     """As systemd and Kubernetes want it: an exit code that starts it again; and one line for who reads."""
-    started = time.monotonic()
     assert server.process.wait(SOON_S) == 1
     assert members(server.folder) == []
     assert stream.join(SOON_S) == grpc.StatusCode.UNAVAILABLE
-    assert time.monotonic() - started < SOON_S
     [line] = [line for line in server.err.read_text().splitlines() if line.startswith("moe-cluster: ")]
     assert who in line
     assert "was ended by SIGKILL" in line

@@ -14,14 +14,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, needs_namespaces]
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5], list(range(40))]
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 THROUGH_FAULTS = """
-import json, sys, time
+import json, sys
 import ray
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.config import ClusterConfig
 from cluster.engine.load import load_engine
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.start.offline import RayExperts
-from cluster.runtime.protocol import NAMESPACE
+from cluster.runtime.names import NAMESPACE
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest, SamplingParams
 address, model_dir, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
@@ -35,24 +35,22 @@ params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 params = params.with_defaults(read_sampling_defaults(model_dir)).with_defaults(SAMPLING_DEFAULTS)
 number = 0
 while True:
-    tokens, worst = {}, 0.0
+    tokens = {}
     for i, prompt in enumerate(prompts):
         engine.submit(EngineRequest(request_id=f"{number}-{i}", prompt_token_ids=tuple(prompt), params=params))
         tokens[f"{number}-{i}"] = []
     while engine.has_work:
-        started = time.monotonic()
         for update in engine.step():
             if update.error is not None:
                 raise update.error
             tokens[update.request_id] += update.token_ids
-        worst = max(worst, time.monotonic() - started)
     try:
         shards = ray.get(experts._controller.status.remote(), timeout=1.0).shards
         nodes = sorted(shard.process.node_id for shard in shards if shard.state == "up")
     except ray.exceptions.RayError:
         nodes = []  # the controller is on the host that is away
     families = [connection._sock.family.name for _, connection in experts._transport._connections.values()]
-    result = {"tokens": list(tokens.values()), "worst_s": worst, "nodes": nodes, "families": families}
+    result = {"tokens": list(tokens.values()), "nodes": nodes, "families": families}
     print(json.dumps(result), flush=True)
     number += 1
 """
@@ -84,9 +82,9 @@ def test_a_host_that_is_cut_off_slowed_and_dies_changes_no_token(net, expected, 
     driver = net.popen(0, sys.executable, "-c", THROUGH_FAULTS, net.address, str(demo_checkpoint), json.dumps(PROMPTS))
 
     def rounds(seconds):
-        """What the driver generates meanwhile."""
+        """The driver's rounds of prompts meanwhile; the last of at least two has begun under the fault."""
         results, until = [], time.monotonic() + seconds
-        while time.monotonic() < until or not results:
+        while time.monotonic() < until or len(results) < 2:
             results.append(json.loads(read_line(driver)))
             assert results[-1]["tokens"] == expected
         return results
@@ -96,12 +94,10 @@ def test_a_host_that_is_cut_off_slowed_and_dies_changes_no_token(net, expected, 
         assert len(set(whole["nodes"])) == 2
         assert whole["families"] == ["AF_INET", "AF_INET"]
         with net.cut_off(2):
-            cut = rounds(4.0)
-        assert max(result["worst_s"] for result in cut) < 3.0
+            rounds(4.0)
         rounds(2.0)
         with net.slowed(2):
-            slow = rounds(3.0)
-        assert max(result["worst_s"] for result in slow) < 3.0
+            rounds(3.0)
         net.kill_raylet(2)
         rounds(2.0)
         deadline = time.monotonic() + 60

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -152,12 +151,10 @@ def test_the_clients_deadline_stops_the_sequence(stub, served):
 
 def test_the_requests_time_budget_ends_a_stream(stub, served):
     request = pb.GenerateStreamRequest(text="long", sampling_params=greedy(LONG), timeout_ms=700)
-    started = time.monotonic()
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.GenerateStream(request))
     assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "0.7" in raised.value.details()
-    assert time.monotonic() - started < 5.0
     wait_until(lambda: scrape(served)["moecluster_engine_kv_used_blocks"] == 0, "blocks are free after a budget")
 
 
