@@ -126,7 +126,9 @@ class ServeReplicas:
 class Ingress(GrpcInferenceService, GrpcHealthService):
     """Knows all replicas. Serve makes any number of these."""
 
-    def __init__(self, config: ClusterConfig, replicas: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ClusterConfig, replicas: DeploymentHandle
+    ) -> None:
         prepare_process(1)
         request_log.setLevel(logging.INFO if config.log_requests else logging.WARNING)
         self._config = config
@@ -155,7 +157,9 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
         GrpcInferenceService.__init__(self, self._service, raise_failures=raise_failures)
         GrpcHealthService.__init__(self, self._health, self._admission, raise_failures=raise_failures)
-        self._watch = asyncio.get_event_loop().create_task(self._watch_cluster())
+        self._covered = False
+        await self._look()  # one that follows a dead one says from its first call on that the cluster serves
+        self._watch = asyncio.create_task(self._keep_looking())
 
     def _make_admission(self) -> Admission:
         config = self._config
@@ -187,23 +191,25 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         """Number of requests under way; a drain waits until it is 0."""
         return self._admission.num_running
 
-    async def _watch_cluster(self) -> None:
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+            await self._look()
+
+    async def _look(self) -> None:
         """Keeps the health current. It is serving once replicas and shards are up, until draining, or until some expert
         has had no copy for longer than its requests wait."""
-        covered = False
-        while True:
-            try:
-                status = await self._controller.status.remote()
-                if status.lease_by_renewal:
-                    self._controller.renew_lease.remote()
-                covered = status.serves(self._config.recovery_timeout_s)
-                self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
-                if status.draining:
-                    self._admission.drain()
-            except ray.exceptions.RayError as error:
-                log.warning("the expert controller does not answer, the last state stays: %s", error)
-            serving = covered and not self._admission.draining and await self._replicas.answers()
-            if serving != self._health.serving:
-                log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
-            self._health.set(serving)
-            await asyncio.sleep(HEALTH_INTERVAL_S)
+        try:
+            status = await self._controller.status.remote()
+            if status.lease_by_renewal:
+                self._controller.renew_lease.remote()
+            self._covered = status.serves(self._config.recovery_timeout_s)
+            self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
+            if status.draining:
+                self._admission.drain()
+        except ray.exceptions.RayError as error:
+            log.warning("the expert controller does not answer, the last state stays: %s", error)
+        serving = self._covered and not self._admission.draining and await self._replicas.answers()
+        if serving != self._health.serving:
+            log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
+        self._health.set(serving)
