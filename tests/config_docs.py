@@ -1,7 +1,7 @@
 """README's table of the arguments and the comments of deploy/serve.yaml, from the help texts of `ClusterConfig`.
 
-`python tests/config_docs.py` writes both. In serve.yaml the lines above an argument are its help text; what stands
-behind its value is written by hand, and so are the values, their order and the groups.
+`python tests/config_docs.py` writes both. In serve.yaml the lines above an argument are its help text; the
+comments behind values, the values, their order and the groups are written by hand.
 """
 
 import json

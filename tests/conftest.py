@@ -1,4 +1,4 @@
-"""What the whole session shares: one Ray of this machine, one served application on it, the demo checkpoint."""
+"""Shared by the whole session: one Ray of this machine, one served application on it, the demo checkpoint."""
 
 import contextlib
 import logging
@@ -16,11 +16,11 @@ import type_check
 import cluster
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 
-LOGICAL_GPUS = 16  # only Ray's bookkeeping: which process is given which
+LOGICAL_GPUS = 16  # Ray only counts them
 
 
 def pytest_configure() -> None:
-    """What the tests start is on loopback, which a proxy of the environment does not reach."""
+    """Excludes loopback from the environment's proxy, which does not reach the servers of the tests."""
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
         filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "127.0.0.1", "localhost"))
     )
@@ -41,9 +41,9 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A link to the folder that Ray's processes import this package from: turned, it is another installed version.
+    """A link to the folder from which Ray's processes import this package; to turn it is to install another version.
 
-    Beside it stands a poison for some requests, see served/poison.py.
+    Beside the package stands a poison for some requests, see served/poison.py.
     """
     versions = tmp_path_factory.mktemp("installed")
     (versions / "this").mkdir()
@@ -92,7 +92,7 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
 
 class SharedApplication:
     """The served application that tests share, as `moe-cluster serve` starts it: two attention replicas on two expert
-    shards, float32. It starts when a test needs one and there is none."""
+    shards, float32. It starts when a test needs it and it does not run."""
 
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
@@ -135,19 +135,19 @@ def application(ray_cluster: Any, demo_checkpoint: Path) -> Iterator[SharedAppli
 
 @pytest.fixture
 def served(application: SharedApplication) -> Any:
-    """The shared application. A test leaves it as it found it: whole, with as many shards and replicas."""
+    """The shared application. A test leaves it unchanged: complete, with the same numbers of shards and replicas."""
     return application.running()
 
 
 @pytest.fixture(scope="module")
 def served_for_good(application: SharedApplication) -> Iterator[Any]:
-    """The shared application, for tests that leave it changed: no test of another module gets it afterwards."""
+    """The shared application, for tests that change it for good: no test of another module gets it afterwards."""
     yield application.running()
     application.end()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the shared application up come last, so that the others share one."""
+    """Puts the tests last that change the shared application for good, so that the others share one."""
     items.sort(key=lambda item: "served_for_good" in getattr(item, "fixturenames", ()))
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "moe-cluster"
 RELEASE = "demo"
 WARNING = 2  # the least severity of a lint message that --strict fails for
-KUBE_VERSION = "v1.31.0"  # what Helm 3 takes the cluster for; it is older than the chart's oldest
+KUBE_VERSION = "v1.31.0"  # the cluster's version for Helm 3, whose default is older than the chart's oldest
 
 
 class Refused(Exception):
@@ -28,7 +28,7 @@ class Helm3:
         self.binary = os.environ["HELM"]
 
     def lint(self, values):
-        """Lines that `helm lint --strict` fails with."""
+        """The messages with which `helm lint --strict` fails."""
         done = self._run(["lint", "--strict"], CHART, values)
         return done.stdout.splitlines() if done.returncode else []
 
@@ -111,7 +111,7 @@ def values_of(name, changes=None):
 
 
 class Objects:
-    """What a release consists of."""
+    """The objects and notes of a release."""
 
     def __init__(self, texts):
         self.notes = next((text for path, text in texts.items() if path.endswith("NOTES.txt")), "")

@@ -1,4 +1,4 @@
-"""What an API server would refuse: native kinds by Kubernetes' own schemas, custom ones by schemas of their fields.
+"""Finds what an API server would refuse: native kinds by Kubernetes' schemas, custom ones by schemas of their fields.
 
 The latter are written by hand after the definitions of KubeRay 1.7.0, prometheus-operator, Gateway API and
 cert-manager, with the fields that a chart like this one may set; all else counts as unknown. $CRDS may name a folder
@@ -135,7 +135,7 @@ SPECS = {
 
 
 def problems(found, kube_version):
-    """What is wrong with an object, as lines; unknown fields are."""
+    """The faults of an object, as lines; an unknown field is one."""
     spec = SPECS.get((found["apiVersion"], found["kind"]))
     if spec is None:
         return _lines(_native(kube_version, found["apiVersion"], found["kind"]), found)
@@ -179,7 +179,7 @@ def _definitions(kube_version):
 
 @cache
 def _native(kube_version, api_version, kind):
-    """The validator of a kind, `kubernetes-validate --strict`'s without reading every definition anew."""
+    """The validator of a kind, as in `kubernetes-validate --strict`, which would read every definition anew."""
     folder, registry = _definitions(kube_version)
     group, _, version = api_version.rpartition("/")
     name = "-".join(filter(None, [kind.lower(), group.split(".")[0], version]))

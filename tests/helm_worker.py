@@ -1,6 +1,6 @@
 """Helm 4 in a process of its own: requests as JSON lines in, answers as JSON lines out.
 
-Its library brings Go's runtime and signal handlers, which stay out of the tests' process so.
+So Go's runtime and signal handlers, which its library brings, stay out of the tests' process.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The package as it was before its rooms were rebuilt: processes of that version must understand those of this one."""
+"""The package before its rooms were rebuilt: processes of that version and of this one must understand each other."""
 
 import subprocess
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_last_version(folder: Path) -> None:
-    """Writes it to `folder`/cluster. Skips the test where the history does not reach so far."""
+    """Writes that version to `folder`/cluster. Skips the test where the history does not reach back to it."""
     folder.mkdir(parents=True)
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", COMMIT, "cluster"], capture_output=True)
     if archive.returncode:

@@ -1,4 +1,4 @@
-"""The PromQL of deploy/: every expression of the rules and the dashboards, and what it asks for. Knows no metric."""
+"""The PromQL of deploy/: every expression of the rules and the dashboards, with its labels. Knows no metric."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,15 +10,15 @@ import yaml
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yaml"
-GRAFANA_VALUES = {"$__rate_interval": "1m", "$job": ".*"}  # what Grafana would put there
+GRAFANA_VALUES = {"$__rate_interval": "1m", "$job": ".*"}  # as Grafana would fill them in
 
 Labels = frozenset[str]
-TARGET = frozenset({"job", "instance"})  # what every scraped series has
+TARGET = frozenset({"job", "instance"})  # labels of every scraped series
 OWN = {"up": TARGET, "ALERTS": frozenset({"alertname", "alertstate", "severity", "job"})}  # Prometheus's
 
 
 def rules() -> list[dict[str, Any]]:
-    """All of them, of all groups."""
+    """The rules of all groups."""
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
@@ -50,7 +50,7 @@ def filled_in(expression: str) -> str:
 
 
 def series(metrics: Mapping[str, tuple[str, set[str]]]) -> dict[str, Labels]:
-    """The labels of every series that there is: those of `metrics` (type, labels) as they are stored, and the records'.
+    """The labels of every series: those of `metrics` (type, labels) as Prometheus stores them, and the records'.
 
     Raises as `labels_of`.
     """
@@ -68,7 +68,7 @@ def series(metrics: Mapping[str, tuple[str, set[str]]]) -> dict[str, Labels]:
 
 
 def check(expression: str, known: Mapping[str, Labels]) -> None:
-    """Raises as `labels_of`, for what it matches by too."""
+    """Raises as `labels_of`, also for the labels that it matches by."""
     node = promql_parser.parse(expression)
     labels_of(node, known)
     for selector in selectors(node):
@@ -92,7 +92,7 @@ def _children(node: Any) -> list[Any]:
 def labels_of(node: Any, known: Mapping[str, Labels]) -> Labels:
     """The labels of an expression's results. known: those of each metric and record by name.
 
-    Raises KeyError for a name, and AssertionError for a label, that is not there.
+    Raises KeyError for an unknown name, and AssertionError for an unknown label.
     """
     if isinstance(node, promql_parser.VectorSelector):
         return known[node.name]

@@ -1,4 +1,4 @@
-"""What another user of this machine reaches: tried as one, where this process may become one, else by the modes."""
+"""Finds what another user of this machine reaches: tries as such a user where this process may, else by the modes."""
 
 import json
 import subprocess
@@ -54,8 +54,8 @@ print(json.dumps([found for path in json.load(sys.stdin) for found in look(path)
 
 
 def reached(paths):
-    """Of files, folders with all below, and Unix sockets ("\\0name" has no file): what another user could read,
-    write or connect to."""
+    """The files, folders with all below, and Unix sockets ("\\0name" has no file) that another user could read, write
+    or connect to."""
     done = subprocess.run(
         [sys.executable, "-c", f"NOBODY = {NOBODY}\n{SCRIPT}"],
         input=json.dumps([str(path) for path in paths]),

@@ -1,4 +1,4 @@
-"""mypy, beside the tests: it takes half a minute of a core, while most of the others wait for processes to start."""
+"""Runs mypy beside the tests: it takes half a minute of a core, while most tests wait for processes to start."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ MYPY = pytest.StashKey[subprocess.Popen[str]]()
 
 
 def begin(config: pytest.Config) -> None:
-    """Starts it; `end` waits for it."""
+    """Starts mypy; `end` waits for it."""
     command = ["nice", "-n", "19", str(Path(sys.executable).parent / "mypy")]
     config.stash[MYPY] = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -19,6 +19,6 @@ def begin(config: pytest.Config) -> None:
 
 
 def end(config: pytest.Config) -> tuple[int, str]:
-    """Its exit status and what it said."""
-    said, _ = config.stash[MYPY].communicate(timeout=280)
-    return config.stash[MYPY].returncode, said
+    """Its exit status and its output."""
+    output, _ = config.stash[MYPY].communicate(timeout=280)
+    return config.stash[MYPY].returncode, output

@@ -47,7 +47,7 @@ class PenaltyState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRow:
-    """What the sampler needs of one sequence.
+    """The sampler's view of one sequence.
 
     token_ids: prompt and output so far.  params: every default filled in, the seed too.
     banned_token_ids: not to be chosen (the ends of a sequence below min_tokens).  penalties: kept by the sequence.

@@ -16,7 +16,7 @@ needs_namespaces = pytest.mark.skipif(
 
 
 class Hosts:
-    """Host 0 is Ray's head, without room for actors; the others have `num_cpus` each."""
+    """Host 0 is Ray's head, without room for actors; each of the others has `num_cpus`."""
 
     def __init__(self, num_hosts, num_cpus=4):
         self._name, self._net = uuid.uuid4().hex[:5], f"10.{os.getpid() % 200 + 20}.77"
@@ -43,13 +43,13 @@ class Hosts:
             self._ip("-n", space, "link", "set", ends[1], "up")
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--object-store-memory=100000000"]
         for i in range(len(self._spaces)):
-            own = [f"--node-ip-address={self._net}.{i + 1}"]
+            options = [f"--node-ip-address={self._net}.{i + 1}"]
             if i == 0:
-                own += ["--head", "--num-cpus=0", "--port=6399", "--include-dashboard=false"]
-                own += [f"--temp-dir={self._temp_dir}"]
+                options += ["--head", "--num-cpus=0", "--port=6399", "--include-dashboard=false"]
+                options += [f"--temp-dir={self._temp_dir}"]
             else:
-                own += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
-            done = self.run(i, *ray, *own)
+                options += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
+            done = self.run(i, *ray, *options)
             assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self):
@@ -80,7 +80,7 @@ class Hosts:
 
     @contextmanager
     def cut_off(self, host):
-        """The host's packets are lost, without a word to either side."""
+        """Drops the host's packets; neither side gets an error."""
         self._ip("-n", self._spaces[0], "link", "set", self.link(host), "down")
         try:
             yield
@@ -89,7 +89,7 @@ class Hosts:
 
     @contextmanager
     def slowed(self, host, milliseconds=50):
-        """Every packet to the host is late; where the kernel cannot do it, nothing happens."""
+        """Delays every packet to the host; yields False where the kernel cannot do it."""
         where = ["ip", "netns", "exec", self._spaces[0], "tc", "qdisc"]
         delay = ["dev", self.link(host), "root", "netem", "delay", f"{milliseconds}ms"]
         done = subprocess.run([*where, "add", *delay], check=False, capture_output=True)
@@ -127,7 +127,7 @@ def hosts(num_hosts):
 
 
 def read_line(process, timeout_s=60.0):
-    """The next line of JSON from a process, past what Ray prints; fails with its errors when it ends first."""
+    """The next line of JSON from a process, without Ray's output; fails with its errors when it ends first."""
     started = time.monotonic()
     line = ""
     while not line.startswith("{"):

@@ -1,4 +1,4 @@
-"""Another version of this package, as the next one may be: what processes exchange has fields more."""
+"""Makes a possible next version of this package: values that processes exchange have one more field."""
 
 import ast
 import shutil
@@ -10,7 +10,7 @@ VERSION = "99.0"
 
 
 def write_next_version(folder: Path) -> int:
-    """Copies the package to `folder`/cluster and changes it; returns in how many classes."""
+    """Copies the package to `folder`/cluster and changes it; returns the number of changed classes."""
     copy = folder / "cluster"
     shutil.copytree(Path(cluster.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "version.py").write_text(f'__version__ = "{VERSION}"\n')
@@ -18,7 +18,7 @@ def write_next_version(folder: Path) -> int:
 
 
 def _add_fields(path: Path) -> int:
-    """After the last field of each class that is pickled by its fields' names."""
+    """Adds a field after the last one of each class that is pickled by its fields' names."""
     lines = path.read_text().splitlines()
     ends = [
         max(part.end_lineno for part in node.body if isinstance(part, ast.AnnAssign))

@@ -1,5 +1,5 @@
-"""Imported by every Python of a rollout's Ray (as `sitecustomize`): a process keeps the version that it started with,
-though the link that it was found by is turned to another one."""
+"""Imported by every Python of a rollout's Ray (as `sitecustomize`): a process keeps the version that it started with
+when the link to it is turned to another one."""
 
 import os
 import sys

@@ -1,5 +1,5 @@
-"""Imported by every Python of the tests' Ray (as `sitecustomize`): requests with one seed meet an exception where their
-penalties are applied, those with another one end the engine's process there."""
+"""Imported by every Python of the tests' Ray (as `sitecustomize`): requests with one seed raise where their penalties
+are applied, those with another one end the engine's process there."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ def _poison(module):
 
 
 class _AfterImport:
-    """Finds the sampler as it would be found, and changes it when it is loaded."""
+    """Finds the sampler's module as usual, and changes it after its import."""
 
     def find_spec(self, name, path=None, target=None):
         if name != _MODULE:

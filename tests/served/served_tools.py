@@ -24,7 +24,7 @@ def scrape(served: Any) -> dict[str, float]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
-    """Looks ten times a second; fails the test when the time is over."""
+    """Asks ten times a second; fails the test after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not in {timeout_s} s"

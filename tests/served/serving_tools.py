@@ -1,4 +1,4 @@
-"""A `moe-cluster serve` of a test's own: started, killed in parts, and looked for when it is gone."""
+"""A `moe-cluster serve` for one test, which kills parts of it, and looks for its traces."""
 
 import os
 import re
@@ -61,14 +61,14 @@ class Serving:
         return Stream(f"127.0.0.1:{self.grpc_port}", max_tokens)
 
     def end(self):
-        """What a failed test has left."""
+        """Kills the process that a failed test has left."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 
 
 class Stream:
-    """A request in a thread of its own; `begun` once its first token is there. code: None for a good end."""
+    """A request in a thread; `begun` is set with its first token. code: None for a good end."""
 
     def __init__(self, address, max_tokens):
         self.begun, self.code, self.num_tokens = threading.Event(), None, 0
@@ -104,6 +104,6 @@ def command(pid):
 
 
 def keepers():
-    """The command lines of those that run."""
+    """The command lines of running keepers."""
     every = (command(int(name)) for name in os.listdir("/proc") if name.isdecimal())
     return [words for words in every if "cluster.footprint.keeper" in words]

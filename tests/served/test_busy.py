@@ -1,4 +1,4 @@
-"""What one client can do at most to a served application: the others, and who asks for its health, go on."""
+"""One client does its worst to a served application: other clients and health calls are answered."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.ray
 
-NOT_READING = (("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0))  # HTTP/2's window is next to nothing
+NOT_READING = (("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0))  # HTTP/2's window is very small
 WATCHERS, CONNECTIONS = 105, 7
 UNREAD = 20
 MAX_WATCHERS = 32 * 2  # of one host at each of two ingresses, by default

@@ -65,7 +65,7 @@ def broken(tmp_path, demo_checkpoint):
 
 
 def run_here(capsys, *arguments):
-    """As `run`, without the 3 s of a process that loads torch and Ray."""
+    """As `run`, without the 3 s in which a process imports torch and Ray."""
     code = main([*map(str, arguments)])
     out, err = capsys.readouterr()
     return subprocess.CompletedProcess(arguments, code, out, err)
@@ -120,7 +120,7 @@ def test_what_is_no_port_and_no_address_of_this_machine_is_refused(demo_checkpoi
 
 
 def test_a_ray_that_is_not_there_is_named_at_once(demo_checkpoint):
-    """In a process of its own: this one has a Ray already, which counts for whatever it is told."""
+    """In a new process: this one is connected to a Ray already, and would use that."""
     refused(run("serve", demo_checkpoint, "--ray-address", "127.0.0.1:1"), "no Ray answers at 127.0.0.1:1")
 
 
@@ -167,7 +167,7 @@ def test_an_answer_that_nobody_takes_ends_the_command_quietly(served, streams, c
 
 
 def test_status_is_drawn_in_ascii_where_there_is_nothing_else(served):
-    """The session's cluster has a token in this process alone: the drawing is asked for here."""
+    """Only this process has the token of the session's cluster, so it draws here."""
     out = io.BytesIO()
     with contextlib.redirect_stdout(io.TextIOWrapper(out, encoding="ascii", errors="strict")) as stream:
         assert terminal.run(lambda: print_status(served.status()) or 0) == 0
@@ -186,7 +186,7 @@ def test_without_a_server_generate_says_how_to_start_one():
     )
 
 
-def test_the_demo_shows_what_there_is_and_ctrl_c_drains_and_stops_it():
+def test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it():
     """With Serve's own proxy in front, where the session's cluster has HAProxy, and with a dead http_proxy around."""
     surroundings = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1")
@@ -237,6 +237,6 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_starts(demo
     model = tmp_path / "model"
     shutil.copytree(demo_checkpoint, model, ignore=shutil.ignore_patterns("tokenizer*"))
     assert main(["serve", str(model)]) == 2
-    said = capsys.readouterr().err
-    assert "tokenizer.json" in said
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert "tokenizer.json" in error
+    assert "Traceback" not in error

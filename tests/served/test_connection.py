@@ -1,4 +1,4 @@
-"""What one connection carries to the served cluster: nothing waits where no server sees it."""
+"""Many calls on one connection to the served cluster: none waits where no server sees it."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +25,7 @@ def first_word(call):
 
 
 def refused(served):
-    """As the server counts them."""
+    """The server's count of refused requests."""
     return sum(
         sample.value
         for sample in samples(served)
@@ -34,7 +34,7 @@ def refused(served):
 
 
 def test_150_streams_of_a_connection_are_answered_or_refused_at_once_beside_a_health_call(served, channel):
-    """Of Serve's own setting, 100, the health call would wait for a stream to end."""
+    """With Serve's own setting, 100, the health call would wait until a stream ends."""
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     before = refused(served)
     params = pb.SamplingParams(max_tokens=400, ignore_eos=True, temperature=0)

@@ -61,7 +61,7 @@ def test_its_tokens_are_those_of_an_llm(serving, model_dir):
 
 
 def test_what_it_says_of_itself_names_no_shards(serving, run):
-    """The server was told --expert-shards 1."""
+    """The server started with --expert-shards 1."""
     assert "experts  none: the model is dense" in serving.out.read_text()
     code, status, _ = run("status")
     assert code == 0
@@ -83,7 +83,7 @@ def test_the_controller_is_rolled_and_more_replicas_start(run):
 
 
 def test_whatever_dies_no_answer_is_lost_or_different(serving, run):
-    """Two replicas now. All kinds of faults are asked for; those that shards have are left out."""
+    """Two replicas now. The test asks for all kinds of faults; the cluster leaves those of shards out."""
     address = ("--address", f"127.0.0.1:{serving.grpc_port}")
     code, report, error = run("chaos", "--requests", "12", "--faults", "4", "--concurrency", "3", *address)
     assert code == 0, report + error

@@ -1,4 +1,4 @@
-"""Draining the served application, which takes no request any more then."""
+"""Drains the served application, which then refuses requests."""
 
 import grpc
 import pytest

@@ -46,7 +46,7 @@ def ask(ray, experts, method, *args):
 
 @contextmanager
 def steady_rows(experts, hot=None):
-    """Rows through all layers all the time; each answer is compared with the first. Yields the seconds of each round.
+    """Sends rows through all layers all the time, and compares each answer with the first. Yields each round's seconds.
 
     hot: the first of the few experts that get all rows.
     """
@@ -107,16 +107,16 @@ def test_shards_are_added_and_removed_one_at_a_time_under_rows(ray_cluster, expe
 
 def test_a_skewed_load_is_spread_and_the_busiest_experts_get_copies(ray_cluster, experts):
     with steady_rows(experts, hot=0):
-        threading.Event().wait(6)  # the controller looks at the loads every 2 s
+        threading.Event().wait(6)  # the controller measures the load every 2 s
         before = ask(ray_cluster, experts, "status").imbalance
-        said = ask(ray_cluster, experts, "rebalance")
+        report = ask(ray_cluster, experts, "rebalance")
         after = ask(ray_cluster, experts, "status").imbalance
-    assert before > 1.2, said
-    assert after <= 1.15, said
+    assert before > 1.2, report
+    assert after <= 1.15, report
 
 
 def test_a_policy_follows_the_load_by_itself(ray_cluster, experts, config):
-    """Of other experts than those that have copies by now, from a redeployed configuration that says so."""
+    """Of other experts than those that have copies by now; a redeployed configuration sets the policy."""
     policy = replace(config, rebalance_interval_s=0.5, rebalance_threshold=1.1, rebalance_max_moves=256)
     epoch = ask(ray_cluster, experts, "status").epoch
     with steady_rows(experts, hot=40):
@@ -161,8 +161,8 @@ def test_a_number_of_shards_that_cannot_be_is_refused(ray_cluster, experts, wron
 
 
 def test_with_two_copies_rows_go_on_without_a_killed_or_a_stopped_shard(ray_cluster, config):
-    """A killed one's rows are sent to the other copies. One that is stopped says nothing for as long as it lasts; steps
-    that waited for it would take shard_timeout_s, 30 s, each."""
+    """A killed one's rows are sent to the other copies. A stopped one stays silent; steps that
+    waited for it would take shard_timeout_s, 30 s, each."""
     registry = new_registry()
     experts = RayExperts(
         replace(config, expert_shards=3, min_copies=2, redundant_experts=0), DispatchMetrics(registry, "test")
@@ -179,7 +179,7 @@ def test_with_two_copies_rows_go_on_without_a_killed_or_a_stopped_shard(ray_clus
                 until = len(rounds) + num_rounds
                 wait_until(lambda: len(rounds) >= until, "rows", timeout_s=25.0)
 
-            go_on(20)  # what is usual is known
+            go_on(20)  # the usual waits are known
             handles = experts.dispatcher.plans._current().handles
             ray_cluster.kill(handles[1])
             wait_until(lambda: total("moecluster_dispatch_rerouted_rows_total", 1) > 0, "rows elsewhere")

@@ -40,7 +40,7 @@ def assert_gone(server):
 
 
 def assert_lost(server, stream, who):
-    """As systemd and Kubernetes want it: an exit code that starts it again; and one line for who reads."""
+    """Its exit code makes systemd and Kubernetes start it again; one line tells a user the reason."""
     assert server.process.wait(SOON_S) == 1
     assert members(server.folder) == []
     assert stream.join(SOON_S) == grpc.StatusCode.UNAVAILABLE
@@ -118,7 +118,7 @@ def test_a_closed_terminal_drains_and_what_lost_its_keeper_too_goes_with_the_nex
     assert drained.num_tokens == 800
     assert one.process.wait(120) == 0
     assert_gone(one)
-    clean()  # what a start begins with
+    clean()  # as each start does first
     assert_gone(other)
     assert lost.join(SOON_S) == grpc.StatusCode.UNAVAILABLE
 

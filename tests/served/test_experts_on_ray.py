@@ -1,4 +1,4 @@
-"""Expert shards on Ray without an application: resources by role, what is left behind, what cannot load."""
+"""Expert shards on Ray without an application: their resources, their end, and checkpoints that cannot load."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_more_gpus_than_the_cluster_has_are_refused(ray_cluster, config):
 
 
 def test_a_damaged_slice_is_named_when_its_shard_loads(ray_cluster, config, tmp_path):
-    """The names are all there, so only the shard that reads the file can find out."""
+    """All names exist, so only the shard that reads the file can find the damage."""
     for file in Path(config.model).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     last = sorted(tmp_path.glob("*.safetensors"))[-1]

@@ -37,7 +37,7 @@ def haproxies():
 
 
 class Caller(threading.Thread):
-    """Asks for tokens, on one channel, again and again."""
+    """Asks for tokens again and again on one channel."""
 
     def __init__(self, port):
         super().__init__()
@@ -76,7 +76,7 @@ def caller(served):
 
 
 def keepers():
-    """The processes that Serve takes for HAProxy; each has one child of the same name."""
+    """The processes that Serve regards as HAProxy; each has one child of the same name."""
     pids = processes("moe-cluster-haproxy")
     return [pid for pid in pids if parent_of(pid) not in pids]
 
@@ -104,7 +104,7 @@ def test_a_killed_front_is_there_again_before_serve_looks(served, caller, who):
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["manager", "keeper"])
 def test_the_manager_or_the_keeper_killed_costs_no_call(served, caller, who):
-    """Its HAProxy serves on until the next manager has heard of the application; streams go on, too."""
+    """Its HAProxy serves on until the next manager knows the application; streams go on, too."""
     stub = health_pb2_grpc.HealthStub(caller.channel)
     watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -115,7 +115,7 @@ def test_the_manager_or_the_keeper_killed_costs_no_call(served, caller, who):
     caller.goes_on()
     wait_until(lambda: set(processes("moe-cluster-haproxy")) - set(before), "another HAProxy", 60)
     caller.goes_on()
-    time.sleep(3)  # reloads, as Serve hears of the applications
+    time.sleep(3)  # reloads, as Serve learns the applications
     caller.goes_on()
     assert not watch.done(), (watch.code(), watch.details())
     watch.cancel()

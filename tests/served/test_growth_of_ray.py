@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 REQUESTS = int(os.environ.get("GROWTH_REQUESTS", "2000"))
 WARM_UP = 500
 GCS_BYTES = 1 << 20  # per 1,000 requests; it was 4.2 MB
-PROCESS_BYTES = 4 << 20  # of any other, as little as the allocator's steps allow
+PROCESS_BYTES = 4 << 20  # per 1,000 requests, of any other process; the allocator's steps allow no less
 LOG_BYTES = 20  # for each request; a line of one was 159
-LOG_BYTES_A_SECOND = 3000  # whatever happens: Ray's own, of all processes
+LOG_BYTES_A_SECOND = 3000  # of all Ray's processes, with or without requests
 
 
 def memory(session: Path) -> dict[str, int]:
@@ -46,7 +46,7 @@ def memory(session: Path) -> dict[str, int]:
 
 
 def log_sizes(session: Path) -> Counter[str]:
-    """By name; what has rotated counts as its first file."""
+    """Bytes of the log files by name; rotated files count with the first one."""
     sizes = Counter[str]()
     for path in session.rglob("logs/**/*.*"):
         if path.is_file() and not path.is_symlink():
@@ -65,7 +65,7 @@ def test_neither_memory_nor_logs_grow_with_the_requests_that_were_answered(serve
 
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(ask, range(WARM_UP))) == WARM_UP
-        time.sleep(5)  # what is reported each few seconds is through
+        time.sleep(5)  # reports that come every few seconds have been sent
         memory_before, logs_before, began = memory(session), log_sizes(session), time.monotonic()
         assert sum(pool.map(ask, range(REQUESTS))) == REQUESTS
         time.sleep(5)

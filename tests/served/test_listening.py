@@ -1,4 +1,4 @@
-"""What the processes of a served cluster listen on, as the kernel says it, and what a stranger finds there."""
+"""The sockets on which a served cluster listens, as the kernel lists them, and their answers to a stranger."""
 
 import os
 import socket
@@ -91,7 +91,7 @@ def test_what_listens_on_all_interfaces_answers_no_stranger(listening):
 def outer_address():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks for the way
+            probe.connect(("192.0.2.1", 9))  # sends nothing: finds the route
         except OSError:
             pytest.skip("this machine has no way to others")
         host = probe.getsockname()[0]
@@ -110,7 +110,7 @@ def ask(channel, method):
 
 
 def test_rays_own_http_says_nothing_to_a_stranger(listening):
-    """Nor do Serve's. HAProxy's metrics and our own are for whoever scrapes them."""
+    """Nor does Serve's. HAProxy's metrics and our own are for any scraper."""
     heard = {}
     for command, _, port in listening:
         if command.startswith("ray::NodeMetrics") or command.endswith("haproxy"):

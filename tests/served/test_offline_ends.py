@@ -1,4 +1,4 @@
-"""An `LLM` on a Ray of its own, in scripts as people write them: two at a time, no room, no `close`."""
+"""An `LLM` on a Ray of its own, in scripts as users write them: two at a time, no room, no `close`."""
 
 import json
 import subprocess
@@ -35,15 +35,15 @@ thread = threading.Thread(target=lambda: made.append(llm()))  # Ray must not end
 thread.start()
 thread.join()
 one, other = made[0], llm()
-said = {"before": tokens(one), "folder": folder()}
+report = {"before": tokens(one), "folder": folder()}
 one.close()
 one.close()
-said["after"] = tokens(other)
+report["after"] = tokens(other)
 for name, call in {"generate": lambda: tokens(one), "logits": lambda: one.logits([1])}.items():
     try:
         call()
     except ClusterError as error:
-        said[name] = [type(error).__name__, str(error)]
+        report[name] = [type(error).__name__, str(error)]
 
 from cluster.config import ClusterConfig
 from cluster.metrics import DispatchMetrics, new_registry
@@ -59,26 +59,26 @@ config = ClusterConfig(model=sys.argv[1], dtype="float32", device="cpu", expert_
 try:
     RayExperts(config, DispatchMetrics(new_registry(), "test"), room_timeout_s=6.0)
 except ClusterError as error:
-    said["no room"] = [type(error).__name__, str(error)]
+    report["no room"] = [type(error).__name__, str(error)]
 other.close()
-said["a Ray is left"] = ray.is_initialized()
+report["a Ray is left"] = ray.is_initialized()
 threads = {thread.name for thread in threading.enumerate()}
-said["a thread is left"] = "shard-directory" in threads or "ray-watch" in threads
-print(json.dumps(said))
+report["a thread is left"] = "shard-directory" in threads or "ray-watch" in threads
+print(json.dumps(report))
 """
 
 LOST = """
 made = llm()
-said = {"before": tokens(made), "folder": folder()}
+report = {"before": tokens(made), "folder": folder()}
 ray._private.worker._global_node.all_processes["raylet"][0].process.kill()
 time.sleep(3.0)
 started = time.monotonic()
 try:
     tokens(made)
 except ClusterError as error:
-    said["lost"] = [error.grpc_code, str(error)]
+    report["lost"] = [error.grpc_code, str(error)]
 made.close()
-print(json.dumps(said))
+print(json.dumps(report))
 """
 
 OPEN = """
@@ -96,45 +96,46 @@ def run(script, demo_checkpoint):
     return done, json.loads(lines[-1])
 
 
-def assert_nothing_left(said):
-    assert members(said["folder"]) == []
-    assert subprocess.run(["test", "-e", said["folder"]]).returncode == 1
+def assert_nothing_left(report):
+    assert members(report["folder"]) == []
+    assert subprocess.run(["test", "-e", report["folder"]]).returncode == 1
 
 
 def test_two_share_a_ray_and_the_last_one_ends_it(demo_checkpoint):
     """66 CPUs at least, all but one of them taken: of three shards one finds room."""
-    done, said = run(TWO, demo_checkpoint)
+    done, report = run(TWO, demo_checkpoint)
     assert done.returncode == 0, done.stderr
-    assert len(said["before"]) == 8
-    assert said["after"] == said["before"]
-    assert said["generate"] == said["logits"] == ["Closed", "this LLM is closed: make another one"]
-    kind, words = said["no room"]
+    assert len(report["before"]) == 8
+    assert report["after"] == report["before"]
+    assert report["generate"] == report["logits"] == ["Closed", "this LLM is closed: make another one"]
+    kind, words = report["no room"]
     assert kind == "SetupError"
     assert words.startswith(
         "2 of 3 expert shards find no room: they ask for 1 CPU each (3 in all), the Ray cluster has "
     )
     assert "0 of them free, and none came free in 6 s" in words
-    assert "2 of 3 expert shards find no room" in done.stderr  # said long before it gives up
-    assert not said["a Ray is left"]
-    assert not said["a thread is left"]
-    assert_nothing_left(said)
+    assert "2 of 3 expert shards find no room" in done.stderr  # logged long before it gives up
+    assert not report["a Ray is left"]
+    assert not report["a thread is left"]
+    assert_nothing_left(report)
 
 
 def test_without_its_raylet_it_says_so_and_can_be_closed(demo_checkpoint):
-    done, said = run(LOST, demo_checkpoint)
+    done, report = run(LOST, demo_checkpoint)
     assert done.returncode == 0, done.stderr
-    code, words = said["lost"]
+    code, words = report["lost"]
     assert code == "UNAVAILABLE"
     assert "the Ray of the expert shards has died: Ray's raylet" in words
-    assert_nothing_left(said)
+    assert_nothing_left(report)
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3), ("import os; os._exit(5)", 5)])
 def test_a_script_that_ends_without_close_ends_as_it_says_and_leaves_nothing(demo_checkpoint, end, code):
-    done, said = run(OPEN + end, demo_checkpoint)
+    done, report = run(OPEN + end, demo_checkpoint)
     assert done.returncode == code, done.stderr
     if "_exit" in end:
-        # nobody but the keeper is there to clean up
-
-        wait_until(lambda: not members(said["folder"]) and subprocess.run(["test", "-e", said["folder"]]).returncode)
-    assert_nothing_left(said)
+        # only the keeper is left to clean up
+        wait_until(
+            lambda: not members(report["folder"]) and subprocess.run(["test", "-e", report["folder"]]).returncode
+        )
+    assert_nothing_left(report)

@@ -23,7 +23,7 @@ def bound(pids):
 
 
 def written(pids):
-    """The files that they have open to write, and shared memory."""
+    """The files and shared memory that the processes have open to write."""
     found = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -41,8 +41,8 @@ def temporary(paths):
 
 
 def test_no_file_folder_or_socket_of_a_cluster_is_reached(served):
-    """Of all that its processes hold open: the folder of each file with all that lies there, and each socket."""
-    pids = family(os.getpid())[1:]  # what this process writes itself is the tests' matter
+    """For all that its processes have open: the folder of each file with its contents, and each socket."""
+    pids = family(os.getpid())[1:]  # the files of this process belong to the tests
     session = global_worker.node.get_session_dir_path()
     files, names = temporary(written(pids)), bound(pids)
     assert any(path.startswith(session) for path in files)
@@ -53,7 +53,7 @@ def test_no_file_folder_or_socket_of_a_cluster_is_reached(served):
 
 
 def test_another_user_gets_no_word_from_a_shards_stream(served):
-    """Nor can he take up its time: the kernel says who he is."""
+    """Nor can he cost it time: the kernel tells who connects."""
     streams = [name for name in bound(family(os.getpid())) if name.startswith("\0moe-cluster-")]
     assert len(streams) >= 2
     assert reached(streams) == []

@@ -1,4 +1,4 @@
-"""A request that raises in its engine, and one that ends it: who streams beside them notices nothing but a pause."""
+"""A request that raises in its engine, and one that ends it: streams beside them notice nothing but a pause."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def poisoned(seed):
 
 
 def ask(served, params, request_id="", begun=None):
-    """Tokens; `begun` is set with the first."""
+    """The tokens of an answer; sets `begun` with the first."""
     token_ids = []
     with Client(f"127.0.0.1:{served.grpc_port}") as client:
         for piece in client.stream(PROMPT, params, request_id=request_id):

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BINARIES = {"PROMETHEUS": "prometheus", "ALERTMANAGER": "prometheus-alertmanager"}
 OWN = {"up", "ALERTS"}  # Prometheus's
-# Not in a scrape before it happens.
+# Metrics that appear in a scrape only after these events.
 AFTER_THE_EVENT = {
     "moecluster_controller_respawns_total": "a shard died",
     "moecluster_controller_changes_total": "experts were moved, or could not be",
@@ -58,8 +58,10 @@ class Receiver:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                received.extend((told["receiver"], a["labels"]["alertname"], a["status"]) for a in told["alerts"])
+                alert_group = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                received.extend(
+                    (alert_group["receiver"], a["labels"]["alertname"], a["status"]) for a in alert_group["alerts"]
+                )
                 self.send_response(200)
                 self.end_headers()
 
@@ -76,7 +78,7 @@ class Receiver:
 
 
 class Watch:
-    """Prometheus and Alertmanager over one target, and who is told."""
+    """Prometheus and Alertmanager over one target, and the receiver of their alerts."""
 
     def __init__(self, folder, target: str) -> None:
         self.receiver = Receiver()
@@ -111,14 +113,14 @@ class Watch:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Its results now. Raises HTTPError for an expression that Prometheus refuses."""
+        """The results of an expression now. Raises HTTPError for one that Prometheus refuses."""
         with urlopen(f"http://{self._prometheus}/api/v1/query?{urlencode({'query': expression})}", timeout=10) as reply:
             answer = json.load(reply)
         assert answer["status"] == "success", answer
         return list(answer["data"]["result"])
 
     def value(self, expression: str) -> float | None:
-        """Of an expression with one result; None without."""
+        """The value of an expression with one result; None without a result."""
         results = self.query(expression) if self.is_ready() else []
         return float(results[0]["value"][1]) if results else None
 
@@ -138,7 +140,7 @@ class Watch:
             return False
 
     def alerts(self) -> dict[str, dict[str, Any]]:
-        """What Alertmanager shows, by alert name."""
+        """Alertmanager's alerts, by alert name."""
         with urlopen(f"http://{self._alertmanager}/api/v2/alerts", timeout=10) as reply:
             return {alert["labels"]["alertname"]: alert for alert in json.load(reply)}
 
@@ -164,7 +166,7 @@ def watch(served_for_good: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def _traffic_is_seen(client: Client, watch: Watch) -> bool:
-    """A rate has two scrapes, and much is in none before the first request."""
+    """A rate needs two scrapes, and many metrics appear with the first request."""
     for _ in client.stream("count me", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)):
         pass
     return all(
@@ -179,7 +181,7 @@ def test_no_alert_fires_in_a_healthy_cluster(watch):
 
 
 def test_every_expression_is_evaluated_and_a_panel_has_something_to_show(watch):
-    """But for those of things that have not happened."""
+    """Except panels of events that have not happened."""
     empty = []
     for place, expression in expressions().items():
         results = watch.query(expression)
@@ -209,15 +211,15 @@ def test_a_killed_shard_pages_and_the_page_ends_when_it_is_back(watch, served_fo
     }
     assert re.match(r"\d+ experts of moe-cluster", alert["annotations"]["description"])
     wait_until(lambda: "MoeClusterExpertWithoutCopy" not in watch.alerts(), "the page has ended", timeout_s=40)
-    told = watch.receiver.received
-    wait_until(lambda: ("page", "MoeClusterExpertWithoutCopy", "resolved") in told, "and it says so")
-    assert ("page", "MoeClusterExpertWithoutCopy", "firing") in told
-    assert ("ticket", "MoeClusterShardsMissing", "firing") not in told  # follows from the page: inhibited
+    received = watch.receiver.received
+    wait_until(lambda: ("page", "MoeClusterExpertWithoutCopy", "resolved") in received, "and it says so")
+    assert ("page", "MoeClusterExpertWithoutCopy", "firing") in received
+    assert ("ticket", "MoeClusterShardsMissing", "firing") not in received  # follows from the page: inhibited
     wait_until(lambda: served_for_good.status().covered, "the shard is back")
 
 
 def test_every_metric_in_rules_and_dashboards_is_in_the_scrape(watch):
-    """After a shard was killed; what has not happened even so says why it is not there."""
+    """After a shard was killed; AFTER_THE_EVENT gives the reason for each missing metric."""
     asked = {s.name for expression in expressions().values() for s in selectors(promql_parser.parse(expression))}
     records = {rule["record"] for rule in rules() if "record" in rule}
     assert asked - records - OWN - watch.names() <= AFTER_THE_EVENT.keys()

@@ -1,6 +1,6 @@
-"""A process that cannot start reaches the terminal of `moe-cluster serve` in its own words.
+"""The error of a process that cannot start reaches the terminal of `moe-cluster serve`.
 
-Random weights that are drawn where they are wanted pass every check of files, whatever size the config gives them.
+Random weights, which processes draw themselves, pass every check of files, whatever size the config gives them.
 """
 
 import json

@@ -21,7 +21,7 @@ NUM_QUESTIONS = 12
 
 @pytest.fixture
 def next_version(installed):
-    """New processes are of it, as after an installation."""
+    """New processes have this version, as after an installation."""
     folder, before = installed.parent / "next", installed.readlink()
     assert write_next_version(folder) > 8
     turn(installed, folder)
@@ -36,7 +36,7 @@ def turn(installed, folder):
 
 
 def roll_out(config, cluster):
-    """As an operator does: `serve deploy`, until every replica is a new one; then `moe-cluster roll`."""
+    """As an operator does: `serve deploy` until every replica is new, then `moe-cluster roll`."""
     serve.run(build_application(config), name=APPLICATION, route_prefix="/", external_scaler_enabled=False)
     assert cluster.status().versions == (this_version.__version__, VERSION), "replicas are new, shards are not"
     cluster.roll()
@@ -44,7 +44,7 @@ def roll_out(config, cluster):
 
 def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_for_good, next_version):
     """Attention replicas, the ingress, the controller, shards and their number change while streams run; more streams
-    than the new replicas have places for bring a third one."""
+    than the new replicas have places for start a third one."""
     with Client(f"127.0.0.1:{served_for_good.grpc_port}") as client, RunningCluster() as cluster:
         questions = make_questions(NUM_QUESTIONS, client.model_info().vocab_size, seed=3)
         quiet = ask_all(client, questions, concurrency=4)

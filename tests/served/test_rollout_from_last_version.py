@@ -26,7 +26,7 @@ from cluster.client.grpc_client import Client
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 
 NUM_QUESTIONS = 8
-# As an operator does: `serve deploy`, until every replica is a new one; then `moe-cluster roll`.
+# As an operator does: `serve deploy` until every replica is new, then `moe-cluster roll`.
 ROLL_OUT = """
 import json, os, sys
 from cluster.footprint.servers import servers

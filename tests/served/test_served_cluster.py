@@ -1,4 +1,4 @@
-"""The served application as a cluster: who has which GPU, what grows, what happens when processes die."""
+"""The served application as a cluster: its GPUs, its growth, the deaths of its processes."""
 
 import os
 import signal
@@ -26,11 +26,11 @@ def greedy(max_tokens):
 
 
 def test_each_shard_and_each_replica_has_a_gpu_of_its_own(served):
-    """Ray counts 16 logical GPUs here; two shards and two engines hold four different ones, whole."""
+    """Ray counts 16 logical GPUs here; two shards and two engines have four different ones, whole."""
     status = served.status()
-    held = [part.process.gpu_ids for part in (*status.shards, *status.replicas)]
-    assert [len(gpu_ids) for gpu_ids in held] == [1, 1, 1, 1]
-    assert len({gpu_id for gpu_ids in held for gpu_id in gpu_ids}) == 4
+    taken = [part.process.gpu_ids for part in (*status.shards, *status.replicas)]
+    assert [len(gpu_ids) for gpu_ids in taken] == [1, 1, 1, 1]
+    assert len({gpu_id for gpu_ids in taken for gpu_id in gpu_ids}) == 4
 
 
 def shard_pids(served):
@@ -53,7 +53,7 @@ def plasma_objects(ray_cluster):
 
 
 def test_the_object_store_does_not_grow_over_1000_requests(served, stub, ray_cluster):
-    """As it is deployed: streams carry the rows, requests and answers go through Serve."""
+    """As deployed: streams carry the rows, Serve carries requests and answers."""
     before = plasma_objects(ray_cluster)
 
     def ask(index):
@@ -85,7 +85,7 @@ def test_metrics_tell_the_traffic_by_part(served, stub):
     stub.Generate(pb.GenerateRequest(text="count me", sampling_params=greedy(5)))
     wait_until(
         lambda: scrape(served)["moecluster_expert_tokens_total"] > before["moecluster_expert_tokens_total"],
-        "the experts' loads arrive",
+        "the experts' load arrives",
     )
     after = scrape(served)
     assert after["moecluster_generated_tokens_total"] - before["moecluster_generated_tokens_total"] == 5
@@ -121,7 +121,7 @@ def test_a_killed_shard_costs_no_stream_and_no_token(served, stub):
     after = scrape(served)
     assert after["moecluster_controller_respawns_total"] - before.get("moecluster_controller_respawns_total", 0) == 1
     assert after["moecluster_dispatch_rerouted_rows_total"] > before["moecluster_dispatch_rerouted_rows_total"]
-    assert after["moecluster_shard_rows_total"] > before["moecluster_shard_rows_total"]  # stays right over a restart
+    assert after["moecluster_shard_rows_total"] > before["moecluster_shard_rows_total"]  # stays right across a restart
     assert after["moecluster_controller_up_shards"] == 2
 
 

@@ -1,4 +1,4 @@
-"""The served application, talked to with a plain grpcio client."""
+"""The served application, called by a plain grpcio client."""
 
 import json
 import os
@@ -216,7 +216,7 @@ def test_bad_input_is_refused_with_its_field_and_limit(stub, case, streamed):
 def test_invalid_utf8_is_refused(channel):
     call = channel.unary_unary(f"/{SERVICE}/Generate")  # no serializer: the bytes go out as they are
     with pytest.raises(grpc.RpcError) as raised:
-        call(b"\x0a\x02\xff\xfe")  # field 1 (text), two bytes that are no UTF-8
+        call(b"\x0a\x02\xff\xfe")  # field 1 (text), two bytes that are not UTF-8
     assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "Traceback" not in raised.value.details()
 

@@ -1,4 +1,4 @@
-"""Shards that compute for long, on Ray: neither their callers nor who watches over them takes them for dead."""
+"""Shards that compute for long, on Ray: neither their callers nor the controller regards them as dead."""
 
 import asyncio
 import time
@@ -28,7 +28,7 @@ WORK_S = 7.0
 
 
 def slow_shard_class():
-    """Made here, so that it travels to Ray's processes as it is."""
+    """Makes the class here, so that Ray pickles it by value."""
 
     class SlowShard(ExpertShardActor):
         """work: computes for so long before each answer; below 0 it waits for ever."""
@@ -56,7 +56,7 @@ def slow_shard_class():
 
 @pytest.fixture
 def shard(ray_cluster, demo_checkpoint):
-    """An actor with all experts of layer 0, in any group of methods as the controller's are."""
+    """An actor with all experts of layer 0, with the groups of methods of the controller's shards."""
     actor = ray_cluster.remote(concurrency_groups=SHARD_GROUPS)(slow_shard_class()).options(num_cpus=1).remote(0, 1)
     ray_cluster.get(actor.load.remote(str(demo_checkpoint), {0: range(8)}, "float32", "cpu"))
     yield actor

@@ -1,4 +1,4 @@
-"""A stream whose shard computes for long: callers hear that it works, others connect, and silence differs from work."""
+"""A stream whose shard computes for long: callers learn that it works, others connect, and silence is not work."""
 
 import multiprocessing
 import os

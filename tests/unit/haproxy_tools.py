@@ -163,7 +163,7 @@ def supervisor_of(pid):
 
 def haproxy_of(pid):
     """The grandchild of our program that is HAProxy."""
-    return next((child for own in children_of(pid) for child in children_of(own) if is_haproxy(child)), None)
+    return next((pid for child in children_of(pid) for pid in children_of(child) if is_haproxy(pid)), None)
 
 
 def is_haproxy(pid):

@@ -130,10 +130,10 @@ def test_no_limit_is_above_the_servers():
 def test_our_own_client_takes_a_message_of_more_than_4_mib():
     class Server(inference_pb2_grpc.InferenceServiceServicer):
         def GenerateStream(self, request, context):
-            said.update(context.invocation_metadata())
+            metadata.update(context.invocation_metadata())
             yield pb.GenerateStreamResponse(text="x" * (5 << 20))
 
-    said, server = {}, grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_send_message_length", -1)])
+    metadata, server = {}, grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_send_message_length", -1)])
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Server(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -141,4 +141,4 @@ def test_our_own_client_takes_a_message_of_more_than_4_mib():
         (piece,) = client.stream("hello", SamplingParams())
     server.stop(None)
     assert len(piece.text) == 5 << 20
-    assert int(said[RECEIVE_KEY]) > 5 << 20
+    assert int(metadata[RECEIVE_KEY]) > 5 << 20

@@ -34,9 +34,9 @@ def test_waiting_sequences_and_full_caches_ask_for_more_and_room_for_fewer(curre
 
 def test_the_policy_reads_what_replicas_tell_serve():
     stats = EngineStats(running=16, waiting=5, used_blocks=50, num_blocks=100, generated_tokens=0, at=0.0)
-    told = engine_load(stats, 16)
+    figures = engine_load(stats, 16)
     context = SimpleNamespace(
-        aggregated_metrics={name: {"a": value, "b": value} for name, value in told.items()},
+        aggregated_metrics={name: {"a": value, "b": value} for name, value in figures.items()},
         target_num_replicas=2,
         policy_state={"kept": 1},
     )

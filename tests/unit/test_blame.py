@@ -1,4 +1,4 @@
-"""Which deaths of engines a request is blamed for: engines of these tests are real ones on CountingRunners, and die."""
+"""Blame of a request for the deaths of engines: engines of these tests are real ones on CountingRunners, and die."""
 
 import asyncio
 import pickle

@@ -204,8 +204,8 @@ def test_the_start_says_what_the_smallest_cache_holds():
 def test_a_small_cache_is_said_in_one_line_at_start(demo_checkpoint, caplog):
     with LLM(demo_checkpoint, dtype="float32", skip_tokenizer=True, kv_cache_bytes=3 * BLOCK_BYTES):
         pass
-    said = [record.getMessage() for record in caplog.records if "KV cache" in record.getMessage()]
-    assert said == [
+    lines = [record.getMessage() for record in caplog.records if "KV cache" in record.getMessage()]
+    assert lines == [
         "KV cache: 48 tokens, 0 MiB; the context has 4,096: without max_tokens an answer ends where the cache is full "
         "(kv_cache_bytes)"
     ]

@@ -1,4 +1,4 @@
-"""What the controller knows of its cluster: coverage, epochs, what a successor must know."""
+"""The controller's knowledge of its cluster: coverage, epochs, the record for a successor."""
 
 import asyncio
 from dataclasses import replace

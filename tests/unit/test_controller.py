@@ -1,4 +1,4 @@
-"""What the expert controller does without Ray: its lease, what it takes over, what a redeployment changes."""
+"""The expert controller without Ray: its lease, what it takes over, what a redeployment changes."""
 
 import asyncio
 from dataclasses import replace

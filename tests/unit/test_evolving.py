@@ -1,4 +1,4 @@
-"""What older and newer versions of a dataclass read of one another."""
+"""Older and newer versions of a dataclass read one another's values."""
 
 import pickle
 from dataclasses import dataclass, field, fields

@@ -13,8 +13,8 @@ from cluster.errors import Overloaded
 
 
 def waiting(name, client, **fields):
-    own = replace(request(name), client=client, **fields)
-    return Sequence(request=own, params=own.params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None)
+    made = replace(request(name), client=client, **fields)
+    return Sequence(request=made, params=made.params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None)
 
 
 def drained(queue):

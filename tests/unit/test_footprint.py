@@ -1,4 +1,4 @@
-"""What a server leaves on its machine, and who removes it. Processes are real, for the kernel is what is asked."""
+"""The traces of a server on its machine, and their removal. Processes are real, for the kernel is what is asked."""
 
 import os
 import signal

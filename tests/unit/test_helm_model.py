@@ -34,10 +34,10 @@ class Node:
         program.chmod(0o755)
 
     def start(self, found):
-        said = {v["name"]: v["value"] for v in found["env"] if "value" in v}
-        said["MODEL_DIR"] = str(self.folder / Path(said["MODEL_DIR"]).name)
+        variables = {v["name"]: v["value"] for v in found["env"] if "value" in v}
+        variables["MODEL_DIR"] = str(self.folder / Path(variables["MODEL_DIR"]).name)
         path = f"{self.programs}:{Path(sys.executable).parent}:/usr/bin:/bin"
-        environment = {"PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)} | said
+        environment = {"PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)} | variables
         command = [*found["command"], *found["args"]]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -58,9 +58,9 @@ def test_a_download_happens_once(node):
     found = init_container("a2.7b", HUB)
     assert node.run(found) == (0, "")
     assert (node.folder / "Qwen1.5-MoE-A2.7B-Chat" / "model.safetensors").read_text() == "weights\n"
-    code, said = node.run(found)
+    code, output = node.run(found)
     assert code == 0
-    assert "is there" in said
+    assert "is there" in output
     [call] = node.calls.read_text().splitlines()
     assert call.startswith("download Qwen/Qwen1.5-MoE-A2.7B-Chat --revision ec05 --local-dir ")
 
@@ -85,9 +85,9 @@ def test_a_download_that_breaks_off_leaves_no_model_and_goes_on_later(node):
 
 def test_another_model_under_the_same_name_is_refused(node):
     node.run(init_container("a2.7b", HUB))
-    code, said = node.run(init_container("a2.7b"))
+    code, output = node.run(init_container("a2.7b"))
     assert code == 1
-    assert "holds hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@ec05, not hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@main" in said
+    assert "holds hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@ec05, not hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@main" in output
 
 
 @pytest.mark.parametrize(

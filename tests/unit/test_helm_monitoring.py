@@ -72,8 +72,8 @@ def test_what_deploy_has_is_rendered():
 
 def test_the_notes_say_what_to_do_next():
     notes = Objects(any_helm().render(values_of("57b"))).notes
-    for said in ("kubectl -n serving wait", "helm -n serving test demo", "demo-moe-cluster.serving:9000", "with TLS"):
-        assert said in notes
+    for text in ("kubectl -n serving wait", "helm -n serving test demo", "demo-moe-cluster.serving:9000", "with TLS"):
+        assert text in notes
     assert "Everybody who reaches the port" not in notes
     open_to_all = Objects(any_helm().render(values_of("laptop", {"networkPolicy.enabled": False}))).notes
     assert "Everybody who reaches the port" in open_to_all

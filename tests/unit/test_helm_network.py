@@ -1,4 +1,4 @@
-"""Who reaches what in a release: services, policies, budgets, monitors, secrets, ways in from outside."""
+"""The ways to the pods of a release: services, policies, budgets, monitors, secrets, ways in from outside."""
 
 import re
 
@@ -29,8 +29,8 @@ def opened(objects, role, *, outside=True):
         if role not in chosen(objects, spec["podSelector"]["matchLabels"]):
             continue
         for rule in spec["ingress"]:
-            own = "podSelector" in rule.get("from", [{}])[0] and "namespaceSelector" not in rule["from"][0]
-            if own != outside:
+            inside = "podSelector" in rule.get("from", [{}])[0] and "namespaceSelector" not in rule["from"][0]
+            if inside != outside:
                 found |= {port["port"] for port in rule.get("ports", [{"port": None}])}
     return found
 
@@ -98,8 +98,8 @@ def test_grpc_is_open_to_the_named_only():
 def test_restricted_pods_call_one_another_names_and_what_is_said():
     [internal] = [p for p in rendered("cpu-experts").of("NetworkPolicy") if p["metadata"]["name"].endswith("-internal")]
     assert internal["spec"]["policyTypes"] == ["Ingress", "Egress"]
-    own, names, extra = internal["spec"]["egress"]
-    assert own["to"][0]["podSelector"] == internal["spec"]["podSelector"]
+    inside, names, extra = internal["spec"]["egress"]
+    assert inside["to"][0]["podSelector"] == internal["spec"]["podSelector"]
     assert {port["port"] for port in names["ports"]} == {53}
     assert extra == {"ports": [{"protocol": "TCP", "port": 443}]}
 

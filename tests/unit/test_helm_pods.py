@@ -41,7 +41,7 @@ def test_a_dense_model_has_no_pods_for_experts():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("role", ROLES)
 def test_a_long_load_restarts_nothing(shape, role):
-    """What restarts a container asks Ray's node, which answers while a model loads."""
+    """The probes that restart a container ask Ray's node, which answers while a model is read."""
     found = container(rendered(shape).pods[role])
     assert (
         found["startupProbe"]["httpGet"] == found["livenessProbe"]["httpGet"] == {"path": "/api/healthz", "port": 52365}
@@ -112,7 +112,7 @@ def test_gpus_are_asked_for_and_kept_from_others(shape):
     """A pod without GPUs sees none, a group has what its processes take."""
     objects = rendered(shape)
     args = objects.serve_config["applications"][0]["args"]
-    there = {}
+    gpus_of = {}
     for role, pod in objects.pods.items():
         limits = container(pod)["resources"].get("limits", {})
         gpus = int(limits.get("nvidia.com/gpu", 0))
@@ -120,11 +120,11 @@ def test_gpus_are_asked_for_and_kept_from_others(shape):
         assert hidden == (gpus == 0)
         if role != "head":
             assert objects.groups[role]["resources"]["GPU"] == str(gpus)
-            there[role] = gpus * objects.groups[role]["maxReplicas"]
+            gpus_of[role] = gpus * objects.groups[role]["maxReplicas"]
     replicas = args.get("max_attention_replicas") or args["attention_replicas"]
-    assert there["attention"] >= replicas * args["gpus_per_attention_replica"]
-    assert there["experts"] >= args["expert_shards"] * args["gpus_per_expert_shard"]
-    assert there["ingress"] == 0
+    assert gpus_of["attention"] >= replicas * args["gpus_per_attention_replica"]
+    assert gpus_of["experts"] >= args["expert_shards"] * args["gpus_per_expert_shard"]
+    assert gpus_of["ingress"] == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -135,8 +135,8 @@ def test_processes_find_the_cpus_that_they_ask_for(shape):
 
     def cpus(role):
         resources = container(objects.pods[role])["resources"]
-        said = resources.get("limits", {}).get("cpu") or resources["requests"]["cpu"]
-        return math.ceil(amount(said)) * objects.groups[role]["maxReplicas"]
+        cpu = resources.get("limits", {}).get("cpu") or resources["requests"]["cpu"]
+        return math.ceil(amount(cpu)) * objects.groups[role]["maxReplicas"]
 
     replicas = args.get("max_attention_replicas") or args["attention_replicas"]
     assert cpus("attention") >= replicas * args.get("cpus_per_attention_replica", 1)
@@ -193,8 +193,8 @@ def test_haproxy_is_told_to_every_ray_container():
         assert {"name": "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "value": "10"} in on
         assert {"name": "RAY_SERVE_HAPROXY_BINARY_PATH", "value": "/opt/venv/bin/moe-cluster-haproxy"} in on
         assert not any("PROXY" in variable["name"] for variable in off)
-    own = container(rendered("a2.7b", {"haproxy.program": ""}).pods["head"])["env"]
-    assert not any("BINARY" in variable["name"] for variable in own)
+    environment = container(rendered("a2.7b", {"haproxy.program": ""}).pods["head"])["env"]
+    assert not any("BINARY" in variable["name"] for variable in environment)
 
 
 def test_every_ray_container_is_told_what_bounds_a_ray_that_runs_for_weeks():

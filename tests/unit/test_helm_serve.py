@@ -1,4 +1,4 @@
-"""What the chart tells Ray Serve: an application that it takes, with arguments that the application takes."""
+"""The chart's configuration for Ray Serve: an application that it takes, with arguments that the application takes."""
 
 import json
 import math

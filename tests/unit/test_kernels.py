@@ -107,9 +107,9 @@ def test_paged_attention_is_attention_written_out(device, seed, lengths, groups,
     tables = torch.zeros(len(lengths), max(widths), dtype=torch.int64)
     slots = []
     for row, (width, (new, old)) in enumerate(zip(widths, lengths, strict=True)):
-        own = [blocks.pop() for _ in range(width)]
-        tables[row, :width] = torch.tensor(own)
-        slots += [own[i // block_size] * block_size + i % block_size for i in range(old, old + new)]
+        row_blocks = [blocks.pop() for _ in range(width)]
+        tables[row, :width] = torch.tensor(row_blocks)
+        slots += [row_blocks[i // block_size] * block_size + i % block_size for i in range(old, old + new)]
     cache = torch.randn(2, sum(widths), block_size, kv_heads, head_dim, generator=random).to(dtype).to(device)
     total = sum(new for new, _ in lengths)
     q = torch.randn(total, groups * kv_heads, head_dim, generator=random).to(dtype).to(device)

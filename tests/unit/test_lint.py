@@ -28,8 +28,8 @@ def test_the_format_is_ruffs():
 
 def test_types_are_right_under_mypy_strict(request):
     """Begun with the session."""
-    code, said = type_check.end(request.config)
-    assert code == 0, said
+    code, output = type_check.end(request.config)
+    assert code == 0, output
 
 
 def test_imports_run_downhill():

@@ -53,9 +53,9 @@ def test_a_ray_of_ours_is_on_loopback_and_asks_for_its_token():
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200, cwd="/"
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["address"].startswith("127.0.0.1:")
-    assert said["worker"] == "127.0.0.1"  # what a shard's stream binds to
-    assert (said["nobody"], said["guess"], said["token"]) == ("UNAUTHENTICATED", "UNAUTHENTICATED", "OK")
-    assert said["other"] == "1"
-    assert not said["left"]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["address"].startswith("127.0.0.1:")
+    assert report["worker"] == "127.0.0.1"  # what a shard's stream binds to
+    assert (report["nobody"], report["guess"], report["token"]) == ("UNAUTHENTICATED", "UNAUTHENTICATED", "OK")
+    assert report["other"] == "1"
+    assert not report["left"]

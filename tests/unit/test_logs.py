@@ -23,13 +23,13 @@ def record(message, *args, exc_info=None, **extra):
 def test_a_line_is_one_object_with_time_level_and_whose_it_is():
     line = JsonFormatter("moe-1:shard-3").format(record("shard %d\nis “gone”", 3, request_id="mine"))
     assert "\n" not in line
-    said = json.loads(line)
-    assert said["message"] == "shard 3\nis “gone”"
-    assert (said["level"], said["logger"], said["process"]) == ("WARNING", "cluster.test", "moe-1:shard-3")
-    assert said["ts"] == "2023-11-14T22:13:20.250+00:00"
-    assert datetime.fromisoformat(said["ts"]).timestamp() == 1_700_000_000.25
-    assert said["request_id"] == "mine"
-    assert "exception" not in said
+    fields = json.loads(line)
+    assert fields["message"] == "shard 3\nis “gone”"
+    assert (fields["level"], fields["logger"], fields["process"]) == ("WARNING", "cluster.test", "moe-1:shard-3")
+    assert fields["ts"] == "2023-11-14T22:13:20.250+00:00"
+    assert datetime.fromisoformat(fields["ts"]).timestamp() == 1_700_000_000.25
+    assert fields["request_id"] == "mine"
+    assert "exception" not in fields
 
 
 def test_an_exception_is_a_string_of_the_same_object():
@@ -37,19 +37,19 @@ def test_an_exception_is_a_string_of_the_same_object():
         raise ValueError("broken")
     except ValueError:
         line = JsonFormatter("p").format(record("failed", exc_info=sys.exc_info()))
-    said = json.loads(line)
-    assert said["exception"].startswith("Traceback")
-    assert said["exception"].endswith("ValueError: broken")
-    assert "request_id" not in said
+    fields = json.loads(line)
+    assert fields["exception"].startswith("Traceback")
+    assert fields["exception"].endswith("ValueError: broken")
+    assert "request_id" not in fields
 
 
 @pytest.mark.parametrize(
-    ("said", "kind"), [("json", JsonFormatter), ("text", logging.Formatter), (None, logging.Formatter)]
+    ("format", "kind"), [("json", JsonFormatter), ("text", logging.Formatter), (None, logging.Formatter)]
 )
-def test_the_environment_says_which(monkeypatch, said, kind):
+def test_the_environment_says_which(monkeypatch, format, kind):
     monkeypatch.delenv(LOG_FORMAT, raising=False)
-    if said is not None:
-        monkeypatch.setenv(LOG_FORMAT, said)
+    if format is not None:
+        monkeypatch.setenv(LOG_FORMAT, format)
     assert type(make_formatter("p")) is kind
 
 

@@ -1,4 +1,4 @@
-"""What who operates a cluster is told when it does not answer as it should. Without Ray."""
+"""The messages for an operator when a cluster does not answer as it should. Without Ray."""
 
 from types import SimpleNamespace
 

@@ -61,10 +61,10 @@ async def at_serves_server():
     port_holder.close()
     options = gRPCOptions(port=port, grpc_servicer_functions=["cluster.runtime.proxy.add_inference_service"])
     task, server = await start_grpc_server(handler, options, event_loop=asyncio.get_running_loop())
-    said = await asyncio.to_thread(call_with_pings, port)
+    answer = await asyncio.to_thread(call_with_pings, port)
     await server.stop(None)
     task.cancel()
-    return said
+    return answer
 
 
 @pytest.fixture

@@ -211,10 +211,10 @@ def test_what_stays_is_never_of_another_configuration(tmp_path, backend, authori
         pass
     other = tmp_path / "other.pem"
     other.write_text("not a certificate")
-    said = {**environment(front), "MOE_CLUSTER_TLS_CLIENT_CA": str(other)}
+    changed = {**environment(front), "MOE_CLUSTER_TLS_CLIENT_CA": str(other)}
     with (
         pytest.raises(AssertionError, match="no PEM block"),
-        haproxy(tmp_path, backend.port, SimpleNamespace(environment=lambda: said)),
+        haproxy(tmp_path, backend.port, SimpleNamespace(environment=lambda: changed)),
     ):
         pass
 
@@ -238,7 +238,7 @@ def environment(front):
 
 
 def test_a_changed_list_of_clients_authorities_counts_too(tmp_path, backend, authority, server_pair, client_pair):
-    """Who was in it is no longer let in. The new list is longer than a command of HAProxy's may be."""
+    """A client of the old list is no longer let in. The new list is longer than a command of HAProxy's may be."""
     former, allowed = Authority(tmp_path, "former"), tmp_path / "clients.pem"
     others = [Authority(tmp_path, f"other-{n}") for n in range(40)]
     allowed.write_bytes(former.cert.read_bytes())

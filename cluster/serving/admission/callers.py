@@ -1,4 +1,4 @@
-"""Which host and which client a call comes from, by its metadata and its peer. Knows no gRPC.
+"""Finds the host and the client of a call, by its metadata and its peer. Knows no gRPC.
 
 metadata: of a call, or the headers of an HTTP request; names in lower case. Our HAProxy sets "x-forwarded-for" over
 what a client sends; "x-client-id" is the client's own choice.
