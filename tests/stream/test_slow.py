@@ -144,7 +144,7 @@ def test_a_caller_connects_while_the_shard_computes(serve, node):
 
 
 def test_a_computation_that_hangs_is_silence(serve):
-    """The process lives and its deputy answers, but nothing gets on."""
+    """The process lives and its deputy answers, but no work goes on."""
     backend = Busy(hangs=True)
     made = dispatcher(HERE, serve(backend), recovery_timeout_s=TIMEOUT_S)
     began = time.monotonic()

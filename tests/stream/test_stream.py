@@ -190,7 +190,7 @@ def test_a_stranger_who_leaves_before_he_is_greeted_harms_nobody(backend):
     ):
         with socket.socket(family) as stranger:
             stranger.connect(address)
-            if family == socket.AF_INET:  # gone with a reset, not with a goodbye
+            if family == socket.AF_INET:  # ended by a reset
                 stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     server.start()
     sent = batch()

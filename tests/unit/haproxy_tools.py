@@ -33,7 +33,7 @@ def free_ports(count):
 
 
 class Healthz(serve_pb2_grpc.RayServeAPIServiceServicer):
-    """What Serve has HAProxy ask each ingress. The list is for nobody."""
+    """Serve's answer to HAProxy's checks of an ingress; the list of applications is for nobody."""
 
     def Healthz(self, request, context):
         return serve_pb2.HealthzResponse(message=HEALTHY_MESSAGE)
@@ -57,7 +57,7 @@ def ingress(servicer, port=0):
 
 
 def write_config(folder, ports, backend_ports):
-    """What Serve writes for an application with an ingress at each of the ports; for no application when it is None.
+    """Writes Serve's configuration for an application with an ingress at each port; without one for None.
 
     ports: HAProxy's four, that of gRPC first.
     """
@@ -120,7 +120,7 @@ RAYLET = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv
 
 
 class Manager:
-    """Serve's, which starts our program as HAProxy; below a process of its own, as a manager is below its raylet."""
+    """Plays Serve's manager, which starts our program as HAProxy. raylet: puts a parent above it, as Ray does."""
 
     program = (str(Path(sys.executable).parent / PROGRAM),)
 
@@ -129,7 +129,7 @@ class Manager:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, config, *more):
-        """As Serve does; returns the pid once it answers at the admin socket."""
+        """Starts HAProxy as Serve does; returns the pid once it answers at the admin socket."""
         self.process.stdin.write(json.dumps([*self.program, "-db", "-f", str(config), "-dR", *more]) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
@@ -145,7 +145,7 @@ class Manager:
 
 
 def pid_at(admin_socket):
-    """Whom Serve takes for the HAProxy that runs."""
+    """The pid that Serve regards as the running HAProxy's."""
     with suppress(OSError):
         return int(re.search(r"^Pid: (\d+)$", ask("show info\n", admin_socket), flags=re.MULTILINE)[1])
 

@@ -1,4 +1,4 @@
-"""HAProxy as we configure it, in front of a gRPC server of this process: what clients are answered, and how many."""
+"""HAProxy as we configure it, in front of a gRPC server of this process: its answers to clients, and their number."""
 
 import socket
 import threading
@@ -16,7 +16,7 @@ SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.S
 
 
 class Ingress(health_pb2_grpc.HealthServicer):
-    """Check answers; Watch answers once, and again when it is let go on."""
+    """Check answers; Watch answers once, and again when the test lets it go on."""
 
     def __init__(self):
         self.go_on = threading.Event()
@@ -64,7 +64,7 @@ def test_150_streams_and_a_health_call_share_a_connection(tmp_path, server):
 
 
 def test_a_health_call_of_many_bytes_is_refused_before_it_reaches_an_ingress(tmp_path, server):
-    """Nobody needs a key for it, so that its bytes are bounded; other calls' are by who may make them."""
+    """It needs no key, so its bytes are bounded; other calls need one."""
     with haproxy(tmp_path, server.port) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         for size in (4096, 1_000_000):
             large = health_pb2.HealthCheckRequest(service="x" * size)
@@ -91,13 +91,13 @@ def test_before_an_application_is_known_calls_are_to_be_tried_again(tmp_path):
 
 
 def test_without_a_living_ingress_calls_are_to_be_tried_again(tmp_path):
-    """Serve's own page for it is a status of 500, which is UNKNOWN to gRPC."""
+    """Serve's own page for it has status 500, which gRPC takes as UNKNOWN."""
     with haproxy(tmp_path, *free_ports(1)) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert (check(channel), watch(channel)) == ("UNAVAILABLE", "UNAVAILABLE")
 
 
 def test_a_call_whose_ingress_dies_is_to_be_tried_again(tmp_path):
-    """One that takes a connection and speaks HTTP/2, and closes it when a call has come, before its header."""
+    """An ingress that takes a connection and speaks HTTP/2, and closes it after a call, before its header."""
     with socket.create_server(("127.0.0.1", 0)) as dying:
 
         def take_and_close():

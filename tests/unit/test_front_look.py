@@ -18,7 +18,7 @@ def taken_port():
 
 
 def test_a_stand_in_that_finds_no_place_to_listen_ends_and_tells_why(tmp_path, taken_port, monkeypatch):
-    """Else it would serve on where nobody looks, and Serve would take it for healthy."""
+    """Else it would serve on at unknown sockets, and Serve would regard it as healthy."""
     monkeypatch.setattr("cluster.runtime.front.listeners.TIMEOUT_S", 0.1)
     predecessors = [Handed(pid=7, keeper=6, listeners={}), None]
     monkeypatch.setattr(front_keeper, "ask_for", lambda path: predecessors.pop(0))

@@ -1,4 +1,4 @@
-"""HAProxy and whoever is above it die, one after the other, under clients that call; Serve's part is played here."""
+"""HAProxy and the processes above it die one by one while clients call; the test plays Serve's part."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ class Ingress(health_pb2_grpc.HealthServicer):
 
 
 class Caller:
-    """Calls again and again on one channel, and whenever it is told to, as a client does that retries UNAVAILABLE.
+    """Calls again and again on one channel, and on demand, as a client does that retries UNAVAILABLE.
 
     It has no back-off between connections, so that the gap is the server's.
     """
@@ -120,7 +120,7 @@ def node(tmp_path, server):
 
 @pytest.mark.parametrize("who", [haproxy_of, supervisor_of])
 def test_a_killed_process_of_the_front_is_followed_by_another_before_serve_looks(node, who):
-    """Its streams end with UNAVAILABLE. Serve asks the socket which pid runs, and finds its own as before."""
+    """Its streams end with UNAVAILABLE. Serve asks the socket for the pid, and finds the one that it started."""
     ours = node.manager.start(node.config())
     caller = node.caller()
     caller.goes_on()
@@ -141,7 +141,7 @@ def test_a_killed_process_of_the_front_is_followed_by_another_before_serve_looks
 
 
 def test_serve_reloads_after_a_kill_as_before(node, server):
-    """A stream of before the reload goes on at the HAProxy that only drains, which then ends."""
+    """A stream from before the reload goes on at the draining HAProxy, which then ends."""
     first = node.manager.start(node.config())
     os.kill(haproxy_of(first), signal.SIGKILL)
     caller = node.caller()
@@ -162,7 +162,7 @@ def test_serve_reloads_after_a_kill_as_before(node, server):
 
 
 def test_a_connection_that_comes_while_there_is_no_haproxy_waits(node):
-    """It finds the socket open; stopped, our program cannot start the next one."""
+    """A client finds the socket open; our program is stopped, so it cannot start the next HAProxy."""
     ours = node.manager.start(node.config())
     killed, supervisor = haproxy_of(ours), supervisor_of(ours)
     os.kill(supervisor, signal.SIGSTOP)
@@ -177,7 +177,7 @@ def test_a_connection_that_comes_while_there_is_no_haproxy_waits(node):
 
 
 def test_a_dead_manager_costs_nothing(node, server):
-    """Nor does its successor, which at first knows of no application: Serve would answer NOT_FOUND then."""
+    """Nor does its successor, which at first knows no application: with it Serve would answer NOT_FOUND."""
     first = node.manager.start(node.config())
     caller = node.caller()
     caller.goes_on()
@@ -202,7 +202,7 @@ def test_a_dead_manager_costs_nothing(node, server):
 
 
 def test_a_killed_keeper_costs_nothing(node, server):
-    """Serve finds nobody at the admin socket then, and makes a manager anew, which takes over from the orphan."""
+    """Serve then gets no answer at the admin socket, and makes a new manager, which takes over from the orphan."""
     first = node.manager.start(node.config())
     caller = node.caller()
     caller.goes_on()
@@ -257,7 +257,7 @@ def test_who_stands_in_for_one_that_dies_then_takes_its_place(node):
 
 @pytest.mark.parametrize("who", ["raylet", "manager and raylet", "itself and raylet", "all but HAProxy"])
 def test_nothing_stays_of_a_node_that_ends(node, who):
-    """`ray stop` kills the raylet; Serve ends an HAProxy that it wants no more with SIGKILL."""
+    """`ray stop` kills the raylet; Serve ends an HAProxy that it no longer needs with SIGKILL."""
     node.manager.kill()
     node.manager = Manager(raylet=True)
     ours = node.manager.start(node.config())
@@ -312,7 +312,7 @@ def test_what_haproxy_cannot_read_is_said_and_ends_it(node):
 
 @pytest.mark.slow
 def test_an_haproxy_that_always_dies_is_given_up(node):
-    """Serve then finds nobody at its socket, and makes all of it anew."""
+    """Serve then gets no answer at its socket, and starts everything anew."""
     ours = node.manager.start(node.config())
     while is_running(ours, None):
         haproxy = haproxy_of(ours)

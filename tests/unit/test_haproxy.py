@@ -15,7 +15,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from cluster.runtime.front.haproxy import BINARY, INGRESS_PORTS, PROGRAM, adapted, local_environment, set_environment
 
 NODE_ID_CHARS = 56
-# All that we change, so that a newer Serve's line that we do not know is found here.
+# All our changes, so that this test finds new lines of a newer Serve.
 CHANGED = (
     r"mode 666|h2\.be\.max-concurrent-streams|log 127\.0\.0\.1:514|bind :|bind \*:|errorfile 50\d|hdr grpc-status 5 |"
     r"if is_list_applications|server fallback .* backup$|timeout connect "
@@ -70,7 +70,7 @@ def test_every_socket_path_is_short_enough_below_the_directories_that_are_made_h
 
 
 def test_no_port_is_one_that_the_kernel_hands_out():
-    """A process of Ray's may get such a one before HAProxy listens there."""
+    """One of Ray's processes may get such a port before HAProxy listens there."""
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     environment = local_environment(Path("/tmp/moe-test-12345678"))
     ports = [int(value) for name, value in environment.items() if name.endswith("_PORT")]
@@ -79,7 +79,7 @@ def test_no_port_is_one_that_the_kernel_hands_out():
 
 
 def test_ingresses_of_two_clusters_never_share_a_port():
-    """They bind with SO_REUSEPORT: the kernel would hand one's connections to the other."""
+    """They bind with SO_REUSEPORT: the kernel would give one cluster's connections to the other."""
     name = "RAY_SERVE_DIRECT_INGRESS_{}_{}_PORT"
     taken = []
     try:
@@ -120,7 +120,7 @@ def test_only_this_user_administers(written):
 
 
 def test_a_folder_of_another_user_holds_no_configuration(written):
-    """Its owner could have HAProxy send all calls to himself."""
+    """The folder's owner could make HAProxy send all calls to himself."""
     if os.geteuid() == 0:
         os.chown(written.parent, 65534, 65534)
     else:
@@ -132,7 +132,7 @@ def test_a_folder_of_another_user_holds_no_configuration(written):
 
 
 def test_haproxys_own_checks_ask_serve_which_refuses_none(tmp_path):
-    """They are in no way calls of health, which have bounds; Serve answers them before a handler of ours."""
+    """These are not calls of our health service, which have bounds; Serve answers them before our handlers."""
     after = adapted(write_config(tmp_path, (9001, 8001, 9002, 9003), [40000]).read_text(), tmp_path)
     [sent] = re.findall(r"tcp-check send-binary ([0-9a-f]+)", after)
     assert b"/ray.serve.RayServeAPIService/Healthz" in bytes.fromhex(sent)

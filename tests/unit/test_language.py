@@ -16,7 +16,7 @@ FILES = sorted(
 
 VAGUE_NAMES = {"said", "told", "there", "own"}
 # A sentence whose subject is a clause, such as "What a user reads." A question is none.
-CLAUSE = re.compile(r"(?:^|[.!?:;)] +)((?:What|Whom|Whose|Who|Which) [a-z][^.?!]*(?:[.!](?!\w)|$))")
+CLAUSE = re.compile(r"(?:^|[.!?:;)] +)((?:What|Whom|Whose|Who|Which) \w(?:[^.?!]|[.?!](?=\w))*(?:[.!]|$))")
 
 
 def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -83,6 +83,7 @@ def test_no_name_is_vague_and_no_sentence_begins_with_a_clause():
         'def f():\n    """Whom it calls\n    next."""',
         'def f():\n    """Returns it. Who asks\n    again, gets it twice."""',
         "a = 1  # Which shards are up",
+        "# What Serve (2.60) reads.",
         "# It stays.\n# What goes, goes.",
         "# Who calls\n# whom. Why?",
     ],

@@ -1,4 +1,4 @@
-"""The Ray that `moe-cluster serve` starts keeps to itself. Starts one, and nothing on it, in a process of its own."""
+"""The Ray that `moe-cluster serve` starts is closed to others. Starts one in a new process, and nothing on it."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_a_ray_of_ours_is_on_loopback_and_asks_for_its_token():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["address"].startswith("127.0.0.1:")
-    assert report["worker"] == "127.0.0.1"  # what a shard's stream binds to
+    assert report["worker"] == "127.0.0.1"  # the address of a shard's stream
     assert (report["nobody"], report["guess"], report["token"]) == ("UNAUTHENTICATED", "UNAUTHENTICATED", "OK")
     assert report["other"] == "1"
     assert not report["left"]

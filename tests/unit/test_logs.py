@@ -1,4 +1,4 @@
-"""Log lines as JSON: what a collector of logs reads."""
+"""Log lines as JSON, for a collector of logs."""
 
 import json
 import logging

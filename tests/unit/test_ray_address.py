@@ -15,7 +15,7 @@ from cluster.runtime.start.ray_address import find_ray
 
 @pytest.fixture(autouse=True)
 def nothing_runs(monkeypatch, tmp_path):
-    """What Ray would find on this machine; another test's may run."""
+    """Hides the Rays of this machine, where another test's may run."""
     monkeypatch.setattr(services, "find_gcs_addresses", list)
     monkeypatch.setattr("ray._private.utils.read_ray_address", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

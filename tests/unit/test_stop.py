@@ -1,4 +1,4 @@
-"""A server's stop goes on, whatever fails in it and whatever cannot be printed. Fakes instead of Ray."""
+"""A server's stop goes on, whatever step or output fails. Fakes instead of Ray."""
 
 import ctypes
 import io
@@ -24,7 +24,7 @@ GONE = ray.exceptions.GetTimeoutError("no answer")
 
 @pytest.fixture
 def steps(monkeypatch, tmp_path):
-    """A served cluster of which only the stop is real; returns it and the steps that were taken."""
+    """A served cluster of which only the stop is real; returns it and the steps that it took."""
     monkeypatch.setattr(folders, "BASE", tmp_path)
     taken, fails = [], {}
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_printed_is_left_out(kind):
             out.close()
     serving._say("stopping: waiting for running requests …", out)
     if kind == "closed pipe":
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # what is in its buffer goes somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # its buffer needs a place to go
 
 
 @pytest.mark.parametrize("option", ["--cpus-per-expert-shard", "--cpus-per-attention-replica"])
@@ -107,7 +107,7 @@ def test_cpus_that_no_process_can_have_are_refused_in_a_line_before_anything_sta
 
 
 def test_the_cpus_of_all_processes_together_may_be_more_than_there_are():
-    """They take turns; and a number of processes that is not used asks for nothing."""
+    """Processes take turns on the CPUs; a setting for processes that do not start asks for nothing."""
     check_cpus(ClusterConfig(model="m", expert_shards=1000), attention_replicas=1000)
     check_cpus(ClusterConfig(model="m", cpus_per_attention_replica=100_000.0))
     with pytest.raises(SetupError, match="cpus_per_expert_shard is 100000, and this machine has"):

@@ -127,7 +127,7 @@ def test_certificate_and_key_may_be_one_file_and_our_copy_is_for_this_user_only(
 
 @pytest.fixture
 def renewable(tmp_path, authority):
-    """A server's pair in files that may be written anew, and how they are."""
+    """A server's pair in files, and a function that renews them."""
     pair = authority.issue("renewable", server=True)
     folder = tmp_path / "mounted"
     folder.mkdir()
@@ -142,7 +142,7 @@ def renewable(tmp_path, authority):
 
 
 def certificate(port, authority):
-    """Of the server, as a new client sees it."""
+    """The server's certificate, as a new client sees it."""
     context = ssl.create_default_context(cafile=str(authority.cert))
     context.set_alpn_protocols(["h2"])
     with context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="localhost") as sock:
@@ -233,7 +233,7 @@ def test_comments_of_any_encoding_and_a_key_with_a_password(tmp_path, authority,
 
 
 def environment(front):
-    """Without the check that a start by hand makes."""
+    """HAProxy starts without the check of `moe-cluster serve`."""
     return {"MOE_CLUSTER_TLS_CERT": str(front.tls_cert), "MOE_CLUSTER_TLS_KEY": str(front.tls_key)}
 
 
