@@ -1,4 +1,4 @@
-"""moe-cluster: Qwen2-MoE served as an expert-parallel cluster on Ray.
+"""moe-cluster: Qwen2-MoE served as an expert-parallel cluster on Ray; dense Qwen2 by attention replicas alone.
 
 `LLM` and `SamplingParams` are the offline API. They are imported when first used: `moe-cluster --help` needs neither
 torch nor ray.

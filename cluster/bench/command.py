@@ -73,7 +73,10 @@ def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument(
-        "--checkpoint-dir", type=Path, metavar="DIR", help="where the made config and tokenizer are kept"
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the made config and tokenizer are kept (default: ~/.cache/moe-cluster/checkpoints)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
 

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requests", type=int, default=300, metavar="N", help="streams at least (default: %(default)s)"
     )
-    parser.add_argument("--faults", type=int, default=60, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--faults", type=int, default=60, metavar="N", help="faults in all, one at a time (default: %(default)s)"
+    )
     parser.add_argument(
         "--concurrency", type=int, default=6, metavar="N", help="streams at a time (default: %(default)s)"
     )

@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(
         prog="moe-cluster",
-        description="Serve Qwen2-MoE models with attention and experts in processes of their own, on Ray.",
+        description="Serve Qwen2-MoE and dense Qwen2 models on Ray, attention and experts in processes of their own.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

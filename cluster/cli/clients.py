@@ -27,11 +27,18 @@ def add_commands(commands: Commands) -> None:
 
 def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of answer at most")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of answer at most (default: the checkpoint's, else all that fit)",
+    )
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
     parser.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the checkpoint's)")
     parser.add_argument("--top-k", type=int, metavar="N", help="0 keeps all (default: the checkpoint's)")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed gives the same answer (default: another one each time)"
+    )
 
 
 def _generate(args: argparse.Namespace) -> int:

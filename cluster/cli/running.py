@@ -26,15 +26,27 @@ def add_commands(commands: Commands) -> None:
     status = add_command(commands, "status", _status, "show a running cluster: processes, loads of experts, faults")
     add_ray_address(status)
     top = add_command(commands, "top", _top, "show a running cluster, live, until Ctrl-C")
-    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
+    top.add_argument(
+        "--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
+    )
     add_ray_address(top)
     rebalance = add_command(commands, "rebalance", _rebalance, "move experts of a running cluster to where the load is")
     add_ray_address(rebalance)
     roll = add_command(commands, "roll", _roll, "give controller and shards new processes, as for a new version")
     add_ray_address(roll)
     scale = add_command(commands, "scale", _scale, "change how many processes a running cluster has, one at a time")
-    scale.add_argument("--expert-shards", type=int, metavar="N", help="processes that share the routed experts")
-    scale.add_argument("--attention-replicas", type=int, metavar="N", help="processes with dense weights and KV cache")
+    scale.add_argument(
+        "--expert-shards",
+        type=int,
+        metavar="N",
+        help="processes that share the routed experts (default: as many as now)",
+    )
+    scale.add_argument(
+        "--attention-replicas",
+        type=int,
+        metavar="N",
+        help="processes with dense weights and KV cache (default: as many as now)",
+    )
     add_ray_address(scale)
     chaos_parser = add_command(commands, "chaos", _chaos, "break a running cluster part by part under streams, compare")
     chaos.add_arguments(chaos_parser)
@@ -83,10 +95,13 @@ def _scale(args: argparse.Namespace) -> int:
             print(done)
         if args.attention_replicas is not None:
             print(cluster.scale_attention(args.attention_replicas))
+            shown = None
             while (running := cluster.attention_replicas()) != args.attention_replicas:
-                print(f"\r{running} of {args.attention_replicas} run", end="", file=sys.stderr, flush=True)
+                if running != shown:
+                    print(f"{running} of {args.attention_replicas} run", file=sys.stderr, flush=True)
+                    shown = running
                 time.sleep(0.5)  # Serve starts and drains them in its own time
-            print(f"\r{running} attention replicas run", file=sys.stderr)
+            print(f"{running} attention replicas run", file=sys.stderr)
     return 0
 
 
