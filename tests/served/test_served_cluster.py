@@ -81,6 +81,8 @@ def test_nor_does_it_where_rows_go_through_it(ray_cluster, demo_checkpoint):
 
 
 def test_metrics_tell_the_traffic_by_part(served, stub):
+    stub.Generate(pb.GenerateRequest(text="count me", sampling_params=greedy(5)))  # the first one makes the series
+    wait_until(lambda: "moecluster_expert_tokens_total" in scrape(served), "the experts' load arrives")
     before = scrape(served)
     stub.Generate(pb.GenerateRequest(text="count me", sampling_params=greedy(5)))
     wait_until(
