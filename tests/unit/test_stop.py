@@ -155,6 +155,7 @@ def test_sigterm_is_ours_again_when_rays_library_has_taken_it():
 def test_a_ray_that_does_not_start_leaves_nothing_and_says_why_in_a_line(monkeypatch, tmp_path, error, words):
     monkeypatch.setattr(folders, "BASE", tmp_path)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the tests' own may be connected
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # and stays
 
     def fail(*args, **kwargs):
         raise error
