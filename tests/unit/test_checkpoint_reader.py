@@ -172,15 +172,19 @@ def test_packing_a_slice_holds_at_most_one_product_beside_it(tmp_path: Path) -> 
 @pytest.mark.skipif(not packs(torch.bfloat16, torch.device("cpu")), reason="weights are not packed here")
 def test_packing_a_dense_model_holds_at_most_its_largest_weight_beside_it(tmp_path: Path) -> None:
     """Embeddings and head are 64 MiB each; a layer has four matrices of 8 MiB and three of 16. The head's memory while
-    it is packed is the most that may stand beside them."""
+    it is packed is the most that may stand beside them. A first, small model imports torch's late parts."""
     mib = 1 << 20
+    small, large = tmp_path / "small", tmp_path / "large"
     raw = {
         **RAW, "hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 16,
         "vocab_size": 16384, "num_hidden_layers": 2, "mlp_only_layers": [0, 1], "torch_dtype": "bfloat16",
         SEED_KEY: 1,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    reader = open_checkpoint(tmp_path)
+    for folder, config in ((small, {**RAW, SEED_KEY: 1}), (large, raw)):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+    load_model(open_checkpoint(small), dtype=torch.bfloat16, device=torch.device("cpu"))
+    reader = open_checkpoint(large)
     with anonymous_memory() as samples:
         model = load_model(reader, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert model.config.vocab_size == 16384
