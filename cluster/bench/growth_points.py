@@ -3,6 +3,8 @@
 import argparse
 from dataclasses import dataclass, replace
 
+from cluster.errors import SetupError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthPoint:
@@ -22,7 +24,13 @@ class GrowthPoint:
 
 
 def plan_points(args: argparse.Namespace) -> list[GrowthPoint]:
-    """The points of each axis: one value varies, the others are those of one middle."""
+    """The points of each axis: one value varies, the others are those of one middle. Raises SetupError."""
+    for option, values in (
+        ("batch", args.batch), ("context", args.context), ("shards", args.shards), ("layers", (args.layers,)),
+        ("repeat", (args.repeat,)),
+    ):  # fmt: skip
+        if min(values) < 1:
+            raise SetupError(f"--{option} has {min(values)}, numbers from 1 are needed")
     middle = GrowthPoint(axis="batch", batch=8, context=64, shards=2, layers=args.layers)
     axes = {"batch": args.batch, "context": args.context, "shards": args.shards}
     if args.shapes == "a2.7b":  # the demo checkpoint has one depth

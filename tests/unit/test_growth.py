@@ -9,6 +9,7 @@ from cluster.bench import add_arguments
 from cluster.bench import growth as bench_growth
 from cluster.bench.growth import measure_growth
 from cluster.bench.growth_points import plan_points
+from cluster.errors import SetupError
 
 
 def parse(*arguments):
@@ -58,3 +59,9 @@ def test_the_time_of_a_step_is_found(tmp_path, monkeypatch, capsys):
     assert found["shards", 3] == pytest.approx(8 + 2 * 3)
     assert picture.stat().st_size > 1000
     assert "| batch   | 4     | 64      | 2      |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["batch", "context", "shards", "layers", "repeat"])
+def test_a_number_below_one_is_refused_before_anything_is_measured(option):
+    with pytest.raises(SetupError, match=f"--{option} has 0, numbers from 1 are needed"):
+        measure_growth(parse(f"--{option}", "0"), lambda spec, room: pytest.fail("something starts"))
