@@ -1,5 +1,8 @@
 """Drains the served application, which then refuses requests."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -9,29 +12,41 @@ from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.ray
 
-
-@pytest.fixture
-def channel(served_for_good):
-    with grpc.insecure_channel(f"127.0.0.1:{served_for_good.grpc_port}") as channel:
-        yield channel
+LENGTHS = (5, 1200)  # tokens of two streams, which HAProxy gives to two ingresses
 
 
-def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(served_for_good, channel):
-    stub = inference_pb2_grpc.InferenceServiceStub(channel)
-    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-    params = pb.SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
-    running = stub.GenerateStream(pb.GenerateStreamRequest(text="still here", sampling_params=params))
-    num_tokens = len(next(running).token_ids)
+def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(served_for_good):
+    """Also the streams of the ingress that works on when the other one has none any more."""
+    with contextlib.ExitStack() as stack:
 
-    served_for_good.drain()  # returns when no request runs any more
+        def connect(number):
+            options = [("test.number", number)]  # a connection of its own
+            address = f"127.0.0.1:{served_for_good.grpc_port}"
+            return stack.enter_context(grpc.insecure_channel(address, options=options))
 
-    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    watch.cancel()
-    pieces = list(running)
-    assert num_tokens + sum(len(piece.token_ids) for piece in pieces) == 300
-    assert pieces[-1].finish_reason == pb.FINISH_REASON_LENGTH
-    with pytest.raises(grpc.RpcError) as raised:
-        stub.Generate(pb.GenerateRequest(text="too late"))
-    assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
-    assert "shutting down" in raised.value.details()
+        def start(max_tokens):
+            params = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+            request = pb.GenerateStreamRequest(text="still here", sampling_params=params)
+            call = inference_pb2_grpc.InferenceServiceStub(connect(max_tokens)).GenerateStream(request)
+            first = next(call)
+            rest = stack.enter_context(ThreadPoolExecutor(1)).submit(list, call)
+            return first, rest
+
+        watch = health_pb2_grpc.HealthStub(connect(0)).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        streams = [start(max_tokens) for max_tokens in LENGTHS]
+
+        served_for_good.drain()  # returns when no request runs any more
+
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+        for (first, rest), max_tokens in zip(streams, LENGTHS, strict=True):
+            pieces = [first, *rest.result(timeout=1)]  # its last piece was on its way
+            assert sum(len(piece.token_ids) for piece in pieces) == max_tokens
+            assert pieces[-1].finish_reason == pb.FINISH_REASON_LENGTH
+        stub = inference_pb2_grpc.InferenceServiceStub(connect(1))
+        for _ in range(4):  # every ingress refuses
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.Generate(pb.GenerateRequest(text="too late"))
+            assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "shutting down" in raised.value.details()

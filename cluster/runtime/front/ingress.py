@@ -187,8 +187,10 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         config = self._config
         return engines * (config.max_num_seqs + config.max_waiting) / config.ingress_replicas
 
-    async def num_running(self) -> int:
-        """Number of requests under way; a drain waits until it is 0."""
+    async def drain(self) -> int:
+        """Refuses new requests from now on; returns the number of those under way."""
+        self._admission.drain()
+        self._health.set(False)
         return self._admission.num_running
 
     async def _keep_looking(self) -> None:

@@ -40,6 +40,8 @@ from cluster.status import ClusterStatus
 
 log = logging.getLogger(__name__)
 
+DRAIN_INTERVAL_S = 0.1  # between two questions for the requests under way
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
@@ -134,11 +136,10 @@ class ServedCluster:
     def drain(self) -> None:
         """Refuses new requests and blocks until those under way have ended, for drain_timeout_s at most."""
         ray.get(self._find_controller().drain.remote(), timeout=STATUS_TIMEOUT_S)
-        ingress = serve.get_app_handle(APPLICATION)
+        ingresses = serve.get_app_handle(APPLICATION)
         deadline = time.monotonic() + self.config.drain_timeout_s
-        time.sleep(1.0)  # the ingress asks for the controller's status twice a second
-        while time.monotonic() < deadline and ingress.num_running.remote().result(timeout_s=STATUS_TIMEOUT_S):
-            time.sleep(0.1)
+        while any(ingresses.broadcast("drain").results(timeout_s=STATUS_TIMEOUT_S)) and time.monotonic() < deadline:
+            time.sleep(DRAIN_INTERVAL_S)
 
     def close(self, *, drain: bool = True) -> None:
         """Stops requests, application, shards, Ray, in this order. Safe to call again.
