@@ -190,7 +190,8 @@ def test_packing_a_dense_model_holds_at_most_its_largest_weight_beside_it(tmp_pa
     assert model.config.vocab_size == 16384
     whole = (2 * 64 + 2 * (4 * 8 + 3 * 16)) * mib
     assert len(samples) > 5
-    assert whole - 8 * mib < max(samples) - samples[0] < whole + 72 * mib
+    # At least: some of it may lie in memory that the process held before.
+    assert whole // 2 < max(samples) - samples[0] < whole + 72 * mib
 
 
 @contextmanager
