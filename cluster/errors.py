@@ -25,7 +25,6 @@ client gets their code and the request's id, the log gets the message.
 Arguments go to `super().__init__` by position: exceptions travel between actors by pickle.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -108,8 +107,6 @@ class ProtocolError(ClusterError):
 class Overloaded(ClusterError):
     """A bounded queue is full; the same request may succeed later. retry_after_s: when to try again."""
 
-    _HINT: ClassVar = re.compile(r"try again in ([0-9.]+) s")
-
     grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 429
     public = True
@@ -120,14 +117,8 @@ class Overloaded(ClusterError):
 
     @classmethod
     def later(cls, reason: str, retry_after_s: float) -> Self:
-        """Returns an error whose message ends with the time to try again, where `read_hint` finds it."""
+        """Returns an error whose message ends with the time to try again."""
         return cls(f"{reason}: try again in {retry_after_s:.1f} s", retry_after_s)
-
-    @classmethod
-    def read_hint(cls, message: str) -> float | None:
-        """Returns the seconds that `later` wrote into a message, for who gets the message alone; None for none."""
-        found = cls._HINT.search(message)
-        return None if found is None else float(found[1])
 
 
 class DeadlineExceeded(ClusterError):

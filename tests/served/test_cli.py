@@ -191,7 +191,7 @@ def test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it():
     surroundings = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1")
     demo = subprocess.Popen(
-        [*COMMAND, "demo", "--keep", "--proxy", "serve"],
+        [*COMMAND, "demo", "--keep", "--proxy", "serve", "--max-num-seqs", "2", "--max-waiting", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -207,11 +207,31 @@ def test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it():
     assert 'moecluster_requests_total{outcome="length"} 1.0' in out
     [port] = re.findall(r"gRPC     127.0.0.1:(\d+)", out)
     check_health_reflection_and_streaming(f"127.0.0.1:{port}")
+    check_a_refused_stream_hears_when_to_come_again(f"127.0.0.1:{port}")
     demo.send_signal(signal.SIGINT)
     rest, err = demo.communicate(timeout=90)
     assert demo.returncode == 0, err
     assert "stopped" in rest
     assert "Traceback" not in out + rest + err
+
+
+def check_a_refused_stream_hears_when_to_come_again(address):
+    """The engine has room for two."""
+    with grpc.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        params = pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+        calls = [stub.GenerateStream(pb.GenerateStreamRequest(text="a", sampling_params=params)) for _ in range(8)]
+        refused = []
+        for call in calls:
+            try:
+                next(call)
+            except grpc.RpcError as error:
+                refused.append((error.code().name, dict(error.trailing_metadata()).get("grpc-retry-pushback-ms")))
+        for call in calls:
+            call.cancel()
+    assert refused
+    assert {code for code, _ in refused} == {"RESOURCE_EXHAUSTED"}
+    assert all(100 <= int(hint) <= 60_000 for _, hint in refused)
 
 
 def test_health_reflection_and_streaming_work_behind_haproxy_too(served):

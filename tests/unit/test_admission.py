@@ -98,10 +98,7 @@ def test_admission_and_text_load_without_grpc():
 
 
 @pytest.mark.parametrize(("seconds", "written"), [(0.1, "0.1"), (1.0, "1.0"), (41.04, "41.0"), (60.0, "60.0")])
-def test_the_hint_in_a_message_is_read_as_it_was_written(seconds, written):
-    """Where Serve's proxy passes on a message alone, the hint goes with it."""
+def test_a_refusal_for_a_while_says_and_carries_how_long(seconds, written):
     error = Overloaded.later("the queue is full", seconds)
     assert str(error) == f"the queue is full: try again in {written} s"
     assert error.retry_after_s == seconds
-    assert Overloaded.read_hint(str(error)) == float(written)
-    assert Overloaded.read_hint("the queue is full") is None

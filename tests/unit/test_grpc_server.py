@@ -92,8 +92,8 @@ class ServeLike:
             try:
                 async for response in method(request, grpc_context=context):
                     yield response
-            except StreamFailed:
-                await wire.abort(context.code, context.details)
+            except StreamFailed as failed:
+                await wire.abort(context.code, context.details or failed.args[0])
 
         return stream if name in ("GenerateStream", "Watch") else unary
 

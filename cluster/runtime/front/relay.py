@@ -11,8 +11,7 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import Overloaded
-from cluster.wire import RETRY_KEY
+from cluster.serving.grpc.context import HintedDetails, retry_hint
 
 UNREAD_TIMEOUT_S = 120.0
 
@@ -28,14 +27,13 @@ class ContextShield:
         self._context = None
 
     def set_details(self, details: str) -> None:
-        """Also sets the retry hint, read from the details: Serve passes on code and details, no trailing metadata."""
+        """Also sets the retry hint that came with a stream's details: Serve's proxy passes on no trailing metadata."""
         if self._context is None:
             return
-        self._context.set_details(details)
-        retry_after_s = Overloaded.read_hint(details)
-        if retry_after_s is not None:
+        self._context.set_details(str(details))  # gRPC takes no subclass
+        if isinstance(details, HintedDetails):
             before = tuple(self._context.trailing_metadata() or ())
-            self._context.set_trailing_metadata((*before, (RETRY_KEY, str(round(1000 * retry_after_s)))))
+            self._context.set_trailing_metadata((*before, retry_hint(details.retry_after_s)))
 
     def __getattr__(self, name: str) -> Any:
         if self._context is None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote
 
 import grpc
@@ -30,8 +30,35 @@ class GrpcContext(Protocol):
     def peer(self) -> str: ...
 
 
+class HintedDetails(str):
+    """Details of a status, and the seconds after which the client may try again.
+
+    Pickled it is plain text: a process of an older version knows no such class.
+    """
+
+    retry_after_s: float
+
+    def __new__(cls, details: str, retry_after_s: float) -> "HintedDetails":
+        made = super().__new__(cls, details)
+        made.retry_after_s = retry_after_s
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
+
+
 class StreamFailed(Exception):
-    """Ends a stream whose context has its code and details already; the message is the details."""
+    """Ends a stream whose context has its code already; the message is the details.
+
+    retry_after_s: an attribute beside the arguments, since a process of an older version makes the message of them.
+    """
+
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        """Serve's proxy asks for it where the context has no details, and sets it on the context that it was given."""
+        details = super().__str__()
+        return details if self.retry_after_s is None else HintedDetails(details, self.retry_after_s)
 
 
 def metadata_of(context: GrpcContext) -> dict[str, str]:
@@ -61,8 +88,26 @@ def set_status(context: GrpcContext, error: Exception, request_id: str = "") -> 
     context.set_code(grpc.StatusCode[code])
     context.set_details(details)
     if isinstance(error, Overloaded):
-        context.set_trailing_metadata([(RETRY_KEY, str(round(1000 * error.retry_after_s)))])
+        context.set_trailing_metadata([retry_hint(error.retry_after_s)])
     return details
+
+
+def retry_hint(retry_after_s: float) -> tuple[str, str]:
+    """Returns the key and the value of trailing metadata."""
+    return RETRY_KEY, str(round(1000 * retry_after_s))
+
+
+def fail_stream(context: GrpcContext, error: Exception, request_id: str) -> NoReturn:
+    """Ends a stream of Serve's own proxy. Raises StreamFailed.
+
+    That proxy learns of a failed stream's context nothing but code and details, and of the exception its text, if the
+    details are empty: so the text carries the retry hint, from which `ContextShield` makes trailing metadata.
+    """
+    failed = StreamFailed(set_status(context, error, request_id))
+    if isinstance(error, Overloaded):
+        failed.retry_after_s = error.retry_after_s
+        context.set_details("")
+    raise failed from None
 
 
 def _truncate(details: str) -> str:

@@ -23,7 +23,7 @@ from cluster.errors import ClusterError, InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.grpc import messages
 from cluster.serving.grpc.answer_size import check_after, check_before, receive_limit
-from cluster.serving.grpc.context import GrpcContext, StreamFailed, metadata_of, peer_of, set_status
+from cluster.serving.grpc.context import GrpcContext, fail_stream, metadata_of, peer_of, set_status
 from cluster.serving.service import InferenceService
 
 Request = TypeVar("Request", bound=Message)
@@ -89,9 +89,9 @@ class GrpcInferenceService:
                         yield messages.to_stream_response(delta, first_id)
                         first_id = ""
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
-            details = set_status(grpc_context, error, request_id)
             if self._raise_failures:
-                raise StreamFailed(details) from None
+                fail_stream(grpc_context, error, request_id)
+            set_status(grpc_context, error, request_id)
 
     async def Tokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.TokenizeResponse:
         async def answer(message: pb.TokenizeRequest, client: str) -> pb.TokenizeResponse:
