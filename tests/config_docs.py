@@ -1,6 +1,6 @@
-"""README's table of the arguments and the comments of deploy/serve.yaml, from the help texts of `ClusterConfig`.
+"""README's table of the arguments and the comments of deploy/serve*.yaml, from the help texts of `ClusterConfig`.
 
-`python tests/config_docs.py` writes both. In serve.yaml the lines above an argument are its help text; the
+`python tests/config_docs.py` writes them. In these files the lines above an argument are its help text; the
 comments behind values, the values, their order and the groups are written by hand.
 """
 
@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig, EngineConfig
 from cluster.config.options import doc_of
 
 ROOT = Path(__file__).resolve().parents[1]
-README, SERVE = ROOT / "README.md", ROOT / "deploy" / "serve.yaml"
+README, SERVE_FILES = ROOT / "README.md", sorted((ROOT / "deploy").glob("serve*.yaml"))
 BEGIN, END = "<!-- arguments: made by tests/config_docs.py -->\n", "<!-- end of arguments -->\n"
 FIELDS = {field.name: field for field in fields(ClusterConfig)}
 LINE_CHARS = 120
@@ -63,7 +63,8 @@ def with_comments(text):
 
 def main():
     README.write_text(with_table(README.read_text()))
-    SERVE.write_text(with_comments(SERVE.read_text()))
+    for path in SERVE_FILES:
+        path.write_text(with_comments(path.read_text()))
 
 
 if __name__ == "__main__":

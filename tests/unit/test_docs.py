@@ -27,13 +27,6 @@ def test_the_table_of_arguments_is_made_from_the_fields_help_texts():
     assert dict(rows)["max_num_seqs"] == "`64`"
 
 
-def test_the_comments_of_serve_yaml_are_the_fields_help_texts():
-    """So are those for `python tests/config_docs.py`; a value that is not the default has that in its comment."""
-    text = (ROOT / "deploy" / "serve.yaml").read_text()
-    assert config_docs.with_comments(text) == text
-    assert "# sequences in one step of an engine at most (default: 64)\n      max_num_seqs: 128\n" in text
-
-
 def test_the_charts_values_for_the_cluster_have_the_fields_help_texts():
     """The chart may say more of one, in place of what its field says after the first semicolon."""
     docs = {f.name: doc_of(f) for f in fields(ClusterConfig)}
