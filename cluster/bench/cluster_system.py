@@ -1,14 +1,12 @@
 """This package's engine as a `System`, in one process or with its experts on Ray actors."""
 
-from dataclasses import replace
-
 import torch
 
+from cluster.bench.sampling import GREEDY, Sampling
 from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import Prompts, Workload
 from cluster.config import ModelConfig, Transport
 from cluster.llm import LLM
-from cluster.types import SAMPLING_DEFAULTS
 
 
 class ClusterSystem:
@@ -34,9 +32,8 @@ class ClusterSystem:
             gpus_per_expert_shard=spec.gpus_per_shard,
         )
 
-    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
-        # The checkpoint's own defaults (penalties, top_k) would cost time that the other systems do not take.
-        params = replace(SAMPLING_DEFAULTS, temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    def generate(self, prompts: Prompts, num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
+        params = sampling.params(len(prompts), num_tokens)
         return [len(output.token_ids) for output in self._llm.generate(prompts, params)]
 
     def close(self) -> None:

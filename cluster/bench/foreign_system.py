@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.sampling import GREEDY, Sampling
 from cluster.bench.spec import SystemSpec
 from cluster.bench.throughput import Prompts, Workload
 from cluster.config.resources import available_cpus
@@ -41,9 +43,10 @@ class ForeignSystem:
         names = " ".join(f"{name}={value}" for name, value in spec.variables)
         self.detail = f"{self._answer()['ready']} {names}".strip()
 
-    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
+    def generate(self, prompts: Prompts, num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
         assert self._process.stdin is not None
-        print(json.dumps({"prompts": prompts, "num_tokens": num_tokens}), file=self._process.stdin, flush=True)
+        task = {"prompts": prompts, "num_tokens": num_tokens, "sampling": asdict(sampling)}
+        print(json.dumps(task), file=self._process.stdin, flush=True)
         counts: list[int] = self._answer()["counts"]
         return counts
 

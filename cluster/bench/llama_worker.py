@@ -31,12 +31,12 @@ def main() -> None:
     print(json.dumps({"ready": detail}), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        counts = model.generate(task["prompts"], task["num_tokens"])
+        counts = model.generate(task["prompts"], task["num_tokens"], task["sampling"])
         print(json.dumps({"counts": counts}), file=answers, flush=True)
 
 
 class _Model:
-    """Greedy decoding of several sequences at a time over llama.cpp's batch interface."""
+    """Decoding of several sequences at a time over llama.cpp's batch interface."""
 
     def __init__(self, api: Any, file: Path, max_sequences: int, max_tokens: int, num_threads: int) -> None:
         self.api = api
@@ -53,22 +53,27 @@ class _Model:
         self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
         self.batch = api.llama_batch_init(MAX_BATCH_TOKENS, 0, 1)
 
-    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[int]:
+    def generate(self, prompts: list[list[int]], num_tokens: int, sampling: dict[str, Any]) -> list[int]:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         rows = [
             (token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
+        chooser = _Chooser(
+            self.api, self.context, self.vocab_size, prompts=prompts, num_tokens=num_tokens, sampling=sampling
+        )  # fmt: skip
         newest: dict[int, int] = {}
         for start in range(0, len(rows), MAX_BATCH_TOKENS):
-            newest |= self._decode(rows[start : start + MAX_BATCH_TOKENS])
+            newest |= self._decode(rows[start : start + MAX_BATCH_TOKENS], chooser)
         for step in range(num_tokens - 1):
-            newest = self._decode([(newest[s], len(prompts[s]) + step, s, True) for s in range(len(prompts))])
+            rows = [(newest[s], len(prompts[s]) + step, s, True) for s in range(len(prompts))]
+            newest = self._decode(rows, chooser)
+        chooser.close()
         return [num_tokens] * len(newest)
 
-    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
-        """rows: token, position, sequence, whether its logits are wanted. Returns the best next token by sequence."""
+    def _decode(self, rows: list[tuple[int, int, int, bool]], chooser: "_Chooser") -> dict[int, int]:
+        """rows: token, position, sequence, whether its logits are wanted. Returns the next token by sequence."""
         batch = self.batch
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):
@@ -76,12 +81,71 @@ class _Model:
             batch.seq_id[i][0], batch.logits[i] = sequence, wanted
         if self.api.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode failed on {len(rows)} tokens")
-        best = {}
-        for i, (_, _, sequence, wanted) in enumerate(rows):
-            if wanted:
-                logits = self.api.llama_get_logits_ith(self.context, i)
-                best[sequence] = int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
-        return best
+        return {row[2]: chooser.choose(row[2], i) for i, row in enumerate(rows) if row[3]}
+
+
+class _Chooser:
+    """llama.cpp's samplers, a chain for each sequence. Greedy tokens by numpy's argmax, which is faster than theirs.
+
+    sampling: fields of `cluster.bench.sampling.Sampling`.
+    """
+
+    def __init__(
+        self, api: Any, context: Any, vocab_size: int, *, prompts: list[list[int]], num_tokens: int,
+        sampling: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.api, self.context, self.vocab_size, self.sampling = api, context, vocab_size, sampling
+        self.plain = sampling["temperature"] == 0 and sampling["repetition_penalty"] == 1
+        self.chains = []
+        for seed, prompt in enumerate([] if self.plain else prompts):
+            chain = self._chain(seed, len(prompt) + num_tokens)
+            self.chains.append(chain)
+            for token in prompt:
+                api.llama_sampler_accept(chain, token)
+
+    def choose(self, sequence: int, place: int) -> int:
+        """place: of its logits in the batch."""
+        if self.sampling["logprobs"] is not None:
+            self._likeliest(place, self.sampling["logprobs"])
+        if self.plain:
+            return int(self._logits(place).argmax())
+        return int(self.api.llama_sampler_sample(self.chains[sequence], self.context, place))
+
+    def close(self) -> None:
+        for chain in self.chains:
+            self.api.llama_sampler_free(chain)
+
+    def _chain(self, seed: int, max_tokens: int) -> Any:
+        """top_k before the temperature, which changes no order: the distribution is the same and less is computed."""
+        api, sampling = self.api, self.sampling
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        parts = []
+        if (penalty := sampling["repetition_penalty"]) != 1:
+            parts.append(api.llama_sampler_init_penalties(self.vocab_size, max_tokens, penalty, 0.0, 0.0))
+        if sampling["temperature"] == 0:
+            parts.append(api.llama_sampler_init_greedy())
+        else:
+            if sampling["top_k"]:
+                parts.append(api.llama_sampler_init_top_k(sampling["top_k"]))
+            parts.append(api.llama_sampler_init_temp(sampling["temperature"]))
+            if sampling["top_p"] < 1:
+                parts.append(api.llama_sampler_init_top_p(sampling["top_p"], 1))
+            if sampling["min_p"]:
+                parts.append(api.llama_sampler_init_min_p(sampling["min_p"], 1))
+            parts.append(api.llama_sampler_init_dist(seed))
+        for part in parts:
+            api.llama_sampler_chain_add(chain, part)
+        return chain
+
+    def _logits(self, place: int) -> Any:
+        return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, place), (self.vocab_size,))
+
+    def _likeliest(self, place: int, num_top: int) -> list[tuple[int, float]]:
+        """Its C interface has none, so as its Python server does: from the logits, but without sorting them all."""
+        logits = self._logits(place)
+        top = np.argpartition(logits, -num_top)[-num_top:]
+        total = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+        return [(int(token), float(logits[token] - total)) for token in top]
 
 
 def _write_gguf(model_dir: Path, file: Path) -> None:

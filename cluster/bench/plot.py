@@ -1,6 +1,7 @@
 """A picture of a report, where matplotlib is installed. Measures nothing."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 from cluster.bench.growth_points import GrowthPoint
@@ -23,13 +24,15 @@ def plot_report(report: Report, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, part in zip(axes, ("prefill", "decode"), strict=True):
-        for result in report.results:
-            spreads = [getattr(point, part) for point in result.points]
+        for result, sampling in itertools.product(report.results, report.workload.samplings):
+            points = [point for point in result.points if point.sampling == sampling.name]
+            spreads = [getattr(point, part) for point in points]
             medians = [spread.median for spread in spreads]
             below = [spread.median - spread.low for spread in spreads]
             above = [spread.high - spread.median for spread in spreads]
-            batches = [point.batch for point in result.points]
-            axis.errorbar(batches, medians, yerr=(below, above), marker="o", capsize=3, label=result.name)
+            batches = [point.batch for point in points]
+            label = f"{result.name}, {sampling.name}" if len(report.workload.samplings) > 1 else result.name
+            axis.errorbar(batches, medians, yerr=(below, above), marker="o", capsize=3, label=label)
         axis.set(title=part, xlabel="batch", ylabel="tokens/s", xscale="log")
         axis.set_xticks(report.workload.batches, [str(batch) for batch in report.workload.batches])
         axis.set_ylim(bottom=0)

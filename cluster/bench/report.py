@@ -36,10 +36,10 @@ def to_markdown(report: Report, latency: bool = False) -> str:
         describe_machine(report.machine),
         "",
         f"Checkpoint: {report.checkpoint}; random prompts of {workload.prompt_tokens} tokens, "
-        f"{workload.output_tokens} generated, greedy. {measured}: median of {workload.repeats} "
-        f"(lowest-highest), and as a ratio to {report.reference}.",
+        f"{workload.output_tokens} generated, {', '.join(s.describe() for s in workload.samplings)}. "
+        f"{measured}: median of {workload.repeats} (lowest-highest), and as a ratio to {report.reference}.",
         "",
-        *markdown_table(_latency_rows(report) if latency else _rows(report)),
+        *markdown_table(_rows(report, latency)),
         "",
         *(f"- {result.name}: {result.detail}; ready in {result.load_s:.1f} s" for result in report.results),
         *(f"- FAILED: {failure}" for failure in report.failures),
@@ -57,45 +57,36 @@ def describe_machine(machine: Machine) -> str:
     )
 
 
-def _rows(report: Report) -> list[tuple[str, ...]]:
-    reference = {
-        point.batch: point for result in report.results if result.name == report.reference for point in result.points
-    }
-    rows: list[tuple[str, ...]] = [("batch", "system", "prefill", "ratio", "decode", "ratio")]
+def _rows(report: Report, latency: bool) -> list[list[str]]:
+    """A row for each batch size, sampling and system. A run with one sampling has no column for it."""
+    points = {(point.batch, point.sampling, result.name): point for result in report.results for point in result.points}
+    several = len(report.workload.samplings) > 1
+    first, second = ("first token", "between tokens") if latency else ("prefill", "decode")
+    rows = [["batch", *(["sampling"] if several else []), "system", first, "ratio", second, "ratio"]]
     for batch in report.workload.batches:
-        for result in report.results:
-            for point in result.points:
-                if point.batch == batch:
-                    rows.append((str(batch), result.name, *_cells(point, reference.get(batch))))
+        for sampling in report.workload.samplings:
+            base = points.get((batch, sampling.name, report.reference))
+            for result in report.results:
+                point = points[batch, sampling.name, result.name]
+                cells = [str(batch), *([sampling.name] if several else []), result.name]
+                values = _latencies(point, report.workload.prompt_tokens) if latency else (point.prefill, point.decode)
+                for value, ratio in zip(values, _ratios(point, base, latency), strict=True):
+                    cells += [_text(value), ratio]
+                rows.append(cells)
     return rows
 
 
-def _latency_rows(report: Report) -> list[tuple[str, ...]]:
-    """As _rows, in milliseconds: a batch's first tokens come together, then one of each sequence a step."""
-    rows: list[tuple[str, ...]] = [("batch", "system", "first token", "ratio", "between tokens", "ratio")]
-    num_prompt = report.workload.prompt_tokens
-    reference = {p.batch: p for result in report.results if result.name == report.reference for p in result.points}
-    for batch in report.workload.batches:
-        for result in report.results:
-            for point in (p for p in result.points if p.batch == batch):
-                first, between = point.prefill.inverse(1000 * batch * num_prompt), point.decode.inverse(1000 * batch)
-                cells = [_text(first), "-", _text(between), "-"]
-                if base := reference.get(batch):
-                    cells[1] = f"{base.prefill.median / point.prefill.median:.2f}"
-                    cells[3] = f"{base.decode.median / point.decode.median:.2f}"
-                rows.append((str(batch), result.name, *cells))
-    return rows
+def _latencies(point: Point, prompt_tokens: int) -> tuple[Spread, Spread]:
+    """Milliseconds: a batch's first tokens come together, then one of each sequence a step."""
+    return point.prefill.inverse(1000 * point.batch * prompt_tokens), point.decode.inverse(1000 * point.batch)
 
 
-def _cells(point: Point, reference: Point | None) -> tuple[str, ...]:
-    if reference is None:
-        return _text(point.prefill), "-", _text(point.decode), "-"
-    return (
-        _text(point.prefill),
-        f"{point.prefill.median / reference.prefill.median:.2f}",
-        _text(point.decode),
-        f"{point.decode.median / reference.decode.median:.2f}",
-    )
+def _ratios(point: Point, base: Point | None, latency: bool) -> tuple[str, str]:
+    if base is None:
+        return "-", "-"
+    ratios = point.prefill.median / base.prefill.median, point.decode.median / base.decode.median
+    prefill, decode = (1 / ratio if latency else ratio for ratio in ratios)
+    return f"{prefill:.2f}", f"{decode:.2f}"
 
 
 def _text(spread: Spread) -> str:

@@ -13,6 +13,7 @@ from cluster.bench.checkpoint import describe, made_with_progress, read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
+from cluster.bench.sampling import find_samplings
 from cluster.bench.spec import SystemSpec
 from cluster.bench.systems import check_comparison, check_shards
 from cluster.bench.throughput import Workload, measure_in_turns
@@ -46,7 +47,7 @@ def measure_all(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         model_dir = args.model_dir or made_with_progress(args.shapes, args.layers, args.checkpoint_dir, progress)
         config = read_config(model_dir)
-        workload = _fit(draft, args.shards, config)
+        workload = replace(_fit(draft, args.shards, config), samplings=find_samplings(args.sampling, model_dir))
         dtype = config.dtype if args.dtype == "auto" else args.dtype
         specs = _specs(args, model_dir, dtype, config)
         if args.turns:
@@ -156,7 +157,7 @@ def _take_turns(
             systems,
             workload,
             clock,
-            lambda system, batch: progress.update(task, advance=1, description=f"batch {batch}"),
+            lambda system, run: progress.update(task, advance=1, description=run.name),
             lambda: time.sleep(REST_S),
         )
     finally:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
+from cluster.bench.sampling import SAMPLINGS
 from cluster.bench.spec import SystemSpec
 from cluster.bench.systems import check_shards
 from cluster.bench.throughput import Workload
@@ -23,7 +24,7 @@ from cluster.client import options
 from cluster.client.grpc_client import Client
 from cluster.config import ModelConfig
 from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
-from cluster.types import SAMPLING_DEFAULTS, SamplingParams
+from cluster.types import SamplingParams
 
 _READY_S = 10.0
 _MAX_THREADS = 1000  # streams of an open loop at a time
@@ -120,20 +121,20 @@ def summarize(timings: list[StreamTiming], took_s: float) -> TrafficResult:
 def _run(client: Client, args: argparse.Namespace, vocab_size: int, advance: Callable[[], None]) -> list[StreamTiming]:
     draw = random.Random(args.seed)
     prompts = _prompts(args, vocab_size)
-    params = replace(SAMPLING_DEFAULTS, temperature=0.0, max_tokens=args.output_tokens, ignore_eos=True)
+    params = SAMPLINGS[args.sampling].params(len(prompts), args.output_tokens)
 
-    def ask(prompt: list[int]) -> StreamTiming:
-        timing = _time_stream(client, prompt, params)
+    def ask(place: int) -> StreamTiming:
+        timing = _time_stream(client, prompts[place], params[place])
         advance()
         return timing
 
     if args.rate is None:
         with ThreadPoolExecutor(args.concurrency) as pool:
-            return list(pool.map(ask, prompts))
+            return list(pool.map(ask, range(len(prompts))))
     with ThreadPoolExecutor(min(args.requests, _MAX_THREADS)) as pool:
         asked = []
-        for prompt in prompts:
-            asked.append(pool.submit(ask, prompt))
+        for place in range(len(prompts)):
+            asked.append(pool.submit(ask, place))
             time.sleep(draw.expovariate(args.rate))
         return [one.result() for one in asked]
 
@@ -168,7 +169,8 @@ def _measure_offline(spec: SystemSpec, config: ModelConfig, args: argparse.Names
     try:
         system.generate(workload.prompts(args.concurrency, 0), 2)
         started = time.perf_counter()
-        counts = system.generate(_prompts(args, config.vocab_size), args.output_tokens)
+        prompts = _prompts(args, config.vocab_size)
+        counts = system.generate(prompts, args.output_tokens, SAMPLINGS[args.sampling])
         return sum(counts) / (time.perf_counter() - started)
     finally:
         system.close()
@@ -204,7 +206,8 @@ def _percentiles(seconds: list[float]) -> tuple[float, float, float]:
 def _print(result: TrafficResult, args: argparse.Namespace) -> None:
     loop = f"{args.concurrency} streams at a time" if args.rate is None else f"{args.rate:g} requests/s"
     print(
-        f"{result.requests} requests of {args.prompt_tokens} prompt and {args.output_tokens} output tokens, {loop}: "
+        f"{result.requests} requests of {args.prompt_tokens} prompt and {args.output_tokens} output tokens, "
+        f"{SAMPLINGS[args.sampling].describe()}, {loop}: "
         f"{result.tokens_per_s:.1f} tokens/s, {result.failed} failed, {result.refused} refused\n"
     )
     if result.offline_tokens_per_s is not None:

@@ -1,6 +1,7 @@
 """Runs in an environment that has vLLM and need not have this package: one JSON line in, one out.
 
-In: {"prompts": [[token ids]], "num_tokens": n}. Out: {"ready": detail} once, then {"counts": [tokens of each prompt]}.
+In: {"prompts": [[token ids]], "num_tokens": n, "sampling": fields of `cluster.bench.sampling.Sampling`}; a prompt's
+seed is its place. Out: {"ready": detail} once, then {"counts": [tokens of each prompt]}.
 """
 
 import json
@@ -18,8 +19,12 @@ def main() -> None:
     print(json.dumps({"ready": f"vLLM {vllm.__version__}"}), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        params = vllm.SamplingParams(temperature=0.0, max_tokens=task["num_tokens"], ignore_eos=True, detokenize=False)
+        chosen = {name: value for name, value in task["sampling"].items() if name != "name"}
         prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
+        params = [
+            vllm.SamplingParams(**chosen, seed=seed, max_tokens=task["num_tokens"], ignore_eos=True, detokenize=False)
+            for seed in range(len(prompts))
+        ]
         outputs = model.generate(prompts, params, use_tqdm=False)
         counts = [len(output.outputs[0].token_ids) for output in outputs]
         print(json.dumps({"counts": counts}), file=answers, flush=True)

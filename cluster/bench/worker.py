@@ -1,7 +1,7 @@
 """Runs a system in a process of its own, so that it gives back its memory and its threads disturb no other.
 
-The child sends ("loaded", detail, seconds), then answers each (prompts, num_tokens) with ("done", tokens of each
-prompt) until it is sent None; ("failed", message) ends it.
+The child sends ("loaded", detail, seconds), then answers each (prompts, num_tokens, sampling) with ("done", tokens of
+each prompt) until it is sent None; ("failed", message) ends it.
 """
 
 import logging
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from cluster.bench.sampling import GREEDY, Sampling
 from cluster.bench.spec import SystemSpec
 from cluster.bench.systems import build_system
 from cluster.bench.throughput import Point, Prompts, System, Workload, measure
@@ -58,8 +59,8 @@ class RemoteSystem:
             self.close()
             raise
 
-    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
-        self._pipe.send((prompts, num_tokens))
+    def generate(self, prompts: Prompts, num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
+        self._pipe.send((prompts, num_tokens, sampling))
         [counts] = self._answer()
         return list(counts)
 
@@ -106,7 +107,7 @@ def run_system(
     try:
         with closing(RemoteSystem(spec, config, workload, build)) as system:
             on_progress("loaded")
-            points = measure(system, workload, clock, lambda batch: on_progress(f"batch {batch}"))
+            points = measure(system, workload, clock, lambda run: on_progress(run.name))
     except ClusterError as error:
         raise ClusterError(f"{spec.name}: {error}") from error
     return SystemResult(name=spec.name, detail=system.detail, load_s=system.load_s, points=points)
@@ -138,10 +139,10 @@ def _serve_runs(
         system.close()
 
 
-def _next_task(pipe: "Connection[Any, Any]") -> tuple[Prompts, int] | None:
+def _next_task(pipe: "Connection[Any, Any]") -> tuple[Prompts, int, Sampling] | None:
     """None if no more tasks come."""
     try:
-        task: tuple[Prompts, int] | None = pipe.recv()
+        task: tuple[Prompts, int, Sampling] | None = pipe.recv()
     except EOFError:
         return None
     return task

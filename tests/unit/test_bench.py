@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic and report on a system whose speed is known; its child process with that system."""
+"""The benchmark's checkpoint, its child process, its command."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +15,7 @@ from cluster.bench import add_arguments
 from cluster.bench import checkpoint as bench_checkpoint
 from cluster.bench.checkpoint import default_directory, made_checkpoint, read_config
 from cluster.bench.command import PARTS, run
-from cluster.bench.machine import Machine, parse_cpuinfo, this_machine
-from cluster.bench.report import Report, to_json, to_markdown
+from cluster.bench.sampling import Sampling
 from cluster.bench.session import measure_all
 from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import (
@@ -25,11 +23,7 @@ from cluster.bench.throughput import (
     Prompts,
     Spread,
     System,
-    Timing,
     Workload,
-    measure,
-    measure_in_turns,
-    summarize,
 )
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.checkpoint.made.demo import write_demo_checkpoint
@@ -37,182 +31,6 @@ from cluster.config import ModelConfig
 from cluster.errors import CheckpointError, ClusterError, SetupError
 
 WORKLOAD = Workload(batches=(1, 4), prompt_tokens=8, output_tokens=5, repeats=3, vocab_size=100)
-
-
-class FakeSystem:
-    """Takes 2 s for the prompts and 1 s for each further token of all of them; +1 s on the prompts of a warm-up."""
-
-    detail = "a fake"
-
-    def __init__(self, missing: int = 0) -> None:
-        self.now = 0.0
-        self.calls: list[tuple[int, int]] = []
-        self.seen: list[tuple[int, ...]] = []
-        self.missing = missing
-
-    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
-        warming_up = all(batch != len(prompts) for batch, _ in self.calls[:-1])
-        self.calls.append((len(prompts), num_tokens))
-        self.seen += [tuple(prompt) for prompt in prompts]
-        self.now += 2.0 + (num_tokens - 1) * 1.0 + warming_up
-        return [num_tokens - self.missing] * len(prompts)
-
-    def close(self) -> None:
-        pass
-
-
-def test_prefill_and_decode_are_timed_apart_after_a_warm_up() -> None:
-    """Batch 4: prefill 4 · 8 / 2 s = 16 tokens/s; decode 4 · (5 − 1) / (6 − 2) s = 4 tokens/s. Batch 1: a quarter."""
-    system = FakeSystem()
-    advanced: list[int] = []
-    points = measure(system, WORKLOAD, lambda: system.now, advanced.append)
-    assert points == (
-        Point(batch=1, prefill=Spread(4.0, 4.0, 4.0), decode=Spread(1.0, 1.0, 1.0)),
-        Point(batch=4, prefill=Spread(16.0, 16.0, 16.0), decode=Spread(4.0, 4.0, 4.0)),
-    )
-    assert system.calls == [(1, 1), (1, 5)] * 4 + [(4, 1), (4, 5)] * 4
-    assert advanced == [1] * 4 + [4] * 4
-    assert len(advanced) == WORKLOAD.num_runs
-
-
-def test_systems_that_take_turns_are_measured_like_alone() -> None:
-    """The third one stops early: it has no figures, the others have theirs."""
-    systems = [FakeSystem(), FakeSystem(), FakeSystem(missing=1)]
-    rests: list[None] = []
-    found = measure_in_turns(
-        systems, WORKLOAD, lambda: sum(s.now for s in systems), lambda system, batch: None, lambda: rests.append(None)
-    )
-    alone = FakeSystem()
-    points = measure(alone, WORKLOAD, lambda: alone.now, lambda batch: None)
-    assert found[0] == found[1] == points
-    assert isinstance(found[2], ClusterError)
-    assert systems[0].seen == alone.seen
-    assert len(rests) == 2 * WORKLOAD.num_runs + 1
-
-
-def test_prompts_are_the_same_for_every_system_and_never_used_twice() -> None:
-    first, second = FakeSystem(), FakeSystem()
-    for system in (first, second):
-        measure(system, WORKLOAD, lambda system=system: system.now, lambda batch: None)
-    assert first.seen == second.seen
-    assert len(set(first.seen)) == len(first.seen) == 8 * 1 + 8 * 4
-    assert {len(prompt) for prompt in first.seen} == {8}
-    assert all(0 <= token_id < 100 for prompt in first.seen for token_id in prompt)
-
-
-def test_the_summary_is_median_and_range_of_the_repeats() -> None:
-    """Batch 2, P = 8, M = 5: prefill 16 / (1, 2, 4) s, decode 8 / (4, 1, 2) s."""
-    timings = [Timing(1.0, 5.0), Timing(2.0, 3.0), Timing(4.0, 6.0)]
-    point = summarize(timings, WORKLOAD, batch=2)
-    assert point == Point(batch=2, prefill=Spread(8.0, 4.0, 16.0), decode=Spread(4.0, 2.0, 8.0))
-
-
-def test_a_system_that_stops_early_is_refused() -> None:
-    system = FakeSystem(missing=1)
-    with pytest.raises(ClusterError, match="nothing was measured"):
-        measure(system, WORKLOAD, lambda: system.now, lambda batch: None)
-
-
-def test_a_decode_too_short_to_time_asks_for_more_tokens() -> None:
-    with pytest.raises(SetupError, match=r"at batch 1 5 tokens .* --output-tokens"):
-        summarize([Timing(2.0, 2.0)], WORKLOAD, batch=1)
-
-
-@pytest.mark.parametrize(
-    ("change", "option"),
-    [
-        ({"batches": ()}, "--batch"),
-        ({"batches": (0, 1)}, "--batch"),
-        ({"batches": (8, 1)}, "--batch"),
-        ({"prompt_tokens": 0}, "--prompt-tokens is 0"),
-        ({"output_tokens": 1}, "--output-tokens is 1, at least 2"),
-        ({"repeats": 0}, "--repeat is 0"),
-    ],
-)
-def test_an_impossible_workload_names_the_option(change: dict[str, Any], option: str) -> None:
-    with pytest.raises(SetupError, match=option):
-        dataclasses.replace(WORKLOAD, **change)
-
-
-# The report
-
-MACHINE = Machine(
-    cpu="Example CPU",
-    cpu_features=("avx2", "amx_bf16"),
-    num_cores=2,
-    memory_bytes=24 << 30,
-    gpus=(),
-    versions=(("Python", "3.11.2"), ("torch", "2.13.0")),
-)
-
-
-def result(name: str, prefill: float, decode: float) -> SystemResult:
-    points = tuple(
-        Point(
-            batch=batch,
-            prefill=Spread(prefill * batch, prefill * batch - 1, prefill * batch + 1),
-            decode=Spread(decode, decode, decode),
-        )
-        for batch in (1, 4)
-    )
-    return SystemResult(name=name, detail="cpu, 2 threads", load_s=1.25, points=points)
-
-
-REPORT = Report(
-    machine=MACHINE,
-    checkpoint="4 layers",
-    workload=WORKLOAD,
-    reference="transformers",
-    results=(result("transformers", 100.0, 20.0), result("local", 150.0, 10.0)),
-    failures=("ray, 2 shards: no room",),
-)
-
-
-def test_the_report_reads_as_a_table_with_ratios() -> None:
-    """local / transformers: prefill 150 / 100 and 600 / 400, decode 10 / 20."""
-    assert to_markdown(REPORT) == (
-        "Machine: 2 cores of Example CPU (avx2, amx_bf16), 24 GiB memory; Python 3.11.2, torch 2.13.0.\n"
-        "\n"
-        "Checkpoint: 4 layers; random prompts of 8 tokens, 5 generated, greedy. Tokens/s: median of 3 "
-        "(lowest-highest), and as a ratio to transformers.\n"
-        "\n"
-        "| batch | system       | prefill        | ratio | decode           | ratio |\n"
-        "| ----- | ------------ | -------------- | ----- | ---------------- | ----- |\n"
-        "| 1     | transformers | 100 (99.0-101) | 1.00  | 20.0 (20.0-20.0) | 1.00  |\n"
-        "| 1     | local        | 150 (149-151)  | 1.50  | 10.0 (10.0-10.0) | 0.50  |\n"
-        "| 4     | transformers | 400 (399-401)  | 1.00  | 20.0 (20.0-20.0) | 1.00  |\n"
-        "| 4     | local        | 600 (599-601)  | 1.50  | 10.0 (10.0-10.0) | 0.50  |\n"
-        "\n"
-        "- transformers: cpu, 2 threads; ready in 1.2 s\n"
-        "- local: cpu, 2 threads; ready in 1.2 s\n"
-        "- FAILED: ray, 2 shards: no room\n"
-    )
-
-
-def test_without_the_reference_there_are_no_ratios() -> None:
-    text = to_markdown(dataclasses.replace(REPORT, results=REPORT.results[1:]))
-    assert "| 150 (149-151) | -     | 10.0 (10.0-10.0) | -     |" in text
-
-
-def test_the_json_has_every_figure() -> None:
-    read = json.loads(to_json(REPORT))
-    assert read["results"][1]["points"][1]["prefill"] == {"median": 600.0, "low": 599.0, "high": 601.0}
-    assert read["workload"]["output_tokens"] == 5
-    assert read["failures"] == ["ray, 2 shards: no room"]
-
-
-def test_cpuinfo_gives_the_first_model_and_what_decides_speed() -> None:
-    text = "processor\t: 0\nmodel name\t: First\nflags\t\t: fpu avx2 amx_bf16\n\nmodel name\t: Second\n"
-    assert parse_cpuinfo(text) == ("First", ("avx2", "amx_bf16"))
-    assert parse_cpuinfo("CPU part : 0xd40\nFeatures : fp sve bf16\n") == ("", ("sve", "bf16"))
-
-
-def test_the_machine_is_described_by_its_parts() -> None:
-    machine = this_machine()
-    assert machine.num_cores == len(os.sched_getaffinity(0))
-    assert 1 << 28 < machine.memory_bytes < 1 << 50
-    assert [name for name, _ in machine.versions][:3] == ["Python", "torch", "ray"]
-
 
 # The checkpoint
 
@@ -293,7 +111,7 @@ def rushing_clock() -> Callable[[], float]:
 class InstantSystem:
     detail = "instant"
 
-    def generate(self, prompts: Prompts, num_tokens: int) -> list[int]:
+    def generate(self, prompts: Prompts, num_tokens: int, sampling: Sampling) -> list[int]:
         print("noise that must not reach stdout", flush=True)  # noqa: T201
         return [num_tokens] * len(prompts)
 
@@ -325,7 +143,7 @@ def test_a_child_process_measures_and_reports(demo_dir: Path, capfd: pytest.Capt
     assert (found.name, found.detail) == ("local", "instant")
     assert [point.batch for point in found.points] == [1, 2]
     assert all(point.decode.low > 0 for point in found.points)
-    assert lines == ["loaded", "batch 1", "batch 1", "batch 2", "batch 2"]
+    assert lines == ["loaded", *["batch 1, greedy"] * 2, *["batch 2, greedy"] * 2]
     out, err = capfd.readouterr()
     assert out == ""
     assert "noise" in err

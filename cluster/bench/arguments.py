@@ -1,0 +1,233 @@
+"""The arguments of `moe-cluster bench`. Imports no torch: `--help` answers at once."""
+
+import argparse
+from pathlib import Path
+
+from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
+from cluster.client import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's parts and their arguments to its parser."""
+    parts = parser.add_subparsers(dest="bench", required=True, metavar="PART")
+    for name, text in (
+        ("throughput", "tokens/s of prefill and decode at several batch sizes, side by side"),
+        ("latency", "milliseconds to the first token and between tokens, side by side"),
+    ):
+        _add_system_arguments(parts.add_parser(name, help=text, description=text), latency=name == "latency")
+    text = "round trips of token batches to expert shards, without the experts' products, by carrier and rows"
+    _add_transport_arguments(parts.add_parser("transport", help=text, description=text))
+    text = "milliseconds of a decode step against batch, context, shards and layers, one at a time"
+    _add_growth_arguments(parts.add_parser("growth", help=text, description=text))
+    text = "full-size Qwen1.5-MoE-A2.7B on one GPU, in one process and split, beside the bound of its memory"
+    _add_gpu_arguments(parts.add_parser("gpu", help=text, description=text))
+    text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
+    _add_serve_arguments(parts.add_parser("serve", help=text, description=text))
+
+
+def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: 2)")
+    parser.add_argument(
+        "--rows", type=_numbers, default=(1, 8, 64, 512, 2048), metavar="NUMBERS",
+        help="rows for each shard at a time (default: 1,8,64,512,2048)",
+    )  # fmt: skip
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="of a row (default: 2048)")
+    parser.add_argument("--repeat", type=int, default=200, metavar="N", help="round trips each (default: 200)")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS",
+        help="a running Ray cluster, to measure between its hosts (default: a Ray of this machine is started)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_made_checkpoint_arguments(parser)
+    for name, default, text in (
+        ("batch", (1, 2, 4, 8, 16, 32), "sequences in a step"),
+        ("context", (64, 256, 1024), "tokens of a prompt"),
+        ("shards", (1, 2, 4), "expert shards"),
+    ):
+        shown = ",".join(map(str, default))
+        parser.add_argument(
+            f"--{name}", type=_numbers, default=default, metavar="NUMBERS", help=f"{text} (default: {shown})"
+        )
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, default, text in (
+        ("layers", 24, "layers of the model"),
+        ("batch", 192, "requests at a time"),
+        ("prompt-tokens", 1000, "tokens of a prompt"),
+        ("output-tokens", 1000, "tokens to generate"),
+        ("shards", 1, "expert shards of the split, on the same GPU"),
+        ("repeat", 3, "runs after one warm-up"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the made config and tokenizer are kept (default: ~/.cache/moe-cluster/checkpoints)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        choices=("a2.7b", "demo"),
+        default="a2.7b",
+        help="shapes of the made checkpoint: Qwen1.5-MoE-A2.7B's (5.8 GB with 4 layers) or the tiny demo's "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers", type=int, default=4, metavar="N", help="layers of a made a2.7b checkpoint (default: 4)"
+    )
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="where made checkpoints are kept for the next time (default: ~/.cache/moe-cluster/checkpoints)",
+    )
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_arguments(parser)
+    parser.add_argument("--requests", type=int, default=64, metavar="N", help="in all (default: 64)")
+    parser.add_argument(
+        "--concurrency", type=int, default=32, metavar="N",
+        help="closed loop: streams at a time, each followed by the next (default: 32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=float, metavar="R",
+        help="open loop instead: R requests/s at random moments, whether earlier ones are through or not",
+    )  # fmt: skip
+    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
+    parser.add_argument(
+        "--sampling", choices=SAMPLINGS, default="greedy",
+        help=f"how tokens are chosen (default: greedy): {_samplings()}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of prompts and moments; a run with the same finds its prompts in the server's cache (default: 0)",
+    )
+    parser.add_argument(
+        "--offline", type=Path, metavar="MODEL_DIR",
+        help="then compute the same requests without a server, from this checkpoint, and print the ratio",
+    )  # fmt: skip
+    parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards for --offline (default: 2)")
+    parser.add_argument(
+        "--server-pid", type=int, metavar="PID",
+        help="of `moe-cluster serve` on this machine: print the memory of its processes before and after",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> None:
+    parser.add_argument(
+        "model_dir",
+        metavar="MODEL_DIR",
+        nargs="?",
+        type=Path,
+        help="checkpoint to measure on; without it one with random weights is made (see --shapes)",
+    )
+    _add_made_checkpoint_arguments(parser)
+    _add_compared_arguments(parser)
+    parser.add_argument(
+        "--shards", type=int, default=2, metavar="N", help="expert shards with stream and ray (default: 2)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_numbers,
+        default=(1,) if latency else (1, 8, 32),
+        metavar="NUMBERS",
+        help=f"prompts at a time (default: {'1' if latency else '1,8,32'})",
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
+    parser.add_argument(
+        "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=("greedy",), metavar="NAMES",
+        help=f"how every system chooses tokens, one after another in turns (default: greedy): {_samplings()}",
+    )  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
+    parser.add_argument(
+        "--turns", action="store_true",
+        help="load all systems at once and let them take turns, run by run: fairer where the machine's speed wanders, "
+        "but all must fit into memory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="data type of the weights (default: auto, the checkpoint's own)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--transports",
+        type=_names("local", "stream", "ray"),
+        default=("local", "stream", "ray"),
+        metavar="NAMES",
+        help="what to measure: local (one process); experts on Ray actors, reached over stream or ray "
+        "(default: local,stream,ray)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=_names("transformers", "vllm", "llama.cpp"),
+        default=(),
+        metavar="NAMES",
+        help="measure these in the same run (transformers, vllm, llama.cpp), and give all as ratios to the first",
+    )
+    parser.add_argument("--vllm-python", default="", metavar="FILE", help="the Python of an environment that has vLLM")
+    parser.add_argument(
+        "--llama-python", default="", metavar="FILE",
+        help="the Python of an environment that has llama-cpp-python, gguf, safetensors and torch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",
+        help="a variable for vLLM's process, to tune it; may be repeated",
+    )  # fmt: skip
+
+
+def _samplings() -> str:
+    """For help texts; argparse reads % as a format's."""
+    listed = "; ".join(sampling.describe() for sampling in SAMPLINGS.values())
+    return f"{listed}; {CHECKPOINT}, as its generation_config.json has it"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas between are needed") from None
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE is needed")
+    return name, value
+
+
+class _names:
+    """An argparse type: some of the given names, with commas between."""
+
+    def __init__(self, *known: str) -> None:
+        self.known = known
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(text.split(",")))
+        for name in names:
+            if name not in self.known:
+                raise argparse.ArgumentTypeError(f"{name!r}: known are {', '.join(self.known)}")
+        return names
