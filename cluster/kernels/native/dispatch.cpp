@@ -1,0 +1,49 @@
+// Which variants this binary has and this processor can run, and the library's entry points.
+#include <string.h>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace moe {
+
+OpenMP openmp = {};
+
+namespace plain { extern const Kernels table; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table; }
+namespace avx512_bf16 { extern const Kernels table; }
+#endif
+
+}  // namespace moe
+
+extern "C" {
+
+// Changes with a kernel's arguments: a library of another version is not used.
+int moe_version() { return 1; }
+
+// The variant's table, null where this processor cannot run it or the binary has none of that name.
+const moe::Kernels* moe_kernels(const char* name) {
+    if (!strcmp(name, "plain")) return &moe::plain::table;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!strcmp(name, "avx2")) return avx2 ? &moe::avx2::table : nullptr;
+    if (!strcmp(name, "avx512")) return avx512 ? &moe::avx512::table : nullptr;
+    if (!strcmp(name, "avx512_bf16")) {
+        return avx512 && __builtin_cpu_supports("avx512bf16") ? &moe::avx512_bf16::table : nullptr;
+    }
+#endif
+    return nullptr;
+}
+
+void moe_use_openmp(void* parallel, void* barrier, void* thread, void* size) {
+    moe::openmp = {reinterpret_cast<decltype(moe::OpenMP::parallel)>(parallel),
+                   reinterpret_cast<decltype(moe::OpenMP::barrier)>(barrier),
+                   reinterpret_cast<decltype(moe::OpenMP::thread)>(thread),
+                   reinterpret_cast<decltype(moe::OpenMP::size)>(size)};
+}
+
+}  // extern "C"

@@ -1,0 +1,122 @@
+"""Loads the native kernels and names their arguments. Without a library, or on a processor that it does not know, torch
+computes (`native()` is None).
+
+M: rows, N: outputs, K: inputs.
+"""
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "MOE_CLUSTER_KERNELS"  # in the environment: a variant's name, or "off"
+LIBRARY_VARIABLE = "MOE_CLUSTER_KERNELS_LIBRARY"  # another library's path: one with sanitizers
+VARIANTS = ("avx512_bf16", "avx512", "avx2", "plain")  # the fastest first
+VERSION = 1  # of the kernels' arguments: moe_version() in dispatch.cpp
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+# The fields of `Kernels` in kernels.h after the name, in its order: result and arguments.
+_SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
+    (
+        "linear", None,
+        (_INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT),
+    ),
+    ("linear_scratch", _LONG, (_INT, _LONG, _LONG)),
+    ("read", _LONG, (_POINTER, _LONG, _INT)),
+)  # fmt: skip
+
+
+class Native:
+    """One variant of the kernels, as kernels.h describes them: pointers are `Tensor.data_ptr()`, or None for null.
+
+    A call releases the interpreter's lock. Its memory must live until it returns.
+    """
+
+    linear: Callable[..., None]
+    linear_scratch: Callable[..., int]
+    read: Callable[..., int]
+
+    def __init__(self, variant: str, table: int) -> None:
+        self.variant = variant
+        fields = (ctypes.c_void_p * (1 + len(_SIGNATURES))).from_address(table)
+        for (name, result, arguments), address in zip(_SIGNATURES, fields[1:], strict=True):
+            setattr(self, name, ctypes.CFUNCTYPE(result, *arguments)(address))
+
+    def __repr__(self) -> str:
+        return f"Native({self.variant!r})"
+
+
+@cache
+def native() -> Native | None:
+    """The kernels that this process computes with, None where torch does."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None
+    runnable = variants()
+    if wanted:
+        if wanted not in runnable:
+            log.warning("%s=%s: this processor or installation has only %s", VARIABLE, wanted, ", ".join(runnable))
+        return runnable.get(wanted)
+    return next(iter(runnable.values()), None)
+
+
+@cache
+def variants() -> dict[str, Native]:
+    """Every variant that this processor can run, by name, the fastest first."""
+    library, _ = _load()
+    if library is None:
+        return {}
+    tables = {name: library.moe_kernels(name.encode()) for name in VARIANTS}
+    return {name: Native(name, table) for name, table in tables.items() if table}
+
+
+def missing_because() -> str:
+    """Why there are no native kernels; "" if there are."""
+    return _load()[1]
+
+
+@cache
+def shares_threads() -> bool:
+    """Whether kernels run on torch's own threads; if not, each on its caller's thread alone."""
+    library, _ = _load()
+    return library is not None and _use_openmp(library)
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    path = os.environ.get(LIBRARY_VARIABLE) or next(map(str, Path(__file__).parent.glob("_kernels*.so")), "")
+    if not path:
+        return None, "they were not built: there was no C++ compiler when moe-cluster was installed"
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        return None, f"they cannot be loaded: {error}"
+    if library.moe_version() != VERSION:
+        return None, f"{path} is of another version: install moe-cluster again"
+    library.moe_kernels.restype = ctypes.c_void_p
+    library.moe_kernels.argtypes = [ctypes.c_char_p]
+    _use_openmp(library)
+    return library, ""
+
+
+def _use_openmp(library: ctypes.CDLL) -> bool:
+    """Gives the kernels the threads of torch's OpenMP runtime, which is loaded."""
+    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        try:
+            runtime = ctypes.CDLL(str(path))
+            addresses = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names]
+        except (OSError, AttributeError):
+            continue
+        library.moe_use_openmp(*addresses)
+        return True
+    return False
