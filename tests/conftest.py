@@ -15,6 +15,7 @@ import type_check
 
 import cluster
 from cluster.checkpoint.made.demo import write_demo_checkpoint
+from cluster.kernels.native.library import missing_because, variants
 
 LOGICAL_GPUS = 16  # Ray only counts them
 
@@ -24,6 +25,10 @@ def pytest_configure() -> None:
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
         filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "127.0.0.1", "localhost"))
     )
+
+
+def pytest_report_header() -> str:
+    return f"native kernels: {', '.join(variants()) or f'none, {missing_because()}'}"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

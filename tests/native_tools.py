@@ -10,10 +10,6 @@ from cluster.kernels.native.library import variants
 GUARD = 64  # bytes on either side
 
 
-def variant_names() -> list[str]:
-    return list(variants())
-
-
 # The test's argument `native` is each variant in turn; the test's name says which. Skipped without a library.
 each_variant = pytest.mark.parametrize(
     "native",

@@ -49,6 +49,7 @@ class Native:
         self.variant = variant
         fields = (ctypes.c_void_p * (1 + len(_SIGNATURES))).from_address(table)
         for (name, result, arguments), address in zip(_SIGNATURES, fields[1:], strict=True):
+            assert address, "the table is full"
             setattr(self, name, ctypes.CFUNCTYPE(result, *arguments)(address))
 
     def __repr__(self) -> str:
