@@ -27,8 +27,8 @@ def pytest_configure() -> None:
     )
 
 
-def pytest_report_header() -> str:
-    return f"native kernels: {', '.join(variants()) or f'none, {missing_because()}'}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"native kernels: {', '.join(variants()) or f'none, {missing_because()}'}")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
