@@ -26,6 +26,7 @@ from cluster.engine.load import load_engine, local_experts
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
+from cluster.kernels.native.report import log_kernels
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.runtime.start.offline import RayExperts
 from cluster.serving.prepare import RequestCompleter
@@ -108,6 +109,7 @@ class LLM:
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
         # torch counts the machine's cores, and knows nothing of a control group's quota.
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+        log_kernels()
         registry = new_registry()
         dispatch_metrics = DispatchMetrics(registry, "llm")
         check_checkpoint(model_dir, config, cluster.expert_shards, tokenizer=False)

@@ -96,13 +96,13 @@ def shares_threads() -> bool:
 def _load() -> tuple[ctypes.CDLL | None, str]:
     path = os.environ.get(LIBRARY_VARIABLE) or next(map(str, Path(__file__).parent.glob("_kernels*.so")), "")
     if not path:
-        return None, "they were not built: there was no C++ compiler when moe-cluster was installed"
+        return None, "not built: no C++17 compiler was there when moe-cluster was installed"
     try:
         library = ctypes.CDLL(path)
     except OSError as error:
-        return None, f"they cannot be loaded: {error}"
+        return None, f"not loaded: {error}"
     if library.moe_version() != VERSION:
-        return None, f"{path} is of another version: install moe-cluster again"
+        return None, f"not usable: {path} is of another version, install moe-cluster again"
     library.moe_kernels.restype = ctypes.c_void_p
     library.moe_kernels.argtypes = [ctypes.c_char_p]
     _use_openmp(library)

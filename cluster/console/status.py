@@ -1,16 +1,16 @@
-"""Draws for the command line: a start's progress, placements, a cluster's status, metrics. Knows no Ray."""
+"""Draws a cluster: its addresses, processes, placement, loads and faults."""
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Protocol, Self
+from typing import Protocol
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from cluster.console.base import OutputConsole, ranges
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
 from cluster.status import ClusterStatus, ProcessInfo
@@ -25,59 +25,6 @@ class Served(Protocol):
     grpc_address: str
 
     def status(self) -> ClusterStatus: ...
-
-
-class _Console(Console):
-    """Raises for a reader that has gone, as `print` does; the command line handles it."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-class LoadProgress:
-    """A line for the start and one for each process that loads weights, from `start` to the end of the block."""
-
-    def __init__(self, title: str) -> None:
-        self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
-            console=_Console(stderr=True),
-        )  # fmt: skip
-        self._title = title
-        self._started = False
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def start(self) -> None:
-        self._progress.start()
-        self._started = True
-        self._progress.console.print(self._title)
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._started:  # else it would print an empty line
-            self._progress.stop()
-
-    def update(self, status: ClusterStatus) -> None:
-        """May be called from another thread."""
-        for shard in status.shards:
-            loaded = (
-                shard.total_bytes if shard.state == "up" else shard.loaded_bytes
-            )  # the state may say up before the last bytes are counted
-            self._show(
-                f"expert shard {shard.shard_id}: {shard.state}",
-                f"shard-{shard.shard_id}",
-                loaded,
-                shard.total_bytes,
-            )
-        for replica in status.replicas:
-            state = "up" if replica.loaded_bytes == replica.total_bytes else "loading"
-            self._show(f"attention replica: {state}", replica.name, replica.loaded_bytes, replica.total_bytes)
-
-    def _show(self, description: str, key: str, loaded: int, total: int) -> None:
-        if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(description, total=None)
-        self._progress.update(self._tasks[key], description=description, completed=loaded, total=total or None)
 
 
 def print_cluster(cluster: Served) -> None:
@@ -113,12 +60,12 @@ def describe_cache(status: ClusterStatus) -> str:
 
 def print_status(status: ClusterStatus) -> None:
     """Prints a running cluster, once."""
-    _Console().print(render_status(status))
+    OutputConsole().print(render_status(status))
 
 
 def watch_status(read: Callable[[], ClusterStatus], interval_s: float) -> None:
     """Shows a running cluster, live, until Ctrl-C. A read that fails shows its error and is made again."""
-    console = _Console()
+    console = OutputConsole()
     with Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         last: ClusterStatus | None = None
         while True:
@@ -240,54 +187,4 @@ def print_placement(status: ClusterStatus) -> None:
     for shard in status.shards:
         experts = ranges(next(iter(_slice(status.plan, shard.shard_id).values()), ()))
         table.add_row(str(shard.shard_id), _pid(shard.process), shard.state, experts)
-    _Console().print(table)
-
-
-def print_plan(plan: PlacementPlan, dtype: str, expert_bytes: int, dense_bytes: int, kv_bytes_per_token: int) -> None:
-    """Prints which expert would go where, and the bytes of each process."""
-    console = _Console()
-    table = Table(
-        "process",
-        "experts of each sparse layer",
-        "experts",
-        "weights",
-        title=f"{len(plan.layer_ids) or 'no'} sparse layers, {dtype}",
-    )
-    table.add_row("attention replica", "dense weights", "", size(dense_bytes))
-    for shard_id, layers in enumerate(plan.slices):
-        count = sum(len(ids) for ids in layers.values())
-        shown = ranges(next(iter(layers.values()), ()))
-        table.add_row(f"expert shard {shard_id}", shown, str(count), size(count * expert_bytes))
-    console.print(table)
-    console.print(
-        f"KV cache: {size(kv_bytes_per_token)} a token, for each attention replica beside its weights, of 0.9 of the "
-        "memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, --memory-utilization)",
-        highlight=False,
-    )
-
-
-def print_metrics(text: str, names: tuple[str, ...]) -> None:
-    """Prints an excerpt of a Prometheus exposition."""
-    print("\nmetrics (excerpt):")
-    for line in text.splitlines():
-        if line.startswith(names):
-            print(f"  {line}")
-
-
-def ranges(ids: tuple[int, ...]) -> str:
-    """Shortens ids: 0-8, 12."""
-    parts: list[list[int]] = []
-    for i in sorted(ids):
-        if parts and parts[-1][1] == i - 1:
-            parts[-1][1] = i
-        else:
-            parts.append([i, i])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def size(num_bytes: float) -> str:
-    """1536 -> 1.5 KB; powers of 1000, as disks and GPUs are sold."""
-    unit = 0
-    while num_bytes >= 1000 and unit < 4:
-        num_bytes, unit = num_bytes / 1000, unit + 1
-    return f"{num_bytes:.4g} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"
+    OutputConsole().print(table)

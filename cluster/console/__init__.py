@@ -1,0 +1,28 @@
+"""Draws for the command line. Knows no Ray."""
+
+from cluster.console.base import ranges, size
+from cluster.console.offline import print_findings, print_metrics, print_plan
+from cluster.console.progress import LoadProgress
+from cluster.console.status import (
+    describe_cache,
+    print_cluster,
+    print_placement,
+    print_status,
+    render_status,
+    watch_status,
+)
+
+__all__ = [
+    "LoadProgress",
+    "describe_cache",
+    "print_cluster",
+    "print_findings",
+    "print_metrics",
+    "print_placement",
+    "print_plan",
+    "print_status",
+    "ranges",
+    "render_status",
+    "size",
+    "watch_status",
+]

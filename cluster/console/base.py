@@ -1,0 +1,29 @@
+"""The console that all drawings print to, and short forms of numbers."""
+
+from rich.console import Console
+
+
+class OutputConsole(Console):
+    """Raises for a reader that has gone, as `print` does; the command line handles it."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def ranges(ids: tuple[int, ...]) -> str:
+    """Shortens ids: 0-8, 12."""
+    parts: list[list[int]] = []
+    for i in sorted(ids):
+        if parts and parts[-1][1] == i - 1:
+            parts[-1][1] = i
+        else:
+            parts.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def size(num_bytes: float) -> str:
+    """1536 -> 1.5 KB; powers of 1000, as disks and GPUs are sold."""
+    unit = 0
+    while num_bytes >= 1000 and unit < 4:
+        num_bytes, unit = num_bytes / 1000, unit + 1
+    return f"{num_bytes:.4g} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"

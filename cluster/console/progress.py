@@ -1,0 +1,54 @@
+"""Draws a start's progress."""
+
+from typing import Self
+
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from cluster.console.base import OutputConsole
+from cluster.status import ClusterStatus
+
+
+class LoadProgress:
+    """A line for the start and one for each process that loads weights, from `start` to the end of the block."""
+
+    def __init__(self, title: str) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
+            console=OutputConsole(stderr=True),
+        )  # fmt: skip
+        self._title = title
+        self._started = False
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self) -> None:
+        self._progress.start()
+        self._started = True
+        self._progress.console.print(self._title)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._started:  # else it would print an empty line
+            self._progress.stop()
+
+    def update(self, status: ClusterStatus) -> None:
+        """May be called from another thread."""
+        for shard in status.shards:
+            loaded = (
+                shard.total_bytes if shard.state == "up" else shard.loaded_bytes
+            )  # the state may say up before the last bytes are counted
+            self._show(
+                f"expert shard {shard.shard_id}: {shard.state}",
+                f"shard-{shard.shard_id}",
+                loaded,
+                shard.total_bytes,
+            )
+        for replica in status.replicas:
+            state = "up" if replica.loaded_bytes == replica.total_bytes else "loading"
+            self._show(f"attention replica: {state}", replica.name, replica.loaded_bytes, replica.total_bytes)
+
+    def _show(self, description: str, key: str, loaded: int, total: int) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(description, total=None)
+        self._progress.update(self._tasks[key], description=description, completed=loaded, total=total or None)

