@@ -4,8 +4,11 @@ T: tokens, H: hidden size, K: experts a token, R: rows for one shard.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from cluster.errors import ShardUnavailable
 from cluster.experts.deadline import Deadline
 from cluster.experts.legs import Leg
 from cluster.experts.patience import Patience
+from cluster.experts.placement import PlacementPlan
 from cluster.experts.routing import Routing
 from cluster.experts.transport import NOT_HERE, ExpertBatch, ExpertTransport
 from cluster.metrics import DispatchMetrics
@@ -58,31 +62,18 @@ class ShardCalls:
         Shapes as in `ExpertDispatcher.dispatch`.  avoid: shards that get only rows that no other can compute.
         """
         plan = self.routing.plan()
+        batch = ExpertBatch(
+            layer_id=layer_id,
+            epoch=plan.epoch,
+            hidden_states=hidden_states,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+        )
         if plan.num_shards == 1:  # nothing to select, and on a GPU nothing to wait for
-            batch = ExpertBatch(
-                layer_id=layer_id,
-                epoch=plan.epoch,
-                hidden_states=hidden_states,
-                topk_ids=topk_ids,
-                topk_weights=topk_weights,
-            )
             return [self._launch(0, None, batch)]
-        shard_of = self.routing.route(plan, layer_id, topk_ids.device, avoid).shards(topk_ids)  # [T, K]
-        legs = []
-        for shard_id in range(plan.num_shards):
-            mine = shard_of == shard_id
-            rows = mine.any(dim=1).nonzero().squeeze(1)
-            if not rows.numel():
-                continue
-            batch = ExpertBatch(
-                layer_id=layer_id,
-                epoch=plan.epoch,
-                hidden_states=hidden_states[rows],
-                topk_ids=torch.where(mine, topk_ids, NOT_HERE)[rows],
-                topk_weights=topk_weights[rows],
-            )
-            legs.append(self._launch(shard_id, rows, batch))
-        return legs
+        on_host = _with_ids_on_host(batch)
+        shard_of = self.routing.route(plan, layer_id, avoid).shards(on_host.topk_ids.numpy())
+        return [self._launch(shard_id, rows, part) for shard_id, rows, part in _split(on_host, shard_of, plan)]
 
     def _launch(self, shard_id: int, rows: Tensor | None, batch: ExpertBatch) -> Leg:
         flight = None
@@ -143,3 +134,40 @@ class ShardCalls:
         # A call by an older plan says nothing of its shard, which may be another process by now.
         if self.routing.plan().epoch <= leg.batch.epoch:
             self.routing.failed(leg.shard_id, heard_at=leg.heard_at, silent=silent)
+
+
+def _with_ids_on_host(batch: ExpertBatch) -> ExpertBatch:
+    """Ids and weights are on the CPU then: from a GPU with one wait for it."""
+    if not batch.topk_ids.is_cuda:
+        return batch
+    ids, weights = (
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        for tensor in (batch.topk_ids, batch.topk_weights)
+    )
+    torch.cuda.current_stream(batch.topk_ids.device).synchronize()
+    return replace(batch, topk_ids=ids, topk_weights=weights)
+
+
+def _split(batch: ExpertBatch, shard_of: np.ndarray, plan: PlacementPlan) -> Iterator[tuple[int, Tensor, ExpertBatch]]:
+    """Each shard's rows [R] int64, on the device of the hidden states, and its batch; all are selected at once.
+
+    batch: with ids and weights on the CPU.  shard_of: [T, K].
+    """
+    num_rows = len(shard_of)
+    asked = np.zeros((plan.num_shards + 1, num_rows), dtype=bool)
+    asked[shard_of, np.arange(num_rows)[:, None]] = True  # NOT_HERE is the last one, which is no shard
+    shards, host_rows = asked[:-1].nonzero()
+    rows = torch.from_numpy(host_rows)
+    device_rows = rows.to(batch.hidden_states.device, non_blocking=True)
+    every = ExpertBatch(
+        layer_id=batch.layer_id,
+        epoch=batch.epoch,
+        hidden_states=batch.hidden_states.index_select(0, device_rows),
+        topk_ids=torch.where(torch.from_numpy(shard_of[host_rows] == shards[:, None]), batch.topk_ids[rows], NOT_HERE),
+        topk_weights=batch.topk_weights[rows],
+    )
+    stops = np.bincount(shards, minlength=plan.num_shards).cumsum().tolist()
+    for shard_id, (start, stop) in enumerate(pairwise((0, *stops))):
+        if start < stop:
+            part = slice(start, stop)
+            yield shard_id, device_rows[part], every.of_rows(part)

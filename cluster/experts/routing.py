@@ -1,17 +1,19 @@
-"""Chooses the copy of an expert that a row goes to, by the current plan and by the calls to its shards so far.
+"""Chooses the copies of experts that rows may go to, by the current plan and by the calls to its shards so far.
 
-T: tokens, K: experts a token, E: experts of a layer, C: copies of the most copied expert, R: rows for one shard.
+R: rows for one shard.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.experts.placement import PlacementPlan
-from cluster.experts.transport import NOT_HERE, ExpertBatch
+from cluster.experts.route import Route
+from cluster.experts.transport import ExpertBatch
 
 SUSPECT_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # for so long a shard that failed 1, 2, … calls gets no rows with another copy
 
@@ -36,47 +38,6 @@ class FixedPlan:
 
     def wait_beyond(self, epoch: int, timeout_s: float) -> bool:
         return self._plan.epoch > epoch
-
-
-class Route:
-    """The shards that compute each expert of one layer: those that are up, not avoided and not suspected. A condition
-    that leaves an expert no shard does not count.
-
-    copies: [E, C] int64 shard ids, each expert's repeated to the width of the most copied one.  counts: [E] int64.
-    """
-
-    def __init__(
-        self,
-        plan: PlacementPlan,
-        layer_id: int,
-        avoid: frozenset[int],
-        suspected: frozenset[int],
-        device: torch.device,
-    ) -> None:
-        chosen: list[tuple[int, ...]] = []
-        for owners in plan.owners(layer_id):
-            best = owners
-            for worse in (plan.down, avoid, suspected):
-                best = tuple(shard_id for shard_id in best if shard_id not in worse) or best
-            chosen.append(best)
-        width = max(map(len, chosen))
-        self.counts = torch.tensor([len(shards) for shards in chosen], device=device)
-        self.copies = torch.tensor(
-            [[shards[i % len(shards)] for i in range(width)] for shards in chosen], device=device
-        )
-
-    def shards(self, topk_ids: Tensor) -> Tensor:
-        """Each slot's shard: [T, K] int64, NOT_HERE for an empty slot. The rows of an expert take its copies in turn.
-
-        topk_ids: [T, K] int64.
-        """
-        ids = topk_ids.clamp_min(0)
-        if self.copies.shape[1] == 1:
-            shards = self.copies[:, 0][ids]
-        else:
-            rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-            shards = self.copies[ids, (rows + ids) % self.counts[ids]]
-        return torch.where(topk_ids >= 0, shards, NOT_HERE)
 
 
 @dataclass(slots=True)
@@ -115,7 +76,7 @@ class Routing:
             self._lost_since = {s: since for s, since in self._lost_since.items() if s in plan.down}
         return plan
 
-    def route(self, plan: PlacementPlan, layer_id: int, device: torch.device, avoid: frozenset[int]) -> Route:
+    def route(self, plan: PlacementPlan, layer_id: int, avoid: frozenset[int]) -> Route:
         """By the plan that `plan` returned last: another thread may have changed the current one since.
 
         avoid: shards that get only rows that no other can compute.
@@ -123,7 +84,7 @@ class Routing:
         key = (layer_id, avoid, self.suspected())
         route = self._routes.get(key)
         if route is None:
-            route = self._routes[key] = Route(plan, *key, device)
+            route = self._routes[key] = Route(plan, *key)
         return route
 
     def can_do_without(self, shard_id: int, batch: ExpertBatch) -> bool:
@@ -172,5 +133,6 @@ class Routing:
         self, plan: PlacementPlan, batch: ExpertBatch, bad: frozenset[int], avoid: frozenset[int] = frozenset()
     ) -> Tensor:
         """The rows that would now go to no bad shard: [R] bool."""
-        shards = self.route(plan, batch.layer_id, batch.topk_ids.device, avoid).shards(batch.topk_ids)
-        return ~torch.isin(shards, torch.tensor(sorted(bad), device=shards.device)).any(dim=1)
+        shards = self.route(plan, batch.layer_id, avoid).shards(batch.topk_ids.cpu().numpy())
+        spared = ~np.isin(shards, sorted(bad)).any(axis=1)
+        return torch.from_numpy(spared).to(batch.topk_ids.device)

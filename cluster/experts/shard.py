@@ -88,8 +88,8 @@ class ExpertShard:
     def forward(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sums this shard's weighted experts for each row, in float32.
 
-        hidden_states: [T, H].  topk_ids: [T, K] int64 logical ids, negative for "not here", on the CPU or
-        the shard's device.  topk_weights: [T, K] float32.  Returns [T, H] in the dtype of hidden_states.
+        hidden_states: [T, H].  topk_ids: [T, K] int64 logical ids, negative for "not here".  topk_weights: [T, K]
+        float32.  Both are on the CPU or the shard's device.  Returns [T, H] in the dtype of hidden_states.
         Raises ShardUnavailable for an expert that is not here.
         """
         layer = self.layers.get(layer_id)
@@ -103,7 +103,7 @@ class ExpertShard:
                     "the plan has moved on",
                     self.shard_id,
                 )
-        topk_ids = topk_ids.to(self.device, non_blocking=True)
+        topk_ids, topk_weights = (x.to(self.device, non_blocking=True) for x in (topk_ids, topk_weights))
         here = topk_ids >= 0
         local_ids = torch.where(here, layer.local_ids[topk_ids.clamp_min(0)], -1)  # [T, K]
         self.expert_tokens[layer_id].index_add_(0, topk_ids.clamp_min(0).flatten(), here.flatten().long())

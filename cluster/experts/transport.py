@@ -34,8 +34,8 @@ class ExpertBatch:
     def num_bytes(self) -> int:
         return self.hidden_states.nbytes + self.topk_ids.nbytes + self.topk_weights.nbytes
 
-    def of_rows(self, rows: Tensor) -> "ExpertBatch":
-        """rows: [T] bool."""
+    def of_rows(self, rows: Tensor | slice) -> "ExpertBatch":
+        """rows: [T] bool, or a slice, which copies nothing."""
         return replace(
             self,
             hidden_states=self.hidden_states[rows],

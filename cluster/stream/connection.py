@@ -77,7 +77,8 @@ class StreamConnection:
             self._region.rows(slot, rows.shape[0], rows.shape[1], rows.dtype).copy_(rows)
         else:
             staged = self._staging.copy(rows)
-        # On a GPU the copies to the host wait for the current stream, and so for the rows' copy above.
+        if rows.is_cuda:  # the rows' copy above: ids and weights that are on the host already wait for nothing
+            torch.cuda.current_stream(rows.device).synchronize()
         parts = [
             memory(batch.topk_ids.to(torch.int32).contiguous().cpu()),
             memory(batch.topk_weights.contiguous().cpu()),

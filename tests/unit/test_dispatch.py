@@ -68,7 +68,7 @@ class FaultyTransport:
                 raise error
             return Flight(error)
         factors = torch.where(batch.topk_ids >= 0, batch.topk_weights * (batch.topk_ids + 1), 0.0).sum(dim=1)
-        return Flight(batch.hidden_states * factors[:, None])
+        return Flight(batch.hidden_states * factors[:, None].to(batch.hidden_states.device))
 
     def close(self):
         pass
@@ -112,6 +112,25 @@ EXPECTED = X * torch.tensor([[1.5], [3.0], [8.0]])
 
 def run(made):
     return made.combine(made.dispatch(0, X, IDS, WEIGHTS))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_rows_on_a_gpu_come_back_from_every_shard_and_find_another_copy(num_shards):
+    """Shard 0 of the four fails: its rows are on a GPU, the ids that choose them on the host."""
+    slices = tuple({0: (0, 1, 2, 3)} if num_shards == 1 else {0: (s % 4, (s + 1) % 4, (s + 2) % 4)} for s in range(4))
+    plan = PlacementPlan(epoch=1, num_experts=4, slices=slices[:num_shards])
+    transport = FaultyTransport()
+    transport.dead = {0} if num_shards == 4 else set()
+    made = dispatcher(transport, FixedPlan(plan))
+    for _ in range(2):
+        out = made.combine(made.dispatch(0, X.cuda(), IDS.cuda(), WEIGHTS.cuda()))
+        torch.testing.assert_close(out.cpu(), EXPECTED)
+    transport.dead = {0, 1, 2, 3}
+    lost = Lost()
+    made.combine(made.dispatch(0, X.cuda(), IDS.cuda(), WEIGHTS.cuda()), lost)
+    assert {row for rows, _ in lost.rows for row in rows} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
@@ -324,7 +343,9 @@ def test_a_late_shard_that_answers_before_its_copies_wins():
         pytest.fail("no rows for shard 2")
     late = [leg for leg in flight.legs if leg.shard_id == 2]
     value = made.receiver.receive(late[0], Deadline(clock, clock.now + 100))
-    assert torch.equal(value, late[0].batch.hidden_states * 3 * late[0].batch.topk_weights.sum(1, keepdim=True))
+    asked = late[0].batch.topk_ids == 2
+    expected = late[0].batch.hidden_states * 3 * (late[0].batch.topk_weights * asked).sum(1, keepdim=True)
+    assert torch.equal(value, expected)
     assert all(flight.abandoned for shard_id, flight in transport.flights[len(flight.legs) :] if shard_id != 2)
 
 

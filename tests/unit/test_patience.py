@@ -85,7 +85,9 @@ def test_rows_are_covered_where_a_shard_of_which_nothing_bad_is_known_has_their_
     clock = Clock()
     made = routing(clock)
     rows = batch(1, [0], [1], [2])
-    assert made.covered(1, rows).tolist() == [True, False, False], "rows take copies in turn: row 2 is shard 1's"
+    assert made.covered(1, rows).tolist() == [True, False, True], "shard 1 has row 1 to do, so row 2 goes to shard 2"
+    even = made.covered(1, batch(1, [2], [2], [2], [2])).tolist()
+    assert even.count(False) == 2, "half of them go to either copy"
     made.failed(1, heard_at=0.0, silent=False)
     assert made.suspected() == {1}
     assert made.covered(1, rows).tolist() == [True, False, True]
