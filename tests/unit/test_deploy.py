@@ -1,6 +1,7 @@
 """The programs that read the files in deploy/ accept them, as far as that can be tried without a container engine."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster import cli
 from cluster.config import ClusterConfig
+from cluster.kernels.native.library import missing_because
 from cluster.runtime.start.application import GRPC_SERVICERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +108,25 @@ def test_the_image_runs_as_a_user_with_the_package_in_it(target):
     [check] = [rest for word, rest in instructions if word == "HEALTHCHECK"]
     command = json.loads(check.partition("CMD ")[2])
     compile(command[-1], "HEALTHCHECK", "exec")
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_image_has_the_native_kernels_and_no_compiler(target):
+    """A stage without a compiler would install the package without them, so the build asks the installed one."""
+    steps = [rest for word, rest in lineage(f"builder-{target}") if word == "RUN"]
+    [compiler] = [rest for rest in steps if "install --yes --no-install-recommends g++" in rest]
+    assert steps.index(compiler) < len(steps) - 1
+    asks = re.findall(r"pip install \. +&& python -I -c \"(.+)\"$", steps[-1])
+    assert run_python(*asks, MOE_CLUSTER_KERNELS_LIBRARY="/nowhere.so") == 1
+    if not missing_because():
+        assert run_python(*asks) == 0
+    assert not [rest for word, rest in lineage(target) if word == "RUN" and "g++" in rest]
+    assert "**/*.so" in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+
+
+def run_python(code, **environment):
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.run(command, env=os.environ | environment, stderr=subprocess.DEVNULL, timeout=120).returncode
 
 
 def test_the_health_check_fails_where_nobody_serves():
