@@ -1,4 +1,4 @@
-"""Which copy of an expert a row goes to: the step's rows are evened out over the shards."""
+"""The choice of an expert's copy for a row: the step's rows are evened out over the shards."""
 
 import sys
 
