@@ -40,7 +40,7 @@ class ForeignSystem:
             env={**os.environ, **dict(spec.variables)},
             start_new_session=True,
         )
-        names = " ".join(f"{name}={value}" for name, value in spec.variables)
+        names = " ".join(f"{name}={_without_folders(value)}" for name, value in spec.variables)
         self.detail = f"{self._answer()['ready']} {names}".strip()
 
     def generate(self, prompts: Prompts, num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
@@ -62,3 +62,8 @@ class ForeignSystem:
             raise ClusterError(f"its worker ended with code {self._process.wait()}; see its output above")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _without_folders(value: str) -> str:
+    """A report names no path of the machine. value: of a variable, perhaps several paths with colons between."""
+    return ":".join(Path(part).name if part.startswith("/") else part for part in value.split(":"))

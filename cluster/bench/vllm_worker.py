@@ -11,6 +11,7 @@ import sys
 
 def main() -> None:
     options = json.loads(sys.argv[1])
+    del options["num_threads"]  # VLLM_CPU_OMP_THREADS_BIND sets them
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM's prints must not get among the answers
     import vllm  # type: ignore[import-not-found]  # in the user's environment only
