@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cluster.model.sampler import PenaltyState, Sampled
+from cluster.model.penalties import PenaltyState
+from cluster.model.sampler import Sampled
 from cluster.types import EngineRequest, FinishReason, SamplingParams
 
 NO_TURN = -1

@@ -11,16 +11,16 @@ _MODULE = "cluster.model.sampler"
 
 
 def _poison(module):
-    penalize = module.penalize
+    penalties_of = module.penalties_of
 
-    def poisoned(logits, row):
+    def poisoned(row, vocab_size):
         if row.params.seed == KILLS:
             os.kill(os.getpid(), signal.SIGKILL)
         if row.params.seed == RAISES:
             raise RuntimeError("poisoned, as a rehearsal")
-        penalize(logits, row)
+        return penalties_of(row, vocab_size)
 
-    module.penalize = poisoned
+    module.penalties_of = poisoned
 
 
 class _AfterImport:

@@ -73,16 +73,25 @@ class OfRow:
         self.params, self.num_output_tokens = row.params, len(row.token_ids) - row.num_prompt_tokens
 
 
-def at_logprobs(monkeypatch, num_before):
-    """`_logprobs` does not know whose they are: the row before it does."""
-    rows, choose = [], sampler._choose
+def at_rules(name, numbers):
+    """The exception in place of a call that has rows' rules, or some of them: `numbers` finds these."""
 
-    def watched(logits, row):
-        rows.append(row)
-        return choose(logits, row)
+    def install(monkeypatch, num_before):
+        rows, rule_of, choose = [], sampler.rule_of, sampler.choose
 
-    monkeypatch.setattr(sampler, "_choose", watched)
-    at_method(sampler, "_logprobs", lambda *_: [OfRow(rows[-1])])(monkeypatch, num_before)
+        def watched(row, vocab_size):
+            rows.append(row)
+            return rule_of(row, vocab_size)
+
+        def chosen(logits, rules):
+            del rows[: len(rows) - len(rules)]  # what is left of it are this call's
+            return choose(logits, rules)
+
+        monkeypatch.setattr(sampler, "rule_of", watched)
+        monkeypatch.setattr(sampler, "choose", chosen)
+        at_method(sampler, name, lambda *given: [OfRow(rows[i]) for i in numbers(*given)])(monkeypatch, num_before)
+
+    return install
 
 
 def at_device_index(monkeypatch, num_before):
@@ -103,9 +112,9 @@ STAGES = {
     "the model's step": at_method(ModelRunner, "forward", lambda _, scheduled, **__: [s.sequence for s in scheduled]),
     "what the sampler needs": at_method(runner_module, "_sampling_row", lambda sequence: [sequence]),
     "banned ids": at_device_index,
-    "penalties": at_method(sampler, "penalize", lambda _, row: [OfRow(row)]),
-    "drawing": at_method(sampler, "_draw", lambda _, row: [OfRow(row)]),
-    "log-probabilities": at_logprobs,
+    "penalties": at_method(sampler, "penalties_of", lambda row, _: [OfRow(row)]),
+    "drawing": at_rules("choose", lambda _, rules: range(-len(rules), 0)),
+    "log-probabilities": at_rules("_logprobs", lambda _, row, __: [row]),
     "remembering blocks": at_method(BlockManager, "remember", lambda _, sequence: [sequence]),
     "taking the token in": at_method(Engine, "_advance", lambda _, scheduled, __: [scheduled.sequence]),
     "finding the end": at_method(Sequence, "end", lambda sequence: [sequence]),

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from cluster import LLM, SamplingParams
 from cluster.engine.runner import non_finite
 from cluster.errors import NonFiniteOutput
-from cluster.model.sampler import NoFiniteNumbers, PenaltyState, SamplingRow, sample
+from cluster.model.penalties import PenaltyState
+from cluster.model.sampler import NoFiniteNumbers, SamplingRow, sample
 from cluster.types import SAMPLING_DEFAULTS
 
 BAD = 5  # the token whose row is not finite

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.model.sampler import PenaltyState, SamplingRow, penalize, sample, uniform
+from cluster.kernels.sampling.random_numbers import uniform, uniforms
+from cluster.kernels.sampling.reference import penalize
+from cluster.model.penalties import PenaltyState
+from cluster.model.sampler import SamplingRow, rule_of, sample
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 
@@ -19,6 +22,10 @@ def row(token_ids=(1,), num_prompt_tokens=1, banned=(), **params):
         penalties=PenaltyState(),
         banned_token_ids=tuple(banned),
     )
+
+
+def apply_penalties(logits, row):
+    penalize(logits, rule_of(row, len(logits)))
 
 
 def naive_choice(logits, temperature, top_k, top_p, min_p, number):
@@ -90,6 +97,14 @@ def test_numbers_are_even_and_differ_by_seed_and_position():
     assert abs(sum(numbers) / 900 - 0.5) < 0.05  # five standard deviations of the mean
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**40)), min_size=1, max_size=20),
+)
+def test_numbers_of_many_rows_are_those_of_numpy(pairs):
+    assert uniforms(*zip(*pairs, strict=True)).tolist() == [uniform(seed, position) for seed, position in pairs]
+
+
 def test_repetition_penalty_is_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -97,24 +112,43 @@ def test_repetition_penalty_is_that_of_transformers():
     token_ids = [3, 4, 4, 9]
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([token_ids]), logits.clone())
     got = logits.clone()
-    penalize(got[0], row(token_ids, 2, temperature=0, repetition_penalty=1.7))
+    apply_penalties(got[0], row(token_ids, 2, temperature=0, repetition_penalty=1.7))
     torch.testing.assert_close(got, expected)
 
 
 def test_presence_and_frequency_count_the_output_only():
     """Prompt (5), output (6, 6, 7): token 6 loses 0.5 + 2 × 0.25, token 7 loses 0.5 + 0.25, token 5 nothing."""
     logits = torch.zeros(1, 9)
-    penalize(logits[0], row([5, 6, 6, 7], 1, temperature=0, presence_penalty=0.5, frequency_penalty=0.25))
+    apply_penalties(logits[0], row([5, 6, 6, 7], 1, temperature=0, presence_penalty=0.5, frequency_penalty=0.25))
     assert logits[0, [5, 6, 7]].tolist() == [0.0, -1.0, -0.75]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 30), max_size=80), num_prompt=st.integers(0, 40), steps=st.lists(st.integers(1, 30))
+)
+def test_tokens_are_counted_however_the_sequence_grows(tokens, num_prompt, steps):
+    state, stop = PenaltyState(), 0
+    for step in [*steps, len(tokens)]:
+        stop = min(stop + step, len(tokens))
+        state.extend(tokens[:stop], num_prompt, 31)
+    expected = {token: tokens[num_prompt:].count(token) for token in tokens}
+    assert dict(zip(state.ids.tolist(), state.counts.tolist(), strict=True)) == expected
+
+
+def test_a_token_that_the_vocabulary_lacks_is_refused():
+    for token in (9, -1):
+        with pytest.raises(IndexError, match="the vocabulary, which ends at 8"):
+            PenaltyState().extend([3, token], 1, 9)
 
 
 def test_penalties_follow_a_growing_sequence():
     kept = row([5], 1, temperature=0, frequency_penalty=1.0)
-    penalize(torch.zeros(9), kept)
+    apply_penalties(torch.zeros(9), kept)
     kept.token_ids.append(6)
     kept.token_ids.append(6)
     logits = torch.zeros(1, 9)
-    penalize(logits[0], kept)
+    apply_penalties(logits[0], kept)
     assert logits[0, [5, 6]].tolist() == [0.0, -2.0]
 
 

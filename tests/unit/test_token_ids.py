@@ -11,7 +11,8 @@ from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.errors import CheckpointError, InvalidRequest
-from cluster.model.sampler import PenaltyState, SamplingRow, sample
+from cluster.model.penalties import PenaltyState
+from cluster.model.sampler import SamplingRow, sample
 from cluster.types import SAMPLING_DEFAULTS
 
 

@@ -1,0 +1,89 @@
+"""The batched sampler beside the definition, which takes row by row; and the CUDA device beside the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sampling_tools import VOCAB_SIZES, check, random_logits, random_rule
+
+from cluster.kernels.sampling import batched
+from cluster.kernels.sampling.batched import choose_in_batch
+from cluster.kernels.sampling.rule import NONE_LEFT, NOT_FINITE, PLAIN, Rule
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), num_rows=st.integers(1, 9), vocab_size=st.sampled_from(VOCAB_SIZES),
+    at_once=st.sampled_from([1, 3000, 1 << 20]),
+)  # fmt: skip
+def test_a_batch_is_chosen_as_its_rows_are(dtype, seed, num_rows, vocab_size, at_once):
+    random = np.random.default_rng(seed)
+    logits = random_logits(random, num_rows, vocab_size).to(dtype)
+    rules = [random_rule(random, vocab_size) for _ in range(num_rows)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(batched, "_NUMBERS_AT_ONCE", at_once)
+        check(choose_in_batch(logits, rules), logits, rules)
+
+
+def test_of_equal_tokens_the_lowest_is_first():
+    """Candidates in order are 1, 3, 2 of top_k 3: a third each, of which only the first is in top_p."""
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0]])
+    for rule in (Rule(), Rule(temperature=1.0, top_k=1), Rule(temperature=1.0, top_p=0.3)):
+        assert choose_in_batch(logits, [rule]).token_ids == [1]
+    drawn = {choose_in_batch(logits, [Rule(temperature=1.0, top_k=3, seed=i)]).token_ids[0] for i in range(60)}
+    assert drawn == {1, 2, 3}
+
+
+def test_a_row_for_which_nothing_is_left_or_finite_says_so():
+    logits = torch.tensor([[-torch.inf, 1.0], [0.0, torch.nan], [0.0, 1.0]])
+    only_one = Rule(banned=np.array([1], dtype=np.int32))
+    assert choose_in_batch(logits, [only_one, only_one, PLAIN]).token_ids == [NONE_LEFT, NOT_FINITE, 1]
+
+
+def mixed(random, num_rows, vocab_size):
+    return [
+        random_rule(random, vocab_size)._replace(num_top=5, position=7) if i % 4 else PLAIN for i in range(num_rows)
+    ]
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [*VOCAB_SIZES, 151936])
+def test_cuda_chooses_as_the_cpu_does(dtype, vocab_size):
+    for seed in range(4 if vocab_size > 10000 else 40):
+        random = np.random.default_rng(seed)
+        logits = random_logits(random, 16, vocab_size).to(dtype)
+        rules = mixed(random, 16, vocab_size)
+        check(choose_in_batch(logits.cuda(), rules), logits, rules)
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_cuda_waits_for_the_device_once_a_step():
+    """Every synchronisation is an error but that of the result, which is replaced."""
+    random = np.random.default_rng(0)
+    logits = random_logits(random, 16, 2500).cuda()
+    rules = mixed(random, 16, 2500)
+    expected = choose_in_batch(logits, rules)
+    copies = []
+
+    def cpu(tensor):
+        torch.cuda.set_sync_debug_mode("default")
+        copies.append(tensor.shape)
+        return original(tensor)
+
+    original = torch.Tensor.cpu
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.Tensor, "cpu", cpu)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert choose_in_batch(logits, rules) == expected
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(copies) == 1
