@@ -1,11 +1,17 @@
 """Chooses the attention that is fastest over a cache."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 from cluster.kernels.grouped_attention import GroupedAttention
+from cluster.kernels.native.library import DTYPES, missing_because, native
+from cluster.kernels.native_attention import NativeAttention
 from cluster.kernels.paged import AttentionKernel
 from cluster.kernels.varlen_attention import VarlenAttention
+
+log = logging.getLogger(__name__)
 
 
 def make_attention(k_cache: Tensor) -> AttentionKernel:
@@ -14,4 +20,12 @@ def make_attention(k_cache: Tensor) -> AttentionKernel:
     if k_cache.is_cuda and k_cache.dtype != torch.float32:
         return VarlenAttention()
     row_bytes = num_kv_heads * head_dim * k_cache.element_size()
-    return GroupedAttention(block_size=block_size, num_kv_heads=num_kv_heads, row_bytes=row_bytes)
+    grouped = GroupedAttention(block_size=block_size, num_kv_heads=num_kv_heads, row_bytes=row_bytes)
+    if k_cache.device.type != "cpu":
+        return grouped
+    kernels = native()
+    if kernels is not None and k_cache.dtype in DTYPES:
+        return NativeAttention(kernels, grouped)
+    because = f"they take no {k_cache.dtype}" if kernels is not None else missing_because() or "they are switched off"
+    log.info("Attention runs without the native kernels: %s", because)
+    return grouped

@@ -29,9 +29,12 @@ class GroupedAttention:
         self._num_kv_heads = num_kv_heads
         self._max_tokens = MAX_GATHERED_BYTES // row_bytes
 
-    def plan(self, batch: PagedBatch) -> "GroupedPlan":
-        chosen = _alike(batch.query_lens, batch.context_lens, self._max_tokens)
-        return GroupedPlan(batch.slot_mapping, [self._group(batch, sequences) for sequences in chosen])
+    def plan(self, batch: PagedBatch, sequences: Sequence[int] | None = None) -> "GroupedPlan":
+        """sequences: those to attend to, None for all."""
+        if sequences is None:
+            sequences = range(len(batch.query_lens))
+        chosen = _alike(sequences, batch.query_lens, batch.context_lens, self._max_tokens)
+        return GroupedPlan(batch.slot_mapping, [self._group(batch, group) for group in chosen])
 
     def _group(self, batch: PagedBatch, chosen: list[int]) -> "_Group":
         device = batch.block_tables.device
@@ -67,9 +70,20 @@ class GroupedPlan:
     slot_mapping: Tensor
     groups: "Sequence[_Group]"
 
+    @property
+    def num_sequences(self) -> int:
+        return sum(group.batch for group in self.groups)
+
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int | None) -> Tensor:
         """As `AttentionPlan.attend`."""
         out = torch.empty_like(q)
+        self.attend_into(out, q, k_cache, v_cache, scale=scale, window=window)
+        return out
+
+    def attend_into(
+        self, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int | None
+    ) -> None:
+        """As `attend`, in place; rows of sequences that are not in the plan stay as they are."""
         for group in self.groups:
             rows = q.index_select(0, group.query_rows)
             part = group.attend(rows, k_cache, v_cache, scale=scale, window=window)
@@ -77,7 +91,6 @@ class GroupedPlan:
                 out.index_copy_(0, group.query_rows, part)
             else:
                 out.index_copy_(0, group.query_rows[group.real], part[group.real])
-        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +178,14 @@ def _repair(out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, sc
             repaired.copy_(torch.where(repaired.isfinite(), repaired, exact.to(out.dtype)))
 
 
-def _alike(query_lens: Sequence[int], context_lens: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _alike(
+    sequences: Sequence[int], query_lens: Sequence[int], context_lens: Sequence[int], max_tokens: int
+) -> list[list[int]]:
     """Splits the sequences into groups that are padded to at most twice their lengths and gather at most max_tokens
     of context (one sequence may have more). Returns their indices."""
     groups: list[list[int]] = []
     longest = most_queries = 0
-    for i in sorted(range(len(query_lens)), key=lambda i: (query_lens[i], context_lens[i]), reverse=True):
+    for i in sorted(sequences, key=lambda i: (query_lens[i], context_lens[i]), reverse=True):
         longest_with = max(longest, context_lens[i])
         if (
             not groups

@@ -246,9 +246,11 @@ HEALTHY = [[prompt(10, 7), prompt(50, 13)], [prompt(80, 20), prompt(110, 33)], [
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_request_after_a_poisoned_one_is_answered_as_ever(nan_checkpoint, dtype):
-    with llm_of_16_blocks(nan_checkpoint, dtype) as llm:
+    # In bfloat16 an answer may depend on how many of its tokens are found in the cache.
+    options = {"enable_prefix_caching": dtype == "float32"}
+    with llm_of_16_blocks(nan_checkpoint, dtype, **options) as llm:
         expected = [answers(llm, prompts) for prompts in HEALTHY]
-    with llm_of_16_blocks(nan_checkpoint, dtype) as llm:
+    with llm_of_16_blocks(nan_checkpoint, dtype, **options) as llm:
         for number in range(12):
             answers(llm, [[POISON_ID] * 40])
             assert answers(llm, HEALTHY[number % 3]) == expected[number % 3]

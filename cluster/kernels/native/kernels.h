@@ -20,6 +20,18 @@ struct Kernels {
 
     // Sums all bytes of a buffer as int64, several streams at a time: how fast memory can be read.
     int64_t (*read)(const void* data, int64_t num_bytes, int32_t threads);
+
+    // Causal attention over a paged cache for the sequences of 1 to most_queries new tokens; it leaves the rows of
+    // others alone. q, out: [rows, Q, D]. k, v: [blocks, S, KV, D] with strides of a block, a token and a head.
+    // tables: [B, blocks of the longest]. query_lens, context_lens: [B], new tokens, and all up to the last of them.
+    // window: tokens that one sees, itself among them, 0 for all. scratch: attention_scratch(..) bytes.
+    void (*attention)(int32_t dtype, const void* q, int64_t q_stride, const void* k, const void* v,
+                      int64_t block_stride, int64_t token_stride, int64_t head_stride, const int64_t* tables,
+                      int64_t table_stride, const int64_t* query_lens, const int64_t* context_lens, int64_t B,
+                      int64_t most_queries, int64_t Q, int64_t KV, int64_t D, int64_t S, float scale, int64_t window,
+                      void* out, int64_t out_stride, void* scratch, int32_t threads);
+    int64_t (*attention_scratch)(int32_t dtype, const int64_t* query_lens, const int64_t* context_lens, int64_t B,
+                                 int64_t most_queries, int64_t Q, int64_t D, int32_t threads);
 };
 
 }  // namespace moe

@@ -32,6 +32,12 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ),
     ("linear_scratch", _LONG, (_INT, _LONG, _LONG)),
     ("read", _LONG, (_POINTER, _LONG, _INT)),
+    (
+        "attention", None,
+        (_INT, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG,
+         _LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _LONG, _POINTER, _LONG, _POINTER, _INT),
+    ),
+    ("attention_scratch", _LONG, (_INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT)),
 )  # fmt: skip
 
 
@@ -44,6 +50,8 @@ class Native:
     linear: Callable[..., None]
     linear_scratch: Callable[..., int]
     read: Callable[..., int]
+    attention: Callable[..., None]
+    attention_scratch: Callable[..., int]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant = variant
