@@ -1,5 +1,5 @@
 // Repeats recorded calls of the kernels' plain variant; tests/native_replay.py writes them, and compares.
-// Usage: replay CALLS RESULTS. Needs neither Python nor torch, so that it runs where an emulator is all that there is.
+// Usage: replay CALLS RESULTS, or replay VARIANT …, which prints those of the names that this processor runs. Needs neither Python nor torch, so that it runs where an emulator is all that there is.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -64,10 +64,15 @@ void repeat(FILE* calls, FILE* results, int64_t function) {
 }  // namespace
 
 int main(int count, char** names) {
-    if (count != 3) return 1;
-    FILE* calls = fopen(names[1], "rb");
+    FILE* calls = count == 3 ? fopen(names[1], "rb") : nullptr;
+    if (!calls) {
+        for (int i = 1; i < count; i++) {
+            if (moe_kernels(names[i])) puts(names[i]);
+        }
+        return 0;
+    }
     FILE* results = fopen(names[2], "wb");
-    if (!calls || !results) return 1;
+    if (!results) return 1;
     for (int64_t function = number(calls); function; function = number(calls)) repeat(calls, results, function);
     return fclose(results);
 }

@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "processor.h"
 
 namespace moe {
 
@@ -22,19 +23,19 @@ extern "C" {
 // Changes with a kernel's arguments: a library of another version is not used.
 int moe_version() { return 1; }
 
+// Of a variant's table: a library that was built before a kernel was added is not used either.
+int moe_table_size() { return static_cast<int>(sizeof(moe::Kernels) / sizeof(void*)); }
+
 // The variant's table, null where this processor cannot run it or the binary has none of that name.
 const moe::Kernels* moe_kernels(const char* name) {
     if (!strcmp(name, "plain")) return &moe::plain::table;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (!strcmp(name, "avx2")) return avx2 ? &moe::avx2::table : nullptr;
-    if (!strcmp(name, "avx512")) return avx512 ? &moe::avx512::table : nullptr;
-    if (!strcmp(name, "avx512_bf16")) {
-        return avx512 && __builtin_cpu_supports("avx512bf16") ? &moe::avx512_bf16::table : nullptr;
-    }
+    const moe::Processor processor = moe::processor();
+    if (!strcmp(name, "avx2")) return processor.avx2 ? &moe::avx2::table : nullptr;
+    if (!strcmp(name, "avx512")) return processor.avx512 ? &moe::avx512::table : nullptr;
+#if defined(MOE_HAS_AVX512_BF16)
+    if (!strcmp(name, "avx512_bf16")) return processor.avx512_bf16 ? &moe::avx512_bf16::table : nullptr;
+#endif
 #endif
     return nullptr;
 }

@@ -1,5 +1,7 @@
 // The kernels for x86-64 with avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq, avx512bf16.
-#if defined(__x86_64__)
+#include "processor.h"
+
+#if defined(MOE_HAS_AVX512_BF16)
 #define MOE_VARIANT avx512_bf16
 #define MOE_LANES 16
 #define MOE_X86
