@@ -32,6 +32,14 @@ struct Kernels {
                       void* out, int64_t out_stride, void* scratch, int32_t threads);
     int64_t (*attention_scratch)(int32_t dtype, const int64_t* query_lens, const int64_t* context_lens, int64_t B,
                                  int64_t most_queries, int64_t Q, int64_t D, int32_t threads);
+
+    // out[t] = sum over a row's experts of weights[t, s] * (silu(x · gate) * (x · up)) · down, in float32, in the order of
+    // their ids. x [T, H] of dtype; ids, weights [T, S], an id outside 0 … L - 1 has no expert here; gate_up [L]: matrices
+    // [2I, H], gate above up; down [L]: [H, I]; out [T, H]. scratch: experts_scratch(dtype, T, S, L, H, I) bytes.
+    void (*experts)(int32_t dtype, const void* x, int64_t x_stride, const int64_t* ids, const float* weights, int64_t T,
+                    int64_t S, const void* const* gate_up, const void* const* down, int64_t L, int64_t H, int64_t I,
+                    float* out, void* scratch, int32_t threads);
+    int64_t (*experts_scratch)(int32_t dtype, int64_t T, int64_t S, int64_t L, int64_t H, int64_t I);
 };
 
 }  // namespace moe

@@ -38,6 +38,12 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
          _LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _LONG, _POINTER, _LONG, _POINTER, _INT),
     ),
     ("attention_scratch", _LONG, (_INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT)),
+    (
+        "experts", None,
+        (_INT, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER,
+         _POINTER, _INT),
+    ),
+    ("experts_scratch", _LONG, (_INT, _LONG, _LONG, _LONG, _LONG, _LONG)),
 )  # fmt: skip
 
 
@@ -52,6 +58,8 @@ class Native:
     read: Callable[..., int]
     attention: Callable[..., None]
     attention_scratch: Callable[..., int]
+    experts: Callable[..., None]
+    experts_scratch: Callable[..., int]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant = variant
