@@ -5,14 +5,17 @@ pairs that are computed here. An id below zero marks a pair that is computed els
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels.weights import PlainWeight, Weight, weight_maker
+from cluster.kernels import native_products
+from cluster.kernels.native.library import Native
+from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
 
 
 class ExpertWeights(Protocol):
@@ -32,23 +35,48 @@ class ExpertWeights(Protocol):
         """As `experts_reference`."""
 
 
-class SeparateExperts:
+W = TypeVar("W", bound=Weight)
+
+
+class SeparateExperts(Generic[W]):
     """For the CPU. Each weight is a tensor by itself, which `rearranged` shares."""
 
-    def __init__(
-        self, make_gate_up: Callable[[], Weight], make_down: Callable[[], Weight],
-        gate_up: Sequence[Weight] = (), down: Sequence[Weight] = (),
-    ) -> None:  # fmt: skip
+    def __init__(self, make_gate_up: Callable[[], W], make_down: Callable[[], W]) -> None:
         self._make_gate_up, self._make_down = make_gate_up, make_down
-        self.gate_up, self.down = gate_up, down
+        self.gate_up: Sequence[W] = ()
+        self.down: Sequence[W] = ()
 
-    def rearranged(self, places: Sequence[int | None]) -> "SeparateExperts":
-        gate_up = [self._make_gate_up() if place is None else self.gate_up[place] for place in places]
-        down = [self._make_down() if place is None else self.down[place] for place in places]
-        return SeparateExperts(self._make_gate_up, self._make_down, gate_up, down)
+    def rearranged(self, places: Sequence[int | None]) -> Self:
+        other = copy(self)
+        other.gate_up = [self._make_gate_up() if place is None else self.gate_up[place] for place in places]
+        other.down = [self._make_down() if place is None else self.down[place] for place in places]
+        return other
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         return experts_by_loop(hidden_states, topk_ids, topk_weights, self.gate_up, self.down)
+
+
+class NativeExperts(SeparateExperts[NativeWeight]):
+    """A step is one call of the native kernels, unless so many rows go to each expert that torch is faster."""
+
+    def __init__(
+        self, make_gate_up: Callable[[], NativeWeight], make_down: Callable[[], NativeWeight], native: Native
+    ) -> None:
+        super().__init__(make_gate_up, make_down)
+        self._native = native
+        self._pointers = native_products.ExpertPointers([], [])
+
+    def rearranged(self, places: Sequence[int | None]) -> Self:
+        other = super().rearranged(places)
+        other._pointers = native_products.ExpertPointers(
+            [weight.matrix for weight in other.gate_up], [weight.matrix for weight in other.down]
+        )
+        return other
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        if topk_ids.numel() < self.gate_up[0].torch_rows * len(self.gate_up):
+            return native_products.experts(self._native, hidden_states, topk_ids, topk_weights, self._pointers)
+        return super().forward(hidden_states, topk_ids, topk_weights)
 
 
 class StackedExperts:
@@ -80,6 +108,10 @@ def no_experts(hidden_size: int, intermediate_size: int, *, dtype: torch.dtype, 
     gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
     if device.type == "cuda":
         return StackedExperts(*(torch.empty(0, *shape, dtype=dtype, device=device) for shape in (gate_up, down)))
+    native = native_for(dtype, device)
+    if native is not None:
+        make_native = partial(NativeWeight.empty, dtype=dtype, native=native)
+        return NativeExperts(partial(make_native, *gate_up), partial(make_native, *down), native)
     make = weight_maker(dtype, device)
     return SeparateExperts(partial(make, *gate_up), partial(make, *down))
 

@@ -60,6 +60,16 @@ def experts(native: Native, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w
     return out
 
 
+def swiglu(native: Native, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """silu(x · gate) * (x · up), times down: one expert that takes all rows.
+
+    x: [T, H], gate_up: [2I, H], gate above up, down: [H, I]. Returns [T, H] in x's dtype.
+    """
+    num_rows = x.shape[0]
+    ids, weights = torch.zeros(num_rows, 1, dtype=torch.int64), torch.ones(num_rows, 1)
+    return experts(native, x, ids, weights, ExpertPointers([gate_up], [down])).to(x.dtype)
+
+
 def _in_rows(x: Tensor) -> Tensor:
     """x, each of its rows in one piece."""
     return x if x.stride(-1) == 1 else x.contiguous()

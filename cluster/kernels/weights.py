@@ -1,18 +1,26 @@
 """Weight matrices in the forms in which products read them, and how they are filled. Knows neither layers nor files.
 
-A caller multiplies with a weight and does not ask for its form. On the CPU a bfloat16 weight is packed once, in the
-order in which it is read: at 24 GB/s for 1 row and 10 GB/s for 32, a plain one at 15 and 7.6 (2816 x 2048, 40 of them
-in turn, 2 threads of a Zen 4; BENCHMARKS.md). float32 stays plain: it is the dtype in which answers are compared.
-M: rows, N: outputs, K: inputs.
+A caller multiplies with a weight and does not ask for its form. On the CPU a weight in 16 bits is read as it is by the
+native kernels, or, where they are not built, packed once for oneDNN: at 24 GB/s for 1 row and 10 GB/s for 32, where
+torch reads a plain one at 15 and 7.6 (2816 x 2048, 40 of them in turn, 2 threads of a Zen 4; BENCHMARKS.md). float32
+stays with torch: it is the dtype in which answers are compared.
+M: rows, N: outputs, K: inputs, H: hidden size, I: intermediate size.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cluster.kernels import native_products
+from cluster.kernels.native.library import Native, native
+
+# Of bfloat16 with oneDNN's products, whose kernels read weights less often then.
+TORCH_ROWS = 64
 
 Parts = Mapping[str, int]  # matrices one above another: each one's name in the checkpoint without `.weight`, its rows
 
@@ -44,11 +52,25 @@ class Weight(Protocol):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As F.linear. x: [M, K]; bias: [N]. Returns [M, N]."""
 
+    def swiglu(self, x: Tensor, down: Self) -> Tensor:
+        """With this as gate above up [2I, H], and down [H, I]: silu(x · gate) * (x · up), times down. x: [M, H]."""
+
 
 MakeWeight = Callable[[int, int], Weight]  # from N and K
 
 
-class PlainWeight:
+class TwoProducts(Protocol):
+    """A form without a SwiGLU of its own."""
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def swiglu(self, x: Tensor, down: Self) -> Tensor:
+        """As `Weight.swiglu`."""
+        gate, up = self.product(x).chunk(2, dim=-1)  # [M, I]
+        return down.product(F.silu(gate) * up)
+
+
+class PlainWeight(TwoProducts):
     """A tensor as it is. matrix: [N, K], which may be a part of a larger one."""
 
     min_rows = 1
@@ -71,7 +93,34 @@ class PlainWeight:
         return F.linear(x, self._matrix, bias)
 
 
-class PackedWeight:
+class NativeWeight(PlainWeight):
+    """A matrix on the CPU, which the native kernels read as it is.
+
+    torch_rows: from so many rows on torch's product is faster.
+    """
+
+    def __init__(self, matrix: Tensor, native: Native) -> None:
+        super().__init__(matrix)
+        self.matrix = matrix
+        self.torch_rows = TORCH_ROWS if packs(matrix.dtype, matrix.device) else sys.maxsize
+        self._native = native
+
+    @classmethod
+    def empty(cls, num_outputs: int, num_inputs: int, *, dtype: torch.dtype, native: Native) -> Self:
+        return cls(torch.empty(num_outputs, num_inputs, dtype=dtype), native)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.shape[0] < self.torch_rows:
+            return native_products.linear(self._native, x, self.matrix, bias)
+        return super().product(x, bias)
+
+    def swiglu(self, x: Tensor, down: Self) -> Tensor:
+        if x.shape[0] < self.torch_rows:
+            return native_products.swiglu(self._native, x, self.matrix, down.matrix)
+        return super().swiglu(x, down)
+
+
+class PackedWeight(TwoProducts):
     """bfloat16 in oneDNN's layout, as large as a plain one."""
 
     # Fewer rows take longer: 0.65, 0.75 and 0.50 ms for 1, 2 and 3, 0.48 for 4 (2816 x 2048, 1 thread of a Zen 4).
@@ -105,8 +154,16 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def native_for(dtype: torch.dtype, device: torch.device) -> Native | None:
+    """The native kernels, where they multiply weights of this dtype faster than torch."""
+    return native() if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else None
+
+
 def weight_maker(dtype: torch.dtype, device: torch.device) -> MakeWeight:
     """Chooses the form in which weights are multiplied fastest here."""
+    kernels = native_for(dtype, device)
+    if kernels is not None:
+        return partial(NativeWeight.empty, dtype=dtype, native=kernels)
     return PackedWeight if packs(dtype, device) else partial(_plain, dtype=dtype, device=device)
 
 

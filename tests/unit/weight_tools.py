@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from cluster.kernels.weights import PackedWeight, PlainWeight, WeightLoader
+from cluster.kernels.weights import PackedWeight, PlainWeight, TwoProducts, WeightLoader
 
 
 def filled(weight, matrix):
@@ -20,7 +20,7 @@ def packed(matrix):
     return filled(PackedWeight(*matrix.shape), matrix)
 
 
-class HalvedWeight:
+class HalvedWeight(TwoProducts):
     """Half of each number, doubled in the product: a form of its own, read through staging memory in float32."""
 
     min_rows = 3
@@ -45,7 +45,7 @@ class HalvedWeight:
         return (out if bias is None else out + bias).to(x.dtype)
 
 
-class ScaledWeight:
+class ScaledWeight(TwoProducts):
     """8-bit numbers and a scale a row, which the checkpoint has as two tensors: read straight into their place."""
 
     min_rows = 1

@@ -6,7 +6,6 @@ T: tokens, H: hidden size, K: experts a token.
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.model.layers.linear import Linear
@@ -38,9 +37,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size})
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj.each(x)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        return self.gate_up_proj.weight.swiglu(x, self.down_proj.weight)
 
     def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
         """As `FeedForward.begin`, with nothing to wait for."""
