@@ -55,7 +55,6 @@ void repeat(FILE* calls, FILE* results, int64_t function) {
              f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]);
     fwrite(&result, sizeof result, 1, results);
     for (int64_t i = 0; i < num_buffers; i++) {
-        fwrite(&buffers[i], sizeof buffers[i], 1, results);
         fwrite(buffers[i], 1, sizes[i], results);
         free(buffers[i]);
     }
