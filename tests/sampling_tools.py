@@ -56,7 +56,7 @@ def random_logits(random: np.random.Generator, num_rows: int, vocab_size: int) -
     return logits
 
 
-def check(chosen: Chosen, logits: torch.Tensor, rules: list[Rule], tolerance: float = 2e-5) -> None:
+def check(chosen: Chosen, logits: torch.Tensor, rules: list[Rule], tolerance: float = 2e-6) -> None:
     """Compares with the definition, row by row. logits: [B, V] of any dtype."""
     vocab_size = logits.shape[1]
     for i, rule in enumerate(rules):
@@ -70,5 +70,5 @@ def check(chosen: Chosen, logits: torch.Tensor, rules: list[Rule], tolerance: fl
         np.testing.assert_allclose(chosen.logprobs[i], logprob, atol=tolerance, rtol=1e-6)
         np.testing.assert_allclose(values, expected, atol=tolerance, rtol=1e-6)
         assert len(set(ids)) == len(ids) == num_top
-        exact = logits[i].float().log_softmax(dim=-1)[ids]
+        exact = logits[i].double().log_softmax(dim=-1)[ids]
         np.testing.assert_allclose(exact.numpy(), expected, atol=tolerance, rtol=1e-6)

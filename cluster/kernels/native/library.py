@@ -44,6 +44,13 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
          _POINTER, _INT),
     ),
     ("experts_scratch", _LONG, (_INT, _LONG, _LONG, _LONG, _LONG, _LONG)),
+    (
+        "choose_tokens", None,
+        (_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER,
+         _INT),
+    ),
+    ("choose_tokens_scratch", _LONG, (_LONG, _LONG)),
+    ("uniform_number", ctypes.c_double, (_LONG, _LONG)),
 )  # fmt: skip
 
 
@@ -60,6 +67,9 @@ class Native:
     attention_scratch: Callable[..., int]
     experts: Callable[..., None]
     experts_scratch: Callable[..., int]
+    choose_tokens: Callable[..., None]
+    choose_tokens_scratch: Callable[..., int]
+    uniform_number: Callable[[int, int], float]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant = variant

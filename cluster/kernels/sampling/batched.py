@@ -158,13 +158,13 @@ def _logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
     """[G, 1 + 2n] float64: the tokens' log-probabilities, n ids and theirs. logits: [G, V] float32; tokens: [G]."""
     largest = logits.amax(dim=1, keepdim=True)
     distances = largest - logits
-    sums = (-distances).exp().sum(dim=1, keepdim=True).log()
+    sums = (-distances).exp().sum(dim=1, keepdim=True, dtype=torch.float64).log()
     mine = -distances.gather(1, tokens.clamp_min(0).unsqueeze(1)) - sums
     if not num_top:
-        return mine.double()
+        return mine
     top, ids = _best(distances, torch.full_like(tokens, num_top), num_top)
     assert ids is not None
-    return torch.cat([mine.double(), ids.double(), (-top - sums).double()], dim=1)
+    return torch.cat([mine, ids.double(), -top - sums], dim=1)
 
 
 def _parts(rows: Sequence[int], vocab_size: int) -> Iterator[Sequence[int]]:

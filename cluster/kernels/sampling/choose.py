@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.sampling.batched import choose_in_batch
+from cluster.kernels.sampling.native import choose_natively
 from cluster.kernels.sampling.rule import Chosen, Rule
 
 
@@ -13,4 +16,7 @@ def choose(logits: Tensor, rules: Sequence[Rule]) -> Chosen:
 
     A row's token depends on nothing but the row and its rule.
     """
-    return choose_in_batch(logits, rules)
+    kernels = native() if logits.device.type == "cpu" else None
+    if kernels is None or logits.dtype not in DTYPES or logits.stride(1) != 1:
+        return choose_in_batch(logits, rules)
+    return choose_natively(kernels, logits, rules, torch.get_num_threads())

@@ -14,7 +14,7 @@ def choose_one(logits: Tensor, rule: Rule) -> tuple[int, float, list[tuple[int, 
     logits = logits.to(torch.float32, copy=True)
     if not bool(logits.max().isfinite()):  # a NaN is the largest
         return NOT_FINITE, 0.0, []
-    logprobs = logits.log_softmax(dim=-1)
+    logprobs = logits.double().log_softmax(dim=-1).float()  # a sum in float32 is off by 1e-4 in a large vocabulary
     penalize(logits, rule)
     logits[torch.from_numpy(rule.banned).long()] = -torch.inf
     if bool(logits.max() == -torch.inf):
