@@ -4,8 +4,9 @@
 `checkpoint`: where the weights come from.  `spec`: which system to measure.  `systems`: builds it, one of
 `cluster_system`, `transformers_system`, `foreign_system`.  `worker`: runs it in a process of its own.
 `throughput`: how to time it.  `sampling`: how it chooses tokens.
-`round_trip`: the carriers alone.  `traffic`: a running server.  `growth`, `growth_points`: one setting after another.
-`gpu`: the full model on one GPU.  `machine`, `report`, `plot`: the report.
+`kernels/`, `round_trip`: the kernels and the carriers alone.  `traffic`: a running server.
+`growth`, `growth_points`: one setting after another.  `gpu`: the full model on one GPU.
+`machine`, `report`, `plot`: the report.
 """
 
 from cluster.bench.arguments import add_arguments

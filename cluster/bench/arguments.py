@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("latency", "milliseconds to the first token and between tokens, side by side"),
     ):
         _add_system_arguments(parts.add_parser(name, help=text, description=text), latency=name == "latency")
+    text = "each CPU kernel's speed beside torch's own and a plain read of memory, by variant and threads"
+    _add_kernels_arguments(parts.add_parser("kernels", help=text, description=text))
     text = "round trips of token batches to expert shards, without the experts' products, by carrier and rows"
     _add_transport_arguments(parts.add_parser("transport", help=text, description=text))
     text = "milliseconds of a decode step against batch, context, shards and layers, one at a time"
@@ -38,6 +40,46 @@ def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
         help="a running Ray cluster, to measure between its hosts (default: a Ray of this machine is started)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model_dir", metavar="MODEL_DIR", nargs="?", type=Path,
+        help="its config.json has the shapes to measure; no weights are read (default: Qwen1.5-MoE-A2.7B's shapes)",
+    )  # fmt: skip
+    known = ("products", "experts", "attention", "sampling")
+    parser.add_argument(
+        "--kernels", type=_names(*known), default=known, metavar="NAMES",
+        help=f"the kernels to measure (default: {','.join(known)})",
+    )  # fmt: skip
+    for name, default, text in (
+        ("batch", (1, 8, 32), "sequences in a step"),
+        ("context", (64, 1024, 4096), "tokens of a sequence, for attention"),
+        ("threads", (), "threads"),
+    ):
+        shown = ",".join(map(str, default)) or "1 and all cores"
+        parser.add_argument(
+            f"--{name}", type=_numbers, default=default, metavar="NUMBERS", help=f"{text} (default: {shown})"
+        )
+    samplings = ("greedy", "chat", "top-p", "logprobs")
+    parser.add_argument(
+        "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=samplings, metavar="NAMES",
+        help=f"ways to choose tokens (default: {','.join(samplings)}): {_samplings()}",
+    )  # fmt: skip
+    _add_dtype_argument(parser)
+    parser.add_argument(
+        "--repeat", type=int, default=7, metavar="N", help="rounds, of which the least counts (default: 7)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="data type of the weights (default: auto, the checkpoint's own)",
+    )
 
 
 def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,12 +204,7 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         help="load all systems at once and let them take turns, run by run: fairer where the machine's speed wanders, "
         "but all must fit into memory",
     )  # fmt: skip
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="data type of the weights (default: auto, the checkpoint's own)",
-    )
+    _add_dtype_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
 

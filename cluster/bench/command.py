@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cluster.errors import SetupError
 
-PARTS = ("throughput", "latency", "transport", "serve", "growth", "gpu")
+PARTS = ("throughput", "latency", "kernels", "transport", "serve", "growth", "gpu")
 
 
 def with_part(argv: Sequence[str]) -> list[str]:
@@ -29,6 +29,10 @@ def run(args: argparse.Namespace) -> int:
         from cluster.bench.round_trip import measure_round_trips
 
         return measure_round_trips(args)
+    if args.bench == "kernels":
+        from cluster.bench.kernels import measure_kernels
+
+        return measure_kernels(args)
     if args.bench == "gpu":
         from cluster.bench.gpu import measure_gpu
 

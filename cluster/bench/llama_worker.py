@@ -4,6 +4,7 @@ Lines in and out as in vllm_worker.py. Writes the checkpoint as a bfloat16 GGUF 
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp's prints must not get among the answers
     import llama_cpp  # type: ignore[import-not-found]  # in the user's environment only
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else a line for each of its tensors
 
     model_dir = Path(options["model"])
     file = model_dir.with_name(f"{model_dir.name}.bf16.gguf")

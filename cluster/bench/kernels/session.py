@@ -1,0 +1,123 @@
+"""One run of `moe-cluster bench kernels`, from the shapes to the report. Progress goes to stderr."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.bench.checkpoint import describe, read_config
+from cluster.bench.kernels.attention import attention_cases
+from cluster.bench.kernels.case import TORCH, Call, Case, Measured
+from cluster.bench.kernels.experts import expert_cases
+from cluster.bench.kernels.products import product_cases
+from cluster.bench.kernels.reading import Reading
+from cluster.bench.kernels.sampling import sampling_cases
+from cluster.bench.kernels.table import to_json, to_markdown
+from cluster.bench.kernels.timing import least_seconds
+from cluster.bench.machine import this_machine
+from cluster.bench.sampling import find_samplings
+from cluster.checkpoint.made.published import A2_7B_CONFIG
+from cluster.config import ModelConfig, read_model_config
+from cluster.config.resources import available_cpus
+from cluster.errors import SetupError
+from cluster.kernels.native.library import native, variants
+
+_READ = "read"
+
+
+def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Measures, prints a table, returns the exit code. Raises SetupError, CheckpointError."""
+    threads = args.threads or tuple(sorted({1, available_cpus()}))
+    for option, least in (
+        ("--repeat", args.repeat), ("--batch", min(args.batch)), ("--context", min(args.context)),
+        ("--threads", min(threads)),
+    ):  # fmt: skip
+        if least < 1:
+            raise SetupError(f"{option} has {least}, numbers from 1 are needed")
+    config = read_config(args.model_dir) if args.model_dir else read_model_config(A2_7B_CONFIG)
+    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            measured = _measure(args, config, getattr(torch, dtype), threads, clock)
+    finally:
+        torch.set_num_threads(before)
+    report = this_machine(), describe(config, dtype), args.repeat, measured
+    print(to_markdown(*report), end="")
+    if args.json:
+        args.json.write_text(to_json(*report))
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    threads: tuple[int, ...],
+    clock: Callable[[], float],
+) -> list[Measured]:
+    """Sorted by kernel, as the cases come; those of one case by threads."""
+    reading = Reading(variants())
+    measured: list[Measured] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(_READ, total=None)
+        plain = {}
+        for num_threads in threads:
+            torch.set_num_threads(num_threads)
+            found = _time(reading.case(0, _chosen()), num_threads, args.repeat, None, clock)
+            plain[num_threads] = min(found.seconds, key=found.seconds.__getitem__)
+            measured.append(found)
+        for case in _cases(args, config, dtype):
+            for num_threads in threads:
+                progress.update(task, description=f"{case.kernel}, {case.size}, {num_threads} threads")
+                torch.set_num_threads(num_threads)
+                read = reading.case(case.num_bytes, _chosen())
+                reader = read.ways[plain[num_threads]], read.num_bytes
+                measured.append(_time(case, num_threads, args.repeat, reader, clock))
+    return measured
+
+
+def _cases(args: argparse.Namespace, config: ModelConfig, dtype: torch.dtype) -> Iterator[Case]:
+    """Made one after another, so that no case's memory stays beside the next one's."""
+    kernels = variants()
+    if "products" in args.kernels:
+        yield from product_cases(config, dtype, args.batch, kernels)
+    if "experts" in args.kernels:
+        yield from expert_cases(config, dtype, args.batch, kernels)
+    if "attention" in args.kernels:
+        yield from attention_cases(config, dtype, args.batch, args.context, kernels)
+    if "sampling" in args.kernels:
+        yield from sampling_cases(config, dtype, args.batch, find_samplings(args.sampling, args.model_dir or Path()))
+
+
+def _time(
+    case: Case, num_threads: int, rounds: int, reader: tuple[Call, float] | None, clock: Callable[[], float]
+) -> Measured:
+    """reader: a plain read and its bytes, to take turns with the case's ways."""
+    ways: Mapping[str, Call] = case.ways
+    if reader is not None and case.num_bytes:
+        ways = {**ways, _READ: reader[0]}
+    seconds = least_seconds(ways, rounds, clock)
+    took = seconds.pop(_READ, 0.0)
+    return Measured(
+        kernel=case.kernel,
+        size=case.size,
+        threads=num_threads,
+        unit=case.unit,
+        num_bytes=case.num_bytes,
+        num_flops=case.num_flops,
+        chosen=case.chosen,
+        seconds=seconds,
+        read_s=took * case.num_bytes / reader[1] if reader is not None else 0.0,
+    )
+
+
+def _chosen() -> str:
+    """The variant that this process computes with, else torch."""
+    kernels = native()
+    return TORCH if kernels is None else kernels.variant
