@@ -42,7 +42,7 @@ class ModelRunner:
         self.experts = experts
         self.block_size = block_size
         self.micro_batching = micro_batching or MicroBatching(enabled=False)
-        self.attention = make_attention(cache.layer(0)[0])
+        self.attention = make_attention(cache.layer(0)[0], model.config.num_attention_heads)
         self.device = model.model.norm.weight.device
 
     @property

@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
+from cluster.kernels import gpu
 from cluster.kernels.grouped_attention import GroupedAttention
 from cluster.kernels.native.library import DTYPES, missing_because, native
 from cluster.kernels.native_attention import NativeAttention
@@ -14,9 +15,13 @@ from cluster.kernels.varlen_attention import VarlenAttention
 log = logging.getLogger(__name__)
 
 
-def make_attention(k_cache: Tensor) -> AttentionKernel:
-    """k_cache: [blocks, S, KV, D], one layer's; all layers' are shaped alike."""
+def make_attention(k_cache: Tensor, num_heads: int) -> AttentionKernel:
+    """k_cache: [blocks, S, KV, D], one layer's; all layers' are shaped alike.  num_heads: of queries."""
     _, block_size, num_kv_heads, head_dim = k_cache.shape
+    if k_cache.is_cuda and gpu.available():
+        from cluster.kernels.gpu.attention import PagedAttention  # a second, and only GPUs have a use for it
+
+        return PagedAttention(num_heads // num_kv_heads)
     if k_cache.is_cuda and k_cache.dtype != torch.float32:
         return VarlenAttention()
     row_bytes = num_kv_heads * head_dim * k_cache.element_size()

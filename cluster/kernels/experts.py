@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels import native_products
+from cluster.kernels import gpu, native_products
+from cluster.kernels.grouping import group_pairs
 from cluster.kernels.native.library import Native
 from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
 
@@ -89,6 +90,7 @@ class StackedExperts:
         self._gate_up_proj, self._down_proj = gate_up_proj, down_proj
         self.gate_up = [PlainWeight(matrix) for matrix in gate_up_proj]
         self.down = [PlainWeight(matrix) for matrix in down_proj]
+        self._has_triton = gate_up_proj.is_cuda and gpu.available()
 
     def rearranged(self, places: Sequence[int | None]) -> "StackedExperts":
         before = self._gate_up_proj, self._down_proj
@@ -100,7 +102,13 @@ class StackedExperts:
         return StackedExperts(*after)
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        return experts_by_grouped_mm(hidden_states, topk_ids, topk_weights, self._gate_up_proj, self._down_proj)
+        if self._has_triton:
+            from cluster.kernels.gpu.experts import (
+                experts_in_triton as product,  # a second, and only GPUs have a use for it
+            )
+        else:
+            product = experts_by_grouped_mm
+        return product(hidden_states, topk_ids, topk_weights, self._gate_up_proj, self._down_proj)
 
 
 def no_experts(hidden_size: int, intermediate_size: int, *, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
@@ -145,7 +153,8 @@ def experts_by_loop(
     gate_up, down: as of `ExpertWeights`, all of one form.
     Sums run in the order of the expert ids, so the result does not depend on how the batch is ordered.
     """
-    pair_tokens, pair_weights, counts = _group(topk_ids, topk_weights, len(gate_up))
+    pair_tokens, order, counts = group_pairs(topk_ids, len(gate_up))
+    pair_weights = topk_weights.flatten()[order].unsqueeze(1)  # [T*K, 1]
     num_pairs = int(counts.sum())
     pair_tokens = pair_tokens[:num_pairs]
     # A product of fewer than min_rows takes no less time: the next expert's stand in, and at the end any.
@@ -167,12 +176,14 @@ def experts_by_loop(
 def experts_by_grouped_mm(
     hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    """The GPU's path: two grouped products for all experts, no look at device values from the host. As the reference.
+    """A GPU's path without Triton: two grouped products for all experts, no look at device values from the host. As the
+    reference.
 
     Pairs that are computed elsewhere are grouped behind the last expert and multiplied by no weights.
     """
     num_local = gate_up_proj.shape[0]
-    pair_tokens, pair_weights, counts = _group(topk_ids, topk_weights, num_local)
+    pair_tokens, order, counts = group_pairs(topk_ids, num_local)
+    pair_weights = topk_weights.flatten()[order].unsqueeze(1)  # [T*K, 1]
     offsets = counts.cumsum(0).to(torch.int32)  # [L]
     x = hidden_states[pair_tokens]  # [T*K, H]
     gate, up = F.grouped_mm(x, gate_up_proj.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
@@ -181,16 +192,3 @@ def experts_by_grouped_mm(
     y = torch.where(here, y.float() * pair_weights, 0.0)
     out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     return out.index_add_(0, pair_tokens, y)
-
-
-def _group(topk_ids: Tensor, topk_weights: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorts the pairs by expert, those of other shards last, tokens in order within an expert.
-
-    Returns each pair's token [T*K] int64, its weight [T*K, 1] float32, and the pairs of each expert [L] int64.
-    """
-    num_slots = topk_ids.shape[1]
-    flat_ids = topk_ids.flatten()
-    flat_ids = torch.where(flat_ids < 0, num_local, flat_ids)
-    sorted_ids, order = flat_ids.sort(stable=True)
-    bounds = torch.searchsorted(sorted_ids, torch.arange(num_local + 1, device=flat_ids.device))
-    return order // num_slots, topk_weights.flatten()[order].unsqueeze(1), bounds.diff()

@@ -94,11 +94,9 @@ class VarlenPlan:
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int | None) -> Tensor:
         """As `AttentionPlan.attend`. Does not look at values on the device."""
-        options = {
-            "scale": scale,
-            "window_size": (-1 if window is None else window - 1, 0),
-            "enable_gqa": q.shape[1] != k_cache.shape[2],
-        }
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+        if q.shape[1] != k_cache.shape[2]:
+            options["enable_gqa"] = True  # before 2.12 there is no such option
         return self.kernel.attend(self, q, k_cache, v_cache, options)
 
     def slots(self, block_size: int) -> Tensor:

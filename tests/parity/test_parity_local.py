@@ -75,10 +75,13 @@ def test_preempted_sequences_give_the_same(oracle):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cuda_gives_the_tokens_or_near_logits(oracle, dtype):
-    tolerance = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}[dtype]
+    """By the norm of the difference: single logits of half precision lie far off now and then."""
+    tolerance = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.01}[dtype]
     with LLM(oracle.model_dir, dtype=dtype, device="cuda", skip_tokenizer=True, kv_cache_bytes=1 << 22) as llm:
         for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
-            torch.testing.assert_close(llm.logits(prompt).cpu(), expected, atol=tolerance, rtol=0.05)
+            assert (llm.logits(prompt).cpu() - expected).norm() < tolerance * expected.norm()
+        if dtype == "float32":
+            assert tokens(llm) == oracle.token_ids
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -130,8 +130,20 @@ def test_paged_attention_is_attention_written_out(device, seed, lengths, groups,
 
 
 def varlen_on_the_cpu(
-    q, k, v, cu_queries, cu_keys, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k=None, block_table=None
-):
+    q,
+    k,
+    v,
+    cu_queries,
+    cu_keys,
+    max_q,
+    max_k,
+    *,
+    scale,
+    window_size,
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+):  # fmt: skip
     """varlen_attn as torch documents it, one sequence at a time; causal, aligned to the end of the keys."""
     assert window_size[1] == 0
     out = torch.empty_like(q)

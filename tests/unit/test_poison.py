@@ -305,7 +305,7 @@ def test_a_kernel_that_reads_whole_blocks_finds_zeros_past_the_end(nan_checkpoin
     """As one on a GPU may: it multiplies all that stands in a sequence's blocks, and in those it was padded with, by a
     probability, which is zero past the sequence's end."""
 
-    def careless(q, k, v, cu_queries, _, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table):
+    def careless(q, k, v, cu_queries, _, max_q, max_k, *, scale, window_size, seqused_k, block_table, enable_gqa=False):
         out = torch.empty_like(q)
         for i, (start, stop) in enumerate(itertools.pairwise(cu_queries.tolist())):
             keys, values = (x[block_table[i]].flatten(0, 1) for x in (k, v))
