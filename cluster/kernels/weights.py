@@ -84,7 +84,7 @@ class PlainWeight(TwoProducts):
         return self._matrix.nbytes
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
-        return _split(self._matrix, parts)
+        return split_rows(self._matrix, parts)
 
     def settle(self) -> None:
         """It has its form."""
@@ -133,7 +133,7 @@ class PackedWeight(TwoProducts):
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
         self._matrix = staging[: self.staging_bytes].view(torch.bfloat16).view(self._shape)
-        return _split(self._matrix, parts)
+        return split_rows(self._matrix, parts)
 
     def settle(self) -> None:
         self._matrix = torch.ops.mkldnn._reorder_linear_weight(self._matrix)
@@ -204,6 +204,7 @@ def _plain(num_outputs: int, num_inputs: int, *, dtype: torch.dtype, device: tor
     return PlainWeight(torch.empty(num_outputs, num_inputs, dtype=dtype, device=device))
 
 
-def _split(matrix: Tensor, parts: Parts) -> dict[str, Tensor]:
+def split_rows(matrix: Tensor, parts: Parts) -> dict[str, Tensor]:
+    """The part of each matrix of the checkpoint, by the tensor's name."""
     rows = torch.split(matrix, list(parts.values()))
     return {f"{name}.weight": part for name, part in zip(parts, rows, strict=True)}

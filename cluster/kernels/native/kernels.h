@@ -66,6 +66,13 @@ struct Kernels {
     int64_t (*choose_tokens_scratch)(int64_t V, int64_t num_changes);
     // The number in [0, 1) with which a row of this seed and position is drawn.
     double (*uniform_number)(uint64_t seed, uint64_t position);
+
+    // As `linear`, of a weight in 8 or 4 bits. w: N rows as quantized.inc describes them, w_stride bytes each; x, bias
+    // and out are of dtype. scratch: quantized_scratch(dtype, bits, M, K) bytes.
+    void (*linear_quantized)(int32_t dtype, int32_t bits, const void* x, int64_t x_stride, const void* w,
+                             int64_t w_stride, const void* bias, void* out, int64_t out_stride, int64_t M, int64_t N,
+                             int64_t K, void* scratch, int32_t threads);
+    int64_t (*quantized_scratch)(int32_t dtype, int32_t bits, int64_t M, int64_t K);
 };
 
 }  // namespace moe

@@ -51,6 +51,11 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ),
     ("choose_tokens_scratch", _LONG, (_LONG, _LONG)),
     ("uniform_number", ctypes.c_double, (_LONG, _LONG)),
+    (
+        "linear_quantized", None,
+        (_INT, _INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT),
+    ),
+    ("quantized_scratch", _LONG, (_INT, _INT, _LONG, _LONG)),
 )  # fmt: skip
 
 
@@ -70,6 +75,8 @@ class Native:
     choose_tokens: Callable[..., None]
     choose_tokens_scratch: Callable[..., int]
     uniform_number: Callable[[int, int], float]
+    linear_quantized: Callable[..., None]
+    quantized_scratch: Callable[..., int]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant = variant
