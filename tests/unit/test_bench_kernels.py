@@ -29,6 +29,7 @@ from cluster.errors import SetupError
 from cluster.kernels.attention import make_attention
 from cluster.kernels.native.library import variants
 from cluster.kernels.paged import attention_reference
+from cluster.kernels.sampling.rule import Chosen
 
 SMALL = read_model_config(
     {
@@ -144,7 +145,7 @@ def test_attention_is_that_of_its_definition() -> None:
     assert len(caches) == 2
     q = torch.randn(3, 4, 16)
     k_cache, v_cache = caches[1]
-    found = make_attention(k_cache).plan(paged).attend(q, k_cache, v_cache, scale=0.25, window=None)
+    found = make_attention(k_cache, num_heads=4).plan(paged).attend(q, k_cache, v_cache, scale=0.25, window=None)
     expected = attention_reference(q, k_cache, v_cache, paged, scale=0.25, window=None)
     torch.testing.assert_close(found, expected)
     found = [call(1) for call in case.ways.values()]
@@ -153,14 +154,16 @@ def test_attention_is_that_of_its_definition() -> None:
         torch.testing.assert_close(one, found[0])
 
 
-def test_every_sampling_chooses_a_token_a_row() -> None:
-    for case in sampling_cases(SMALL, torch.bfloat16, (1, 3), tuple(SAMPLINGS.values())):
+def test_every_way_of_sampling_chooses_the_same_tokens() -> None:
+    for case in sampling_cases(SMALL, torch.bfloat16, (1, 3), tuple(SAMPLINGS.values()), variants()):
         assert case.unit == "ms"
-        for call in case.ways.values():
-            chosen = call(0)
-            assert isinstance(chosen, list)
-            assert len(chosen) == int(case.size.removeprefix("batch "))
-            assert not any(isinstance(one, Exception) for one in chosen)
+        chosen = [call(0) for call in case.ways.values()]
+        assert len(chosen) == 1 + len(variants())
+        for one in chosen:
+            assert isinstance(one, Chosen)
+            assert len(one.token_ids) == int(case.size.removeprefix("batch "))
+            assert one.token_ids == chosen[0].token_ids
+            assert min(one.token_ids) >= 0
 
 
 def test_a_plain_read_reads_it_all() -> None:

@@ -92,7 +92,8 @@ def _cases(args: argparse.Namespace, config: ModelConfig, dtype: torch.dtype) ->
     if "attention" in args.kernels:
         yield from attention_cases(config, dtype, args.batch, args.context, kernels)
     if "sampling" in args.kernels:
-        yield from sampling_cases(config, dtype, args.batch, find_samplings(args.sampling, args.model_dir or Path()))
+        samplings = find_samplings(args.sampling, args.model_dir or Path())
+        yield from sampling_cases(config, dtype, args.batch, samplings, kernels)
 
 
 def _time(
