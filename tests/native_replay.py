@@ -30,11 +30,12 @@ FLOATING = {torch.float32, torch.bfloat16, torch.float16}
 
 @dataclass
 class Buffer:
-    """A storage. dtypes: of the tensors that lie in it."""
+    """A storage. dtypes: of the tensors that lie in it.  pointers: where addresses of other tensors lie in it."""
 
     address: int
     num_bytes: int
     dtypes: set[torch.dtype] = field(default_factory=set)
+    pointers: list[int] = field(default_factory=list)
 
     def read(self) -> bytes:
         return ctypes.string_at(self.address, self.num_bytes)
@@ -101,7 +102,7 @@ class Recorder:
 
     def _begin(self, index: int, arguments: Sequence[object], types: Sequence[type]) -> Sequence[Buffer] | None:
         """Writes a call; returns its memory. None for one whose memory is no tensor's, or too much."""
-        memory, whole, floating, used = Memory(), [], [], []
+        memory, whole, floating, used = Memory(), [], [], {}
         for argument, kind in zip(arguments, types, strict=True):
             if kind in (ctypes.c_float, ctypes.c_double):
                 floating.append(struct.pack("<f4x" if kind is ctypes.c_float else "<d", argument))
@@ -112,9 +113,9 @@ class Recorder:
                 if buffer is None:
                     return None
                 whole.append((buffer, int(argument) - buffer.address))
-                used.append(buffer)
+                used[buffer.address] = buffer
         inside = list(self._pointers_inside(memory, used))
-        buffers = list({buffer.address: buffer for buffer in used}.values())
+        buffers = list(used.values())
         if sum(buffer.num_bytes for buffer in buffers) > CALL_BYTES:
             return None
         numbers = {buffer.address: number for number, buffer in enumerate(buffers)}
@@ -130,15 +131,21 @@ class Recorder:
         self._file.write(b"".join(floating))
         return buffers
 
-    def _pointers_inside(self, memory: Memory, used: list[Buffer]) -> Iterator[tuple[Buffer, int, Buffer, int]]:
-        """Of tensors of int64, which hold other tensors' addresses. Adds their buffers to `used`."""
-        for buffer in used:  # it grows meanwhile
-            if torch.int64 in buffer.dtypes:
-                for number, value in enumerate(np.frombuffer(buffer.read(), np.int64)):
-                    target = memory.find(int(value)) if value > 1 << 20 else None
-                    if target is not None:
-                        used.append(target)
-                        yield buffer, 8 * number, target, int(value) - target.address
+    def _pointers_inside(self, memory: Memory, used: dict[int, Buffer]) -> Iterator[tuple[Buffer, int, Buffer, int]]:
+        """Of tensors of int64, which hold other tensors' addresses. Adds them to `used`, by address."""
+        waiting = list(used.values())
+        while waiting:
+            buffer = waiting.pop()
+            if torch.int64 not in buffer.dtypes:
+                continue
+            for number, value in enumerate(np.frombuffer(buffer.read(), np.int64)):
+                target = memory.find(int(value)) if value > 1 << 20 else None
+                if target is not None:
+                    if target.address not in used:
+                        used[target.address] = target
+                        waiting.append(target)
+                    buffer.pointers.append(8 * number)
+                    yield buffer, 8 * number, target, int(value) - target.address
 
     def _write(self, *numbers: int) -> None:
         self._file.write(struct.pack(f"<{len(numbers)}q", *numbers))
@@ -208,18 +215,20 @@ def differences(calls: Sequence[Call], data: bytes) -> list[tuple[str, str]]:
         for number, buffer in enumerate(call.buffers):
             repeated = take(buffer.num_bytes)
             # Scratch memory is of bytes, and how threads share it out is their matter.
-            if buffer.dtypes != {torch.uint8} and not _equal(buffer.dtypes, call.after[number], repeated):
+            if buffer.dtypes != {torch.uint8} and not _equal(buffer, call.after[number], repeated):
                 dtypes = ", ".join(map(str, buffer.dtypes))
                 found.append((call.kernel, f"{call.test}: left other numbers in buffer {number} ({dtypes})"))
     assert at == len(data)
     return found
 
 
-def _equal(dtypes: set[torch.dtype], after: bytes, repeated: bytes) -> bool:
+def _equal(buffer: Buffer, after: bytes, repeated: bytes) -> bool:
     if after == repeated:
         return True
     differ = np.frombuffer(after, np.uint8) != np.frombuffer(repeated, np.uint8)
-    for dtype in dtypes & FLOATING:
+    for offset in buffer.pointers:
+        differ[offset : offset + 8] = False
+    for dtype in buffer.dtypes & FLOATING:
         width = dtype.itemsize
         end = len(after) // width * width
         is_nan = [torch.frombuffer(bytearray(b[:end]), dtype=dtype).isnan().numpy() for b in (after, repeated)]
