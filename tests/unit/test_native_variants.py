@@ -26,6 +26,12 @@ def test_the_variants_are_those_whose_vectors_the_kernel_of_linux_lists():
     assert variants().keys() & {"plain", *X86} == expected
 
 
+def test_a_change_of_any_source_builds_the_library_again():
+    """setuptools compiles where a file of these lists is newer than the library."""
+    files = {path for path in (ROOT / "cluster/kernels/native").iterdir() if path.suffix in (".cpp", ".h", ".inc")}
+    assert {ROOT / path for path in (*EXTENSION["sources"], *EXTENSION["depends"])} == files
+
+
 @pytest.fixture(scope="module")
 def lister(tmp_path_factory):
     """Builds a program that prints the variants; returns its path. Needs no Python where it runs."""
