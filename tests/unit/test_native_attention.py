@@ -218,5 +218,5 @@ def test_a_mixed_batch_is_shared_out_between_both(
 
 def test_torch_computes_where_no_kernel_takes_the_cache(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        assert isinstance(make_attention(torch.zeros(2, 4, 1, 8, dtype=torch.float64)), GroupedAttention)
+        assert isinstance(make_attention(torch.zeros(2, 4, 1, 8, dtype=torch.float64), 1), GroupedAttention)
     assert "torch.float64" in caplog.text
