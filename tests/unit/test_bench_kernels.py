@@ -16,6 +16,7 @@ from cluster.bench.kernels.attention import attention_cases, make_paged
 from cluster.bench.kernels.case import Case, Measured
 from cluster.bench.kernels.experts import expert_cases, routings
 from cluster.bench.kernels.products import product_cases
+from cluster.bench.kernels.quantized import quantized_cases
 from cluster.bench.kernels.reading import Reading, num_turns
 from cluster.bench.kernels.sampling import sampling_cases
 from cluster.bench.kernels.table import to_markdown
@@ -110,6 +111,21 @@ def test_every_way_of_a_product_gives_the_same(dtype: torch.dtype) -> None:
                 torch.testing.assert_close(found, expected, msg=lambda text, way=way: f"{way}: {text}")
     assert cases[0].num_bytes == 128 * 64 * dtype.itemsize
     assert cases[1].num_flops == 2 * 3 * 128 * 64
+
+
+def test_torchs_products_in_8_and_4_bits_are_those_of_the_kernels() -> None:
+    """Both from the same rounded numbers; 4 bits want inputs of whole groups and outputs by 64."""
+    config = dataclasses.replace(SMALL, hidden_size=128)
+    torch.manual_seed(0)
+    cases = list(quantized_cases(config, torch.bfloat16, (1, 5), variants()))
+    assert [case.kernel.partition(",")[0] for case in cases[::2]] == ["int8 shared expert", "int4 shared expert"] * 2
+    for case in cases[:4]:
+        expected = case.ways["torch"](1)
+        assert isinstance(expected, torch.Tensor)
+        for way in variants():
+            found = case.ways[way](1)
+            assert isinstance(found, torch.Tensor)
+            assert (found.float() - expected.float()).abs().max() <= 0.03 * expected.abs().max(), way
 
 
 def test_each_turn_touches_as_many_experts() -> None:
@@ -215,10 +231,11 @@ def test_the_command_measures_a_models_shapes(tmp_path: Path, capsys: pytest.Cap
     arguments = ["--batch", "1", "--context", "8", "--threads", "1", "--repeat", "1", "--sampling", "greedy"]
     assert run(parse(str(tmp_path / "demo"), *arguments, "--json", str(file))) == 0
     out = capsys.readouterr().out
-    for name in ("| read ", "| qkv, ", "| experts, ", "| attention, ", "| sampling, greedy"):
-        assert name in out
+    kernels = ["read", "qkv,", "int8 shared expert, down", "int4 shared expert, down", "experts,", "attention,"]
+    for name in (*kernels, "sampling, greedy"):
+        assert f"| {name}" in out
     cases = json.loads(file.read_text())["cases"]
-    assert len(cases) == 1 + 5 + 1 + 1 + 1
+    assert len(cases) == 1 + 5 + 2 * 2 + 1 + 1 + 1
     assert all(0 < seconds < 60 for case in cases for seconds in case["seconds"].values())
 
 
@@ -232,7 +249,7 @@ def test_only_the_named_kernels_are_measured(capsys: pytest.CaptureFixture[str])
     assert parse("--kernels", "sampling,experts").kernels == ("sampling", "experts")
     with pytest.raises(SystemExit):
         parse("--kernels", "conv")
-    assert "known are products, experts, attention, sampling" in capsys.readouterr().err
+    assert "known are products, quantized, experts, attention, sampling" in capsys.readouterr().err
 
 
 def test_a_dense_model_has_no_experts_to_measure() -> None:

@@ -20,7 +20,7 @@ def product_cases(
     """Each layer's weights are made when its first case is asked for."""
     native = native_for(dtype, torch.device("cpu"))
     chosen = TORCH if native is None else native.variant
-    for name, (num_outputs, num_inputs) in _shapes(config).items():
+    for name, (num_outputs, num_inputs) in shapes_of(config).items():
         count = num_turns(num_outputs * num_inputs * dtype.itemsize)
         weights = [torch.randn(num_outputs, num_inputs, dtype=dtype) for _ in range(count)]
         packed = [pack(weight) for weight in weights] if packs(dtype, torch.device("cpu")) else []
@@ -40,7 +40,7 @@ def product_cases(
             )
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """N and K, as `model/layers/` joins them."""
     width = config.num_attention_heads * config.head_dim
     inner = config.intermediate_size if config.moe is None else config.moe.shared_expert_intermediate_size

@@ -14,6 +14,7 @@ from cluster.bench.kernels.attention import attention_cases
 from cluster.bench.kernels.case import TORCH, Call, Case, Measured
 from cluster.bench.kernels.experts import expert_cases
 from cluster.bench.kernels.products import product_cases
+from cluster.bench.kernels.quantized import quantized_cases
 from cluster.bench.kernels.reading import Reading
 from cluster.bench.kernels.sampling import sampling_cases
 from cluster.bench.kernels.table import to_json, to_markdown
@@ -87,6 +88,8 @@ def _cases(args: argparse.Namespace, config: ModelConfig, dtype: torch.dtype) ->
     kernels = variants()
     if "products" in args.kernels:
         yield from product_cases(config, dtype, args.batch, kernels)
+    if "quantized" in args.kernels:
+        yield from quantized_cases(config, dtype, args.batch, kernels)
     if "experts" in args.kernels:
         yield from expert_cases(config, dtype, args.batch, kernels)
     if "attention" in args.kernels:
