@@ -17,6 +17,7 @@ import torch
 from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.config.resources import available_cpus
+from cluster.kernels.native.report import log_kernels
 from cluster.logs import LOG_FORMAT, make_formatter
 from cluster.runtime.names import RAY_FOLDER
 from cluster.runtime.ray_private.core import process_title, session_folder
@@ -92,8 +93,11 @@ def metrics_dir(group: str) -> Path:
     return Path(tempfile.gettempdir()) / f"{group}-{hashlib.sha256(session.name.encode()).hexdigest()[:8]}-metrics"
 
 
-def prepare_process(num_threads: int) -> None:
-    """The first step of every actor's process: sends log lines to Ray's log files, and gives torch its threads."""
+def prepare_process(num_threads: int, *, computes: bool = False) -> None:
+    """The first step of every actor's process: sends log lines to Ray's log files, and gives torch its threads.
+
+    computes: with weights; the first line names the kernels then.
+    """
     # Ray has its own handlers on the root logger, and Serve makes a replica's sys.stderr a buffer of 1000 lines.
     handler = logging.StreamHandler(sys.__stderr__)
     title = process_title().removeprefix("ray::").partition(".")[0]
@@ -101,6 +105,8 @@ def prepare_process(num_threads: int) -> None:
     ours = logging.getLogger("cluster")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)
+    if computes:
+        log_kernels()
     warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read
     torch.set_num_threads(min(num_threads, available_cpus()))
     if ray.get_gpu_ids() and not torch.cuda.is_available():

@@ -16,7 +16,6 @@ from cluster.engine.loop import EngineLoop
 from cluster.engine.step_record import open_step_record
 from cluster.evolving import on_wire
 from cluster.experts.dispatch import ExpertDispatcher
-from cluster.kernels.native.report import log_kernels
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry, report_version
 from cluster.runtime.process import end_at_sigterm, num_sharers, prepare_process, process_info
 from cluster.runtime.workers.directory import ShardDirectory, take_slot
@@ -38,8 +37,7 @@ class EngineActor:
         self, config: ClusterConfig, replica: str, controller: Any, num_threads: int, record_path: str = ""
     ) -> None:
         """record_path: the file where the replica reads, when the engine has died, which requests it computed."""
-        prepare_process(num_threads)
-        log_kernels()
+        prepare_process(num_threads, computes=True)
         end_at_sigterm()
         registry = report_version(new_registry(), "engine")
         me = ray.get_runtime_context().current_actor

@@ -13,7 +13,6 @@ from cluster.errors import ShardUnavailable
 from cluster.evolving import on_wire
 from cluster.experts.pulse import Pulse, Sign
 from cluster.experts.transport import ExpertBatch
-from cluster.kernels.native.report import log_kernels
 from cluster.metrics import ShardMetrics, new_registry, report_version
 from cluster.runtime.process import end_at_sigterm, prepare_process, process_info
 from cluster.runtime.workers.progress import ProgressReport
@@ -32,8 +31,7 @@ class ExpertShardActor:
 
     def __init__(self, shard_id: int, num_threads: int) -> None:
         """shard_id: NO_SHARD for a spare process, which becomes a shard later."""
-        prepare_process(num_threads)
-        log_kernels()
+        prepare_process(num_threads, computes=True)
         end_at_sigterm()
         self._rehearsal = Rehearsal()
         self._pulse = Pulse()
