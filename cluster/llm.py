@@ -77,6 +77,7 @@ class LLM:
         max_num_batched_tokens: int = DEFAULTS["max_num_batched_tokens"],
         max_model_len: int | None = DEFAULTS["max_model_len"],
         enable_prefix_caching: bool = DEFAULTS["enable_prefix_caching"],
+        cuda_graphs: bool = DEFAULTS["cuda_graphs"],
         cpus_per_expert_shard: float = DEFAULTS["cpus_per_expert_shard"],
         gpus_per_expert_shard: float | None = DEFAULTS["gpus_per_expert_shard"],
     ) -> None:
@@ -97,6 +98,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
+            cuda_graphs=cuda_graphs,
             cpus_per_expert_shard=cpus_per_expert_shard,
             gpus_per_expert_shard=gpus_per_expert_shard,
         )

@@ -37,6 +37,9 @@ class EngineConfig:
         "keep their latency under any load",
         least=0,
     )
+    cuda_graphs: bool = option(
+        False, "on a GPU, decode steps are captured once for each size and replayed, with one launch for many"
+    )
     enable_prefix_caching: bool = option(True, "prompts that begin alike share the keys and values of their beginning")
 
     def __post_init__(self) -> None:

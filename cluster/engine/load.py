@@ -12,6 +12,7 @@ from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.config.resources import available_memory
 from cluster.engine.engine import Engine
+from cluster.engine.graphs import decode_graphs
 from cluster.engine.isolation import OnStep
 from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
@@ -79,8 +80,12 @@ def load_engine(
     )
     _report_cache(reader.config.kv_bytes_per_token(dtype), num_blocks * config.block_size, longest)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
+    runner = ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits))
+    if config.cuda_graphs:
+        inside = experts if not remote_experts and experts.plans.current().num_shards <= 1 else None
+        runner.graphs = decode_graphs(model, cache, runner.attention, inside, max_sequences=config.max_num_seqs)
     return Engine(
-        ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits)),
+        runner,
         config,
         num_blocks=num_blocks,
         eos_token_ids=read_eos_token_ids(model_dir, reader.config),

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.engine.graphs import DecodeGraphs
 from cluster.engine.micro_batching import MicroBatching, split_evenly
 from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, ScheduledSequence, StepResult
+from cluster.engine.step_inputs import StepArrays, to_device
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
 from cluster.kernels.attention import make_attention
-from cluster.kernels.paged import PagedBatch
 from cluster.model.decoder import CausalLM, MicroBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.feed_forward import Experts
@@ -27,6 +28,7 @@ class ModelRunner:
     """The `Runner` of a model, with its cache and its experts.
 
     micro_batching: chooses into how many parts a step is split; None for never.
+    graphs: replay the steps that they take, if there are any.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ModelRunner:
         self.micro_batching = micro_batching or MicroBatching(enabled=False)
         self.attention = make_attention(cache.layer(0)[0], model.config.num_attention_heads)
         self.device = model.model.norm.weight.device
+        self.graphs: DecodeGraphs | None = None
 
     @property
     def num_ahead(self) -> int:
@@ -97,7 +100,7 @@ class ModelRunner:
                     failed[i] = error
         if rows:
             ends = np.cumsum([s.num_tokens for s in scheduled])[list(rows)] - 1
-            logits = self.model.logits(hidden_states[torch.from_numpy(ends).to(self.device)])  # [B, V]
+            logits = self.model.logits(hidden_states[to_device([ends], self.device)[0]])  # [B, V]
             for i, chosen in zip(rows, sample(logits, list(rows.values())), strict=True):
                 if isinstance(chosen, Exception):
                     failed[i] = chosen
@@ -108,43 +111,44 @@ class ModelRunner:
     def forward(self, scheduled: Seq[ScheduledSequence]) -> tuple[Tensor, StepExperts]:
         """Hidden states [T, H] of the scheduled tokens, whose blocks must be allocated, and which sequences are lost:
         theirs are without meaning, and [0, H] when all are. Raises ClusterError."""
-        num_tokens = sum(s.num_tokens for s in scheduled)
-        num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
-        started = time.monotonic()
         step = StepExperts(self.experts, len(scheduled))
-        parts, first = [], 0
-        for part in split_evenly(scheduled, num_parts):
-            parts.append(self._micro_batch(part, step.part(first, [s.num_tokens for s in part], self.device)))
-            first += len(part)
         try:
-            hidden_states: Tensor = self.model(parts, self.cache)
+            if self.graphs is not None and self.graphs.take(scheduled):
+                return self.graphs.run(self._arrays(scheduled), self._part(step, 0, scheduled)), step
+            return self._forward_in_parts(scheduled, step), step
         except EverySequenceLost:
             step.abandon()
             return torch.empty(0, self.model.config.hidden_size, device=self.device), step
         except BaseException:
             step.abandon()
             raise
+
+    def _forward_in_parts(self, scheduled: Seq[ScheduledSequence], step: StepExperts) -> Tensor:
+        num_tokens = sum(s.num_tokens for s in scheduled)
+        num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
+        started = time.monotonic()
+        parts, first = [], 0
+        for part in split_evenly(scheduled, num_parts):
+            parts.append(self._micro_batch(part, self._part(step, first, part)))
+            first += len(part)
+        hidden_states: Tensor = self.model(parts, self.cache)
         if not step.lost:
             self.micro_batching.record(num_tokens, len(scheduled), num_parts, time.monotonic() - started)
-        return hidden_states, step
+        return hidden_states
+
+    def _part(self, step: StepExperts, first: int, scheduled: Seq[ScheduledSequence]) -> Experts:
+        return step.part(first, [s.num_tokens for s in scheduled], self.device)
 
     def _micro_batch(self, scheduled: Seq[ScheduledSequence], experts: Experts) -> MicroBatch:
-        token_ids, positions, slots = [], [], []
-        for s in scheduled:
-            first, stop = s.sequence.num_computed_tokens, s.sequence.num_computed_tokens + s.num_tokens
-            where = np.arange(first, stop)
-            table = np.asarray(s.sequence.block_table)
-            token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
-            positions.append(where)
-            slots.append(table[where // self.block_size] * self.block_size + where % self.block_size)
         if self.attention.reads_whole_blocks:
             self.cache.clear(self._tails(scheduled))
+        token_ids, positions, batch = self._arrays(scheduled).on(self.device)
         return MicroBatch(
-            token_ids=self._tensor(np.concatenate(token_ids)),
-            positions=self._tensor(np.concatenate(positions)),
-            attention=self.attention.plan(self._paged_batch(scheduled, np.concatenate(slots))),
-            experts=experts,
+            token_ids=token_ids, positions=positions, attention=self.attention.plan(batch), experts=experts
         )
+
+    def _arrays(self, scheduled: Seq[ScheduledSequence]) -> StepArrays:
+        return StepArrays.of(scheduled, block_size=self.block_size, padding_block=self.cache.padding_block)
 
     def _tails(self, scheduled: Seq[ScheduledSequence]) -> np.ndarray:
         """The slots behind the tokens of sequences that begin a block, to that block's end."""
@@ -156,24 +160,6 @@ class ModelRunner:
                 tails.append(np.arange((stop - 1) % self.block_size + 1, self.block_size) + last * self.block_size)
         return np.concatenate(tails)
 
-    def _paged_batch(self, scheduled: Seq[ScheduledSequence], slots: np.ndarray) -> PagedBatch:
-        context_lens = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]
-        widths = [-(-length // self.block_size) for length in context_lens]
-        block_tables = np.full((len(scheduled), max(widths)), self.cache.padding_block, dtype=np.int64)
-        for row, (s, width) in enumerate(zip(scheduled, widths, strict=True)):
-            block_tables[row, :width] = s.sequence.block_table[:width]
-        return PagedBatch(
-            query_lens=[s.num_tokens for s in scheduled],
-            context_lens=context_lens,
-            block_tables=self._tensor(block_tables),
-            slot_mapping=self._tensor(slots),
-            context_lens_tensor=self._tensor(np.asarray(context_lens)),
-            padding_block=self.cache.padding_block,
-        )
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
 
 def non_finite(hidden_states: Tensor, num_tokens: Seq[int]) -> list[int]:
     """The numbers of the sequences with NaN or infinity in one of their rows. hidden_states: [T, H], num_tokens each.
@@ -182,7 +168,7 @@ def non_finite(hidden_states: Tensor, num_tokens: Seq[int]) -> list[int]:
     """
     sums = hidden_states.sum(dim=-1, dtype=torch.float32)  # [T]; finite halves add up to a finite float
     if len(num_tokens) < len(sums):
-        owners = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(sums.device)
+        [owners] = to_device([np.repeat(np.arange(len(num_tokens)), num_tokens)], sums.device)
         sums = sums.new_zeros(len(num_tokens)).index_add_(0, owners, sums)
     return [i for i, finite in enumerate(sums.isfinite().tolist()) if not finite]
 

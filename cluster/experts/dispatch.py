@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.experts.calls import ShardCalls
 from cluster.experts.deadline import Deadline
-from cluster.experts.legs import DispatchFlight, Losses, add_rows
+from cluster.experts.legs import DispatchFlight, Leg, Losses, add_rows
 from cluster.experts.receiver import Receiver
 from cluster.experts.recovery import Recovery
 from cluster.experts.routing import PlanSource, Routing
@@ -76,11 +76,18 @@ class ExpertDispatcher:
         Raises ShardUnavailable when some rows found no living copy in recovery_timeout_s. With `losses` these rows are
         lost instead, and sooner (`recovery.LOST_S`): their sums lack something.
         """
-        out = torch.zeros(flight.like.shape, dtype=torch.float32, device=flight.like.device)
         search = Deadline.after(self.clock, self.recovery_timeout_s)
-        for leg in flight.legs:
-            value = self.receiver.receive(leg, search, losses)
-            if value is None:
-                value = Recovery(leg, self.calls, self.plans, search=search, losses=losses).run()
+        values = (self._value(leg, search, losses) for leg in flight.legs)
+        if [leg.rows for leg in flight.legs] == [None]:  # the only shard's; the carrier may use its memory again
+            return next(values).to(flight.like.dtype, copy=True)
+        out = torch.zeros(flight.like.shape, dtype=torch.float32, device=flight.like.device)
+        for leg, value in zip(flight.legs, values, strict=True):
             add_rows(out, leg.rows, value)
         return out.to(flight.like.dtype)
+
+    def _value(self, leg: Leg, search: Deadline, losses: Losses | None) -> Tensor:
+        """Blocks for one leg's rows: [R, H] float32, valid until the next leg's."""
+        value = self.receiver.receive(leg, search, losses)
+        if value is None:
+            value = Recovery(leg, self.calls, self.plans, search=search, losses=losses).run()
+        return value

@@ -13,6 +13,7 @@ from cluster.checkpoint.names import expert_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
 from cluster.errors import ShardUnavailable
+from cluster.kernels import gpu
 from cluster.kernels.experts import ExpertWeights, no_experts
 from cluster.kernels.weights import Parts, Weight, WeightLoader
 
@@ -104,12 +105,20 @@ class ExpertShard:
                     self.shard_id,
                 )
         topk_ids, topk_weights = (x.to(self.device, non_blocking=True) for x in (topk_ids, topk_weights))
-        here = topk_ids >= 0
-        local_ids = torch.where(here, layer.local_ids[topk_ids.clamp_min(0)], -1)  # [T, K]
-        self.expert_tokens[layer_id].index_add_(0, topk_ids.clamp_min(0).flatten(), here.flatten().long())
+        local_ids = self._localize(layer.local_ids, topk_ids, self.expert_tokens.select(0, layer_id))
         with torch.inference_mode():
             out = layer.weights.forward(hidden_states, local_ids, topk_weights)
         return out.to(hidden_states.dtype)
+
+    def _localize(self, places: Tensor, topk_ids: Tensor, counts: Tensor) -> Tensor:
+        """Each slot's place in a layer's weights: [T, K], negative for "not here". Adds the slots to `counts` [E]."""
+        if gpu.runs_on(topk_ids):
+            from cluster.kernels.gpu.fused import localize
+
+            return localize(topk_ids, places, counts)
+        here, ids = topk_ids >= 0, topk_ids.clamp_min(0)
+        counts.index_add_(0, ids.flatten(), here.flatten().long())
+        return torch.where(here, places.take(ids), -1)
 
     @property
     def num_bytes(self) -> int:

@@ -154,7 +154,7 @@ def experts_by_loop(
     Sums run in the order of the expert ids, so the result does not depend on how the batch is ordered.
     """
     pair_tokens, order, counts = group_pairs(topk_ids, len(gate_up))
-    pair_weights = topk_weights.flatten()[order].unsqueeze(1)  # [T*K, 1]
+    pair_weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)  # [T*K, 1]
     num_pairs = int(counts.sum())
     pair_tokens = pair_tokens[:num_pairs]
     # A product of fewer than min_rows takes no less time: the next expert's stand in, and at the end any.
@@ -183,12 +183,14 @@ def experts_by_grouped_mm(
     """
     num_local = gate_up_proj.shape[0]
     pair_tokens, order, counts = group_pairs(topk_ids, num_local)
-    pair_weights = topk_weights.flatten()[order].unsqueeze(1)  # [T*K, 1]
+    pair_weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)  # [T*K, 1]
     offsets = counts.cumsum(0).to(torch.int32)  # [L]
-    x = hidden_states[pair_tokens]  # [T*K, H]
+    x = hidden_states.index_select(0, pair_tokens)  # [T*K, H]
     gate, up = F.grouped_mm(x, gate_up_proj.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=offsets)  # [T*K, H]
-    here = (torch.arange(y.shape[0], device=y.device) < offsets[-1]).unsqueeze(1)  # rows past it were never written
+    here = (torch.arange(y.shape[0], device=y.device) < offsets.select(0, -1)).unsqueeze(
+        1
+    )  # rows past it were never written
     y = torch.where(here, y.float() * pair_weights, 0.0)
     out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     return out.index_add_(0, pair_tokens, y)

@@ -9,7 +9,7 @@ T: new tokens of all sequences, B: sequences, S: tokens a block, Q: query heads,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,6 +55,14 @@ class AttentionKernel(Protocol):
 
     def plan(self, batch: PagedBatch) -> AttentionPlan:
         """Prepares what all layers have in common."""
+
+
+@runtime_checkable
+class PlansDecode(Protocol):
+    """An attention whose plan may stay while the numbers in its tensors change: a CUDA graph can hold it."""
+
+    def plan_decode(self, slots: Tensor, context_lens: Tensor, block_tables: Tensor, longest: int) -> AttentionPlan:
+        """For one new token a sequence. slots, context_lens: [B]; block_tables: [B, n]; longest: of any context."""
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels import native_products
+from cluster.kernels import gpu, native_products
 from cluster.kernels.native.library import Native, native
 
 # Of bfloat16 with oneDNN's products, whose kernels read weights less often then.
@@ -66,6 +66,10 @@ class TwoProducts(Protocol):
 
     def swiglu(self, x: Tensor, down: Self) -> Tensor:
         """As `Weight.swiglu`."""
+        if gpu.runs_on(x):
+            from cluster.kernels.gpu.experts import silu_mul
+
+            return down.product(silu_mul(self.product(x)))
         gate, up = self.product(x).chunk(2, dim=-1)  # [M, I]
         return down.product(F.silu(gate) * up)
 

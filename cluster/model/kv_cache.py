@@ -17,7 +17,8 @@ UNKNOWN_BYTES = 1 << 30  # of such a cache on a machine whose free memory is unk
 class KVCache:
     """keys, values: [layers, blocks + 1, S, KV, D], allocated once.
 
-    padding_block: the last one. It stays zero, and is read where a sequence has no token.
+    padding_block: the last one. It stays zero, and is read where a sequence has no token. (The padded rows of a CUDA
+    graph write there: the attention of graphs reads it for no other row.)
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class KVCache:
 
     def layer(self, layer_id: int) -> tuple[Tensor, Tensor]:
         """Views of one layer's keys and values, each [blocks, S, KV, D]."""
-        return self.keys[layer_id], self.values[layer_id]
+        return self.keys.select(0, layer_id), self.values.select(0, layer_id)
 
     def clear(self, slots: np.ndarray) -> None:
         """Writes zeros into slots [n]: past a sequence's end its last block holds what an earlier owner left, and some

@@ -76,7 +76,7 @@ def test_preempted_sequences_give_the_same(oracle):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cuda_gives_the_tokens_or_near_logits(oracle, dtype):
     """By the norm of the difference: single logits of half precision lie far off now and then."""
-    tolerance = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.01}[dtype]
+    tolerance = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.03}[dtype]
     with LLM(oracle.model_dir, dtype=dtype, device="cuda", skip_tokenizer=True, kv_cache_bytes=1 << 22) as llm:
         for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
             assert (llm.logits(prompt).cpu() - expected).norm() < tolerance * expected.norm()

@@ -16,7 +16,7 @@ EXAMPLES = 10 if DEVICE.type == "cuda" else 6
 
 
 def step(lengths, *, block_size, kv_heads, groups, head_dim, dtype, seed, poison=math.nan):
-    """q, the caches and the batch: sequences of so many new and old tokens. What is no token of theirs is poison."""
+    """q, the caches and the batch: sequences of so many new and old tokens. All else in the caches is poison."""
     random = torch.Generator().manual_seed(seed)
     context_lens = [new + old for new, old in lengths]
     widths = [-(-length // block_size) for length in context_lens]

@@ -224,3 +224,17 @@ class PagedAttention:
             tile_queries=parts[3],
             num_chunks=-(-longest // CHUNK),
         )
+
+    def plan_decode(self, slots: Tensor, context_lens: Tensor, block_tables: Tensor, longest: int) -> PagedPlan:
+        """As `PlansDecode.plan_decode`."""
+        starts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+        return PagedPlan(
+            slot_mapping=slots,
+            query_starts=starts,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            decode=starts[:-1],
+            tile_sequences=starts[:0],
+            tile_queries=starts[:0],
+            num_chunks=-(-longest // CHUNK),
+        )

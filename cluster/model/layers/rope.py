@@ -23,7 +23,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions: [T] int64. Returns cos and sin, each [T, 1, D] in `dtype`, times the attention factor."""
-        angles = positions[:, None].float() * self.inv_freq  # [T, D / 2]
+        angles = torch.outer(positions.float(), self.inv_freq)  # [T, D / 2]
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
 
