@@ -9,7 +9,7 @@ from native_tools import bounded, each_variant
 from sampling_tools import VOCAB_SIZES, check, random_logits, random_rule
 
 from cluster.kernels.native.library import DTYPES, Native, variants
-from cluster.kernels.sampling.native import choose_natively, packed
+from cluster.kernels.sampling.native import choose_natively, pack
 from cluster.kernels.sampling.random_numbers import uniform
 from cluster.kernels.sampling.rule import Rule
 
@@ -75,10 +75,14 @@ def test_all_variants_draw_the_same_tokens() -> None:
 
 
 @each_variant
-@settings(max_examples=300, deadline=None)
-@given(seed=st.integers(0, 2**63 - 1), position=st.integers(0, 2**40))
-def test_numbers_are_those_of_numpy(native: Native, seed: int, position: int) -> None:
-    assert native.uniform_number(seed, position) == uniform(seed, position)
+@settings(max_examples=100, deadline=None)
+@given(pairs=st.lists(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**40)), max_size=9))
+def test_numbers_are_those_of_numpy(native: Native, pairs: list[tuple[int, int]]) -> None:
+    seeds, positions = (torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1))
+    numbers, check_guard = bounded((len(pairs),), torch.float64)
+    native.uniform_numbers(seeds.data_ptr(), positions.data_ptr(), numbers.data_ptr(), len(pairs))
+    assert numbers.tolist() == [uniform(seed, position) for seed, position in pairs]
+    check_guard()
 
 
 @each_variant
@@ -95,8 +99,8 @@ def test_nothing_beside_its_memory_is_written(
         ids = np.array([vocab_size, -1, 2**31 - 1, -(2**31)], dtype=np.int32)
         rules[0] = rules[0]._replace(ids=ids, counts=ids, banned=ids)
     num_top = min(vocab_size, max(0, *(rule.num_top for rule in rules)))
-    num_changes = max(len(rule.ids) + len(rule.banned) for rule in rules)
-    scratch_bytes = native.choose_tokens_scratch(vocab_size, num_changes)
+    packed = pack(rules)
+    scratch_bytes = native.choose_tokens_scratch(vocab_size, packed.most_changes)
     parts = [
         bounded(shape, kind)
         for shape, kind in (
@@ -107,8 +111,9 @@ def test_nothing_beside_its_memory_is_written(
     logits, tokens, logprobs, top_ids, top_logprobs, scratch = (memory for memory, _ in parts)
     logits.copy_(random_logits(random, 5, vocab_size))
     native.choose_tokens(
-        DTYPES[dtype], logits.data_ptr(), vocab_size, 5, vocab_size, packed(rules), tokens.data_ptr(),
-        logprobs.data_ptr(), num_top, top_ids.data_ptr(), top_logprobs.data_ptr(), num_changes, scratch.data_ptr(), 2,
+        DTYPES[dtype], logits.data_ptr(), vocab_size, 5, vocab_size, packed.rules.data_ptr(), packed.ids.data_ptr(),
+        packed.counts.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), num_top, top_ids.data_ptr(),
+        top_logprobs.data_ptr(), packed.most_changes, scratch.data_ptr(), 2,
     )  # fmt: skip
     for _, check_guard in parts:
         check_guard()

@@ -9,18 +9,14 @@ namespace moe {
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // How a row's token is chosen: cluster/kernels/sampling/rule.py, which sampling/native.py packs. temperature 0 is greedy,
-// top_k 0 keeps all, num_top -1 wants no log-probabilities.
+// top_k 0 keeps all, num_top -1 wants no log-probabilities. first_change: of num_changes ids and counts.
 struct SamplingRule {
     double temperature, top_p, max_distance;
     float repetition, presence, frequency;
     int32_t num_top;
     int64_t top_k;
     uint64_t seed;
-    int64_t position;
-    const int32_t *ids, *counts;
-    int64_t num_ids;
-    const int32_t* banned;
-    int64_t num_banned;
+    int64_t position, first_change, num_changes;
 };
 
 // A kernel's memory is the caller's. `threads`: at most so many, one runs on the caller. Strides count elements.
@@ -58,14 +54,16 @@ struct Kernels {
 
     // A token for each of B rows of V logits (2^31 at most), -1 where the largest is not finite, -2 where every finite
     // one is banned. Where a rule wants them, the token's log-probability and the likeliest tokens', best first.
-    // top_ids, top_logprobs: [B, top_stride], each row has room for its num_top or V. num_changes: the most ids and bans
-    // of a row. scratch: choose_tokens_scratch(V, num_changes) bytes for each thread.
+    // ids, counts: of all rows, a token and how often it is in the output, -1 for one that is banned.
+    // top_ids, top_logprobs: [B, top_stride], each row has room for its num_top or V. most_changes: of a row.
+    // scratch: choose_tokens_scratch(V, most_changes) bytes for each thread.
     void (*choose_tokens)(int32_t dtype, const void* logits, int64_t stride, int64_t B, int64_t V,
-                          const SamplingRule* rules, int64_t* tokens, float* logprobs, int64_t top_stride,
-                          int32_t* top_ids, float* top_logprobs, int64_t num_changes, void* scratch, int32_t threads);
-    int64_t (*choose_tokens_scratch)(int64_t V, int64_t num_changes);
-    // The number in [0, 1) with which a row of this seed and position is drawn.
-    double (*uniform_number)(uint64_t seed, uint64_t position);
+                          const SamplingRule* rules, const int32_t* ids, const int32_t* counts, int64_t* tokens,
+                          float* logprobs, int64_t top_stride, int32_t* top_ids, float* top_logprobs,
+                          int64_t most_changes, void* scratch, int32_t threads);
+    int64_t (*choose_tokens_scratch)(int64_t V, int64_t most_changes);
+    // The numbers in [0, 1) with which rows of these seeds and positions are drawn, [B] each.
+    void (*uniform_numbers)(const int64_t* seeds, const int64_t* positions, double* numbers, int64_t B);
 
     // As `linear`, of a weight in 8 or 4 bits. w: N rows as quantized.inc describes them, w_stride bytes each; x, bias
     // and out are of dtype. scratch: quantized_scratch(dtype, bits, M, K) bytes.

@@ -46,11 +46,11 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ("experts_scratch", _LONG, (_INT, _LONG, _LONG, _LONG, _LONG, _LONG)),
     (
         "choose_tokens", None,
-        (_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER,
-         _INT),
+        (_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER,
+         _POINTER, _LONG, _POINTER, _INT),
     ),
     ("choose_tokens_scratch", _LONG, (_LONG, _LONG)),
-    ("uniform_number", ctypes.c_double, (_LONG, _LONG)),
+    ("uniform_numbers", None, (_POINTER, _POINTER, _POINTER, _LONG)),
     (
         "linear_quantized", None,
         (_INT, _INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT),
@@ -74,7 +74,7 @@ class Native:
     experts_scratch: Callable[..., int]
     choose_tokens: Callable[..., None]
     choose_tokens_scratch: Callable[..., int]
-    uniform_number: Callable[[int, int], float]
+    uniform_numbers: Callable[..., None]
     linear_quantized: Callable[..., None]
     quantized_scratch: Callable[..., int]
 
