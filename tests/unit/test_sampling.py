@@ -26,8 +26,17 @@ def test_a_batch_is_chosen_as_its_rows_are(dtype, seed, num_rows, vocab_size, at
     logits = random_logits(random, num_rows, vocab_size).to(dtype)
     rules = [random_rule(random, vocab_size) for _ in range(num_rows)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(batched, "_NUMBERS_AT_ONCE", at_once)
+        patched.setattr(batched, "_AT_ONCE", {"cpu": at_once})
         check(choose_in_batch(logits, rules), logits, rules)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), vocab_size=st.sampled_from(VOCAB_SIZES), data=st.data())
+def test_a_gpu_finds_the_nearest_tokens_that_the_cpu_finds(seed, vocab_size, data):
+    distances = random_logits(np.random.default_rng(seed), 4, vocab_size).abs().nan_to_num(nan=0.0)
+    num = data.draw(st.integers(1, vocab_size))
+    for one, other in zip(batched._nearest(distances, num), batched._nearest_on_cpu(distances, num), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_of_equal_tokens_the_lowest_is_first():

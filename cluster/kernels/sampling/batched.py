@@ -16,7 +16,8 @@ from cluster.kernels.sampling.random_numbers import uniforms
 from cluster.kernels.sampling.reference import LARGEST
 from cluster.kernels.sampling.rule import NONE_LEFT, NOT_FINITE, Chosen, Rule
 
-_NUMBERS_AT_ONCE = 1 << 23  # of a group: a sort and sums in float64 take some 50 bytes for each
+# Logits at a time: a sort and sums in float64 take some 50 bytes for each. On the CPU they stay in its caches.
+_AT_ONCE = {"cuda": 1 << 23, "cpu": 1 << 18}
 _PENALTIES = ("repetition", "presence", "frequency")
 _REALS = ("temperature", "top_p", "max_distance", *_PENALTIES)
 
@@ -28,13 +29,14 @@ def choose_in_batch(logits: Tensor, rules: Sequence[Rule]) -> Chosen:
     best = argmax(logits)  # [B]; a NaN counts as the largest
     finite = logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
     tokens = best
-    for part in _parts([i for i, rule in enumerate(rules) if not rule.is_plain], vocab_size):
+    at_once = _AT_ONCE["cpu" if device.type == "cpu" else "cuda"] // vocab_size
+    for part in _parts([i for i, rule in enumerate(rules) if not rule.takes_largest], at_once):
         [rows] = _shipped({"rows": part}, np.int64, device).values()
         chosen = _choose(logits.index_select(0, rows).float(), [rules[i] for i in part])
         tokens = tokens.index_copy(0, rows, chosen)
     num_top = max(0, min(max(rule.num_top for rule in rules), vocab_size))
     logprobs = logits.new_zeros(num_rows, 1 + 2 * num_top, dtype=torch.float64)
-    for part in _parts([i for i, rule in enumerate(rules) if rule.num_top >= 0], vocab_size):
+    for part in _parts([i for i, rule in enumerate(rules) if rule.num_top >= 0], at_once):
         [rows] = _shipped({"rows": part}, np.int64, device).values()
         found = _logprobs(logits.index_select(0, rows).float(), tokens[rows], num_top)
         logprobs = logprobs.index_copy(0, rows, found)
@@ -83,17 +85,19 @@ def _choose(logits: Tensor, rules: Sequence[Rule]) -> Tensor:
     )
     _penalize(logits.view(-1), wholes, reals)
     largest = logits.amax(dim=1, keepdim=True)
-    tokens = torch.where(largest.squeeze(1) == -torch.inf, NONE_LEFT, logits.argmax(dim=1))
+    tokens = torch.empty_like(wholes["top_k"])
     for number, (kind, members) in enumerate(groups.items()):
-        if kind is None:
-            continue
         rows = wholes[str(number)]
-        distances = (largest[rows] - logits[rows]) / reals["temperature"][rows].float().unsqueeze(1)
+        group = logits if len(groups) == 1 else logits[rows]
+        if kind is None:
+            tokens[rows] = group.argmax(dim=1)
+            continue
+        distances = (largest[rows] - group) / reals["temperature"][rows].float().unsqueeze(1)
         candidates, ids = kind(distances, wholes["top_k"][rows], max(rules[i].top_k for i in members))
-        places = _draw(candidates, {name: values[rows].unsqueeze(1) for name, values in reals.items()})
-        drawn = places if ids is None else ids.gather(1, places)
-        tokens[rows] = tokens[rows].where(tokens[rows] == NONE_LEFT, drawn.squeeze(1))
-    return tokens
+        settings = {name: values[rows].unsqueeze(1) for name, values in reals.items()}
+        places = _draw(candidates, settings, [rules[i] for i in members])
+        tokens[rows] = (places if ids is None else ids.gather(1, places)).squeeze(1)
+    return tokens.where(largest.squeeze(1) > -torch.inf, NONE_LEFT)
 
 
 def _penalize(logits: Tensor, wholes: Mapping[str, Tensor], reals: Mapping[str, Tensor]) -> None:
@@ -126,11 +130,30 @@ def _kind(rule: Rule, vocab_size: int) -> Callable[[Tensor, Tensor, int], Candid
 
 
 def _best(distances: Tensor, top_k: Tensor, num_candidates: int) -> Candidates:
+    find = _nearest_on_cpu if distances.device.type == "cpu" else _nearest
+    nearest, ids = find(distances, num_candidates)
+    beyond = torch.arange(num_candidates, device=distances.device) >= top_k.unsqueeze(1)
+    return nearest.masked_fill(beyond, torch.inf), ids
+
+
+def _nearest(distances: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The least distances and their ids, [G, num] each; of equal ones the lowest ids, which `topk` leaves open."""
     # The bits of numbers that are not negative are in their order (-0 is). With the id behind them no two are equal.
     keys = distances.abs().view(torch.int32).long() << 32 | torch.arange(distances.shape[1], device=distances.device)
-    keys = keys.topk(num_candidates, largest=False).values  # [G, K]
-    beyond = torch.arange(num_candidates, device=keys.device) >= top_k.unsqueeze(1)
-    return (keys >> 32).int().view(torch.float32).masked_fill(beyond, torch.inf), keys & 0xFFFFFFFF
+    keys = keys.topk(num, largest=False).values
+    return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF
+
+
+def _nearest_on_cpu(distances: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """As `_nearest`, row by row: a CPU takes six times as long for keys of 64 bits."""
+    bounds = distances.topk(num, largest=False).values[:, -1]
+    found = []
+    for row, bound in zip(distances, bounds, strict=True):
+        ids = torch.from_numpy(np.flatnonzero(~(row.numpy() > bound.item())))  # torch's own takes six times as long
+        nearest, order = row[ids].sort(stable=True)
+        found.append((nearest[:num], ids[order[:num]]))
+    nearest, ids = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return nearest, ids
 
 
 def _sorted(distances: Tensor, _: Tensor, __: int) -> Candidates:
@@ -141,15 +164,17 @@ def _all(distances: Tensor, _: Tensor, __: int) -> Candidates:
     return distances, None
 
 
-def _draw(distances: Tensor, reals: Mapping[str, Tensor]) -> Tensor:
+def _draw(distances: Tensor, reals: Mapping[str, Tensor], rules: Sequence[Rule]) -> Tensor:
     """The drawn candidates' places [G, 1]. distances: [G, K] float32; reals: [G, 1] float64 each."""
-    distances = distances.double()
-    probs = (-distances).softmax(dim=1)
-    before = probs.cumsum(dim=1) - probs
-    # The first that reaches top_p stays. A row without top_p keeps those after which rounding leaves nothing.
-    kept = (before < reals["top_p"]) | (reals["top_p"] >= 1.0)
-    probs = probs.where(kept & (distances <= reals["max_distance"]), 0.0)
+    probs = (-distances.double()).softmax(dim=1)
     cumulative = probs.cumsum(dim=1)
+    if any(rule.top_p < 1.0 for rule in rules):
+        # The first that reaches top_p stays. A row without top_p keeps those after which rounding leaves nothing.
+        probs = probs.where((cumulative - probs < reals["top_p"]) | (reals["top_p"] >= 1.0), 0.0)
+        cumulative = probs.cumsum(dim=1)
+    if any(rule.max_distance < math.inf for rule in rules):
+        probs = probs.where(distances.double() <= reals["max_distance"], 0.0)
+        cumulative = probs.cumsum(dim=1)
     places = torch.searchsorted(cumulative, reals["number"] * cumulative[:, -1:], right=True)
     return places.clamp_max(distances.shape[1] - 1)
 
@@ -167,9 +192,8 @@ def _logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
     return torch.cat([mine, ids.double(), -top - sums], dim=1)
 
 
-def _parts(rows: Sequence[int], vocab_size: int) -> Iterator[Sequence[int]]:
-    """So many rows at a time as there is memory for."""
-    width = max(1, _NUMBERS_AT_ONCE // vocab_size)
+def _parts(rows: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:
+    width = max(1, at_once)
     for first in range(0, len(rows), width):
         yield rows[first : first + width]
 

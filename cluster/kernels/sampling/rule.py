@@ -41,9 +41,9 @@ class Rule(NamedTuple):
     banned: Ids = NO_IDS
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the token is that of the largest logit, and nothing else is asked for."""
-        return self.temperature == 0.0 and self.num_top < 0 and not len(self.ids) and not len(self.banned)
+    def takes_largest(self) -> bool:
+        """Whether the token is that of the largest logit, as the logits are."""
+        return self.temperature == 0.0 and not len(self.ids) and not len(self.banned)
 
 
 PLAIN = Rule()
