@@ -10,6 +10,16 @@ from torch import Tensor
 
 from cluster.kernels.native.library import DTYPES, Native
 
+# A second thread is woken for 0.05 ms or more (`cluster/model/layers/linear.py`). In that time one thread reads a
+# megabyte of weights, or multiplies two million pairs.
+BYTES_A_THREAD, PAIRS_A_THREAD = 1 << 20, 1 << 21
+
+
+def threads_for(num_bytes: int, num_pairs: int) -> int:
+    """Threads that a product is worth: bytes of its weights, and how many pairs of numbers it multiplies."""
+    worth = 1 + max(num_bytes // BYTES_A_THREAD, num_pairs // PAIRS_A_THREAD)
+    return min(torch.get_num_threads(), worth)
+
 
 def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """As F.linear. x: [M, K], matrix: [N, K], bias: [N], all of one dtype of `DTYPES`. Returns [M, N]."""
@@ -21,7 +31,8 @@ def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Te
     native.linear(
         dtype, x.data_ptr(), x.stride(0), matrix.data_ptr(), matrix.stride(0),
         None if bias is None else bias.data_ptr(), out.data_ptr(), num_outputs,
-        num_rows, num_outputs, num_inputs, scratch.data_ptr(), torch.get_num_threads(),
+        num_rows, num_outputs, num_inputs, scratch.data_ptr(),
+        threads_for(matrix.nbytes, num_rows * num_outputs * num_inputs),
     )  # fmt: skip
     return out
 
@@ -68,6 +79,21 @@ def swiglu(native: Native, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     num_rows = x.shape[0]
     ids, weights = torch.zeros(num_rows, 1, dtype=torch.int64), torch.ones(num_rows, 1)
     return experts(native, x, ids, weights, ExpertPointers([gate_up], [down])).to(x.dtype)
+
+
+def choose(native: Native, logits: Tensor, num_chosen: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """As `router.choose`: topk_ids [T, S] int64 and topk_weights [T, S] float32. logits: [T, E]."""
+    logits = logits.contiguous()
+    num_rows, num_experts = logits.shape
+    ids = torch.empty(num_rows, num_chosen, dtype=torch.int64)
+    weights = torch.empty(num_rows, num_chosen)
+    threads = threads_for(0, num_rows * num_experts * 64)  # an exponential and `num_chosen` looks for each
+    scratch = torch.empty(threads, num_experts)
+    native.route(
+        DTYPES[logits.dtype], logits.data_ptr(), num_rows, num_experts, num_chosen, normalize,
+        ids.data_ptr(), weights.data_ptr(), scratch.data_ptr(), threads,
+    )  # fmt: skip
+    return ids, weights
 
 
 def _in_rows(x: Tensor) -> Tensor:

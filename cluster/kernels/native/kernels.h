@@ -71,6 +71,11 @@ struct Kernels {
                              int64_t w_stride, const void* bias, void* out, int64_t out_stride, int64_t M, int64_t N,
                              int64_t K, void* scratch, int32_t threads);
     int64_t (*quantized_scratch)(int32_t dtype, int32_t bits, int64_t M, int64_t K);
+
+    // Softmax over a row's E logits in float32, then the S largest, of equal ones the first; normalize: their weights add
+    // up to 1. logits: [T, E] of dtype; ids, weights: [T, S]. scratch: [threads, E] float32.
+    void (*route)(int32_t dtype, const void* logits, int64_t T, int64_t E, int64_t S, int32_t normalize, int64_t* ids,
+                  float* weights, float* scratch, int32_t threads);
 };
 
 }  // namespace moe

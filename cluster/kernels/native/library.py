@@ -56,6 +56,7 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
         (_INT, _INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT),
     ),
     ("quantized_scratch", _LONG, (_INT, _INT, _LONG, _LONG)),
+    ("route", None, (_INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT)),
 )  # fmt: skip
 
 
@@ -77,6 +78,7 @@ class Native:
     uniform_numbers: Callable[..., None]
     linear_quantized: Callable[..., None]
     quantized_scratch: Callable[..., int]
+    route: Callable[..., None]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant = variant

@@ -6,11 +6,10 @@ T: tokens, H: hidden size, E: routed experts, K: experts a token.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.config import MoeConfig
-from cluster.kernels import gpu
+from cluster.kernels.router import route
 from cluster.model.layers.feed_forward import MLP, Experts
 from cluster.model.layers.linear import Linear
 
@@ -27,16 +26,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [T, H]. Returns topk_ids [T, K] int64 and topk_weights [T, K] float32; they sum to 1 only if the config
         has norm_topk_prob."""
-        router_logits = F.linear(x, self.weight)  # [T, E]
-        if gpu.runs_on(x):
-            from cluster.kernels.gpu.fused import route
-
-            return route(router_logits, self.num_experts_per_tok, normalized=self.norm_topk_prob)
-        router_probs = router_logits.softmax(dim=-1, dtype=torch.float32)
-        topk_weights, topk_ids = router_probs.topk(self.num_experts_per_tok, dim=-1)
-        if self.norm_topk_prob:
-            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-        return topk_ids, topk_weights
+        return route(x, self.weight, self.num_experts_per_tok, normalize=self.norm_topk_prob)
 
 
 class SparseMoe(nn.Module):
