@@ -1,8 +1,10 @@
 """One run of `moe-cluster bench kernels`, from the shapes to the report. Progress goes to stderr."""
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,11 +25,14 @@ from cluster.bench.machine import this_machine
 from cluster.bench.sampling import find_samplings
 from cluster.checkpoint.made.published import A2_7B_CONFIG
 from cluster.config import ModelConfig, read_model_config
+from cluster.config.environment import MALLOC_ENVIRONMENT
 from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
 from cluster.kernels.native.library import native, variants
 
 _READ = "read"
+_MALLOC_OPTIONS = {-1: "MALLOC_TRIM_THRESHOLD_", -3: "MALLOC_MMAP_THRESHOLD_"}  # of mallopt: M_TRIM_…, M_MMAP_THRESHOLD
+_MALLOC_DEFAULT = 128 << 10
 
 
 def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.perf_counter) -> int:
@@ -43,7 +48,7 @@ def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.
     dtype = config.dtype if args.dtype == "auto" else args.dtype
     before = torch.get_num_threads()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _memory_that_stays():
             measured = _measure(args, config, getattr(torch, dtype), threads, clock)
     finally:
         torch.set_num_threads(before)
@@ -52,6 +57,22 @@ def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.
     if args.json:
         args.json.write_text(to_json(*report))
     return 0
+
+
+@contextmanager
+def _memory_that_stays() -> Iterator[None]:
+    """As in an engine's process (`MALLOC_ENVIRONMENT`): else each call of torch would pay page faults anew."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if set_option is None:
+        yield
+        return
+    for option, name in _MALLOC_OPTIONS.items():
+        set_option(option, int(MALLOC_ENVIRONMENT[name]))
+    try:
+        yield
+    finally:
+        for option in _MALLOC_OPTIONS:
+            set_option(option, _MALLOC_DEFAULT)
 
 
 def _measure(
