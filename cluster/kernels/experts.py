@@ -15,7 +15,9 @@ from torch import Tensor
 
 from cluster.kernels import gpu, native_products
 from cluster.kernels.grouping import group_pairs
+from cluster.kernels.native import library
 from cluster.kernels.native.library import Native
+from cluster.kernels.quantized import Quantization
 from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
 
 
@@ -57,11 +59,23 @@ class SeparateExperts(Generic[W]):
         return experts_by_loop(hidden_states, topk_ids, topk_weights, self.gate_up, self.down)
 
 
-class NativeExperts(SeparateExperts[NativeWeight]):
+class NativeForm(Weight, Protocol):
+    """A weight that the native kernels multiply with, unless there are torch_rows rows.
+
+    matrix: as of `ExpertPointers`. num_bits: 0 for a tensor. num_inputs: K.
+    """
+
+    matrix: Tensor
+    torch_rows: int
+    num_bits: int
+    num_inputs: int
+
+
+class NativeExperts(SeparateExperts[NativeForm]):
     """A step is one call of the native kernels, unless so many rows go to each expert that torch is faster."""
 
     def __init__(
-        self, make_gate_up: Callable[[], NativeWeight], make_down: Callable[[], NativeWeight], native: Native
+        self, make_gate_up: Callable[[], NativeForm], make_down: Callable[[], NativeForm], native: Native
     ) -> None:
         super().__init__(make_gate_up, make_down)
         self._native = native
@@ -69,8 +83,10 @@ class NativeExperts(SeparateExperts[NativeWeight]):
 
     def rearranged(self, places: Sequence[int | None]) -> Self:
         other = super().rearranged(places)
+        gate_up, down = ([weight.matrix for weight in side] for side in (other.gate_up, other.down))
+        num_bits, intermediate_size = next(((one.num_bits, one.num_inputs) for one in other.down), (0, 0))
         other._pointers = native_products.ExpertPointers(
-            [weight.matrix for weight in other.gate_up], [weight.matrix for weight in other.down]
+            gate_up, down, num_bits=num_bits, intermediate_size=intermediate_size
         )
         return other
 
@@ -111,17 +127,26 @@ class StackedExperts:
         return product(hidden_states, topk_ids, topk_weights, self._gate_up_proj, self._down_proj)
 
 
-def no_experts(hidden_size: int, intermediate_size: int, *, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
-    """An empty set, in the form that is multiplied fastest here."""
+def no_experts(
+    hidden_size: int, intermediate_size: int, *, dtype: torch.dtype, device: torch.device,
+    quantization: Quantization | None = None,
+) -> ExpertWeights:  # fmt: skip
+    """An empty set, quantized or in the form that is multiplied fastest here."""
     gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
     if device.type == "cuda":
         return StackedExperts(*(torch.empty(0, *shape, dtype=dtype, device=device) for shape in (gate_up, down)))
+    if quantization is not None:
+        make = partial(quantization.weight, dtype=dtype)
+        kernels = library.native()
+        if kernels is not None:
+            return NativeExperts(partial(make, *gate_up), partial(make, *down), kernels)
+        return SeparateExperts(partial(make, *gate_up), partial(make, *down))
     native = native_for(dtype, device)
     if native is not None:
         make_native = partial(NativeWeight.empty, dtype=dtype, native=native)
         return NativeExperts(partial(make_native, *gate_up), partial(make_native, *down), native)
-    make = weight_maker(dtype, device)
-    return SeparateExperts(partial(make, *gate_up), partial(make, *down))
+    make_other = weight_maker(dtype, device)
+    return SeparateExperts(partial(make_other, *gate_up), partial(make_other, *down))
 
 
 def experts_reference(

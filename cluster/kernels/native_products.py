@@ -37,12 +37,35 @@ def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Te
     return out
 
 
-class ExpertPointers:
-    """Where the experts' matrices lie, in the kernel's order. They must be contiguous, and live as long as this."""
+def linear_quantized(native: Native, x: Tensor, rows: Tensor, bias: Tensor | None, num_bits: int) -> Tensor:
+    """As `linear`, of a matrix in 8 or 4 bits. rows: [N, bytes] uint8, as `rounding.pack` returns them."""
+    x = _in_rows(x)
+    (num_rows, num_inputs), num_outputs = x.shape, rows.shape[0]
+    dtype = DTYPES[x.dtype]
+    out = x.new_empty(num_rows, num_outputs)
+    scratch = torch.empty(native.quantized_scratch(dtype, num_bits, num_rows, num_inputs), dtype=torch.uint8)
+    native.linear_quantized(
+        dtype, num_bits, x.data_ptr(), x.stride(0), rows.data_ptr(), rows.stride(0),
+        None if bias is None else bias.data_ptr(), out.data_ptr(), num_outputs,
+        num_rows, num_outputs, num_inputs, scratch.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
-    def __init__(self, gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> None:
+
+class ExpertPointers:
+    """Where the experts' matrices lie, in the kernel's order. They must be contiguous, and live as long as this.
+
+    num_bits: 8 or 4 where they are rows of bytes, [2I, …] and [H, …], as `rounding.pack` returns them.
+    intermediate_size: I, which these do not tell.
+    """
+
+    def __init__(
+        self, gate_up: Sequence[Tensor], down: Sequence[Tensor], *, num_bits: int = 0, intermediate_size: int = 0
+    ) -> None:
         assert all(matrix.is_contiguous() for matrix in (*gate_up, *down))
-        self.hidden_size, self.intermediate_size = down[0].shape if down else (0, 0)
+        self.hidden_size, width = down[0].shape if down else (0, 0)
+        self.num_bits, self.intermediate_size = num_bits, intermediate_size if num_bits else width
+        self.row_bytes = (gate_up[0].shape[1], width) if down else (0, 0)
         self.gate_up, self.down = (torch.tensor([m.data_ptr() for m in side]) for side in (gate_up, down))
         self._matrices = gate_up, down
 
@@ -59,26 +82,33 @@ def experts(native: Native, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w
     x, topk_ids, topk_weights = _in_rows(x), topk_ids.contiguous(), topk_weights.contiguous()
     num_rows, num_slots = topk_ids.shape
     dtype, num_experts = DTYPES[x.dtype], len(weights)
-    sizes = weights.hidden_size, weights.intermediate_size
-    out = torch.empty(num_rows, weights.hidden_size, dtype=torch.float32)
-    num_bytes = native.experts_scratch(dtype, num_rows, num_slots, num_experts, *sizes)
+    hidden_size, intermediate_size = weights.hidden_size, weights.intermediate_size
+    sizes = num_rows, num_slots, num_experts, hidden_size, intermediate_size
+    out = torch.empty(num_rows, hidden_size, dtype=torch.float32)
+    if weights.num_bits:
+        num_bytes = native.experts_quantized_scratch(dtype, weights.num_bits, *sizes)
+    else:
+        num_bytes = native.experts_scratch(dtype, *sizes)
     scratch = torch.empty(num_bytes, dtype=torch.uint8)
-    native.experts(
-        dtype, x.data_ptr(), x.stride(0), topk_ids.data_ptr(), topk_weights.data_ptr(), num_rows, num_slots,
-        weights.gate_up.data_ptr(), weights.down.data_ptr(), num_experts, *sizes,
-        out.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    rows = x.data_ptr(), x.stride(0), topk_ids.data_ptr(), topk_weights.data_ptr(), num_rows, num_slots
+    gate_up, down = weights.gate_up.data_ptr(), weights.down.data_ptr()
+    rest = num_experts, hidden_size, intermediate_size, out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()
+    if weights.num_bits:
+        up_bytes, down_bytes = weights.row_bytes
+        native.experts_quantized(dtype, weights.num_bits, *rows, gate_up, up_bytes, down, down_bytes, *rest)
+    else:
+        native.experts(dtype, *rows, gate_up, down, *rest)
     return out
 
 
-def swiglu(native: Native, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu(native: Native, x: Tensor, weights: ExpertPointers) -> Tensor:
     """silu(x · gate) * (x · up), times down: one expert that takes all rows.
 
-    x: [T, H], gate_up: [2I, H], gate above up, down: [H, I]. Returns [T, H] in x's dtype.
+    x: [T, H], weights: of that expert. Returns [T, H] in x's dtype.
     """
     num_rows = x.shape[0]
-    ids, weights = torch.zeros(num_rows, 1, dtype=torch.int64), torch.ones(num_rows, 1)
-    return experts(native, x, ids, weights, ExpertPointers([gate_up], [down])).to(x.dtype)
+    ids = torch.zeros(num_rows, 1, dtype=torch.int64)
+    return experts(native, x, ids, torch.ones(num_rows, 1), weights).to(x.dtype)
 
 
 def choose(native: Native, logits: Tensor, num_chosen: int, *, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -1,232 +1,128 @@
-"""Weights in 8 or 4 bits: how matrices are rounded, how rows lie in memory, and products with them as they are. Knows
-neither layers nor files.
+"""Weights in 8 or 4 bits, multiplied as they are. Knows neither layers nor files; `rounding` says how they are rounded.
 
-With 8 bits a row has one scale; with 4 bits each group of 32, 64 or 128 inputs has one, and a zero where they are not
-symmetric. native/quantized.inc gives a row's bytes. M: rows, N: outputs, K: inputs, G: groups of a row.
+M: rows, N: outputs, K: inputs, H: hidden size, I: intermediate size.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels.native.library import DTYPES, Native, native
+from cluster.errors import SetupError
+from cluster.kernels import native_products
+from cluster.kernels.native.library import DTYPES, native
+from cluster.kernels.native_products import ExpertPointers
+from cluster.kernels.rounding import GROUP_SIZES, Numbers, RowLayout, dequantize, pack, quantize, unpack
 from cluster.kernels.weights import Parts, TwoProducts, split_rows
-
-GROUP_SIZES = (32, 64, 128)
-_CHUNK = {8: 64, 4: 128}  # inputs in 64 bytes
-_HEAD_BYTES, _ALIGNMENT = 8, 16
-
-
-class Numbers(NamedTuple):
-    """A matrix [N, K] is (numbers - zeros) * scales * factors, a group's scale and zero for each of its inputs.
-
-    numbers: [N, K] int8, of 4 bits -8 to 7.  scales: [N, G] float16.  zeros: [N, G] int8.  factors: [N] float32.
-    With 8 bits there are neither scales nor zeros. A row of factor NaN was not finite.
-    """
-
-    numbers: Tensor
-    factors: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowLayout:
-    """Where the bytes of a row lie. group_size, has_zeros: of 4 bits."""
-
-    num_bits: Literal[4, 8]
-    num_inputs: int
-    group_size: int = 0
-    has_zeros: bool = False
-
-    @property
-    def num_chunks(self) -> int:
-        return -(-self.num_inputs // _CHUNK[self.num_bits])
-
-    @property
-    def num_groups(self) -> int:
-        """That have a scale, those past the inputs included: as many as 16 sums of 32 inputs make full."""
-        return -(-4 * self.num_chunks // 16) * 16 * 32 // self.group_size if self.group_size else 0
-
-    @property
-    def weights_at(self) -> int:
-        end = _HEAD_BYTES + self.num_groups * (3 if self.has_zeros else 2)
-        return -(-end // _ALIGNMENT) * _ALIGNMENT
-
-    @property
-    def row_bytes(self) -> int:
-        return self.weights_at + 64 * self.num_chunks
 
 
 class QuantizedWeight(TwoProducts):
     """A matrix that is rounded while it is loaded: read in `dtype` into staging memory, then packed. `fill` takes one
-    that a checkpoint has in this form."""
+    that a checkpoint has in this form.
+
+    matrix: its rows, [N, row_bytes] uint8.
+    """
 
     min_rows = 1
+    torch_rows = sys.maxsize
 
     def __init__(self, num_outputs: int, layout: RowLayout, dtype: torch.dtype) -> None:
-        self._layout, self._dtype = layout, dtype
-        self._shape = (num_outputs, layout.num_inputs)
-        self.nbytes = num_outputs * layout.row_bytes
+        self.layout = layout
+        self.num_bits: int = layout.num_bits
+        self.num_inputs = layout.num_inputs
+        self.matrix = torch.empty(num_outputs, layout.row_bytes, dtype=torch.uint8)
         self.staging_bytes = dtype.itemsize * num_outputs * layout.num_inputs
-        self._matrix = torch.empty(0)  # in staging memory, until `settle`
-        self._rows = torch.empty(0, dtype=torch.uint8)
+        self._dtype = dtype
+        self._staged = torch.empty(0)  # [N, K] of dtype, until `settle`
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
-        self._matrix = staging[: self.staging_bytes].view(self._dtype).view(self._shape)
-        return split_rows(self._matrix, parts)
+        self._staged = staging[: self.staging_bytes].view(self._dtype).view(len(self.matrix), self.layout.num_inputs)
+        return split_rows(self._staged, parts)
 
     def settle(self) -> None:
-        self._rows = pack(quantize(self._matrix, self._layout), self._layout)
-        self._matrix = torch.empty(0)
+        fill_rows(self.matrix, self._staged, self.layout)
+        self._staged = torch.empty(0)
 
     def fill(self, numbers: Numbers) -> None:
         """Takes a matrix that is rounded already, as it is."""
-        self._rows = pack(numbers, self._layout)
+        self.matrix.copy_(pack(numbers, self.layout))
 
     def dequantized(self) -> Tensor:
         """[N, K] float32."""
-        return dequantize(unpack(self._rows, self._layout), self._layout)
+        return dequantize(unpack(self.matrix, self.layout), self.layout)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         kernels = native()
-        if kernels is None:
-            return linear_reference(x, self.dequantized(), bias)
-        return linear_quantized(kernels, x, self._rows, bias, self._layout)
+        if kernels is not None:
+            return native_products.linear_quantized(kernels, x, self.matrix, bias, self.layout.num_bits)
+        out = F.linear(x.float(), self.dequantized(), None if bias is None else bias.float())
+        return out.to(x.dtype)
+
+    def swiglu(self, x: Tensor, down: Self) -> Tensor:
+        kernels = native()
+        if kernels is not None:
+            sizes = {"num_bits": self.num_bits, "intermediate_size": down.num_inputs}
+            return native_products.swiglu(kernels, x, ExpertPointers([self.matrix], [down.matrix], **sizes))
+        return super().swiglu(x, down)
 
 
-class Int8Weight(QuantizedWeight):
-    """A scale a row."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How weights are rounded while they are loaded: those of attention, dense layers and experts. Never the router's,
+    and not what has few weights; the embeddings and, unless asked for, the last layer stay as they are too.
 
-    def __init__(self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__(num_outputs, RowLayout(8, num_inputs), dtype)
+    group_size, has_zeros: of 4 bits.
+    """
+
+    num_bits: Literal[4, 8]
+    group_size: int = 0
+    has_zeros: bool = False
+    lm_head: bool = False
+
+    def weight(self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype) -> QuantizedWeight:
+        return QuantizedWeight(
+            num_outputs, RowLayout(self.num_bits, num_inputs, self.group_size, self.has_zeros), dtype
+        )
+
+    def takes(self, layer: str, num_outputs: int) -> bool:
+        """Whether it is meant for a linear layer, by its name and size."""
+        return self.lm_head if layer == "lm_head" else num_outputs > 1
 
 
-class Int4Weight(QuantizedWeight):
-    """A scale a group; a zero too if it is not symmetric."""
+def quantizations() -> dict[str, Quantization]:
+    """By name: int8, int4 (groups of 128), int4-32, int4-64, int4-128; `-zeros` for those that are not symmetric;
+    `+lm_head` for the last layer too."""
+    forms = {"int8": Quantization(num_bits=8), "int4": Quantization(num_bits=4, group_size=128)}
+    for size in GROUP_SIZES:
+        forms[f"int4-{size}"] = Quantization(num_bits=4, group_size=size)
+        forms[f"int4-{size}-zeros"] = Quantization(num_bits=4, group_size=size, has_zeros=True)
+    return forms | {f"{name}+lm_head": replace(form, lm_head=True) for name, form in forms.items()}
 
-    def __init__(
-        self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype = torch.bfloat16, group_size: int = 128,
-        symmetric: bool = True,
-    ) -> None:  # fmt: skip
-        assert group_size in GROUP_SIZES
-        super().__init__(num_outputs, RowLayout(4, num_inputs, group_size, not symmetric), dtype)
+
+def quantization_by_name(name: str) -> Quantization | None:
+    """None for "". Raises SetupError for one that is not known."""
+    known = quantizations()
+    if name and name not in known:
+        raise SetupError(f"quantization is {name!r}, one of {', '.join(known)} is needed")
+    return known.get(name)
 
 
-def linear_quantized(
-    kernels: Native, x: Tensor, rows: Tensor, bias: Tensor | None, layout: RowLayout, *, out: Tensor | None = None
-) -> Tensor:
-    """As `linear_reference` of what `rows` are packed from. x: [M, K] float32, bfloat16 or float16; rows: [N,
-    row_bytes] uint8; bias: [N], out: [M, N], both in x's dtype."""
-    (num_rows, num_inputs), num_outputs = x.shape, rows.shape[0]
-    assert (num_inputs, rows.shape[1]) == (layout.num_inputs, layout.row_bytes), "the matrix has this layout"
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if out is None:
-        out = x.new_empty(num_rows, num_outputs)
-    dtype = DTYPES[x.dtype]
-    scratch = torch.empty(kernels.quantized_scratch(dtype, layout.num_bits, num_rows, num_inputs), dtype=torch.uint8)
-    kernels.linear_quantized(
-        dtype, layout.num_bits, x.data_ptr(), x.stride(0), rows.data_ptr(), rows.stride(0),
-        None if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0), num_rows, num_outputs, num_inputs,
-        scratch.data_ptr(), torch.get_num_threads(),
+def fill_rows(rows: Tensor, matrix: Tensor, layout: RowLayout) -> None:
+    """Rounds a matrix [N, K] to its rows, [N, row_bytes] uint8."""
+    kernels = native()
+    if kernels is None:
+        rows.copy_(pack(quantize(matrix, layout), layout))
+        return
+    num_outputs, num_inputs = matrix.shape
+    shift = GROUP_SIZES.index(layout.group_size) if layout.group_size else 0
+    kernels.quantize(
+        DTYPES[matrix.dtype], matrix.data_ptr(), matrix.stride(0), layout.num_bits, shift, layout.has_zeros,
+        rows.data_ptr(), rows.stride(0), num_outputs, num_inputs, torch.get_num_threads(),
     )  # fmt: skip
-    return out
-
-
-def linear_reference(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """A product in float32. matrix: [N, K] float32. Returns [M, N] in x's dtype."""
-    return F.linear(x.float(), matrix, None if bias is None else bias.float()).to(x.dtype)
-
-
-def quantize(matrix: Tensor, layout: RowLayout) -> Numbers:
-    """Rounds each number of a matrix [N, K] to the nearest that its row or group can have."""
-    matrix = matrix.float()
-    is_finite = matrix.isfinite().all(dim=1, keepdim=True)
-    matrix = matrix.where(is_finite, 0.0)
-    if layout.num_bits == 8:
-        factors = matrix.abs().amax(dim=1, keepdim=True) / 127  # [N, 1]
-        numbers = _rounded(matrix, factors).clamp(-127, 127)
-        return Numbers(numbers.to(torch.int8), factors.where(is_finite, torch.nan).squeeze(1))
-    groups = F.pad(matrix, (0, -matrix.shape[1] % layout.group_size))
-    groups = groups.view(len(matrix), -1, layout.group_size)
-    lowest, highest = groups.amin(dim=2), groups.amax(dim=2)  # [N, G]
-    if layout.has_zeros:
-        lowest, highest = lowest.clamp_max(0), highest.clamp_min(0)  # so that a zero is among the 16
-        scales = (highest - lowest) / 15
-    else:
-        # -8 is the number farthest from 0: the group's largest magnitude gets it, whatever its sign.
-        scales = torch.where(highest > -lowest, highest, lowest) / -8
-    largest = scales.abs().amax(dim=1, keepdim=True)
-    # [N, 1], powers of two: float16 has room for all scales of a row.
-    factors = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp_min(-100))
-    halves = (scales / factors).half()
-    scales = halves.float() * factors
-    numbers = _rounded(groups, scales.unsqueeze(2))
-    zeros = None
-    if layout.has_zeros:
-        zeros = _rounded(-lowest, scales).clamp(0, 15) - 8
-        numbers = numbers + zeros.unsqueeze(2)
-    numbers = numbers.clamp(-8, 7).flatten(1)[:, : layout.num_inputs]
-    factors = factors.where(is_finite, torch.nan).squeeze(1)
-    return Numbers(numbers.to(torch.int8), factors, halves, None if zeros is None else zeros.to(torch.int8))
-
-
-def dequantize(numbers: Numbers, layout: RowLayout) -> Tensor:
-    """Returns [N, K] float32."""
-    matrix = numbers.numbers.float()
-    for operation, groups in ((torch.sub, numbers.zeros), (torch.mul, numbers.scales)):
-        if groups is not None:
-            matrix = operation(matrix, groups.float().repeat_interleave(layout.group_size, 1)[:, : layout.num_inputs])
-    return matrix * numbers.factors.unsqueeze(1)
-
-
-def pack(numbers: Numbers, layout: RowLayout) -> Tensor:
-    """Returns [N, row_bytes] uint8."""
-    num_rows, num_inputs = numbers.numbers.shape
-    rows = torch.zeros(num_rows, layout.row_bytes, dtype=torch.uint8)
-    rows[:, :4] = numbers.factors.contiguous().unsqueeze(1).view(torch.uint8)
-    weights = F.pad(numbers.numbers, (0, layout.num_chunks * _CHUNK[layout.num_bits] - num_inputs))
-    if layout.num_bits == 8:
-        rows[:, layout.weights_at :] = weights.contiguous().view(torch.uint8)
-        return rows
-    assert numbers.scales is not None
-    rows[:, 4] = GROUP_SIZES.index(layout.group_size)
-    rows[:, 5] = layout.has_zeros
-    spare = layout.num_groups - numbers.scales.shape[1]
-    end = _HEAD_BYTES + 2 * layout.num_groups
-    rows[:, _HEAD_BYTES:end] = F.pad(numbers.scales, (0, spare)).contiguous().view(torch.uint8)
-    if layout.has_zeros:
-        assert numbers.zeros is not None
-        rows[:, end : end + layout.num_groups] = F.pad(numbers.zeros, (0, spare)).contiguous().view(torch.uint8)
-    # Weight 32 j + 8 p + t of a chunk: bits 4 p of word 8 j + t.
-    parts = (weights.to(torch.int32) & 15).reshape(num_rows, layout.num_chunks, 4, 4, 8)  # chunk, j, p, t
-    words = sum(parts[:, :, :, p] << 4 * p for p in range(4))
-    assert isinstance(words, Tensor)
-    halves = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).flatten(1)
-    rows[:, layout.weights_at :] = halves.contiguous().view(torch.uint8)
-    return rows
-
-
-def unpack(rows: Tensor, layout: RowLayout) -> Numbers:
-    """What `pack` was given, its scales and zeros without those past the inputs."""
-    factors = rows[:, :4].contiguous().view(torch.float32).squeeze(1)
-    weights = rows[:, layout.weights_at :].contiguous()
-    if layout.num_bits == 8:
-        return Numbers(weights.view(torch.int8)[:, : layout.num_inputs], factors)
-    words = weights.view(torch.int16).to(torch.int32).view(len(rows), layout.num_chunks, 4, 1, 8)
-    numbers = (words >> torch.arange(0, 16, 4).view(4, 1)) & 15  # chunk, j, p, t
-    numbers = torch.where(numbers >= 8, numbers - 16, numbers).to(torch.int8).flatten(1)[:, : layout.num_inputs]
-    end = _HEAD_BYTES + 2 * layout.num_groups
-    num_groups = -(-layout.num_inputs // layout.group_size)
-    scales = rows[:, _HEAD_BYTES:end].contiguous().view(torch.float16)[:, :num_groups]
-    zeros = rows[:, end : end + num_groups].contiguous().view(torch.int8) if layout.has_zeros else None
-    return Numbers(numbers, factors, scales, zeros)
-
-
-def _rounded(numbers: Tensor, scales: Tensor) -> Tensor:
-    """Multiples of the scales, ties to even; 0 where a scale is 0."""
-    return torch.where(scales == 0, 0.0, numbers / scales).round()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cluster.kernels import gpu, native_products
 from cluster.kernels.native.library import Native, native
+from cluster.kernels.native_products import ExpertPointers
 
 # Of bfloat16 with oneDNN's products, whose kernels read weights less often then.
 TORCH_ROWS = 64
@@ -103,9 +104,12 @@ class NativeWeight(PlainWeight):
     torch_rows: from so many rows on torch's product is faster.
     """
 
+    num_bits = 0
+
     def __init__(self, matrix: Tensor, native: Native) -> None:
         super().__init__(matrix)
         self.matrix = matrix
+        self.num_inputs = matrix.shape[1]
         self.torch_rows = TORCH_ROWS if packs(matrix.dtype, matrix.device) else sys.maxsize
         self._native = native
 
@@ -120,7 +124,7 @@ class NativeWeight(PlainWeight):
 
     def swiglu(self, x: Tensor, down: Self) -> Tensor:
         if x.shape[0] < self.torch_rows:
-            return native_products.swiglu(self._native, x, self.matrix, down.matrix)
+            return native_products.swiglu(self._native, x, ExpertPointers([self.matrix], [down.matrix]))
         return super().swiglu(x, down)
 
 

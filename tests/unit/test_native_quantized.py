@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_tools import bounded, each_variant
 
+from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, Native
-from cluster.kernels.quantized import Numbers, RowLayout, pack
+from cluster.kernels.native_products import ExpertPointers
+from cluster.kernels.rounding import GROUP_SIZES, Numbers, RowLayout, pack, quantize, unpack
 
 FORMS = [(8, 0, False)] + [(4, size, has_zeros) for size in (32, 64, 128) for has_zeros in (False, True)]
 each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[0]} bits, {form[1]}, zeros {form[2]}")
@@ -164,3 +166,62 @@ def test_nothing_to_do(native, form) -> None:
     layout = RowLayout(form[0], 64, form[1], form[2])
     packed = pack(drawn(3, layout, 1)[0], layout)
     assert linear(native, torch.empty(0, 64), packed, None, form[0], 2).shape == (0, 3)
+
+
+@each_variant
+@each_form
+@pytest.mark.parametrize("num_rows", [1, 9, 60])
+def test_a_step_of_experts_is_its_products_one_by_one(native, form, num_rows) -> None:
+    """Hidden size 100, intermediate size 70, five experts and a sixth elsewhere. The middle is rounded to bfloat16."""
+    hidden, inner, num_experts = 100, 70, 5
+    up, down = RowLayout(form[0], hidden, form[1], form[2]), RowLayout(form[0], inner, form[1], form[2])
+    gate_ups, downs = [drawn(2 * inner, up, e) for e in range(5)], [drawn(hidden, down, 10 + e) for e in range(5)]
+    draw = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, hidden, generator=draw).mul(0.002).bfloat16()
+    ids = torch.stack([torch.randperm(num_experts + 1, generator=draw)[:3] for _ in range(num_rows)])
+    ids[ids == num_experts] = -1
+    weights = torch.rand(num_rows, 3, generator=draw)
+    pointers = ExpertPointers(
+        [pack(numbers, up) for numbers, _ in gate_ups], [pack(numbers, down) for numbers, _ in downs],
+        num_bits=form[0], intermediate_size=inner,
+    )  # fmt: skip
+    found = native_products.experts(native, x, ids, weights, pointers).double()
+    expected, room = torch.zeros(2, num_rows, hidden, dtype=torch.float64)
+    for t, s in (ids >= 0).nonzero().tolist():
+        e = ids[t, s]
+        gate, side = (gate_ups[e][1] @ x[t].double()).chunk(2)
+        middle = torch.nn.functional.silu(gate) * side
+        expected[t] += weights[t, s].double() * (downs[e][1] @ middle)
+        room[t] += weights[t, s].double() * (downs[e][1].abs() @ (2**-7 * middle.abs() + 1e-3))
+    assert ((found - expected).abs() <= room).all()
+    one = native_products.experts(native, x[:1], ids[:1], weights[:1], pointers)
+    assert torch.equal(one, found[:1].float())
+
+
+@each_variant
+@each_form
+@each_dtype
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 40), k=st.integers(1, 300), exponent=st.integers(-20, 10), shift=st.floats(-3, 3),
+    seed=st.integers(0, 100), threads=st.integers(1, 3),
+)  # fmt: skip
+def test_rows_are_rounded_as_the_plain_definition_rounds_them(
+    native, form, dtype, n, k, exponent, shift, seed, threads
+) -> None:
+    """Bit by bit, ties and a row that is not finite among them."""
+    layout = RowLayout(form[0], k, form[1], form[2])
+    matrix = (torch.randn(n, k + 3, generator=torch.Generator().manual_seed(seed)) + shift) * 2.0**exponent
+    matrix[0, : k // 2] = matrix[0, : k // 2].mul(4).round() / 8
+    matrix = matrix.to(dtype)[:, :k]
+    matrix[n // 2, k // 3] = torch.inf if seed % 2 else torch.nan
+    rows, check = bounded((n, layout.row_bytes), torch.uint8)
+    native.quantize(
+        DTYPES[dtype], matrix.data_ptr(), matrix.stride(0), form[0], GROUP_SIZES.index(form[1]) if form[1] else 0,
+        form[2], rows.data_ptr(), layout.row_bytes, n, k, threads,
+    )  # fmt: skip
+    check()
+    expected = pack(quantize(matrix, layout), layout)
+    others = [i for i in range(n) if i != n // 2]
+    assert torch.equal(rows[others], expected[others])
+    assert unpack(rows, layout).factors.isnan().nonzero().tolist() == [[n // 2]]

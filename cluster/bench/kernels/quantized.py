@@ -10,7 +10,8 @@ from cluster.bench.kernels.products import shapes_of
 from cluster.bench.kernels.reading import num_turns
 from cluster.config import ModelConfig
 from cluster.kernels.native.library import Native, native
-from cluster.kernels.quantized import Numbers, RowLayout, linear_quantized, pack, quantize
+from cluster.kernels.native_products import linear_quantized
+from cluster.kernels.rounding import Numbers, RowLayout, pack, quantize
 
 _GROUP_SIZE = 128  # as the released GPTQ checkpoints have it
 
@@ -73,4 +74,4 @@ def _by_torch(products: Sequence[_TorchProduct], x: Tensor) -> Call:
 
 
 def _by_kernel(kernel: Native, every: Sequence[Tensor], x: Tensor, layout: RowLayout) -> Call:
-    return lambda turn: linear_quantized(kernel, x, every[turn % len(every)], None, layout)
+    return lambda turn: linear_quantized(kernel, x, every[turn % len(every)], None, layout.num_bits)

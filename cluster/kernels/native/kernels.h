@@ -76,6 +76,19 @@ struct Kernels {
     // up to 1. logits: [T, E] of dtype; ids, weights: [T, S]. scratch: [threads, E] float32.
     void (*route)(int32_t dtype, const void* logits, int64_t T, int64_t E, int64_t S, int32_t normalize, int64_t* ids,
                   float* weights, float* scratch, int32_t threads);
+
+    // As `experts`, of weights in 8 or 4 bits with rows of up_stride and down_stride bytes. scratch:
+    // experts_quantized_scratch(dtype, bits, T, S, L, H, I) bytes.
+    void (*experts_quantized)(int32_t dtype, int32_t bits, const void* x, int64_t x_stride, const int64_t* ids,
+                              const float* weights, int64_t T, int64_t S, const void* const* gate_up,
+                              int64_t up_stride, const void* const* down, int64_t down_stride, int64_t L, int64_t H,
+                              int64_t I, float* out, void* scratch, int32_t threads);
+    int64_t (*experts_quantized_scratch)(int32_t dtype, int32_t bits, int64_t T, int64_t S, int64_t L, int64_t H,
+                                         int64_t I);
+
+    // Rounds a matrix of dtype to rows of 8 bits, or of 4 with groups of 32 << shift and zeros where has_zeros is 1.
+    void (*quantize)(int32_t dtype, const void* w, int64_t w_stride, int32_t bits, int32_t shift, int32_t has_zeros,
+                     uint8_t* rows, int64_t row_bytes, int64_t N, int64_t K, int32_t threads);
 };
 
 }  // namespace moe

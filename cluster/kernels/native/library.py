@@ -57,6 +57,13 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ),
     ("quantized_scratch", _LONG, (_INT, _INT, _LONG, _LONG)),
     ("route", None, (_INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT)),
+    (
+        "experts_quantized", None,
+        (_INT, _INT, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG,
+         _LONG, _POINTER, _POINTER, _INT),
+    ),
+    ("experts_quantized_scratch", _LONG, (_INT, _INT, _LONG, _LONG, _LONG, _LONG, _LONG)),
+    ("quantize", None, (_INT, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _LONG, _LONG, _LONG, _INT)),
 )  # fmt: skip
 
 
@@ -79,6 +86,9 @@ class Native:
     linear_quantized: Callable[..., None]
     quantized_scratch: Callable[..., int]
     route: Callable[..., None]
+    experts_quantized: Callable[..., None]
+    experts_quantized_scratch: Callable[..., int]
+    quantize: Callable[..., None]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant = variant

@@ -1,0 +1,148 @@
+"""How matrices are rounded to 8 and 4 bits, and how their rows lie in memory. The plain definition of
+native/quantized.inc and quantize.inc. Knows no products.
+
+With 8 bits a row has one scale; with 4 bits each group of 32, 64 or 128 inputs has one, and a zero where they are not
+symmetric. N: outputs, K: inputs, G: groups of a row.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP_SIZES = (32, 64, 128)
+_CHUNK = {8: 64, 4: 128}  # inputs in 64 bytes
+_HEAD_BYTES, _ALIGNMENT = 8, 16
+
+
+class Numbers(NamedTuple):
+    """A matrix [N, K] is (numbers - zeros) * scales * factors, a group's scale and zero for each of its inputs.
+
+    numbers: [N, K] int8, of 4 bits -8 to 7.  scales: [N, G] float16.  zeros: [N, G] int8.  factors: [N] float32.
+    With 8 bits there are neither scales nor zeros. A row of factor NaN was not finite.
+    """
+
+    numbers: Tensor
+    factors: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """Where the bytes of a row lie. group_size, has_zeros: of 4 bits."""
+
+    num_bits: Literal[4, 8]
+    num_inputs: int
+    group_size: int = 0
+    has_zeros: bool = False
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_inputs // _CHUNK[self.num_bits])
+
+    @property
+    def num_groups(self) -> int:
+        """That have a scale, those past the inputs included: as many as 16 sums of 32 inputs make full."""
+        return -(-4 * self.num_chunks // 16) * 16 * 32 // self.group_size if self.group_size else 0
+
+    @property
+    def weights_at(self) -> int:
+        end = _HEAD_BYTES + self.num_groups * (3 if self.has_zeros else 2)
+        return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def row_bytes(self) -> int:
+        return self.weights_at + 64 * self.num_chunks
+
+
+def quantize(matrix: Tensor, layout: RowLayout) -> Numbers:
+    """Rounds each number of a matrix [N, K] to the nearest that its row or group can have."""
+    matrix = matrix.float()
+    is_finite = matrix.isfinite().all(dim=1, keepdim=True)
+    matrix = matrix.where(is_finite, 0.0)
+    if layout.num_bits == 8:
+        factors = matrix.abs().amax(dim=1, keepdim=True) / 127  # [N, 1]
+        numbers = _rounded(matrix, factors).clamp(-127, 127)
+        return Numbers(numbers.to(torch.int8), factors.where(is_finite, torch.nan).squeeze(1))
+    groups = F.pad(matrix, (0, -matrix.shape[1] % layout.group_size))
+    groups = groups.view(len(matrix), -1, layout.group_size)
+    lowest, highest = groups.amin(dim=2), groups.amax(dim=2)  # [N, G]
+    if layout.has_zeros:
+        lowest, highest = lowest.clamp_max(0), highest.clamp_min(0)  # so that a zero is among the 16
+        scales = (highest - lowest) / 15
+    else:
+        # -8 is the number farthest from 0: the group's largest magnitude gets it, whatever its sign.
+        scales = torch.where(highest > -lowest, highest, lowest) / -8 + 0.0  # a zero without a sign
+    largest = scales.abs().amax(dim=1, keepdim=True)
+    # [N, 1], powers of two: float16 has room for all scales of a row.
+    factors = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp_min(-100))
+    halves = (scales / factors).half()
+    scales = halves.float() * factors
+    numbers = _rounded(groups, scales.unsqueeze(2))
+    zeros = None
+    if layout.has_zeros:
+        zeros = _rounded(-lowest, scales).clamp(0, 15) - 8
+        numbers = numbers + zeros.unsqueeze(2)
+    numbers = numbers.clamp(-8, 7).flatten(1)[:, : layout.num_inputs]
+    factors = factors.where(is_finite, torch.nan).squeeze(1)
+    return Numbers(numbers.to(torch.int8), factors, halves, None if zeros is None else zeros.to(torch.int8))
+
+
+def dequantize(numbers: Numbers, layout: RowLayout) -> Tensor:
+    """Returns [N, K] float32."""
+    matrix = numbers.numbers.float()
+    for operation, groups in ((torch.sub, numbers.zeros), (torch.mul, numbers.scales)):
+        if groups is not None:
+            matrix = operation(matrix, groups.float().repeat_interleave(layout.group_size, 1)[:, : layout.num_inputs])
+    return matrix * numbers.factors.unsqueeze(1)
+
+
+def pack(numbers: Numbers, layout: RowLayout) -> Tensor:
+    """Returns [N, row_bytes] uint8."""
+    num_rows, num_inputs = numbers.numbers.shape
+    rows = torch.zeros(num_rows, layout.row_bytes, dtype=torch.uint8)
+    rows[:, :4] = numbers.factors.contiguous().unsqueeze(1).view(torch.uint8)
+    weights = F.pad(numbers.numbers, (0, layout.num_chunks * _CHUNK[layout.num_bits] - num_inputs))
+    if layout.num_bits == 8:
+        rows[:, layout.weights_at :] = weights.contiguous().view(torch.uint8)
+        return rows
+    assert numbers.scales is not None
+    rows[:, 4] = GROUP_SIZES.index(layout.group_size)
+    rows[:, 5] = layout.has_zeros
+    spare = layout.num_groups - numbers.scales.shape[1]
+    end = _HEAD_BYTES + 2 * layout.num_groups
+    rows[:, _HEAD_BYTES:end] = F.pad(numbers.scales, (0, spare)).contiguous().view(torch.uint8)
+    if layout.has_zeros:
+        assert numbers.zeros is not None
+        rows[:, end : end + layout.num_groups] = F.pad(numbers.zeros, (0, spare)).contiguous().view(torch.uint8)
+    # Weight 32 j + 8 p + t of a chunk: bits 4 p of word 8 j + t.
+    parts = (weights.to(torch.int32) & 15).reshape(num_rows, layout.num_chunks, 4, 4, 8)  # chunk, j, p, t
+    words = sum(parts[:, :, :, p] << 4 * p for p in range(4))
+    assert isinstance(words, Tensor)
+    halves = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).flatten(1)
+    rows[:, layout.weights_at :] = halves.contiguous().view(torch.uint8)
+    return rows
+
+
+def unpack(rows: Tensor, layout: RowLayout) -> Numbers:
+    """What `pack` was given, its scales and zeros without those past the inputs."""
+    factors = rows[:, :4].contiguous().view(torch.float32).squeeze(1)
+    weights = rows[:, layout.weights_at :].contiguous()
+    if layout.num_bits == 8:
+        return Numbers(weights.view(torch.int8)[:, : layout.num_inputs], factors)
+    words = weights.view(torch.int16).to(torch.int32).view(len(rows), layout.num_chunks, 4, 1, 8)
+    numbers = (words >> torch.arange(0, 16, 4).view(4, 1)) & 15  # chunk, j, p, t
+    numbers = torch.where(numbers >= 8, numbers - 16, numbers).to(torch.int8).flatten(1)[:, : layout.num_inputs]
+    end = _HEAD_BYTES + 2 * layout.num_groups
+    num_groups = -(-layout.num_inputs // layout.group_size)
+    scales = rows[:, _HEAD_BYTES:end].contiguous().view(torch.float16)[:, :num_groups]
+    zeros = rows[:, end : end + num_groups].contiguous().view(torch.int8) if layout.has_zeros else None
+    return Numbers(numbers, factors, scales, zeros)
+
+
+def _rounded(numbers: Tensor, scales: Tensor) -> Tensor:
+    """Multiples of the scales, ties to even; 0 where a scale is 0."""
+    return torch.where(scales == 0, 0.0, numbers / scales).round()
