@@ -109,6 +109,14 @@ def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument(
+        "--systems", type=_names("local", "no-graphs", "stream"), default=("local", "no-graphs", "stream"),
+        metavar="NAMES", help="one process with CUDA graphs, or without, or split with them (default: all three)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sampling", type=_names(*SAMPLINGS), default=("greedy",), metavar="NAMES",
+        help=f"how tokens are chosen, one way after another (default: greedy): {_samplings()}",
+    )  # fmt: skip
+    parser.add_argument(
         "--checkpoint-dir",
         type=Path,
         metavar="DIR",

@@ -5,7 +5,7 @@ import torch
 from cluster.bench.sampling import GREEDY, Sampling
 from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import Prompts, Workload
-from cluster.config import ModelConfig, Transport
+from cluster.config import DEFAULTS, ModelConfig, Transport
 from cluster.llm import LLM
 
 
@@ -30,6 +30,7 @@ class ClusterSystem:
             max_num_seqs=workload.batches[-1],
             skip_tokenizer=True,
             gpus_per_expert_shard=spec.gpus_per_shard,
+            cuda_graphs=DEFAULTS["cuda_graphs"] if spec.cuda_graphs is None else spec.cuda_graphs,
         )
 
     def generate(self, prompts: Prompts, num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:

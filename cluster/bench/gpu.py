@@ -9,9 +9,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.report import describe_machine, markdown_table
+from cluster.bench.sampling import SAMPLINGS, Sampling
 from cluster.bench.spec import SystemSpec
 from cluster.bench.systems import check_shards
 from cluster.bench.throughput import Workload
@@ -36,6 +38,7 @@ class GpuResult:
     """requests_per_s: of each repeat.  bound: requests/s by the memory's bandwidth alone, 0 if unknown."""
 
     system: str
+    sampling: str
     requests_per_s: tuple[float, ...]
     bound: float
 
@@ -73,20 +76,16 @@ def measure_gpu(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name()
     bandwidth = next((value for key, value in BANDWIDTHS.items() if key in name), 0.0)
     bound = memory_bound(config, args.batch, args.prompt_tokens, args.output_tokens, bandwidth)
-    results, failures = [], []
+    samplings = [SAMPLINGS[name] for name in args.sampling]
+    results: list[GpuResult] = []
+    failures: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        for kind in ("local", "stream"):
-            spec = SystemSpec(
-                kind=kind,
-                model_dir=model_dir,
-                dtype=config.dtype,
-                num_shards=args.shards,
-                gpus_per_shard=1 / args.shards,
-            )  # fmt: skip
-            task = progress.add_task(spec.name, total=1 + args.repeat)
+        for spec in (_specs(model_dir, config, args.shards)[name] for name in args.systems):
+            task = progress.add_task(spec.name, total=(1 + args.repeat) * len(samplings))
             try:
-                results.append(_measure(spec, config, workload, bound, partial(progress.advance, task)))
+                advance = partial(progress.advance, task)
+                results += _measure(spec, config, workload, samplings=samplings, bound=bound, advance=advance)
             except ClusterError as error:
                 failures.append(f"{spec.name}: {error}")
     _print(results, failures, config, workload, bandwidth)
@@ -95,23 +94,41 @@ def measure_gpu(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _specs(model_dir: Path, config: ModelConfig, num_shards: int) -> dict[str, SystemSpec]:
+    """By the names of `--systems`."""
+    local = SystemSpec(kind="local", model_dir=model_dir, dtype=config.dtype, num_shards=1, cuda_graphs=True)
+    split = replace(local, kind="stream", num_shards=num_shards, gpus_per_shard=1 / num_shards)
+    return {"local": local, "no-graphs": replace(local, cuda_graphs=False), "stream": split}
+
+
 def _measure(
-    spec: SystemSpec, config: ModelConfig, workload: Workload, bound: float, advance: Callable[[], None]
-) -> GpuResult:
+    spec: SystemSpec,
+    config: ModelConfig,
+    workload: Workload,
+    *,
+    samplings: Sequence[Sampling],
+    bound: float,
+    advance: Callable[[], None],
+) -> list[GpuResult]:
     [batch] = workload.batches
+    results = []
     system = RemoteSystem(spec, config, workload)
     try:
-        system.generate(workload.prompts(batch, 0), 2)
-        advance()
-        rates = []
-        for run_id in range(1, 1 + workload.repeats):
-            started = time.perf_counter()
-            system.generate(workload.prompts(batch, run_id), workload.output_tokens)
-            rates.append(batch / (time.perf_counter() - started))
+        for sampling in samplings:
+            system.generate(workload.prompts(batch, 0), 2, sampling)
             advance()
+            rates = []
+            for run_id in range(1, 1 + workload.repeats):
+                started = time.perf_counter()
+                system.generate(workload.prompts(batch, run_id), workload.output_tokens, sampling)
+                rates.append(batch / (time.perf_counter() - started))
+                advance()
+            results.append(
+                GpuResult(system=spec.name, sampling=sampling.name, requests_per_s=tuple(rates), bound=bound)
+            )
     finally:
         system.close()
-    return GpuResult(system=spec.name, requests_per_s=tuple(rates), bound=bound)
+    return results
 
 
 def _print(
@@ -122,11 +139,13 @@ def _print(
         f"{workload.batches[0]} requests at a time, {workload.prompt_tokens} tokens in, {workload.output_tokens} out; "
         f"memory at {bandwidth / 1e12:.2f} TB/s allows {results[0].bound if results else 0:.1f} requests/s.\n"
     )
-    rows: list[tuple[str, ...]] = [("system", "requests/s", "lowest-highest", "of the bound", "of the first")]
+    heads = ("system", "tokens", "requests/s", "lowest-highest", "of the bound", "of the first")
+    rows: list[tuple[str, ...]] = [heads]
     for result in results:
         share = f"{result.median / result.bound:.2f}" if result.bound else "-"
         spread = f"{min(result.requests_per_s):.2f}-{max(result.requests_per_s):.2f}"
-        rows.append((result.system, f"{result.median:.2f}", spread, share, f"{result.median / results[0].median:.2f}"))
+        ratio = f"{result.median / results[0].median:.2f}"
+        rows.append((result.system, result.sampling, f"{result.median:.2f}", spread, share, ratio))
     print("\n".join(markdown_table(rows)))
     for failure in failures:
         print(f"- FAILED: {failure}")

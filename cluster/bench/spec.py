@@ -17,7 +17,7 @@ class SystemSpec:
     """The system to build.
 
     dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
-    gpus_per_shard: None is one on a machine with GPUs.
+    gpus_per_shard: None is one on a machine with GPUs.  cuda_graphs: None is the configuration's default.
     python, variables: the interpreter that has vLLM or llama.cpp, and variables for its process.
     """
 
@@ -26,6 +26,7 @@ class SystemSpec:
     dtype: str
     num_shards: int
     gpus_per_shard: float | None = None
+    cuda_graphs: bool | None = None
     python: str = ""
     variables: tuple[tuple[str, str], ...] = ()
 
@@ -36,7 +37,8 @@ class SystemSpec:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}, {self.num_shards} shards" if self.split else self.kind
+        graphs = {None: "", True: ", CUDA graphs", False: ", no graphs"}[self.cuda_graphs]
+        return (f"{self.kind}, {self.num_shards} shards" if self.split else self.kind) + graphs
 
     @property
     def environment(self) -> dict[str, str]:

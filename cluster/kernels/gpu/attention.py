@@ -17,7 +17,7 @@ from torch import Tensor
 from cluster.kernels.paged import PagedBatch
 
 CHUNK = 256  # keys of a decode row that one program takes; `_join` adds the chunks' results
-PREFILL_ROWS = 128
+PREFILL_ROWS, PREFILL_WARPS, PREFILL_STAGES = 128, 8, 2
 FEWEST_ROWS = 16  # that a matrix unit multiplies
 
 
@@ -168,7 +168,8 @@ class PagedPlan:
         if len(self.tile_sequences):
             _attend[len(self.tile_sequences), num_kv_heads, 1](
                 out, out, out, q, k_cache, v_cache, *lists, self.tile_sequences, self.tile_queries, *numbers, 1,
-                *strides, M=prefill_rows(group), N=64 if width <= 128 else 32, DECODES=False, num_warps=8, num_stages=2,
+                *strides, M=prefill_rows(group), N=64 if width <= 128 else 32, DECODES=False, num_warps=PREFILL_WARPS,
+                num_stages=PREFILL_STAGES,
                 **options,
             )  # fmt: skip
         if len(self.decode):

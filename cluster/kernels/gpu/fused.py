@@ -45,12 +45,9 @@ def _rotate_and_write(
     else:
         angle = token * head_dim + dims
         a, b = first.to(tl.float32), second.to(tl.float32)
-        kind = first.dtype
-        # As torch rounds: each product, then their sum. The cosines of both halves are the same numbers.
+        # The cosines of both halves are the same numbers.
         c, s = tl.load(cos + angle, mask=mask).to(tl.float32), tl.load(sin + angle, mask=mask).to(tl.float32)
-        first = (a * c).to(kind).to(tl.float32) - (b * s).to(kind).to(tl.float32)
-        second = (b * c).to(kind).to(tl.float32) + (a * s).to(kind).to(tl.float32)
-        first, second = first.to(kind), second.to(kind)
+        first, second = (a * c - b * s).to(first.dtype), (b * c + a * s).to(first.dtype)
         if head < num_heads:
             target = q + (token * num_heads + head) * head_dim + dims
         else:
