@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cluster.errors import InvalidRequest
 from cluster.kernels.sampling.choose import choose
-from cluster.kernels.sampling.rule import NONE_LEFT, NOT_FINITE, PLAIN, Chosen, Rule
+from cluster.kernels.sampling.rule import NO_IDS, NONE_LEFT, NOT_FINITE, PLAIN, Chosen, Rule
 from cluster.model.penalties import PenaltyState, check_ids
 from cluster.types import Logprobs, SamplingParams
 
@@ -70,26 +70,22 @@ def rule_of(row: SamplingRow, vocab_size: int) -> Rule:
         check_ids(banned, vocab_size)
         if len(banned) >= vocab_size:
             raise _no_token_left()
-    rule = Rule(
+    assert greedy or params.temperature, "a temperature of 0 is greedy"
+    penalties = penalties_of(row, vocab_size) if params.has_penalties else None
+    return Rule(
+        temperature=0.0 if greedy else params.temperature or 0.0,
+        top_k=params.top_k or 0,
+        top_p=params.top_p or 1.0,
+        max_distance=-math.log(params.min_p) if params.min_p else math.inf,
         repetition=params.repetition_penalty or 1.0,
         presence=params.presence_penalty or 0.0,
         frequency=params.frequency_penalty or 0.0,
         num_top=-1 if params.logprobs is None else params.logprobs,
-        banned=np.array(banned, dtype=np.int32),
-    )
-    if params.has_penalties:
-        penalties = penalties_of(row, vocab_size)
-        rule = rule._replace(ids=penalties.ids, counts=penalties.counts)
-    if greedy:
-        return rule
-    assert params.temperature, "a temperature of 0 is greedy"
-    return rule._replace(
-        temperature=params.temperature,
-        top_k=params.top_k or 0,
-        top_p=params.top_p or 1.0,
-        max_distance=-math.log(params.min_p) if params.min_p else math.inf,
         seed=params.seed or 0,
         position=len(row.token_ids),
+        ids=NO_IDS if penalties is None else penalties.ids,
+        counts=NO_IDS if penalties is None else penalties.counts,
+        banned=np.array(banned, dtype=np.int32) if banned else NO_IDS,
     )
 
 
