@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cluster.kernels.grouped_attention import GroupedAttention, GroupedPlan
 from cluster.kernels.native.library import DTYPES, Native
+from cluster.kernels.native_products import threads_for
 from cluster.kernels.paged import PagedBatch
 
 # New tokens of a sequence up to which the native kernel is the faster one. 4 sequences of 1024 tokens in bfloat16, 28
@@ -51,6 +52,7 @@ class NativePlan:
         self._tables = batch.block_tables.contiguous()
         self._context_lens = batch.context_lens_tensor
         self._query_lens = torch.tensor(batch.query_lens)
+        self._num_tokens = sum(batch.context_lens)
         self._most_queries = min(kernel.most_queries, max(batch.query_lens))
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int | None) -> Tensor:
@@ -71,7 +73,8 @@ class NativePlan:
         block_size, num_kv_heads = k_cache.shape[1:3]
         assert k_cache.stride() == v_cache.stride()
         assert k_cache.stride(3) == 1
-        native, dtype, threads = self._kernel.native, DTYPES[q.dtype], torch.get_num_threads()
+        native, dtype = self._kernel.native, DTYPES[q.dtype]
+        threads = threads_for(2 * self._num_tokens * num_kv_heads * head_dim * k_cache.element_size(), 0)
         lens = self._query_lens.data_ptr(), self._context_lens.data_ptr(), self._num_sequences, self._most_queries
         scratch = self._kernel.scratch(native.attention_scratch(dtype, *lens, num_heads, head_dim, threads))
         native.attention(

@@ -23,7 +23,7 @@ def threads_for(num_bytes: int, num_pairs: int) -> int:
 
 def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """As F.linear. x: [M, K], matrix: [N, K], bias: [N], all of one dtype of `DTYPES`. Returns [M, N]."""
-    x = _in_rows(x)
+    x = in_rows(x)
     (num_rows, num_inputs), num_outputs = x.shape, matrix.shape[0]
     dtype = DTYPES[x.dtype]
     out = x.new_empty(num_rows, num_outputs)
@@ -39,7 +39,7 @@ def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Te
 
 def linear_quantized(native: Native, x: Tensor, rows: Tensor, bias: Tensor | None, num_bits: int) -> Tensor:
     """As `linear`, of a matrix in 8 or 4 bits. rows: [N, bytes] uint8, as `rounding.pack` returns them."""
-    x = _in_rows(x)
+    x = in_rows(x)
     (num_rows, num_inputs), num_outputs = x.shape, rows.shape[0]
     dtype = DTYPES[x.dtype]
     out = x.new_empty(num_rows, num_outputs)
@@ -79,7 +79,7 @@ def experts(native: Native, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w
     x: [T, H]; topk_ids: [T, S] int64, negative where another shard computes; topk_weights: [T, S] float32.
     Returns [T, H] float32.
     """
-    x, topk_ids, topk_weights = _in_rows(x), topk_ids.contiguous(), topk_weights.contiguous()
+    x, topk_ids, topk_weights = in_rows(x), topk_ids.contiguous(), topk_weights.contiguous()
     num_rows, num_slots = topk_ids.shape
     dtype, num_experts = DTYPES[x.dtype], len(weights)
     hidden_size, intermediate_size = weights.hidden_size, weights.intermediate_size
@@ -126,6 +126,6 @@ def choose(native: Native, logits: Tensor, num_chosen: int, *, normalize: bool) 
     return ids, weights
 
 
-def _in_rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
     """x, each of its rows in one piece."""
     return x if x.stride(-1) == 1 else x.contiguous()

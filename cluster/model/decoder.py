@@ -32,8 +32,11 @@ class MicroBatch:
     experts: Experts
 
 
+Residual = tuple[Tensor, Tensor | None]  # [T, H] each: hidden states, and what the next norm is to add to them
+
+
 class DecoderLayer(nn.Module):
-    """Attention, then a feed-forward half; each takes normed hidden states and is added to what came in."""
+    """Attention, then a feed-forward half; each takes normed hidden states, and gives what is added to them."""
 
     def __init__(self, config: ModelConfig, layer_id: int, mlp: FeedForward) -> None:
         super().__init__()
@@ -44,16 +47,17 @@ class DecoderLayer(nn.Module):
 
     def begin(
         self,
-        x: Tensor,
+        residual: Residual,
         rotary: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor],
         plan: AttentionPlan,
         experts: Experts,
-    ) -> Callable[[], Tensor]:
-        """x: [T, H]. Computes up to where routed rows are waited for; the result waits and gives the layer's [T, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, plan)
-        finish = self.mlp.begin(self.post_attention_layernorm(x), experts)
-        return lambda: x + finish()
+    ) -> Callable[[], Residual]:
+        """Computes up to where routed rows are waited for; the result waits and gives what the next layer takes."""
+        x, normed = self.input_layernorm(*residual)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rotary, cache, plan))
+        finish = self.mlp.begin(normed, experts)
+        return lambda: (x, finish())
 
 
 class Decoder(nn.Module):
@@ -88,17 +92,17 @@ class CausalLM(nn.Module):
         """
         dtype = self.model.norm.weight.dtype
         rotary = [self.rotary(part.positions, dtype) for part in micro_batches]
-        finish: list[Callable[[], Tensor]] = [
-            partial(self.model.embed_tokens, part.token_ids) for part in micro_batches
-        ]
+        finish: list[Callable[[], Residual]] = [partial(self._embed, part.token_ids) for part in micro_batches]
         for layer_id, layer in enumerate(self.model.layers):
             assert isinstance(layer, DecoderLayer)
             kv = cache.layer(layer_id)
             for i, part in enumerate(micro_batches):
                 finish[i] = layer.begin(finish[i](), rotary[i], kv, part.attention, part.experts)
-        rows = [wait() for wait in finish]
-        normed: Tensor = self.model.norm(rows[0] if len(rows) == 1 else torch.cat(rows))
-        return normed
+        rows: list[Tensor] = [self.model.norm(*wait())[1] for wait in finish]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _embed(self, token_ids: Tensor) -> Residual:
+        return self.model.embed_tokens(token_ids), None
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:

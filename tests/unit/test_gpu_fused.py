@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from triton_tools import DEVICE, DTYPES, gpu_kernels
 
 from cluster.kernels.paged import write_kv
-from cluster.model.layers.rope import apply_rotary
+from cluster.kernels.rotary import apply_rotary
 
 fused = gpu_kernels("fused")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -89,6 +89,17 @@ struct Kernels {
     // Rounds a matrix of dtype to rows of 8 bits, or of 4 with groups of 32 << shift and zeros where has_zeros is 1.
     void (*quantize)(int32_t dtype, const void* w, int64_t w_stride, int32_t bits, int32_t shift, int32_t has_zeros,
                      uint8_t* rows, int64_t row_bytes, int64_t N, int64_t K, int32_t threads);
+
+    // Root mean square norm of T rows of H: out = weight * (x / sqrt(mean of x^2 + eps)), in float32, the quotient and
+    // the result rounded to the dtype. Where delta is not null, sum_out = x + delta is normed. sum_out, out: [T, H].
+    void (*rms_norm)(int32_t dtype, const void* x, int64_t x_stride, const void* delta, int64_t delta_stride,
+                     const void* weight, void* sum_out, void* out, int64_t T, int64_t H, float eps, int32_t threads);
+
+    // Rotates queries and keys by halves and writes keys and values into a cache. qkv: T rows of Q query heads, rotated
+    // in place, KV of keys and KV of values. cos, sin: [T, D]. k, v: [slots, KV, D] with strides of a slot and a head.
+    void (*rotate_to_cache)(int32_t dtype, void* qkv, int64_t qkv_stride, const void* cos, const void* sin,
+                            const int64_t* slots, void* k, void* v, int64_t token_stride, int64_t head_stride,
+                            int64_t T, int64_t Q, int64_t KV, int64_t D, int32_t threads);
 };
 
 }  // namespace moe

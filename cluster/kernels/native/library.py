@@ -64,6 +64,15 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ),
     ("experts_quantized_scratch", _LONG, (_INT, _INT, _LONG, _LONG, _LONG, _LONG, _LONG)),
     ("quantize", None, (_INT, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _LONG, _LONG, _LONG, _INT)),
+    (
+        "rms_norm", None,
+        (_INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _FLOAT, _INT),
+    ),
+    (
+        "rotate_to_cache", None,
+        (_INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG,
+         _LONG, _INT),
+    ),
 )  # fmt: skip
 
 
@@ -89,6 +98,8 @@ class Native:
     experts_quantized: Callable[..., None]
     experts_quantized_scratch: Callable[..., int]
     quantize: Callable[..., None]
+    rms_norm: Callable[..., None]
+    rotate_to_cache: Callable[..., None]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant = variant

@@ -6,10 +6,9 @@ T: tokens, H: hidden size, Q: query heads, KV: key/value heads, D: head size.
 from torch import Tensor, nn
 
 from cluster.config import ModelConfig
-from cluster.kernels import gpu
-from cluster.kernels.paged import AttentionPlan, write_kv
+from cluster.kernels.paged import AttentionPlan
+from cluster.kernels.rotary import rotate_to_cache
 from cluster.model.layers.linear import Linear
-from cluster.model.layers.rope import apply_rotary
 
 
 class Attention(nn.Module):
@@ -27,14 +26,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], plan: AttentionPlan
     ) -> Tensor:
         """x: [T, H]; rotary: cos and sin, each [T, 1, D]; cache: one layer's keys and values, written in place."""
-        if gpu.runs_on(x):
-            from cluster.kernels.gpu.fused import rotate_and_write
-
-            q = rotate_and_write(self.qkv_proj(x), rotary, cache, plan.slot_mapping)  # [T, Q, D]
-        else:
-            q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv_proj.each(x))
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)  # [T, Q, D], [T, KV, D]
-            write_kv(*cache, k, v, plan.slot_mapping)
+        q = rotate_to_cache(self.qkv_proj(x), rotary, cache, plan.slot_mapping)  # [T, Q, D]
         out = plan.attend(q, *cache, scale=self.head_dim**-0.5, window=self.window)
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cluster.kernels import gpu
+from cluster.kernels.norm import add_and_norm
 
 
 class RMSNorm(nn.Module):
@@ -14,11 +14,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if gpu.runs_on(x):
-            from cluster.kernels.gpu.fused import rms_norm
-
-            return rms_norm(x, self.weight, self.eps)
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+    def forward(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, delta: [T, H]. Returns x + delta, or x where there is no delta, and that normed."""
+        return add_and_norm(x, delta, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, rotate-half form, angles in float32. Knows no model.
+"""Rotary position embedding: cosines and sines, angles in float32. Knows no model.
 
 T: tokens, D: head size.
 """
@@ -26,12 +26,6 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(positions.float(), self.inv_freq)  # [T, D / 2]
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, heads, D]; cos, sin: [T, 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
