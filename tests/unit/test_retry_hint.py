@@ -121,9 +121,7 @@ def test_a_proxy_of_an_older_version_gets_plain_details():
         fail_stream(context, Overloaded.later("the queue is full", 41.04), "r")
 
     def loads(data):
-        task_error = OlderProcess(io.BytesIO(data)).load()
-        nested = getattr(task_error, "serialized_exception", None)
-        return task_error if nested is None else OlderProcess(io.BytesIO(nested)).load()
+        return OlderProcess(io.BytesIO(data)).load()
 
     status = get_grpc_response_status(raised_in_the_proxy(failed.value, context, loads), None, "r")
     assert status.code == grpc.StatusCode.RESOURCE_EXHAUSTED
