@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_tools import VOCAB_SIZES, check, random_logits, random_rule
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cluster.kernels.sampling import batched
 from cluster.kernels.sampling.batched import choose_in_batch
@@ -58,6 +59,24 @@ def mixed(random, num_rows, vocab_size):
     return [
         random_rule(random, vocab_size)._replace(num_top=5, position=7) if i % 4 else PLAIN for i in range(num_rows)
     ]
+
+
+def test_all_stays_on_a_gpu(monkeypatch):
+    """On fake CUDA tensors, of which two on different devices raise."""
+    random = np.random.default_rng(0)
+    rules = [random_rule(random, 300)._replace(num_top=5) for _ in range(40)]
+
+    def shipped(arrays, dtype, device):
+        kind = {np.int64: torch.int64, np.float64: torch.float64}[dtype]
+        return {name: torch.empty(len(np.asarray(array)), dtype=kind, device=device) for name, array in arrays.items()}
+
+    monkeypatch.setattr(batched, "_shipped", shipped)
+    with FakeTensorMode():
+        logits = torch.empty(40, 300, device="cuda")
+        tokens = batched._choose(logits, rules)
+        assert (tokens.device.type, tokens.shape, tokens.dtype) == ("cuda", (40,), torch.int64)
+        found = batched._logprobs(logits, tokens, 5)
+        assert (found.device.type, found.shape, found.dtype) == ("cuda", (40, 11), torch.float64)
 
 
 @pytest.mark.gpu

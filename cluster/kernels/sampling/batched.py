@@ -38,7 +38,7 @@ def choose_in_batch(logits: Tensor, rules: Sequence[Rule]) -> Chosen:
     logprobs = logits.new_zeros(num_rows, 1 + 2 * num_top, dtype=torch.float64)
     for part in _parts([i for i, rule in enumerate(rules) if rule.num_top >= 0], at_once):
         [rows] = _shipped({"rows": part}, np.int64, device).values()
-        found = _logprobs(logits.index_select(0, rows).float(), tokens[rows], num_top)
+        found = _logprobs(logits.index_select(0, rows).float(), tokens.index_select(0, rows), num_top)
         logprobs = logprobs.index_copy(0, rows, found)
     tokens = tokens.where(finite, NOT_FINITE)
     host = torch.cat([tokens.double().unsqueeze(1), logprobs], dim=1).cpu()  # the one copy from the device
@@ -88,29 +88,30 @@ def _choose(logits: Tensor, rules: Sequence[Rule]) -> Tensor:
     tokens = torch.empty_like(wholes["top_k"])
     for number, (kind, members) in enumerate(groups.items()):
         rows = wholes[str(number)]
-        group = logits if len(groups) == 1 else logits[rows]
+        group = logits if len(groups) == 1 else logits.index_select(0, rows)
         if kind is None:
-            tokens[rows] = group.argmax(dim=1)
+            tokens.index_copy_(0, rows, group.argmax(dim=1))
             continue
-        distances = (largest[rows] - group) / reals["temperature"][rows].float().unsqueeze(1)
-        candidates, ids = kind(distances, wholes["top_k"][rows], max(rules[i].top_k for i in members))
-        settings = {name: values[rows].unsqueeze(1) for name, values in reals.items()}
+        settings = {name: values.index_select(0, rows).unsqueeze(1) for name, values in reals.items()}
+        distances = (largest.index_select(0, rows) - group) / settings["temperature"].float()
+        most = max(rules[i].top_k for i in members)
+        candidates, ids = kind(distances, wholes["top_k"].index_select(0, rows), most)
         places = _draw(candidates, settings, [rules[i] for i in members])
-        tokens[rows] = (places if ids is None else ids.gather(1, places)).squeeze(1)
+        tokens.index_copy_(0, rows, (places if ids is None else ids.gather(1, places)).squeeze(1))
     return tokens.where(largest.squeeze(1) > -torch.inf, NONE_LEFT)
 
 
 def _penalize(logits: Tensor, wholes: Mapping[str, Tensor], reals: Mapping[str, Tensor]) -> None:
     """As the reference's `penalize`, then bans, in place. logits: [G * V] float32."""
     if len(wholes["penalized"]):
-        owners, counts = wholes["owners"], wholes["counts"]
+        places, counts = wholes["penalized"], wholes["counts"]
         repetition, presence, frequency = (
-            reals[name].float()[owners] for name in ("repetition", "presence", "frequency")
+            reals[name].float().index_select(0, wholes["owners"]) for name in ("repetition", "presence", "frequency")
         )
-        values = logits[wholes["penalized"]]
+        values = logits.index_select(0, places)
         values = torch.where(values > 0, values / repetition, values * repetition)
         values = values.nan_to_num(nan=-LARGEST, posinf=LARGEST, neginf=-LARGEST)
-        logits[wholes["penalized"]] = values - frequency * counts - presence * (counts > 0)
+        logits.index_copy_(0, places, values - frequency * counts - presence * (counts > 0))
     if len(wholes["banned"]):
         logits.index_fill_(0, wholes["banned"], -torch.inf)
 
@@ -175,7 +176,7 @@ def _draw(distances: Tensor, reals: Mapping[str, Tensor], rules: Sequence[Rule])
     if any(rule.max_distance < math.inf for rule in rules):
         probs = probs.where(distances.double() <= reals["max_distance"], 0.0)
         cumulative = probs.cumsum(dim=1)
-    places = torch.searchsorted(cumulative, reals["number"] * cumulative[:, -1:], right=True)
+    places = torch.searchsorted(cumulative, reals["number"] * cumulative.narrow(1, -1, 1), right=True)
     return places.clamp_max(distances.shape[1] - 1)
 
 
