@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
+from cluster.bench.spec import PLAIN
 from cluster.client import options
+from cluster.kernels.quantization import quantizations
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +207,12 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     parser.add_argument(
         "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=("greedy",), metavar="NAMES",
         help=f"how every system chooses tokens, one after another in turns (default: greedy): {_samplings()}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantization", type=_names(PLAIN, *quantizations()), default=(PLAIN,), metavar="NAMES",
+        help="weights of this package's systems, rounded while they are loaded; each name is a system of its own "
+        f"(default: {PLAIN}, as the checkpoint has them): int8; int4, with groups of 128 inputs, int4-32, int4-64, "
+        "each also with -zeros; with +lm_head the last layer's too",
     )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument(

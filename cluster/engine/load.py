@@ -22,6 +22,7 @@ from cluster.experts.placement import num_shards_for, plan_evenly
 from cluster.experts.routing import FixedPlan
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
+from cluster.kernels.quantization import chosen_quantization
 from cluster.metrics import DispatchMetrics, EngineMetrics
 from cluster.model.kv_cache import KVCache, check_block_fits, num_kv_blocks
 from cluster.model.registry import load_model
@@ -71,7 +72,10 @@ def load_engine(
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
     longest = max_model_len(reader.config, config)
     check_block_fits(reader.config, config, dtype)
-    model = load_model(reader, dtype=torch_dtype(dtype), device=device, progress=progress)
+    model = load_model(
+        reader, dtype=torch_dtype(dtype), device=device, progress=progress,
+        quantization=chosen_quantization(device.type),
+    )  # fmt: skip
     wait_for_experts()
     splits = remote_experts and reader.config.moe is not None
     share = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers
@@ -129,10 +133,12 @@ def local_experts(
     reader = open_checkpoint(model_dir)
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
-    num_experts = reader.config.num_experts
+    device, num_experts = resolve_device(config.device), reader.config.num_experts
     plan = plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
     shards = {}
     for shard_id, experts in enumerate(plan.slices):
-        shards[shard_id] = ExpertShard(shard_id, reader.config, dtype=dtype, device=resolve_device(config.device))
+        shards[shard_id] = ExpertShard(
+            shard_id, reader.config, dtype=dtype, device=device, quantization=chosen_quantization(device.type)
+        )
         shards[shard_id].load(reader, experts, progress)
     return ExpertDispatcher(LocalTransport(shards), FixedPlan(plan), metrics)

@@ -15,6 +15,7 @@ from cluster.config import ModelConfig
 from cluster.errors import ShardUnavailable
 from cluster.kernels import gpu
 from cluster.kernels.experts import ExpertWeights, no_experts
+from cluster.kernels.quantization import Quantization
 from cluster.kernels.weights import Parts, Weight, WeightLoader
 
 
@@ -32,14 +33,19 @@ class LayerSlice:
 class ExpertShard:
     """Experts of any layers in any number, uneven slices included. One thread may call `forward`, one `load`."""
 
-    def __init__(self, shard_id: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shard_id: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device,
+        quantization: Quantization | None = None,
+    ) -> None:  # fmt: skip
         assert config.moe is not None, "a dense model has no experts to hold"
         self.shard_id = shard_id
         self.config = config
         self.dtype = dtype
         self.device = device
         self.layers: dict[int, LayerSlice] = {}
-        self._no_experts = no_experts(config.hidden_size, config.moe.moe_intermediate_size, dtype=dtype, device=device)
+        self._no_experts = no_experts(
+            config.hidden_size, config.moe.moe_intermediate_size, dtype=dtype, device=device, quantization=quantization
+        )
         self.expert_tokens = torch.zeros(
             (config.num_hidden_layers, config.num_experts), dtype=torch.int64, device=device
         )  # rows that each expert has computed here since the start: the load that placement balances

@@ -17,7 +17,8 @@ from cluster.kernels import gpu, native_products
 from cluster.kernels.grouping import group_pairs
 from cluster.kernels.native import library
 from cluster.kernels.native.library import Native
-from cluster.kernels.quantized import Quantization
+from cluster.kernels.quantization import Quantization
+from cluster.kernels.quantized import quantized_weight
 from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
 
 
@@ -136,7 +137,7 @@ def no_experts(
     if device.type == "cuda":
         return StackedExperts(*(torch.empty(0, *shape, dtype=dtype, device=device) for shape in (gate_up, down)))
     if quantization is not None:
-        make = partial(quantization.weight, dtype=dtype)
+        make = partial(quantized_weight, quantization=quantization, dtype=dtype)
         kernels = library.native()
         if kernels is not None:
             return NativeExperts(partial(make, *gate_up), partial(make, *down), kernels)

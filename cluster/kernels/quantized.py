@@ -4,18 +4,17 @@ M: rows, N: outputs, K: inputs, H: hidden size, I: intermediate size.
 """
 
 import sys
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.errors import SetupError
 from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
-from cluster.kernels.rounding import GROUP_SIZES, Numbers, RowLayout, dequantize, pack, quantize, unpack
+from cluster.kernels.quantization import GROUP_SIZES, Quantization
+from cluster.kernels.rounding import Numbers, RowLayout, dequantize, pack, quantize, unpack
 from cluster.kernels.weights import Parts, TwoProducts, split_rows
 
 
@@ -31,8 +30,7 @@ class QuantizedWeight(TwoProducts):
 
     def __init__(self, num_outputs: int, layout: RowLayout, dtype: torch.dtype) -> None:
         self.layout = layout
-        self.num_bits: int = layout.num_bits
-        self.num_inputs = layout.num_inputs
+        self.num_bits, self.num_inputs = layout.num_bits, layout.num_inputs
         self.matrix = torch.empty(num_outputs, layout.row_bytes, dtype=torch.uint8)
         self.staging_bytes = dtype.itemsize * num_outputs * layout.num_inputs
         self._dtype = dtype
@@ -73,45 +71,12 @@ class QuantizedWeight(TwoProducts):
         return super().swiglu(x, down)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
-    """How weights are rounded while they are loaded: those of attention, dense layers and experts. Never the router's,
-    and not what has few weights; the embeddings and, unless asked for, the last layer stay as they are too.
-
-    group_size, has_zeros: of 4 bits.
-    """
-
-    num_bits: Literal[4, 8]
-    group_size: int = 0
-    has_zeros: bool = False
-    lm_head: bool = False
-
-    def weight(self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype) -> QuantizedWeight:
-        return QuantizedWeight(
-            num_outputs, RowLayout(self.num_bits, num_inputs, self.group_size, self.has_zeros), dtype
-        )
-
-    def takes(self, layer: str, num_outputs: int) -> bool:
-        """Whether it is meant for a linear layer, by its name and size."""
-        return self.lm_head if layer == "lm_head" else num_outputs > 1
-
-
-def quantizations() -> dict[str, Quantization]:
-    """By name: int8, int4 (groups of 128), int4-32, int4-64, int4-128; `-zeros` for those that are not symmetric;
-    `+lm_head` for the last layer too."""
-    forms = {"int8": Quantization(num_bits=8), "int4": Quantization(num_bits=4, group_size=128)}
-    for size in GROUP_SIZES:
-        forms[f"int4-{size}"] = Quantization(num_bits=4, group_size=size)
-        forms[f"int4-{size}-zeros"] = Quantization(num_bits=4, group_size=size, has_zeros=True)
-    return forms | {f"{name}+lm_head": replace(form, lm_head=True) for name, form in forms.items()}
-
-
-def quantization_by_name(name: str) -> Quantization | None:
-    """None for "". Raises SetupError for one that is not known."""
-    known = quantizations()
-    if name and name not in known:
-        raise SetupError(f"quantization is {name!r}, one of {', '.join(known)} is needed")
-    return known.get(name)
+def quantized_weight(
+    num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype
+) -> QuantizedWeight:
+    """dtype: of the checkpoint's matrix."""
+    layout = RowLayout(quantization.num_bits, num_inputs, quantization.group_size, quantization.has_zeros)
+    return QuantizedWeight(num_outputs, layout, dtype)
 
 
 def fill_rows(rows: Tensor, matrix: Tensor, layout: RowLayout) -> None:

@@ -6,13 +6,14 @@ symmetric. N: outputs, K: inputs, G: groups of a row.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP_SIZES = (32, 64, 128)
+from cluster.kernels.quantization import GROUP_SIZES
+
 _CHUNK = {8: 64, 4: 128}  # inputs in 64 bytes
 _HEAD_BYTES, _ALIGNMENT = 8, 16
 
@@ -34,7 +35,7 @@ class Numbers(NamedTuple):
 class RowLayout:
     """Where the bytes of a row lie. group_size, has_zeros: of 4 bits."""
 
-    num_bits: Literal[4, 8]
+    num_bits: int
     num_inputs: int
     group_size: int = 0
     has_zeros: bool = False

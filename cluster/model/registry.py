@@ -1,12 +1,15 @@
 """The model families that can be computed, by their config's `model_type`: one line each."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
-from cluster.kernels.weights import WeightLoader, weight_maker
+from cluster.kernels.quantization import Quantization
+from cluster.kernels.quantized import quantized_weight
+from cluster.kernels.weights import MakeWeight, WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
 from cluster.model.layers.linear import Linear
 from cluster.model.layers.rope import RotaryEmbedding
@@ -25,6 +28,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
+    quantization: Quantization | None = None,
 ) -> CausalLM:
     """Reads all but the routed experts, each tensor into its place, or into the memory that its weight is made from.
 
@@ -37,8 +41,12 @@ def load_model(
     weights, plain_targets = [], model.state_dict()
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            prefix = path.removesuffix(path.rpartition(".")[2])
-            module.allocate(weight_maker(dtype, device), dtype=dtype, device=device)
+            name = path.rpartition(".")[2]
+            prefix = path.removesuffix(name)
+            make: MakeWeight = weight_maker(dtype, device)
+            if quantization is not None and quantization.takes(name):
+                make = partial(quantized_weight, quantization=quantization, dtype=dtype)
+            module.allocate(make, dtype=dtype, device=device)
             weights.append((module.weight, module.parts(prefix)))
             plain_targets |= module.bias_targets(prefix)
     WeightLoader(lambda targets: reader.load(targets, progress), device).load(weights, plain_targets)

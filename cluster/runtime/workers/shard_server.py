@@ -13,6 +13,7 @@ from cluster.engine.load import resolve_device, torch_dtype
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
+from cluster.kernels.quantization import chosen_quantization
 from cluster.metrics import ShardMetrics
 from cluster.runtime.workers.rehearsal import Rehearsal
 
@@ -67,6 +68,7 @@ class ShardServer:
                 reader.config,
                 dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
                 device=resolve_device(device),
+                quantization=chosen_quantization(resolve_device(device).type),
             )
             self._reported, self._source = {}, (model_dir, dtype, device)
         else:

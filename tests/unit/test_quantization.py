@@ -1,0 +1,106 @@
+"""Weights that are rounded while a checkpoint is loaded: which, what they take, and that answers stay near."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import LLM, SamplingParams
+from cluster.bench.spec import SystemSpec
+from cluster.checkpoint.made.synthetic import write_checkpoint
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.errors import SetupError
+from cluster.experts.shard import ExpertShard
+from cluster.kernels.quantization import VARIABLE, chosen_quantization, quantizations
+from cluster.model.layers.linear import Linear
+from cluster.model.registry import load_model
+
+RAW = {
+    "model_type": "qwen2_moe", "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 96, "moe_intermediate_size": 40, "num_experts": 6,
+    "shared_expert_intermediate_size": 80, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantization")
+    write_checkpoint(folder, RAW, seed=1)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "head"), [("int4", False), ("int8+lm_head", True)])
+def test_attention_and_dense_layers_are_rounded_and_no_router(folder, name, head):
+    """A weight of the checkpoint is 2 bytes; of 64 inputs a rounded row is 16 or 32 bytes of head and 64 of weights."""
+    model = load_model(CheckpointReader(folder), dtype=torch.bfloat16, device=CPU, quantization=quantizations()[name])
+    forms = {
+        path.removeprefix("model."): type(module.weight).__name__
+        for path, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
+    rounded = {path for path, form in forms.items() if form == "QuantizedWeight"}
+    parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_expert.gate_up_proj", "mlp.shared_expert.down_proj")
+    expected = {f"layers.{layer}.{part}" for layer in range(2) for part in parts}
+    assert rounded == expected | ({"lm_head"} if head else set())
+    assert {path for path in forms if "gate" in path} - rounded == {
+        f"layers.{layer}.mlp.shared_expert_gate" for layer in range(2)
+    }
+
+
+def test_a_shard_counts_the_bytes_that_its_rounded_experts_take(folder):
+    """int8: 80 rows of 64 inputs in 16 + 64 bytes and 64 rows of 40 inputs in 16 + 64, for one expert."""
+    reader = CheckpointReader(folder)
+    shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=quantizations()["int8"])
+    shard.load(reader, {0: [3]})
+    assert shard.num_bytes == (80 + 64) * (16 + 64)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-32"])
+def test_a_shard_of_rounded_experts_gives_nearly_the_same_rows(folder, name):
+    reader = CheckpointReader(folder)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ids, weights = torch.arange(18).view(9, 2) % 6, torch.full((9, 2), 0.5)
+    found = []
+    for quantization in (None, quantizations()[name]):
+        shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=quantization)
+        shard.load(reader, {0: [5, 0, 2, 1]})
+        shard.load(reader, {0: list(range(6))})  # four move to other places, two are read
+        found.append(shard.forward(0, x, ids, weights).double())
+    error = (found[1] - found[0]).norm() / found[0].norm()
+    assert 0 < error < (0.03 if name == "int8" else 0.2)
+
+
+@pytest.mark.parametrize("name", ["int8+lm_head", "int4-64-zeros"])
+def test_the_environment_chooses_for_an_offline_model(folder, name, monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+
+    def best():
+        with LLM(folder, skip_tokenizer=True, kv_cache_bytes=1 << 22, max_model_len=64) as llm:
+            [output] = llm.generate([[1, 2, 3]], params)
+        return dict(output.logprobs[0].top)
+
+    exact = best()
+    monkeypatch.setenv(VARIABLE, name)
+    rounded = best()
+    assert rounded != exact
+    assert len(set(rounded) & set(exact)) >= 2
+
+
+def test_a_name_or_a_device_that_cannot_be_is_refused(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert chosen_quantization("cuda") is None
+    monkeypatch.setenv(VARIABLE, "int4")
+    assert chosen_quantization("cpu").group_size == 128
+    with pytest.raises(SetupError, match="on CPUs only"):
+        chosen_quantization("cuda")
+    monkeypatch.setenv(VARIABLE, "int3")
+    with pytest.raises(SetupError, match="int8, int4"):
+        chosen_quantization("cpu")
+
+
+def test_a_measured_system_is_named_and_started_by_its_quantization():
+    spec = SystemSpec(kind="local", model_dir=Path("m"), dtype="bfloat16", num_shards=1, quantization="int4+lm_head")
+    assert spec.name == "local, int4+lm_head"
+    assert spec.environment[VARIABLE] == "int4+lm_head"
