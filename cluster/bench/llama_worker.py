@@ -16,6 +16,8 @@ MAX_BATCH_TOKENS = 2048
 
 
 def main() -> None:
+    # This file's neighbours are not for that environment.
+    sys.path[:] = [folder for folder in sys.path if folder != os.path.dirname(__file__)]
     options = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp's prints must not get among the answers

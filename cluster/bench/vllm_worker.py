@@ -10,6 +10,8 @@ import sys
 
 
 def main() -> None:
+    # This file's neighbours are not for that environment: transformers looks for a package `kernels`.
+    sys.path[:] = [folder for folder in sys.path if folder != os.path.dirname(__file__)]
     options = json.loads(sys.argv[1])
     del options["num_threads"]  # VLLM_CPU_OMP_THREADS_BIND sets them
     answers = os.fdopen(os.dup(1), "w")

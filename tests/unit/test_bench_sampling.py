@@ -73,8 +73,9 @@ def test_the_help_lists_every_sampling(part: str, capsys: pytest.CaptureFixture[
 
 
 FAKE_VLLM = """
-import json, os
+import importlib.util, json, os
 __version__ = "fake"
+assert importlib.util.find_spec("kernels") is None, "the bench's own folder, which transformers would take for another"
 
 class SamplingParams:
     def __init__(self, *, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, logprobs=None,
