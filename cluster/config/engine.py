@@ -38,7 +38,7 @@ class EngineConfig:
         least=0,
     )
     cuda_graphs: bool = option(
-        False, "on a GPU, decode steps are captured once for each size and replayed, with one launch for many"
+        True, "on a GPU, decode steps are captured once for each size and replayed, with one launch for many"
     )
     enable_prefix_caching: bool = option(True, "prompts that begin alike share the keys and values of their beginning")
 

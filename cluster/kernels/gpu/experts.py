@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cluster.kernels.grouping import group_pairs
 
-# A program holds the ids of all pairs. With more, each expert's weights are read for several tiles of rows: at 768
-# pairs torch's grouped products are faster (438 against 556 us), at 256 they are not (428 against 261; H200).
-MAX_PAIRS = 256
+# A program holds the ids of all pairs. At 1024 it takes 416 us, where sorting, torch's grouped products and a sum
+# take 444; at 512 it is 273 against 437 (H200, A2.7B's shapes).
+MAX_PAIRS = 1024
+ROWS, COLUMNS = 16, 64  # of a tile; the fewest rows that a matrix unit multiplies
 
 
 @triton.jit
@@ -155,26 +156,27 @@ def experts_of_many_rows(
 def experts_of_few_rows(
     hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    """As `experts_reference`, for MAX_PAIRS pairs at most. Each active expert's weights are read once for every M of
-    its rows; the sums run in the order of a token's slots."""
+    """As `experts_reference`, for MAX_PAIRS pairs at most. Each active expert's weights are read once for every ROWS
+    of its rows; the sums run in the order of a token's slots."""
     num_tokens, topk = topk_ids.shape
     num_experts, hidden, width = down_proj.shape
     num_pairs = num_tokens * topk
     assert num_pairs <= MAX_PAIRS
     hidden_states, topk_ids, topk_weights = hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     exact = hidden_states.dtype == torch.float32
-    rows = min(64, max(16, triton.next_power_of_2(2 * num_pairs // max(1, num_experts))))
-    options = {"PAIRS": max(16, triton.next_power_of_2(num_pairs)), "M": rows, "EXACT": exact}
-    depth = 64 if exact else 128
+    options = {
+        "PAIRS": max(16, triton.next_power_of_2(num_pairs)), "M": ROWS, "N": COLUMNS, "EXACT": exact,
+        "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
     inner = hidden_states.new_empty(num_pairs, width)
     outer = torch.empty(num_pairs, hidden, dtype=torch.float32, device=hidden_states.device)
-    _gate_up[triton.cdiv(width, 32), num_experts](
+    _gate_up[triton.cdiv(width, COLUMNS), num_experts](
         inner, hidden_states, topk_ids, gate_up_proj, num_pairs, hidden, width, hidden_states.stride(0),
-        TOPK=topk, N=32, DEPTH=depth, num_warps=4, num_stages=3, **options,
+        TOPK=topk, DEPTH=64 if exact else 128, **options,
     )  # fmt: skip
-    _down[triton.cdiv(hidden, 64), num_experts](
+    _down[triton.cdiv(hidden, COLUMNS), num_experts](
         outer, inner, topk_ids, topk_weights, down_proj, num_pairs, hidden, width,
-        N=64, DEPTH=depth, num_warps=4, num_stages=3, **options,
+        DEPTH=64, **options,
     )  # fmt: skip
     return combine(outer, topk_ids, topk_weights, None)
 
