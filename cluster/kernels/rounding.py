@@ -1,5 +1,5 @@
 """How matrices are rounded to 8 and 4 bits, and how their rows lie in memory. The plain definition of
-native/quantized.inc and quantize.inc. Knows no products.
+native/quantized_rows.inc and quantize.inc. Knows no products.
 
 With 8 bits a row has one scale; with 4 bits each group of 32, 64 or 128 inputs has one, and a zero where they are not
 symmetric. N: outputs, K: inputs, G: groups of a row.

@@ -58,7 +58,7 @@ def test_linear_layers_of_any_form_give_the_products_of_their_parts_side_by_side
     for num_rows in (1, 2, 5, 40):
         x = torch.randn(num_rows, 16, generator=random).bfloat16()
         with torch.inference_mode():
-            for name, got in zip("qkv", linear.each(x), strict=True):
+            for name, got in zip("qkv", linear(x).split([6, 4, 2], dim=-1), strict=True):
                 weight, bias = stored[f"layer.{name}.weight"].double(), stored[f"layer.{name}.bias"].double()
                 torch.testing.assert_close(got.double(), F.linear(x.double(), weight, bias), atol=6e-2, rtol=2e-2)
 
@@ -80,7 +80,7 @@ def test_a_weight_names_the_tensors_that_it_needs():
     linear = Linear(2, {"gate_proj": 2, "up_proj": 1})
     linear.allocate(ScaledWeight, dtype=torch.float32, device=torch.device("cpu"))
     WeightLoader(read, torch.device("cpu")).load([(linear.weight, linear.parts("mlp."))])
-    gate, up = linear.each(torch.tensor([[10.0, 1.0]]))
+    gate, up = linear(torch.tensor([[10.0, 1.0]])).split([2, 1], dim=-1)
     assert (gate.tolist(), up.tolist()) == ([[18.0, 12.0]], [[55.0]])
     assert calls == [sorted(stored)]
 

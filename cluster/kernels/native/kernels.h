@@ -65,7 +65,7 @@ struct Kernels {
     // The numbers in [0, 1) with which rows of these seeds and positions are drawn, [B] each.
     void (*uniform_numbers)(const int64_t* seeds, const int64_t* positions, double* numbers, int64_t B);
 
-    // As `linear`, of a weight in 8 or 4 bits. w: N rows as quantized.inc describes them, w_stride bytes each; x, bias
+    // As `linear`, of a weight in 8 or 4 bits. w: N rows as quantized_rows.inc describes them, w_stride bytes each; x, bias
     // and out are of dtype. scratch: quantized_scratch(dtype, bits, M, K) bytes.
     void (*linear_quantized)(int32_t dtype, int32_t bits, const void* x, int64_t x_stride, const void* w,
                              int64_t w_stride, const void* bias, void* out, int64_t out_stride, int64_t M, int64_t N,

@@ -47,8 +47,3 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N]."""
         return self.weight.product(x, self.bias)
-
-    def each(self, x: Tensor) -> tuple[Tensor, ...]:
-        """As `forward`, the outputs of each linear layer by themselves."""
-        parts: tuple[Tensor, ...] = torch.split(self(x), list(self.outputs.values()), dim=-1)
-        return parts
