@@ -86,7 +86,7 @@ def test_a_load_without_memory_leaves_what_is_here(demo_checkpoint):
 
 @pytest.fixture
 def spare(monkeypatch):
-    monkeypatch.setattr(shard_actor, "prepare_process", lambda num_threads: None)
+    monkeypatch.setattr(shard_actor, "prepare_process", lambda num_threads, **options: None)
     monkeypatch.setattr(shard_actor, "end_at_sigterm", lambda: None)
     return ExpertShardActor(NO_SHARD, 1)
 
