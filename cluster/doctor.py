@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cluster.config.resources import ROOT, available_cpus, available_memory, memory_limit
+from cluster.config.resources import ROOT, all_cpus, available_cpus, available_memory, memory_limit
 from cluster.footprint.folders import BASE
 from cluster.version import __version__
 
@@ -147,7 +147,7 @@ def _cpu(root: Path) -> Iterator[Finding]:
     has = set((entries.get("flags") or entries.get("Features") or "").split())
     vectors = [name for name in VECTORS if name in has]
     model = entries.get("model name") or platform.processor() or "unknown"
-    usable = f"{available_cpus(root)} of {_counted(os.cpu_count() or 1, 'CPU')}"
+    usable = f"{available_cpus(root)} of {_counted(all_cpus(), 'CPU')}"
     yield Finding("CPU", f"{model}, {platform.machine()}, {usable}; {' '.join(vectors) or 'no vectors known here'}")
 
 

@@ -12,6 +12,11 @@ from pathlib import Path
 ROOT = Path("/")
 
 
+def all_cpus() -> int:
+    """CPUs of the machine, whoever may use them."""
+    return os.cpu_count() or 1
+
+
 def available_cpus(root: Path = ROOT) -> int:
     """Returns the CPUs that this process may run on, a control group's quota rounded up; at least one.
 

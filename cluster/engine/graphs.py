@@ -113,6 +113,7 @@ class DecodeGraphs:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, int], _Captured] = {}
+        self._refused: set[tuple[int, int]] = set()
 
     def take(self, scheduled: Seq[ScheduledSequence]) -> bool:
         """Whether the step is one of these: each sequence brings one token, and none keeps its hidden states."""
@@ -121,16 +122,24 @@ class DecodeGraphs:
         )
 
     @torch.inference_mode()
-    def run(self, arrays: StepArrays, experts: Experts) -> Tensor:
-        """As `CausalLM.forward`: [B, H], valid until the next step. Raises what the experts raise."""
+    def run(self, arrays: StepArrays, experts: Experts) -> Tensor | None:
+        """As `CausalLM.forward`: [B, H], valid until the next step. None, and nothing is done, for a size that cannot
+        be captured: too little memory. Raises what the experts raise."""
         num_rows = len(arrays.query_lens)
         size = next(size for size in self._sizes if size >= num_rows)
         longest = max(FEWEST_KEYS, self._block_size)
         while longest < int(arrays.context_lens.max()):
             longest *= 2
         key = size, longest
+        if key in self._refused:
+            return None
         if key not in self._captured:
-            self._captured[key] = self._capture(size, longest)
+            try:
+                self._captured[key] = self._capture(size, longest)
+            except RuntimeError as error:  # of torch: memory, or a kernel that cannot be captured
+                log.warning("steps of %d sequences are not captured as CUDA graphs: %s", size, error)
+                self._refused.add(key)
+                return None
         captured = self._captured[key]
         host = torch.from_numpy(self._inputs(arrays, size, captured.width)).pin_memory()
         captured.inputs.copy_(host, non_blocking=True)
@@ -172,6 +181,7 @@ class DecodeGraphs:
         with torch.cuda.stream(self._stream):
             self._forward(captured, size, longest, lambda make: make())
             torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()  # a capture cannot take what other streams keep
             graph = self._begin()
 
             def cut(make: Callable[[], _Departure | _Arrival]) -> _Departure | _Arrival:
@@ -182,8 +192,10 @@ class DecodeGraphs:
                 graph = self._begin()
                 return crossing
 
-            captured.hidden_states = self._forward(captured, size, longest, cut)
-            graph.capture_end()
+            try:
+                captured.hidden_states = self._forward(captured, size, longest, cut)
+            finally:
+                graph.capture_end()
             captured.pieces.append((graph, None))
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return captured

@@ -114,7 +114,9 @@ class ModelRunner:
         step = StepExperts(self.experts, len(scheduled))
         try:
             if self.graphs is not None and self.graphs.take(scheduled):
-                return self.graphs.run(self._arrays(scheduled), self._part(step, 0, scheduled)), step
+                hidden_states = self.graphs.run(self._arrays(scheduled), self._part(step, 0, scheduled))
+                if hidden_states is not None:
+                    return hidden_states, step
             return self._forward_in_parts(scheduled, step), step
         except EverySequenceLost:
             step.abandon()

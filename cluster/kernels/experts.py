@@ -92,6 +92,8 @@ class NativeExperts(SeparateExperts[NativeForm]):
         return other
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        if not self.gate_up:
+            return torch.zeros(hidden_states.shape, dtype=torch.float32)
         if topk_ids.numel() < self.gate_up[0].torch_rows * len(self.gate_up):
             return native_products.experts(self._native, hidden_states, topk_ids, topk_weights, self._pointers)
         return super().forward(hidden_states, topk_ids, topk_weights)

@@ -36,7 +36,7 @@ class NativeAttention:
     def scratch(self, num_bytes: int) -> Tensor:
         """At least so many bytes for one call at a time."""
         if num_bytes > len(self._scratch):
-            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         return self._scratch
 
 
@@ -51,16 +51,16 @@ class NativePlan:
         self._only_longer = longer is not None and longer.num_sequences == self._num_sequences
         self._tables = batch.block_tables.contiguous()
         self._context_lens = batch.context_lens_tensor
-        self._query_lens = torch.tensor(batch.query_lens)
+        self._query_lens = torch.tensor(batch.query_lens, dtype=torch.int64)
         self._num_tokens = sum(batch.context_lens)
-        self._most_queries = min(kernel.most_queries, max(batch.query_lens))
+        self._most_queries = min(kernel.most_queries, max(batch.query_lens, default=0))
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int | None) -> Tensor:
         """As `AttentionPlan.attend`."""
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
         if self._longer is not None:
             self._longer.attend_into(out, q, k_cache, v_cache, scale=scale, window=window)
-        if not self._only_longer:
+        if self._num_sequences and not self._only_longer:
             self._attend_natively(out, q, k_cache, v_cache, scale=scale, window=window)
         return out
 

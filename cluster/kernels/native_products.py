@@ -23,11 +23,13 @@ def threads_for(num_bytes: int, num_pairs: int) -> int:
 
 def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """As F.linear. x: [M, K], matrix: [N, K], bias: [N], all of one dtype of `DTYPES`. Returns [M, N]."""
-    x = in_rows(x)
-    (num_rows, num_inputs), num_outputs = x.shape, matrix.shape[0]
+    x, (num_rows, num_inputs) = in_rows(x), x.shape
+    num_outputs = matrix.shape[0]
+    fits = x.dtype == matrix.dtype and matrix.shape[1] == num_inputs and matrix.stride(1) == 1
+    _check(fits and _is_bias(bias, x.dtype, num_outputs), "a linear layer", x)
     dtype = DTYPES[x.dtype]
     out = x.new_empty(num_rows, num_outputs)
-    scratch = torch.empty(native.linear_scratch(dtype, num_rows, num_inputs), dtype=torch.uint8)
+    scratch = _memory(native.linear_scratch(dtype, num_rows, num_inputs))
     native.linear(
         dtype, x.data_ptr(), x.stride(0), matrix.data_ptr(), matrix.stride(0),
         None if bias is None else bias.data_ptr(), out.data_ptr(), num_outputs,
@@ -39,11 +41,12 @@ def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Te
 
 def linear_quantized(native: Native, x: Tensor, rows: Tensor, bias: Tensor | None, num_bits: int) -> Tensor:
     """As `linear`, of a matrix in 8 or 4 bits. rows: [N, bytes] uint8, as `rounding.pack` returns them."""
-    x = in_rows(x)
-    (num_rows, num_inputs), num_outputs = x.shape, rows.shape[0]
+    x, (num_rows, num_inputs) = in_rows(x), x.shape
+    num_outputs = rows.shape[0]
+    _check(rows.stride(1) == 1 and _is_bias(bias, x.dtype, num_outputs), "a linear layer", x)
     dtype = DTYPES[x.dtype]
     out = x.new_empty(num_rows, num_outputs)
-    scratch = torch.empty(native.quantized_scratch(dtype, num_bits, num_rows, num_inputs), dtype=torch.uint8)
+    scratch = _memory(native.quantized_scratch(dtype, num_bits, num_rows, num_inputs))
     native.linear_quantized(
         dtype, num_bits, x.data_ptr(), x.stride(0), rows.data_ptr(), rows.stride(0),
         None if bias is None else bias.data_ptr(), out.data_ptr(), num_outputs,
@@ -67,6 +70,7 @@ class ExpertPointers:
         self.num_bits, self.intermediate_size = num_bits, intermediate_size if num_bits else width
         self.row_bytes = (gate_up[0].shape[1], width) if down else (0, 0)
         self.gate_up, self.down = (torch.tensor([m.data_ptr() for m in side]) for side in (gate_up, down))
+        self.dtype = down[0].dtype if down and not num_bits else None
         self._matrices = gate_up, down
 
     def __len__(self) -> int:
@@ -81,15 +85,18 @@ def experts(native: Native, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w
     """
     x, topk_ids, topk_weights = in_rows(x), topk_ids.contiguous(), topk_weights.contiguous()
     num_rows, num_slots = topk_ids.shape
+    fits = x.shape == (num_rows, weights.hidden_size) and weights.dtype in (x.dtype, None)
+    fits = fits and topk_weights.shape == topk_ids.shape
+    _check(fits and topk_ids.dtype == torch.int64 and topk_weights.dtype == torch.float32, "experts", x)
     dtype, num_experts = DTYPES[x.dtype], len(weights)
     hidden_size, intermediate_size = weights.hidden_size, weights.intermediate_size
     sizes = num_rows, num_slots, num_experts, hidden_size, intermediate_size
-    out = torch.empty(num_rows, hidden_size, dtype=torch.float32)
+    out = torch.empty(num_rows, hidden_size, dtype=torch.float32, device="cpu")
     if weights.num_bits:
         num_bytes = native.experts_quantized_scratch(dtype, weights.num_bits, *sizes)
     else:
         num_bytes = native.experts_scratch(dtype, *sizes)
-    scratch = torch.empty(num_bytes, dtype=torch.uint8)
+    scratch = _memory(num_bytes)
     rows = x.data_ptr(), x.stride(0), topk_ids.data_ptr(), topk_weights.data_ptr(), num_rows, num_slots
     gate_up, down = weights.gate_up.data_ptr(), weights.down.data_ptr()
     rest = num_experts, hidden_size, intermediate_size, out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()
@@ -107,23 +114,38 @@ def swiglu(native: Native, x: Tensor, weights: ExpertPointers) -> Tensor:
     x: [T, H], weights: of that expert. Returns [T, H] in x's dtype.
     """
     num_rows = x.shape[0]
-    ids = torch.zeros(num_rows, 1, dtype=torch.int64)
-    return experts(native, x, ids, torch.ones(num_rows, 1), weights).to(x.dtype)
+    ids = torch.zeros(num_rows, 1, dtype=torch.int64, device="cpu")
+    ones = torch.ones(num_rows, 1, dtype=torch.float32, device="cpu")
+    return experts(native, x, ids, ones, weights).to(x.dtype)
 
 
 def choose(native: Native, logits: Tensor, num_chosen: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
     """As `router.choose`: topk_ids [T, S] int64 and topk_weights [T, S] float32. logits: [T, E]."""
     logits = logits.contiguous()
     num_rows, num_experts = logits.shape
-    ids = torch.empty(num_rows, num_chosen, dtype=torch.int64)
-    weights = torch.empty(num_rows, num_chosen)
+    ids = torch.empty(num_rows, num_chosen, dtype=torch.int64, device="cpu")
+    weights = torch.empty(num_rows, num_chosen, dtype=torch.float32, device="cpu")
     threads = threads_for(0, num_rows * num_experts * 64)  # an exponential and `num_chosen` looks for each
-    scratch = torch.empty(threads, num_experts)
+    scratch = _memory(threads * num_experts * torch.float32.itemsize)
     native.route(
         DTYPES[logits.dtype], logits.data_ptr(), num_rows, num_experts, num_chosen, normalize,
         ids.data_ptr(), weights.data_ptr(), scratch.data_ptr(), threads,
     )  # fmt: skip
     return ids, weights
+
+
+def _check(fits: bool, what: str, x: Tensor) -> None:
+    """Raises ValueError unless they fit: a kernel would read past a row."""
+    if not fits:
+        raise ValueError(f"rows of {tuple(x.shape)} in {x.dtype} do not fit the weights of {what}")
+
+
+def _is_bias(bias: Tensor | None, dtype: torch.dtype, num_outputs: int) -> bool:
+    return bias is None or (bias.dtype == dtype and bias.shape == (num_outputs,) and bias.is_contiguous())
+
+
+def _memory(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
 
 def in_rows(x: Tensor) -> Tensor:

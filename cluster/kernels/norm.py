@@ -19,7 +19,9 @@ def add_and_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
         x = x if delta is None else x + delta
         return x, rms_norm(x, weight, eps)
     kernels = native() if x.device.type == "cpu" else None
-    if kernels is None or x.dtype not in DTYPES:
+    fits = x.dtype == weight.dtype and weight.is_contiguous()
+    fits = fits and (delta is None or (delta.shape == x.shape and delta.dtype == x.dtype))
+    if kernels is None or x.dtype not in DTYPES or not fits:
         return add_and_norm_reference(x, delta, weight, eps)
     return add_and_norm_natively(kernels, x, delta, weight, eps)
 
@@ -40,8 +42,8 @@ def add_and_norm_natively(
     x = in_rows(x)
     delta = None if delta is None else in_rows(delta)
     num_rows, hidden_size = x.shape
-    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype)
-    normed = torch.empty(x.shape, dtype=x.dtype)
+    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    normed = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     native.rms_norm(
         DTYPES[x.dtype], x.data_ptr(), x.stride(0),
         None if delta is None else delta.data_ptr(), 0 if delta is None else delta.stride(0), weight.data_ptr(),

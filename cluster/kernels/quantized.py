@@ -59,6 +59,8 @@ class QuantizedWeight(TwoProducts):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         kernels = native()
         if kernels is not None:
+            if x.shape[1] != self.num_inputs:
+                raise ValueError(f"rows of {x.shape[1]} inputs do not fit a weight of {self.num_inputs}")
             return native_products.linear_quantized(kernels, x, self.matrix, bias, self.layout.num_bits)
         out = F.linear(x.float(), self.dequantized(), None if bias is None else bias.float())
         return out.to(x.dtype)

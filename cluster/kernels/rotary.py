@@ -22,7 +22,9 @@ def rotate_to_cache(qkv: Tensor, rotary: Pair, cache: Pair, slot_mapping: Tensor
 
         return rotate_and_write(qkv, rotary, cache, slot_mapping)
     kernels = native() if qkv.device.type == "cpu" else None
-    if kernels is None or qkv.dtype not in DTYPES:
+    alike = all(part.dtype == qkv.dtype for part in (*rotary, *cache)) and slot_mapping.dtype == torch.int64
+    in_place = qkv.stride(1) == cache[0].stride(3) == 1 and slot_mapping.is_contiguous()
+    if kernels is None or qkv.dtype not in DTYPES or not (alike and in_place):
         return rotate_to_cache_reference(qkv, rotary, cache, slot_mapping)
     return rotate_to_cache_natively(kernels, qkv, rotary, cache, slot_mapping)
 

@@ -20,8 +20,8 @@ from cluster.kernels import gpu, native_products
 from cluster.kernels.native.library import Native, native
 from cluster.kernels.native_products import ExpertPointers
 
-# Where oneDNN has products in bfloat16: it took 1.0 of the native kernel's time at 64 rows, 0.9 at 96, 0.8 at 2048 (2816 x
-# 2048, 2 threads of a Zen 5). Elsewhere its products take ten times as long (`F.linear` with AVX2).
+# Where oneDNN has products in bfloat16: it took 1.0 of the native kernel's time at 64 rows, 0.9 at 96, 0.8 at 2048
+# (2816 x 2048, 2 threads of a Zen 5). Elsewhere its products take ten times as long (`F.linear` with AVX2).
 TORCH_ROWS = 64
 
 Parts = Mapping[str, int]  # matrices one above another: each one's name in the checkpoint without `.weight`, its rows

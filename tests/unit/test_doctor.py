@@ -138,7 +138,7 @@ def test_a_process_names_its_kernels_once(variant):
 
 def test_a_process_says_why_torch_computes():
     off, missing = run(LOG, **{VARIABLE: "off"}), run(LOG, **{LIBRARY_VARIABLE: "/nowhere/library.so"})
-    assert off.stderr == f"INFO kernels: torch's alone, as {VARIABLE} asks\n"
+    assert off.stderr == f"INFO kernels: torch's alone, by {VARIABLE}=off\n"
     assert missing.stderr.startswith("WARNING kernels: torch's alone, native ones are not loaded: /nowhere/library.so")
     assert missing.stderr.endswith("; see `moe-cluster doctor`\n")
 

@@ -158,7 +158,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"not loaded: {error}"
     table_size = getattr(library, "moe_table_size", int)()
-    if library.moe_version() != VERSION or table_size != 1 + len(_SIGNATURES):
+    if getattr(library, "moe_version", int)() != VERSION or table_size != 1 + len(_SIGNATURES):
         return None, f"not usable: {path} is of another version, install moe-cluster again"
     library.moe_kernels.restype = ctypes.c_void_p
     library.moe_kernels.argtypes = [ctypes.c_char_p]

@@ -38,9 +38,9 @@ def choose_natively(native: Native, logits: Tensor, rules: Sequence[Rule], num_t
     scratch_bytes = native.choose_tokens_scratch(vocab_size, packed.most_changes)
     scratch = torch.empty(num_threads * scratch_bytes, dtype=torch.uint8)
     tokens = torch.full((num_rows,), NOT_FINITE)
-    logprobs = torch.zeros(num_rows)
+    logprobs = torch.zeros(num_rows, dtype=torch.float32)
     top_ids = torch.zeros(num_rows, num_top, dtype=torch.int32)
-    top_logprobs = torch.zeros(num_rows, num_top)
+    top_logprobs = torch.zeros(num_rows, num_top, dtype=torch.float32)
     native.choose_tokens(
         DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), num_rows, vocab_size, packed.rules.data_ptr(),
         packed.ids.data_ptr(), packed.counts.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), num_top,
@@ -67,7 +67,7 @@ def pack(rules: Sequence[Rule]) -> PackedRules:
         most = max(most, num_changes)
     return PackedRules(
         torch.frombuffer(bytearray(b"".join(numbers)), dtype=torch.uint8),
-        torch.from_numpy(np.concatenate(ids)),
-        torch.from_numpy(np.concatenate(counts)),
+        torch.from_numpy(np.concatenate(ids, dtype=np.int32, casting="same_kind")),
+        torch.from_numpy(np.concatenate(counts, dtype=np.int32, casting="same_kind")),
         most,
     )
