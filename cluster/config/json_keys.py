@@ -27,22 +27,22 @@ class Keys:
     def count(self, key: str, default: int | None = None, *, at_least: int = 1, at_most: int = MAX_COUNT) -> int:
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise self._wrong(key, f"a whole number from {at_least}")
+            raise self._wrong(key, value, f"a whole number from {at_least}")
         if value > at_most:
-            raise self._wrong(key, f"{at_most:,} at most")
+            raise self._wrong(key, value, f"{at_most:,} at most")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         # Compared before it is converted: a whole number of hundreds of digits does not fit a float.
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise self._wrong(key, "a number above 0")
+            raise self._wrong(key, value, "a number above 0")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
+            raise self._wrong(key, value, "true or false")
         return value
 
     def ids(self, key: str) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class Keys:
         value = self._get(key, [])
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
-            raise self._wrong(key, "a list of whole numbers from 0")
+            raise self._wrong(key, value, "a list of whole numbers from 0")
         return tuple(values)
 
     def has(self, key: str) -> bool:
@@ -64,5 +64,6 @@ class Keys:
             raise CheckpointError(f"{self.where}: {key} is missing")
         return default
 
-    def _wrong(self, key: str, needed: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} is {shown(self.raw[key])}, {needed} is needed")
+    def _wrong(self, key: str, value: Any, needed: str) -> CheckpointError:
+        """value: the file's, or a default that follows from other keys."""
+        return CheckpointError(f"{self.where}: {key} is {shown(value)}, {needed} is needed")

@@ -75,6 +75,7 @@ def test_bytes_are_those_of_the_shapes():
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"num_experts_per_tok": 61}, "more than num_experts"),
         ({"head_dim": 7}, "head_dim is 7"),
+        ({"num_attention_heads": 4096, "num_key_value_heads": 4096}, "head_dim is 0, a whole number from 1"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rope_scaling": "yarn"}, "must be objects"),
         ({"rope_scaling": {"type": "dynamic"}}, "'dynamic' is not served"),
