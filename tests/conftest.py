@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ def pytest_configure() -> None:
     )
     if not Path("/dev/nvidiactl").exists():  # no GPU: whoever imports Triton first, it has its interpreter
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # A shell's background job ignores Ctrl-C, and so would the processes whose end by it is tested.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
