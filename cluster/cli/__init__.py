@@ -2,17 +2,15 @@
 
 Each file has the commands of one kind: `serving` starts a cluster, `clients` talk with one, `running` look at one and
 change it, `offline` need none. `arguments` has the options that they share, `terminal` runs each of them.
-Exit codes: 0 done, 1 a request or a bench failed or its output could not be written, 2 wrong usage or a set-up that
-cannot work, 130 Ctrl-C, 141 the output's reader has gone.
+Exit codes: 0 done, 1 a request or a bench failed, its output could not be written or the doctor found something
+missing, 2 wrong usage or a set-up that cannot work, 130 Ctrl-C, 141 the output's reader has gone.
 """
 
 import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from cluster import bench
-from cluster.cli import clients, offline, running, serving, terminal
-from cluster.cli.arguments import add_command
+from cluster.cli import doctor, terminal
 from cluster.errors import ClusterError, SetupError
 from cluster.version import __version__
 
@@ -33,7 +31,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        args = _parser().parse_args(bench.with_part(terminal.arguments(argv)))
+        given = terminal.arguments(argv)
+        try:
+            parser = _parser()
+        except ImportError as error:  # an installation with holes
+            if given[:1] == ["doctor"]:
+                command = doctor.parser(argparse.ArgumentParser(prog="moe-cluster doctor"))
+                return doctor.run(command.parse_args(given[1:]), error)
+            raise SetupError(f"{error}: `moe-cluster doctor` shows what this installation lacks") from error
+        from cluster.bench.command import with_part
+
+        args = parser.parse_args(with_part(given))
         code: int = args.run(args)
         return code
     except SetupError as error:
@@ -57,6 +65,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Raises ImportError where a package that the commands need is missing."""
+    from cluster import bench
+    from cluster.cli import clients, offline, running, serving
+    from cluster.cli.arguments import add_command
+
     parser: argparse.ArgumentParser = _Parser(
         prog="moe-cluster",
         description="Serve Qwen2-MoE and dense Qwen2 models on Ray, attention and experts in processes of their own.",

@@ -1,12 +1,11 @@
 """The commands that need no cluster: plan, doctor, ray-env, keys."""
 
 import argparse
-import json
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
+from cluster.cli import doctor
 from cluster.cli.arguments import Commands, add_command
 
 
@@ -22,8 +21,7 @@ def add_commands(commands: Commands) -> None:
     )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
 
-    doctor = add_command(commands, "doctor", _doctor, "show what this machine and installation have and lack")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
 
     add_command(commands, "ray-env", _ray_env, "print what `ray start` needs in its environment, for a shell to eval")
 
@@ -50,20 +48,6 @@ def _plan(args: argparse.Namespace) -> int:
     plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
     print_plan(plan, dtype, config.expert_bytes(dtype), dense_bytes(config, dtype), config.kv_bytes_per_token(dtype))
     return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    """Exit code 0 where a cluster can be served, 1 where something is missing for that."""
-    from cluster.console import print_findings
-    from cluster.doctor import examine
-
-    findings = examine()
-    can_serve = not any(finding.missing for finding in findings)
-    if args.json:
-        print(json.dumps({"can_serve": can_serve, "findings": [asdict(finding) for finding in findings]}, indent=2))
-    else:
-        print_findings(findings)
-    return 0 if can_serve else 1
 
 
 def _ray_env(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from cluster.model.layers.feed_forward import Experts
 log = logging.getLogger(__name__)
 
 FEWEST_KEYS = 256  # of a captured step; for longer contexts there are others, each for twice as many
-SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32), *range(320, 1025, 64))
+SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32), *range(320, 4097, 64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,43 @@ def test_without_torch_and_ray_it_says_so():
     assert (torch["advice"], torch["missing"]) == ("install torch again", True)
 
 
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from cluster.cli import main
+sys.exit(main({arguments!r}))
+"""
+
+
+@pytest.mark.parametrize("package", ["grpc", "tokenizers", "packaging", "rich", "jinja2", "google"])
+def test_it_runs_whatever_package_is_missing(package):
+    done = run(BLOCKED.format(package=package, arguments=["doctor"]))
+    assert (done.stderr, "Python" in done.stdout) == ("", True)
+    if package in ("grpc", "tokenizers", "google"):  # the other commands import these when they are listed
+        assert (done.returncode, f"No module named '{package}" in done.stdout.replace("\n", " ")) == (1, True)
+
+
+def test_another_command_names_what_is_missing():
+    done = run(BLOCKED.format(package="grpc", arguments=["plan", "/nowhere"]))
+    expected = "moe-cluster: No module named 'grpc': `moe-cluster doctor` shows what this installation lacks\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
+def test_a_package_that_breaks_while_it_is_imported_is_named(monkeypatch):
+    def broken(name):
+        raise RuntimeError("half of it is here")
+
+    monkeypatch.setattr(doctor, "import_module", broken)
+    [ray] = findings("ray")
+    assert (ray.found, ray.missing) == ("cannot be imported: RuntimeError: half of it is here", True)
+
+
 LOG = (
     "import logging; logging.basicConfig(level=logging.INFO, format='%(levelname)s %(message)s')\n"
     "from cluster.kernels.native.report import log_kernels\nlog_kernels(); log_kernels()"
