@@ -67,6 +67,11 @@ def has_tokenizer(model_dir: Path) -> bool:
     return any(is_there(model_dir / name) for name in (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE))
 
 
+def has_vocabulary(model_dir: Path) -> bool:
+    """Whether any of the files is there that its tokens stand in."""
+    return any(is_there(model_dir / name) for name in (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE))
+
+
 def read_tokenizer(model_dir: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer without truncation and padding. config: of `read_tokenizer_config`.
 

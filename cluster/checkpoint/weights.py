@@ -28,6 +28,12 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+def holds_weights(model_dir: Path) -> bool:
+    """Whether any weights are there, in a format that is read or in another; False for a config.json alone."""
+    patterns = (*_FOREIGN, "*.safetensors", INDEX_FILE, "adapter_config.json")
+    return any(next(model_dir.glob(pattern), None) is not None for pattern in patterns)
+
+
 def locate_tensors(model_dir: Path) -> dict[str, Path]:
     """Finds each tensor's file. A single file goes before an index, as in transformers; files without an index are all
     read, as in vLLM. Raises CheckpointError."""

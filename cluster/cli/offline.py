@@ -1,17 +1,19 @@
 """The commands that need no cluster: plan, doctor, ray-env, keys."""
 
 import argparse
+import json
 import shlex
 import sys
-from pathlib import Path
 
 from cluster.cli import doctor
 from cluster.cli.arguments import Commands, add_command
 
 
 def add_commands(commands: Commands) -> None:
-    plan = add_command(commands, "plan", _plan, "show which expert goes where and how many bytes, without loading")
-    plan.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint")
+    plan = add_command(
+        commands, "plan", _plan, "show parameters, which expert goes where and how many bytes, without loading"
+    )
+    plan.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint; its config.json is enough")
     plan.add_argument(
         "--shards",
         type=int,
@@ -20,6 +22,7 @@ def add_commands(commands: Commands) -> None:
         help="expert shards (default: %(default)s)",
     )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
 
@@ -34,19 +37,20 @@ def add_commands(commands: Commands) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.info import resolve_dtype
-    from cluster.checkpoint.names import dense_bytes
-    from cluster.checkpoint.tokenizer_files import has_tokenizer
+    from cluster.checkpoint.sizes import sizes_of
     from cluster.config import EngineConfig
-    from cluster.console import print_plan
-    from cluster.engine.preflight import check_checkpoint
+    from cluster.console import describe_plan, print_plan
+    from cluster.engine.preflight import check_for_plan
     from cluster.experts.placement import num_shards_for, plan_evenly
 
-    engine = EngineConfig(dtype=args.dtype)
-    config = check_checkpoint(args.model, engine, args.shards, tokenizer=has_tokenizer(Path(args.model))).config
-    dtype = resolve_dtype(args.dtype, config)
+    config = check_for_plan(args.model, EngineConfig(dtype=args.dtype), args.shards)
     num_shards = num_shards_for(config.num_experts, args.shards)
     plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
-    print_plan(plan, dtype, config.expert_bytes(dtype), dense_bytes(config, dtype), config.kv_bytes_per_token(dtype))
+    sizes = sizes_of(config, resolve_dtype(args.dtype, config))
+    if args.json:
+        print(json.dumps(describe_plan(config, plan, sizes), indent=2))
+    else:
+        print_plan(config, plan, sizes)
     return 0
 
 

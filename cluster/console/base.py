@@ -27,3 +27,11 @@ def size(num_bytes: float) -> str:
     while num_bytes >= 1000 and unit < 4:
         num_bytes, unit = num_bytes / 1000, unit + 1
     return f"{num_bytes:.4g} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def count(number: float) -> str:
+    """14315784192 -> 14.3 B; K, M and B are powers of 1000, with the digits that models' names have."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:g}"

@@ -1,36 +1,64 @@
 """Draws for commands without a cluster: a plan, a machine's state, an excerpt of metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from cluster.console.base import OutputConsole, ranges, size
+from cluster.checkpoint.sizes import ModelSizes
+from cluster.config import ModelConfig
+from cluster.console.base import OutputConsole, count, ranges, size
 from cluster.doctor import Finding
 from cluster.experts.placement import PlacementPlan
 
 
-def print_plan(plan: PlacementPlan, dtype: str, expert_bytes: int, dense_bytes: int, kv_bytes_per_token: int) -> None:
-    """Prints which expert would go where, and the bytes of each process."""
+def print_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> None:
+    """Prints a model's parameters, which expert would go where, and the bytes of each process."""
     console = OutputConsole()
+    active = f", {count(sizes.num_active_parameters)} of them active for a token" if config.moe is not None else ""
+    console.print(
+        f"{config.model_type}, {count(sizes.num_parameters)} parameters ({sizes.num_parameters:,}){active}; "
+        f"{config.num_hidden_layers} layers, context {config.context_length:,} tokens",
+        highlight=False,
+    )
     table = Table(
         "process",
         "experts of each sparse layer",
         "experts",
         "weights",
-        title=f"{len(plan.layer_ids) or 'no'} sparse layers, {dtype}",
+        title=f"{len(plan.layer_ids) or 'no'} sparse layers, {sizes.dtype}",
     )
-    table.add_row("attention replica", "dense weights", "", size(dense_bytes))
+    table.add_row("attention replica", "dense weights", "", size(sizes.dense_bytes))
     for shard_id, layers in enumerate(plan.slices):
-        count = sum(len(ids) for ids in layers.values())
+        num_experts = _num_experts(layers)
         shown = ranges(next(iter(layers.values()), ()))
-        table.add_row(f"expert shard {shard_id}", shown, str(count), size(count * expert_bytes))
+        table.add_row(f"expert shard {shard_id}", shown, str(num_experts), size(num_experts * sizes.expert_bytes))
     console.print(table)
     console.print(
-        f"KV cache: {size(kv_bytes_per_token)} a token, for each attention replica beside its weights, of 0.9 of the "
-        "memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, --memory-utilization)",
+        f"KV cache: {size(sizes.kv_bytes_per_token)} a token, for each attention replica beside its weights, of 0.9 of "
+        "the memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, --memory-utilization)",
         highlight=False,
     )
+
+
+def describe_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> dict[str, Any]:
+    """The same for machines to read. Bytes are exact; a shard's experts are of all its layers together."""
+    shards = [_num_experts(layers) for layers in plan.slices]
+    return {
+        "model_type": config.model_type,
+        "dtype": sizes.dtype,
+        "context_tokens": config.context_length,
+        "parameters": sizes.num_parameters,
+        "active_parameters": sizes.num_active_parameters,
+        "attention_replica_bytes": sizes.dense_bytes,
+        "kv_bytes_per_token": sizes.kv_bytes_per_token,
+        "expert_shards": [{"experts": number, "bytes": number * sizes.expert_bytes} for number in shards],
+    }
+
+
+def _num_experts(layers: Mapping[int, tuple[int, ...]]) -> int:
+    return sum(len(ids) for ids in layers.values())
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

@@ -5,9 +5,12 @@ from pathlib import Path
 from cluster.checkpoint.chat_template import read_chat_template
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.info import max_model_len, resolve_dtype
+from cluster.checkpoint.made.drawn import has_seed
 from cluster.checkpoint.opening import Checkpoint, open_checkpoint
-from cluster.checkpoint.tokenizer_files import read_tokenizer, read_tokenizer_config
-from cluster.config import EngineConfig
+from cluster.checkpoint.reader import read_config
+from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, read_tokenizer, read_tokenizer_config
+from cluster.checkpoint.weights import holds_weights
+from cluster.config import EngineConfig, ModelConfig
 from cluster.experts.placement import num_shards_for, plan_evenly
 from cluster.model.kv_cache import check_block_fits
 
@@ -21,14 +24,34 @@ def check_checkpoint(
     """
     reader = open_checkpoint(model_dir)
     reader.check_tensors()
-    num_experts = reader.config.num_experts
-    plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
-    check_block_fits(reader.config, engine, resolve_dtype(engine.dtype, reader.config))
-    max_model_len(reader.config, engine)
-    read_sampling_defaults(model_dir)
-    read_eos_token_ids(model_dir, reader.config)
+    _check_config(reader.model_dir, reader.config, engine, num_shards)
     if tokenizer:
-        config = read_tokenizer_config(reader.model_dir)
-        read_tokenizer(reader.model_dir, config)
-        read_chat_template(reader.model_dir, config)
+        _check_tokenizer(reader.model_dir, with_vocabulary=True)
     return reader
+
+
+def check_for_plan(model_dir: str | Path, engine: EngineConfig, num_shards: int) -> ModelConfig:
+    """As `check_checkpoint`, of what is there: config.json is enough. Raises SetupError, CheckpointError."""
+    model_dir = Path(model_dir)
+    if holds_weights(model_dir) or has_seed(model_dir):
+        return check_checkpoint(model_dir, engine, num_shards, tokenizer=has_tokenizer(model_dir)).config
+    _, config = read_config(model_dir)
+    _check_config(model_dir, config, engine, num_shards)
+    if has_tokenizer(model_dir):
+        _check_tokenizer(model_dir, with_vocabulary=has_vocabulary(model_dir))
+    return config
+
+
+def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, num_shards: int) -> None:
+    plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, num_shards))
+    check_block_fits(config, engine, resolve_dtype(engine.dtype, config))
+    max_model_len(config, engine)
+    read_sampling_defaults(model_dir)
+    read_eos_token_ids(model_dir, config)
+
+
+def _check_tokenizer(model_dir: Path, *, with_vocabulary: bool) -> None:
+    config = read_tokenizer_config(model_dir)
+    if with_vocabulary:
+        read_tokenizer(model_dir, config)
+    read_chat_template(model_dir, config)

@@ -1,0 +1,37 @@
+"""The parameters of a model and the bytes that its processes hold, from its config alone. Reads no file."""
+
+from dataclasses import dataclass
+
+from cluster.checkpoint.names import dense_bytes
+from cluster.config import DTYPE_BYTES, ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """num_parameters: of the whole model, shared embeddings counted once.  num_active_parameters: of these, those that
+    one token is multiplied with: all but the routed experts that it is not sent to.
+
+    dense_bytes: what each attention replica holds, in `dtype`.  expert_bytes: one routed expert of one layer, 0 for a
+    dense model.  kv_bytes_per_token: of a token's keys and values in all layers.
+    """
+
+    dtype: str
+    num_parameters: int
+    num_active_parameters: int
+    dense_bytes: int
+    expert_bytes: int
+    kv_bytes_per_token: int
+
+
+def sizes_of(config: ModelConfig, dtype: str) -> ModelSizes:
+    """dtype: the one to compute in, a key of DTYPE_BYTES."""
+    item_bytes, num_layers = DTYPE_BYTES[dtype], len(config.sparse_layers)
+    of_dense, of_expert = dense_bytes(config, dtype), config.expert_bytes(dtype)
+    return ModelSizes(
+        dtype=dtype,
+        num_parameters=(of_dense + num_layers * config.num_experts * of_expert) // item_bytes,
+        num_active_parameters=(of_dense + num_layers * config.num_experts_per_tok * of_expert) // item_bytes,
+        dense_bytes=of_dense,
+        expert_bytes=of_expert,
+        kv_bytes_per_token=config.kv_bytes_per_token(dtype),
+    )

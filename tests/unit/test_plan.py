@@ -1,0 +1,96 @@
+"""`moe-cluster plan` from a config.json alone: parameters as on the models' cards, bytes as processes will hold."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cluster.checkpoint.made.demo import write_demo_checkpoint
+from cluster.checkpoint.made.published import PUBLISHED
+from cluster.cli import main
+
+PUBLISHED_FILES = Path(__file__).parents[1] / "data" / "published"
+
+# Billions, as model cards and the hub give them; of shared embeddings one copy counts.
+CARDS = {
+    "Qwen1.5-MoE-A2.7B": "14.3", "Qwen2-57B-A14B": "57.4",
+    "Qwen1.5-0.5B": "0.46", "Qwen1.5-1.8B": "1.84", "Qwen1.5-4B": "3.95", "Qwen1.5-7B": "7.72", "Qwen1.5-14B": "14.2",
+    "Qwen1.5-32B": "32.5", "Qwen1.5-72B": "72.3", "Qwen1.5-110B": "111",
+    "Qwen2-0.5B": "0.49", "Qwen2-1.5B": "1.54", "Qwen2-7B": "7.62", "Qwen2-72B": "72.7",
+    "Qwen2.5-0.5B": "0.49", "Qwen2.5-1.5B": "1.54", "Qwen2.5-3B": "3.09", "Qwen2.5-7B": "7.62",
+    "Qwen2.5-14B": "14.8", "Qwen2.5-32B": "32.8", "Qwen2.5-72B": "72.7",
+}  # fmt: skip
+
+
+@pytest.fixture
+def planned(tmp_path, capsys):
+    """Plans a model of which only config.json is there: the JSON object."""
+
+    def plan(raw, *arguments):
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        assert main(["plan", str(tmp_path), "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return plan
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_released_model_has_its_published_number_of_parameters(planned, name):
+    """Of its card, and to the last one as transformers counts them."""
+    found = planned(PUBLISHED[name])["parameters"]
+    card = CARDS[name]
+    assert f"{found / 1e9:.{len(card.partition('.')[2])}f}" == card
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**PUBLISHED[name]))
+    assert found == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("Qwen1.5-MoE-A2.7B", "14.3 B parameters (14,315,784,192), 2.7 B of them active for a token"),
+        ("Qwen1.5-MoE-A2.7B-Chat", "14.3 B parameters (14,315,784,192), 2.7 B of them active for a token"),
+        ("Qwen2-57B-A14B", "57.4 B parameters (57,408,658,944), 14.2 B of them active for a token"),
+        ("Qwen2-57B-A14B-Instruct", "57.4 B parameters (57,408,658,944), 14.2 B of them active for a token"),
+    ],
+)
+def test_the_four_released_moe_models_are_planned_from_their_published_files(name, numbers, capsys):
+    assert main(["plan", str(PUBLISHED_FILES / name)]) == 0
+    assert numbers in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dense_model_has_no_shards_and_no_active_part(planned, capsys, tmp_path):
+    """Qwen2-0.5B, embeddings shared: 494,032,768 × 2 bytes; 2 × 24 layers × 2 heads × 64 × 2 bytes a token."""
+    plan = planned(PUBLISHED["Qwen2-0.5B"])
+    assert plan["parameters"] == plan["active_parameters"] == 494_032_768
+    assert plan["attention_replica_bytes"] == 988_065_536
+    assert plan["kv_bytes_per_token"] == 12_288
+    assert plan["expert_shards"] == []
+    assert main(["plan", str(tmp_path)]) == 0
+    assert "active" not in capsys.readouterr().out
+
+
+def test_a_dtype_scales_every_byte(planned):
+    half, full = (planned(PUBLISHED["Qwen1.5-MoE-A2.7B"], "--dtype", dtype, "--shards", "7") for dtype in
+                  ("float16", "float32"))  # fmt: skip
+    assert [shard["experts"] for shard in half["expert_shards"]] == [216, 216, 216, 216, 192, 192, 192]
+    assert full["attention_replica_bytes"] == 2 * half["attention_replica_bytes"]
+    assert [s["bytes"] for s in full["expert_shards"]] == [2 * s["bytes"] for s in half["expert_shards"]]
+    assert full["kv_bytes_per_token"] == 2 * half["kv_bytes_per_token"]
+
+
+def test_weights_that_are_there_are_looked_at(tmp_path, capsys):
+    """A missing part is named; without any weights the config is enough, and with those of another format it is not."""
+    write_demo_checkpoint(tmp_path / "demo")
+    (tmp_path / "demo" / "model-00002-of-00003.safetensors").unlink()
+    assert main(["plan", str(tmp_path / "demo")]) == 2
+    assert "model-00002-of-00003.safetensors" in capsys.readouterr().err
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "demo" / "config.json", tmp_path / "alone")
+    assert main(["plan", str(tmp_path / "alone")]) == 0
+    (tmp_path / "alone" / "pytorch_model.bin").write_bytes(b"")
+    assert main(["plan", str(tmp_path / "alone")]) == 2
+    assert "pytorch_model.bin" in capsys.readouterr().err
