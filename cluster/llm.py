@@ -6,11 +6,11 @@ with LLM(model_dir, num_expert_shards=3, transport="ray") as llm:
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.kernels.native.report import log_kernels
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
+from cluster.open_answers import Open, OpenAnswer, OpenResult
+from cluster.outcome import Computed, Wants
+from cluster.results import Prompts, Results
 from cluster.runtime.start.offline import RayExperts
 from cluster.serving.prepare import RequestCompleter
 from cluster.serving.text.answer import Answer
@@ -35,21 +38,18 @@ from cluster.serving.text.detokenizer import NoText
 from cluster.serving.text.prompts import Prompt, to_params, to_prompts
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import (
-    SAMPLING_DEFAULTS,
     CompletionOutput,
     EngineRequest,
-    Logprobs,
     SamplingParams,
-    SequenceUpdate,
 )
 
-OnePrompt = str | Iterable[int] | Mapping[str, Any]
 OneParams = SamplingParams | Mapping[str, Any]
+Output = TypeVar("Output")
 
 QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is refused
 
 
-class LLM:
+class LLM(Results):
     """A checkpoint ready to generate. Not thread-safe. Close it, or use it as a context manager.
 
     transport: "local" computes the experts in this process; "auto" on `num_expert_shards` Ray actors, on the Ray
@@ -133,7 +133,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: OnePrompt | Iterable[OnePrompt],
+        prompts: Prompts,
         params: OneParams | Iterable[OneParams] | None = None,
     ) -> list[CompletionOutput]:
         """Answers prompts in their order: texts, token ids in a list, an array or a tensor, or vLLM's
@@ -148,11 +148,27 @@ class LLM:
         asked = to_prompts(prompts)
         every = to_params(params, len(asked))
         requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, every, strict=True)]
-        open_answers = {request.request_id: _OpenAnswer(request, self._answer(request)) for request in requests}
-        answers = list(open_answers.values())
+        return self._run([OpenAnswer(request, self._answer(request)) for request in requests])
+
+    def compute(self, prompts: list[Prompt], wants: Wants) -> list[Computed]:
+        """One result of numbers for each prompt. Raises as `generate`."""
+        self._check_open()
+        requests = [
+            self._completer.result(self._token_ids(prompt), wants, field=prompt.field, request_id=self._next_id())
+            for prompt in prompts
+        ]
+        return self._run([OpenResult(request) for request in requests])
+
+    def logits_of(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, V] float32, on the model's device."""
+        return self.engine.runner.logits(hidden_states).float()
+
+    def _run(self, answers: Sequence[Open[Output]]) -> list[Output]:
+        """Computes all answers. Raises the first failure, with the outputs of the others."""
+        open_answers = {answer.request.request_id: answer for answer in answers}
         try:
-            for request in requests:
-                self.engine.submit(request)
+            for answer in answers:
+                self.engine.submit(answer.request)
             failures = self._complete(open_answers)
         finally:
             for request_id in open_answers:
@@ -163,7 +179,7 @@ class LLM:
             raise failures[0]
         return [output for output in outputs if output is not None]
 
-    def _complete(self, open_answers: dict[str, "_OpenAnswer"]) -> list[ClusterError]:
+    def _complete(self, open_answers: dict[str, Open[Output]]) -> list[ClusterError]:
         """Makes steps until every answer has ended, and takes each out then. Returns errors in the order they came."""
         failures: list[ClusterError] = []
         while open_answers:
@@ -182,19 +198,6 @@ class LLM:
                     if update.finish_reason is None:  # a stop string, of which the engine knows nothing
                         self.engine.cancel(update.request_id)
         return failures
-
-    def logits(self, token_ids: Iterable[int]) -> Tensor:
-        """The logits at every position of a prompt: [T, vocab] float32. Computed in chunks, as a prompt would be.
-
-        The prompt may be as long as the context. Raises InvalidRequest, Unavailable, Closed.
-        """
-        self._check_open()
-        request = EngineRequest(
-            request_id=self._next_id(),
-            prompt_token_ids=self._completer.prompt(token_ids, "token_ids"),
-            params=SAMPLING_DEFAULTS,
-        )
-        return self.engine.score(request)
 
     def close(self) -> None:
         """Takes the shards down; later calls raise Closed. Safe to call again."""
@@ -217,17 +220,19 @@ class LLM:
             raise Closed("this LLM is closed: make another one")
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
-        token_ids = prompt.token_ids
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop needs the tokenizer, which skip_tokenizer left out: give stop_token_ids", "stop")
-        if prompt.text is not None:
-            if self._tokenizer is None:
-                raise InvalidRequest("text needs the tokenizer, which skip_tokenizer left out", "text")
-            token_ids = self._tokenizer.encode(prompt.text)
-        assert token_ids is not None, "offline prompts are no conversations"
         return self._completer.complete(
-            token_ids, params, field=prompt.field, request_id=self._next_id(), timeout_s=None
+            self._token_ids(prompt), params, field=prompt.field, request_id=self._next_id(), timeout_s=None
         )
+
+    def _token_ids(self, prompt: Prompt) -> Iterable[int]:
+        if prompt.text is None:
+            assert prompt.token_ids is not None, "offline prompts are no conversations"
+            return prompt.token_ids
+        if self._tokenizer is None:
+            raise InvalidRequest("text needs the tokenizer, which skip_tokenizer left out", "text")
+        return self._tokenizer.encode(prompt.text)
 
     def _answer(self, request: EngineRequest) -> Answer:
         return Answer(self._tokenizer or NoText(), request.params, self.info.eos_token_ids)
@@ -247,32 +252,3 @@ def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: objec
     if num_shards < 0:
         raise SetupError(f"num_expert_shards is {inputs.shown(num_shards)}, at least 0 is needed")
     return Path(model_dir), num_shards, skip
-
-
-@dataclass(slots=True)
-class _OpenAnswer:
-    """One answer's pieces. finished: the whole of it, once its last piece has come."""
-
-    request: EngineRequest
-    answer: Answer
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] = field(default_factory=list)
-    finished: CompletionOutput | None = None
-
-    def add(self, update: SequenceUpdate) -> None:
-        """Takes an update in. Raises the update's error."""
-        delta = self.answer.add(update)
-        self.texts.append(delta.text)
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        if delta.finish_reason is None:
-            return
-        self.finished = CompletionOutput(
-            request_id=self.request.request_id,
-            prompt_token_ids=self.request.prompt_token_ids,
-            token_ids=tuple(self.token_ids),
-            text="".join(self.texts),
-            finish_reason=delta.finish_reason,
-            logprobs=tuple(self.logprobs),
-        )

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from cluster import inputs
 from cluster.errors import InvalidRequest
 from cluster.evolving import evolving
+from cluster.outcome import Numbers, Wants
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -182,6 +183,7 @@ class EngineRequest:
     num_replays: earlier attempts; a request that was admitted once is not refused for a full queue.
     num_alone_tokens: new tokens to compute in steps without others, since an engine died at an earlier attempt.
     max_tokens_is_default: the client asked for none, so the engine may lower it to what its cache holds.
+    wants: the kind of its result. An engine of a version that knows no other than tokens brings one token.
     """
 
     request_id: str
@@ -194,6 +196,7 @@ class EngineRequest:
     num_alone_tokens: int = 0
     name: str = ""
     max_tokens_is_default: bool = False
+    wants: Wants = "tokens"
 
     @property
     def called(self) -> str:
@@ -237,6 +240,7 @@ class SequenceUpdate:
 
     logprobs: as long as token_ids when asked for, else empty.  error: set iff finish_reason is "error".
     replica: the one that runs it; alone in the first update of an attention replica.
+    numbers: the result of a request that wants no tokens, in its last update.
     """
 
     request_id: str
@@ -245,6 +249,7 @@ class SequenceUpdate:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     replica: str = ""
+    numbers: Numbers | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
 """A plain gRPC client of the service, for the command line. Knows no Ray."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import inputs
@@ -20,6 +21,7 @@ from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY
 
 MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context
 
+_POOLINGS = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
 _ERRORS: dict[grpc.StatusCode, type[ClusterError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
@@ -91,13 +93,26 @@ class Client:
         finally:
             call.cancel()
 
+    def score(self, prompt: str | Iterable[int], *, request_id: str = "") -> pb.ScoreResponse:
+        """The log-probability of each token of a prompt after the first. Raises ClusterError with the server's
+        message."""
+        request = pb.ScoreRequest(request_id=request_id)
+        _fill_in(request, prompt)
+        return cast(pb.ScoreResponse, self._ask(self._stub.Score, request))
+
+    def embed(
+        self, prompt: str | Iterable[int], *, pooling: str = "last", normalize: bool = True, request_id: str = ""
+    ) -> pb.EmbedResponse:
+        """A prompt's vector. pooling: "last" or "mean". Raises ClusterError with the server's message."""
+        if pooling not in _POOLINGS:
+            raise InvalidRequest(f"pooling is {inputs.shown(pooling)}, {' or '.join(_POOLINGS)} is needed", "pooling")
+        request = pb.EmbedRequest(request_id=request_id, pooling=_POOLINGS[pooling], normalize=normalize)
+        _fill_in(request, prompt)
+        return cast(pb.EmbedResponse, self._ask(self._stub.Embed, request))
+
     def model_info(self) -> pb.GetModelInfoResponse:
         """Raises ClusterError with the server's message."""
-        try:
-            reply: pb.GetModelInfoResponse = self._stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
-        return reply
+        return cast(pb.GetModelInfoResponse, self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest()))
 
     def is_serving(self, timeout_s: float) -> bool:
         """Returns whether the server says that it serves; false when it cannot be reached."""
@@ -117,6 +132,13 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _ask(self, call: Callable[..., Message], request: Message) -> Message:
+        """One message for one message. Raises ClusterError with the server's message."""
+        try:
+            return call(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
 
     def _error(self, error: grpc.RpcError) -> ClusterError:
         """Returns ours for gRPC's. gRPC has the reason of a failed connection in words only; they choose the advice."""
@@ -146,16 +168,31 @@ def _request(
     """Raises InvalidRequest for values that no message carries."""
     try:
         request = pb.GenerateStreamRequest(request_id=request_id, sampling_params=sampling_message(params))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
+    _fill_in(request, prompt)
+    return request
+
+
+def _fill_in(
+    request: pb.GenerateStreamRequest | pb.ScoreRequest | pb.EmbedRequest,
+    prompt: str | Sequence[ChatMessage] | Iterable[int],
+) -> None:
+    """Gives a message its input. Raises InvalidRequest for values that no message carries."""
+    try:
         if isinstance(prompt, str):
             request.text = prompt
-        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], ChatMessage):
+        elif isinstance(request, pb.GenerateStreamRequest) and _is_chat(prompt):
             turns = cast(Sequence[ChatMessage], prompt)
             request.chat.messages.extend(pb.ChatMessage(role=turn.role, content=turn.content) for turn in turns)
         else:
             request.token_ids.ids.extend(inputs.prompt_token_ids(prompt, "token_ids", MAX_PROMPT_TOKENS))
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
-    return request
+
+
+def _is_chat(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], ChatMessage)
 
 
 def sampling_message(params: SamplingParams) -> pb.SamplingParams:

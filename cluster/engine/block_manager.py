@@ -48,10 +48,10 @@ class BlockManager:
     def reuse(self, sequence: Sequence) -> int:
         """Gives a sequence without blocks those that hold its beginning, all but its last token at most.
 
-        Sets its num_computed_tokens; returns it. One that wants the hidden states of all its rows gets none.
+        Sets its num_computed_tokens; returns it. One whose result needs all its rows gets none.
         """
         assert not sequence.block_table
-        if self.prefix_caching and not sequence.wants_hidden_states:
+        if self.prefix_caching and not sequence.wants_every_row:
             for _ in range((len(sequence.token_ids) - 1) // self.block_size):
                 digest = self._next_digest(sequence)
                 block_id = self._block_of.get(digest)
@@ -68,9 +68,9 @@ class BlockManager:
     def remember(self, sequence: Sequence) -> None:
         """Makes a sequence's full, computed blocks findable: one digest a block. Call it after each step.
 
-        A sequence that wants hidden states shares none: NaN does not end it, and no other may read blocks with NaN.
+        A sequence that NaN does not end shares none: no other may read blocks with NaN.
         """
-        if not self.prefix_caching or sequence.wants_hidden_states:
+        if not self.prefix_caching or sequence.keeps_non_finite:
             return
         while len(sequence.block_digests) < sequence.num_computed_tokens // self.block_size:
             digest = self._next_digest(sequence)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cluster.config import EngineConfig
@@ -18,6 +17,7 @@ from cluster.engine.block_manager import BlockManager
 from cluster.engine.fitting import fitting
 from cluster.engine.holding import Holding
 from cluster.engine.isolation import OnStep, failure_of, prove, run_isolated
+from cluster.engine.outcomes import Gathering
 from cluster.engine.retry_hint import RetryHint
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence
@@ -69,7 +69,7 @@ class Engine:
         self._retry_hint = RetryHint(self.clock())
         self._unreturned: list[SequenceUpdate] = []
         self._cancelled_early: dict[str, None] = {}
-        self._rows: dict[Sequence, list[Tensor]] = {}  # hidden states of sequences that want them, in their order
+        self._gathering = Gathering()
 
     @property
     def has_work(self) -> bool:
@@ -104,35 +104,6 @@ class Engine:
         sequence = self._add(request, params, frozenset({*params.stop_token_ids, *eos_token_ids}))
         if request.output_token_ids and (reason := sequence.end()):
             self._end(sequence, reason)  # the earlier attempt got to the end, and its last update was lost
-
-    def score(self, request: EngineRequest) -> Tensor:
-        """The logits at every position of a request's prompt: [T, V] float32. Makes steps until it has them.
-
-        The other sequences take part in these steps, and the next `step` returns their updates. Raises InvalidRequest
-        for a prompt without room in the cache, and the error that the request ends with.
-        """
-        self._check_unused(request.request_id)
-        num_tokens, room = len(request.prompt_token_ids), self.blocks.num_blocks * self.blocks.block_size
-        if num_tokens > room:
-            raise InvalidRequest(
-                f"token_ids has {num_tokens} tokens, the KV cache has room for {room}: give more kv_cache_bytes",
-                "token_ids",
-            )
-        sequence = self._add(request, request.params, frozenset(), is_scored=True)
-        rows = self._rows.setdefault(sequence, [])
-        updates: list[SequenceUpdate] = []
-        try:
-            while request.request_id in self.sequences:
-                updates += self.step()
-        finally:
-            del self._rows[sequence]
-            if request.request_id in self.sequences:
-                self._forget(sequence, "cancelled")
-            self._unreturned += [update for update in updates if update.request_id != request.request_id]
-        for update in updates:
-            if update.request_id == request.request_id and update.error is not None:
-                raise update.error
-        return torch.cat([self.runner.logits(part).float() for part in rows])
 
     def cancel(self, request_id: str) -> None:
         """Stops a sequence and frees its blocks at once.
@@ -170,9 +141,7 @@ class Engine:
         if request_id in self.sequences:
             raise InvalidRequest(f"request_id {request_id!r} is in use by a running request", "request_id")
 
-    def _add(
-        self, request: EngineRequest, params: SamplingParams, stop_token_ids: frozenset[int], *, is_scored: bool = False
-    ) -> Sequence:
+    def _add(self, request: EngineRequest, params: SamplingParams, stop_token_ids: frozenset[int]) -> Sequence:
         """Queues a sequence."""
         now = self.clock()
         sequence = Sequence(
@@ -181,7 +150,6 @@ class Engine:
             stop_token_ids=stop_token_ids,
             arrived_at=now,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
-            wants_hidden_states=is_scored,
         )
         self.scheduler.add(sequence)
         self.sequences[request.request_id] = sequence
@@ -229,13 +197,11 @@ class Engine:
             try:
                 if i in result.failed:
                     raise result.failed[i]
-                updates += self._advance(s, result.tokens[i])
-                if i in result.hidden_states:
-                    self._take_rows(s.sequence, result.hidden_states[i])
+                updates += self._advance(s, result.tokens[i], result.parts.get(i))
             except Exception as error:  # noqa: BLE001 it is this sequence's alone
                 self._fail(s.sequence, error)
         if len(result.failed) == len(batch.scheduled):
-            prove(self.runner, self.blocks, self.on_step)
+            prove(self.runner, self.blocks, self.on_step, batch.scheduled[0].sequence.request.wants)
         return updates
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
@@ -250,13 +216,18 @@ class Engine:
             log.warning("sequence %s ends: %s", sequence.request.called, errors[sequence])
             self._end(sequence, "error", errors[sequence])
 
-    def _advance(self, scheduled: ScheduledSequence, new_tokens: Seq[Sampled]) -> list[SequenceUpdate]:
-        """Takes in the tokens that a step brought one sequence, up to the one that ends it."""
-        sequence = scheduled.sequence
+    def _advance(
+        self, scheduled: ScheduledSequence, new_tokens: Seq[Sampled], part: Tensor | None
+    ) -> list[SequenceUpdate]:
+        """Takes in what a step brought one sequence: the tokens up to the one that ends it, or a part of its result."""
+        sequence, first = scheduled.sequence, scheduled.sequence.num_computed_tokens
         sequence.lost_since = None
         taken = sequence.take(new_tokens)
         sequence.num_computed_tokens += scheduled.num_tokens + max(0, len(taken) - 1)
         self.blocks.remember(sequence)
+        if not sequence.wants_tokens:
+            self._gathering.add(sequence, part, first=first)
+            return [] if sequence.num_uncomputed_tokens else [self._whole(sequence)]
         if not taken:
             return []
         self.num_generated_tokens += len(taken)
@@ -270,23 +241,22 @@ class Engine:
             self._forget(sequence, update.finish_reason)
         return [update]
 
-    def _take_rows(self, sequence: Sequence, rows: Tensor) -> None:
-        """Keeps the hidden states of a sequence that wants them; it ends with its last row. rows: [T, H]."""
-        kept = self._rows[sequence]
-        if sequence.num_computed_tokens == len(rows):
-            kept.clear()  # it begins, perhaps again: it may have lost its blocks
-        kept.append(rows)
-        if not sequence.num_uncomputed_tokens:
-            self._forget(sequence, "stop")
+    def _whole(self, sequence: Sequence) -> SequenceUpdate:
+        """Ends a sequence that wants no tokens, with its result."""
+        numbers = self._gathering.whole(sequence)
+        self._forget(sequence, "stop")
+        return SequenceUpdate(request_id=sequence.request_id, numbers=numbers, finish_reason="stop")
 
     def _expire(self) -> None:
         now = self.clock()
         for sequence in [s for s in self.sequences.values() if s.deadline is not None and s.deadline <= now]:
-            error = DeadlineExceeded(
-                f"the request's time of {sequence.request.timeout_s:g} s is over after "
-                f"{sequence.num_output_tokens} of {sequence.params.max_tokens} tokens"
+            self._end(
+                sequence,
+                "error",
+                DeadlineExceeded(
+                    f"the request's time of {sequence.request.timeout_s:g} s is over after {sequence.progress}"
+                ),
             )
-            self._end(sequence, "error", error)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: ClusterError | None = None) -> None:
         self._forget(sequence, reason)
@@ -295,5 +265,6 @@ class Engine:
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
         self._retry_hint.ended(self.clock())
         self.scheduler.remove(sequence)
+        self._gathering.forget(sequence)
         del self.sequences[sequence.request_id]
         self.metrics.finished(reason)

@@ -13,6 +13,9 @@ def fitting(request: EngineRequest, max_model_len: int, cache_tokens: int) -> Sa
     """
     params = request.params
     num_prompt_tokens = len(request.prompt_token_ids)
+    if request.wants != "tokens":
+        _check_prompt(num_prompt_tokens, max_model_len, cache_tokens)
+        return params
     room = min(max_model_len, cache_tokens) - num_prompt_tokens
     if request.max_tokens_is_default:
         if cache_tokens - num_prompt_tokens < 1:
@@ -36,3 +39,15 @@ def fitting(request: EngineRequest, max_model_len: int, cache_tokens: int) -> Sa
             "max_tokens",
         )
     return params
+
+
+def _check_prompt(num_tokens: int, max_model_len: int, cache_tokens: int) -> None:
+    """Of a request that wants no new token, so that its prompt may fill all there is."""
+    if num_tokens > max_model_len:
+        raise InvalidRequest(f"the prompt has {num_tokens} tokens, the context has {max_model_len}", "input")
+    if num_tokens > cache_tokens:
+        raise InvalidRequest(
+            f"the prompt has {num_tokens} tokens, the KV cache has room for {cache_tokens}: shorten it, or serve with "
+            "a larger kv_cache_bytes",
+            "input",
+        )

@@ -116,10 +116,8 @@ class DecodeGraphs:
         self._refused: set[tuple[int, int]] = set()
 
     def take(self, scheduled: Seq[ScheduledSequence]) -> bool:
-        """Whether the step is one of these: each sequence brings one token, and none keeps its hidden states."""
-        return len(scheduled) <= self._sizes[-1] and all(
-            s.num_tokens == 1 and not s.sequence.wants_hidden_states for s in scheduled
-        )
+        """Whether the step is one of these: each sequence brings one token."""
+        return len(scheduled) <= self._sizes[-1] and all(s.num_tokens == 1 for s in scheduled)
 
     @torch.inference_mode()
     def run(self, arrays: StepArrays, experts: Experts) -> Tensor | None:

@@ -9,6 +9,7 @@ from cluster.engine.sequence import Sequence as EngineSequence
 from cluster.engine.step import Batch, Runner, ScheduledSequence, StepResult
 from cluster.errors import ClusterError, NonFiniteOutput, RequestFailed, Unavailable
 from cluster.model.sampler import NoFiniteNumbers
+from cluster.outcome import Wants
 from cluster.types import EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def run_isolated(runner: Runner, batch: Batch, on_step: OnStep) -> StepResult:
     second = run_isolated(runner, Batch(batch.scheduled[middle:]), on_step)
     return StepResult(
         [*first.tokens, *second.tokens],
-        {**first.hidden_states, **_moved(second.hidden_states, middle)},
+        {**first.parts, **_moved(second.parts, middle)},
         {**first.lost, **_moved(second.lost, middle)},
         first.epoch or second.epoch,
         {**first.failed, **_moved(second.failed, middle)},
@@ -50,11 +51,13 @@ def _moved(by_number: Mapping[int, T], offset: int) -> dict[int, T]:
     return {offset + number: value for number, value in by_number.items()}
 
 
-def prove(runner: Runner, blocks: BlockManager, on_step: OnStep) -> None:
-    """After a step in which every sequence failed: computes a token that nobody asked for. Raises if that fails too,
-    because then the engine is broken, and another one serves its requests better."""
+def prove(runner: Runner, blocks: BlockManager, on_step: OnStep, wants: Wants) -> None:
+    """After a step in which every sequence failed: computes what nobody asked for, of a kind that the model has.
+
+    Raises if that fails too, because then the engine is broken, and another one serves its requests better.
+    """
     params = SamplingParams(temperature=0, max_tokens=1)
-    request = EngineRequest(request_id="proof", prompt_token_ids=(0,), params=params)
+    request = EngineRequest(request_id="proof", prompt_token_ids=(0,), params=params, wants=wants)
     sequence = EngineSequence(request=request, params=params, stop_token_ids=frozenset(), arrived_at=0.0, deadline=None)
     if not blocks.allocate(sequence, 1):
         return
@@ -74,7 +77,7 @@ def failure_of(name: str, error: Exception) -> ClusterError:
     if isinstance(error, NoFiniteNumbers):
         log.error("request %s ends: %s", name, error)
         return NonFiniteOutput(
-            f"request {name}: the model gave no finite numbers for its next token: look for NaN or infinity in "
+            f"request {name}: the model gave no finite numbers for it: look for NaN or infinity in "
             "the checkpoint's weights, or serve with dtype bfloat16 or float32 if it is float16 that overflows"
         )
     log.error("request %s ends: %s", name, error, exc_info=error)

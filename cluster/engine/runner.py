@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluster.engine.graphs import DecodeGraphs
 from cluster.engine.micro_batching import MicroBatching, split_evenly
+from cluster.engine.outcomes import parts_of
 from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, ScheduledSequence, StepResult
 from cluster.engine.step_inputs import StepArrays, to_device
@@ -63,7 +64,7 @@ class ModelRunner:
         self.experts.plans.wait_beyond(epoch, timeout_s)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        return self.model.logits(hidden_states)
+        return self.model.logits(hidden_states.to(self.device, self.model.model.norm.weight.dtype))
 
     def check_device(self) -> None:
         if self.device.type == "cuda":
@@ -73,17 +74,26 @@ class ModelRunner:
         """As `Runner.run`, a token at most for a sequence."""
         hidden_states, step = self.forward(batch.scheduled)  # [T, H]
         tokens, failed = self._sample(batch.scheduled, hidden_states, step)
-        num_tokens = [s.num_tokens for s in batch.scheduled]
-        wanting = [i for i, s in enumerate(batch.scheduled) if s.sequence.wants_hidden_states and i not in step.lost]
-        if len(step.lost) < len(num_tokens):
-            for i in non_finite(hidden_states, num_tokens):
-                if i not in step.lost and i not in wanting:
-                    failed[i] = NoFiniteNumbers("a row's hidden state is NaN or infinite")
+        parts: dict[int, Tensor] = {}
+        if len(step.lost) < len(batch.scheduled):
+            failed |= self._non_finite(batch, hidden_states, step)
+            chosen = [i for i, s in enumerate(batch.scheduled) if not s.sequence.wants_tokens]
+            chosen = [i for i in chosen if i not in step.lost and i not in failed]
+            if chosen:
+                parts, more = parts_of(self.model, batch.scheduled, hidden_states, chosen)
+                failed |= more
         if failed:
             self.check_device()
-        every = [(tokens[i],) if i in tokens and i not in failed else () for i in range(len(num_tokens))]
-        rows = torch.split(hidden_states, num_tokens) if wanting else ()
-        return StepResult(every, {i: rows[i] for i in wanting}, step.lost, step.epoch, failed)
+        every = [(tokens[i],) if i in tokens and i not in failed else () for i in range(len(batch.scheduled))]
+        return StepResult(every, parts, step.lost, step.epoch, failed)
+
+    def _non_finite(self, batch: Batch, hidden_states: Tensor, step: StepExperts) -> dict[int, Exception]:
+        found = non_finite(hidden_states, [s.num_tokens for s in batch.scheduled])
+        return {
+            i: NoFiniteNumbers("a row's hidden state is NaN or infinite")
+            for i in found
+            if i not in step.lost and not batch.scheduled[i].sequence.keeps_non_finite
+        }
 
     def _sample(
         self, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, step: StepExperts

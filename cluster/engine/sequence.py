@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cluster.model.penalties import PenaltyState
 from cluster.model.sampler import Sampled
+from cluster.outcome import EVERY_ROW
 from cluster.types import EngineRequest, FinishReason, SamplingParams
 
 NO_TURN = -1
@@ -22,7 +23,6 @@ class Sequence:
     lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
     held: it keeps its blocks and takes part in no step until there is news of that expert.
     stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
-    wants_hidden_states: it ends when its prompt is computed, with the hidden states of every row and no new token.
     block_salt: names anything but its tokens that its keys and values depend on (an adapter); sequences of different
     salts share no block.
     """
@@ -32,7 +32,6 @@ class Sequence:
     stop_token_ids: frozenset[int]
     arrived_at: float
     deadline: float | None
-    wants_hidden_states: bool = False
     block_salt: bytes = b""
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
@@ -57,8 +56,30 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def wants_tokens(self) -> bool:
+        """Else it ends when its prompt is computed, with numbers and no new token."""
+        return self.request.wants == "tokens"
+
+    @property
+    def wants_every_row(self) -> bool:
+        """Whether its result needs the hidden states of all its tokens, not of the last one alone."""
+        return self.request.wants in EVERY_ROW
+
+    @property
+    def keeps_non_finite(self) -> bool:
+        """Whether its caller looks at all numbers as they are, so that NaN does not end it."""
+        return self.request.wants == "hidden_states"
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def progress(self) -> str:
+        """How far it has come, for an error's message."""
+        if self.wants_tokens:
+            return f"{self.num_output_tokens} of {self.params.max_tokens} tokens"
+        return f"{self.num_computed_tokens} of its {len(self.token_ids)} tokens"
 
     @property
     def is_suspect(self) -> bool:

@@ -27,9 +27,14 @@ class ScheduledSequence:
     num_ahead: int = 0
 
     @property
+    def completes(self) -> bool:
+        """Whether nothing of it is left to compute after this step."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+    @property
     def samples(self) -> bool:
         """Whether its last token is computed, so that a new one is sampled."""
-        return not self.sequence.wants_hidden_states and self.num_tokens == self.sequence.num_uncomputed_tokens
+        return self.sequence.wants_tokens and self.completes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +53,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The tokens, hidden states and errors that a step brought its sequences, by their number in the batch.
+    """The tokens, parts of results and errors that a step brought its sequences, by their number in the batch.
 
     tokens: new tokens of every sequence in their order, 1 + num_ahead at most; none where it does not sample, is lost
     or has failed. The keys and values of all but the last one are in the cache.
-    hidden_states: [T, H] of the sequences that want them and are not lost.
+    parts: for the sequences that want no tokens and are not lost, what the step's rows give of their results
+    (`outcomes.py`); float32 on the CPU.
     lost: the error of each sequence that needs an expert without a living copy. Nothing that the step computed for it
     counts.  epoch: of the plan that had no copy.
     failed: the exception of each sequence that met one; NoFiniteNumbers where the model's numbers for it are
@@ -60,7 +66,7 @@ class StepResult:
     """
 
     tokens: Seq[Seq[Sampled]]
-    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
+    parts: Mapping[int, Tensor] = field(default_factory=dict)
     lost: Mapping[int, ShardUnavailable] = field(default_factory=dict)
     epoch: int = 0
     failed: Mapping[int, Exception] = field(default_factory=dict)
@@ -81,7 +87,7 @@ class Runner(Protocol):
         """Computes a step. Blocks. Raises ClusterError, and whatever a bug raises; the step may then be run again."""
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V] in the model's dtype."""
+        """[T, H] -> [T, V] in the model's dtype, on its device."""
 
     def has_news(self, epoch: int) -> bool:
         """Whether there is a plan of a higher epoch."""

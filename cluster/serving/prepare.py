@@ -8,9 +8,13 @@ from dataclasses import replace
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
+from cluster.outcome import Wants
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.work import TextWork
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest, ModelInfo, SamplingParams
+
+# An engine of a version that knows results of tokens alone brings as few as it can.
+_NO_TOKENS = replace(SAMPLING_DEFAULTS, temperature=0.0, max_tokens=1, seed=0)
 
 
 class RequestCompleter:
@@ -44,6 +48,18 @@ class RequestCompleter:
             params=self._resolve(params, field, len(prompt_token_ids)),
             timeout_s=timeout_s,
             max_tokens_is_default=params.max_tokens is None,
+        )
+
+    def result(
+        self, token_ids: Iterable[int], wants: Wants, *, field: str, request_id: str, timeout_s: float | None = None
+    ) -> EngineRequest:
+        """As `complete`, for a result of numbers. Its prompt may be as long as the context."""
+        return EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=self.prompt(token_ids, field),
+            params=_NO_TOKENS,
+            timeout_s=timeout_s,
+            wants=wants,
         )
 
     def prompt(self, token_ids: Iterable[int], field: str) -> tuple[int, ...]:
@@ -103,12 +119,18 @@ class RequestPreparer:
         self, prompt: Prompt, params: SamplingParams, *, request_id: str, timeout_s: float | None, client: str = ""
     ) -> EngineRequest:
         """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit; Overloaded."""
-        token_ids = prompt.token_ids
-        if token_ids is None:
-            token_ids = await self.tokenize(prompt, client)
+        token_ids = await self._token_ids(prompt, client)
         return self._completer.complete(
             token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s
         )
+
+    async def result(self, prompt: Prompt, wants: Wants, *, request_id: str, client: str = "") -> EngineRequest:
+        """As `prepare`, for a result of numbers."""
+        token_ids = await self._token_ids(prompt, client)
+        return self._completer.result(token_ids, wants, field=prompt.field, request_id=request_id)
+
+    async def _token_ids(self, prompt: Prompt, client: str) -> Iterable[int]:
+        return await self.tokenize(prompt, client) if prompt.token_ids is None else prompt.token_ids
 
     async def tokenize(self, prompt: Prompt, client: str = "") -> list[int]:
         """Returns the token ids of a text or a conversation. Raises InvalidRequest, Overloaded."""

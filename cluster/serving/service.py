@@ -6,21 +6,31 @@ engine's request of a prompt, `tracking` follows it to its end.
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from cluster.config import DEFAULTS
 from cluster.errors import ClusterError
+from cluster.outcome import Computed, Numbers, Wants
 from cluster.serving.admission.admission import Admission
 from cluster.serving.backend import GenerationBackend, UpdateStream
+from cluster.serving.outcomes import result_of
 from cluster.serving.prepare import RequestPreparer
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.text.work import TextWork
 from cluster.serving.tracking import RequestMetrics, RequestTracker, TrackedRequest
-from cluster.types import CompletionOutput, EngineRequest, ModelInfo, SamplingParams, TextDelta, Usage
+from cluster.types import (
+    CompletionOutput,
+    EngineRequest,
+    ModelInfo,
+    SamplingParams,
+    SequenceUpdate,
+    TextDelta,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +91,8 @@ class InferenceService:
         check: sees the parameters, with every default filled in, before anything is computed, and may refuse them.
         """
         with self._begun(request_id, timeout_s, client) as tracked:
-            request = await self._prepare_in_time(prompt, params, tracked, client)
+            preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
+            request = await self._in_time(preparing, tracked, client)
             check(request.params)
             deltas = [delta async for delta in self._run(request, tracked)]
         return CompletionOutput(
@@ -104,10 +115,32 @@ class InferenceService:
     ) -> AsyncGenerator[TextDelta, None]:
         """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence."""
         with self._begun(request_id, timeout_s, client) as tracked:
-            request = await self._prepare_in_time(prompt, params, tracked, client)
+            preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
+            request = await self._in_time(preparing, tracked, client)
             async with aclosing(self._run(request, tracked)) as deltas:
                 async for delta in deltas:
                     yield delta
+
+    async def compute(
+        self,
+        prompt: Prompt,
+        wants: Wants,
+        *,
+        request_id: str = "",
+        timeout_s: float | None = None,
+        client: str = "",
+        check: Callable[[int], None] = lambda num_tokens: None,
+    ) -> Computed:
+        """Returns a result of numbers. Raises as `generate`.
+
+        check: sees the number of the prompt's tokens before anything is computed, and may refuse them.
+        """
+        with self._begun(request_id, timeout_s, client) as tracked:
+            preparing = self._preparer.result(prompt, wants, request_id=tracked.request_id, client=client)
+            request = await self._in_time(preparing, tracked, client)
+            check(len(request.prompt_token_ids))
+            numbers = await self._numbers(request, tracked)
+        return Computed(request_id=tracked.name, prompt_token_ids=request.prompt_token_ids, numbers=numbers)
 
     async def prepare(
         self,
@@ -140,11 +173,10 @@ class InferenceService:
             finally:
                 self.admission.spend(client, tracked.num_tokens)
 
-    async def _prepare_in_time(
-        self, prompt: Prompt, params: SamplingParams, tracked: TrackedRequest, client: str
+    async def _in_time(
+        self, preparing: Awaitable[EngineRequest], tracked: TrackedRequest, client: str
     ) -> EngineRequest:
         """Prepares within the time budget; the engine gets what is left of it."""
-        preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
         request = await self._tracker.in_time(preparing, tracked)
         remaining_s = self._tracker.remaining_s(tracked)
         if remaining_s is not None and remaining_s <= 0:
@@ -167,10 +199,23 @@ class InferenceService:
         yield replace(delta, usage=usage)
 
     async def _next_delta(self, updates: UpdateStream, answer: Answer, tracked: TrackedRequest) -> TextDelta:
-        try:
-            update = await self._tracker.in_time(updates.__anext__(), tracked)
-        except StopAsyncIteration:
-            raise ClusterError(f"request {tracked.name}: the engine ended it without a reason") from None
-        delta = answer.add(update)
+        delta = answer.add(await self._next_update(updates, tracked))
         self._tracker.tokens(tracked, len(delta.token_ids))
         return delta
+
+    async def _next_update(self, updates: UpdateStream, tracked: TrackedRequest) -> SequenceUpdate:
+        try:
+            return await self._tracker.in_time(updates.__anext__(), tracked)
+        except StopAsyncIteration:
+            raise ClusterError(f"request {tracked.name}: the engine ended it without a reason") from None
+
+    async def _numbers(self, request: EngineRequest, tracked: TrackedRequest) -> Numbers:
+        """Runs a prepared request to its result of numbers."""
+        updates = self._backend.generate(request)
+        try:
+            while (numbers := result_of(await self._next_update(updates, tracked), tracked.name)) is None:
+                pass  # an update without news
+        finally:
+            await updates.aclose()
+        self._tracker.answered(tracked, "stop")
+        return numbers

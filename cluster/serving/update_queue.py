@@ -49,7 +49,7 @@ class UpdateQueue:
 
 
 def size_of(update: SequenceUpdate) -> int:
-    """Returns about how many bytes it takes in memory."""
+    """Returns about how many bytes it takes in memory, without numbers: they come once, and never pile up."""
     num_logprobs = sum(1 + len(entry.top) for entry in update.logprobs)
     return TOKEN_BYTES * len(update.token_ids) + LOGPROB_BYTES * num_logprobs
 
@@ -65,4 +65,5 @@ def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
         logprobs=tuple(logprobs for update in updates for logprobs in update.logprobs),
         finish_reason=last.finish_reason,
         error=last.error,
+        numbers=last.numbers,
     )

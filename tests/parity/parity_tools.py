@@ -32,6 +32,11 @@ def ask_transformers(model_dir: Path) -> Oracle:
     return Oracle(model_dir, logits, token_ids)
 
 
+def logprobs_of(prompt: list[int], logits: Tensor) -> Tensor:
+    """[T - 1]: of each prompt token after the first, given those before it. logits: [T, vocab]."""
+    return logits[:-1].log_softmax(dim=-1).gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+
+
 def greedy_margin(oracle: Oracle) -> float:
     """The least distance between best and second logit over the prompts' last positions."""
     return min(float(logits[-1].topk(2).values.diff().abs()) for logits in oracle.logits)

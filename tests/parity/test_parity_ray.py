@@ -3,6 +3,7 @@
 import pytest
 import torch
 from configs import NUM_TOKENS, PROMPTS
+from parity_tools import logprobs_of
 
 from cluster import LLM, SamplingParams
 from cluster.checkpoint.reader import CheckpointReader
@@ -89,8 +90,10 @@ def test_logits_through_the_controllers_shards_are_those_of_transformers(ray_clu
         oracle.model_dir, dtype="float32", device="cpu", num_expert_shards=3, transport=carrier, skip_tokenizer=True,
         kv_cache_bytes=1 << 22,
     ) as llm:  # fmt: skip
-        for prompt, expected in zip(PROMPTS, oracle.logits, strict=True):
+        found = llm.prompt_logprobs(PROMPTS)
+        for prompt, expected, scored in zip(PROMPTS, oracle.logits, found, strict=True):
             torch.testing.assert_close(llm.logits(prompt), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(scored.logprobs, logprobs_of(prompt, expected), atol=1e-4, rtol=0)
 
 
 def test_a_shard_refuses_an_expert_that_it_does_not_hold(oracle_of, actors, ray_cluster):

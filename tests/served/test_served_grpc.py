@@ -43,6 +43,21 @@ def expected(demo_checkpoint):
     return [(prompt, list(output.token_ids)) for prompt, output in zip(prompts, outputs, strict=True)]
 
 
+def test_scores_and_embeddings_are_those_of_one_process(stub, demo_checkpoint):
+    """Beside a stream of tokens."""
+    prompts = [list(range(10, 60)), [7], list(range(200, 230))]
+    with LLM(demo_checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
+        scores, vectors = llm.prompt_logprobs(prompts), llm.embed(prompts, pooling="mean")
+    beside = stub.GenerateStream(pb.GenerateStreamRequest(text="a", sampling_params=greedy(64)))
+    for prompt, score, vector in zip(prompts, scores, vectors, strict=True):
+        token_ids = pb.TokenIds(ids=prompt)
+        answer = stub.Score(pb.ScoreRequest(token_ids=token_ids))
+        assert list(answer.logprobs) == pytest.approx(score.logprobs.tolist(), abs=1e-4)
+        embedded = stub.Embed(pb.EmbedRequest(token_ids=token_ids, pooling=pb.POOLING_MEAN))
+        assert list(embedded.embedding) == pytest.approx(vector.embedding.tolist(), abs=1e-4)
+    assert sum(len(piece.token_ids) for piece in beside) == 64
+
+
 def test_generate_gives_the_tokens_of_one_process(stub, expected):
     for prompt, token_ids in expected[:4]:
         answer = stub.Generate(

@@ -44,7 +44,7 @@ from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import ModelInfo, SequenceUpdate
 
 MAX_REQUEST_BYTES = 2000
-UNARY = ("Generate", "Tokenize", "Detokenize", "GetModelInfo")
+UNARY = ("Generate", "Score", "Embed", "Tokenize", "Detokenize", "GetModelInfo")
 
 
 class FakeContext:
@@ -702,7 +702,7 @@ def test_registration_routes_every_method_as_bytes():
         def add_registered_method_handlers(self, service, handlers):
             servers.append((service, handlers))
 
-    names = {"Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo"}
+    names = {"GenerateStream", *UNARY}
     add_inference_service(type("Servicer", (), dict.fromkeys(names))(), Server())
     (generic,), (service, registered) = servers
     assert set(generic._method_handlers) == {f"/{SERVICE_NAME}/{name}" for name in names}

@@ -116,7 +116,7 @@ STAGES = {
     "drawing": at_rules("choose", lambda _, rules: range(-len(rules), 0)),
     "log-probabilities": at_rules("_logprobs", lambda _, row, __: [row]),
     "remembering blocks": at_method(BlockManager, "remember", lambda _, sequence: [sequence]),
-    "taking the token in": at_method(Engine, "_advance", lambda _, scheduled, __: [scheduled.sequence]),
+    "taking the token in": at_method(Engine, "_advance", lambda _, scheduled, *__: [scheduled.sequence]),
     "finding the end": at_method(Sequence, "end", lambda sequence: [sequence]),
 }
 

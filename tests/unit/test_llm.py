@@ -267,17 +267,24 @@ def test_logits_of_a_prompt_as_long_as_the_context(llm):
         llm.generate([ids])
 
 
-def test_logits_beside_a_running_request_are_those_alone_and_leave_its_answer(llm):
-    """The steps of a score are those of every sequence: the other one goes on in them."""
+def test_logits_beside_a_running_request_are_those_alone_and_leave_its_answer(llm, monkeypatch):
+    """Its steps are those of every sequence: the other one goes on in them."""
     expected = llm.generate([[7, 8, 9]], GREEDY)[0].token_ids
     alone = llm.logits(range(1, 60))
+    token_ids, step = [], llm.engine.step
+
+    def watched():
+        updates = step()
+        token_ids.extend(token for update in updates if update.request_id == "beside" for token in update.token_ids)
+        return updates
+
+    monkeypatch.setattr(llm.engine, "step", watched)
     llm.engine.submit(
         EngineRequest(request_id="beside", prompt_token_ids=(7, 8, 9), params=GREEDY.with_defaults(SAMPLING_DEFAULTS))
     )
     torch.testing.assert_close(llm.logits(range(1, 60)), alone, atol=1e-4, rtol=1e-4)
-    token_ids = []
     while llm.engine.has_work:
-        token_ids += [token_id for update in llm.engine.step() for token_id in update.token_ids]
+        llm.engine.step()
     assert tuple(token_ids) == expected
 
 

@@ -155,88 +155,136 @@ def test_sequences_of_different_salts_share_no_block():
 
 
 class RowsRunner(CountingRunner):
-    """A row's hidden state is (its token, its position), and its logits are twice that."""
+    """A row's hidden state is (its token, its position)."""
 
     def run(self, batch):
         result = super().run(batch)
-        wanted = {}
+        parts = {}
         for i, s in enumerate(batch.scheduled):
             first = s.sequence.num_computed_tokens
-            if s.sequence.wants_hidden_states and i not in result.lost:
+            if not s.sequence.wants_tokens and i not in result.lost:
                 rows = [(s.sequence.token_ids[p], p) for p in range(first, first + s.num_tokens)]
-                wanted[i] = torch.tensor(rows, dtype=torch.bfloat16)
-        return replace(result, hidden_states=wanted)
-
-    def logits(self, hidden_states):
-        return hidden_states * 2
+                parts[i] = torch.tensor(rows, dtype=torch.float32)
+        return replace(result, parts=parts)
 
 
-def scoring_engine(num_blocks=64, **limits):
+def rows_engine(num_blocks=64, **limits):
     return Engine(
         RowsRunner(), EngineConfig(block_size=4, **limits), num_blocks=num_blocks, eos_token_ids=(0,),
         max_model_len=1000, metrics=EngineMetrics(new_registry(), "test"), clock=Clock(),
     )  # fmt: skip
 
 
-def expected_logits(prompt):
-    return torch.tensor([(2.0 * token_id, 2.0 * position) for position, token_id in enumerate(prompt)])
+def ask_rows(engine, request_id, prompt, wants="hidden_states", **options):
+    engine.submit(replace(request(request_id, prompt, **options), wants=wants))
 
 
-def test_a_score_has_the_logits_of_every_position_and_leaves_the_others_updates():
-    engine = scoring_engine(max_num_batched_tokens=4)
+def results(engine):
+    """The last update of each request."""
+    ends = {}
+    while engine.has_work:
+        ends |= {update.request_id: update for update in engine.step()}
+    return ends
+
+
+def expected_rows(prompt):
+    return [[float(token_id), float(position)] for position, token_id in enumerate(prompt)]
+
+
+def test_rows_come_once_in_one_update_and_the_others_go_on_beside_them():
+    engine = rows_engine(max_num_batched_tokens=4)
     engine.submit(request("a", [1], max_tokens=9))
-    logits = engine.score(request("s", range(20, 30)))
-    assert logits.dtype == torch.float32
-    assert torch.equal(logits, expected_logits(range(20, 30)))
-    assert run_to_end(engine) == {"a": ([*range(2, 11)], "length")}
+    ask_rows(engine, "s", range(20, 30))
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+    [update] = [update for update in updates if update.request_id == "s"]
+    assert update.numbers.array().tolist() == expected_rows(range(20, 30))
+    assert (update.finish_reason, update.token_ids) == ("stop", ())
+    assert [token for update in updates for token in update.token_ids] == [*range(2, 11)]
     assert engine.blocks.num_used == 0
 
 
-def test_a_score_is_computed_in_full_though_its_beginning_is_cached_and_leaves_no_block_behind():
-    engine = scoring_engine()
+def test_the_mean_is_that_of_all_chunks():
+    engine = rows_engine(max_num_batched_tokens=4)
+    ask_rows(engine, "s", range(20, 30), wants="mean_hidden_state")
+    engine.runner.run, run = lambda batch: summed(run(batch)), engine.runner.run
+    assert results(engine)["s"].numbers.array().tolist() == [24.5, 4.5]
+
+
+def summed(result):
+    return replace(result, parts={i: rows.sum(dim=0) for i, rows in result.parts.items()})
+
+
+def test_rows_are_computed_in_full_though_their_beginning_is_cached_and_leave_no_block_behind():
+    engine = rows_engine()
     engine.submit(request("a", range(20, 30), max_tokens=1))
     run_to_end(engine)
-    assert torch.equal(engine.score(request("s", range(20, 30))), expected_logits(range(20, 30)))
-    assert torch.equal(engine.score(request("t", range(50, 60))), expected_logits(range(50, 60)))
+    for name, prompt in (("s", range(20, 30)), ("t", range(50, 60))):
+        ask_rows(engine, name, prompt)
+        assert results(engine)[name].numbers.array().tolist() == expected_rows(prompt)
     engine.submit(request("b", range(50, 60), max_tokens=1))
     run_to_end(engine)
     assert [step[0][1] for step in engine.runner.steps] == [10, 10, 10, 10]
 
 
-def test_a_score_that_gives_way_in_the_middle_begins_again():
-    """Three blocks of 4: a grows into the second, and the score, that came later, has computed 8 of its 9 tokens."""
-    engine = scoring_engine(num_blocks=3, max_num_batched_tokens=5, enable_prefix_caching=False)
+def test_a_last_row_needs_no_row_that_is_cached_and_leaves_blocks_to_find():
+    engine = rows_engine()
+    for name in ("s", "t"):
+        ask_rows(engine, name, range(20, 30), wants="last_hidden_state")
+        results(engine)
+    engine.submit(request("a", range(20, 30), max_tokens=1))
+    run_to_end(engine)
+    assert [step[0][1] for step in engine.runner.steps] == [10, 2, 2]
+
+
+def test_rows_of_a_sequence_that_gives_way_in_the_middle_begin_again():
+    """Three blocks of 4: a grows into the second, and the other, that came later, has computed 8 of its 9 tokens."""
+    engine = rows_engine(num_blocks=3, max_num_batched_tokens=5, enable_prefix_caching=False)
     engine.submit(request("a", [1, 2, 3], max_tokens=4))
     engine.step()
-    assert torch.equal(engine.score(request("s", range(20, 29))), expected_logits(range(20, 29)))
+    ask_rows(engine, "s", range(20, 29))
+    ends = results(engine)
+    assert ends["s"].numbers.array().tolist() == expected_rows(range(20, 29))
     assert [num_tokens for step in engine.runner.steps for name, num_tokens in step if name == "s"][:2] == [4, 4]
     assert sum(num_tokens for step in engine.runner.steps for name, num_tokens in step if name == "s") > 9
-    assert run_to_end(engine)["a"][1] == "length"
+    assert ends["a"].finish_reason == "length"
 
 
-def test_a_score_waits_for_a_lost_expert_and_then_raises():
-    engine = scoring_engine()
+def test_a_result_waits_for_a_lost_expert_and_then_fails():
+    engine = rows_engine()
     engine.runner.lost = {"s"}
     engine.runner.wait_for_news = lambda epoch, timeout_s: setattr(engine.clock, "now", engine.clock.now + 1.0)
-    with pytest.raises(ShardUnavailable):
-        engine.score(request("s", [1, 2]))
+    ask_rows(engine, "s", [1, 2])
+    assert isinstance(results(engine)["s"].error, ShardUnavailable)
     assert engine.clock.now >= engine.runner.recovery_timeout_s
     assert not engine.has_work
 
 
-def test_a_score_without_room_is_refused():
-    engine = scoring_engine(num_blocks=2)
-    with pytest.raises(InvalidRequest, match="token_ids has 9 tokens, the KV cache has room for 8"):
-        engine.score(request("s", range(9)))
+def test_a_result_needs_room_for_its_prompt_and_no_more():
+    engine = rows_engine(num_blocks=2)
+    ask_rows(engine, "s", range(8))
+    assert len(results(engine)["s"].numbers.array()) == 8
+    with pytest.raises(InvalidRequest, match="the prompt has 9 tokens, the KV cache has room for 8"):
+        ask_rows(engine, "s", range(9))
+    with pytest.raises(InvalidRequest, match="the prompt has 1001 tokens, the context has 1000"):
+        ask_rows(rows_engine(num_blocks=1000), "s", range(1001))
     assert not engine.has_work
 
 
-def test_a_score_has_an_id_and_a_time_like_every_request():
-    engine = scoring_engine()
+def test_a_result_has_an_id_and_a_time_like_every_request_and_can_be_cancelled():
+    engine = rows_engine(max_num_batched_tokens=4)
     engine.submit(request("a", [1]))
     with pytest.raises(InvalidRequest, match="'a' is in use"):
-        engine.score(request("a", [1]))
+        ask_rows(engine, "a", [1])
+    ask_rows(engine, "late", range(20, 30), timeout_s=1.0)
+    ask_rows(engine, "unwanted", range(20, 30))
+    engine.step()
     engine.clock.now = 5.0
-    with pytest.raises(DeadlineExceeded):
-        engine.score(request("s", [1], timeout_s=0.0))
-    assert run_to_end(engine)["a"][1] == "length"
+    engine.cancel("unwanted")
+    ends = results(engine)
+    assert isinstance(ends["late"].error, DeadlineExceeded)
+    assert "of its 10 tokens" in str(ends["late"].error)
+    assert (ends["unwanted"].finish_reason, ends["unwanted"].numbers) == ("cancelled", None)
+    assert ends["a"].finish_reason == "length"
+    assert engine.blocks.num_used == 0

@@ -311,7 +311,7 @@ def test_a_watcher_that_leaves_makes_room_for_another(tmp_path):
     asyncio.run(run())
 
 
-METHODS = ("Generate", "Tokenize", "Detokenize", "GetModelInfo", "GenerateStream")
+METHODS = ("Generate", "Score", "Embed", "Tokenize", "Detokenize", "GetModelInfo", "GenerateStream")
 
 
 def begin(channel, method, metadata):

@@ -15,6 +15,7 @@ from cluster.errors import InvalidRequest, ShardUnavailable
 from cluster.evolving import evolving, sent
 from cluster.experts.placement import plan_evenly
 from cluster.experts.pulse import Sign
+from cluster.outcome import Numbers
 from cluster.runtime.control.controller import ExpertController
 from cluster.runtime.workers.engine_actor import EngineActor
 from cluster.runtime.workers.protocol import ClusterRecord, Membership
@@ -47,6 +48,8 @@ EXCHANGED = (
     Sign(progress=1, busy=True, stuck_s=2.0),
     StreamOffer(*range(len(StreamOffer.__dataclass_fields__))),
 )  # fmt: skip
+# Sent only to who asks for them: the last version knows none of these.
+SINCE = (SequenceUpdate(request_id="a", numbers=Numbers(shape=(1,), data=bytes(4)), finish_reason="stop"),)
 FAILURES = (ShardUnavailable("shard 1 died", 1), InvalidRequest("no", "n"))
 ACTORS = (ExpertController, ExpertShardActor, EngineActor)
 NAMES = """
@@ -55,6 +58,7 @@ NAMES = """
     cluster.errors.ShardUnavailable
     cluster.experts.placement.PlacementPlan
     cluster.experts.pulse.Sign
+    cluster.outcome.Numbers
     cluster.runtime.actors.EngineActor
     cluster.runtime.actors.ExpertShardActor
     cluster.runtime.controller.ExpertController
@@ -95,12 +99,12 @@ class NamesIn(pickle.Unpickler):
 
 def test_what_is_exchanged_goes_by_the_names_that_it_had_first(tmp_path):
     path = tmp_path / "values"
-    path.write_bytes(pickle.dumps((EXCHANGED, FAILURES, tuple(map(sent, ACTORS)))))
+    path.write_bytes(pickle.dumps((EXCHANGED + SINCE, FAILURES, tuple(map(sent, ACTORS)))))
     with path.open("rb") as file:
         reader = NamesIn(file)
         values, _, actors = reader.load()
     assert reader.seen == set(NAMES.split())
-    assert values == EXCHANGED
+    assert values == EXCHANGED + SINCE
     assert actors == ACTORS
 
 

@@ -39,6 +39,17 @@ def check_before(params: SamplingParams, limit: int) -> None:
         )
 
 
+def check_numbers(num_tokens: int, bytes_each: int, limit: int) -> None:
+    """Raises InvalidRequest where an answer with numbers for each token of the prompt would be too much."""
+    if num_tokens * bytes_each > limit:
+        raise InvalidRequest(
+            f"the prompt has {num_tokens} tokens: the answer has {num_tokens * bytes_each} bytes, this client takes "
+            f"{limit}; send {limit // bytes_each} tokens at a time, or raise the client's limit "
+            f"(grpc.max_receive_message_length) and say so in the metadata {RECEIVE_KEY}",
+            "input",
+        )
+
+
 def check_after(num_bytes: int, limit: int) -> None:
     """Raises InvalidRequest for an answer that is too long; nobody could know it before."""
     if num_bytes > limit:

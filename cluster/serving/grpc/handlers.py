@@ -13,42 +13,21 @@ How an error reaches the client (Ray Serve 2.60, both proxies):
              the context is the server's own: the stream just ends, and Serve logs no traceback.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
-from typing import TypeVar
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
-from google.protobuf.message import DecodeError, Message
-
-from cluster.errors import ClusterError, InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.grpc import messages
-from cluster.serving.grpc.answer_size import check_after, check_before, receive_limit
-from cluster.serving.grpc.context import GrpcContext, fail_stream, metadata_of, peer_of, set_status
-from cluster.serving.service import InferenceService
-
-Request = TypeVar("Request", bound=Message)
-Response = TypeVar("Response", bound=Message)
+from cluster.serving.grpc.answer_size import check_before, receive_limit
+from cluster.serving.grpc.context import GrpcContext, fail_stream, metadata_of, set_status
+from cluster.serving.grpc.result_handlers import ResultHandlers
 
 
-class GrpcInferenceService:
+class GrpcInferenceService(ResultHandlers):
     """A mixin of the ingress deployment: one method an rpc, taking the request's bytes. Not thread-safe.
 
     raise_failures: a stream that failed must end with an exception (see above).
     """
-
-    def __init__(self, service: InferenceService, *, raise_failures: bool = True) -> None:
-        self._service = service
-        self._raise_failures = raise_failures
-
-    def lets_in(self, context: GrpcContext) -> bool:
-        """Returns whether a call's message may be read; sets the call's status if not. Counts only the refusal."""
-        try:
-            self._service.admission.identify(metadata_of(context), peer_of(context))
-        except ClusterError as error:
-            self._service.count_refused(error)
-            set_status(context, error)
-            return False
-        return True
 
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
         request_id = self._service.new_request_id()
@@ -114,49 +93,3 @@ class GrpcInferenceService:
             return messages.to_model_info_response(self._service.info)
 
         return await self._answer(request, grpc_context, pb.GetModelInfoRequest, pb.GetModelInfoResponse, answer)
-
-    async def _answer(
-        self,
-        request: bytes,
-        context: GrpcContext,
-        request_type: type[Request],
-        response_type: type[Response],
-        answer: Callable[[Request, str], Awaitable[Response]],
-        *,
-        request_id: str = "",
-    ) -> Response:
-        """Parses and answers a unary request; a failed one gets a status and an empty response.
-
-        answer: takes the message and the client.
-        """
-        request_id = request_id or self._service.new_request_id()
-        try:
-            with self._counted(context) as client:
-                message = self._parse(request, request_type)
-                request_id = getattr(message, "request_id", "") or request_id
-                response = await answer(message, client)
-                check_after(response.ByteSize(), receive_limit(metadata_of(context)))
-                return response
-        except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
-            set_status(context, error, request_id)
-            return response_type()
-
-    @contextmanager
-    def _counted(self, context: GrpcContext) -> Iterator[str]:
-        """Counts a call while it is open; yields its client. Raises Forbidden, Unauthenticated, Overloaded."""
-        with ExitStack() as counted:
-            try:
-                client = counted.enter_context(self._service.admission.call(metadata_of(context), peer_of(context)))
-            except ClusterError as error:
-                self._service.count_refused(error)
-                raise
-            yield client
-
-    def _parse(self, request: bytes, request_type: type[Request]) -> Request:
-        limit = self._service.limits.max_request_bytes
-        if len(request) > limit:
-            raise InvalidRequest(f"the request has {len(request)} bytes, at most {limit} are allowed", "request")
-        try:
-            return request_type.FromString(request)
-        except DecodeError as error:
-            raise InvalidRequest(f"the request cannot be read: {error}", "request") from error

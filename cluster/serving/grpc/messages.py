@@ -14,6 +14,7 @@ from cluster.types import (
     Usage,
 )
 
+_Timed = pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest | pb.EmbedRequest
 _OPTIONAL_FIELDS = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
@@ -22,12 +23,12 @@ _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
 }
 
 
-def to_prompt(message: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest) -> Prompt:
+def to_prompt(message: _Timed | pb.TokenizeRequest) -> Prompt:
     """Raises InvalidRequest when the message has no input."""
     field = message.WhichOneof("input")
     if field == "text":
         return Prompt(text=message.text)
-    if field == "chat":
+    if field == "chat" and not isinstance(message, pb.ScoreRequest | pb.EmbedRequest):
         turns = message.chat.messages
         return Prompt(messages=tuple(ChatMessage(role=t.role, content=t.content) for t in turns))
     if field == "token_ids" and not isinstance(message, pb.TokenizeRequest):
@@ -46,7 +47,7 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
     )
 
 
-def to_timeout_s(message: pb.GenerateRequest | pb.GenerateStreamRequest) -> float | None:
+def to_timeout_s(message: _Timed) -> float | None:
     """Returns the time budget, None for no bound. Raises InvalidRequest for 0."""
     if not message.HasField("timeout_ms"):
         return None

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Text generation and the tokenizer of one served model.
+    """Text generation, other results of a prompt, and the tokenizer of one served model.
     """
 
     def __init__(self, channel):
@@ -44,6 +44,16 @@ class InferenceServiceStub:
                 '/moecluster.v1.InferenceService/GenerateStream',
                 request_serializer=moecluster_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=moecluster_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/moecluster.v1.InferenceService/Score',
+                request_serializer=moecluster_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=moecluster_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/moecluster.v1.InferenceService/Embed',
+                request_serializer=moecluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=moecluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/moecluster.v1.InferenceService/Tokenize',
@@ -63,7 +73,7 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Text generation and the tokenizer of one served model.
+    """Text generation, other results of a prompt, and the tokenizer of one served model.
     """
 
     def Generate(self, request, context):
@@ -75,6 +85,20 @@ class InferenceServiceServicer:
 
     def GenerateStream(self, request, context):
         """Answers a prompt piece by piece. The last message has finish_reason and usage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Gives the log-probability of each token of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Gives a vector for a prompt: its hidden states after the model's last norm, pooled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +138,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=moecluster_dot_v1_dot_inference__pb2.GenerateStreamRequest.FromString,
                     response_serializer=moecluster_dot_v1_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=moecluster_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=moecluster_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=moecluster_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=moecluster_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=moecluster_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
@@ -138,7 +172,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Text generation and the tokenizer of one served model.
+    """Text generation, other results of a prompt, and the tokenizer of one served model.
     """
 
     @staticmethod
@@ -185,6 +219,60 @@ class InferenceService:
             '/moecluster.v1.InferenceService/GenerateStream',
             moecluster_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
             moecluster_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.InferenceService/Score',
+            moecluster_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            moecluster_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.InferenceService/Embed',
+            moecluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            moecluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,112 @@
+"""Results other than tokens: the part that a step's rows give of one, and the whole of its parts. Knows no queue.
+
+A result grows with each chunk of its prompt, so that no more of a long one is held than its result needs.
+t: a sequence's rows in the step, T: all of its tokens, H: hidden size, V: vocabulary. Numbers are float32, on the CPU.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from cluster.engine.sequence import Sequence
+from cluster.engine.step import ScheduledSequence
+from cluster.model.decoder import CausalLM
+from cluster.model.sampler import NoFiniteNumbers
+from cluster.outcome import Numbers, Wants
+
+LOGIT_ROWS = 256  # rows whose logits are held at a time: 150 MB of float32 with a vocabulary of 152,000
+
+_Members = list[tuple[ScheduledSequence, Tensor]]  # and each one's rows [t, H]
+
+
+def parts_of(
+    model: CausalLM, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, chosen: Iterable[int]
+) -> tuple[dict[int, Tensor], dict[int, Exception]]:
+    """The parts that a step brings the chosen sequences, by their number, or NoFiniteNumbers for them.
+
+    None for a sequence that wants its last row alone and has not come to it. hidden_states: of all rows of the step.
+    """
+    rows = torch.split(hidden_states, [s.num_tokens for s in scheduled])
+    by_kind: dict[Wants, list[int]] = {}
+    for i in chosen:
+        sequence = scheduled[i].sequence
+        if sequence.wants_every_row or scheduled[i].completes:
+            by_kind.setdefault(sequence.request.wants, []).append(i)
+    parts: dict[int, Tensor] = {}
+    for wants, members in by_kind.items():
+        parts |= zip(members, _parts(model, wants, [(scheduled[i], rows[i]) for i in members]), strict=True)
+    failed: dict[int, Exception] = {}
+    for i, part in parts.items():
+        if not scheduled[i].sequence.keeps_non_finite and not _is_finite(part):
+            failed[i] = NoFiniteNumbers("a number of a result is NaN or infinite")
+    return {i: part for i, part in parts.items() if i not in failed}, failed
+
+
+class Gathering:
+    """Keeps the parts of results until they are whole. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._parts: dict[Sequence, list[Tensor]] = {}
+
+    def add(self, sequence: Sequence, part: Tensor | None, *, first: int) -> None:
+        """first: the number of tokens computed before. A sequence that lost its blocks begins again at 0."""
+        parts = self._parts.setdefault(sequence, [])
+        if not first:
+            parts.clear()
+        if part is not None:
+            parts.append(part)
+
+    def whole(self, sequence: Sequence) -> Numbers:
+        """The result of a sequence that is computed; its parts are forgotten."""
+        result = _whole(sequence.request.wants, self._parts.pop(sequence), sequence.num_prompt_tokens)
+        return Numbers.of(result.numpy())
+
+    def forget(self, sequence: Sequence) -> None:
+        self._parts.pop(sequence, None)
+
+
+def _parts(model: CausalLM, wants: Wants, members: _Members) -> Iterable[Tensor]:
+    match wants:
+        case "hidden_states":
+            return [rows.to("cpu", torch.float32, copy=True) for _, rows in members]
+        case "last_hidden_state":
+            return torch.stack([rows[-1] for _, rows in members]).float().cpu()
+        case "mean_hidden_state":
+            return torch.stack([rows.sum(dim=0, dtype=torch.float32) for _, rows in members]).cpu()
+        case "token_logprobs":
+            return _logprobs(model, members)
+    raise AssertionError(f"{wants} is no result of numbers")
+
+
+def _logprobs(model: CausalLM, members: _Members) -> Iterable[Tensor]:
+    """Of each row's next token; the prompt's last row has none."""
+    targets = [_next_tokens(scheduled) for scheduled, _ in members]
+    sizes = [len(tokens) for tokens in targets]
+    rows = torch.cat([rows[:size] for (_, rows), size in zip(members, sizes, strict=True)])
+    next_tokens = torch.tensor([token for tokens in targets for token in tokens], device=rows.device)
+    found = [torch.empty(0, device=rows.device)]
+    for part, tokens in zip(torch.split(rows, LOGIT_ROWS), torch.split(next_tokens, LOGIT_ROWS), strict=True):
+        if len(part):
+            logits = model.logits(part).float()  # [LOGIT_ROWS, V]
+            found.append(logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1))
+    return torch.split(torch.cat(found).cpu(), sizes)
+
+
+def _next_tokens(scheduled: ScheduledSequence) -> list[int]:
+    first = scheduled.sequence.num_computed_tokens
+    return scheduled.sequence.token_ids[first + 1 : first + scheduled.num_tokens + 1]
+
+
+def _whole(wants: Wants, parts: Seq[Tensor], num_tokens: int) -> Tensor:
+    if wants == "last_hidden_state":
+        return parts[-1]
+    if wants == "mean_hidden_state":
+        return torch.stack(list(parts)).sum(dim=0) / num_tokens
+    return torch.cat(list(parts))
+
+
+def _is_finite(part: Tensor) -> bool:
+    """Minus infinity is a probability of 0."""
+    return not bool((part.isnan() | (part == torch.inf)).any())

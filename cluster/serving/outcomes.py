@@ -1,0 +1,34 @@
+"""Reads results of numbers out of updates, and makes of them what callers ask for. Knows no network."""
+
+import numpy as np
+
+from cluster.errors import ClusterError, RequestCancelled, Unavailable
+from cluster.outcome import Numbers
+from cluster.types import SequenceUpdate
+
+
+def result_of(update: SequenceUpdate, name: str) -> Numbers | None:
+    """The result that an update brings; None while its sequence is computed. Raises the update's error.
+
+    name: of the request, for errors.
+    """
+    if update.error is not None:
+        raise update.error
+    if update.finish_reason == "cancelled":
+        raise RequestCancelled(f"request {name} was cancelled by the server")
+    if update.finish_reason == "error":
+        raise ClusterError(f"request {name}: the engine reported an error without saying which")
+    if update.token_ids:
+        raise Unavailable(
+            f"request {name}: its attention replica is of an older version, which gives tokens alone: send it again "
+            "when `moe-cluster roll` is through"
+        )
+    if update.finish_reason is not None and update.numbers is None:
+        raise ClusterError(f"request {name}: the engine ended it without its result")
+    return update.numbers
+
+
+def unit_vector(vector: np.ndarray) -> np.ndarray:
+    """The vector divided by its Euclidean length, as torch's `normalize` does it; zeros stay zeros. [H] float32."""
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    return (vector / max(length, 1e-12)).astype(np.float32)
