@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 from cluster import inputs
+from cluster.conversation import ChatMessage as ChatMessage  # users import it from here
 from cluster.errors import InvalidRequest
 from cluster.evolving import evolving
 from cluster.outcome import Numbers, Wants
@@ -162,12 +163,6 @@ SAMPLING_DEFAULTS = SamplingParams(
     presence_penalty=0.0,
     frequency_penalty=0.0,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatMessage:
-    role: str
-    content: str
 
 
 @evolving("cluster.types")

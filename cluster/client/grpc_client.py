@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Self, TypeGuard, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -13,10 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import inputs
 from cluster.client.direct import grpc_options
+from cluster.conversation import ChatMessage, Conversation
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
-from cluster.types import ChatMessage, SamplingParams
+from cluster.serving.grpc.chats import to_chat_messages
+from cluster.types import SamplingParams
 from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY
 
 MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context
@@ -75,7 +77,7 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Sequence[ChatMessage] | Iterable[int],
+        prompt: str | Conversation | Sequence[ChatMessage] | Iterable[int],
         params: SamplingParams,
         *,
         request_id: str = "",
@@ -163,7 +165,7 @@ def _short(reason: str) -> str:
 
 
 def _request(
-    prompt: str | Sequence[ChatMessage] | Iterable[int], params: SamplingParams, request_id: str
+    prompt: str | Conversation | Sequence[ChatMessage] | Iterable[int], params: SamplingParams, request_id: str
 ) -> pb.GenerateStreamRequest:
     """Raises InvalidRequest for values that no message carries."""
     try:
@@ -176,22 +178,23 @@ def _request(
 
 def _fill_in(
     request: pb.GenerateStreamRequest | pb.ScoreRequest | pb.EmbedRequest,
-    prompt: str | Sequence[ChatMessage] | Iterable[int],
+    prompt: str | Conversation | Sequence[ChatMessage] | Iterable[int],
 ) -> None:
     """Gives a message its input. Raises InvalidRequest for values that no message carries."""
     try:
         if isinstance(prompt, str):
             request.text = prompt
+        elif isinstance(request, pb.GenerateStreamRequest) and isinstance(prompt, Conversation):
+            request.chat.CopyFrom(to_chat_messages(prompt))
         elif isinstance(request, pb.GenerateStreamRequest) and _is_chat(prompt):
-            turns = cast(Sequence[ChatMessage], prompt)
-            request.chat.messages.extend(pb.ChatMessage(role=turn.role, content=turn.content) for turn in turns)
+            request.chat.CopyFrom(to_chat_messages(Conversation(messages=prompt)))
         else:
             request.token_ids.ids.extend(inputs.prompt_token_ids(prompt, "token_ids", MAX_PROMPT_TOKENS))
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
 
 
-def _is_chat(prompt: object) -> bool:
+def _is_chat(prompt: object) -> TypeGuard[Sequence[ChatMessage]]:
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], ChatMessage)
 
 

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from cluster.checkpoint.chat_template import read_chat_template
+from cluster.checkpoint.chat_template import read_chat_templates
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.made.drawn import has_seed
 from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.reader import read_config
-from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, read_tokenizer, read_tokenizer_config
+from cluster.checkpoint.special_tokens import read_tokenizer_config
+from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, read_tokenizer
 from cluster.checkpoint.weights import holds_weights
 from cluster.config import EngineConfig, ModelConfig
 from cluster.experts.placement import num_shards_for, plan_evenly
@@ -54,4 +55,4 @@ def _check_tokenizer(model_dir: Path, *, with_vocabulary: bool) -> None:
     config = read_tokenizer_config(model_dir)
     if with_vocabulary:
         read_tokenizer(model_dir, config)
-    read_chat_template(model_dir, config)
+    read_chat_templates(model_dir, config)

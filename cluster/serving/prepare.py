@@ -136,8 +136,8 @@ class RequestPreparer:
         """Returns the token ids of a text or a conversation. Raises InvalidRequest, Overloaded."""
         if prompt.text is not None:
             return await self._work.encode(prompt.text, client)
-        if prompt.messages is not None:
-            return await self._work.encode_chat(prompt.messages, client)
+        if prompt.chat is not None:
+            return await self._work.encode_chat(prompt.chat, client)
         raise InvalidRequest("token_ids are tokens already, text or chat is needed", "token_ids")
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool, client: str = "") -> str:

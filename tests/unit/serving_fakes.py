@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from cluster.conversation import ChatMessage, Conversation
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.service import InferenceService, ServiceLimits
@@ -57,6 +58,11 @@ def write_tokenizer(model_dir: Path, **config: object) -> Path:
     full = {"chat_template": CHATML, "eos_token": {"content": "<|im_end|>"}, "bos_token": None} | config
     (model_dir / "tokenizer_config.json").write_text(json.dumps(full))
     return model_dir
+
+
+def says(content: str, role: str = "user") -> Conversation:
+    """A conversation of one turn, ready for the answer."""
+    return Conversation(messages=[ChatMessage(role=role, content=content)])
 
 
 class EchoBackend:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving_fakes import says
 from transformers import AutoTokenizer
 
 from cluster.checkpoint.generation import find_end_ids, read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.errors import CheckpointError
 from cluster.serving.text.tokenizer import Tokenizer
-from cluster.types import SAMPLING_DEFAULTS, ChatMessage
+from cluster.types import SAMPLING_DEFAULTS
 
 ENDOFTEXT, IM_START, IM_END = 1021, 1022, 1023
 ADDED = {"<|endoftext|>": ENDOFTEXT, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
@@ -179,11 +180,11 @@ def test_the_end_of_a_fine_tune_stops_its_answers(model_dir: Path) -> None:
     "file_name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 )
 def test_a_byte_order_mark_is_no_part_of_any_file(model_dir: Path, file_name: str) -> None:
-    expected = Tokenizer(model_dir).encode_chat([ChatMessage(role="user", content="hi")])
+    expected = Tokenizer(model_dir).encode_chat(says("hi"))
     defaults = read_sampling_defaults(model_dir)
     path = model_dir / file_name
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert Tokenizer(model_dir).encode_chat([ChatMessage(role="user", content="hi")]) == expected
+    assert Tokenizer(model_dir).encode_chat(says("hi")) == expected
     assert read_sampling_defaults(model_dir) == defaults
     assert read_eos_token_ids(model_dir, CheckpointReader(model_dir).config) == (IM_END, ENDOFTEXT)
 
@@ -192,10 +193,10 @@ def test_a_byte_order_mark_is_no_part_of_any_file(model_dir: Path, file_name: st
 def test_a_byte_order_mark_of_the_other_files_as_well(model_dir: Path, file_name: str) -> None:
     as_vocabulary(model_dir)
     (model_dir / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    expected = Tokenizer(model_dir).encode_chat([ChatMessage(role="user", content="hi")])
+    expected = Tokenizer(model_dir).encode_chat(says("hi"))
     path = model_dir / file_name
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert Tokenizer(model_dir).encode_chat([ChatMessage(role="user", content="hi")]) == expected
+    assert Tokenizer(model_dir).encode_chat(says("hi")) == expected
 
 
 def _decoder(**tokens: Any) -> Callable[[Path], None]:
@@ -205,8 +206,8 @@ def _decoder(**tokens: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (_decoder(**{"1030": {"content": "<|new|>"}}), "gives '<|new|>' the id 1030, with this vocabulary it is 1024"),
-        (_decoder(**{"3": {"content": "<|im_end|>"}}), "gives '<|im_end|>' the id 3, with this vocabulary it is 1023"),
+        (_decoder(**{"1030": {"content": "<|new|>"}}), "gives '<|new|>' the id 1030, with this vocabulary it is 1021"),
+        (_decoder(**{"3": {"content": "<|im_end|>"}}), "gives '<|im_end|>' the id 3, with this vocabulary it is 1021"),
         (_decoder(x={"content": "<|new|>"}), "added_tokens_decoder has {'content': '<|new|>'} for 'x'"),
         (_decoder(**{"1024": "<|new|>"}), "added_tokens_decoder has '<|new|>' for '1024'"),
         (_decoder(**{"1024": {"content": "<|new|>", "lstrip": 1}}), "for '1024'"),
@@ -245,9 +246,7 @@ def test_a_tokenizer_that_says_two_things_is_refused(
 def test_what_is_constant_in_a_template_is_not_computed_when_it_is_read(model_dir: Path) -> None:
     """9 ** 9 ** 9 has 369 million digits: jinja2's optimizer would make them."""
     (model_dir / "chat_template.jinja").write_text("{% if messages|length > 9 %}{{ 9 ** 9 ** 9 }}{% endif %}hi")
-    assert Tokenizer(model_dir).encode_chat([ChatMessage(role="user", content="x")]) == Tokenizer(model_dir).encode(
-        "hi"
-    )
+    assert Tokenizer(model_dir).encode_chat(says("x")) == Tokenizer(model_dir).encode("hi")
 
 
 @pytest.mark.parametrize(

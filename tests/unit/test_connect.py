@@ -193,8 +193,8 @@ def test_a_failed_handshake_is_said_by_its_last_cause():
         ([-1], {}, "input"),
         ([2**40], {}, "input"),
         (5, {}, "token_ids"),
-        ([ChatMessage(role="user", content=5)], {}, "input"),
-        ([ChatMessage(role="user", content="a"), 5], {}, "input"),
+        ([ChatMessage(role="user", content=5)], {}, "chat"),
+        ([ChatMessage(role="user", content="a"), 5], {}, "chat"),
     ],
 )
 def test_a_value_that_no_message_carries_is_an_invalid_request(prompt, params, field):

@@ -15,6 +15,7 @@ from serving_fakes import (
     TickingClock,
     byte_ids,
     make_service,
+    says,
     write_tokenizer,
 )
 
@@ -23,7 +24,7 @@ from cluster.serving.admission.admission import Admission
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.tracking import MAX_REQUEST_ID_CHARS
-from cluster.types import ChatMessage, Logprobs, SamplingParams, SequenceUpdate, Usage
+from cluster.types import Logprobs, SamplingParams, SequenceUpdate, Usage
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -68,7 +69,7 @@ def update(*token_ids, finish_reason=None, **fields):
 def test_each_kind_of_prompt_is_tokenized(service):
     assert prepare(service, Prompt(text="hello")).prompt_token_ids == (HELLO,)
     assert prepare(service, Prompt(token_ids=[3, 299])).prompt_token_ids == (3, 299)
-    chat = Prompt(messages=[ChatMessage(role="user", content="hello")])
+    chat = Prompt(chat=says("hello"))
     expected = (
         IM_START, *byte_ids("user\n"), HELLO, IM_END, *byte_ids("\n"), IM_START, *byte_ids("assistant\n"),
     )  # fmt: skip
@@ -101,7 +102,6 @@ def test_prompt_and_max_tokens_may_fill_the_context(service):
     [
         (lambda: Prompt(text=""), {}, "text", ["text is empty"]),
         (lambda: Prompt(token_ids=[]), {}, "token_ids", ["token_ids is empty"]),
-        (lambda: Prompt(messages=[]), {}, "chat", ["chat has 0 messages"]),
         (Prompt, {}, "input", ["input is empty"]),
         (lambda: Prompt(text="a", token_ids=[1]), {}, "input", ["text and token_ids"]),
         (lambda: Prompt(token_ids=[1, 300]), {}, "token_ids", ["300", "position 1", "299"]),
@@ -111,7 +111,6 @@ def test_prompt_and_max_tokens_may_fill_the_context(service):
         (lambda: Prompt(token_ids=[1] * 4), {"max_tokens": 61}, "max_tokens", ["61", "4 tokens", "65", "64", "60 fit"]),
         (lambda: Prompt(token_ids=[1] * 4), {"min_tokens": 61}, "min_tokens", ["61", "60"]),
         (lambda: Prompt(text="a"), {"stop_token_ids": [5, 300]}, "stop_token_ids", ["300", "position 1"]),
-        (lambda: Prompt(messages=[ChatMessage(role="root", content="")]), {}, "chat", ["'root'", "assistant"]),
         (lambda: Prompt(text="a\ud800"), {}, "text", ["not valid UTF-8"]),
         (lambda: Prompt(text="a"), {"temperature": -1}, "temperature", ["-1", "at least 0"]),
         (lambda: Prompt(text="a"), {"temperature": math.nan}, "temperature", ["nan"]),
@@ -142,7 +141,7 @@ def test_a_chat_template_that_raises_is_refused(tmp_path, backend):
     template = "{{ raise_exception('system first') }}"
     service = make_service(Tokenizer(write_tokenizer(tmp_path, chat_template=template)), backend)
     with pytest.raises(InvalidRequest, match="system first"):
-        generate(service, Prompt(messages=[ChatMessage(role="user", content="a")]))
+        generate(service, Prompt(chat=says("a")))
 
 
 @pytest.mark.parametrize(

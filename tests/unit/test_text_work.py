@@ -9,16 +9,19 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import tokenizers
-from serving_fakes import CHATML, HELLO, EchoBackend, byte_ids, make_service, write_tokenizer
+from serving_fakes import CHATML, HELLO, EchoBackend, byte_ids, make_service, says, write_tokenizer
 
+from cluster.conversation import ChatMessage, Conversation
 from cluster.errors import InvalidRequest, Overloaded, Unavailable
+from cluster.serving.text.process import RENDERING, TextProcess
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
-from cluster.serving.text.work import LARGE_CHARS, MEDIUM_CHARS, TextProcess, TextWork
-from cluster.types import ChatMessage, SamplingParams
+from cluster.serving.text.work import LARGE_CHARS, MEDIUM_CHARS, TextWork
+from cluster.types import SamplingParams
 
 SLOW = "{% for i in range(5000) %}{% for j in range(1000) %}{{ '' }}{% endfor %}{% endfor %}"  # slow
 TEMPLATE = "{% if messages[0]['role'] == 'tool' %}" + SLOW + "{% endif %}" + CHATML
@@ -30,7 +33,7 @@ SIZES = [10, MEDIUM_CHARS * 2, LARGE_CHARS * 2]
 def work(tmp_path_factory):
     work = TextWork(Tokenizer(write_tokenizer(tmp_path_factory.mktemp("model"), chat_template=REFUSING)), 8)
     yield work
-    work._process._end()
+    work.end()
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +70,16 @@ def test_an_ingress_of_the_last_version_finds_its_worker_by_the_old_name(tmp_pat
 def test_a_conversation_is_rendered_alike_whatever_its_size(work, reference, num_chars):
     text = some_text(num_chars)
     rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    ids = asyncio.run(work.encode_chat([ChatMessage(role="user", content=text)]))
+    ids = asyncio.run(work.encode_chat(says(text)))
     assert ids == reference.encode(rendered).ids
 
 
 def test_many_short_messages_count_as_large_and_a_templates_refusal_comes_back(work):
     chat = [ChatMessage(role="user", content="")] * (LARGE_CHARS // 32)
     with pytest.raises(InvalidRequest, match="too many for this model") as refused:
-        asyncio.run(work.encode_chat(chat))
+        asyncio.run(work.encode_chat(Conversation(messages=chat)))
     assert refused.value.field == "chat"
-    assert work._process._process.poll() is None
+    assert work._large_renderer._process.poll() is None
 
 
 def test_a_lone_surrogate_is_refused_in_a_large_text_too(work):
@@ -88,7 +91,7 @@ def test_a_lone_surrogate_is_refused_in_a_large_text_too(work):
 def test_a_slow_template_of_a_large_chat_holds_up_nothing_smaller(work, size):
     async def run():
         asyncio.create_task(work.encode("a" * LARGE_CHARS))  # noqa: RUF006 it starts the process
-        slow = asyncio.create_task(work.encode_chat([ChatMessage(role="tool", content="a" * LARGE_CHARS)]))
+        slow = asyncio.create_task(work.encode_chat(says("a" * LARGE_CHARS, role="tool")))
         await asyncio.sleep(0)
         for _ in range(20):
             await work.encode("b" * size)
@@ -116,9 +119,9 @@ def test_tokenizing_a_long_text_lets_this_process_go_on(work):
 def test_a_process_that_died_is_replaced_and_its_input_may_come_again(work):
     async def run():
         await work.encode("a" * LARGE_CHARS)
-        slow = asyncio.create_task(work.encode_chat([ChatMessage(role="tool", content="a" * LARGE_CHARS)]))
+        slow = asyncio.create_task(work.encode_chat(says("a" * LARGE_CHARS, role="tool")))
         await asyncio.sleep(0.05)
-        os.kill(work._process._process.pid, signal.SIGKILL)
+        os.kill(work._large_renderer._process.pid, signal.SIGKILL)
         with pytest.raises(Unavailable, match="send it again"):
             await slow
         assert await work.encode("a" * LARGE_CHARS) == list(byte_ids("a")) * LARGE_CHARS
@@ -127,14 +130,63 @@ def test_a_process_that_died_is_replaced_and_its_input_may_come_again(work):
 
 
 def test_an_input_that_takes_for_ever_is_given_up_and_the_next_one_is_done(work):
-    process = TextProcess(work._tokenizer.model_dir)
-    assert process.do(("text", "a"))[0] == byte_ids("a")[0]
-    process._max_task_s = 0.1
-    with pytest.raises(InvalidRequest, match=r"longer than 0\.1 s"):
-        process.do(("chat", [("tool", "a")]))
-    process._max_task_s = 60.0
-    assert process.do(("text", "b"))[0] == byte_ids("b")[0]
-    process._end()
+    process = TextProcess(work._tokenizer.model_dir, replace(RENDERING, max_task_s=0.1))
+    with pytest.raises(InvalidRequest, match=r"chat takes longer than 0\.1 s to render with the model's chat template"):
+        process.do(("chat", says("a", role="tool")))
+    process._job = RENDERING
+    assert process.do(("chat", says("b"))) == "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+    process.end()
+
+
+MULTIPLYING = (
+    "{% if tools %}{% set many = namespace(text=messages[0].content) %}"
+    "{% for i in range(tools[0].doublings) %}{% set many.text = many.text + many.text %}{% endfor %}"
+    "{{ many.text }}{% endif %}" + CHATML
+)
+
+
+def test_a_template_that_makes_gigabytes_or_never_ends_harms_no_other_request(tmp_path):
+    """2 ** 40 characters. The limit of memory refuses them, the process goes on, and it goes on after a loop too."""
+    endless = (
+        "{% if documents %}{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+    )
+    work = TextWork(Tokenizer(write_tokenizer(tmp_path, chat_template=endless + MULTIPLYING)), 8)
+    work._renderer._job = replace(RENDERING, max_task_s=60.0)
+    turns = [ChatMessage(role="user", content="a")]
+    huge = Conversation(messages=turns, tools=[{"doublings": 40}])
+    looping = Conversation(messages=turns, documents=[{"text": "a"}])
+
+    async def run():
+        expected = await work.encode_chat(says("a"))
+        with pytest.raises(InvalidRequest, match="chat takes more than 512 MiB to render"):
+            await work.encode_chat(huge)
+        assert work._renderer._process.poll() is None
+        with pytest.raises(InvalidRequest, match="over 8000000 characters when rendered"):
+            await work.encode_chat(Conversation(messages=turns, tools=[{"doublings": 24}]))
+        slow = asyncio.create_task(work.encode_chat(looping))
+        await asyncio.sleep(0)
+        assert await work.encode("a") == list(byte_ids("a"))
+        large = await work.encode_chat(says("a" * LARGE_CHARS))  # in a process of its own
+        assert len(large) == LARGE_CHARS + len(expected) - 1
+        assert not slow.done()
+        os.kill(work._renderer._process.pid, signal.SIGKILL)  # as its deadline would
+        with pytest.raises(Unavailable, match="send it again"):
+            await slow
+        assert await work.encode_chat(says("a")) == expected
+
+    asyncio.run(run())
+    work.end()
+
+
+def test_large_tools_make_a_conversation_large(tmp_path):
+    template = "{{ tools | map(attribute='name') | join(',') }}"
+    work = TextWork(Tokenizer(write_tokenizer(tmp_path, chat_template=template)), 8)
+    tools = [{"name": f"f{i}", "parameters": {"type": "object", "properties": {}}} for i in range(400)]
+    ids = asyncio.run(work.encode_chat(Conversation(messages=[{"role": "user", "content": "a"}], tools=tools)))
+    assert work._tokenizer.decode(ids) == ",".join(f"f{i}" for i in range(400))
+    assert work._renderer._process is None
+    assert work._large_renderer._process is not None
+    work.end()
 
 
 def test_the_process_ends_with_its_parent_however_that_ends(work):

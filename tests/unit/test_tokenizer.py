@@ -1,13 +1,14 @@
 import json
 
 import pytest
-from serving_fakes import ADDED, CHATML, HELL, HELLO, IM_END, IM_START, byte_ids, write_tokenizer
+from serving_fakes import ADDED, CHATML, HELL, HELLO, IM_END, IM_START, byte_ids, says, write_tokenizer
 
+from cluster.conversation import ChatMessage, Conversation
 from cluster.errors import CheckpointError, InvalidRequest
-from cluster.serving.text.tokenizer import MAX_CHAT_MESSAGES, MAX_RENDERED_CHARS, Tokenizer
-from cluster.types import ChatMessage
+from cluster.serving.text.rendering import MAX_RENDERED_CHARS
+from cluster.serving.text.tokenizer import Tokenizer
 
-USER_HI = (ChatMessage(role="user", content="hi"),)
+USER_HI = says("hi")
 
 
 @pytest.fixture
@@ -29,13 +30,13 @@ def test_special_tokens_in_a_text_are_special_tokens(tokenizer):
 
 
 def test_encode_chat_renders_chatml_up_to_the_answer(tokenizer):
-    turns = (ChatMessage(role="system", content="s"), *USER_HI)
+    turns = (ChatMessage(role="system", content="s"), ChatMessage(role="user", content="hi"))
     expected = [
         IM_START, *byte_ids("system\ns"), IM_END, *byte_ids("\n"),
         IM_START, *byte_ids("user\nhi"), IM_END, *byte_ids("\n"),
         IM_START, *byte_ids("assistant\n"),
     ]  # fmt: skip
-    assert tokenizer.encode_chat(turns) == expected
+    assert tokenizer.encode_chat(Conversation(messages=turns)) == expected
 
 
 def test_encode_chat_renders_as_transformers_does(tmp_path):
@@ -49,7 +50,7 @@ def test_encode_chat_renders_as_transformers_does(tmp_path):
     oracle = PreTrainedTokenizerFast.from_pretrained(str(model_dir))
     turns = [{"role": "user", "content": f"<é {i}>"} for i in range(4)]
     expected = oracle.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert Tokenizer(model_dir).encode_chat([ChatMessage(**turn) for turn in turns]) == expected
+    assert Tokenizer(model_dir).encode_chat(Conversation(messages=[ChatMessage(**turn) for turn in turns])) == expected
 
 
 def test_chat_template_file_goes_before_the_config(tmp_path):
@@ -85,7 +86,7 @@ def test_a_template_that_multiplies_its_input_is_stopped(tmp_path):
     template = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
     tokenizer = Tokenizer(write_tokenizer(tmp_path, chat_template=template))
     with pytest.raises(InvalidRequest, match=f"over {MAX_RENDERED_CHARS} characters"):
-        tokenizer.encode_chat([ChatMessage(role="user", content="x" * 100)])
+        tokenizer.encode_chat(says("x" * 100))
 
 
 def test_chat_without_template_is_refused(tmp_path):
@@ -93,17 +94,6 @@ def test_chat_without_template_is_refused(tmp_path):
     assert not tokenizer.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template"):
         tokenizer.encode_chat(USER_HI)
-
-
-def test_an_unknown_role_is_refused_with_the_allowed_ones(tokenizer):
-    with pytest.raises(InvalidRequest, match="message 1 has the role 'root', one of system, user, assistant, tool"):
-        tokenizer.encode_chat([*USER_HI, ChatMessage(role="root", content="x")])
-
-
-def test_no_messages_and_too_many_are_refused(tokenizer):
-    for turns in ((), USER_HI * (MAX_CHAT_MESSAGES + 1)):
-        with pytest.raises(InvalidRequest, match=f"chat has {len(turns)} messages"):
-            tokenizer.encode_chat(turns)
 
 
 def test_a_lone_surrogate_is_not_valid_utf8(tokenizer):

@@ -2,9 +2,9 @@
 
 from cluster.errors import InvalidRequest
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.serving.grpc.chats import to_conversation
 from cluster.serving.text.prompts import Prompt
 from cluster.types import (
-    ChatMessage,
     CompletionOutput,
     FinishReason,
     Logprobs,
@@ -24,13 +24,12 @@ _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
 
 
 def to_prompt(message: _Timed | pb.TokenizeRequest) -> Prompt:
-    """Raises InvalidRequest when the message has no input."""
+    """Raises InvalidRequest when the message has no input, or a conversation that no template takes."""
     field = message.WhichOneof("input")
     if field == "text":
         return Prompt(text=message.text)
     if field == "chat" and not isinstance(message, pb.ScoreRequest | pb.EmbedRequest):
-        turns = message.chat.messages
-        return Prompt(messages=tuple(ChatMessage(role=t.role, content=t.content) for t in turns))
+        return Prompt(chat=to_conversation(message.chat))
     if field == "token_ids" and not isinstance(message, pb.TokenizeRequest):
         return Prompt(token_ids=tuple(message.token_ids.ids))
     return Prompt()

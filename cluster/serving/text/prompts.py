@@ -9,8 +9,9 @@ from itertools import chain, islice
 from typing import Any
 
 from cluster import inputs
+from cluster.conversation import Conversation
 from cluster.errors import InvalidRequest
-from cluster.types import ChatMessage, SamplingParams
+from cluster.types import SamplingParams
 
 _TEXT, _TOKEN_IDS = "prompt", "prompt_token_ids"  # the keys of vLLM's TextPrompt and TokensPrompt
 _WANTED = "a text, token ids, or a list of these"
@@ -22,10 +23,10 @@ class Prompt:
 
     text: str | None = None
     token_ids: Iterable[int] | None = None
-    messages: Sequence[ChatMessage] | None = None
+    chat: Conversation | None = None
 
     def __post_init__(self) -> None:
-        values = {"text": self.text, "token_ids": self.token_ids, "chat": self.messages}
+        values = {"text": self.text, "token_ids": self.token_ids, "chat": self.chat}
         given = [name for name, value in values.items() if value is not None]
         if len(given) != 1:
             found = " and ".join(given) or "empty"

@@ -1,26 +1,19 @@
 """Text to token ids and back, with the checkpoint's tokenizer and chat template. Knows no network.
 
-`checkpoint/` reads the files. `work` encodes and decodes whole texts, `detokenizer` takes `token_bytes`. A Tokenizer
-does not change and may be called from several threads; encoding and decoding release the interpreter lock, rendering a
-template does not.
+`checkpoint/` reads the files, `rendering` renders chats. `work` encodes and decodes whole texts, `detokenizer` takes
+`token_bytes`. A Tokenizer does not change and may be called from several threads; encoding and decoding release the
+interpreter lock, rendering a template does not.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
-
-from cluster.checkpoint.chat_template import read_chat_template
-from cluster.checkpoint.tokenizer_files import SPECIAL_TOKENS, read_tokenizer, read_tokenizer_config, token_content
+from cluster.checkpoint.save_tokenizer import save_tokenizer
+from cluster.checkpoint.special_tokens import read_tokenizer_config
+from cluster.checkpoint.tokenizer_files import read_tokenizer
+from cluster.conversation import Conversation
 from cluster.errors import InvalidRequest
-from cluster.types import ChatMessage
-
-CHAT_ROLES = ("system", "user", "assistant", "tool")
-MAX_CHAT_MESSAGES = 2048
-MAX_RENDERED_CHARS = 8_000_000  # a template that multiplies its input is stopped here
-_MAX_REASON_CHARS = 200
-# Errors that template code can raise beside jinja2's.
-_RENDER_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+from cluster.serving.text.rendering import ChatRenderer
 
 
 class Tokenizer:
@@ -36,12 +29,11 @@ class Tokenizer:
         self.model_dir = path = Path(model_dir)
         config = read_tokenizer_config(path)
         self._tokenizer = read_tokenizer(path, config)
-        self._special_tokens = {
-            name: content for name in SPECIAL_TOKENS if (content := token_content(config.get(name))) is not None
-        }
-        self._chat_template = read_chat_template(path, config)
+        self._chat = ChatRenderer(path, config)
         self._special_ids = frozenset(
-            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+            token_id
+            for token_id in self._tokenizer.get_added_tokens_decoder()
+            if not self._tokenizer.decode([token_id], skip_special_tokens=True)
         )
         self._token_bytes: dict[tuple[int, bool], bytes] = {}
 
@@ -52,19 +44,33 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+        return self._chat.has_templates
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, with those that the tokenizer adds by itself (for Qwen: none)."""
         return self._encode(text, "text", add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Returns the token ids of a conversation, up to where the assistant's answer begins.
+    def encode_chat(self, chat: Conversation) -> list[int]:
+        """Returns the token ids of a conversation. Raises InvalidRequest as `render`."""
+        return self.encode_rendered(self.render(chat))
 
-        Raises InvalidRequest (field "chat") for no or too many messages, an unknown role, a template that
-        raises, and a checkpoint without template.
+    def render(self, chat: Conversation) -> str:
+        """Returns a conversation as text, as its chat template writes it.
+
+        Raises InvalidRequest (field "chat") for a template that raises, and for a checkpoint without one.
         """
-        return self._encode(self._render(messages), "chat", add_special_tokens=False)
+        return self._chat.render(chat)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the token ids of a rendered conversation: all its special tokens stand in the text."""
+        return self._encode(text, "chat", add_special_tokens=False)
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Writes the tokenizer and its chat templates for transformers and others; returns the files.
+
+        Raises CheckpointError.
+        """
+        return save_tokenizer(self.model_dir, directory)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
@@ -98,47 +104,6 @@ class Tokenizer:
         # `encode` would hold the interpreter lock, 3.7 s for a megabyte; this one does not, and gives the same ids.
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
-
-    def _render(self, messages: Sequence[ChatMessage]) -> str:
-        if self._chat_template is None:
-            raise InvalidRequest("chat is not possible: the model has no chat template; send text instead", "chat")
-        _check_messages(messages)
-        rendered = self._chat_template.generate(
-            messages=[{"role": m.role, "content": m.content} for m in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **self._special_tokens,
-        )
-        try:
-            return "".join(_bounded(rendered))
-        except jinja2.TemplateError as error:
-            reason = str(error.message or type(error).__name__)[:_MAX_REASON_CHARS]
-            raise InvalidRequest(f"chat is refused by the model's chat template: {reason}", "chat") from error
-        except _RENDER_ERRORS as error:
-            raise InvalidRequest(
-                f"chat cannot be rendered by the model's chat template ({type(error).__name__})", "chat"
-            ) from error
-
-
-def _check_messages(messages: Sequence[ChatMessage]) -> None:
-    if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
-        raise InvalidRequest(f"chat has {len(messages)} messages, 1 to {MAX_CHAT_MESSAGES} are allowed", "chat")
-    for index, message in enumerate(messages):
-        if message.role not in CHAT_ROLES:
-            raise InvalidRequest(
-                f"chat message {index} has the role {message.role[:40]!r}, one of {', '.join(CHAT_ROLES)} is needed",
-                "chat",
-            )
-
-
-def _bounded(pieces: Iterator[str]) -> Iterator[str]:
-    num_chars = 0
-    for piece in pieces:
-        num_chars += len(piece)
-        if num_chars > MAX_RENDERED_CHARS:
-            raise InvalidRequest(f"chat is over {MAX_RENDERED_CHARS} characters when rendered", "chat")
-        yield piece
 
 
 def _byte_of_char() -> Mapping[str, int]:

@@ -1,25 +1,32 @@
-"""A process that tokenizes, renders and detokenizes large inputs, so that its parent's interpreter lock stays free.
+"""A process that tokenizes and detokenizes large inputs, or renders conversations, so that neither its parent's
+interpreter lock nor its parent's memory is theirs.
 
-    python -m cluster.serving.text.worker MODEL_DIR
+    python -m cluster.serving.text.worker MODEL_DIR [tokenize | render]
 
 It reads tasks from standard input and writes their outcomes to standard output, one after the other, each as a length
-and a pickle; only its parent can reach these. When its parent ends, in whatever way, its input ends and so does it.
+and a pickle; only its parent can reach these. A mode makes it say first, in the same way, that it is ready. When its
+parent ends, in whatever way, its input ends and so does it. `process` is the parent's end.
 """
 
 import os
 import pickle
+import resource
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
-from cluster.errors import ClusterError
+from cluster.conversation import ChatMessage, Conversation
+from cluster.errors import ClusterError, InvalidRequest
+from cluster.serving.text.rendering import ChatRenderer
 from cluster.serving.text.tokenizer import Tokenizer
-from cluster.types import ChatMessage
 
 LENGTH = struct.Struct("<Q")
 NICENESS = 5  # the ingress, which answers many requests at once, goes before one large input
+TOKENIZE, RENDER = "tokenize", "render"
+MAX_RENDER_BYTES = 1 << 29  # of a process that renders: a template may multiply its input
 
 Task = tuple[str, Any]
 
@@ -30,16 +37,26 @@ def do(tokenizer: Tokenizer, task: Task) -> "array[int] | str":
     match kind:
         case "text":
             return array("q", tokenizer.encode(value))
-        case "chat":
-            return array("q", tokenizer.encode_chat([ChatMessage(role=role, content=text) for role, text in value]))
+        case "rendered":
+            return array("q", tokenizer.encode_rendered(value))
+        case "chat":  # of an ingress of version 0.1, which runs on while a newer package is installed
+            turns = [ChatMessage(role=role, content=text) for role, text in value]
+            return array("q", tokenizer.encode_chat(Conversation(messages=turns)))
         case "ids":
             token_ids, skip_special_tokens = value
             return tokenizer.decode(token_ids.tolist(), skip_special_tokens)
     raise ValueError(f"unknown task {kind!r}")
 
 
-def chat_task(messages: Sequence[ChatMessage]) -> Task:
-    return "chat", [(message.role, message.content) for message in messages]
+def render(renderer: ChatRenderer, task: Task) -> str:
+    """Returns a conversation's text. Raises InvalidRequest."""
+    _, chat = task
+    try:
+        return renderer.render(chat)
+    except MemoryError:
+        raise InvalidRequest(
+            f"chat takes more than {MAX_RENDER_BYTES >> 20} MiB to render with the model's chat template", "chat"
+        ) from None
 
 
 def write_frame(stream: IO[bytes], value: object) -> None:
@@ -50,15 +67,28 @@ def write_frame(stream: IO[bytes], value: object) -> None:
 
 
 def main() -> None:
+    model_dir, mode = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
     outcomes = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print goes to stderr, not between the outcomes
-    os.nice(NICENESS)
-    tokenizer = Tokenizer(sys.argv[1])
-    tasks = sys.stdin.buffer
+    perform: Callable[[Task], object]
+    if mode == RENDER:
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_RENDER_BYTES, MAX_RENDER_BYTES))
+        renderer = ChatRenderer(model_dir)
+        perform = lambda task: render(renderer, task)  # noqa: E731
+    else:
+        os.nice(NICENESS)
+        tokenizer = Tokenizer(model_dir)
+        perform = lambda task: do(tokenizer, task)  # noqa: E731
+    if mode:
+        write_frame(outcomes, mode)
+    _work(sys.stdin.buffer, outcomes, perform)
+
+
+def _work(tasks: IO[bytes], outcomes: IO[bytes], perform: Callable[[Task], object]) -> None:
     while len(head := tasks.read(LENGTH.size)) == LENGTH.size:
         data = tasks.read(LENGTH.unpack(head)[0])
         try:
-            outcome: object = do(tokenizer, pickle.loads(data))
+            outcome = perform(pickle.loads(data))
         except ClusterError as error:
             outcome = error
         write_frame(outcomes, outcome)
