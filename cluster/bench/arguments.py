@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.bench.spec import PLAIN
+from cluster.checkpoint.made.published import SHAPES
 from cluster.client import options
 from cluster.kernels.quantization import quantizations
 
@@ -129,15 +130,14 @@ def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shapes",
-        choices=("a2.7b", "demo"),
-        default="a2.7b",
-        help="shapes of the made checkpoint: Qwen1.5-MoE-A2.7B's (5.8 GB with 4 layers) or the tiny demo's "
-        "(default: %(default)s)",
-    )
+        "--shapes", choices=("demo", *SHAPES), default="a2.7b", metavar="NAME",
+        help="of the made checkpoint: those of a released model (a2.7b: 5.8 GB with 4 layers), or the tiny demo's "
+        f"(default: %(default)s): demo, {', '.join(SHAPES)}",
+    )  # fmt: skip
     parser.add_argument(
-        "--layers", type=int, default=4, metavar="N", help="layers of a made a2.7b checkpoint (default: 4)"
-    )
+        "--layers", type=int, metavar="N",
+        help="layers of a made checkpoint, not of the demo's (default: all of a dense model, 4 of a MoE model)",
+    )  # fmt: skip
     parser.add_argument(
         "--checkpoint-dir",
         type=Path,

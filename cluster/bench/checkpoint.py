@@ -12,14 +12,13 @@ from rich.progress import Progress
 
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.made.drawn import SEED_KEY
-from cluster.checkpoint.made.published import A2_7B_CONFIG
+from cluster.checkpoint.made.published import SHAPES
 from cluster.checkpoint.made.synthetic import write_checkpoint, write_json
 from cluster.checkpoint.made.tokenizer import write_tokenizer
 from cluster.checkpoint.reader import CONFIG_FILE, read_json_object
 from cluster.config import ModelConfig, read_model_config
 from cluster.errors import SetupError
 
-SHAPES = ("a2.7b", "demo")
 _SEED = 0
 
 
@@ -50,7 +49,7 @@ def describe(config: ModelConfig, dtype: str) -> str:
 
 def made_checkpoint(
     shapes: str,
-    num_layers: int,
+    num_layers: int | None,
     directory: Path,
     progress: Callable[[int, int], None],
     *,
@@ -58,16 +57,18 @@ def made_checkpoint(
 ) -> Path:
     """Returns a checkpoint with random weights, and makes it unless an earlier call has.
 
-    shapes: one of SHAPES; num_layers is for a2.7b only.  progress: called with bytes made and bytes in all.
-    with_files: False writes no weights, and the process that loads it draws them on its device; for a2.7b only.
+    shapes: "demo", or one of SHAPES.  num_layers: not for the demo; None as `layers_of` says.
+    progress: called with bytes made and bytes in all.
+    with_files: False writes no weights, and the process that loads it draws them on its device; not for the demo.
     A directory under its final name is complete; its name has a digest of its configuration and seed.
     Raises SetupError where it cannot be written.
     """
     if shapes == "demo":
         return _made(directory / "demo", lambda path: write_demo_checkpoint(path, seed=_SEED))
+    num_layers = layers_of(shapes) if num_layers is None else num_layers
     if num_layers < 1:
         raise SetupError(f"--layers is {num_layers}, at least 1 is needed")
-    raw_config: dict[str, Any] = {**A2_7B_CONFIG, "num_hidden_layers": num_layers}
+    raw_config: dict[str, Any] = {**SHAPES[shapes], "num_hidden_layers": num_layers}
     if not with_files:
         raw_config[SEED_KEY] = _SEED
     digest = hashlib.sha256(json.dumps([raw_config, _SEED, "tokenizer"], sort_keys=True).encode()).hexdigest()[:8]
@@ -83,11 +84,18 @@ def made_checkpoint(
     return _made(directory / f"{shapes}-{num_layers}-layers-{digest}", write)
 
 
+def layers_of(shapes: str) -> int:
+    """Layers of a made checkpoint unless another number is asked for: all of a dense one, 4 of the large MoE ones."""
+    raw_config = SHAPES.get(shapes, {})
+    return int(raw_config["num_hidden_layers"]) if raw_config.get("model_type") == "qwen2" else 4
+
+
 def made_with_progress(
-    shapes: str, num_layers: int, directory: Path | None, progress: Progress, *, with_files: bool = True
+    shapes: str, num_layers: int | None, directory: Path | None, progress: Progress, *, with_files: bool = True
 ) -> Path:
     """As `made_checkpoint`, shown on `progress`. directory: None is the user's cache."""
-    task = progress.add_task(f"checkpoint {shapes}, {num_layers} layers", total=None)
+    shown = "" if shapes == "demo" else f", {layers_of(shapes) if num_layers is None else num_layers} layers"
+    task = progress.add_task(f"checkpoint {shapes}{shown}", total=None)
     model_dir = made_checkpoint(
         shapes,
         num_layers,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -37,7 +38,7 @@ def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -
         for layers, shards in dict.fromkeys((point.layers, point.shards) for point in points):
             progress.update(task, description=f"{layers} layers, {shards} shards: loading")
             model_dir = made_with_progress(args.shapes, layers, args.checkpoint_dir, progress)
-            if layers == args.layers:
+            if layers == max(point.layers for point in points):
                 config = read_config(model_dir)
             together = [point for point in points if (point.layers, point.shards) == (layers, shards)]
             for point, step_ms in _measure_system(model_dir, together, args.repeat, start):
@@ -58,7 +59,9 @@ def _measure_system(
 ) -> list[tuple[GrowthPoint, float]]:
     """Loads one checkpoint on so many shards and times each of its points."""
     config = read_config(model_dir)
-    spec = SystemSpec(kind="stream", model_dir=model_dir, dtype=config.dtype, num_shards=points[0].shards)
+    num_shards = points[0].shards
+    kind: Literal["local", "stream"] = "stream" if num_shards else "local"
+    spec = SystemSpec(kind=kind, model_dir=model_dir, dtype=config.dtype, num_shards=num_shards)
     room = Workload(
         batches=(max(point.batch for point in points),),
         prompt_tokens=max(point.context for point in points),

@@ -3,6 +3,8 @@
 import argparse
 from dataclasses import dataclass, replace
 
+from cluster.bench.checkpoint import layers_of
+from cluster.checkpoint.made.published import SHAPES
 from cluster.errors import SetupError
 
 
@@ -25,14 +27,18 @@ class GrowthPoint:
 
 def plan_points(args: argparse.Namespace) -> list[GrowthPoint]:
     """The points of each axis: one value varies, the others are those of one middle. Raises SetupError."""
+    layers = layers_of(args.shapes) if args.layers is None else args.layers
     for option, values in (
-        ("batch", args.batch), ("context", args.context), ("shards", args.shards), ("layers", (args.layers,)),
+        ("batch", args.batch), ("context", args.context), ("shards", args.shards), ("layers", (layers,)),
         ("repeat", (args.repeat,)),
     ):  # fmt: skip
         if min(values) < 1:
             raise SetupError(f"--{option} has {min(values)}, numbers from 1 are needed")
-    middle = GrowthPoint(axis="batch", batch=8, context=64, shards=2, layers=args.layers)
+    middle = GrowthPoint(axis="batch", batch=8, context=64, shards=2, layers=layers)
     axes = {"batch": args.batch, "context": args.context, "shards": args.shards}
-    if args.shapes == "a2.7b":  # the demo checkpoint has one depth
-        axes["layers"] = tuple(sorted({max(1, args.layers // 4), max(1, args.layers // 2), args.layers}))
+    if SHAPES.get(args.shapes, {}).get("model_type") == "qwen2":  # a dense model has no shards
+        middle = replace(middle, shards=0)
+        del axes["shards"]
+    if args.shapes != "demo":  # the demo checkpoint has one depth
+        axes["layers"] = tuple(sorted({max(1, layers // 4), max(1, layers // 2), layers}))
     return [replace(middle, axis=axis, **{axis: value}) for axis, values in axes.items() for value in values]

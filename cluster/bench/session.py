@@ -50,6 +50,8 @@ def measure_all(
         workload = replace(_fit(draft, args.shards, config), samplings=find_samplings(args.sampling, model_dir))
         dtype = config.dtype if args.dtype == "auto" else args.dtype
         specs = _specs(args, model_dir, dtype, config)
+        if not config.num_experts and {"stream", "ray"} & set(args.transports):
+            progress.console.print("the model is dense, it has no shards to carry rows to: stream and ray are left out")
         if args.turns:
             results, failures = _take_turns(specs, config, workload, progress, start_one, clock=clock)
         else:

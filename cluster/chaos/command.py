@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -94,7 +95,10 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     """Exit code 1 when a request failed or an answer was different. Raises ClusterError."""
-    kinds = possible_kinds(tuple(args.kinds.split(",")), cluster)
+    asked = tuple(args.kinds.split(","))
+    kinds = possible_kinds(asked, cluster)
+    if left_out := [kind for kind in asked if kind not in kinds]:
+        print(f"the model is dense, it has no shards: left out {', '.join(left_out)}", file=sys.stderr)
     with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")

@@ -27,6 +27,7 @@ from cluster.bench.throughput import (
 )
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.checkpoint.made.demo import write_demo_checkpoint
+from cluster.checkpoint.made.published import PUBLISHED
 from cluster.config import ModelConfig
 from cluster.errors import CheckpointError, ClusterError, SetupError
 
@@ -74,6 +75,23 @@ def test_checkpoints_of_other_depth_have_other_names(tmp_path: Path, monkeypatch
     assert len(paths) == 2
     with pytest.raises(SetupError, match="--layers is 0"):
         made_checkpoint("a2.7b", 0, tmp_path, lambda made, total: None)
+
+
+@pytest.mark.parametrize("name", ["Qwen2-0.5B", "Qwen1.5-72B", "Qwen2.5-32B"])
+def test_a_dense_checkpoint_is_made_with_all_layers_unless_fewer_are_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[dict[str, object]] = []
+
+    def write(model_dir: Path, raw_config: dict[str, object], **options: object) -> None:
+        model_dir.mkdir()
+        written.append(raw_config)
+
+    monkeypatch.setattr(bench_checkpoint, "write_checkpoint", write)
+    monkeypatch.setattr(bench_checkpoint, "write_tokenizer", lambda *arguments: None)
+    for num_layers in (None, 2):
+        made_checkpoint(name.lower(), num_layers, tmp_path, lambda made, total: None)
+    assert written == [PUBLISHED[name], PUBLISHED[name] | {"num_hidden_layers": 2}]
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:

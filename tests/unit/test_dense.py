@@ -1,5 +1,6 @@
 """A model without routed experts: no shards, whatever was asked for, and nothing of a cluster's is missed."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,12 @@ from configs import DENSE_CONFIGS
 from rich.console import Console
 
 from cluster import LLM, SamplingParams, llm
-from cluster.chaos.command import KINDS, possible_kinds
+from cluster.chaos.command import KINDS, possible_kinds, run
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.config import EngineConfig, read_model_config
 from cluster.console import render_status
 from cluster.engine.preflight import check_checkpoint
-from cluster.errors import SetupError
+from cluster.errors import SetupError, Unavailable
 from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for, plan_evenly
 from cluster.status import ClusterStatus
@@ -91,3 +92,15 @@ def test_chaos_leaves_out_the_faults_of_shards():
     assert set(possible) == {"kill-replica", "kill-controller", "end-replica", "stop-replica"}
     with pytest.raises(SetupError, match="is dense"):
         possible_kinds(("kill-shard", "rebalance"), Cluster())
+
+
+def test_chaos_says_which_faults_it_leaves_out(monkeypatch, capsys):
+    """Before it connects: here to nobody."""
+
+    def nobody(args):
+        raise Unavailable("nobody serves")
+
+    monkeypatch.setattr("cluster.client.options.connect", nobody)
+    with pytest.raises(Unavailable):
+        run(Namespace(kinds="kill-shard,kill-replica,cut-streams"), Cluster())
+    assert capsys.readouterr().err == "the model is dense, it has no shards: left out kill-shard, cut-streams\n"

@@ -69,10 +69,13 @@ def test_the_shapes_are_those_that_their_names_say():
     def config(name):
         return ClusterConfig.from_mapping(read(name).applications[0].args)
 
-    laptop, large, mixed = (config(f"serve-{shape}.yaml") for shape in ("laptop", "57b", "experts-on-cpu"))
+    laptop, large, mixed, dense = (
+        config(f"serve-{shape}.yaml") for shape in ("laptop", "57b", "experts-on-cpu", "dense")
+    )
     assert laptop.device == "cpu"
     assert (large.attention_replicas, large.expert_shards) == (2, 4)
     assert large.gpus_per_attention_replica is large.gpus_per_expert_shard is None  # a whole one each
+    assert (dense.attention_replicas, dense.expert_shards) == (2, 0)
     assert (mixed.device, mixed.gpus_per_attention_replica, mixed.gpus_per_expert_shard) == ("auto", 1, 0)
 
 

@@ -43,6 +43,15 @@ def test_each_axis_is_varied_alone():
     assert {(p.context, p.shards, p.layers) for p in points if p.axis == "batch"} == {(64, 2, 8)}
 
 
+def test_a_dense_model_is_not_varied_by_shards():
+    """Qwen2-0.5B has 24 layers; the points of depth are a quarter, a half and all of them."""
+    points = plan_points(parse("--shapes", "qwen2-0.5b", "--batch", "1", "--context", "64"))
+    assert [(p.axis, p.value) for p in points] == [
+        ("batch", 1), ("context", 64), ("layers", 6), ("layers", 12), ("layers", 24),
+    ]  # fmt: skip
+    assert {p.shards for p in points} == {0}
+
+
 def test_the_time_of_a_step_is_found(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     clock = [0.0]

@@ -9,6 +9,7 @@ from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.front.haproxy import SERVE_ENVIRONMENT
 
 ROLES = ("head", "ingress", "attention", "experts")
+PODS = [(shape, role) for shape in SHAPES for role in ROLES if role != "experts" or shape != "dense"]
 BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "m": 1e-3}
 
 
@@ -30,16 +31,17 @@ def test_an_ingress_pod_is_ready_when_its_grpc_says_so(shape):
     assert {"name": "serve-grpc", "containerPort": 9000} in found["ports"]
 
 
-def test_a_dense_model_has_no_pods_for_experts():
-    release = rendered("a2.7b", {"cluster.expert_shards": 0, "podDisruptionBudgets.enabled": True})
+@pytest.mark.parametrize("shape", ["a2.7b", "dense"])
+def test_a_dense_model_has_no_pods_for_experts(shape):
+    release = rendered(shape, {"cluster.expert_shards": 0, "podDisruptionBudgets.enabled": True})
     assert set(release.pods) == {"head", "ingress", "attention"}
     budgets = [budget["metadata"]["name"] for budget in release.of("PodDisruptionBudget")]
     assert len(budgets) == 2
     assert not any(name.endswith("-experts") for name in budgets)
+    assert release.notes == "" or "no expert shards: the model is dense" in release.notes
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("shape", "role"), PODS)
 def test_a_long_load_restarts_nothing(shape, role):
     """The probes that restart a container ask Ray's node, which answers while a model is read."""
     found = container(rendered(shape).pods[role])
@@ -54,8 +56,7 @@ def test_the_startup_probe_waits_as_long_as_said():
     assert probe["periodSeconds"] * probe["failureThreshold"] == 305
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("shape", "role"), PODS)
 def test_a_pod_ends_after_its_streams(shape, role):
     """preStop waits for the drain, the grace period for preStop and for Ray's processes."""
     pod = rendered(shape).pods[role]
@@ -82,8 +83,7 @@ def test_every_container_is_confined(shape):
             assert {"name": "HOME", "value": "/tmp"} in found["env"]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("shape", "role"), PODS)
 def test_the_object_store_fits_into_shared_memory(shape, role):
     objects = rendered(shape)
     pod = objects.pods[role]
@@ -95,8 +95,7 @@ def test_the_object_store_fits_into_shared_memory(shape, role):
     assert size < amount(container(pod)["resources"]["limits"]["memory"])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("shape", "role"), PODS)
 def test_what_is_mounted_is_there_and_the_model_read_only(shape, role):
     pod = rendered(shape, {"apiKeys": {"enabled": True, "existingSecret": "keys"}}).pods[role]
     volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
@@ -123,7 +122,7 @@ def test_gpus_are_asked_for_and_kept_from_others(shape):
             gpus_of[role] = gpus * objects.groups[role]["maxReplicas"]
     replicas = args.get("max_attention_replicas") or args["attention_replicas"]
     assert gpus_of["attention"] >= replicas * args["gpus_per_attention_replica"]
-    assert gpus_of["experts"] >= args["expert_shards"] * args["gpus_per_expert_shard"]
+    assert gpus_of.get("experts", 0) >= args["expert_shards"] * args["gpus_per_expert_shard"]
     assert gpus_of["ingress"] == 0
 
 
@@ -140,21 +139,22 @@ def test_processes_find_the_cpus_that_they_ask_for(shape):
 
     replicas = args.get("max_attention_replicas") or args["attention_replicas"]
     assert cpus("attention") >= replicas * args.get("cpus_per_attention_replica", 1)
-    assert cpus("experts") >= args["expert_shards"] * args.get("cpus_per_expert_shard", 1)
+    if args["expert_shards"]:
+        assert cpus("experts") >= args["expert_shards"] * args.get("cpus_per_expert_shard", 1)
     assert cpus("ingress") >= 0.1 * args["ingress_replicas"]
 
 
 @pytest.mark.parametrize(
     ("shape", "dense", "routed", "copies"),
-    [("a2.7b", 3.72e9, 24.9e9, 1), ("57b", 16.2e9, 98.7e9, 2)],
+    [("a2.7b", 3.72e9, 24.9e9, 1), ("57b", 16.2e9, 98.7e9, 2), ("dense", 15.23e9, 0, 1)],
 )
 def test_weights_fit_into_the_named_gpus(shape, dense, routed, copies):
     """The README's figures of `moe-cluster plan`, against 24 and 80 GB; 2 GB are left for a step's tensors."""
-    gpu = {"a2.7b": 24e9, "57b": 80e9}[shape]
+    gpu = {"a2.7b": 24e9, "57b": 80e9, "dense": 24e9}[shape]
     args = values_of(shape)["cluster"]
     assert dense + args["kv_cache_bytes"] + 2e9 < gpu
     assert copies == args.get("min_copies", 1)
-    assert routed * copies / args["expert_shards"] + 2e9 < gpu
+    assert not args["expert_shards"] or routed * copies / args["expert_shards"] + 2e9 < gpu
 
 
 def test_experts_on_cpus_have_memory_for_their_slice():

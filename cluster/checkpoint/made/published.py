@@ -118,3 +118,9 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "Qwen2.5-32B": _dense((5120, 27648, 64, 40, 8), **_LONG),
     "Qwen2.5-72B": _dense((8192, 29568, 80, 64, 8), **_LONG),
 }
+
+_SHORT = {"a2.7b": "Qwen1.5-MoE-A2.7B", "57b-a14b": "Qwen2-57B-A14B"}
+_DENSE = {name.lower(): name for name, raw in PUBLISHED.items() if raw["model_type"] == "qwen2"}
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {short: PUBLISHED[name] for short, name in (_SHORT | _DENSE).items()}
+"""Names for the command line: `a2.7b`, `qwen2-0.5b`."""
