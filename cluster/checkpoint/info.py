@@ -23,7 +23,10 @@ def max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
     """The longest prompt and output together. Raises SetupError for more than the checkpoint allows."""
     limit = config.context_length
     if engine.max_model_len is not None and engine.max_model_len > limit:
-        raise SetupError(f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens")
+        raise SetupError(
+            f"max_model_len is {engine.max_model_len}, the checkpoint's context has {limit} tokens: rope_scaling "
+            """(--rope-scaling '{"rope_type": "yarn", "factor": 2.0}') stretches it"""
+        )
     return engine.max_model_len or limit
 
 
@@ -32,7 +35,7 @@ def model_info(model_dir: str | Path, config: EngineConfig, model_id: str = "") 
 
     Raises CheckpointError, SetupError.
     """
-    reader = open_checkpoint(model_dir)
+    reader = open_checkpoint(model_dir, config.rope_scaling)
     return ModelInfo(
         model_id=model_id or reader.model_dir.resolve().name,
         vocab_size=reader.config.vocab_size,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -30,6 +30,11 @@ class Checkpoint(Protocol):
         """
 
 
-def open_checkpoint(model_dir: str | Path) -> Checkpoint:
-    """Reads JSON, and headers where there is no index; no tensor. Raises CheckpointError for what cannot be served."""
-    return DrawnCheckpoint(model_dir) if has_seed(model_dir) else CheckpointReader(model_dir)
+def open_checkpoint(model_dir: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Reads JSON, and headers where there is no index; no tensor. Raises CheckpointError for what cannot be served.
+
+    rope_scaling: in place of the config's, as of `EngineConfig`.
+    """
+    if has_seed(model_dir):
+        return DrawnCheckpoint(model_dir, rope_scaling)
+    return CheckpointReader(model_dir, rope_scaling)

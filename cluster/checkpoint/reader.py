@@ -35,7 +35,9 @@ from cluster.checkpoint.weights import (
 )
 from cluster.config import ModelConfig, read_model_config
 from cluster.config.architectures.architecture import Shapes
+from cluster.config.json_keys import shown
 from cluster.config.model import given_dtype
+from cluster.config.rope import with_rope_scaling
 from cluster.errors import CheckpointError
 
 __all__ = ["CONFIG_FILE", "INDEX_FILE", "SINGLE_FILE", "CheckpointReader", "read_config", "read_json_object"]
@@ -58,9 +60,9 @@ class CheckpointReader:
     Raises CheckpointError for a directory that cannot be served.
     """
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> None:
         self.model_dir = Path(model_dir)
-        raw, config = read_config(self.model_dir)
+        raw, config = read_config(self.model_dir, rope_scaling)
         self._files = locate_tensors(self.model_dir)
         if not self._files:
             raise CheckpointError(f"{self.model_dir}: no tensor is in its safetensors files: download them again")
@@ -174,14 +176,18 @@ class CheckpointReader:
         return {name: in_files[path][name] for name, path in self._files.items()}
 
 
-def read_config(model_dir: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """Returns a directory's config.json, raw and normalized. Raises CheckpointError."""
+def read_config(model_dir: Path, rope_scaling: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], ModelConfig]:
+    """Returns a directory's config.json, raw and normalized, with `rope_scaling` in place of its own.
+
+    Raises CheckpointError.
+    """
     check_directory(model_dir, CONFIG_FILE)
     raw = read_json_object(model_dir / CONFIG_FILE)
     try:
-        return raw, read_model_config(raw)
+        return raw, read_model_config(raw if rope_scaling is None else with_rope_scaling(raw, rope_scaling))
     except CheckpointError as error:
-        raise CheckpointError(f"{model_dir}: {error}") from error
+        changed = "" if rope_scaling is None else f" with rope_scaling {shown(rope_scaling)}"
+        raise CheckpointError(f"{model_dir}{changed}: {error}") from error
 
 
 def _not_in_file(path: Path, names: list[str]) -> CheckpointError:

@@ -1,6 +1,7 @@
 """Options that several commands have, and the configuration that they make."""
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable
@@ -20,9 +21,9 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # a
 
 OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "device", "transport",
-    "kv_cache_bytes", "memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting",
-    "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port",
-    "log_format",
+    "kv_cache_bytes", "memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "rope_scaling",
+    "max_waiting", "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s",
+    "metrics_port", "log_format",
 )  # fmt: skip
 SECURITY_OPTIONS = ("api_keys_file", "max_streams_per_client")
 UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_port": "PORT", "_file": "FILE"}
@@ -36,6 +37,16 @@ def byte_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no size: 1073741824, 8GiB, 512MiB or 8.5GB are some")
     figure, unit, suffix = found.groups()
     return int(float(figure) * (1000 if suffix.lower() == "b" else 1024) ** " kmgt".index(unit.lower() or " "))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON object")
+    return value
 
 
 def add_command(
@@ -77,6 +88,8 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, note: 
     metavar = {float: "X", int: "N"}.get(kind, name.rpartition("_")[2].upper())  # type: ignore[call-overload]
     for ending, unit in UNITS.items():
         metavar = unit if name.endswith(ending) else metavar
+    if name == "rope_scaling":
+        kind, metavar = json_object, "JSON"
     if name.endswith("_bytes"):
         kind, note = byte_size, f" (8GiB, 512MB …){note}"
     parser.add_argument(
@@ -89,9 +102,14 @@ def _doc(name: str) -> str:
     return doc_of(ClusterConfig.__dataclass_fields__[name]).replace("%", "%%")
 
 
-def add_security_arguments(parser: argparse.ArgumentParser) -> None:
-    for name in SECURITY_OPTIONS:
+def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds options of `ClusterConfig` with its help texts and defaults."""
+    for name in names:
         _add_option(parser, name, DEFAULTS[name])
+
+
+def add_security_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, *SECURITY_OPTIONS)
     parser.add_argument(
         "--host", default="", metavar="HOST", help="address for gRPC; 0.0.0.0: all interfaces (default: 127.0.0.1)"
     )

@@ -6,7 +6,7 @@ import shlex
 import sys
 
 from cluster.cli import doctor
-from cluster.cli.arguments import Commands, add_command
+from cluster.cli.arguments import Commands, add_command, add_options
 
 
 def add_commands(commands: Commands) -> None:
@@ -23,6 +23,7 @@ def add_commands(commands: Commands) -> None:
     )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(plan, "rope_scaling")
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
 
@@ -43,7 +44,8 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.engine.preflight import check_for_plan
     from cluster.experts.placement import num_shards_for, plan_evenly
 
-    config = check_for_plan(args.model, EngineConfig(dtype=args.dtype), args.shards)
+    engine = EngineConfig(dtype=args.dtype, rope_scaling=args.rope_scaling)
+    config = check_for_plan(args.model, engine, args.shards)
     num_shards = num_shards_for(config.num_experts, args.shards)
     plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
     sizes = sizes_of(config, resolve_dtype(args.dtype, config))

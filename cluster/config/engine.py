@@ -1,6 +1,8 @@
 """One engine's limits. Knows no checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.config.model import DTYPES
 from cluster.config.options import check, option
@@ -30,6 +32,11 @@ class EngineConfig:
     )
     max_model_len: int | None = option(
         None, "tokens of prompt and answer together at most; unset: the checkpoint's context", least=1
+    )
+    rope_scaling: Mapping[str, Any] | None = option(
+        None,
+        "an object in place of the checkpoint's rope_scaling, with the same keys, for another context length; unset: "
+        "the checkpoint's",
     )
     max_waiting: int = option(
         256,

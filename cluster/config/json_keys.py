@@ -34,10 +34,16 @@ class Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        # Compared before it is converted: a whole number of hundreds of digits does not fit a float.
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        if not _is_positive(value):
             raise self._wrong(key, value, "a number above 0")
         return float(value)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers above 0."""
+        values = self._get(key, None)
+        if not isinstance(values, list) or not all(_is_positive(item) for item in values):
+            raise self._wrong(key, values, "a list of numbers above 0")
+        return tuple(float(item) for item in values)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
@@ -67,3 +73,8 @@ class Keys:
     def _wrong(self, key: str, value: Any, needed: str) -> CheckpointError:
         """value: the file's, or a default that follows from other keys."""
         return CheckpointError(f"{self.where}: {key} is {shown(value)}, {needed} is needed")
+
+
+def _is_positive(value: Any) -> bool:
+    # Compared before it is converted: a whole number of hundreds of digits does not fit a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30

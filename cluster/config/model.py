@@ -82,6 +82,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: head_dim is {self.head_dim}, rotary embedding needs an even one")
+        self.rope.check(self.head_dim)
         if self.num_experts * self.num_hidden_layers > MAX_EXPERTS:
             raise CheckpointError(
                 f"config.json: num_experts is {self.num_experts} in {self.num_hidden_layers} layers, {MAX_EXPERTS:,} "

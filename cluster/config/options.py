@@ -6,7 +6,7 @@ Knows no field by name.
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -59,8 +59,14 @@ def type_of(config: type[Any], name: str) -> type:
 
 
 def _plain_type(hint: Any) -> type:
-    plain = next(part for part in (typing.get_args(hint) or (hint,)) if part is not type(None))
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_literal(hint) else (hint,)
+    plain = next(part for part in parts if part is not type(None))
+    plain = typing.get_origin(plain) or plain  # a mapping's keys and values have types as well
     return plain if isinstance(plain, type) else type(plain)
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
 
 
 def check(config: Any) -> None:
@@ -77,6 +83,9 @@ def check(config: Any) -> None:
         elif kind is bool:
             if not isinstance(value, bool):
                 raise SetupError(f"{f.name} is {inputs.shown(value)}, true or false is needed")
+        elif kind is Mapping:
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                raise SetupError(f"{f.name} is {inputs.shown(value)}, an object with names is needed")
         elif kind in (int, float):
             object.__setattr__(config, f.name, _number(value, f.name, kind, limits))
 
@@ -107,7 +116,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
                 return value
         elif part is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        elif isinstance(value, part) and isinstance(value, bool) == (part is bool):
+        elif isinstance(value, typing.get_origin(part) or part) and isinstance(value, bool) == (part is bool):
             return value
     names = " or ".join(getattr(p, "__name__", None) or "/".join(map(str, typing.get_args(p))) for p in parts)
     raise SetupError(f"{name} is {value!r}, {names.replace('NoneType', 'null')} is needed")

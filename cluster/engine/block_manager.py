@@ -1,6 +1,7 @@
 """Counts the blocks of the KV cache, and knows which full ones can serve a sequence that begins alike. No tensors."""
 
 from array import array
+from collections.abc import Callable
 from hashlib import blake2b
 
 from cluster.engine.sequence import Sequence
@@ -9,14 +10,25 @@ from cluster.engine.sequence import Sequence
 class BlockManager:
     """Hands out block ids 0 … num_blocks − 1 and takes them back.
 
-    A full block is known by a digest of its sequence's salt and of all tokens up to its end. It stays findable when its
+    frequency_length: as of `RopeConfig`, 0 where keys do not depend on their sequence's length.
+
+    A full block is known by a digest of its sequence's salt, of all tokens up to its end and of the lengths that their
+    keys depend on. It stays findable when its
     last holder is gone, until its memory is needed: the one that was let go longest ago is taken first.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = False) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = False,
+        frequency_length: Callable[[int], int] = lambda _: 0,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self._frequency_length = frequency_length
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_holders = [0] * num_blocks
         self._idle: dict[int, None] = {}  # findable blocks that nobody holds, longest idle first
@@ -101,11 +113,15 @@ class BlockManager:
         sequence.num_reused_blocks = 0
 
     def _next_digest(self, sequence: Sequence) -> bytes:
-        """Of the first block that has none yet: over its tokens and the digest of the one before."""
+        """Of the first block that has none yet: over its tokens, the length of the sequence for the first of them (the
+        others' follow from it) and the digest of the one before."""
         index = len(sequence.block_digests)
-        tokens = sequence.token_ids[index * self.block_size : (index + 1) * self.block_size]
+        first = index * self.block_size
+        numbers = sequence.token_ids[first : first + self.block_size]
+        if length := self._frequency_length(max(sequence.num_prompt_tokens, first + 1)):
+            numbers = [*numbers, length]
         before = sequence.block_digests[-1] if index else sequence.block_salt
-        return blake2b(before + array("q", tokens).tobytes(), digest_size=32).digest()
+        return blake2b(before + array("q", numbers).tobytes(), digest_size=32).digest()
 
     def _evict(self) -> int:
         block_id = next(iter(self._idle))

@@ -40,7 +40,7 @@ class Engine:
         runner: Runner,
         config: EngineConfig,
         *,
-        num_blocks: int,
+        blocks: BlockManager,
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
         metrics: EngineMetrics,
@@ -56,7 +56,7 @@ class Engine:
         self.clock = clock
         self.seeds = seeds or random.Random()
         self.on_step = on_step
-        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+        self.blocks = blocks
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

@@ -82,7 +82,7 @@ class _Inline:
 
 @dataclass(slots=True)
 class _Captured:
-    """inputs: [4 P + P n] int64.  pieces: each graph and the crossing behind it.  hidden_states: [P, H], the result."""
+    """inputs: [5 P + P n] int64.  pieces: each graph and the crossing behind it.  hidden_states: [P, H], the result."""
 
     inputs: Tensor
     width: int
@@ -153,15 +153,16 @@ class DecodeGraphs:
         return captured.hidden_states[:num_rows]
 
     def _inputs(self, arrays: StepArrays | None, size: int, width: int) -> np.ndarray:
-        """Token ids, positions, slots, context lengths and tables one after another. Padded rows write to the padding
-        block, which no other row reads."""
-        flat = np.zeros(size * (4 + width), dtype=np.int64)
-        rows, tables = flat[: 4 * size].reshape(4, size), flat[4 * size :].reshape(size, width)
-        rows[2] = self._padding_slot
-        rows[3] = 1
+        """Token ids, positions, lengths, slots, context lengths and tables one after another. Padded rows write to the
+        padding block, which no other row reads."""
+        flat = np.zeros(size * (5 + width), dtype=np.int64)
+        rows, tables = flat[: 5 * size].reshape(5, size), flat[5 * size :].reshape(size, width)
+        rows[2] = 1
+        rows[3] = self._padding_slot
+        rows[4] = 1
         tables[:] = self._cache.padding_block
         if arrays is not None:
-            values = arrays.token_ids, arrays.positions, arrays.slots, arrays.context_lens
+            values = arrays.token_ids, arrays.positions, arrays.lengths, arrays.slots, arrays.context_lens
             rows[:, : len(arrays.query_lens)] = values
             tables[: len(arrays.query_lens), : arrays.tables.shape[1]] = arrays.tables
         return flat
@@ -204,13 +205,14 @@ class DecodeGraphs:
         return graph
 
     def _forward(self, captured: _Captured, size: int, longest: int, cut: Any) -> Tensor:
-        rows = captured.inputs[: 4 * size].view(4, size)
-        tables = captured.inputs[4 * size :].view(size, captured.width)
-        token_ids, positions, slots, context_lens = rows.unbind()
+        rows = captured.inputs[: 5 * size].view(5, size)
+        tables = captured.inputs[5 * size :].view(size, captured.width)
+        token_ids, positions, lengths, slots, context_lens = rows.unbind()
         experts = _Cuts(cut) if self._experts is None else _Inline(self._experts, slots, self._padding_slot)
         part = MicroBatch(
             token_ids=token_ids,
             positions=positions,
+            lengths=lengths,
             attention=self._attention.plan_decode(slots, context_lens, tables, longest),
             experts=experts,
         )

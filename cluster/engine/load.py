@@ -11,6 +11,7 @@ from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.config.resources import available_memory
+from cluster.engine.block_manager import BlockManager
 from cluster.engine.engine import Engine
 from cluster.engine.graphs import decode_graphs
 from cluster.engine.isolation import OnStep
@@ -68,7 +69,7 @@ def load_engine(
     then.
     num_sharers: engines that share this free memory, this one included.
     """
-    reader = open_checkpoint(model_dir)
+    reader = open_checkpoint(model_dir, config.rope_scaling)
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
     longest = max_model_len(reader.config, config)
     check_block_fits(reader.config, config, dtype)
@@ -91,7 +92,12 @@ def load_engine(
     return Engine(
         runner,
         config,
-        num_blocks=num_blocks,
+        blocks=BlockManager(
+            num_blocks,
+            config.block_size,
+            prefix_caching=config.enable_prefix_caching,
+            frequency_length=reader.config.rope.frequency_length,
+        ),
         eos_token_ids=read_eos_token_ids(model_dir, reader.config),
         max_model_len=longest,
         metrics=metrics,

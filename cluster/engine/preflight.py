@@ -23,7 +23,7 @@ def check_checkpoint(
 
     tokenizer: whether requests will bring texts. Raises SetupError, CheckpointError.
     """
-    reader = open_checkpoint(model_dir)
+    reader = open_checkpoint(model_dir, engine.rope_scaling)
     reader.check_tensors()
     _check_config(reader.model_dir, reader.config, engine, num_shards)
     if tokenizer:
@@ -36,7 +36,7 @@ def check_for_plan(model_dir: str | Path, engine: EngineConfig, num_shards: int)
     model_dir = Path(model_dir)
     if holds_weights(model_dir) or has_seed(model_dir):
         return check_checkpoint(model_dir, engine, num_shards, tokenizer=has_tokenizer(model_dir)).config
-    _, config = read_config(model_dir)
+    _, config = read_config(model_dir, engine.rope_scaling)
     _check_config(model_dir, config, engine, num_shards)
     if has_tokenizer(model_dir):
         _check_tokenizer(model_dir, with_vocabulary=has_vocabulary(model_dir))

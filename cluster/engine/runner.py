@@ -154,9 +154,13 @@ class ModelRunner:
     def _micro_batch(self, scheduled: Seq[ScheduledSequence], experts: Experts) -> MicroBatch:
         if self.attention.reads_whole_blocks:
             self.cache.clear(self._tails(scheduled))
-        token_ids, positions, batch = self._arrays(scheduled).on(self.device)
+        token_ids, positions, lengths, batch = self._arrays(scheduled).on(self.device)
         return MicroBatch(
-            token_ids=token_ids, positions=positions, attention=self.attention.plan(batch), experts=experts
+            token_ids=token_ids,
+            positions=positions,
+            lengths=lengths,
+            attention=self.attention.plan(batch),
+            experts=experts,
         )
 
     def _arrays(self, scheduled: Seq[ScheduledSequence]) -> StepArrays:

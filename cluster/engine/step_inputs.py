@@ -16,12 +16,14 @@ from cluster.kernels.paged import PagedBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepArrays:
-    """On the host, all int64. token_ids, positions, slots: [T].  context_lens: [B], the new tokens included.
+    """On the host, all int64. token_ids, positions, lengths, slots: [T].  context_lens: [B], the new tokens included.
+    lengths: of each token's sequence when it was new, the whole prompt for the prompt's tokens.
     tables: [B, n], padded with padding_block."""
 
     query_lens: list[int]
     token_ids: np.ndarray
     positions: np.ndarray
+    lengths: np.ndarray
     slots: np.ndarray
     context_lens: np.ndarray
     tables: np.ndarray
@@ -30,7 +32,7 @@ class StepArrays:
     @classmethod
     def of(cls, scheduled: Seq[ScheduledSequence], *, block_size: int, padding_block: int) -> "StepArrays":
         """The blocks of the scheduled tokens must be allocated."""
-        token_ids, positions, slots = [], [], []
+        token_ids, positions, lengths, slots = [], [], [], []
         context_lens = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]
         widths = [-(-length // block_size) for length in context_lens]
         tables = np.full((len(scheduled), max(widths)), padding_block, dtype=np.int64)
@@ -40,21 +42,23 @@ class StepArrays:
             tables[row, :width] = s.sequence.block_table[:width]
             token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
             positions.append(where)
+            lengths.append(np.maximum(where + 1, s.sequence.num_prompt_tokens))
             slots.append(tables[row, where // block_size] * block_size + where % block_size)
         return cls(
             query_lens=[s.num_tokens for s in scheduled],
             token_ids=np.concatenate(token_ids),
             positions=np.concatenate(positions),
+            lengths=np.concatenate(lengths),
             slots=np.concatenate(slots),
             context_lens=np.asarray(context_lens),
             tables=tables,
             padding_block=padding_block,
         )
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, PagedBatch]:
-        """Token ids and positions, each [T], and the places, on the device."""
-        token_ids, positions, slots, context_lens, tables = to_device(
-            (self.token_ids, self.positions, self.slots, self.context_lens, self.tables), device
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, PagedBatch]:
+        """Token ids, positions and lengths, each [T], and the places, on the device."""
+        token_ids, positions, lengths, slots, context_lens, tables = to_device(
+            (self.token_ids, self.positions, self.lengths, self.slots, self.context_lens, self.tables), device
         )
         batch = PagedBatch(
             query_lens=self.query_lens,
@@ -64,7 +68,7 @@ class StepArrays:
             context_lens_tensor=context_lens,
             padding_block=self.padding_block,
         )
-        return token_ids, positions, batch
+        return token_ids, positions, lengths, batch
 
 
 def to_device(arrays: Seq[np.ndarray], device: torch.device) -> list[Tensor]:

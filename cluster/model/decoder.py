@@ -24,10 +24,14 @@ from cluster.model.layers.rope import RotaryEmbedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A part of a step's sequences, and where their routed rows are computed. token_ids, positions: [T] int64."""
+    """A part of a step's sequences, and where their routed rows are computed.
+
+    token_ids, positions, lengths: [T] int64; lengths: as of `RotaryEmbedding.forward`.
+    """
 
     token_ids: Tensor
     positions: Tensor
+    lengths: Tensor
     attention: AttentionPlan
     experts: Experts
 
@@ -91,7 +95,7 @@ class CausalLM(nn.Module):
         Raises what the experts raise; the cache then holds a half-written step, which a repeat overwrites.
         """
         dtype = self.model.norm.weight.dtype
-        rotary = [self.rotary(part.positions, dtype) for part in micro_batches]
+        rotary = [self.rotary(part.positions, part.lengths, dtype) for part in micro_batches]
         finish: list[Callable[[], Residual]] = [partial(self._embed, part.token_ids) for part in micro_batches]
         for layer_id, layer in enumerate(self.model.layers):
             assert isinstance(layer, DecoderLayer)

@@ -1,6 +1,7 @@
 """A runner without a model, and a clock that is turned by hand."""
 
 from cluster.config import EngineConfig
+from cluster.engine.block_manager import BlockManager
 from cluster.engine.engine import Engine
 from cluster.engine.step import StepResult
 from cluster.errors import ShardUnavailable
@@ -61,11 +62,16 @@ class Clock:
         return self.now
 
 
+def block_manager(num_blocks, config):
+    return BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+
+
 def make_engine(num_blocks=64, max_model_len=1000, clock=None, num_ahead=0, **limits):
     """An engine on a CountingRunner; blocks of 4 tokens."""
     config = EngineConfig(block_size=4, **limits)
     return Engine(
-        CountingRunner(num_ahead), config, num_blocks=num_blocks, eos_token_ids=(EOS,), max_model_len=max_model_len,
+        CountingRunner(num_ahead), config, blocks=block_manager(num_blocks, config), eos_token_ids=(EOS,),
+        max_model_len=max_model_len,
         metrics=EngineMetrics(new_registry(), "test"), clock=clock or Clock(),
     )  # fmt: skip
 

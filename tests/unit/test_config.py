@@ -78,7 +78,7 @@ def test_bytes_are_those_of_the_shapes():
         ({"num_attention_heads": 4096, "num_key_value_heads": 4096}, "head_dim is 0, a whole number from 1"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rope_scaling": "yarn"}, "must be objects"),
-        ({"rope_scaling": {"type": "dynamic"}}, "'dynamic' is not served"),
+        ({"rope_scaling": {"type": "ntk"}}, "'ntk' is not served"),
         ({"rope_scaling": {"type": "yarn", "factor": "2"}}, "factor is '2'"),
         ({"rope_theta": 0.5}, "rope_theta is 0.5"),
         ({"layer_types": ["full_attention"]}, "1 entries for 3 layers"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 
 import pytest
@@ -20,6 +21,7 @@ KNOWN = {field.name for field in fields(ClusterConfig)}
 SET_BY_THE_CHART = {
     "model", "metrics_host", "ingress_resource", "attention_resource", "expert_resource", "api_keys_file",
 }  # fmt: skip
+KINDS = {int: "integer", float: "number", bool: "boolean", str: "string", Mapping: "object"}
 KEYS = {"apiKeys": {"enabled": True, "existingSecret": "keys"}}
 
 
@@ -62,7 +64,7 @@ def test_the_charts_schema_has_the_fields_types_and_limits():
         if field.name in SET_BY_THE_CHART:
             continue
         limits = limits_of(field)
-        kind = {int: "integer", float: "number", bool: "boolean", str: "string"}[type_of(ClusterConfig, field.name)]
+        kind = KINDS[type_of(ClusterConfig, field.name)]
         expected = {
             "type": [kind, "null"] if field.default is None else kind,
             "minimum": None if limits.least == -math.inf else limits.least,

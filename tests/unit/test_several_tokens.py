@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_fakes import Clock, CountingRunner, make_engine, request, run_to_end
+from engine_fakes import Clock, CountingRunner, block_manager, make_engine, request, run_to_end
 
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
@@ -169,8 +169,9 @@ class RowsRunner(CountingRunner):
 
 
 def rows_engine(num_blocks=64, **limits):
+    config = EngineConfig(block_size=4, **limits)
     return Engine(
-        RowsRunner(), EngineConfig(block_size=4, **limits), num_blocks=num_blocks, eos_token_ids=(0,),
+        RowsRunner(), config, blocks=block_manager(num_blocks, config), eos_token_ids=(0,),
         max_model_len=1000, metrics=EngineMetrics(new_registry(), "test"), clock=Clock(),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ SEED_KEY = "moe_cluster_random_weights"  # in config.json
 class DrawnCheckpoint:
     """Random weights: normal ones with deviation 0.02, norms' around one. A tensor depends on the seed and its name."""
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> None:
         """Raises CheckpointError."""
         self.model_dir = Path(model_dir)
-        raw, self.config = read_config(self.model_dir)
+        raw, self.config = read_config(self.model_dir, rope_scaling)
         self._seed = Keys(raw, f"{self.model_dir}: {CONFIG_FILE}").count(SEED_KEY, at_least=0)
 
     def check_names(self) -> None:
