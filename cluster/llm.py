@@ -8,7 +8,6 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from cluster import inputs
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
+from cluster.checkpoint.model_files import located, pinned
 from cluster.config import DEFAULTS, TRANSPORTS, ClusterConfig, Transport
 from cluster.config.resources import available_cpus
 from cluster.engine.engine import Engine
@@ -52,6 +52,7 @@ QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is ref
 class LLM(Results):
     """A checkpoint ready to generate. Not thread-safe. Close it, or use it as a context manager.
 
+    model_dir: its directory, or its name on the Hugging Face hub: "OWNER/NAME", or "OWNER/NAME@REVISION".
     transport: "local" computes the experts in this process; "auto" on `num_expert_shards` Ray actors, on the Ray
     cluster that is connected, else on one of this machine, which several LLMs share and the last to be closed ends;
     the end of the process closes those that are open. "stream" and "ray" name the carrier to them.
@@ -82,11 +83,11 @@ class LLM(Results):
         cpus_per_expert_shard: float = DEFAULTS["cpus_per_expert_shard"],
         gpus_per_expert_shard: float | None = DEFAULTS["gpus_per_expert_shard"],
     ) -> None:
-        model_dir, num_expert_shards, skip_tokenizer = _checked(model_dir, num_expert_shards, skip_tokenizer)
+        model, num_expert_shards, skip_tokenizer = _checked(model_dir, num_expert_shards, skip_tokenizer)
         if transport not in ("local", *TRANSPORTS):
             raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
         cluster = ClusterConfig(
-            model=str(model_dir.resolve()),
+            model=pinned(model),
             expert_shards=num_expert_shards,
             transport="auto" if transport == "local" else transport,
             spare_processes=False,
@@ -107,27 +108,27 @@ class LLM(Results):
         self._request_ids = itertools.count()
         self._ray_experts: RayExperts | None = None
         self._closed = False
-        self._load(model_dir, cluster, local=transport == "local", skip_tokenizer=skip_tokenizer)
+        self._load(cluster, local=transport == "local", skip_tokenizer=skip_tokenizer)
 
-    def _load(self, model_dir: Path, cluster: ClusterConfig, *, local: bool, skip_tokenizer: bool) -> None:
+    def _load(self, cluster: ClusterConfig, *, local: bool, skip_tokenizer: bool) -> None:
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
         # torch counts the machine's cores, and knows nothing of a control group's quota.
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         log_kernels()
         registry = new_registry()
         dispatch_metrics = DispatchMetrics(registry, "llm")
-        check_checkpoint(model_dir, config, cluster.expert_shards, tokenizer=False)
+        model_dir = check_checkpoint(cluster.model, config, cluster.expert_shards, tokenizer=False).model_dir
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
-        self.info = model_info(model_dir, config)
+        self.info = model_info(cluster.model, config)
         self._completer = RequestCompleter(self.info, read_sampling_defaults(model_dir))
         if not local and self.info.num_experts:
             self._ray_experts = RayExperts(cluster, dispatch_metrics)
             self.experts: ExpertDispatcher = self._ray_experts.dispatcher
         else:
-            self.experts = local_experts(model_dir, config, cluster.expert_shards, dispatch_metrics)
+            self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)
         try:
             self.engine: Engine = load_engine(
-                model_dir, config, self.experts, EngineMetrics(registry, "llm"), remote_experts=not local
+                cluster.model, config, self.experts, EngineMetrics(registry, "llm"), remote_experts=not local
             )
         except BaseException:
             self.close()
@@ -243,9 +244,9 @@ class LLM(Results):
         return f"llm-{next(self._request_ids)}"
 
 
-def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: object) -> tuple[Path, int, bool]:
+def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: object) -> tuple[str, int, bool]:
     if not isinstance(model_dir, str | os.PathLike) or "\0" in os.fspath(model_dir):
-        raise SetupError(f"model_dir is {inputs.shown(model_dir)}, a checkpoint's directory is needed")
+        raise SetupError(f"model_dir is {inputs.shown(model_dir)}, a checkpoint's directory or its name is needed")
     try:
         num_shards = inputs.whole_number(num_expert_shards, "num_expert_shards")
         skip = inputs.truth_value(skip_tokenizer, "skip_tokenizer")
@@ -253,4 +254,4 @@ def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: objec
         raise SetupError(str(error)) from None
     if num_shards < 0:
         raise SetupError(f"num_expert_shards is {inputs.shown(num_shards)}, at least 0 is needed")
-    return Path(model_dir), num_shards, skip
+    return located(model_dir), num_shards, skip

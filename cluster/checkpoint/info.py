@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cluster.checkpoint.generation import read_eos_token_ids
+from cluster.checkpoint.model_files import served_name
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import DTYPES, EngineConfig, ModelConfig
 from cluster.errors import CheckpointError, SetupError
@@ -30,19 +31,19 @@ def max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
     return engine.max_model_len or limit
 
 
-def model_info(model_dir: str | Path, config: EngineConfig, model_id: str = "") -> ModelInfo:
-    """Describes a checkpoint to clients, under its directory's name unless `model_id` gives another.
+def model_info(model: str | Path, config: EngineConfig, model_id: str = "") -> ModelInfo:
+    """Describes a checkpoint to clients, under its name or its directory's unless `model_id` gives another.
 
     Raises CheckpointError, SetupError.
     """
-    reader = open_checkpoint(model_dir, config.rope_scaling)
+    reader = open_checkpoint(model, config.rope_scaling)
     return ModelInfo(
-        model_id=model_id or reader.model_dir.resolve().name,
+        model_id=model_id or served_name(model),
         vocab_size=reader.config.vocab_size,
         max_model_len=max_model_len(reader.config, config),
         num_hidden_layers=reader.config.num_hidden_layers,
         num_experts=reader.config.num_experts,
         num_experts_per_tok=reader.config.num_experts_per_tok,
         dtype=resolve_dtype(config.dtype, reader.config),
-        eos_token_ids=read_eos_token_ids(model_dir, reader.config),
+        eos_token_ids=read_eos_token_ids(reader.model_dir, reader.config),
     )

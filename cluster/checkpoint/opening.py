@@ -1,18 +1,22 @@
-"""Opens a checkpoint's directory, in whatever form its weights are."""
+"""Opens a checkpoint by its directory or its name, in whatever form its weights are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from cluster.checkpoint.made.drawn import DrawnCheckpoint, has_seed
+from cluster.checkpoint.model_files import open_files
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 
 
 class Checkpoint(Protocol):
-    """A model's config and its tensors, which several threads may load at once."""
+    """A model's config and its tensors, which several threads may load at once.
+
+    model_dir: has all files but those with tensors, which may be elsewhere.
+    """
 
     model_dir: Path
     config: ModelConfig
@@ -23,6 +27,15 @@ class Checkpoint(Protocol):
     def check_tensors(self) -> None:
         """As `check_names`, and shapes and dtypes as well; reads no tensor. Raises CheckpointError."""
 
+    def missing_bytes(self, names: Collection[str]) -> int:
+        """Bytes that `fetch` would download; 0 where all files are here."""
+
+    def fetch(self, names: Collection[str], progress: Callable[[int], None] | None = None) -> None:
+        """Downloads the files with these tensors. progress: called with each piece's bytes. Raises CheckpointError."""
+
+    def check_room(self) -> None:
+        """Raises CheckpointError where files that are elsewhere would not find room here."""
+
     def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
         """Fills each named tensor's destination; returns bytes read. progress: called with each tensor's bytes.
 
@@ -30,11 +43,12 @@ class Checkpoint(Protocol):
         """
 
 
-def open_checkpoint(model_dir: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> Checkpoint:
+def open_checkpoint(model: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> Checkpoint:
     """Reads JSON, and headers where there is no index; no tensor. Raises CheckpointError for what cannot be served.
 
-    rope_scaling: in place of the config's, as of `EngineConfig`.
+    model: a directory, or a name on the hub.  rope_scaling: in place of the config's, as of `EngineConfig`.
     """
-    if has_seed(model_dir):
-        return DrawnCheckpoint(model_dir, rope_scaling)
-    return CheckpointReader(model_dir, rope_scaling)
+    files = open_files(model)
+    if has_seed(files.directory):
+        return DrawnCheckpoint(files.directory, rope_scaling)
+    return CheckpointReader(files.directory, rope_scaling, files)

@@ -5,7 +5,7 @@ Knows nothing of modules or devices: `model/` and `experts/` allocate what they 
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.checkpoint.files import check_directory, in_one_line, read_json_object, some
+from cluster.checkpoint.hub.name import NAME_FORMS
 from cluster.checkpoint.names import (
     EMBEDDING,
     HEAD,
@@ -25,13 +26,15 @@ from cluster.checkpoint.names import (
     stored_shapes,
 )
 from cluster.checkpoint.weights import (
+    CONFIG_FILE,
     INDEX_FILE,
     ITEM_BYTES,
     SINGLE_FILE,
+    LocalFiles,
     StoredTensor,
+    WeightFiles,
     locate_tensors,
     open_weights,
-    read_header,
 )
 from cluster.config import ModelConfig, read_model_config
 from cluster.config.architectures.architecture import Shapes
@@ -43,8 +46,6 @@ from cluster.errors import CheckpointError
 __all__ = ["CONFIG_FILE", "INDEX_FILE", "SINGLE_FILE", "CheckpointReader", "read_config", "read_json_object"]
 
 log = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.json"
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -60,10 +61,14 @@ class CheckpointReader:
     Raises CheckpointError for a directory that cannot be served.
     """
 
-    def __init__(self, model_dir: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model_dir: str | Path, rope_scaling: Mapping[str, Any] | None = None, files: WeightFiles | None = None
+    ) -> None:
+        """files: of a directory that may lack files with tensors; by default it lacks none."""
         self.model_dir = Path(model_dir)
         raw, config = read_config(self.model_dir, rope_scaling)
-        self._files = locate_tensors(self.model_dir)
+        self._source = files or LocalFiles(self.model_dir)
+        self._files = locate_tensors(self._source)
         if not self._files:
             raise CheckpointError(f"{self.model_dir}: no tensor is in its safetensors files: download them again")
         self.names: frozenset[str] = frozenset(self._files)
@@ -84,10 +89,12 @@ class CheckpointReader:
     def check_tensors(self) -> None:
         """As `check_names`, and every file's header: each tensor in one file, in its shape, in a dtype that is read.
 
-        Reads no tensor. Raises CheckpointError.
+        Reads no tensor. Leaves the headers to `load` where one is elsewhere. Raises CheckpointError.
         """
         expected = stored_shapes(self.config, self.names)
         self._check_names(expected)
+        if not all(self._source.header_is_here(path.name) for path in set(self._files.values())):
+            return
         headers = self._headers()
         for name, shape in expected.items():
             _check_tensor(name, headers[name], shape)
@@ -98,9 +105,24 @@ class CheckpointReader:
                 self.model_dir,
                 some(ignored, "is", "are"),
             )
-        unread = sorted(p.name for p in self.model_dir.glob("*.safetensors") if p not in set(self._files.values()))
+        unread = [n for n in self._source.matching("*.safetensors") if n not in {p.name for p in self._files.values()}]
         if unread:
             log.warning("%s: %s not read: every tensor is in others", self.model_dir, some(unread, "is", "are"))
+
+    def missing_bytes(self, names: Collection[str]) -> int:
+        """Bytes that `fetch` would download; 0 where all files are here."""
+        return self._source.missing_bytes({path.name for path in self._files_of(names)})
+
+    def fetch(self, names: Collection[str], progress: Callable[[int], None] | None = None) -> None:
+        """Downloads the files that hold these tensors, several at a time; `load` would do it one by one.
+
+        progress: called with the bytes of each piece. Raises CheckpointError.
+        """
+        self._source.fetch({path.name for path in self._files_of(names)}, progress)
+
+    def check_room(self) -> None:
+        """Raises CheckpointError where files that are elsewhere would not find room here."""
+        self._source.check_room()
 
     def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
         """Copies each named tensor into its destination, cast to the destination's dtype; returns bytes read.
@@ -114,19 +136,13 @@ class CheckpointReader:
         falls when the file is closed.
         Raises CheckpointError, naming the tensor, for one that is absent, misshapen or of an unserved dtype.
         """
-        sources = {name: find_source(name, self.names, tied=self.config.tie_word_embeddings) for name in targets}
-        absent = [name for name, source in sources.items() if source is None]
-        if absent:
-            raise CheckpointError(
-                f"{self.model_dir}: {some(absent, 'is', 'are')} not in the checkpoint: download it again"
-            )
         wanted: dict[Path, dict[str, list[tuple[Source, Tensor]]]] = {}
-        for name, source in sources.items():
-            assert source is not None
+        for name, source in self._sources(targets).items():
             of_file = wanted.setdefault(self._files[source.name], {})
             of_file.setdefault(source.name, []).append((source, targets[name]))
         num_bytes = 0
         for path, parts in sorted(wanted.items()):
+            self._source.fetch([path.name])
             with open_weights(path) as file:
                 ordered = [name for name in file.offset_keys() if name in parts]
                 if len(ordered) < len(parts):
@@ -138,6 +154,19 @@ class CheckpointReader:
                         if progress is not None:
                             progress(part_bytes)
         return num_bytes
+
+    def _sources(self, names: Collection[str]) -> dict[str, Source]:
+        """Where the tensors lie. Raises CheckpointError for absent ones."""
+        found = {name: find_source(name, self.names, tied=self.config.tie_word_embeddings) for name in names}
+        absent = [name for name, source in found.items() if source is None]
+        if absent:
+            raise CheckpointError(
+                f"{self.model_dir}: {some(absent, 'is', 'are')} not in the checkpoint: download it again"
+            )
+        return {name: source for name, source in found.items() if source is not None}
+
+    def _files_of(self, names: Collection[str]) -> set[Path]:
+        return {self._files[source.name] for source in self._sources(names).values()}
 
     def _check_names(self, expected: Shapes) -> None:
         missing = [name for name in expected if name not in self.names]
@@ -156,7 +185,7 @@ class CheckpointReader:
 
     def _headers(self) -> dict[str, StoredTensor]:
         """Of all stored tensors. Raises CheckpointError where files and index do not agree."""
-        in_files = {path: read_header(path) for path in sorted(set(self._files.values()))}
+        in_files = {path: self._source.header(path.name) for path in sorted(set(self._files.values()))}
         for path, in_file in in_files.items():
             absent = sorted(name for name, file in self._files.items() if file == path and name not in in_file)
             if absent:
@@ -181,7 +210,7 @@ def read_config(model_dir: Path, rope_scaling: Mapping[str, Any] | None = None) 
 
     Raises CheckpointError.
     """
-    check_directory(model_dir, CONFIG_FILE)
+    check_directory(model_dir, f"{CONFIG_FILE}, or a model's name on the hub: {NAME_FORMS}")
     raw = read_json_object(model_dir / CONFIG_FILE)
     try:
         return raw, read_model_config(raw if rope_scaling is None else with_rope_scaling(raw, rope_scaling))

@@ -1,9 +1,10 @@
-"""Finds the safetensors files of a directory and reads their headers. Knows no model."""
+"""Finds a checkpoint's safetensors files and reads their headers. Knows no model."""
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -11,6 +12,7 @@ from cluster.checkpoint.files import check_file, in_one_line, is_there, read_jso
 from cluster.config.json_keys import shown
 from cluster.errors import CheckpointError
 
+CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -28,38 +30,102 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def holds_weights(model_dir: Path) -> bool:
+class WeightFiles(Protocol):
+    """A checkpoint's files, those with tensors above all: they may be elsewhere until they are fetched.
+
+    directory: where they are, or will be once they are fetched.
+    All but `holds`, `is_file` and `matching` raise CheckpointError.
+    """
+
+    directory: Path
+
+    def holds(self, name: str) -> bool: ...
+
+    def is_file(self, name: str) -> bool: ...
+
+    def matching(self, pattern: str) -> list[str]:
+        """Names of files, sorted."""
+
+    def header_is_here(self, name: str) -> bool:
+        """Whether `header` asks nobody."""
+
+    def header(self, name: str) -> dict[str, StoredTensor]:
+        """Lists a safetensors file's tensors; fetches none."""
+
+    def missing_bytes(self, names: Collection[str]) -> int:
+        """Bytes that `fetch` would download."""
+
+    def check_room(self) -> None:
+        """Checks that what is elsewhere finds room here."""
+
+    def fetch(self, names: Collection[str], progress: Callable[[int], None] | None = None) -> None:
+        """Brings files into `directory`. Blocks. progress: called with the bytes of each piece."""
+
+
+class LocalFiles:
+    """All files are in a directory of the user's."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def holds(self, name: str) -> bool:
+        return is_there(self.directory / name)
+
+    def is_file(self, name: str) -> bool:
+        try:
+            return (self.directory / name).is_file()
+        except OSError:  # a name that is too long
+            return False
+
+    def matching(self, pattern: str) -> list[str]:
+        return sorted(path.name for path in self.directory.glob(pattern))
+
+    def header_is_here(self, name: str) -> bool:
+        return True
+
+    def header(self, name: str) -> dict[str, StoredTensor]:
+        return read_header(self.directory / name)
+
+    def missing_bytes(self, names: Collection[str]) -> int:
+        return 0
+
+    def check_room(self) -> None: ...
+
+    def fetch(self, names: Collection[str], progress: Callable[[int], None] | None = None) -> None: ...
+
+
+def holds_weights(files: WeightFiles) -> bool:
     """Whether any weights are there, in a format that is read or in another; False for a config.json alone."""
-    patterns = (*_FOREIGN, "*.safetensors", INDEX_FILE, "adapter_config.json")
-    return any(next(model_dir.glob(pattern), None) is not None for pattern in patterns)
+    return any(files.matching(p) for p in (*_FOREIGN, "*.safetensors", INDEX_FILE, "adapter_config.json"))
 
 
-def locate_tensors(model_dir: Path) -> dict[str, Path]:
+def locate_tensors(files: WeightFiles) -> dict[str, Path]:
     """Finds each tensor's file. A single file goes before an index, as in transformers; files without an index are all
     read, as in vLLM. Raises CheckpointError."""
-    if is_there(model_dir / SINGLE_FILE):
-        return dict.fromkeys(read_header(model_dir / SINGLE_FILE), model_dir / SINGLE_FILE)
-    if is_there(model_dir / INDEX_FILE):
-        return _read_index(model_dir / INDEX_FILE)
-    paths = sorted(model_dir.glob("*.safetensors"))
-    if is_there(model_dir / "adapter_config.json"):
+    model_dir = files.directory
+    if files.holds(SINGLE_FILE):
+        return dict.fromkeys(files.header(SINGLE_FILE), model_dir / SINGLE_FILE)
+    if files.holds(INDEX_FILE):
+        return _read_index(files)
+    names = files.matching("*.safetensors")
+    if files.holds("adapter_config.json"):
         raise CheckpointError(
             f"{model_dir} holds an adapter, not a whole model: merge it into its base (peft: merge_and_unload) "
             "and save that"
         )
-    if not paths:
-        raise CheckpointError(f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}: {_advice(model_dir)}")
-    _check_parts(model_dir, paths)
-    files: dict[str, Path] = {}
-    for path in paths:
-        for name in read_header(path):
-            if name in files:
+    if not names:
+        raise CheckpointError(f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}: {_advice(files)}")
+    _check_parts(files, names)
+    found: dict[str, Path] = {}
+    for file_name in names:
+        for tensor in files.header(file_name):
+            if tensor in found:
                 raise CheckpointError(
-                    f"{model_dir}: {some([name], 'is', 'are')} in {files[name].name} and in {path.name}, and no "
+                    f"{model_dir}: {some([tensor], 'is', 'are')} in {found[tensor].name} and in {file_name}, and no "
                     f"{INDEX_FILE} says which counts: remove the file that does not belong to this checkpoint"
                 )
-            files[name] = path
-    return files
+            found[tensor] = model_dir / file_name
+    return found
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -83,7 +149,8 @@ def open_weights(path: Path) -> Any:
         ) from error
 
 
-def _read_index(index: Path) -> dict[str, Path]:
+def _read_index(files: WeightFiles) -> dict[str, Path]:
+    index = files.directory / INDEX_FILE
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty: download it again")
@@ -92,35 +159,28 @@ def _read_index(index: Path) -> dict[str, Path]:
             raise CheckpointError(
                 f"{index}: weight_map gives {shown(file_name)} for {shown(name)}, a name without a directory is needed"
             )
-    absent = sorted(name for name in set(weight_map.values()) if not _is_file(index.parent / name))
+    absent = sorted(name for name in set(weight_map.values()) if not files.is_file(name))
     if absent:
         raise CheckpointError(
             f"{index} names {some(absent, 'which is', 'which are')} not there: download the missing files"
         )
-    return {name: index.parent / file_name for name, file_name in weight_map.items()}
+    return {name: files.directory / file_name for name, file_name in weight_map.items()}
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
-
-
-def _check_parts(model_dir: Path, paths: list[Path]) -> None:
+def _check_parts(files: WeightFiles, names: list[str]) -> None:
     """Raises CheckpointError where files are numbered and one is missing."""
-    for path in paths:
-        part = _PART.fullmatch(path.name)
+    for name in names:
+        part = _PART.fullmatch(name)
         if part is None:
             continue
-        names = [f"{part[1]}-{i:05d}-of-{part[3]}.safetensors" for i in range(1, int(part[3]) + 1)]
-        absent = [name for name in names if not is_there(model_dir / name)]
+        parts = [f"{part[1]}-{i:05d}-of-{part[3]}.safetensors" for i in range(1, int(part[3]) + 1)]
+        absent = [other for other in parts if not files.holds(other)]
         if absent:
-            raise CheckpointError(f"{model_dir}: {some(absent, 'is', 'are')} missing: download the missing files")
+            raise CheckpointError(f"{files.directory}: {some(absent, 'is', 'are')} missing: download the missing files")
 
 
-def _advice(model_dir: Path) -> str:
-    found = sorted(path.name for pattern in _FOREIGN for path in model_dir.glob(pattern))
+def _advice(files: WeightFiles) -> str:
+    found = sorted(name for pattern in _FOREIGN for name in files.matching(pattern))
     if not found:
         return "only safetensors weights are read"
     return (

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from cluster.checkpoint.model_files import located
 from cluster.config import DEFAULTS, ClusterConfig
 from cluster.config.options import doc_of, type_of
 from cluster.config.resources import available_cpus
@@ -146,7 +147,7 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
             given[cpus] = float(max(1, cores // max(1, processes)))
     if given.get("api_keys_file"):
         given["api_keys_file"] = str(Path(given["api_keys_file"]).resolve())
-    return ClusterConfig(model=str(Path(model).resolve()), **given)
+    return ClusterConfig(model=located(model), **given)
 
 
 def serve_options(args: argparse.Namespace) -> "ServeOptions":

@@ -13,7 +13,9 @@ def add_commands(commands: Commands) -> None:
     plan = add_command(
         commands, "plan", _plan, "show parameters, which expert goes where and how many bytes, without loading"
     )
-    plan.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint; its config.json is enough")
+    plan.add_argument(
+        "model", metavar="MODEL", help="directory of a checkpoint, or its name on the hub; its config.json is enough"
+    )
     plan.add_argument(
         "--shards",
         type=int,

@@ -41,7 +41,12 @@ def add_commands(commands: Commands) -> None:
     add_cluster_arguments(demo, grpc_port=0, metrics_port=0)
 
     serve = add_command(commands, "serve", _serve, "serve a checkpoint from this machine until Ctrl-C")
-    serve.add_argument("model", metavar="MODEL_DIR", help="directory of a checkpoint (config.json, *.safetensors)")
+    serve.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory of a checkpoint (config.json, *.safetensors), or its name on the hub: OWNER/NAME, or "
+        "OWNER/NAME@REVISION for a branch, tag or commit",
+    )
     add_cluster_arguments(serve)
     add_security_arguments(serve)
 

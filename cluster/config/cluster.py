@@ -29,8 +29,13 @@ class ClusterConfig(EngineConfig):
     Raises SetupError for values that cannot work.
     """
 
-    model: str = required("the checkpoint's directory, at the same path on every node")
-    model_id: str = option("", "the name that clients see; empty: the directory's")
+    model: str = required(
+        "the checkpoint's directory, at the same path on every node; or its name on Hugging Face's hub, OWNER/NAME or "
+        "OWNER/NAME@REVISION, and each node downloads the files that it needs"
+    )
+    model_id: str = option(
+        "", "the name that clients see; empty: the directory's, or its name on the hub without a revision"
+    )
     attention_replicas: int = option(1, "processes with the dense weights and a KV cache", least=1)
     max_attention_replicas: int | None = option(
         None,
@@ -134,7 +139,7 @@ class ClusterConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise SetupError("model is empty: give the directory of a checkpoint")
+            raise SetupError("model is empty: give the directory of a checkpoint, or its name on the hub")
         check(self)
         for name in ("gpus_per_attention_replica", "gpus_per_expert_shard"):
             gpus = getattr(self, name)

@@ -8,6 +8,7 @@ import torch
 
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.info import max_model_len, resolve_dtype
+from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.config.resources import available_memory
@@ -63,6 +64,7 @@ def load_engine(
 ) -> Engine:
     """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError.
 
+    model_dir: or a name on the hub.  progress: called with the bytes of each piece that is downloaded or read.
     remote_experts: they are in other processes, so that splitting a step may hide the time of the crossing.
     on_step: as of `Engine`.
     wait_for_experts: called when the dense weights are loaded. By default the cache is sized by the memory that is free
@@ -98,7 +100,7 @@ def load_engine(
             prefix_caching=config.enable_prefix_caching,
             frequency_length=reader.config.rope.frequency_length,
         ),
-        eos_token_ids=read_eos_token_ids(model_dir, reader.config),
+        eos_token_ids=read_eos_token_ids(reader.model_dir, reader.config),
         max_model_len=longest,
         metrics=metrics,
         on_step=on_step,
@@ -134,6 +136,7 @@ def local_experts(
 ) -> ExpertDispatcher:
     """All experts in this process, in `num_shards` shards; in none for a dense model. Blocks.
 
+    model_dir, progress: as of `load_engine`.
     Raises CheckpointError, SetupError.
     """
     reader = open_checkpoint(model_dir)
@@ -141,6 +144,7 @@ def local_experts(
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     device, num_experts = resolve_device(config.device), reader.config.num_experts
     plan = plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
+    reader.fetch(checkpoint_shapes(reader.config).keys() - dense_shapes(reader.config).keys(), progress)
     shards = {}
     for shard_id, experts in enumerate(plan.slices):
         shards[shard_id] = ExpertShard(

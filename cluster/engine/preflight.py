@@ -6,6 +6,7 @@ from cluster.checkpoint.chat_template import read_chat_templates
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.made.drawn import has_seed
+from cluster.checkpoint.model_files import open_files
 from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.reader import read_config
 from cluster.checkpoint.special_tokens import read_tokenizer_config
@@ -16,14 +17,13 @@ from cluster.experts.placement import num_shards_for, plan_evenly
 from cluster.model.kv_cache import check_block_fits
 
 
-def check_checkpoint(
-    model_dir: str | Path, engine: EngineConfig, num_shards: int, *, tokenizer: bool = True
-) -> Checkpoint:
+def check_checkpoint(model: str | Path, engine: EngineConfig, num_shards: int, *, tokenizer: bool = True) -> Checkpoint:
     """Finds the faults that would end a start minutes later, at one node or at each. Returns the opened checkpoint.
 
+    model: a directory, or a name on the hub, whose small files are fetched.
     tokenizer: whether requests will bring texts. Raises SetupError, CheckpointError.
     """
-    reader = open_checkpoint(model_dir, engine.rope_scaling)
+    reader = open_checkpoint(model, engine.rope_scaling)
     reader.check_tensors()
     _check_config(reader.model_dir, reader.config, engine, num_shards)
     if tokenizer:
@@ -31,11 +31,12 @@ def check_checkpoint(
     return reader
 
 
-def check_for_plan(model_dir: str | Path, engine: EngineConfig, num_shards: int) -> ModelConfig:
+def check_for_plan(model: str | Path, engine: EngineConfig, num_shards: int) -> ModelConfig:
     """As `check_checkpoint`, of what is there: config.json is enough. Raises SetupError, CheckpointError."""
-    model_dir = Path(model_dir)
-    if holds_weights(model_dir) or has_seed(model_dir):
-        return check_checkpoint(model_dir, engine, num_shards, tokenizer=has_tokenizer(model_dir)).config
+    files = open_files(model)
+    model_dir = files.directory
+    if holds_weights(files) or has_seed(model_dir):
+        return check_checkpoint(model, engine, num_shards, tokenizer=has_tokenizer(model_dir)).config
     _, config = read_config(model_dir, engine.rope_scaling)
     _check_config(model_dir, config, engine, num_shards)
     if has_tokenizer(model_dir):

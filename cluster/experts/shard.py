@@ -50,6 +50,17 @@ class ExpertShard:
             (config.num_hidden_layers, config.num_experts), dtype=torch.int64, device=device
         )  # rows that each expert has computed here since the start: the load that placement balances
 
+    def missing_tensors(self, experts: Mapping[int, Sequence[int]]) -> list[str]:
+        """Names of the tensors that `load` would read."""
+        here = {layer_id: layer.expert_ids for layer_id, layer in self.layers.items()}
+        return [
+            name
+            for layer_id, expert_ids in experts.items()
+            for expert_id in expert_ids
+            if expert_id not in here.get(layer_id, ())
+            for name in expert_shapes(self.config, layer_id, expert_id)
+        ]
+
     def load(
         self,
         reader: Checkpoint,

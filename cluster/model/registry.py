@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
 from cluster.kernels.quantization import Quantization
@@ -32,9 +33,11 @@ def load_model(
 ) -> CausalLM:
     """Reads all but the routed experts, each tensor into its place, or into the memory that its weight is made from.
 
+    Downloads their files before, where they are elsewhere. progress: called with the bytes of each piece of both.
     Raises CheckpointError.
     """
     config = reader.config
+    reader.fetch(dense_shapes(config), progress)
     with torch.device("meta"):
         model = MODELS[config.model_type](config).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)

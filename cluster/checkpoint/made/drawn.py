@@ -1,7 +1,7 @@
 """A checkpoint without weight files: each process draws the tensors that it wants, on its own device. For benches."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ class DrawnCheckpoint:
 
     def check_tensors(self) -> None:
         """They have whatever shape is asked for."""
+
+    def missing_bytes(self, names: Collection[str]) -> int:
+        return 0
+
+    def fetch(self, names: Collection[str], progress: Callable[[int], None] | None = None) -> None:
+        """There is nothing to download."""
+
+    def check_room(self) -> None: ...
 
     def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
         """Fills each destination. Returns their bytes."""

@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
+from cluster.checkpoint.model_files import model_directory
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry, report_version
@@ -136,11 +137,12 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         self._controller.apply.remote(config)
         self._replicas = ServeReplicas(replicas)
         self._admission = self._make_admission()
+        model_dir = model_directory(config.model)
         metrics = IngressMetrics(report_version(new_registry(), "ingress"))
         self._service = InferenceService(
-            tokenizer=Tokenizer(config.model),
+            tokenizer=Tokenizer(model_dir),
             info=model_info(config.model, config.engine(), config.model_id),
-            defaults=read_sampling_defaults(config.model),
+            defaults=read_sampling_defaults(model_dir),
             backend=ReplayingBackend(
                 self._replicas,
                 max_replays=config.max_replays,

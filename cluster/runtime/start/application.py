@@ -5,6 +5,7 @@ from dataclasses import replace
 import ray
 from ray import serve
 
+from cluster.checkpoint.model_files import pinned
 from cluster.config import ClusterConfig
 from cluster.config.resources import available_cpus
 from cluster.engine.preflight import check_checkpoint
@@ -29,8 +30,10 @@ NO_ACCESS_LOG = {"enable_access_log": False}  # the service has one of its own, 
 def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterConfig:
     """Finds, before anything starts, faults that every node would meet. Reads no tensor. Raises SetupError.
 
-    Returns the configuration with at most as many shards as the model can have: none for a dense one.
+    Returns the configuration with a model that means the same files for ever, and with at most as many shards as it
+    can have: none for a dense one.
     """
+    config = replace(config, model=pinned(config.model))
     reader = check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=tokenizer)
     return replace(config, expert_shards=num_shards_for(reader.config.num_experts, config.expert_shards))
 

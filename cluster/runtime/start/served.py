@@ -14,6 +14,7 @@ import ray
 from ray import serve
 from ray.serve.config import gRPCOptions
 
+from cluster.checkpoint.model_files import model_directory
 from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT
 from cluster.errors import ClusterError, SetupError
@@ -223,7 +224,7 @@ def _free_port(what: str, port: int) -> int:
 
 def _check_ingress_files(config: ClusterConfig) -> None:
     """Raises SetupError for files that an ingress could not use, before a deployment fails by them."""
-    Tokenizer(config.model)
+    Tokenizer(model_directory(config.model))
     if config.api_keys_file:
         ApiKeys(Path(config.api_keys_file), time.monotonic)
 

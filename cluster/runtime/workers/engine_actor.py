@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from cluster.checkpoint.names import dense_bytes
+from cluster.checkpoint.names import dense_bytes, dense_shapes
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
 from cluster.engine.load import load_engine
@@ -54,7 +54,7 @@ class EngineActor:
         )
         reader = open_checkpoint(config.model)
         reader.check_names()
-        total = dense_bytes(reader.config, reader.config.dtype)
+        total = reader.missing_bytes(dense_shapes(reader.config)) + dense_bytes(reader.config, reader.config.dtype)
         engine = load_engine(
             config.model,
             config.engine(),

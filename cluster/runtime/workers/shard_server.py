@@ -58,7 +58,8 @@ class ShardServer:
         """Holds `experts` from now on, while calls go on. Experts that are here, of the same model, dtype and device,
         are not read again. Raises CheckpointError, SetupError.
 
-        progress: from the bytes that will be read, the callback for each piece of them.
+        model_dir: or a name on the hub; the files with the missing experts are downloaded.
+        progress: from the bytes that will be downloaded and read, the callback for each piece of them.
         """
         reader = open_checkpoint(model_dir)
         if self._shard is None or self._source != (model_dir, dtype, device):
@@ -76,7 +77,11 @@ class ShardServer:
         self._rehearsal.before_load()
         here = {layer_id: set(layer.expert_ids) for layer_id, layer in shard.layers.items()}
         missing = sum(len(set(ids) - here.get(layer_id, set())) for layer_id, ids in experts.items())
-        shard.load(reader, experts, progress(missing * reader.config.expert_bytes(reader.config.dtype)))
+        tensors = shard.missing_tensors(experts)
+        num_bytes = reader.missing_bytes(tensors) + missing * reader.config.expert_bytes(reader.config.dtype)
+        report = progress(num_bytes)
+        reader.fetch(tensors, report)
+        shard.load(reader, experts, report)
         self._shard = shard
         self._metrics.weights_bytes(shard.num_bytes)
         num_experts = sum(len(ids) for ids in experts.values())
