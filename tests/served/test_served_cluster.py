@@ -160,7 +160,6 @@ def test_streams_of_a_killed_attention_replica_go_on_without_a_gap(served, stub,
 
     Serve's process is killed, and its engine with it; the engine alone is in test_chaos.
     """
-    wait_until(lambda: len(engine_pids(served)) == 2, "the controller knows both engines", timeout_s=60)
     asked = [
         pb.GenerateStreamRequest(
             text=f"story {i}",
@@ -168,28 +167,37 @@ def test_streams_of_a_killed_attention_replica_go_on_without_a_gap(served, stub,
         )
         for i in range(6)
     ]
-    replica = served.status().replicas[0]
-    names = [actor["name"] for actor in ray_cluster.util.list_named_actors(all_namespaces=True)]
-    [name] = [name for name in names if name.endswith(f"#{replica.name}")]
-    victim = ray_cluster.get_actor(name, namespace="serve")
-    before = scrape(served).get("moecluster_request_replays_total", 0)
     with ThreadPoolExecutor(len(asked)) as pool:
         expected = list(pool.map(lambda request: answer_of(stub.GenerateStream(request)), asked))
-        calls = [stub.GenerateStream(request) for request in asked]
-        for call in calls:
-            next(call)
-        rests = [pool.submit(answer_of, call) for call in calls]
-        ray_cluster.kill(victim)
-        answers = [rest.result() for rest in rests]
-    for (token_ids, text), whole in zip(answers, expected, strict=True):
-        assert token_ids == whole[0][-len(token_ids) :]  # the first piece was read before the fault
-        assert whole[1].endswith(text)
-        assert len(token_ids) > 300
-    assert scrape(served)["moecluster_request_replays_total"] > before
+
+        def replayed():
+            wait_until(lambda: len(engine_pids(served)) == 2, "the controller knows both engines", timeout_s=60)
+            victim = attention_replica(ray_cluster, served.status().replicas[0].name)
+            before = scrape(served).get("moecluster_request_replays_total", 0)
+            calls = [stub.GenerateStream(request) for request in asked]
+            for call in calls:
+                next(call)
+            rests = [pool.submit(answer_of, call) for call in calls]
+            ray_cluster.kill(victim)
+            for rest, whole in zip(rests, expected, strict=True):
+                token_ids, text = rest.result()
+                assert token_ids == whole[0][-len(token_ids) :]  # the first piece was read before the fault
+                assert whole[1].endswith(text)
+            return scrape(served)["moecluster_request_replays_total"] > before
+
+        # On a busy machine the streams may have ended before the kill arrives.
+        assert any(replayed() for _ in range(4))
     wait_until(lambda: len(engine_pids(served)) == 2, "a new engine", timeout_s=60)
     places = {sample.labels["replica"] for sample in samples(served) if "replica" in sample.labels}
     assert places <= {"0", "1", "2"}  # two and, where Serve is quicker than the controller, the dead one's
     assert {str(replica.process.slot) for replica in served.status().replicas} <= places
+
+
+def attention_replica(ray_cluster, name):
+    """The actor of Serve's replica of this name."""
+    names = [actor["name"] for actor in ray_cluster.util.list_named_actors(all_namespaces=True)]
+    [full_name] = [each for each in names if each.endswith(f"#{name}")]
+    return ray_cluster.get_actor(full_name, namespace="serve")
 
 
 @pytest.mark.slow
