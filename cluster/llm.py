@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster import inputs
+from cluster.chatting import Chats
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
 from cluster.checkpoint.model_files import located, pinned
@@ -35,7 +36,7 @@ from cluster.runtime.start.offline import RayExperts
 from cluster.serving.prepare import RequestCompleter
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText
-from cluster.serving.text.prompts import Prompt, to_params, to_prompts
+from cluster.serving.text.prompts import OneParams, Prompt, to_params, to_prompts
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import (
     CompletionOutput,
@@ -43,13 +44,12 @@ from cluster.types import (
     SamplingParams,
 )
 
-OneParams = SamplingParams | Mapping[str, Any]
 Output = TypeVar("Output")
 
 QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is refused
 
 
-class LLM(Results):
+class LLM(Results, Chats):
     """A checkpoint ready to generate. Not thread-safe. Close it, or use it as a context manager.
 
     model_dir: its directory, or its name on the Hugging Face hub: "OWNER/NAME", or "OWNER/NAME@REVISION".
@@ -148,9 +148,15 @@ class LLM(Results):
         prompts' order, None for one that failed.
         """
         self._check_open()
-        asked = to_prompts(prompts)
-        every = to_params(params, len(asked))
-        requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, every, strict=True)]
+        return self.answer(to_prompts(prompts), params)
+
+    def answer(
+        self, prompts: list[Prompt], params: OneParams | Iterable[OneParams] | None = None
+    ) -> list[CompletionOutput]:
+        """Answers prompts of any kind, conversations too. Raises as `generate`."""
+        self._check_open()
+        every = to_params(params, len(prompts))
+        requests = [self._request(prompt, chosen) for prompt, chosen in zip(prompts, every, strict=True)]
         return self._run([OpenAnswer(request, self._answer(request)) for request in requests])
 
     def compute(self, prompts: list[Prompt], wants: Wants) -> list[Computed]:
@@ -230,11 +236,13 @@ class LLM(Results):
         )
 
     def _token_ids(self, prompt: Prompt) -> Iterable[int]:
-        if prompt.text is None:
-            assert prompt.token_ids is not None, "offline prompts are no conversations"
+        if prompt.token_ids is not None:
             return prompt.token_ids
         if self._tokenizer is None:
-            raise InvalidRequest("text needs the tokenizer, which skip_tokenizer left out", "text")
+            raise InvalidRequest(f"{prompt.field} needs the tokenizer, which skip_tokenizer left out", prompt.field)
+        if prompt.chat is not None:
+            return self._tokenizer.encode_chat(prompt.chat)
+        assert prompt.text is not None, "a prompt is one of three"
         return self._tokenizer.encode(prompt.text)
 
     def _answer(self, request: EngineRequest) -> Answer:

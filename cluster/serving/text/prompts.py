@@ -13,6 +13,7 @@ from cluster.conversation import Conversation
 from cluster.errors import InvalidRequest
 from cluster.types import SamplingParams
 
+OneParams = SamplingParams | Mapping[str, Any]
 _TEXT, _TOKEN_IDS = "prompt", "prompt_token_ids"  # the keys of vLLM's TextPrompt and TokensPrompt
 _WANTED = "a text, token ids, or a list of these"
 
