@@ -30,7 +30,7 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.kernels.native.report import log_kernels
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.open_answers import Open, OpenAnswer, OpenResult
-from cluster.outcome import Computed, Wants
+from cluster.outcome import Computed, Head, Wants
 from cluster.results import Prompts, Results
 from cluster.runtime.start.offline import RayExperts
 from cluster.serving.prepare import RequestCompleter
@@ -167,6 +167,10 @@ class LLM(Results, Chats):
             for prompt in prompts
         ]
         return self._run([OpenResult(request) for request in requests])
+
+    @property
+    def head(self) -> Head:
+        return self.info.head
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> [T, V] float32, on the model's device."""

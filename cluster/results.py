@@ -1,24 +1,58 @@
 """An `LLM`'s results beside answers of tokens. Knows no engine: `LLM` computes the numbers.
 
-T: tokens of a prompt, H: hidden size, V: vocabulary.
+T: tokens of a prompt, H: hidden size, V: vocabulary, L: labels.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
-from cluster.outcome import Computed, Wants
-from cluster.serving.outcomes import unit_vector
+from cluster.outcome import Computed, Head, Wants
+from cluster.serving.outcomes import best_span, probabilities, unit_vector
 from cluster.serving.text.prompts import Prompt, to_prompts
 
 OnePrompt = str | Iterable[int] | Mapping[str, Any]
 _POOLINGS: Mapping[str, Wants] = {"last": "last_hidden_state", "mean": "mean_hidden_state"}
 Prompts = OnePrompt | Iterable[OnePrompt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Classification:
+    """logits, probs: [L] float32; probs sum to one, or are one by one for several labels at a time, and for a
+    regression they are the logits.  label: the likeliest one's name.
+    prompt_token_ids: without the padding behind them."""
+
+    prompt_token_ids: tuple[int, ...]
+    logits: Tensor
+    probs: Tensor
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenClassification:
+    """logits: [T, L] float32.  labels: [T], each token's likeliest one's name."""
+
+    prompt_token_ids: tuple[int, ...]
+    logits: Tensor
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AnswerSpan:
+    """start_logits, end_logits: [T] float32.  start, end: positions in prompt_token_ids of the best answer's first and
+    last token: of all spans, that with the largest sum of both logits."""
+
+    prompt_token_ids: tuple[int, ...]
+    start_logits: Tensor
+    end_logits: Tensor
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,6 +79,9 @@ class Computes(Protocol):
 
     def logits_of(self, hidden_states: Tensor) -> Tensor: ...
 
+    @property
+    def head(self) -> Head: ...
+
 
 class Results(Computes, Protocol):
     """All calls take prompts as `LLM.generate` does, several at once, and raise as it does; an error's `outputs` are
@@ -55,6 +92,7 @@ class Results(Computes, Protocol):
 
         Raises InvalidRequest, Unavailable, Closed.
         """
+        self.head.check_serves("tokens")
         [computed] = self.compute([Prompt(token_ids=() if token_ids is None else token_ids)], "hidden_states")
         return self.logits_of(_tensor(computed))
 
@@ -65,6 +103,50 @@ class Results(Computes, Protocol):
             PromptLogprobs(prompt_token_ids=computed.prompt_token_ids, logprobs=_tensor(computed))
             for computed in self.compute(to_prompts(prompts), "token_logprobs")
         ]
+
+    def classify(self, prompts: Prompts) -> list[Classification]:
+        """Labels for whole prompts, by a checkpoint of a `ForSequenceClassification` class: those of a prompt's last
+        token that is not the config's pad_token_id."""
+        found = []
+        for computed in self.compute(to_prompts(prompts), "label_logits"):
+            logits = computed.numbers.array()
+            probs = probabilities(logits, self.head.activation)
+            found.append(
+                Classification(
+                    prompt_token_ids=computed.prompt_token_ids,
+                    logits=torch.from_numpy(logits),
+                    probs=torch.from_numpy(probs),
+                    label=self.head.labels[int(logits.argmax())],
+                )
+            )
+        return found
+
+    def classify_tokens(self, prompts: Prompts) -> list[TokenClassification]:
+        """Labels for each token, by a checkpoint of a `ForTokenClassification` class."""
+        found = []
+        for computed in self.compute(to_prompts(prompts), "token_label_logits"):
+            logits = _tensor(computed)
+            labels = tuple(self.head.labels[i] for i in logits.argmax(dim=-1).tolist())
+            found.append(TokenClassification(prompt_token_ids=computed.prompt_token_ids, logits=logits, labels=labels))
+        return found
+
+    def answer_spans(self, prompts: Prompts) -> list[AnswerSpan]:
+        """Where an answer stands in a prompt of a question and its context, by a checkpoint of a
+        `ForQuestionAnswering` class. The span may lie anywhere in the prompt."""
+        found = []
+        for computed in self.compute(to_prompts(prompts), "span_logits"):
+            starts, ends = np.ascontiguousarray(computed.numbers.array().T)
+            start, end = best_span(starts, ends)
+            found.append(
+                AnswerSpan(
+                    prompt_token_ids=computed.prompt_token_ids,
+                    start_logits=torch.from_numpy(starts),
+                    end_logits=torch.from_numpy(ends),
+                    start=start,
+                    end=end,
+                )
+            )
+        return found
 
     def embed(self, prompts: Prompts, *, pooling: str = "last", normalize: bool = True) -> list[Embedding]:
         """A vector for each prompt: the hidden state of its last token after the model's last norm, or all tokens'

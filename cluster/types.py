@@ -11,7 +11,7 @@ from cluster import inputs
 from cluster.conversation import ChatMessage as ChatMessage  # users import it from here
 from cluster.errors import InvalidRequest
 from cluster.evolving import evolving
-from cluster.outcome import Numbers, Wants
+from cluster.outcome import Head, Numbers, Wants
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -291,4 +291,5 @@ class ModelInfo:
     num_experts: int
     num_experts_per_tok: int
     dtype: str
-    eos_token_ids: tuple[int, ...] = field(default=())
+    eos_token_ids: tuple[int, ...] = ()
+    head: Head = field(default_factory=Head)

@@ -46,4 +46,5 @@ def model_info(model: str | Path, config: EngineConfig, model_id: str = "") -> M
         num_experts_per_tok=reader.config.num_experts_per_tok,
         dtype=resolve_dtype(config.dtype, reader.config),
         eos_token_ids=read_eos_token_ids(reader.model_dir, reader.config),
+        head=reader.config.head,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cluster.config import DTYPE_BYTES, ModelConfig
 from cluster.config.architectures.architecture import Shapes
+from cluster.config.architectures.heads import head_shapes
 from cluster.config.architectures.registry import architecture_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -100,8 +101,7 @@ def _all_shapes(config: ModelConfig, *, with_experts: bool) -> Shapes:
             for expert_id in range(config.num_experts):
                 shapes |= expert_shapes(config, layer_id, expert_id)
     shapes["model.norm.weight"] = (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, config.hidden_size)  # [V, H]
+    shapes |= head_shapes(config)
     return shapes
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeGuard, cast
+from typing import Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -23,6 +23,11 @@ from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY
 
 MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context
 
+OnePrompt = str | Conversation | Sequence[ChatMessage] | Iterable[int]
+Asking = TypeVar(
+    "Asking", pb.GenerateStreamRequest, pb.ScoreRequest, pb.EmbedRequest, pb.ClassifyRequest, pb.ClassifyTokensRequest,
+    pb.AnswerSpanRequest,
+)  # fmt: skip
 _POOLINGS = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
 _ERRORS: dict[grpc.StatusCode, type[ClusterError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -77,7 +82,7 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Conversation | Sequence[ChatMessage] | Iterable[int],
+        prompt: OnePrompt,
         params: SamplingParams,
         *,
         request_id: str = "",
@@ -95,22 +100,35 @@ class Client:
         finally:
             call.cancel()
 
-    def score(self, prompt: str | Iterable[int], *, request_id: str = "") -> pb.ScoreResponse:
+    def score(self, prompt: OnePrompt, *, request_id: str = "") -> pb.ScoreResponse:
         """The log-probability of each token of a prompt after the first. Raises ClusterError with the server's
-        message."""
-        request = pb.ScoreRequest(request_id=request_id)
-        _fill_in(request, prompt)
+        message, as the others do."""
+        request = _filled_in(pb.ScoreRequest(request_id=request_id), prompt)
         return cast(pb.ScoreResponse, self._ask(self._stub.Score, request))
 
     def embed(
-        self, prompt: str | Iterable[int], *, pooling: str = "last", normalize: bool = True, request_id: str = ""
+        self, prompt: OnePrompt, *, pooling: str = "last", normalize: bool = True, request_id: str = ""
     ) -> pb.EmbedResponse:
-        """A prompt's vector. pooling: "last" or "mean". Raises ClusterError with the server's message."""
+        """A prompt's vector. pooling: "last" or "mean"."""
         if pooling not in _POOLINGS:
             raise InvalidRequest(f"pooling is {inputs.shown(pooling)}, {' or '.join(_POOLINGS)} is needed", "pooling")
         request = pb.EmbedRequest(request_id=request_id, pooling=_POOLINGS[pooling], normalize=normalize)
-        _fill_in(request, prompt)
-        return cast(pb.EmbedResponse, self._ask(self._stub.Embed, request))
+        return cast(pb.EmbedResponse, self._ask(self._stub.Embed, _filled_in(request, prompt)))
+
+    def classify(self, prompt: OnePrompt, *, request_id: str = "") -> pb.ClassifyResponse:
+        """A prompt's labels."""
+        request = _filled_in(pb.ClassifyRequest(request_id=request_id), prompt)
+        return cast(pb.ClassifyResponse, self._ask(self._stub.Classify, request))
+
+    def classify_tokens(self, prompt: str | Iterable[int], *, request_id: str = "") -> pb.ClassifyTokensResponse:
+        """The labels of a prompt's tokens."""
+        request = _filled_in(pb.ClassifyTokensRequest(request_id=request_id), prompt)
+        return cast(pb.ClassifyTokensResponse, self._ask(self._stub.ClassifyTokens, request))
+
+    def answer_span(self, prompt: str | Iterable[int], *, request_id: str = "") -> pb.AnswerSpanResponse:
+        """Where the answer stands in a prompt of a question and its context."""
+        request = _filled_in(pb.AnswerSpanRequest(request_id=request_id), prompt)
+        return cast(pb.AnswerSpanResponse, self._ask(self._stub.AnswerSpan, request))
 
     def model_info(self) -> pb.GetModelInfoResponse:
         """Raises ClusterError with the server's message."""
@@ -164,38 +182,35 @@ def _short(reason: str) -> str:
     return last.split(" {")[0].strip().removesuffix(": OK").rstrip(".")[-120:]
 
 
-def _request(
-    prompt: str | Conversation | Sequence[ChatMessage] | Iterable[int], params: SamplingParams, request_id: str
-) -> pb.GenerateStreamRequest:
+def _request(prompt: OnePrompt, params: SamplingParams, request_id: str) -> pb.GenerateStreamRequest:
     """Raises InvalidRequest for values that no message carries."""
     try:
         request = pb.GenerateStreamRequest(request_id=request_id, sampling_params=sampling_message(params))
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
-    _fill_in(request, prompt)
+    return _filled_in(request, prompt)
+
+
+def _filled_in(request: Asking, prompt: OnePrompt) -> Asking:
+    """The message with its input. Raises InvalidRequest for values that no message carries."""
+    try:
+        chat = _as_chat(prompt)
+        if isinstance(prompt, str):
+            request.text = prompt
+        elif chat is None or isinstance(request, pb.ClassifyTokensRequest | pb.AnswerSpanRequest):
+            request.token_ids.ids.extend(inputs.prompt_token_ids(prompt, "token_ids", MAX_PROMPT_TOKENS))
+        else:
+            request.chat.CopyFrom(to_chat_messages(chat))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
     return request
 
 
-def _fill_in(
-    request: pb.GenerateStreamRequest | pb.ScoreRequest | pb.EmbedRequest,
-    prompt: str | Conversation | Sequence[ChatMessage] | Iterable[int],
-) -> None:
-    """Gives a message its input. Raises InvalidRequest for values that no message carries."""
-    try:
-        if isinstance(prompt, str):
-            request.text = prompt
-        elif isinstance(request, pb.GenerateStreamRequest) and isinstance(prompt, Conversation):
-            request.chat.CopyFrom(to_chat_messages(prompt))
-        elif isinstance(request, pb.GenerateStreamRequest) and _is_chat(prompt):
-            request.chat.CopyFrom(to_chat_messages(Conversation(messages=prompt)))
-        else:
-            request.token_ids.ids.extend(inputs.prompt_token_ids(prompt, "token_ids", MAX_PROMPT_TOKENS))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InvalidRequest(f"the request cannot be sent: {error}", "input") from error
-
-
-def _is_chat(prompt: object) -> TypeGuard[Sequence[ChatMessage]]:
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], ChatMessage)
+def _as_chat(prompt: OnePrompt) -> Conversation | None:
+    if isinstance(prompt, Conversation):
+        return prompt
+    is_turns = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], ChatMessage)
+    return Conversation(messages=cast(Sequence[ChatMessage], prompt)) if is_turns else None
 
 
 def sampling_message(params: SamplingParams) -> pb.SamplingParams:

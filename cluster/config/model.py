@@ -1,12 +1,13 @@
 """A checkpoint's config.json, normalized. Knows no model family, no tensors, and reads no files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config.json_keys import shown
 from cluster.config.rope import RopeConfig
 from cluster.errors import CheckpointError
+from cluster.outcome import Head
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 DTYPE_ALIASES = {"half": "float16", "float": "float32", "double": "float64"}  # torch's own other names
@@ -48,7 +49,7 @@ class ModelConfig:
     model_type: the family's name, by which the registries find its code.
     layer_types: "full_attention" or "sliding_attention" for each layer.
     dtype: of the tensors on disk, as the config says it, a key of DTYPE_BYTES.
-    moe: None for a model whose layers are all dense.
+    moe: None for a model whose layers are all dense.  head: the layer above the decoder.
     """
 
     model_type: str
@@ -69,6 +70,7 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None = None
+    head: Head = field(default_factory=Head)
 
     def __post_init__(self) -> None:
         _check_counts(

@@ -17,8 +17,9 @@ def print_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> N
     """Prints a model's parameters, which expert would go where, and the bytes of each process."""
     console = OutputConsole()
     active = f", {count(sizes.num_active_parameters)} of them active for a token" if config.moe is not None else ""
+    head = "" if config.head.generates else f" with {config.head}"
     console.print(
-        f"{config.model_type}, {count(sizes.num_parameters)} parameters ({sizes.num_parameters:,}){active}; "
+        f"{config.model_type}{head}, {count(sizes.num_parameters)} parameters ({sizes.num_parameters:,}){active}; "
         f"{config.num_hidden_layers} layers, context {config.context_length:,} tokens",
         highlight=False,
     )
@@ -47,6 +48,8 @@ def describe_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -
     shards = [_num_experts(layers) for layers in plan.slices]
     return {
         "model_type": config.model_type,
+        "head": config.head.kind,
+        "labels": list(config.head.labels),
         "dtype": sizes.dtype,
         "context_tokens": config.context_length,
         "parameters": sizes.num_parameters,

@@ -1,7 +1,8 @@
 """Results other than tokens: the part that a step's rows give of one, and the whole of its parts. Knows no queue.
 
 A result grows with each chunk of its prompt, so that no more of a long one is held than its result needs.
-t: a sequence's rows in the step, T: all of its tokens, H: hidden size, V: vocabulary. Numbers are float32, on the CPU.
+t: a sequence's rows in the step, T: all of its tokens, H: hidden size, V: vocabulary, L: labels. Numbers are float32,
+on the CPU.
 """
 
 from collections.abc import Iterable
@@ -77,6 +78,11 @@ def _parts(model: CausalLM, wants: Wants, members: _Members) -> Iterable[Tensor]
             return torch.stack([rows.sum(dim=0, dtype=torch.float32) for _, rows in members]).cpu()
         case "token_logprobs":
             return _logprobs(model, members)
+        case "label_logits":
+            return model.label_logits(torch.stack([rows[-1] for _, rows in members])).float().cpu()
+        case "token_label_logits" | "span_logits":
+            logits = model.label_logits(torch.cat([rows for _, rows in members])).float().cpu()  # [*, L]
+            return torch.split(logits, [len(rows) for _, rows in members])
     raise AssertionError(f"{wants} is no result of numbers")
 
 
@@ -100,7 +106,7 @@ def _next_tokens(scheduled: ScheduledSequence) -> list[int]:
 
 
 def _whole(wants: Wants, parts: Seq[Tensor], num_tokens: int) -> Tensor:
-    if wants == "last_hidden_state":
+    if wants in ("last_hidden_state", "label_logits"):
         return parts[-1]
     if wants == "mean_hidden_state":
         return torch.stack(list(parts)).sum(dim=0) / num_tokens

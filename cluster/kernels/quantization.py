@@ -27,7 +27,7 @@ class Quantization:
 
     def takes(self, layer: str) -> bool:
         """Whether it is meant for a linear layer of this name."""
-        return self.lm_head if layer == "lm_head" else layer != "shared_expert_gate"
+        return self.lm_head if layer == "lm_head" else layer not in ("shared_expert_gate", "score", "qa_outputs")
 
 
 def quantizations() -> dict[str, Quantization]:

@@ -1,7 +1,7 @@
 """The decoder that model families share, without routed experts: each micro-batch brings those along.
 
 Knows no family: one gives it its layers. Attribute names are the checkpoint's.
-T: tokens of all sequences in a step, H: hidden size, V: vocabulary.
+T: tokens of all sequences in a step, H: hidden size, V: vocabulary, L: labels.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from cluster.config import ModelConfig
 from cluster.kernels.paged import AttentionPlan
+from cluster.model.heads import head_layers
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.attention import Attention
 from cluster.model.layers.feed_forward import Experts, FeedForward
-from cluster.model.layers.linear import Linear
 from cluster.model.layers.norm import RMSNorm
 from cluster.model.layers.rope import RotaryEmbedding
 
@@ -83,9 +83,9 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, layers)
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, {"lm_head": config.vocab_size})
-        )
+        self._head = head_layers(config)  # at most one layer
+        for name, layer in self._head.items():
+            self.add_module(name, layer)
 
     @torch.inference_mode()
     def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> Tensor:
@@ -110,8 +110,19 @@ class CausalLM(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V] in the model's dtype."""
-        if self.lm_head is None:
+        """[T, H] -> [T, V] in the model's dtype: those of each row's next token."""
+        assert self.config.head.generates
+        if not self._head:
             return F.linear(hidden_states, self.model.embed_tokens.weight)
-        logits: Tensor = self.lm_head(hidden_states)
-        return logits
+        return self._apply_head(hidden_states)
+
+    @torch.inference_mode()
+    def label_logits(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, L] in the model's dtype, of a head with L labels."""
+        assert self.config.head.labels
+        return self._apply_head(hidden_states)
+
+    def _apply_head(self, hidden_states: Tensor) -> Tensor:
+        [layer] = self._head.values()
+        found: Tensor = layer(hidden_states)
+        return found

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cluster.errors import ClusterError, RequestCancelled, Unavailable
-from cluster.outcome import Numbers
+from cluster.outcome import Activation, Numbers
 from cluster.types import SequenceUpdate
 
 
@@ -26,6 +26,30 @@ def result_of(update: SequenceUpdate, name: str) -> Numbers | None:
     if update.finish_reason is not None and update.numbers is None:
         raise ClusterError(f"request {name}: the engine ended it without its result")
     return update.numbers
+
+
+def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
+    """Of a prompt's labels, as transformers' pipeline has them: they sum to one, or each is by itself. [L] float32.
+
+    For a regression the numbers are the model's own.
+    """
+    if activation == "none":
+        return logits
+    wide = logits.astype(np.float64)
+    if activation == "sigmoid":
+        wide = 0.5 * (1.0 + np.tanh(0.5 * wide))
+    else:
+        wide = np.exp(wide - wide.max())
+        wide /= wide.sum()
+    return wide.astype(np.float32)
+
+
+def best_span(start_logits: np.ndarray, end_logits: np.ndarray) -> tuple[int, int]:
+    """The positions of the first and the last token for which the two logits have the largest sum, the first not behind
+    the last; of equal ones the earliest. Each is [T]."""
+    best_starts = np.maximum.accumulate(start_logits)
+    end = int(np.argmax(best_starts + end_logits))
+    return int(np.argmax(start_logits[: end + 1])), end
 
 
 def unit_vector(vector: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ class RequestCompleter:
 
         Raises InvalidRequest with the field, the value and the limit.
         """
+        self.check_serves("tokens")
         prompt_token_ids = self.prompt(token_ids, field)
         self.check_in_vocabulary(params.stop_token_ids, "stop_token_ids")
         return EngineRequest(
@@ -54,13 +55,21 @@ class RequestCompleter:
         self, token_ids: Iterable[int], wants: Wants, *, field: str, request_id: str, timeout_s: float | None = None
     ) -> EngineRequest:
         """As `complete`, for a result of numbers. Its prompt may be as long as the context."""
+        self.check_serves(wants)
+        prompt_token_ids = self.prompt(token_ids, field)
+        if wants == "label_logits":
+            prompt_token_ids = self._info.head.classified(prompt_token_ids)
         return EngineRequest(
             request_id=request_id,
-            prompt_token_ids=self.prompt(token_ids, field),
+            prompt_token_ids=prompt_token_ids,
             params=_NO_TOKENS,
             timeout_s=timeout_s,
             wants=wants,
         )
+
+    def check_serves(self, wants: Wants) -> None:
+        """Raises InvalidRequest for a result that the model's head does not give."""
+        self._info.head.check_serves(wants)
 
     def prompt(self, token_ids: Iterable[int], field: str) -> tuple[int, ...]:
         """Returns a prompt's ids as plain ints. Raises InvalidRequest for none, too many, and a value that is no id."""

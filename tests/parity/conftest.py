@@ -1,10 +1,13 @@
 """One checkpoint and one oracle for each configuration."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from configs import CONFIGS, DENSE_CONFIGS
+from head_tools import Written, write
 from parity_tools import Oracle, ask_transformers
 
 from cluster.checkpoint.made.synthetic import write_checkpoint
@@ -33,3 +36,19 @@ def oracle(request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]) -
 def moe_oracle(request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]) -> Oracle:
     """Of a model with routed experts."""
     return oracle_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
+    """A checkpoint with a head, of a family and a head's name, made once; changes: of its config."""
+    made: dict[str, Written] = {}
+
+    def get(family: str, head: str, **changes: Any) -> Written:
+        if head == "Model" or (family, head) == ("Qwen2", "ForQuestionAnswering"):
+            pytest.importorskip("cluster.checkpoint.prefixes", reason="names without `model.` are not read yet")
+        key = json.dumps([family, head, changes])
+        if key not in made:
+            made[key] = write(tmp_path_factory.mktemp("heads") / "model", family, head, **changes)
+        return made[key]
+
+    return get

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cluster.conversation import ChatMessage, Conversation
+from cluster.outcome import Head
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.service import InferenceService, ServiceLimits
@@ -175,11 +176,12 @@ def make_service(
     max_waiting_inputs: int = 64,
     keys: ApiKeys | None = None,
     admission: Admission | None = None,
+    head: Head | None = None,
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
     info = ModelInfo(
         model_id="tiny", vocab_size=VOCAB_SIZE, max_model_len=max_model_len, num_hidden_layers=2,
-        num_experts=4, num_experts_per_tok=2, dtype="float32", eos_token_ids=(IM_END,),
+        num_experts=4, num_experts_per_tok=2, dtype="float32", eos_token_ids=(IM_END,), head=head or Head(),
     )  # fmt: skip
     ids = iter(range(1, 1_000_000))
     return InferenceService(

@@ -44,7 +44,9 @@ from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import ModelInfo, SequenceUpdate
 
 MAX_REQUEST_BYTES = 2000
-UNARY = ("Generate", "Score", "Embed", "Tokenize", "Detokenize", "GetModelInfo")
+UNARY = (
+    "Generate", "Score", "Embed", "Classify", "ClassifyTokens", "AnswerSpan", "Tokenize", "Detokenize", "GetModelInfo",
+)  # fmt: skip
 
 
 class FakeContext:

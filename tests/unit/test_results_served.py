@@ -8,12 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from serving_fakes import HELLO, MAX_MODEL_LEN, VOCAB_SIZE, FakeMetrics, TickingClock, make_service, write_tokenizer
+from serving_fakes import (
+    HELLO,
+    IM_START,
+    MAX_MODEL_LEN,
+    VOCAB_SIZE,
+    FakeMetrics,
+    TickingClock,
+    make_service,
+    write_tokenizer,
+)
 from test_grpc_server import FakeContext
 
 from cluster.client.grpc_client import Client
 from cluster.errors import DeadlineExceeded, InvalidRequest, ShardUnavailable, Unavailable
-from cluster.outcome import Numbers
+from cluster.outcome import Head, Numbers
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.grpc.handlers import GrpcInferenceService
@@ -30,7 +39,13 @@ KINDS = {
     "token_logprobs": lambda ids: [-float(token) for token in ids[1:]],
     "last_hidden_state": lambda ids: [3.0, 4.0, float(ids[-1])],
     "mean_hidden_state": lambda ids: [sum(ids) / len(ids), 0.0],
+    "label_logits": lambda ids: [0.0, float(ids[-1])],
+    "token_label_logits": lambda ids: [[0.0, float(token % 2), 0.5] for token in ids],
+    "span_logits": lambda ids: [[float(token == 64), float(token == 65)] for token in ids],
 }
+SEQUENCE = Head(kind="sequence_classification", labels=("bad", "good"), pad_token_id=0)
+TOKENS = Head(kind="token_classification", labels=("even", "odd", "none"))
+ANSWERS = Head(kind="question_answering", labels=("start", "end"))
 
 
 class NumbersBackend:
@@ -115,6 +130,80 @@ def test_embed_pools_and_normalizes_as_asked(tokenizer, fields, expected):
 
 def test_zeros_stay_zeros():
     assert unit_vector(np.zeros(3, dtype=np.float32)).tolist() == [0, 0, 0]
+
+
+def test_classify_gives_logits_probabilities_and_the_label_of_the_last_token_that_is_no_padding(tokenizer):
+    request, backend = pb.ClassifyRequest(token_ids=ids(7, 2, 0, 0)), NumbersBackend()
+    code, _, answer = call(tokenizer, "Classify", request, head=SEQUENCE, backend=backend)
+    assert (code, list(answer.logits), answer.label) == ("OK", [0.0, 2.0], "good")
+    np.testing.assert_allclose(answer.probs, [1 / (1 + np.e**2), np.e**2 / (1 + np.e**2)], rtol=1e-6)
+    assert backend.requests[0].prompt_token_ids == (7, 2)
+    assert answer.usage.prompt_tokens == 2
+
+
+def test_a_conversation_is_classified_as_its_template_renders_it(tokenizer):
+    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="a")], add_generation_prompt=False)
+    backend = NumbersBackend()
+    assert call(tokenizer, "Classify", pb.ClassifyRequest(chat=chat), head=SEQUENCE, backend=backend)[0] == "OK"
+    [asked] = backend.requests
+    assert asked.prompt_token_ids[0] == IM_START
+    assert tokenizer.decode(asked.prompt_token_ids, False) == "<|im_start|>user\na<|im_end|>\n"
+
+
+def test_classify_tokens_gives_a_row_for_each_token(tokenizer):
+    _, _, answer = call(tokenizer, "ClassifyTokens", pb.ClassifyTokensRequest(token_ids=ids(7, 8)), head=TOKENS)
+    assert list(answer.token_ids) == [7, 8]
+    assert list(answer.logits) == [0.0, 1.0, 0.5, 0.0, 0.0, 0.5]
+    assert list(answer.label_ids) == [1, 2]
+
+
+def test_an_answers_span_has_its_text(tokenizer):
+    """The bytes "a" and "b" are 64 and 65."""
+    _, _, answer = call(tokenizer, "AnswerSpan", pb.AnswerSpanRequest(text="? ab!"), head=ANSWERS)
+    assert (answer.start, answer.end, answer.text) == (2, 3, "ab")
+    assert list(answer.start_logits) == [0, 0, 1, 0, 0]
+    assert list(answer.end_logits) == [0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "token_bytes", "head"),
+    [
+        ("ClassifyTokens", pb.ClassifyTokensRequest, 2 * 3 + 3 * 4, TOKENS),
+        ("AnswerSpan", pb.AnswerSpanRequest, 3 + 2 * 4, ANSWERS),
+    ],
+)
+def test_numbers_for_each_token_have_a_limit_too(tokenizer, method, request_, token_bytes, head):
+    request, backend = request_(token_ids=ids(*[70] * 50)), NumbersBackend()
+    metadata = [(RECEIVE_KEY, str(50 * token_bytes - 1))]
+    code, details, _ = call(tokenizer, method, request, head=head, backend=backend, metadata=metadata)
+    assert (code, not backend.requests) == ("INVALID_ARGUMENT", True)
+    assert f"the answer has {50 * token_bytes} bytes" in details
+    metadata = [(RECEIVE_KEY, str(50 * token_bytes + 60))]
+    assert call(tokenizer, method, request, head=head, metadata=metadata)[0] == "OK"
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "head", "answers"),
+    [
+        ("Generate", pb.GenerateRequest, SEQUENCE, "Classify and Embed, not Generate"),
+        ("Score", pb.ScoreRequest, TOKENS, "ClassifyTokens and Embed, not Score"),
+        ("Classify", pb.ClassifyRequest, Head(), "Generate and Score and Embed, not Classify"),
+        ("AnswerSpan", pb.AnswerSpanRequest, SEQUENCE, "Classify and Embed, not AnswerSpan"),
+        ("Classify", pb.ClassifyRequest, Head(kind="none"), "Embed, not Classify"),
+    ],
+)
+def test_a_result_that_the_model_has_no_head_for_is_refused_by_name(tokenizer, method, request_, head, answers):
+    backend = NumbersBackend()
+    code, details, _ = call(tokenizer, method, request_(text="a"), head=head, backend=backend)
+    assert (code, not backend.requests) == ("INVALID_ARGUMENT", True)
+    assert details.endswith(f"it answers {answers}")
+
+
+def test_the_models_info_names_its_head_and_labels(tokenizer):
+    _, _, info = call(tokenizer, "GetModelInfo", pb.GetModelInfoRequest(), head=SEQUENCE)
+    assert (info.head, list(info.labels)) == (pb.HEAD_SEQUENCE_CLASSIFICATION, ["bad", "good"])
+    _, _, info = call(tokenizer, "GetModelInfo", pb.GetModelInfoRequest())
+    assert (info.head, list(info.labels)) == (pb.HEAD_CAUSAL_LM, [])
 
 
 @pytest.mark.parametrize("method", ["Score", "Embed"])

@@ -311,7 +311,10 @@ def test_a_watcher_that_leaves_makes_room_for_another(tmp_path):
     asyncio.run(run())
 
 
-METHODS = ("Generate", "Score", "Embed", "Tokenize", "Detokenize", "GetModelInfo", "GenerateStream")
+METHODS = (
+    "Generate", "Score", "Embed", "Classify", "ClassifyTokens", "AnswerSpan", "Tokenize", "Detokenize", "GetModelInfo",
+    "GenerateStream",
+)  # fmt: skip
 
 
 def begin(channel, method, metadata):

@@ -19,7 +19,7 @@ _LAYER_KINDS = ("full_attention", "sliding_attention")
 class Architecture:
     """One model family on disk.
 
-    model_type: as its config.json says it.
+    model_type: as its config.json says it.  class_name: of its classes in transformers, without a head's name.
     read: gives the ModelConfig of a config.json. Raises CheckpointError.
     layer_shapes: one layer's tensors without its routed experts, in the order of released files.
     expert_shapes: of a layer and an expert's id, the matrices of one routed expert: gate, up, down. None for a family
@@ -27,6 +27,7 @@ class Architecture:
     """
 
     model_type: str
+    class_name: str
     read: Callable[[Keys], ModelConfig]
     layer_shapes: Callable[[ModelConfig, int], Shapes]
     expert_shapes: Callable[[ModelConfig, int, int], Shapes] | None = None

@@ -23,4 +23,4 @@ def _layer_shapes(config: ModelConfig, layer_id: int) -> Shapes:
     return attention_shapes(config, layer_id) | mlp
 
 
-QWEN2 = Architecture(model_type="qwen2", read=_read, layer_shapes=_layer_shapes)
+QWEN2 = Architecture(model_type="qwen2", class_name="Qwen2", read=_read, layer_shapes=_layer_shapes)

@@ -60,4 +60,10 @@ def _expert_shapes(config: ModelConfig, layer_id: int, expert_id: int) -> Shapes
     return swiglu_shapes(prefix, config.hidden_size, config.moe.moe_intermediate_size)
 
 
-QWEN2_MOE = Architecture(model_type="qwen2_moe", read=_read, layer_shapes=_layer_shapes, expert_shapes=_expert_shapes)
+QWEN2_MOE = Architecture(
+    model_type="qwen2_moe",
+    class_name="Qwen2Moe",
+    read=_read,
+    layer_shapes=_layer_shapes,
+    expert_shapes=_expert_shapes,
+)

@@ -1,9 +1,11 @@
 """The model families that are served, by their config's `model_type`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cluster.config.architectures.architecture import Architecture
+from cluster.config.architectures.heads import read_head
 from cluster.config.architectures.qwen2 import QWEN2
 from cluster.config.architectures.qwen2_moe import QWEN2_MOE
 from cluster.config.json_keys import Keys, shown
@@ -30,7 +32,9 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             "config.json has a quantization_config, quantized checkpoints are not served yet: use the bfloat16 one"
         )
-    return ARCHITECTURES[model_type].read(Keys(raw, "config.json"))
+    family, keys = ARCHITECTURES[model_type], Keys(raw, "config.json")
+    head = read_head(keys, family.class_name)
+    return replace(family.read(keys), head=head)
 
 
 def architecture_of(config: ModelConfig) -> Architecture:

@@ -1,6 +1,9 @@
 """Protobuf messages to the project's types and back. Knows no network."""
 
+from typing import TypeVar
+
 from cluster.errors import InvalidRequest
+from cluster.outcome import HeadKind
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.grpc.chats import to_conversation
 from cluster.serving.text.prompts import Prompt
@@ -14,21 +17,30 @@ from cluster.types import (
     Usage,
 )
 
-_Timed = pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest | pb.EmbedRequest
+_WithChat = pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest | pb.EmbedRequest | pb.ClassifyRequest
+TimedMessage = _WithChat | pb.ClassifyTokensRequest | pb.AnswerSpanRequest
+TimedRequest = TypeVar("TimedRequest", bound=TimedMessage)
 _OPTIONAL_FIELDS = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     None: pb.FINISH_REASON_UNSPECIFIED,
 }
+_HEADS: dict[HeadKind, pb.Head] = {
+    "causal_lm": pb.HEAD_CAUSAL_LM,
+    "none": pb.HEAD_NONE,
+    "sequence_classification": pb.HEAD_SEQUENCE_CLASSIFICATION,
+    "token_classification": pb.HEAD_TOKEN_CLASSIFICATION,
+    "question_answering": pb.HEAD_QUESTION_ANSWERING,
+}
 
 
-def to_prompt(message: _Timed | pb.TokenizeRequest) -> Prompt:
+def to_prompt(message: TimedMessage | pb.TokenizeRequest) -> Prompt:
     """Raises InvalidRequest when the message has no input, or a conversation that no template takes."""
     field = message.WhichOneof("input")
     if field == "text":
         return Prompt(text=message.text)
-    if field == "chat" and not isinstance(message, pb.ScoreRequest | pb.EmbedRequest):
+    if field == "chat" and isinstance(message, _WithChat | pb.TokenizeRequest):
         return Prompt(chat=to_conversation(message.chat))
     if field == "token_ids" and not isinstance(message, pb.TokenizeRequest):
         return Prompt(token_ids=tuple(message.token_ids.ids))
@@ -46,7 +58,7 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
     )
 
 
-def to_timeout_s(message: _Timed) -> float | None:
+def to_timeout_s(message: TimedMessage) -> float | None:
     """Returns the time budget, None for no bound. Raises InvalidRequest for 0."""
     if not message.HasField("timeout_ms"):
         return None
@@ -88,6 +100,8 @@ def to_model_info_response(info: ModelInfo) -> pb.GetModelInfoResponse:
         num_experts_per_tok=info.num_experts_per_tok,
         dtype=info.dtype,
         eos_token_ids=info.eos_token_ids,
+        head=_HEADS[info.head.kind],
+        labels=info.head.labels,
     )
 
 

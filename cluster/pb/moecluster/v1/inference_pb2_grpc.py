@@ -55,6 +55,21 @@ class InferenceServiceStub:
                 request_serializer=moecluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=moecluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/moecluster.v1.InferenceService/Classify',
+                request_serializer=moecluster_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=moecluster_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.ClassifyTokens = channel.unary_unary(
+                '/moecluster.v1.InferenceService/ClassifyTokens',
+                request_serializer=moecluster_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+                response_deserializer=moecluster_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
+                _registered_method=True)
+        self.AnswerSpan = channel.unary_unary(
+                '/moecluster.v1.InferenceService/AnswerSpan',
+                request_serializer=moecluster_dot_v1_dot_inference__pb2.AnswerSpanRequest.SerializeToString,
+                response_deserializer=moecluster_dot_v1_dot_inference__pb2.AnswerSpanResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/moecluster.v1.InferenceService/Tokenize',
                 request_serializer=moecluster_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -104,6 +119,27 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Gives labels for a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyTokens(self, request, context):
+        """Gives labels for each token of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnswerSpan(self, request, context):
+        """Finds the tokens of a prompt that answer its question.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Gives the token ids that a text or a conversation has for the model.
         """
@@ -147,6 +183,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=moecluster_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=moecluster_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=moecluster_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=moecluster_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'ClassifyTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClassifyTokens,
+                    request_deserializer=moecluster_dot_v1_dot_inference__pb2.ClassifyTokensRequest.FromString,
+                    response_serializer=moecluster_dot_v1_dot_inference__pb2.ClassifyTokensResponse.SerializeToString,
+            ),
+            'AnswerSpan': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnswerSpan,
+                    request_deserializer=moecluster_dot_v1_dot_inference__pb2.AnswerSpanRequest.FromString,
+                    response_serializer=moecluster_dot_v1_dot_inference__pb2.AnswerSpanResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -273,6 +324,87 @@ class InferenceService:
             '/moecluster.v1.InferenceService/Embed',
             moecluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
             moecluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.InferenceService/Classify',
+            moecluster_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            moecluster_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.InferenceService/ClassifyTokens',
+            moecluster_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+            moecluster_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerSpan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.InferenceService/AnswerSpan',
+            moecluster_dot_v1_dot_inference__pb2.AnswerSpanRequest.SerializeToString,
+            moecluster_dot_v1_dot_inference__pb2.AnswerSpanResponse.FromString,
             options,
             channel_credentials,
             insecure,
