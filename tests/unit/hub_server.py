@@ -48,7 +48,7 @@ class Call:
 class Hub:
     """address: for HF_ENDPOINT.  storage: another host's, as far as a client knows.
     break_after: an answer with more bytes breaks off there, as often as breaks says.
-    status: of every answer, in place of the right one."""
+    status, body: of every answer, in place of the right one."""
 
     address: str
     storage: str
@@ -57,6 +57,7 @@ class Hub:
     break_after: int = 0
     breaks: int = 0
     status: int = 0
+    body: bytes | None = None
     before_body: Callable[[str], None] = lambda path: None
 
     def fetched(self, ending: str = "") -> list[str]:
@@ -78,6 +79,14 @@ def digest_of(content: bytes) -> str:
 
 def commit_of(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
+
+
+NAME = "tiny/demo-moe"
+FIRST, SECOND = commit_of("first"), commit_of("second")
+SMALL = {
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+DENSE, EXPERTS = "model-dense.safetensors", ("model-experts-0.safetensors", "model-experts-1.safetensors")
 
 
 def repository_of(folder: Path, commit: str = "first", **options: object) -> Repository:
@@ -123,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if self.hub.status:
             return self._answer(self.hub.status, b"no")
+        if self.hub.body is not None:
+            return self._answer(200, self.hub.body)
         stored = _STORED.fullmatch(path)
         if stored:
             contents = [c for r in self.hub.repositories.values() for c in r.files.values()]

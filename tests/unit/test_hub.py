@@ -1,19 +1,15 @@
 """A model from its name: which files are asked for, from where, and what goes wrong. Against a hub on loopback."""
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from hub_server import Hub, commit_of, repository_of, serve
-from huggingface_hub import hf_api
-from huggingface_hub.utils import close_session
+from hub_server import DENSE, EXPERTS, FIRST, NAME, SECOND, SMALL, Hub
 from safetensors.torch import load_file, save_file
 
-from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.model_files import model_directory, open_files, pinned, served_name
 from cluster.checkpoint.names import dense_shapes, expert_shapes
 from cluster.checkpoint.opening import open_checkpoint
@@ -21,58 +17,6 @@ from cluster.config import EngineConfig
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import CheckpointError
 from cluster.llm import LLM
-
-NAME = "tiny/demo-moe"
-FIRST, SECOND = commit_of("first"), commit_of("second")
-SMALL = {
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-}  # fmt: skip
-DENSE, EXPERTS = "model-dense.safetensors", ("model-experts-0.safetensors", "model-experts-1.safetensors")
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo checkpoint whose experts below 32 are in one file, the others in another, all else in a third."""
-    folder = tmp_path_factory.mktemp("hub") / "demo-moe"
-    write_demo_checkpoint(folder)
-    tensors = {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-    file_of = {name: _file_of(name) for name in tensors}
-    for file in (DENSE, *EXPERTS):
-        save_file({name: t for name, t in tensors.items() if file_of[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
-    return folder
-
-
-def _file_of(name: str) -> str:
-    _, experts, rest = name.partition(".mlp.experts.")
-    return EXPERTS[int(rest.partition(".")[0]) // 32] if experts else DENSE
-
-
-@pytest.fixture
-def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with NAME, and an empty cache."""
-    with serve(tiny__demo_moe=repository_of(checkpoint)) as server:
-        server.repositories[NAME] = server.repositories.pop("tiny/demo_moe")
-        for name, value in {
-            "ENDPOINT": server.address, "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-        }.items():  # fmt: skip
-            monkeypatch.setattr(huggingface_hub.constants, name, value)  # as its variables would set them in a process
-        monkeypatch.setattr(hf_api.api, "endpoint", server.address)
-        for variable in ("HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-            monkeypatch.delenv(variable, raising=False)
-        close_session()
-        yield server
-        close_session()
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def load(model: str, names: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

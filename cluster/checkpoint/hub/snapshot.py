@@ -78,7 +78,9 @@ class Snapshot:
                 )  # fmt: skip
             sizes, config = self._listed(), self._cached_config()
         if config is None:
-            raise CheckpointError(f"{name}: {CONFIG_FILE} is not in it: name a model for transformers")
+            raise CheckpointError(
+                f"{name}: {constants.ENDPOINT} lists no {CONFIG_FILE} in it: name a model for transformers, or check HF_ENDPOINT"
+            )
         self.directory = config.parent
         if sizes is None:  # the cache cannot be written: there is what lies there
             sizes = {path.name: path.stat().st_size for path in self.directory.iterdir() if path.is_file()}
