@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 a first look, on any machine:   moe-cluster demo
-your own checkpoint:            moe-cluster serve /path/to/Qwen1.5-MoE-A2.7B-Chat
+a model by its name:            moe-cluster serve Qwen/Qwen1.5-MoE-A2.7B-Chat
+your own checkpoint:            moe-cluster serve /path/to/it
 then, in another terminal:      moe-cluster chat
 """
 

@@ -40,6 +40,7 @@ def add_commands(commands: Commands) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.info import resolve_dtype
+    from cluster.checkpoint.model_files import pinned
     from cluster.checkpoint.sizes import sizes_of
     from cluster.config import EngineConfig
     from cluster.console import describe_plan, print_plan
@@ -47,7 +48,7 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.experts.placement import num_shards_for, plan_evenly
 
     engine = EngineConfig(dtype=args.dtype, rope_scaling=args.rope_scaling)
-    config = check_for_plan(args.model, engine, args.shards)
+    config = check_for_plan(pinned(args.model), engine, args.shards)
     num_shards = num_shards_for(config.num_experts, args.shards)
     plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
     sizes = sizes_of(config, resolve_dtype(args.dtype, config))

@@ -15,6 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from safetensors.torch import load_file, save_file
+
+from cluster.checkpoint.made.demo import write_demo_checkpoint
+
 _REPOSITORY = r"/(?P<repository>[^/]+/[^/]+)"
 _INFO = re.compile(rf"/api/models{_REPOSITORY}(?:/revision/(?P<revision>.+))?")
 _TREE = re.compile(rf"/api/models{_REPOSITORY}/tree/(?P<revision>[^/]+)")
@@ -48,7 +52,7 @@ class Call:
 class Hub:
     """address: for HF_ENDPOINT.  storage: another host's, as far as a client knows.
     break_after: an answer with more bytes breaks off there, as often as breaks says.
-    status, body: of every answer, in place of the right one."""
+    status, body: of every answer, in place of the right one.  refused: a file that is listed and not there."""
 
     address: str
     storage: str
@@ -58,6 +62,7 @@ class Hub:
     breaks: int = 0
     status: int = 0
     body: bytes | None = None
+    refused: str = ""
     before_body: Callable[[str], None] = lambda path: None
 
     def fetched(self, ending: str = "") -> list[str]:
@@ -89,6 +94,23 @@ SMALL = {
 DENSE, EXPERTS = "model-dense.safetensors", ("model-experts-0.safetensors", "model-experts-1.safetensors")
 
 
+def write_in_parts(folder: Path) -> None:
+    """A demo checkpoint whose experts below 32 are in one file, the others in another, all else in a third."""
+    write_demo_checkpoint(folder)
+    tensors = {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    file_of = {name: _part_of(name) for name in tensors}
+    for file in (DENSE, *EXPERTS):
+        save_file({name: t for name, t in tensors.items() if file_of[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+
+
+def _part_of(name: str) -> str:
+    _, experts, rest = name.partition(".mlp.experts.")
+    return EXPERTS[int(rest.partition(".")[0]) // 32] if experts else DENSE
+
+
 def repository_of(folder: Path, commit: str = "first", **options: object) -> Repository:
     """A repository with a folder's files."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -96,12 +118,11 @@ def repository_of(folder: Path, commit: str = "first", **options: object) -> Rep
 
 
 @contextmanager
-def serve(**repositories: Repository) -> Iterator[Hub]:
-    """Serves repositories; `a__b` is a/b's."""
-    named = {name.replace("__", "/", 1): repository for name, repository in repositories.items()}
+def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
+    """Serves repositories by their names."""
 
     class Handler(_Handler):
-        hub = Hub("", "", named)
+        hub = Hub("", "", repositories)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -172,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(entries)
 
     def _resolve(self, repository: Repository, asked: dict[str, str]) -> None:
-        content = repository.files.get(asked["file"])
+        content = None if asked["file"] == self.hub.refused else repository.files.get(asked["file"])
         commit = {"X-Repo-Commit": repository.commit}
         if content is None:
             return self._refuse(404, "EntryNotFound", "Entry not found", commit)

@@ -102,6 +102,18 @@ REFUSED = {
     "a model from a place unknown": ({"model.source": {"git": {}}}, "git"),
     "a model's name with a slash": ({"model.name": "Qwen/Qwen1.5-MoE-A2.7B"}, "name"),
     "an address without a scheme": ({"model.source": {"objectStorage": {"url": "bucket/model"}}}, "url"),
+    "a directory without a name": (
+        {"model.source": {"pvc": {"claimName": "models"}}, "model.name": ""},
+        "model.name is missing",
+    ),
+    "a hub without a scheme": (
+        {"model.source": {"huggingFace": {"repository": "a/b", "endpoint": "hub"}}},
+        "endpoint",
+    ),
+    "a revision with odd characters": (
+        {"model.source": {"huggingFace": {"repository": "a/b", "revision": "c d"}}},
+        "revision",
+    ),
     "a repository without an owner": ({"model.source": {"huggingFace": {"repository": "Qwen"}}}, "repository"),
     "a long name": ({"fullnameOverride": "q" * 48}, "fullnameOverride"),
     "a name that begins with a digit": ({"fullnameOverride": "2-moe"}, "fullnameOverride"),

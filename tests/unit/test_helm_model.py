@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from helm_charts import rendered
 
+from cluster.checkpoint.model_files import located
 from cluster.checkpoint.reader import CheckpointReader
 
-HUB = {"model.source": {"huggingFace": {"repository": "Qwen/Qwen1.5-MoE-A2.7B-Chat", "revision": "ec05"}}}
+S3 = {"model.source": {"objectStorage": {"url": "s3://bucket/model"}}}
 GCS = {"model.source": {"objectStorage": {"url": "gs://bucket/a/model", "secretName": "gcs"}}}
 DEMO = {"model.source": {"demo": {"seed": 3}}, "model.name": "demo"}
 
@@ -50,23 +51,23 @@ class Node:
 @pytest.fixture
 def node(tmp_path):
     node = Node(tmp_path)
-    node.install("hf", 'for last in "$@"; do :; done; echo weights > "$last/model.safetensors"')
+    node.install("rclone", 'for last in "$@"; do :; done; echo weights > "$last/model.safetensors"')
     return node
 
 
 def test_a_download_happens_once(node):
-    found = init_container("a2.7b", HUB)
+    found = init_container("a2.7b", S3)
     assert node.run(found) == (0, "")
     assert (node.folder / "Qwen1.5-MoE-A2.7B-Chat" / "model.safetensors").read_text() == "weights\n"
     code, output = node.run(found)
     assert code == 0
     assert "is there" in output
     [call] = node.calls.read_text().splitlines()
-    assert call.startswith("download Qwen/Qwen1.5-MoE-A2.7B-Chat --revision ec05 --local-dir ")
+    assert call.startswith("copy --config= --transfers=8 :s3,provider=AWS,env_auth=true:bucket/model ")
 
 
 def test_pods_that_start_together_download_once(node):
-    processes = [node.start(init_container("a2.7b", HUB)) for _ in range(4)]
+    processes = [node.start(init_container("a2.7b", S3)) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
     assert len(node.calls.read_text().splitlines()) == 1
     for process in processes:
@@ -74,20 +75,20 @@ def test_pods_that_start_together_download_once(node):
 
 
 def test_a_download_that_breaks_off_leaves_no_model_and_goes_on_later(node):
-    node.install("hf", 'for last in "$@"; do :; done; touch "$last/part"; exit 1')
-    code, _ = node.run(init_container("a2.7b", HUB))
+    node.install("rclone", 'for last in "$@"; do :; done; touch "$last/part"; exit 1')
+    code, _ = node.run(init_container("a2.7b", S3))
     assert code == 1
     assert not (node.folder / "Qwen1.5-MoE-A2.7B-Chat").exists()
-    node.install("hf", "exit 0")
-    assert node.run(init_container("a2.7b", HUB)) == (0, "")
+    node.install("rclone", "exit 0")
+    assert node.run(init_container("a2.7b", S3)) == (0, "")
     assert (node.folder / "Qwen1.5-MoE-A2.7B-Chat" / "part").exists()
 
 
 def test_another_model_under_the_same_name_is_refused(node):
-    node.run(init_container("a2.7b", HUB))
-    code, output = node.run(init_container("a2.7b"))
+    node.run(init_container("a2.7b", S3))
+    code, output = node.run(init_container("a2.7b", GCS))
     assert code == 1
-    assert "holds hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@ec05, not hf://Qwen/Qwen1.5-MoE-A2.7B-Chat@main" in output
+    assert "holds s3://bucket/model, not gs://bucket/a/model" in output
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,47 @@ def test_the_demo_makes_a_checkpoint_that_loads(node):
     CheckpointReader(node.folder / "demo").check_names()
 
 
-def test_tokens_come_from_secrets():
-    [token] = [v for v in init_container("a2.7b")["env"] if v["name"] == "HF_TOKEN"]
-    assert token["valueFrom"]["secretKeyRef"] == {"name": "hugging-face", "key": "token"}
+def test_a_bucket_is_read_with_what_a_secret_holds():
     assert init_container("cpu-experts", GCS)["envFrom"] == [{"secretRef": {"name": "gcs"}}]
+
+
+def hub(**source):
+    return {"model.source": {"huggingFace": {"repository": "Qwen/Qwen1.5-MoE-A2.7B-Chat", **source}}}
+
+
+def test_pods_fetch_from_the_hub_by_themselves():
+    source = hub(endpoint="https://hub.example.com", tokenSecret={"name": "hugging-face", "key": "token"})
+    objects = rendered("a2.7b", source)
+    for role, pod in objects.pods.items():
+        [found] = pod["spec"]["containers"]
+        variables = {v["name"]: v.get("value", v.get("valueFrom")) for v in found["env"]}
+        assert "initContainers" not in pod["spec"], role
+        assert variables["HF_HOME"] == "/models"
+        assert variables["HF_ENDPOINT"] == "https://hub.example.com"
+        assert variables["HF_TOKEN"] == {"secretKeyRef": {"name": "hugging-face", "key": "token"}}
+        [mount] = [mount for mount in found["volumeMounts"] if mount["name"] == "model"]
+        assert mount == {"name": "model", "readOnly": False, "mountPath": "/models"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "model_id"),
+    [
+        (hub(), "Qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen1.5-MoE-A2.7B-Chat"),
+        (hub(revision="ec05") | {"model.name": ""}, "Qwen/Qwen1.5-MoE-A2.7B-Chat@ec05", None),
+        (hub() | {"cluster.model_id": "mine"}, "Qwen/Qwen1.5-MoE-A2.7B-Chat", "mine"),
+        (S3, "/models/Qwen1.5-MoE-A2.7B-Chat", None),
+    ],
+)
+def test_the_application_takes_the_name_as_users_give_it(changes, model, model_id):
+    args = rendered("a2.7b", changes).serve_config["applications"][0]["args"]
+    assert (args["model"], args.get("model_id")) == (model, model_id)
+    assert located(model) == model
+
+
+def test_without_a_token_and_a_mirror_their_variables_are_absent():
+    names = {v["name"] for v in rendered("a2.7b", hub()).pods["head"]["spec"]["containers"][0]["env"]}
+    assert not names & {"HF_TOKEN", "HF_ENDPOINT"}
+    assert "HF_HOME" not in {v["name"] for v in rendered("57b").pods["head"]["spec"]["containers"][0]["env"]}
 
 
 def volume(shape, changes=None):

@@ -79,7 +79,8 @@ class Snapshot:
             sizes, config = self._listed(), self._cached_config()
         if config is None:
             raise CheckpointError(
-                f"{name}: {constants.ENDPOINT} lists no {CONFIG_FILE} in it: name a model for transformers, or check HF_ENDPOINT"
+                f"{name}: {constants.ENDPOINT} lists no {CONFIG_FILE} in it: name a model for transformers, or check "
+                "HF_ENDPOINT"
             )
         self.directory = config.parent
         if sizes is None:  # the cache cannot be written: there is what lies there

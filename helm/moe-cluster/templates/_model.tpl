@@ -1,7 +1,38 @@
 {{/* Where the checkpoint comes from, and how pods get it. */}}
 
 {{- define "moe-cluster.modelDir" -}}
-{{- printf "%s/%s" (trimSuffix "/" .Values.model.mountPath) .Values.model.name }}
+{{- $name := required "model.name is missing: the name of the checkpoint's directory" .Values.model.name }}
+{{- printf "%s/%s" (trimSuffix "/" .Values.model.mountPath) $name }}
+{{- end }}
+
+{{/* The argument `model`: a directory, or a name on the hub. */}}
+{{- define "moe-cluster.model" -}}
+{{- $hub := .Values.model.source.huggingFace }}
+{{- if $hub }}
+{{- printf "%s%s" $hub.repository (ternary (printf "@%s" $hub.revision) "" (not (empty $hub.revision))) }}
+{{- else }}
+{{- include "moe-cluster.modelDir" . }}
+{{- end }}
+{{- end }}
+
+{{/* Variables of the hub's library, by which each process fetches its own files. */}}
+{{- define "moe-cluster.hubEnv" -}}
+{{- $hub := .Values.model.source.huggingFace }}
+- name: HF_HOME
+  value: {{ .Values.model.mountPath }}
+- name: HF_HUB_DISABLE_TELEMETRY
+  value: "1"
+{{- with $hub.endpoint }}
+- name: HF_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
+{{- if $hub.tokenSecret }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ required "model.source.huggingFace.tokenSecret.name is missing: the Secret with the token" $hub.tokenSecret.name }}
+      key: {{ default "token" $hub.tokenSecret.key }}
+{{- end }}
 {{- end }}
 
 {{- define "moe-cluster.modelVolume" -}}
@@ -29,10 +60,10 @@ emptyDir: {}
 {{- end }}
 {{- end }}
 
-{{/* A claim has the checkpoint itself, a cache has directories of checkpoints. */}}
+{{/* A claim has the checkpoint itself, a cache has directories of checkpoints; a hub's is written by all pods. */}}
 {{- define "moe-cluster.modelMount" -}}
 name: model
-readOnly: true
+readOnly: {{ not (hasKey .Values.model.source "huggingFace") }}
 {{- if hasKey .Values.model.source "pvc" }}
 mountPath: {{ include "moe-cluster.modelDir" . }}
 {{- with .Values.model.source.pvc.subPath }}
@@ -58,29 +89,6 @@ env:
     value: {{ printf "%s%s" $remote (regexReplaceAll "^(s3|gs)://" $storage.url "") | quote }}
   {{- with $storage.env }}
   {{- toYaml . | nindent 2 }}
-  {{- end }}
-{{- else if hasKey $source "huggingFace" }}
-{{- $hub := $source.huggingFace }}
-{{- $revision := default "main" $hub.revision }}
-image: {{ default (include "moe-cluster.image" .) $hub.image | quote }}
-where: {{ printf "hf://%s@%s" $hub.repository $revision | quote }}
-command: hf download "$HF_REPOSITORY" --revision "$HF_REVISION" --local-dir "$MODEL_DIR.part"
-secret: ""
-env:
-  - name: HF_REPOSITORY
-    value: {{ $hub.repository | quote }}
-  - name: HF_REVISION
-    value: {{ $revision | quote }}
-  - name: HF_HOME
-    value: /tmp/huggingface
-  - name: HF_HUB_DISABLE_TELEMETRY
-    value: "1"
-  {{- if $hub.tokenSecret }}
-  - name: HF_TOKEN
-    valueFrom:
-      secretKeyRef:
-        name: {{ required "model.source.huggingFace.tokenSecret.name is missing: the Secret with the token" $hub.tokenSecret.name }}
-        key: {{ default "token" $hub.tokenSecret.key }}
   {{- end }}
 {{- else if hasKey $source "demo" }}
 {{- $seed := int (default 0 $source.demo.seed) }}

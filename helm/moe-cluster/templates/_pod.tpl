@@ -53,7 +53,7 @@ spec:
   {{- end }}
   securityContext:
     {{- toYaml $values.securityContext.pod | nindent 4 }}
-  {{- if not (hasKey $values.model.source "pvc") }}
+  {{- if or (hasKey $values.model.source "objectStorage") (hasKey $values.model.source "demo") }}
   initContainers:
     - {{- include "moe-cluster.modelInitContainer" $root | nindent 6 }}
   {{- end }}
@@ -75,6 +75,9 @@ spec:
         - {name: app-metrics, containerPort: {{ $values.cluster.metrics_port }}}
       env:
         {{- include "moe-cluster.env" . | nindent 8 }}
+        {{- if hasKey $values.model.source "huggingFace" }}
+        {{- include "moe-cluster.hubEnv" $root | nindent 8 }}
+        {{- end }}
       resources:
         {{- include "moe-cluster.resources" . | nindent 8 }}
       securityContext:

@@ -10,13 +10,16 @@
 {{- $gpusPerReplica := include "moe-cluster.gpusPerProcess" (dict "root" . "key" "gpus_per_attention_replica" "group" .Values.groups.attention) }}
 {{- $gpusPerShard := include "moe-cluster.gpusPerProcess" (dict "root" . "key" "gpus_per_expert_shard" "group" .Values.groups.experts) }}
 {{- $args := dict
-  "model" (include "moe-cluster.modelDir" .)
+  "model" (include "moe-cluster.model" .)
   "metrics_host" (ternary "0.0.0.0" "127.0.0.1" .Values.metrics.enabled)
   "gpus_per_attention_replica" (float64 $gpusPerReplica)
   "gpus_per_expert_shard" (float64 $gpusPerShard)
   "ingress_resource" "moe_ingress"
   "attention_resource" "moe_attention"
   "expert_resource" "moe_experts" }}
+{{- if and (hasKey .Values.model.source "huggingFace") .Values.model.name (not .Values.cluster.model_id) }}
+{{- $_ := set $args "model_id" .Values.model.name }}
+{{- end }}
 {{- if .Values.apiKeys.enabled }}
 {{- $_ := set $args "api_keys_file" (printf "/etc/moe-cluster/api-keys/%s" .Values.apiKeys.key) }}
 {{- end }}
