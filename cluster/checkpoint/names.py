@@ -1,15 +1,15 @@
 """The tensors that a `ModelConfig` implies, by name and shape. Knows no files, no tensors, and of a family its shapes.
 
-Names are those of the released checkpoints: experts lie there one by one. transformers 5 can also write a layer's
-experts fused; `stored_shapes` and `find_source` know of that, and of embeddings that are stored as the head alone.
+Names are those of the released checkpoints: experts lie there one by one. `stored_shapes` and `find_source` also know
+of experts that lie fused (`fused.py`), and of embeddings that are stored as the head alone.
 H hidden, V vocabulary, E experts, I a SwiGLU's inner size.
 """
 
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 
+from cluster.checkpoint.fused import Source, fused_shape, fused_source
 from cluster.config import DTYPE_BYTES, ModelConfig
 from cluster.config.architectures.architecture import Shapes
 from cluster.config.architectures.heads import head_shapes
@@ -23,16 +23,6 @@ HARMLESS = (
     re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.(cos|sin)_cached"),
     re.compile(r"model\.(embeddings\.)?position_ids"),
 )
-_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a tensor lies: the stored tensor's name, and of a fused one its expert, and which half of [2I, H]."""
-
-    name: str
-    expert_id: int | None = None
-    half: int | None = None
 
 
 def dense_shapes(config: ModelConfig) -> Shapes:
@@ -60,10 +50,10 @@ def stored_shapes(config: ModelConfig, stored: Collection[str]) -> Shapes:
     for layer_id in config.sparse_layers:
         for expert_id in range(config.num_experts):
             for name, shape in expert_shapes(config, layer_id, expert_id).items():
-                source = _fused_source(name)
+                source = fused_source(name)
                 if source is not None and source.name in stored:
                     del shapes[name]
-                    shapes[source.name] = _fused_shape(source, shape, config.num_experts)
+                    shapes[source.name] = fused_shape(source, shape, config.num_experts)
     if config.tie_word_embeddings and HEAD in stored:
         shapes[HEAD] = shapes.pop(EMBEDDING)
     return shapes
@@ -78,7 +68,7 @@ def find_source(name: str, stored: Collection[str], *, tied: bool) -> Source | N
         return Source(name)
     if tied and name == EMBEDDING and HEAD in stored:
         return Source(HEAD)
-    source = _fused_source(name)
+    source = fused_source(name)
     return source if source is not None and source.name in stored else None
 
 
@@ -103,20 +93,3 @@ def _all_shapes(config: ModelConfig, *, with_experts: bool) -> Shapes:
     shapes["model.norm.weight"] = (config.hidden_size,)
     shapes |= head_shapes(config)
     return shapes
-
-
-def _fused_source(name: str) -> Source | None:
-    """Where an expert's matrix lies in a checkpoint that transformers 5 wrote; None for another tensor.
-
-    gate_up_proj: [E, 2I, H]; down_proj: [E, H, I].
-    """
-    expert = _EXPERT.fullmatch(name)
-    if expert is None:
-        return None
-    fused = f"{expert[1]}.down_proj" if expert[3] == "down" else f"{expert[1]}.gate_up_proj"
-    return Source(fused, int(expert[2]), {"gate": 0, "up": 1, "down": None}[expert[3]])
-
-
-def _fused_shape(source: Source, shape: tuple[int, ...], num_experts: int) -> tuple[int, ...]:
-    rows = shape[0] if source.half is None else 2 * shape[0]
-    return (num_experts, rows, *shape[1:])

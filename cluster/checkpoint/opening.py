@@ -8,6 +8,8 @@ from torch import Tensor
 
 from cluster.checkpoint.made.drawn import DrawnCheckpoint, has_seed
 from cluster.checkpoint.model_files import open_files
+from cluster.checkpoint.names import checkpoint_shapes
+from cluster.checkpoint.pickled import PICKLES
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 
@@ -52,3 +54,16 @@ def open_checkpoint(model: str | Path, rope_scaling: Mapping[str, Any] | None = 
     if has_seed(files.directory):
         return DrawnCheckpoint(files.directory, rope_scaling)
     return CheckpointReader(files.directory, rope_scaling, files)
+
+
+def open_pickled(model: str | Path) -> Checkpoint:
+    """As `open_checkpoint`, of weights that are pickled: only where a user asks for it."""
+    files = open_files(model)
+    return CheckpointReader(files.directory, files=files, weights=PICKLES)
+
+
+def bring_here(checkpoint: Checkpoint) -> None:
+    """Fetches what is elsewhere, and checks all of it. Raises CheckpointError."""
+    checkpoint.check_names()
+    checkpoint.fetch(checkpoint_shapes(checkpoint.config))
+    checkpoint.check_tensors()

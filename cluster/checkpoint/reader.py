@@ -4,7 +4,6 @@ Knows nothing of modules or devices: `model/` and `experts/` allocate what they 
 """
 
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -12,29 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.checkpoint.files import check_directory, in_one_line, read_json_object, some
+from cluster.checkpoint.copying import StoredFile, check_tensor, copy_tensor
+from cluster.checkpoint.files import check_directory, read_json_object, some
+from cluster.checkpoint.fused import Source, is_fused, lies_transposed, partner_of, transposed
 from cluster.checkpoint.hub.name import NAME_FORMS
-from cluster.checkpoint.names import (
-    EMBEDDING,
-    HEAD,
-    Source,
-    find_source,
-    is_harmless,
-    stored_shapes,
-)
+from cluster.checkpoint.names import EMBEDDING, HEAD, find_source, is_harmless, stored_shapes
+from cluster.checkpoint.prefixes import published_names
 from cluster.checkpoint.weights import (
     CONFIG_FILE,
     INDEX_FILE,
-    ITEM_BYTES,
+    SAFETENSORS,
     SINGLE_FILE,
+    Format,
     LocalFiles,
     StoredTensor,
     WeightFiles,
-    locate_tensors,
-    open_weights,
 )
 from cluster.config import ModelConfig, read_model_config
 from cluster.config.architectures.architecture import Shapes
@@ -51,27 +44,34 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 class CheckpointReader:
-    """A directory as published: config.json and safetensors files.
+    """A directory as published: config.json and safetensors files, or files of another `Format`.
 
     config: as the file has it, except where the tensors decide: embeddings are tied only if one of the two is stored
     (as in transformers), and the tensors give the dtype if the file names none.
-    names: of all stored tensors, from the index, or from the files' headers.
+    names: of all stored tensors, as published ones (`prefixes.py`), from the index, or from the files' headers.
 
     Opening reads JSON, and headers where there is no index; no tensor. Several threads may load at once.
     Raises CheckpointError for a directory that cannot be served.
     """
 
     def __init__(
-        self, model_dir: str | Path, rope_scaling: Mapping[str, Any] | None = None, files: WeightFiles | None = None
+        self,
+        model_dir: str | Path,
+        rope_scaling: Mapping[str, Any] | None = None,
+        files: WeightFiles | None = None,
+        *,
+        weights: Format = SAFETENSORS,
     ) -> None:
         """files: of a directory that may lack files with tensors; by default it lacks none."""
         self.model_dir = Path(model_dir)
         raw, config = read_config(self.model_dir, rope_scaling)
         self._source = files or LocalFiles(self.model_dir)
-        self._files = locate_tensors(self._source)
+        self._format = weights
+        self._files = weights.locate(self._source)  # by stored name
         if not self._files:
-            raise CheckpointError(f"{self.model_dir}: no tensor is in its safetensors files: download them again")
-        self.names: frozenset[str] = frozenset(self._files)
+            raise CheckpointError(f"{self.model_dir}: no tensor is in its {weights.name} files: download them again")
+        self._stored = published_names(self._files)
+        self.names: frozenset[str] = frozenset(self._stored)
         if config.tie_word_embeddings and {EMBEDDING, HEAD} <= self.names:
             log.info("%s: %s is stored beside tied embeddings: it is the head", self.model_dir, HEAD)
             config = replace(config, tie_word_embeddings=False)
@@ -97,7 +97,10 @@ class CheckpointReader:
             return
         headers = self._headers()
         for name, shape in expected.items():
-            _check_tensor(name, headers[name], shape)
+            partner = headers.get(partner_of(name)) if is_fused(name) else None
+            if partner is not None and lies_transposed(shape, headers[name].shape, partner.shape):
+                shape = transposed(shape)
+            check_tensor(name, headers[name], shape)
         ignored = sorted(self.names - expected.keys())
         if ignored:
             log.warning(
@@ -138,18 +141,19 @@ class CheckpointReader:
         """
         wanted: dict[Path, dict[str, list[tuple[Source, Tensor]]]] = {}
         for name, source in self._sources(targets).items():
-            of_file = wanted.setdefault(self._files[source.name], {})
-            of_file.setdefault(source.name, []).append((source, targets[name]))
+            stored_name = self._stored[source.name]
+            of_file = wanted.setdefault(self._files[stored_name], {})
+            of_file.setdefault(stored_name, []).append((source, targets[name]))
         num_bytes = 0
         for path, parts in sorted(wanted.items()):
             self._source.fetch([path.name])
-            with open_weights(path) as file:
+            with self._format.open(path) as file:
                 ordered = [name for name in file.offset_keys() if name in parts]
                 if len(ordered) < len(parts):
                     raise _not_in_file(path, sorted(parts.keys() - set(ordered)))
                 for name in ordered:
                     for source, target in sorted(parts[name], key=lambda part: (part[0].expert_id, part[0].half)):
-                        part_bytes = _copy(path, file, source, target)
+                        part_bytes = copy_tensor(StoredFile(path, file, name), source, target, self._partner_shape)
                         num_bytes += part_bytes
                         if progress is not None:
                             progress(part_bytes)
@@ -166,7 +170,7 @@ class CheckpointReader:
         return {name: source for name, source in found.items() if source is not None}
 
     def _files_of(self, names: Collection[str]) -> set[Path]:
-        return {self._files[source.name] for source in self._sources(names).values()}
+        return {self._files[self._stored[source.name]] for source in self._sources(names).values()}
 
     def _check_names(self, expected: Shapes) -> None:
         missing = [name for name in expected if name not in self.names]
@@ -181,11 +185,13 @@ class CheckpointReader:
     def _advice(self, extra: list[str]) -> str:
         if not self.config.qkv_bias and any(name.endswith("_proj.bias") for name in extra):
             return "qkv_bias is false there: make it true, for biases that are stored were trained"
+        if any(".lora_" in name for name in extra):
+            return "an adapter lies beside its base: merge it (peft: merge_and_unload) and save that"
         return "download the checkpoint again, or put the config beside it that belongs to it"
 
     def _headers(self) -> dict[str, StoredTensor]:
         """Of all stored tensors. Raises CheckpointError where files and index do not agree."""
-        in_files = {path: self._source.header(path.name) for path in sorted(set(self._files.values()))}
+        in_files = {path: self._format.header(self._source, path.name) for path in sorted(set(self._files.values()))}
         for path, in_file in in_files.items():
             absent = sorted(name for name, file in self._files.items() if file == path and name not in in_file)
             if absent:
@@ -194,15 +200,21 @@ class CheckpointReader:
             unknown = sorted(in_file.keys() - self._files.keys())
             if unknown:
                 raise CheckpointError(
-                    f"{path}: {some(unknown, 'is', 'are')} in this file and not in {INDEX_FILE}: download both again"
+                    f"{path}: {some(unknown, 'is', 'are')} in this file and not in the index: download both again"
                 )
             twice = sorted(name for name in in_file if self._files[name] != path)
             if twice:
                 raise CheckpointError(
                     f"{self.model_dir}: {some(twice[:1], 'is', 'are')} in {self._files[twice[0]].name}, as "
-                    f"{INDEX_FILE} says, and in {path.name} as well: download both again"
+                    f"the index says, and in {path.name} as well: download both again"
                 )
-        return {name: in_files[path][name] for name, path in self._files.items()}
+        return {name: in_files[self._files[stored]][stored] for name, stored in self._stored.items()}
+
+    def _partner_shape(self, name: str) -> tuple[int, ...] | None:
+        stored_name = self._stored.get(partner_of(name))
+        if stored_name is None:
+            return None
+        return self._format.header(self._source, self._files[stored_name].name)[stored_name].shape
 
 
 def read_config(model_dir: Path, rope_scaling: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], ModelConfig]:
@@ -221,7 +233,7 @@ def read_config(model_dir: Path, rope_scaling: Mapping[str, Any] | None = None) 
 
 def _not_in_file(path: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {some(names, 'is', 'are')} not in this file, but {INDEX_FILE} says so: download both again"
+        f"{path}: {some(names, 'is', 'are')} not in this file, but the index says so: download both again"
     )
 
 
@@ -229,38 +241,3 @@ def _common_dtype(headers: Mapping[str, StoredTensor]) -> str:
     """The smallest dtype that holds every tensor, as in vLLM; float32 where no tensor has a served one."""
     found = [_DTYPES[dtype] for dtype in sorted({tensor.dtype for tensor in headers.values()}) if dtype in _DTYPES]
     return str(reduce(torch.promote_types, found, found[0])).removeprefix("torch.") if found else "float32"
-
-
-def _check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Raises CheckpointError for a dtype that is not read, and for a shape other than `shape`."""
-    if found.dtype not in ITEM_BYTES:
-        raise CheckpointError(
-            f"{found.path}: {name} has dtype {found.dtype}, {', '.join(ITEM_BYTES)} are served: "
-            "use the bfloat16 checkpoint"
-        )
-    if found.shape != shape:
-        raise CheckpointError(
-            f"{found.path}: {name} has shape {list(found.shape)}, {CONFIG_FILE} implies {list(shape)}: "
-            "weights and config belong to different models"
-        )
-
-
-def _copy(path: Path, file: Any, source: Source, destination: Tensor) -> int:
-    """Copies a tensor, or its part, into `destination`; returns the bytes on disk."""
-    header = file.get_slice(source.name)
-    found = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
-    index: tuple[int | slice, ...] = () if source.expert_id is None else (source.expert_id,)
-    expected = tuple(destination.shape)
-    if source.expert_id is not None:
-        rows, num_experts = expected[0], found.shape[0] if found.shape else 0
-        if source.half is not None:
-            index = (source.expert_id, slice(source.half * rows, (source.half + 1) * rows))
-            expected = (2 * rows, *expected[1:])
-        expected = (max(num_experts, source.expert_id + 1), *expected)
-    _check_tensor(source.name, found, expected)
-    try:
-        with torch.no_grad():
-            destination.copy_(header[index] if index else file.get_tensor(source.name))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {source.name} cannot be read: {in_one_line(error)}") from error
-    return math.prod(destination.shape) * ITEM_BYTES[found.dtype]

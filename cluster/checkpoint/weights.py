@@ -1,6 +1,7 @@
-"""Finds a checkpoint's safetensors files and reads their headers. Knows no model."""
+"""Finds a checkpoint's files with tensors and reads the headers of safetensors ones. Knows no model."""
 
 import re
+import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ SINGLE_FILE = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
-_FOREIGN = ("pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "tf_model*.h5", "flax_model*.msgpack")
+PICKLED = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pth", "*.pt")
+_FOREIGN = ("*.gguf", "tf_model*.h5", "flax_model*.msgpack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,10 @@ class WeightFiles(Protocol):
     """
 
     directory: Path
+
+    @property
+    def model(self) -> str:
+        """As a user calls them on the command line."""
 
     def holds(self, name: str) -> bool: ...
 
@@ -68,6 +74,10 @@ class LocalFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    @property
+    def model(self) -> str:
+        return str(self.directory)
+
     def holds(self, name: str) -> bool:
         return is_there(self.directory / name)
 
@@ -94,9 +104,22 @@ class LocalFiles:
     def fetch(self, names: Collection[str], progress: Callable[[int], None] | None = None) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How tensors lie in files. locate: finds each tensor's file.  header: as `WeightFiles.header`.
+
+    open: gives a file that is here, a context with `keys`, `offset_keys`, `get_tensor`, `get_slice` as of `safe_open`.
+    """
+
+    name: str
+    locate: Callable[[WeightFiles], dict[str, Path]]
+    header: Callable[[WeightFiles, str], dict[str, StoredTensor]]
+    open: Callable[[Path], Any]
+
+
 def holds_weights(files: WeightFiles) -> bool:
     """Whether any weights are there, in a format that is read or in another; False for a config.json alone."""
-    return any(files.matching(p) for p in (*_FOREIGN, "*.safetensors", INDEX_FILE, "adapter_config.json"))
+    return any(files.matching(p) for p in (*_FOREIGN, *PICKLED, "*.safetensors", INDEX_FILE, "adapter_config.json"))
 
 
 def locate_tensors(files: WeightFiles) -> dict[str, Path]:
@@ -106,7 +129,7 @@ def locate_tensors(files: WeightFiles) -> dict[str, Path]:
     if files.holds(SINGLE_FILE):
         return dict.fromkeys(files.header(SINGLE_FILE), model_dir / SINGLE_FILE)
     if files.holds(INDEX_FILE):
-        return _read_index(files)
+        return read_index(files, INDEX_FILE)
     names = files.matching("*.safetensors")
     if files.holds("adapter_config.json"):
         raise CheckpointError(
@@ -128,9 +151,9 @@ def locate_tensors(files: WeightFiles) -> dict[str, Path]:
     return found
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of one file; reads none. Raises CheckpointError."""
-    with open_weights(path) as file:
+def read_header(path: Path, open_file: Callable[[Path], Any] | None = None) -> dict[str, StoredTensor]:
+    """Lists the tensors of one file; reads none. open_file: of a `Format`. Raises CheckpointError."""
+    with (open_file or open_weights)(path) as file:
         try:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
             return {name: StoredTensor(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -149,8 +172,9 @@ def open_weights(path: Path) -> Any:
         ) from error
 
 
-def _read_index(files: WeightFiles) -> dict[str, Path]:
-    index = files.directory / INDEX_FILE
+def read_index(files: WeightFiles, name: str) -> dict[str, Path]:
+    """Each tensor's file, by an index of that name. Raises CheckpointError."""
+    index = files.directory / name
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty: download it again")
@@ -180,10 +204,22 @@ def _check_parts(files: WeightFiles, names: list[str]) -> None:
 
 
 def _advice(files: WeightFiles) -> str:
-    found = sorted(name for pattern in _FOREIGN for name in files.matching(pattern))
-    if not found:
-        return "only safetensors weights are read"
-    return (
-        f"only safetensors weights are read, not {found[0]}: convert it (transformers: "
-        "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…))"
-    )
+    if pickles := find(files, PICKLED):
+        return (
+            f"its weights are pickled ({pickles[0]}), a format that can hold any program: `moe-cluster convert "
+            f"--from-pickle {shlex.quote(files.model)} OUT` writes them as safetensors and runs none"
+        )
+    if others := find(files, _FOREIGN):
+        return (
+            f"only safetensors weights are read, not {others[0]}: convert it (transformers: "
+            "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…))"
+        )
+    return "only safetensors weights are read"
+
+
+def find(files: WeightFiles, patterns: Collection[str]) -> list[str]:
+    """Names of files, sorted."""
+    return sorted(name for pattern in patterns for name in files.matching(pattern))
+
+
+SAFETENSORS = Format("safetensors", locate_tensors, lambda files, name: files.header(name), open_weights)

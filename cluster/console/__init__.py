@@ -2,7 +2,7 @@
 
 from cluster.console.base import ranges, size
 from cluster.console.offline import describe_plan, print_findings, print_metrics, print_plan
-from cluster.console.progress import LoadProgress
+from cluster.console.progress import LoadProgress, WriteProgress
 from cluster.console.status import (
     describe_cache,
     print_cluster,
@@ -14,6 +14,7 @@ from cluster.console.status import (
 
 __all__ = [
     "LoadProgress",
+    "WriteProgress",
     "describe_cache",
     "describe_plan",
     "print_cluster",

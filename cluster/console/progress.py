@@ -1,4 +1,4 @@
-"""Draws a start's progress."""
+"""Draws the progress of a start, and of anything that counts bytes."""
 
 from typing import Self
 
@@ -52,3 +52,28 @@ class LoadProgress:
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(description, total=None)
         self._progress.update(self._tasks[key], description=description, completed=loaded, total=total or None)
+
+
+class WriteProgress:
+    """One line with a bar and bytes, from the first update to the end of the block."""
+
+    def __init__(self, title: str) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
+            console=OutputConsole(stderr=True),
+        )  # fmt: skip
+        self._title = title
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(self._title, total=total)
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total)

@@ -88,6 +88,10 @@ class Snapshot:
         self._sizes = sizes
         self.fetch([file for file in sizes if file in SMALL_FILES or _TEMPLATE.fullmatch(file)])
 
+    @property
+    def model(self) -> str:
+        return str(self._name)
+
     def holds(self, name: str) -> bool:
         return name in self._sizes
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.checkpoint.names import checkpoint_shapes
-from cluster.checkpoint.reader import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from cluster.checkpoint.reader import CONFIG_FILE, INDEX_FILE
+from cluster.checkpoint.writing.parts import index_of, size, split
 from cluster.config import DTYPE_BYTES, DTYPES, read_model_config
-from cluster.config.architectures.architecture import Shapes
 from cluster.config.resources import available_cpus
 from cluster.errors import CheckpointError
 
@@ -55,8 +55,8 @@ def write_checkpoint(
         raise CheckpointError(f"random weights of {config.dtype} are not made: use one of {', '.join(DTYPES)}")
     shapes = checkpoint_shapes(config)
     itemsize = DTYPE_BYTES[config.dtype]
-    total_bytes = _num_bytes(shapes, itemsize)
-    files = _split(shapes, itemsize, max_file_bytes)
+    total_bytes = size(shapes, itemsize)
+    files = split(shapes, itemsize, max_file_bytes)
     generator = _Generator.of(seed, float(raw_config.get("initializer_range", 0.02)), config.dtype)
     try:
         model_dir.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,7 @@ def write_checkpoint(
                 # safetensors 0.8 leaves files that only their owner can read.
                 shutil.copymode(model_dir / CONFIG_FILE, model_dir / file_name)
         if len(files) > 1:
-            weight_map = {name: file_name for file_name, names in files.items() for name in names}
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            write_json(model_dir / INDEX_FILE, index)
+            write_json(model_dir / INDEX_FILE, index_of(files, total_bytes))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{model_dir}: writing {total_bytes:,} bytes failed: {error}") from error
 
@@ -122,23 +120,3 @@ class _Generator:
             words = random.integers(0, 1 << 64, size=-(-len(part) // 4), dtype=np.uint64)
             part[:] = quantiles[words.view(np.uint16)[: len(part)]]
         return torch.from_numpy(values).view(self.dtype).view(shape)
-
-
-def _split(shapes: Shapes, itemsize: int, max_file_bytes: int) -> dict[str, Shapes]:
-    """Fills files in order up to `max_file_bytes`; a tensor that is larger has a file of its own."""
-    files: list[Shapes] = [{}]
-    room = max_file_bytes
-    for name, shape in shapes.items():
-        num_bytes = math.prod(shape) * itemsize
-        if files[-1] and num_bytes > room:
-            files.append({})
-            room = max_file_bytes
-        files[-1][name] = shape
-        room -= num_bytes
-    if len(files) == 1:
-        return {SINGLE_FILE: files[0]}
-    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files, start=1)}
-
-
-def _num_bytes(shapes: Shapes, itemsize: int) -> int:
-    return sum(math.prod(shape) for shape in shapes.values()) * itemsize
