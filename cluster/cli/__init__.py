@@ -1,8 +1,8 @@
 """The command line. Reads arguments and the environment, and prints; other parts do the work.
 
 Each file has the commands of one kind: `serving` starts a cluster, `clients` talk with one, `running` look at one and
-change it, `offline` need none, `checkpoints` make a checkpoint from another. `arguments` has the options that they
-share, `terminal` runs each of them.
+change it, `offline` need none, `checkpoints` make a checkpoint from another, `evaluate` measures one. `arguments` has
+the options that they share, `terminal` runs each of them.
 Exit codes: 0 done, 1 a request or a bench failed, its output could not be written or the doctor found something
 missing, 2 wrong usage or a set-up that cannot work, 130 Ctrl-C, 141 the output's reader has gone.
 """
@@ -69,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     """Raises ImportError where a package that the commands need is missing."""
     from cluster import bench
-    from cluster.cli import checkpoints, clients, offline, running, serving
+    from cluster.cli import checkpoints, clients, evaluate, offline, running, serving
     from cluster.cli.arguments import add_command
 
     parser: argparse.ArgumentParser = _Parser(
@@ -85,5 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     running.add_commands(commands)
     offline.add_commands(commands)
     checkpoints.add_commands(commands)
+    evaluate.add_commands(commands)
     bench.add_arguments(add_command(commands, "bench", bench.run, "measure tokens/s, side by side with other engines"))
     return parser

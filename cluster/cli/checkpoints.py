@@ -13,7 +13,7 @@ def add_commands(commands: Commands) -> None:
     convert = add_command(
         commands, "convert", _convert, "write a checkpoint again in the published layout, in another dtype if you like"
     )
-    _add_folders(convert, "MODEL_DIR", "directory of a checkpoint")
+    _add_folders(convert, "MODEL", "directory of a checkpoint, or its name on the hub")
     convert.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)"
     )
@@ -26,7 +26,7 @@ def add_commands(commands: Commands) -> None:
     upcycle = add_command(
         commands, "upcycle", _upcycle, "make a Qwen2-MoE checkpoint from a dense Qwen2 one, to be trained further"
     )
-    _add_folders(upcycle, "DENSE", "directory of a dense Qwen2 checkpoint")
+    _add_folders(upcycle, "DENSE", "directory of a dense Qwen2 checkpoint, or its name on the hub")
     _add_recipe(upcycle)
     upcycle.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 or auto: the dense checkpoint's (default)"
@@ -70,9 +70,9 @@ def _add_folders(parser: argparse.ArgumentParser, source: str, help_text: str) -
 
 def _convert(args: argparse.Namespace) -> int:
     from cluster.checkpoint.writing.convert import convert
-    from cluster.console import WriteProgress
+    from cluster.console import CountProgress
 
-    with WriteProgress(f"writing {args.out}") as bar:
+    with CountProgress(f"writing {args.out}") as bar:
         written = convert(
             args.source,
             args.out,
@@ -87,7 +87,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _upcycle(args: argparse.Namespace) -> int:
     from cluster.checkpoint.writing.upcycle import Recipe, upcycle
-    from cluster.console import WriteProgress
+    from cluster.console import CountProgress
 
     recipe = Recipe(
         experts=args.experts,
@@ -97,7 +97,7 @@ def _upcycle(args: argparse.Namespace) -> int:
         seed=args.seed,
         top_k=args.top_k,
     )
-    with WriteProgress(f"writing {args.out}") as bar:
+    with CountProgress(f"writing {args.out}") as bar:
         written = upcycle(
             args.source, args.out, recipe, dtype=args.dtype, max_file_bytes=args.max_shard_size, progress=bar.update
         )

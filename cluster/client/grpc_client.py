@@ -130,6 +130,14 @@ class Client:
         request = _filled_in(pb.AnswerSpanRequest(request_id=request_id), prompt)
         return cast(pb.AnswerSpanResponse, self._ask(self._stub.AnswerSpan, request))
 
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids that a text has for the model. Raises ClusterError with the server's message."""
+        try:
+            request = pb.TokenizeRequest(text=text)
+        except ValueError as error:
+            raise InvalidRequest(f"the request cannot be sent: {error}", "text") from error
+        return list(cast(pb.TokenizeResponse, self._ask(self._stub.Tokenize, request)).token_ids)
+
     def model_info(self) -> pb.GetModelInfoResponse:
         """Raises ClusterError with the server's message."""
         return cast(pb.GetModelInfoResponse, self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest()))

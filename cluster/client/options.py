@@ -15,10 +15,10 @@ API_KEY = "MOE_CLUSTER_API_KEY"
 MAX_KEY_FILE_BYTES = 1 << 16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="gRPC server (default: %(default)s)"
-    )
+def add_arguments(parser: argparse.ArgumentParser, address: str | None = DEFAULT_ADDRESS) -> None:
+    """address: of the server where none is given; None for no server then."""
+    note = "" if address is None else " (default: %(default)s)"
+    parser.add_argument("--address", default=address, metavar="HOST:PORT", help=f"gRPC server{note}")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"with the API key (default: ${API_KEY})")
     parser.add_argument("--tls", action="store_true", help="speak TLS, with the authorities that this machine trusts")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 from cluster.console.base import ranges, size
 from cluster.console.offline import describe_plan, print_findings, print_metrics, print_plan
-from cluster.console.progress import LoadProgress, WriteProgress
+from cluster.console.progress import CountProgress, LoadProgress
 from cluster.console.status import (
     describe_cache,
     print_cluster,
@@ -13,8 +13,8 @@ from cluster.console.status import (
 )
 
 __all__ = [
+    "CountProgress",
     "LoadProgress",
-    "WriteProgress",
     "describe_cache",
     "describe_plan",
     "print_cluster",

@@ -1,8 +1,17 @@
-"""Draws the progress of a start, and of anything that counts bytes."""
+"""Draws the progress of a start, and of anything that counts."""
 
 from typing import Self
 
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from cluster.console.base import OutputConsole
 from cluster.status import ClusterStatus
@@ -54,12 +63,16 @@ class LoadProgress:
         self._progress.update(self._tasks[key], description=description, completed=loaded, total=total or None)
 
 
-class WriteProgress:
-    """One line with a bar and bytes, from the first update to the end of the block."""
+class CountProgress:
+    """One line with a bar and a count, from the first update to the end of the block.
 
-    def __init__(self, title: str) -> None:
+    unit: of the count; bytes are shown as KB, MB and so on.
+    """
+
+    def __init__(self, title: str, unit: str = "bytes") -> None:
+        counts = (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn(),
             console=OutputConsole(stderr=True),
         )  # fmt: skip
         self._title = title

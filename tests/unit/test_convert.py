@@ -55,7 +55,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def contents(model_dir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in model_dir.iterdir()}
+    return {path.name: path.read_bytes() for path in model_dir.iterdir() if path.is_file()}
 
 
 def test_fused_experts_under_long_names_come_out_as_published(source: Path, tmp_path: Path) -> None:
@@ -166,7 +166,10 @@ def test_tokenizer_and_defaults_come_along(tmp_path: Path) -> None:
     write_demo_checkpoint(tmp_path / "in", model_type="qwen2")
     (tmp_path / "in" / "LICENSE").write_text("free")
     (tmp_path / "in" / "optimizer.pt").write_text("none of a model's")
+    (tmp_path / "in" / "additional_chat_templates").mkdir()
+    (tmp_path / "in" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     convert(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     before, after = contents(tmp_path / "in"), contents(tmp_path / "out")
     assert set(before) - set(after) == {"optimizer.pt"}
     assert all(after[name] == before[name] for name in after if not name.startswith(("config", "model")))
@@ -293,7 +296,7 @@ def test_folders_that_cannot_be_written_are_refused(source: Path, tmp_path: Path
         (source, "is not empty (config.json is in it)"),
         (tmp_path / "file", "is not a folder"),
         (tmp_path / "file" / "out", "Not a directory"),
-        (Path("/proc/none/out"), "cannot be made"),
+        (Path("/proc/none/out"), "cannot be written"),
     ):
         with pytest.raises(SetupError) as caught:
             convert(source, out)

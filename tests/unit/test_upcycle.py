@@ -40,7 +40,7 @@ def made(source: Path, out: Path, **recipe: Any) -> dict[str, Tensor]:
 
 
 def neurons(rows: Tensor, dense_rows: Tensor) -> list[int]:
-    """Which dense neuron each row is."""
+    """The dense neuron that each row is."""
     return [int((dense_rows == row).all(1).nonzero()) for row in rows]
 
 

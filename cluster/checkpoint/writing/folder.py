@@ -39,7 +39,7 @@ class NewFolder:
             self._aside.mkdir()
         except OSError as error:
             self._remove()
-            raise SetupError(f"{self.path} cannot be made: {error.strerror}: give another folder") from error
+            raise SetupError(f"{self.path} cannot be written: {error.strerror}: give another folder") from error
         return self
 
     def __exit__(
@@ -60,23 +60,29 @@ class NewFolder:
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
         """Opens a new file; its bytes are on the disk when the block ends. Raises ClusterError, for a full disk too."""
-        with self._in_one_line(name), (self._aside / name).open("xb") as file:
+        with self._in_one_line(name), self._opened(name) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         self._names.append(name)
 
-    def copy(self, source: Path) -> None:
-        """Copies a file, under its name. Raises ClusterError."""
-        with self.create(source.name) as file, source.open("rb") as original:
+    def copy(self, source: Path, name: str) -> None:
+        """Copies a file. Raises ClusterError."""
+        with self.create(name) as file, source.open("rb") as original:
             shutil.copyfileobj(original, file)
 
     def finish(self) -> None:
         """Moves the files into place in the order in which they were created. Raises ClusterError."""
         with self._in_one_line(""):
             for name in self._names:
+                (self.path / name).parent.mkdir(exist_ok=True)
                 (self._aside / name).rename(self.path / name)
-            self._aside.rmdir()
+            shutil.rmtree(self._aside)
+
+    def _opened(self, name: str) -> BinaryIO:
+        """name: with a folder before it, if it lies in one."""
+        (self._aside / name).parent.mkdir(exist_ok=True)
+        return (self._aside / name).open("xb")
 
     def _check_empty(self) -> None:
         if not os.path.lexists(self.path):

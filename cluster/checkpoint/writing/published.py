@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint.chat_template import TEMPLATE_DIR
 from cluster.checkpoint.files import is_there
 from cluster.checkpoint.generation import GENERATION_FILE
 from cluster.checkpoint.made.drawn import SEED_KEY
@@ -38,7 +39,9 @@ def copy_small_files(source: Path, folder: NewFolder) -> None:
     """Copies tokenizer, templates, generation defaults and licence, those that are there. Raises ClusterError."""
     for name in _COPIED:
         if is_there(source / name):
-            folder.copy(source / name)
+            folder.copy(source / name, name)
+    for path in sorted((source / TEMPLATE_DIR).glob("*.jinja")):
+        folder.copy(path, f"{TEMPLATE_DIR}/{path.name}")
 
 
 def write_json(folder: NewFolder, name: str, value: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.names import checkpoint_shapes
-from cluster.checkpoint.opening import Checkpoint, open_checkpoint
+from cluster.checkpoint.opening import Checkpoint, bring_here, open_checkpoint
 from cluster.checkpoint.reader import read_config
 from cluster.checkpoint.writing.draws import Draws
 from cluster.checkpoint.writing.model import MAX_FILE_BYTES, NewModel, Progress, Written, check_dtype, write_model
@@ -101,7 +101,7 @@ def upcycle(
         raise CheckpointError(
             f"{dense}: model_type is {checkpoint.config.model_type}: a dense qwen2 checkpoint is made into experts"
         )
-    checkpoint.check_tensors()
+    bring_here(checkpoint)
     chosen = resolve_dtype(dtype, checkpoint.config)
     raw, _ = read_config(checkpoint.model_dir)
     raw = _moe_config(raw, checkpoint.config, recipe, chosen)

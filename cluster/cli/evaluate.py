@@ -1,0 +1,161 @@
+"""The command that measures a model's answers: eval."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.cli import terminal
+from cluster.cli.arguments import Commands, add_command, add_options, byte_size
+from cluster.client import options
+from cluster.errors import SetupError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cluster.perplexity import Perplexity
+
+SEQUENCES = 8  # windows at a time, offline; through a server half as many calls at a time
+OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling")
+
+
+def add_commands(commands: Commands) -> None:
+    command = add_command(
+        commands, "eval", _eval, "measure a model's perplexity on a text, offline or through a server"
+    )
+    command.add_argument(
+        "model", nargs="?", metavar="MODEL", help="directory of a checkpoint, or its name on the hub, computed here"
+    )
+    text = command.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", type=Path, metavar="FILE", help="a text in UTF-8; - reads standard input")
+    text.add_argument(
+        "--token-ids", type=Path, metavar="FILE", help="token ids, with spaces, commas or lines between, or a JSON list"
+    )
+    command.add_argument(
+        "--context", type=int, metavar="N", help="tokens of a window (default: the model's context, 2048 at most)"
+    )
+    command.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from a window to the next one; the rest of each is context alone (default: 512, or the context)",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--dtype", help="offline: float32, bfloat16, float16 or auto (default: the checkpoint's)")
+    command.add_argument("--device", help="offline: cpu, cuda or auto (default: auto)")
+    command.add_argument(
+        "--kv-cache-bytes", type=byte_size, metavar="BYTES", help="offline (default: what the windows need)"
+    )
+    add_options(command, "rope_scaling")
+    options.add_arguments(command, address=None)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    if (args.model is None) == (args.address is None):
+        raise SetupError("give a model, or --address of a running server: one of the two")
+    given = [name for name in OFFLINE_OPTIONS if getattr(args, name) is not None]
+    if given and args.address is not None:
+        raise SetupError(f"--{given[0].replace('_', '-')} is of an offline model: the server at --address has its own")
+    result = _offline(args) if args.address is None else _served(args)
+    if args.json:
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} ({result.token_perplexity:.4f} with each token once): "
+            f"{result.num_tokens:,} tokens in {result.num_windows:,} windows of {result.context:,}, stride "
+            f"{result.stride:,}"
+        )
+    return 0
+
+
+def _offline(args: argparse.Namespace) -> "Perplexity":
+    from cluster.checkpoint.info import max_model_len, resolve_dtype
+    from cluster.checkpoint.opening import open_checkpoint
+    from cluster.config import EngineConfig
+    from cluster.console import CountProgress
+    from cluster.llm import LLM
+    from cluster.perplexity import Windows, perplexity
+    from cluster.serving.text.tokenizer import Tokenizer
+
+    checkpoint = open_checkpoint(args.model, args.rope_scaling)
+    config = checkpoint.config
+    engine = EngineConfig(dtype=args.dtype or "auto", device=args.device or "auto")
+    windows = Windows.of(args.context, args.stride, max_model_len(config, engine))
+    token_ids = _given_ids(args)
+    if token_ids is None:
+        token_ids = Tokenizer(checkpoint.model_dir).encode(_text(args.text))
+    blocks = -(-windows.context // engine.block_size) + 1
+    needed = config.kv_bytes_per_token(resolve_dtype(engine.dtype, config)) * engine.block_size * blocks
+    with (
+        LLM(
+            args.model,
+            skip_tokenizer=True,
+            dtype=engine.dtype,
+            device=engine.device,
+            max_model_len=windows.context,
+            kv_cache_bytes=args.kv_cache_bytes or needed * (SEQUENCES + 1),
+            rope_scaling=args.rope_scaling,
+            enable_prefix_caching=False,
+        ) as llm,
+        CountProgress("tokens", "tokens") as bar,
+    ):
+
+        def score(parts: Sequence[Sequence[int]]) -> "list[NDArray[np.float32]]":
+            return [found.logprobs.numpy() for found in llm.prompt_logprobs(list(parts))]
+
+        return perplexity(token_ids, windows, score, batch=SEQUENCES, progress=bar.update)
+
+
+def _served(args: argparse.Namespace) -> "Perplexity":
+    import numpy as np
+
+    from cluster.console import CountProgress
+    from cluster.perplexity import Windows, perplexity
+
+    token_ids = _given_ids(args)
+    with (
+        options.connect(args) as client,
+        ThreadPoolExecutor(SEQUENCES // 2) as threads,
+        CountProgress("tokens", "tokens") as bar,
+    ):
+        windows = Windows.of(args.context, args.stride, client.model_info().max_model_len)
+        if token_ids is None:
+            token_ids = client.tokenize(_text(args.text))
+
+        def score(parts: Sequence[Sequence[int]]) -> "list[NDArray[np.float32]]":
+            return [np.array(answer.logprobs, dtype=np.float32) for answer in threads.map(client.score, parts)]
+
+        return perplexity(token_ids, windows, score, batch=SEQUENCES // 2, progress=bar.update)
+
+
+def _text(path: Path) -> str:
+    """Raises SetupError for a file that cannot be read, or that is no text or empty."""
+    raw = _bytes(path)
+    text = terminal.utf8(raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff"), f"--text {path}")
+    if not text.strip():
+        raise SetupError(f"--text {path} is empty: there is nothing to measure")
+    return text
+
+
+def _given_ids(args: argparse.Namespace) -> list[int] | None:
+    """Raises SetupError for a file that cannot be read, or that has anything beside ids."""
+    if args.token_ids is None:
+        return None
+    words = _bytes(args.token_ids).decode("utf-8", "replace").strip().removeprefix("[").removesuffix("]")
+    found = words.replace(",", " ").split()
+    for word in found:
+        if not (word.isascii() and word.isdigit() and len(word) < 12):
+            raise SetupError(f"--token-ids {args.token_ids}: {word[:40]!r} is no token id, whole numbers are needed")
+    return [int(word) for word in found]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise SetupError(f"{path} cannot be read: {error.strerror}") from error
