@@ -2,17 +2,24 @@
 
 from dataclasses import replace
 
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, Unavailable
+from cluster.outcome import CALLS
 from cluster.types import EngineRequest, SamplingParams
 
 
 def fitting(request: EngineRequest, max_model_len: int, cache_tokens: int) -> SamplingParams:
     """The request's parameters, with a max_tokens that the client did not ask for lowered to what fits.
 
-    Raises InvalidRequest: a max_tokens that the client asked for is never changed.
+    Raises InvalidRequest: a max_tokens that the client asked for is never changed. Raises Unavailable for a kind of
+    result that only a newer version knows.
     """
     params = request.params
     num_prompt_tokens = len(request.prompt_token_ids)
+    if request.wants not in CALLS:
+        raise Unavailable(
+            f"request {request.called} wants {request.wants!r}, which its attention replica's older version does not "
+            "know: send it again when `moe-cluster roll` is through"
+        )
     if request.wants != "tokens":
         _check_prompt(num_prompt_tokens, max_model_len, cache_tokens)
         return params

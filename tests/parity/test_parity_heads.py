@@ -5,13 +5,16 @@ Prompts of mixed lengths, some with padding in them, as they are, in chunks besi
 
 import pytest
 import torch
+from actor_experts import ActorExperts
 from configs import PROMPTS
 from head_tools import HEADS, PADDED, SETTINGS, check, close, llm_for
 
 from cluster import LLM
+from cluster import llm as llm_module
 from cluster.checkpoint.names import dense_bytes
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.errors import InvalidRequest
+from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 
 WAYS = {
     "as they are": {},
@@ -29,6 +32,26 @@ def test_each_head_gives_what_transformers_gives(written, family, head, way):
         for _ in range(2 if way == "from a cache" else 1):
             check(llm, oracle, head)
         assert llm.engine.blocks.num_used == 0
+
+
+@pytest.fixture(scope="module")
+def actors(ray_cluster):
+    """Two shards' processes; each case loads them anew."""
+    shard_class = ray_cluster.remote(concurrency_groups=SHARD_GROUPS)(ExpertShardActor)
+    made = [shard_class.options(num_cpus=1).remote(shard_id, 1) for shard_id in range(2)]
+    yield made
+    for actor in made:
+        ray_cluster.kill(actor)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("carrier", ["ray", "stream"])
+@pytest.mark.parametrize("head", HEADS)
+def test_each_head_gives_it_through_shards_elsewhere(written, actors, monkeypatch, head, carrier):
+    oracle = written("Qwen2Moe", head)
+    monkeypatch.setattr(llm_module, "RayExperts", lambda cluster, metrics: ActorExperts(actors, cluster, metrics))
+    with llm_for(oracle.model_dir, transport=carrier, max_num_batched_tokens=16) as llm:
+        check(llm, oracle, head)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -179,6 +179,31 @@ def test_logits_that_are_infinite_end_their_request_too(demo_checkpoint, tmp_pat
                 llm.generate([HEALTHY], params)
 
 
+@pytest.mark.parametrize("call", ["embed", "prompt_logprobs"])
+def test_a_result_without_numbers_ends_alone_too(broken, call):
+    """Between two healthy ones, in chunks; its blocks are found by nobody."""
+    with make(broken, max_num_batched_tokens=8) as llm:
+        [expected] = getattr(llm, call)([HEALTHY])
+        with pytest.raises(NonFiniteOutput, match="the model gave no finite numbers") as met:
+            getattr(llm, call)([HEALTHY, [*range(100, 120), BAD], HEALTHY])
+        first, failed, last = met.value.outputs
+        assert failed is None
+        assert first.numbers == last.numbers
+        kept = expected.embedding if call == "embed" else expected.logprobs
+        assert first.prompt_token_ids == tuple(HEALTHY)
+        assert len(first.numbers.array()) == len(kept)
+        assert reused(llm, [*range(100, 120), 1]) == 0
+        assert llm.engine.blocks.num_used == 0
+
+
+def test_hidden_states_are_given_as_they_are(broken):
+    """Whoever asks for logits looks at all of them: NaN in one row does not hide the rows before it."""
+    with make(broken) as llm:
+        logits = llm.logits([*HEALTHY, BAD])
+        assert logits[:3].isfinite().all()
+        assert logits[3].isnan().all()
+
+
 def test_finite_weights_whose_numbers_overflow_in_float16_end_their_request_alone(demo_checkpoint, tmp_path):
     """The token's embedding is float16's largest number, and attention adds some hundreds to every token's."""
     folder = write_broken(

@@ -12,7 +12,7 @@ from engine_fakes import Clock, CountingRunner, block_manager, make_engine, requ
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.step import StepResult
-from cluster.errors import DeadlineExceeded, InvalidRequest, ShardUnavailable
+from cluster.errors import DeadlineExceeded, InvalidRequest, ShardUnavailable, Unavailable
 from cluster.metrics import EngineMetrics, new_registry
 from cluster.serving.text.answer import Answer
 from cluster.types import Logprobs
@@ -271,6 +271,23 @@ def test_a_result_needs_room_for_its_prompt_and_no_more():
     with pytest.raises(InvalidRequest, match="the prompt has 1001 tokens, the context has 1000"):
         ask_rows(rows_engine(num_blocks=1000), "s", range(1001))
     assert not engine.has_work
+
+
+def test_a_result_that_only_a_newer_version_knows_is_for_another_replica():
+    engine = rows_engine()
+    with pytest.raises(Unavailable, match="wants 'a_vision', which its attention replica's older version"):
+        ask_rows(engine, "s", [1], wants="a_vision")
+    assert not engine.has_work
+
+
+def test_a_result_that_an_engine_may_have_died_of_is_computed_alone_in_each_of_its_chunks():
+    engine = rows_engine(max_num_batched_tokens=4)
+    engine.submit(request("a", [1], max_tokens=4))
+    engine.step()
+    engine.submit(replace(request("s", range(20, 30)), wants="hidden_states", num_replays=1, num_alone_tokens=1))
+    ends = results(engine)
+    assert ends["s"].numbers.array().tolist() == expected_rows(range(20, 30))
+    assert [[name for name, _ in step] for step in engine.runner.steps] == [["a"], ["s"]] * 3 + [["a"]]
 
 
 def test_a_result_has_an_id_and_a_time_like_every_request_and_can_be_cancelled():

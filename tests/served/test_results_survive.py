@@ -1,0 +1,43 @@
+"""Results of numbers while an attention replica dies under them: none fails, and none differs."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster import LLM
+from cluster.chaos.faults import inject
+from cluster.client.grpc_client import Client
+from cluster.runtime.operate import RunningCluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
+
+PROMPTS = [[(7 * start + step) % 900 for step in range(40 + 60 * start)] for start in range(6)]
+
+
+@pytest.mark.parametrize("kind", ["kill-replica", "stop-replica", "kill-shard"])
+def test_scores_go_on_elsewhere_when_their_engine_dies(served, demo_checkpoint, kind):
+    with LLM(demo_checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
+        expected = [found.logprobs.tolist() for found in llm.prompt_logprobs(PROMPTS)]
+    over, answers = threading.Event(), []
+
+    def ask(number):
+        with Client(f"127.0.0.1:{served.grpc_port}") as client:
+            while not over.is_set():
+                for place in range(number, number + len(PROMPTS)):
+                    place %= len(PROMPTS)
+                    answers.append((place, list(client.score(PROMPTS[place]).logprobs)))
+
+    with RunningCluster() as cluster, ThreadPoolExecutor(4) as threads:
+        asking = [threads.submit(ask, number) for number in range(4)]
+        try:
+            for seed in range(2):
+                inject(kind, cluster, random.Random(seed), 2, 120.0)
+        finally:
+            over.set()
+        for one in asking:
+            one.result()  # raises what a call raised
+    assert len(answers) >= 4 * len(PROMPTS)
+    for place, logprobs in answers:
+        assert logprobs == pytest.approx(expected[place], abs=1e-4)
