@@ -154,21 +154,22 @@ class _Chooser:
 
 
 def _write_gguf(model_dir: Path, file: Path) -> None:
-    """Names and shapes: llama.cpp's qwen2moe architecture."""
+    """Names and shapes: llama.cpp's architectures qwen2moe and qwen2."""
     import gguf  # type: ignore[import-not-found]
     from safetensors import safe_open
 
     config = json.loads((model_dir / "config.json").read_text())
     files: list[Any] = [safe_open(part, "pt") for part in sorted(model_dir.glob("*.safetensors"))]
     where = {name: part for part in files for name in part.keys()}  # noqa: SIM118  not a dict
-    writer = gguf.GGUFWriter(file, "qwen2moe")
+    writer = gguf.GGUFWriter(file, "qwen2moe" if "num_experts" in config else "qwen2")
     _write_shapes(writer, config)
     copy = _TensorCopy(writer, gguf.GGMLQuantizationType.BF16, where)
     copy.add("token_embd.weight", "model.embed_tokens.weight")
     copy.add("output_norm.weight", "model.norm.weight")
-    copy.add("output.weight", "lm_head.weight")
+    if "lm_head.weight" in where:  # else it is the embeddings, to llama.cpp too
+        copy.add("output.weight", "lm_head.weight")
     for layer in range(config["num_hidden_layers"]):
-        _write_layer(copy, layer, config["num_experts"])
+        _write_layer(copy, layer, config.get("num_experts", 0))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file(progress=True)
@@ -184,10 +185,11 @@ def _write_shapes(writer: Any, config: dict[str, Any]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
 
@@ -223,6 +225,10 @@ def _write_layer(copy: _TensorCopy, layer: int, num_experts: int) -> None:
         copy.add(f"{theirs}.attn_{short}.weight", f"{ours}.self_attn.{long}.weight")
         copy.add(f"{theirs}.attn_{short}.bias", f"{ours}.self_attn.{long}.bias")
     copy.add(f"{theirs}.attn_output.weight", f"{ours}.self_attn.o_proj.weight")
+    if not num_experts:
+        for part in ("gate", "up", "down"):
+            copy.add(f"{theirs}.ffn_{part}.weight", f"{ours}.mlp.{part}_proj.weight")
+        return
     copy.add(f"{theirs}.ffn_gate_inp.weight", f"{ours}.mlp.gate.weight", full=True)
     copy.add(f"{theirs}.ffn_gate_inp_shexp.weight", f"{ours}.mlp.shared_expert_gate.weight", flat=True)
     for part in ("gate", "up", "down"):

@@ -87,5 +87,16 @@ def test_whatever_dies_no_answer_is_lost_or_different(serving, run):
     address = ("--address", f"127.0.0.1:{serving.grpc_port}")
     code, report, error = run("chaos", "--requests", "12", "--faults", "4", "--concurrency", "3", *address)
     assert code == 0, report + error
+    assert "failed            0\ndifferent         0\n" in report
     assert "kill-replica" in report
     assert "shard" not in report
+    assert "the model is dense, it has no shards: left out kill-shard, stop-shard, cut-streams" in error
+
+
+def test_its_server_is_measured_beside_an_llm(serving, model_dir):
+    arguments = ["--requests", "4", "--concurrency", "2", "--output-tokens", "8", "--offline", str(model_dir)]
+    command = [*COMMAND, "bench", "serve", "--address", f"127.0.0.1:{serving.grpc_port}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "0 failed, 0 refused" in done.stdout
+    assert "served / offline" in done.stdout
