@@ -25,6 +25,14 @@ BAD_MODELS = [
         "another architecture", "model_type is 'llama', one of qwen2, qwen2_moe is needed", {"model_type": "llama"}
     ),
     BadModel(
+        "another head", "architectures has 'Qwen2MoeForMaskedLM', one of Qwen2MoeForCausalLM, Qwen2MoeModel,",
+        {"architectures": ["Qwen2MoeForMaskedLM"]},
+    ),
+    BadModel(
+        "a head that the checkpoint lacks", "score.weight is missing",
+        {"architectures": ["Qwen2MoeForSequenceClassification"]},
+    ),
+    BadModel(
         "another rope type", "rope type 'su' is not served: default, linear, dynamic, yarn, llama3 and longrope are",
         {"rope_scaling": {"type": "su", "factor": 2.0}},
     ),
@@ -48,7 +56,7 @@ BAD_MODELS = [
         "a missing file of weights", "names model-00002-of-00003.safetensors which is not there",
         without="model-00002-of-00003.safetensors",
     ),
-    BadModel("pickled weights", "not pytorch_model.bin: convert it", in_place_of_weights="pytorch_model.bin"),
+    BadModel("pickled weights", "pytorch_model.bin", in_place_of_weights="pytorch_model.bin"),
     BadModel(
         "an adapter alone", "holds an adapter, not a whole model: merge it into its base",
         in_place_of_weights="adapter_config.json",

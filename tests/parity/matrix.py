@@ -15,6 +15,7 @@ from parity_tools import logprobs_of
 from torch import Tensor
 
 from cluster import LLM
+from cluster.config.architectures.registry import ARCHITECTURES
 
 FAMILIES = {
     "qwen2": DENSE_CONFIGS["qwen2, new key style, tied embeddings, MHA"],
@@ -24,35 +25,56 @@ DTYPES = ("float32", "bfloat16", "float16")
 TRANSPORTS = ("local", "stream", "ray")
 
 
+PAD = 4  # behind a prompt it is padding: the last token before it counts for a sequence's label
+LABELS = {"0": "bad", "1": "good", "2": "neither"}
+
+
+def class_of(family: str, head: str) -> Any:
+    """transformers' class. head: its name behind the family's, as `ForCausalLM`."""
+    import transformers
+
+    return getattr(transformers, f"{ARCHITECTURES[family].class_name}{head}")
+
+
+def raw_config(family: str, head: str) -> dict[str, Any]:
+    name = class_of(family, head).__name__
+    return {**FAMILIES[family], "architectures": [name], "id2label": LABELS, "pad_token_id": PAD}
+
+
 class Reference:
     """transformers' model of a checkpoint in one dtype: a plain forward pass of each prompt, without a cache."""
 
-    def __init__(self, model_dir: Path, dtype: str) -> None:
-        from transformers import AutoModelForCausalLM
+    def __init__(self, model_dir: Path, head: str, dtype: str) -> None:
+        import transformers
 
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=getattr(torch, dtype), attn_implementation="eager"
+        kind = getattr(transformers, f"AutoModel{head}")
+        self.model = kind.from_pretrained(
+            model_dir, dtype=getattr(torch, dtype), attn_implementation="eager", use_cache=False
         ).eval()
 
     @torch.inference_mode()
+    def __call__(self, prompt: list[int]) -> Any:
+        return self.model(torch.tensor([prompt]))
+
     def logits(self, prompt: list[int]) -> Tensor:
-        """[T, V] float32."""
-        logits: Tensor = self.model(torch.tensor([prompt]), use_cache=False).logits[0]
+        """[T, V], or [L] or [T, L] of labels, float32."""
+        logits: Tensor = self(prompt).logits[0]
         return logits.float()
 
     @torch.inference_mode()
     def hidden_states(self, prompt: list[int]) -> Tensor:
         """[T, H] float32, after the last norm."""
-        states: Tensor = self.model.model(torch.tensor([prompt]), use_cache=False).last_hidden_state[0]
+        states: Tensor = self.model.base_model(torch.tensor([prompt])).last_hidden_state[0]
         return states.float()
 
 
 @dataclass(frozen=True)
 class Result:
-    """A result of numbers: for each of PROMPTS one tensor, ours and transformers'."""
+    """A result of numbers: for each of PROMPTS one tensor, ours and transformers'. head: whose checkpoint gives it."""
 
     ours: Callable[[LLM], list[Tensor]]
     theirs: Callable[[Reference, list[int]], Tensor]
+    head: str = "ForCausalLM"
 
 
 RESULTS: dict[str, Result] = {
@@ -72,7 +94,29 @@ RESULTS: dict[str, Result] = {
         lambda llm: [found.embedding for found in llm.embed(PROMPTS, pooling="mean", normalize=False)],
         lambda reference, prompt: reference.hidden_states(prompt).mean(dim=0),
     ),
+    "labels of a sequence": Result(
+        lambda llm: [found.logits for found in llm.classify(PROMPTS)],
+        lambda reference, prompt: reference.logits(prompt),
+        "ForSequenceClassification",
+    ),
+    "labels of tokens": Result(
+        lambda llm: [found.logits for found in llm.classify_tokens(PROMPTS)],
+        lambda reference, prompt: reference.logits(prompt),
+        "ForTokenClassification",
+    ),
+    "span of an answer": Result(
+        lambda llm: [torch.stack([found.start_logits, found.end_logits]) for found in llm.answer_spans(PROMPTS)],
+        lambda reference, prompt: spans(reference(prompt)),
+        "ForQuestionAnswering",
+    ),
 }
+
+
+def spans(outputs: Any) -> Tensor:
+    """[2, T] float32: of an answer's first and last token."""
+    return torch.stack([outputs.start_logits[0], outputs.end_logits[0]]).float()
+
+
 TOKENS = "greedy tokens"
 HEADS = (TOKENS, *RESULTS)
 
@@ -99,7 +143,3 @@ def table() -> str:
                 cells = ["=" if dtype == "float32" else "≈"] * len(TRANSPORTS)
                 lines.append(f"| {family} | {head} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def raw_config(family: str) -> dict[str, Any]:
-    return FAMILIES[family]

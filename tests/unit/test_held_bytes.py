@@ -25,6 +25,11 @@ MODELS = {
     "dense, untied": DENSE_CONFIGS["qwen2, released key style"],
     "dense, tied": DENSE_CONFIGS["qwen2, new key style, tied embeddings, MHA"],
 }
+MODELS |= {
+    f"{family} with {head}": MODELS[f"{family}, untied"] | {"architectures": [f"{name}{head}"], "num_labels": 3}
+    for family, name in (("moe", "Qwen2Moe"), ("dense", "Qwen2"))
+    for head in ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+}
 CPU = torch.device("cpu")
 # Reached from any object, and by them the whole program.
 BEYOND = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.FrameType)
