@@ -68,7 +68,7 @@ class LLM(Results, Chats):
         *,
         num_expert_shards: int = 1,
         transport: Transport = "local",
-        skip_tokenizer: bool = False,
+        skip_tokenizer: bool = DEFAULTS["skip_tokenizer"],
         dtype: str = DEFAULTS["dtype"],
         device: str = DEFAULTS["device"],
         kv_cache_bytes: int | None = DEFAULTS["kv_cache_bytes"],

@@ -66,8 +66,8 @@ def read_tokenizer(model_dir: Path, config: Mapping[str, Any]) -> tokenizers.Tok
         tokenizer = _from_vocabulary(model_dir, add_prefix_space=add_prefix_space)
     else:
         raise CheckpointError(
-            f"{model_dir / TOKENIZER_FILE} is missing, and {VOCAB_FILE} with {MERGES_FILE} is not there instead: the "
-            "checkpoint's tokenizer is read from them"
+            f"{model_dir / TOKENIZER_FILE} is missing, and {VOCAB_FILE} with {MERGES_FILE} is not there instead: put "
+            "the tokenizer's files there, or take token ids alone with skip_tokenizer (--skip-tokenizer)"
         )
     add_tokens(tokenizer, model_dir, config, qwen2=qwen2)
     if not is_there(model_dir / TOKENIZER_FILE):

@@ -69,7 +69,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser, *, grpc_port: int = 9
         name = f"cpus_per_{role}"
         instead = "this machine's cores divided by the processes of the role; 1 on a Ray of yours"
         _add_option(parser, name, None, f" (default: {instead})")
-    parser.add_argument("--log-requests", action="store_true", help=_doc("log_requests"))
+    for name in ("log_requests", "skip_tokenizer"):
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=_doc(name))
     parser.add_argument(
         "--grpc-port", type=int, default=grpc_port, metavar="PORT", help="0: a free one (default: %(default)s)"
     )

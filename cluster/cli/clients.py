@@ -1,8 +1,10 @@
 """The commands that talk with a server over gRPC: generate, chat."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.cli import terminal
@@ -22,6 +24,10 @@ def add_commands(commands: Commands) -> None:
 
     chat = add_command(commands, "chat", _chat, "talk with a running server; an empty line or Ctrl-D ends it")
     chat.add_argument("--system", help="system message; default: the chat template's own")
+    chat.add_argument(
+        "--tools", type=Path, metavar="FILE",
+        help="functions that the model may call: JSON, a list of schemas as in the OpenAI API; calls are shown as text",
+    )  # fmt: skip
     _add_client_arguments(chat)
 
 
@@ -49,9 +55,9 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from cluster.types import ChatMessage
+    from cluster.conversation import ChatMessage, Conversation
 
-    params = _sampling(args)
+    params, tools = _sampling(args), None if args.tools is None else _tools(args.tools)
     history = [ChatMessage(role="system", content=args.system)] if args.system else []
     with options.connect(args) as client:
         if not client.is_serving(timeout_s=10.0):
@@ -64,8 +70,21 @@ def _chat(args: argparse.Namespace) -> int:
             if not line:
                 return 0
             history.append(ChatMessage(role="user", content=line))
-            answer = print_stream(client.stream(history, params))
+            answer = print_stream(client.stream(Conversation(messages=history, tools=tools), params))
             history.append(ChatMessage(role="assistant", content=answer))
+
+
+def _tools(path: Path) -> list[object]:
+    """Raises SetupError."""
+    try:
+        tools = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SetupError(f"--tools: {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SetupError(f"--tools: {path} is no JSON: {error}") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise SetupError(f"--tools: {path} has no list of JSON objects")
+    return tools
 
 
 def _sampling(args: argparse.Namespace) -> "SamplingParams":

@@ -36,6 +36,10 @@ class ClusterConfig(EngineConfig):
     model_id: str = option(
         "", "the name that clients see; empty: the directory's, or its name on the hub without a revision"
     )
+    skip_tokenizer: bool = option(
+        False,
+        "serves token ids alone, for a checkpoint without a tokenizer: texts, chats and stop strings are refused",
+    )
     attention_replicas: int = option(1, "processes with the dense weights and a KV cache", least=1)
     max_attention_replicas: int | None = option(
         None,

@@ -10,7 +10,7 @@ from cluster import inputs
 from cluster.errors import InvalidRequest
 from cluster.outcome import Wants
 from cluster.serving.text.prompts import Prompt
-from cluster.serving.text.work import TextWork
+from cluster.serving.text.work import NoTextWork, TextWork
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest, ModelInfo, SamplingParams
 
 # An engine of a version that knows results of tokens alone brings as few as it can.
@@ -120,7 +120,7 @@ class RequestCompleter:
 class RequestPreparer:
     """Prepares requests for one model. Never blocks for long: `TextWork` does the long work beside the event loop."""
 
-    def __init__(self, work: TextWork, info: ModelInfo, defaults: SamplingParams) -> None:
+    def __init__(self, work: TextWork | NoTextWork, info: ModelInfo, defaults: SamplingParams) -> None:
         self._work = work
         self._completer = RequestCompleter(info, defaults)
 
@@ -128,6 +128,8 @@ class RequestPreparer:
         self, prompt: Prompt, params: SamplingParams, *, request_id: str, timeout_s: float | None, client: str = ""
     ) -> EngineRequest:
         """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit; Overloaded."""
+        if params.stop:
+            self._work.check_stop()
         token_ids = await self._token_ids(prompt, client)
         return self._completer.complete(
             token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s

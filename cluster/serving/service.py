@@ -18,9 +18,10 @@ from cluster.serving.backend import GenerationBackend, UpdateStream
 from cluster.serving.outcomes import result_of
 from cluster.serving.prepare import RequestPreparer
 from cluster.serving.text.answer import Answer
+from cluster.serving.text.detokenizer import NoText
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
-from cluster.serving.text.work import TextWork
+from cluster.serving.text.work import NoTextWork, TextWork
 from cluster.serving.tracking import RequestMetrics, RequestTracker, TrackedRequest
 from cluster.types import (
     CompletionOutput,
@@ -46,14 +47,15 @@ class ServiceLimits:
 class InferenceService:
     """One model's service. Not thread-safe: call it from one event loop.
 
-    defaults: the checkpoint's generation_config; None fields take `SAMPLING_DEFAULTS`.
+    tokenizer: None serves token ids alone.  defaults: the checkpoint's generation_config; None fields take
+    `SAMPLING_DEFAULTS`.
     admission: lets calls in; by default any.  clock: monotonic seconds.
     """
 
     def __init__(
         self,
         *,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         info: ModelInfo,
         defaults: SamplingParams,
         backend: GenerationBackend,
@@ -66,11 +68,22 @@ class InferenceService:
         self.info = info
         self.limits = limits or ServiceLimits()
         self.admission = admission or Admission(clock=clock)
-        self._tokenizer = tokenizer
-        self._preparer = RequestPreparer(TextWork(tokenizer, self.limits.max_waiting_inputs), info, defaults)
+        self._tokenizer = tokenizer or NoText()
+        work = NoTextWork() if tokenizer is None else TextWork(tokenizer, self.limits.max_waiting_inputs)
+        self._work = work
+        self._preparer = RequestPreparer(work, info, defaults)
         self._backend = backend
         self.new_request_id = new_request_id
         self._tracker = RequestTracker(metrics, clock)
+
+    async def start(self) -> None:
+        """Starts what the first requests would wait for otherwise."""
+        await self._work.start()
+
+    @property
+    def has_text(self) -> bool:
+        """Whether tokens have a text here: not without a tokenizer."""
+        return not isinstance(self._tokenizer, NoText)
 
     def count_refused(self, error: ClusterError) -> None:
         """Counts a call that ended before it was read: admission refused it."""

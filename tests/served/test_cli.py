@@ -141,6 +141,19 @@ def test_chat_answers_line_by_line_and_ends_with_the_input(served):
     assert done.stderr == ""
 
 
+def test_chat_takes_tools_from_a_file_and_refuses_what_is_none(served, tmp_path):
+    address, tools = f"127.0.0.1:{served.grpc_port}", tmp_path / "tools.json"
+    tools.write_text('[{"type": "function", "function": {"name": "f", "parameters": {}}}]')
+    done = run("chat", "--tools", tools, "--address", address, "--max-tokens", 5, "--temperature", 0, stdin="hi\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    for written, reason in (("{", "is no JSON: "), ("{}", "has no list of JSON objects"), (None, "cannot be read: No")):
+        tools.unlink() if written is None else tools.write_text(written)
+        bad = run("chat", "--tools", tools, "--address", address, stdin="hi\n")
+        assert bad.returncode == 2
+        assert bad.stderr.startswith(f"moe-cluster: --tools: {tools} {reason}")
+        assert bad.stderr.count("\n") == 1
+
+
 def test_chat_in_an_ascii_terminal_takes_utf8_and_refuses_what_is_none(served):
     address = f"127.0.0.1:{served.grpc_port}"
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}

@@ -27,7 +27,8 @@ PUBLISHED = ("qwen1.5", "qwen2", "qwen2.5", "hermes")
 MADE = {
     "all": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{% for m in messages %}{{ m | tojson(indent=1) }}"
     "{% for k, v in m.items() %}{{ k }}={{ v }};{% endfor %}{% endfor %}{{ tools | tojson(sort_keys=true) }}"
-    "{{ documents }}{{ add_generation_prompt }}{{ enable_thinking is defined and enable_thinking }}{{ style }}",
+    "{{ documents }}{{ strftime_now('%Y') }}{{ add_generation_prompt }}"
+    "{{ enable_thinking is defined and enable_thinking }}{{ style }}",
     "blocks": "{% set ns = namespace(n=0) %}{% set x = 'outside' %}\n  {% for m in messages %}\n"
     "{% if m.role == 'system' %}{% continue %}{% endif %}{% if ns.n > 3 %}{% break %}{% endif %}"
     "  {% generation %}{% set x = 'inside' %}{{ m.content }}{% set ns.n = ns.n + 1 %}{% endgeneration %}\n"
@@ -142,7 +143,9 @@ functions = st.fixed_dictionaries(
 typed = st.fixed_dictionaries({"type": st.just("function"), "function": functions})
 tools = st.lists(st.one_of(functions, functions, typed, typed, typed, objects), max_size=2)
 endings = st.sampled_from([(True, False)] * 4 + [(False, False)] * 2 + [(False, True), (False, "reasoning_content")])
-kwargs = st.fixed_dictionaries({}, optional={"enable_thinking": st.booleans(), "style": json_values})
+kwargs = st.fixed_dictionaries(
+    {}, optional={"enable_thinking": st.booleans(), "style": json_values, "eos_token": texts}
+)
 
 
 @st.composite

@@ -55,7 +55,7 @@ def test_an_offline_llm_has_the_clusters_defaults():
     """Two differ: one shard, in the caller's process."""
     given = {name: p.default for name, p in inspect.signature(LLM).parameters.items() if p.kind is p.KEYWORD_ONLY}
     shared = given.keys() & {f.name for f in fields(ClusterConfig)}
-    assert given.keys() - shared == {"num_expert_shards", "skip_tokenizer"}
+    assert given.keys() - shared == {"num_expert_shards"}
     different = {name for name in shared if given[name] != DEFAULTS[name]}
     assert different == {"transport"}
 

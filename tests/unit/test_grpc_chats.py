@@ -135,6 +135,7 @@ def test_every_rpc_with_a_conversation_takes_tools(tmp_path: Path, request_type)
     service = make_service(Tokenizer(model_dir), EchoBackend())
     message = request_type(chat=pb.ChatMessages(messages=[USER, CALLED, ANSWER], tools=[json.dumps(WEATHER)]))
     ids = asyncio.run(service.tokenize(to_prompt(message)))
+    service._work.end()
     call = {"name": "get_weather", "arguments": {"place": "北京", "days": 2}}
     expected = PreTrainedTokenizerFast.from_pretrained(model_dir).apply_chat_template(
         [

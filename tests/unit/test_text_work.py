@@ -57,13 +57,19 @@ def test_the_ids_and_the_text_are_those_of_a_plain_call(work, reference, num_cha
     assert asyncio.run(work.decode(ids, True)) == reference.decode(ids, skip_special_tokens=True)
 
 
-def test_an_ingress_of_the_last_version_finds_its_worker_by_the_old_name(tmp_path):
+def test_an_ingress_of_the_last_version_finds_its_worker_by_the_old_name(work, tmp_path):
     """It runs on while a newer package is installed. Its frames: eight bytes of length, then a pickle."""
     command = [sys.executable, "-m", "cluster.serving.text_worker", str(write_tokenizer(tmp_path))]
-    data = pickle.dumps(("text", "hello"))
-    done = subprocess.run(command, input=struct.pack("<Q", len(data)) + data, capture_output=True, timeout=120)
-    assert done.stdout[:8] == struct.pack("<Q", len(done.stdout) - 8), done.stderr
-    assert pickle.loads(done.stdout[8:]).tolist() == [HELLO]
+    tasks = [pickle.dumps(task) for task in (("text", "hello"), ("chat", [("user", "hello")]))]
+    framed = b"".join(struct.pack("<Q", len(task)) + task for task in tasks)
+    done = subprocess.run(command, input=framed, capture_output=True, timeout=120)
+    outcomes, rest = [], done.stdout
+    while rest:
+        (size,) = struct.unpack("<Q", rest[:8])
+        outcomes.append(pickle.loads(rest[8 : 8 + size]).tolist())
+        rest = rest[8 + size :]
+    assert outcomes[0] == [HELLO], done.stderr
+    assert outcomes[1] == work._tokenizer.encode_chat(says("hello"))
 
 
 @pytest.mark.parametrize("num_chars", SIZES)

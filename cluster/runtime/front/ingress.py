@@ -140,7 +140,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         model_dir = model_directory(config.model)
         metrics = IngressMetrics(report_version(new_registry(), "ingress"))
         self._service = InferenceService(
-            tokenizer=Tokenizer(model_dir),
+            tokenizer=None if config.skip_tokenizer else Tokenizer(model_dir),
             info=model_info(config.model, config.engine(), config.model_id),
             defaults=read_sampling_defaults(model_dir),
             backend=ReplayingBackend(
@@ -155,6 +155,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             ),
             admission=self._admission,
         )
+        self._start = asyncio.create_task(self._service.start())
         self._health = HealthState()
         raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
         GrpcInferenceService.__init__(self, self._service, raise_failures=raise_failures)

@@ -34,7 +34,8 @@ def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterCon
     can have: none for a dense one.
     """
     config = replace(config, model=pinned(config.model))
-    reader = check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=tokenizer)
+    texts = tokenizer and not config.skip_tokenizer
+    reader = check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=texts)
     return replace(config, expert_shards=num_shards_for(reader.config.num_experts, config.expert_shards))
 
 

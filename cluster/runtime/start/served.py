@@ -224,7 +224,8 @@ def _free_port(what: str, port: int) -> int:
 
 def _check_ingress_files(config: ClusterConfig) -> None:
     """Raises SetupError for files that an ingress could not use, before a deployment fails by them."""
-    Tokenizer(model_directory(config.model))
+    if not config.skip_tokenizer:
+        Tokenizer(model_directory(config.model))
     if config.api_keys_file:
         ApiKeys(Path(config.api_keys_file), time.monotonic)
 

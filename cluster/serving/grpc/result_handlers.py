@@ -78,7 +78,7 @@ class ResultHandlers(GrpcCalls):
 
     async def AnswerSpan(self, request: bytes, grpc_context: GrpcContext) -> pb.AnswerSpanResponse:
         response = await self._compute(request, grpc_context, _ANSWER_SPAN)
-        if response.token_ids:
+        if response.token_ids and self._service.has_text:
             answer = response.token_ids[response.start : response.end + 1]
             response.text = await self._service.detokenize(answer)
         return response

@@ -44,6 +44,15 @@ class TextProcess:
         self._model_dir, self._job = model_dir, job
         self._process: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> None:
+        """Starts the process where none runs. One that cannot start is the next task's to report. Blocks."""
+        try:
+            self._started()
+        except EOFError:
+            self._give_up()
+        except Unavailable as error:
+            log.warning("%s", error)
+
     def do(self, task: Task) -> "array[int] | str":
         """Raises InvalidRequest, Unavailable. Blocks."""
         try:
@@ -53,10 +62,10 @@ class TextProcess:
             write_frame(process.stdin, task)
             outcome = _read_frame(process.stdout, time.monotonic() + self._job.max_task_s)
         except (EOFError, BrokenPipeError) as error:
-            self.end()
+            self._give_up()
             raise Unavailable("the process for this input ended while it had it: send it again") from error
         except TimeoutError as error:
-            self.end()
+            self._give_up()
             job = self._job
             raise InvalidRequest(
                 f"the {job.field} takes longer than {job.max_task_s:g} s to {job.does}: send a shorter one", job.field
@@ -71,8 +80,12 @@ class TextProcess:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
-            log.warning("the process to %s is gone, with code %s", self._job.does, self._process.returncode)
         self._process = None
+
+    def _give_up(self) -> None:
+        process = self._process
+        self.end()
+        log.warning("the process to %s is gone, with code %s", self._job.does, process and process.returncode)
 
     def _started(self) -> "subprocess.Popen[bytes]":
         """The process, ready for a task. Raises EOFError, Unavailable."""
@@ -88,7 +101,7 @@ class TextProcess:
         try:
             _read_frame(self._process.stdout, time.monotonic() + MAX_START_S)
         except TimeoutError as error:
-            self.end()
+            self._give_up()
             raise Unavailable(f"the process to {self._job.does} did not start in {MAX_START_S:g} s") from error
         return self._process
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.conversation import Conversation
+from cluster.errors import InvalidRequest
 from cluster.serving.text.lane import Lane
 from cluster.serving.text.process import RENDERING, RENDERING_LARGE, TextProcess
 from cluster.serving.text.tokenizer import Tokenizer
@@ -33,6 +34,11 @@ class TextWork:
         self._renderer = TextProcess(tokenizer.model_dir, RENDERING)
         self._large_renderer = TextProcess(tokenizer.model_dir, RENDERING_LARGE)
 
+    async def start(self) -> None:
+        """Starts the process that renders most conversations, so that the first one finds it ready."""
+        if self._tokenizer.has_chat_template:
+            await self._chats.run(self._renderer.start)
+
     async def encode(self, text: str, client: str = "") -> list[int]:
         """Raises InvalidRequest, Overloaded, Unavailable."""
         return _ids(await self._do(("text", text), len(text), client))
@@ -50,6 +56,9 @@ class TextWork:
         """Raises as `encode`."""
         return str(await self._do(("ids", (array("q", token_ids), skip_special_tokens)), len(token_ids), client))
 
+    def check_stop(self) -> None:
+        """Raises nothing: stop strings are found in the text."""
+
     def end(self) -> None:
         """Ends the processes; a later input starts them again."""
         for process in (self._process, self._renderer, self._large_renderer):
@@ -61,6 +70,29 @@ class TextWork:
         if num_chars < LARGE_CHARS:
             return await self._medium.run(lambda: do(self._tokenizer, task), client)
         return await self._large.run(lambda: self._process.do(task), client)
+
+
+class NoTextWork:
+    """In place of TextWork where there is no tokenizer: refuses every text with InvalidRequest."""
+
+    async def start(self) -> None:
+        """Has nothing to start."""
+
+    async def encode(self, text: str, client: str = "") -> list[int]:
+        raise _no_tokenizer("text needs", "send token_ids", "text")
+
+    async def encode_chat(self, chat: Conversation, client: str = "") -> list[int]:
+        raise _no_tokenizer("chat needs", "send token_ids", "chat")
+
+    async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool, client: str = "") -> str:
+        raise _no_tokenizer("the text of token_ids needs", "ask a server that has it", "token_ids")
+
+    def check_stop(self) -> None:
+        raise _no_tokenizer("stop needs", "send stop_token_ids", "stop")
+
+
+def _no_tokenizer(need: str, advice: str, field: str) -> InvalidRequest:
+    return InvalidRequest(f"{need} the tokenizer, which this server has left out (skip_tokenizer): {advice}", field)
 
 
 def _ids(outcome: Any) -> list[int]:
