@@ -144,6 +144,17 @@ def test_an_input_that_takes_for_ever_is_given_up_and_the_next_one_is_done(work)
     process.end()
 
 
+def test_a_template_that_loops_is_ended_by_the_processors_time_and_its_process_goes_on(work):
+    process = TextProcess(work._tokenizer.model_dir, replace(RENDERING, max_cpu_s=0.1))
+    with pytest.raises(InvalidRequest, match=r"chat takes more than 0\.1 s of the processor to render") as refused:
+        process.do(("chat", says("a", role="tool")))
+    assert refused.value.field == "chat"
+    first = process._process
+    assert process.do(("chat", says("b"))) == "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+    assert process._process is first
+    process.end()
+
+
 MULTIPLYING = (
     "{% if tools %}{% set many = namespace(text=messages[0].content) %}"
     "{% for i in range(tools[0].doublings) %}{% set many.text = many.text + many.text %}{% endfor %}"
@@ -157,7 +168,7 @@ def test_a_template_that_makes_gigabytes_or_never_ends_harms_no_other_request(tm
         "{% if documents %}{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
     )
     work = TextWork(Tokenizer(write_tokenizer(tmp_path, chat_template=endless + MULTIPLYING)), 8)
-    work._renderer._job = replace(RENDERING, max_task_s=60.0)
+    work._renderer._job = replace(RENDERING, max_cpu_s=500.0)
     turns = [ChatMessage(role="user", content="a")]
     huge = Conversation(messages=turns, tools=[{"doublings": 40}])
     looping = Conversation(messages=turns, documents=[{"text": "a"}])

@@ -23,18 +23,19 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """The purpose of a process. mode: of `worker`.  does: for the message to one whose input took over max_task_s.
-    field: of the public API, for refusals."""
+    """The purpose of a process. mode: of `worker`.  does, field: for the message to one whose input took too long.
+    max_task_s: of the clock, for one input.  max_cpu_s: of the processor, for one that is rendered; on a busy machine
+    the clock says little about a template."""
 
     mode: str
     does: str
     field: str
-    max_task_s: float
+    max_task_s: float = 60.0  # a megabyte takes some seconds to tokenize
+    max_cpu_s: float = 5.0
 
 
-TOKENIZING = Job(mode=TOKENIZE, does="tokenize", field="input", max_task_s=60.0)  # a megabyte takes some seconds
-RENDERING = Job(mode=RENDER, does="render with the model's chat template", field="chat", max_task_s=5.0)
-RENDERING_LARGE = Job(mode=RENDER, does="render with the model's chat template", field="chat", max_task_s=60.0)
+TOKENIZING = Job(mode=TOKENIZE, does="tokenize", field="input")
+RENDERING = Job(mode=RENDER, does="render with the model's chat template", field="chat")
 
 
 class TextProcess:
@@ -92,7 +93,10 @@ class TextProcess:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.serving.text.worker", str(self._model_dir), self._job.mode],
+            [
+                *(sys.executable, "-m", "cluster.serving.text.worker"),
+                *(str(self._model_dir), self._job.mode, str(self._job.max_cpu_s)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.conversation import Conversation
 from cluster.errors import InvalidRequest
 from cluster.serving.text.lane import Lane
-from cluster.serving.text.process import RENDERING, RENDERING_LARGE, TextProcess
+from cluster.serving.text.process import RENDERING, TextProcess
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.text.worker import Task, do
 
@@ -32,7 +32,7 @@ class TextWork:
         self._large_chats = Lane("large chats", max_waiting)
         self._process = TextProcess(tokenizer.model_dir)
         self._renderer = TextProcess(tokenizer.model_dir, RENDERING)
-        self._large_renderer = TextProcess(tokenizer.model_dir, RENDERING_LARGE)
+        self._large_renderer = TextProcess(tokenizer.model_dir, RENDERING)
 
     async def start(self) -> None:
         """Starts the process that renders most conversations, so that the first one finds it ready."""

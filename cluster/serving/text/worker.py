@@ -1,16 +1,18 @@
 """A process that tokenizes and detokenizes large inputs, or renders conversations, so that neither its parent's
 interpreter lock nor its parent's memory is theirs.
 
-    python -m cluster.serving.text.worker MODEL_DIR [tokenize | render]
+    python -m cluster.serving.text.worker MODEL_DIR [tokenize | render] [SECONDS]
 
 It reads tasks from standard input and writes their outcomes to standard output, one after the other, each as a length
-and a pickle; only its parent can reach these. A mode makes it say first, in the same way, that it is ready. When its
-parent ends, in whatever way, its input ends and so does it. `process` is the parent's end.
+and a pickle; only its parent can reach these. A mode makes it say first, in the same way, that it is ready. SECONDS of
+the processor end the rendering of a conversation. When its parent ends, in whatever way, its input ends and so does it.
+`process` is the parent's end.
 """
 
 import os
 import pickle
 import resource
+import signal
 import struct
 import sys
 from array import array
@@ -48,15 +50,28 @@ def do(tokenizer: Tokenizer, task: Task) -> "array[int] | str":
     raise ValueError(f"unknown task {kind!r}")
 
 
-def render(renderer: ChatRenderer, task: Task) -> str:
-    """Returns a conversation's text. Raises InvalidRequest."""
+class _OutOfTime(BaseException):
+    """Comes out of any template: they raise Exceptions, and jinja2 catches those."""
+
+
+def render(renderer: ChatRenderer, task: Task, max_cpu_s: float) -> str:
+    """Returns a conversation's text. For a process that does nothing else. Raises InvalidRequest."""
     _, chat = task
+    signal.signal(signal.SIGVTALRM, _end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, max_cpu_s)
     try:
         return renderer.render(chat)
     except MemoryError:
-        raise InvalidRequest(
-            f"chat takes more than {MAX_RENDER_BYTES >> 20} MiB to render with the model's chat template", "chat"
-        ) from None
+        limit = f"{MAX_RENDER_BYTES >> 20} MiB"
+    except _OutOfTime:
+        limit = f"{max_cpu_s:g} s of the processor"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    raise InvalidRequest(f"chat takes more than {limit} to render with the model's chat template", "chat")
+
+
+def _end(number: int, frame: object) -> None:
+    raise _OutOfTime
 
 
 def write_frame(stream: IO[bytes], value: object) -> None:
@@ -73,8 +88,8 @@ def main() -> None:
     perform: Callable[[Task], object]
     if mode == RENDER:
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_RENDER_BYTES, MAX_RENDER_BYTES))
-        renderer = ChatRenderer(model_dir)
-        perform = lambda task: render(renderer, task)  # noqa: E731
+        renderer, max_cpu_s = ChatRenderer(model_dir), float(sys.argv[3])
+        perform = lambda task: render(renderer, task, max_cpu_s)  # noqa: E731
     else:
         os.nice(NICENESS)
         tokenizer = Tokenizer(model_dir)
