@@ -148,8 +148,11 @@ def _with_ids_on_host(batch: ExpertBatch) -> ExpertBatch:
     return replace(batch, topk_ids=ids, topk_weights=weights)
 
 
-def _split(batch: ExpertBatch, shard_of: np.ndarray, plan: PlacementPlan) -> Iterator[tuple[int, Tensor, ExpertBatch]]:
-    """Each shard's rows [R] int64, on the device of the hidden states, and its batch; all are selected at once.
+def _split(
+    batch: ExpertBatch, shard_of: np.ndarray, plan: PlacementPlan
+) -> Iterator[tuple[int, Tensor | None, ExpertBatch]]:
+    """Each shard's rows [R] int64, on the device of the hidden states, None for all of them, and its batch; all are
+    selected at once.
 
     batch: with ids and weights on the CPU.  shard_of: [T, K].
     """
@@ -170,4 +173,4 @@ def _split(batch: ExpertBatch, shard_of: np.ndarray, plan: PlacementPlan) -> Ite
     for shard_id, (start, stop) in enumerate(pairwise((0, *stops))):
         if start < stop:
             part = slice(start, stop)
-            yield shard_id, device_rows[part], every.of_rows(part)
+            yield shard_id, None if stop - start == num_rows else device_rows[part], every.of_rows(part)

@@ -78,7 +78,7 @@ class ExpertDispatcher:
         """
         search = Deadline.after(self.clock, self.recovery_timeout_s)
         values = (self._value(leg, search, losses) for leg in flight.legs)
-        if [leg.rows for leg in flight.legs] == [None]:  # the only shard's; the carrier may use its memory again
+        if [leg.rows for leg in flight.legs] == [None]:  # of one shard; the carrier may use its memory again
             return next(values).to(flight.like.dtype, copy=True)
         out = torch.zeros(flight.like.shape, dtype=torch.float32, device=flight.like.device)
         for leg, value in zip(flight.legs, values, strict=True):

@@ -72,7 +72,9 @@ def staged_parts(group: Sequence[Request], out: Tensor, staging: Staging) -> lis
 
     From a GPU the parts are there once the current stream has come so far.
     """
-    parts: Sequence[Tensor] = out.split([request.head.rows for request in group])  # type: ignore[no-untyped-call]
+    parts: Sequence[Tensor] = [out]
+    if len(group) > 1:
+        parts = out.split([request.head.rows for request in group])  # type: ignore[no-untyped-call]
     staged: list[tuple[Tensor, Tensor | None] | None] = []
     for request, part in zip(group, parts, strict=True):
         if request.head.slot:

@@ -3,6 +3,7 @@
 Triton's kernels take no fake tensors: this is the step of a GPU without Triton.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -51,7 +52,8 @@ def shard_of(config, dtype):
         gate_up = torch.empty(num_experts, 2 * width, hidden, dtype=dtype)
         down = torch.empty(num_experts, hidden, width, dtype=dtype)
         every, weights = torch.arange(num_experts), StackedExperts(gate_up, down)
-        shard.layers[layer_id] = LayerSlice(tuple(range(num_experts)), every, every >= 0, weights)
+        places = np.append(np.arange(num_experts), -1)
+        shard.layers[layer_id] = LayerSlice(tuple(range(num_experts)), every, places, weights)
     return shard
 
 

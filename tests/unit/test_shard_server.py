@@ -1,5 +1,7 @@
 """An expert shard as its process serves it, and a spare process that becomes one. Without Ray."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,6 +56,28 @@ def test_it_computes_as_its_experts_do_and_counts(server, registry, demo_checkpo
     torch.testing.assert_close(server.compute(rows, 0.25), expected)
     assert registry.get_sample_value("moecluster_shard_rows_total", {"shard_id": "3"}) == 4
     assert registry.get_sample_value("moecluster_shard_queue_wait_seconds_sum", {"shard_id": "3"}) == 0.25
+
+
+def test_slots_count_for_their_experts_and_negative_ones_for_none(server, demo_checkpoint):
+    hidden_size = open_checkpoint(demo_checkpoint).config.hidden_size
+    shard = load(server, demo_checkpoint, {0: (5, 0, 3, 2)})
+    rows = replace(batch(hidden_size, rows=3), topk_ids=torch.tensor([[0, 3], [-1, 2], [-7, 0]]))
+    out = server.compute(rows, 0.0)
+    assert shard.expert_tokens[0].tolist()[:6] == [2, 0, 1, 1, 0, 0]
+    of_expert_2 = replace(rows.of_rows(slice(1, 2)), topk_ids=torch.tensor([[2, -1]]))
+    torch.testing.assert_close(out[1:2], server.compute(of_expert_2, 0.0))
+    nothing = replace(rows, topk_ids=torch.full((3, 2), -1))
+    assert not server.compute(nothing, 0.0).any()
+
+
+def test_an_expert_that_is_elsewhere_or_nowhere_is_named(server, demo_checkpoint):
+    config = open_checkpoint(demo_checkpoint).config
+    shard = load(server, demo_checkpoint, {0: (5, 0, 3, 2)})
+    for expert_id in (1, 4, config.num_experts):
+        rows = replace(batch(config.hidden_size, rows=1), topk_ids=torch.tensor([[3, expert_id]]))
+        with pytest.raises(ShardUnavailable, match=f"shard 3 does not hold expert {expert_id} of layer 0"):
+            server.compute(rows, 0.0)
+    assert not shard.expert_tokens.any()
 
 
 def test_before_its_first_load_it_is_unavailable(server, demo_checkpoint):
