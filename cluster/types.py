@@ -204,7 +204,9 @@ class EngineRequest:
 class EngineStats:
     """An engine at a moment: sequences, cache blocks, tokens generated since its start.
 
-    block_size: in tokens.  max_model_len: the longest prompt and output; 0 from a version that does not send it.
+    block_size: in tokens.  max_model_len: the longest prompt and output.  cache_tokens: the longest sequence that the
+    cache holds alone. Each is 0 from a version that does not send it.
+    used_blocks: of num_blocks, by the share that is used of the group of layers with the least left.
     at: seconds, wall clock.  held: running sequences that wait for an expert without a living copy.
     """
 
@@ -217,6 +219,7 @@ class EngineStats:
     held: int = 0
     block_size: int = 0
     max_model_len: int = 0
+    cache_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

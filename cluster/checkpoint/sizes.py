@@ -13,6 +13,7 @@ class ModelSizes:
 
     dense_bytes: what each attention replica holds, in `dtype`.  expert_bytes: one routed expert of one layer, 0 for a
     dense model.  kv_bytes_per_token: of a token's keys and values in all layers.
+    sliding: of the layers with a window, its tokens and the bytes of one of these; the cache keeps no older ones.
     """
 
     dtype: str
@@ -21,6 +22,7 @@ class ModelSizes:
     dense_bytes: int
     expert_bytes: int
     kv_bytes_per_token: int
+    sliding: tuple[tuple[int, int], ...] = ()
 
 
 def sizes_of(config: ModelConfig, dtype: str) -> ModelSizes:
@@ -34,4 +36,9 @@ def sizes_of(config: ModelConfig, dtype: str) -> ModelSizes:
         dense_bytes=of_dense,
         expert_bytes=of_expert,
         kv_bytes_per_token=config.kv_bytes_per_token(dtype),
+        sliding=tuple(
+            (group.window, config.kv_bytes_per_token(dtype, len(group.layer_ids)))
+            for group in config.layer_groups
+            if group.window is not None
+        ),
     )

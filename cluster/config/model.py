@@ -43,6 +43,14 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGroup:
+    """Layers whose tokens see equally far. window: as of `ModelConfig.window`.  layer_ids: ascending."""
+
+    window: int | None
+    layer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder as its checkpoint describes it, whichever family and key style; `read_model_config` makes one.
 
@@ -126,13 +134,23 @@ class ModelConfig:
         """The sliding window of a layer in tokens (a token sees itself and window − 1 before it), None for all."""
         return self.sliding_window if self.layer_types[layer_id] == "sliding_attention" else None
 
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """All layers by their windows, those that see everything first."""
+        windows = [self.window(layer_id) for layer_id in range(self.num_hidden_layers)]
+        return tuple(
+            LayerGroup(window=window, layer_ids=tuple(i for i, of_layer in enumerate(windows) if of_layer == window))
+            for window in sorted(set(windows), key=lambda window: -1 if window is None else window)
+        )
+
     def expert_bytes(self, dtype: str) -> int:
         """Bytes of one routed expert's three matrices; 0 for a dense model."""
         return 0 if self.moe is None else 3 * self.hidden_size * self.moe.moe_intermediate_size * DTYPE_BYTES[dtype]
 
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes that one token's keys and values take over all layers."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[dtype]
+    def kv_bytes_per_token(self, dtype: str, num_layers: int | None = None) -> int:
+        """Bytes that one token's keys and values take over so many layers, by default over all."""
+        layers = self.num_hidden_layers if num_layers is None else num_layers
+        return 2 * layers * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[dtype]
 
 
 def given_dtype(raw: Mapping[str, Any]) -> Any:

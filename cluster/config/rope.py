@@ -46,8 +46,8 @@ class RopeConfig:
         return self.rope_type in ("dynamic", "longrope")
 
     def frequency_length(self, num_tokens: int) -> int:
-        """Which frequencies a token gets in a sequence that has num_tokens for it: equal numbers are equal frequencies.
-        0 for those of a short sequence, and for all where none vary."""
+        """Names the frequencies of a token that is new in a sequence of num_tokens: equal numbers, equal frequencies. 0
+        is a short sequence's, and everyone's where none vary."""
         if not self.varies or num_tokens <= self.original_max_position_embeddings:
             return 0
         return num_tokens if self.rope_type == "dynamic" else self.original_max_position_embeddings + 1

@@ -36,9 +36,11 @@ def print_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> N
         shown = ranges(next(iter(layers.values()), ()))
         table.add_row(f"expert shard {shard_id}", shown, str(num_experts), size(num_experts * sizes.expert_bytes))
     console.print(table)
+    slides = "".join(f" ({size(each)} of it for the last {window:,} tokens alone)" for window, each in sizes.sliding)
     console.print(
-        f"KV cache: {size(sizes.kv_bytes_per_token)} a token, for each attention replica beside its weights, of 0.9 of "
-        "the memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, --memory-utilization)",
+        f"KV cache: {size(sizes.kv_bytes_per_token)} a token{slides}, for each attention replica beside its weights, "
+        "of 0.9 of the memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, "
+        "--memory-utilization)",
         highlight=False,
     )
 
@@ -56,6 +58,7 @@ def describe_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -
         "active_parameters": sizes.num_active_parameters,
         "attention_replica_bytes": sizes.dense_bytes,
         "kv_bytes_per_token": sizes.kv_bytes_per_token,
+        "sliding_windows": [{"tokens": window, "kv_bytes_per_token": each} for window, each in sizes.sliding],
         "expert_shards": [{"experts": number, "bytes": number * sizes.expert_bytes} for number in shards],
     }
 

@@ -51,7 +51,7 @@ def describe_cache(status: ClusterStatus) -> str:
     smallest = min(known, key=lambda stats: stats.num_blocks)
     tokens = smallest.num_blocks * smallest.block_size
     text = f"{tokens:,} tokens of keys and values in each attention replica"
-    if tokens < smallest.max_model_len:
+    if (smallest.cache_tokens or tokens) < smallest.max_model_len:
         text += (
             f"; the context has {smallest.max_model_len:,}: without max_tokens an answer ends where the cache is full"
         )

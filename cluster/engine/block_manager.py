@@ -1,130 +1,185 @@
-"""Counts the blocks of the KV cache, and knows which full ones can serve a sequence that begins alike. No tensors."""
+"""Gives sequences the blocks of their tokens in each group of layers, and finds those of a known beginning.
 
+Knows no tensors. Layers of one window are a group with a pool of its own. A sequence has a block in each group for each
+block_size tokens; where a window slides, it gives those back that no later token of it can see.
+"""
+
+import sys
 from array import array
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from hashlib import blake2b
 
+from cluster.engine.block_pool import BlockPool
+from cluster.engine.block_table import BlockTable
 from cluster.engine.sequence import Sequence
+from cluster.model.kv_cache import most_blocks
 
 
 class BlockManager:
-    """Hands out block ids 0 … num_blocks − 1 and takes them back.
+    """Used by one thread.
 
+    max_step_tokens: new tokens of one sequence in a step at most; where a window slides, its blocks are held beside
+    the window's.
     frequency_length: as of `RopeConfig`, 0 where keys do not depend on their sequence's length.
 
-    A full block is known by a digest of its sequence's salt, of all tokens up to its end and of the lengths that their
-    keys depend on. It stays findable when its
-    last holder is gone, until its memory is needed: the one that was let go longest ago is taken first.
+    A full block is known by a digest of its sequence's salt, of all tokens up to its end, and of the lengths that their
+    keys depend on.
     """
 
     def __init__(
         self,
-        num_blocks: int,
+        pools: Seq[BlockPool],
         block_size: int,
         *,
+        max_step_tokens: int,
         prefix_caching: bool = False,
         frequency_length: Callable[[int], int] = lambda _: 0,
     ) -> None:
-        self.num_blocks = num_blocks
+        self.pools = tuple(pools)
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self._max_step_tokens = max_step_tokens
         self._frequency_length = frequency_length
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._num_holders = [0] * num_blocks
-        self._idle: dict[int, None] = {}  # findable blocks that nobody holds, longest idle first
-        self._block_of: dict[bytes, int] = {}
-        self._digest_of: dict[int, bytes] = {}
 
     @property
-    def num_free(self) -> int:
-        return len(self._free) + len(self._idle)
+    def num_blocks(self) -> int:
+        """Of the largest pool."""
+        return max(pool.num_blocks for pool in self.pools)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - self.num_free
+        """Of num_blocks, the share that is used of the fullest pool."""
+        shares = (-(-pool.num_used * self.num_blocks // pool.num_blocks) for pool in self.pools)
+        return max(shares)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that fits the pools alone."""
+        return min(self._most_tokens(pool) for pool in self.pools)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives a sequence blocks for its first `num_tokens` tokens; without room changes nothing and returns False."""
-        missing = self.blocks_for(num_tokens) - len(sequence.block_table)
-        if missing > self.num_free:
+        tables, wanted = self._tables(sequence), self.blocks_for(num_tokens)
+        pairs = tuple(zip(self.pools, tables, strict=True))
+        if any(wanted - len(table) > pool.num_free for pool, table in pairs):
             return False
-        for _ in range(missing):
-            block_id = self._free.pop() if self._free else self._evict()
-            self._num_holders[block_id] = 1
-            sequence.block_table.append(block_id)
+        for pool, table in pairs:
+            while len(table) < wanted:
+                table.append(pool.take())
+        return True
+
+    def have_room_for(self, new: Seq[Sequence], running: Seq[Sequence]) -> bool:
+        """Whether all known tokens of new and of running sequences would fit at once."""
+        for group, pool in enumerate(self.pools):
+            needed = sum(self._needed(pool, len(sequence.token_ids)) for sequence in new)
+            for sequence in running:
+                held = self._tables(sequence)[group].num_held
+                needed += max(0, self._needed(pool, len(sequence.token_ids)) - held)
+            if needed > pool.num_free:
+                return False
         return True
 
     def reuse(self, sequence: Sequence) -> int:
-        """Gives a sequence without blocks those that hold its beginning, all but its last token at most.
+        """Gives a sequence without blocks those that hold its beginning, all but its last token at most: in every group
+        all that its next token sees.
 
         Sets its num_computed_tokens; returns it. One whose result needs all its rows gets none.
         """
-        assert not sequence.block_table
+        tables = self._tables(sequence)
+        assert not any(len(table) for table in tables)
+        num_blocks = 0
         if self.prefix_caching and not sequence.wants_every_row:
-            for _ in range((len(sequence.token_ids) - 1) // self.block_size):
-                digest = self._next_digest(sequence)
-                block_id = self._block_of.get(digest)
-                if block_id is None:
-                    break
-                self._idle.pop(block_id, None)
-                self._num_holders[block_id] += 1
-                sequence.block_table.append(block_id)
-                sequence.block_digests.append(digest)
-        sequence.num_reused_blocks = len(sequence.block_table)
-        sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
+            num_blocks = self._num_known(sequence)
+        for pool, table in zip(self.pools, tables, strict=True):
+            table.skip(self._num_unseen(pool, num_blocks * self.block_size))
+            for digest in sequence.block_digests[len(table) : num_blocks]:
+                block_id = pool.find(digest)
+                assert block_id is not None
+                pool.hold(block_id)
+                table.append(block_id)
+        sequence.num_reused_blocks = sequence.num_remembered_blocks = num_blocks
+        sequence.num_computed_tokens = num_blocks * self.block_size
         return sequence.num_computed_tokens
 
     def remember(self, sequence: Sequence) -> None:
-        """Makes a sequence's full, computed blocks findable: one digest a block. Call it after each step.
+        """Makes a sequence's full, computed blocks findable, one digest a block, and takes those back that it sees no
+        more. Call it after each step.
 
         A sequence that NaN does not end shares none: no other may read blocks with NaN.
         """
-        if not self.prefix_caching or sequence.keeps_non_finite:
-            return
-        while len(sequence.block_digests) < sequence.num_computed_tokens // self.block_size:
-            digest = self._next_digest(sequence)
-            block_id = sequence.block_table[len(sequence.block_digests)]
-            sequence.block_digests.append(digest)
-            if digest not in self._block_of:
-                self._block_of[digest] = block_id
-                self._digest_of[block_id] = digest
+        tables = self._tables(sequence)
+        if self.prefix_caching and not sequence.keeps_non_finite:
+            for index in range(sequence.num_remembered_blocks, sequence.num_computed_tokens // self.block_size):
+                digest = self._digest(sequence, index)
+                for pool, table in zip(self.pools, tables, strict=True):
+                    pool.remember(table.id_of(index), digest)
+                sequence.num_remembered_blocks = index + 1
+        for pool, table in zip(self.pools, tables, strict=True):
+            num_unseen = min(self._num_unseen(pool, sequence.num_computed_tokens), len(table))
+            while table.num_dropped < num_unseen:
+                pool.let_go(table.drop())
 
     def disown(self, sequence: Sequence) -> None:
-        """Makes the blocks that a sequence has computed unfindable; those that it found stay findable."""
-        for block_id in sequence.block_table[sequence.num_reused_blocks :]:
-            if (digest := self._digest_of.pop(block_id, None)) is not None:
-                del self._block_of[digest]
+        """Makes the blocks that a sequence has computed unfindable, those too that it has given back; those that it
+        found stay findable."""
+        for index in range(sequence.num_reused_blocks, sequence.num_remembered_blocks):
+            for pool, table in zip(self.pools, self._tables(sequence), strict=True):
+                pool.disown(table.id_of(index), sequence.block_digests[index])
 
     def free(self, sequence: Sequence) -> None:
         """Takes all blocks of a sequence back, its last first: beginnings are shared more often than ends."""
-        for block_id in reversed(sequence.block_table):
-            self._num_holders[block_id] -= 1
-            if self._num_holders[block_id]:
-                continue
-            if block_id in self._digest_of:
-                self._idle[block_id] = None
-            else:
-                self._free.append(block_id)
-        sequence.block_table.clear()
-        sequence.block_digests.clear()
-        sequence.num_reused_blocks = 0
+        for pool, table in zip(self.pools, self._tables(sequence), strict=True):
+            for block_id in reversed(table.held().tolist()):
+                pool.let_go(block_id)
+            table.clear()
+        sequence.num_reused_blocks = sequence.num_remembered_blocks = 0
 
-    def _next_digest(self, sequence: Sequence) -> bytes:
-        """Of the first block that has none yet: over its tokens, the length of the sequence for the first of them (the
-        others' follow from it) and the digest of the one before."""
-        index = len(sequence.block_digests)
-        first = index * self.block_size
-        numbers = sequence.token_ids[first : first + self.block_size]
-        if length := self._frequency_length(max(sequence.num_prompt_tokens, first + 1)):
-            numbers = [*numbers, length]
-        before = sequence.block_digests[-1] if index else sequence.block_salt
-        return blake2b(before + array("q", numbers).tobytes(), digest_size=32).digest()
+    def _tables(self, sequence: Sequence) -> list[BlockTable]:
+        """The sequence's tables, made with its first blocks."""
+        if not sequence.block_tables:
+            sequence.block_tables.extend(BlockTable() for _ in self.pools)
+        return sequence.block_tables
 
-    def _evict(self) -> int:
-        block_id = next(iter(self._idle))
-        del self._idle[block_id]
-        del self._block_of[self._digest_of.pop(block_id)]
-        return block_id
+    def _num_known(self, sequence: Sequence) -> int:
+        """The most blocks of its beginning that all groups have, as far as its next token sees them."""
+        known, runs = 0, [0] * len(self.pools)  # runs: found blocks one after another, up to this one
+        for index in range((len(sequence.token_ids) - 1) // self.block_size):
+            digest = self._digest(sequence, index)
+            for group, pool in enumerate(self.pools):
+                runs[group] = runs[group] + 1 if pool.find(digest) is not None else 0
+                if pool.window is None and not runs[group]:
+                    return known
+            stop = (index + 1) * self.block_size
+            if all(run >= index + 1 - self._num_unseen(pool, stop) for run, pool in zip(runs, self.pools, strict=True)):
+                known = index + 1
+        return known
+
+    def _num_unseen(self, pool: BlockPool, num_computed_tokens: int) -> int:
+        """The first blocks of a sequence that no token from its next one on sees."""
+        return 0 if pool.window is None else max(0, num_computed_tokens + 1 - pool.window) // self.block_size
+
+    def _needed(self, pool: BlockPool, num_tokens: int) -> int:
+        return most_blocks(pool.window, num_tokens, self._max_step_tokens, self.block_size)
+
+    def _most_tokens(self, pool: BlockPool) -> int:
+        """Of the longest sequence that fits a pool alone."""
+        if pool.window is not None and pool.num_blocks >= self._needed(pool, sys.maxsize):
+            return sys.maxsize
+        return pool.num_blocks * self.block_size
+
+    def _digest(self, sequence: Sequence, index: int) -> bytes:
+        """Of a block whose predecessors have theirs: over its tokens, the length of the sequence for the first of them
+        (the others' follow from it) and the digest of the one before. It is kept: tokens do not change."""
+        digests = sequence.block_digests
+        if index == len(digests):
+            first = index * self.block_size
+            numbers = sequence.token_ids[first : first + self.block_size]
+            if length := self._frequency_length(max(sequence.num_prompt_tokens, first + 1)):
+                numbers = [*numbers, length]
+            before = digests[-1] if index else sequence.block_salt
+            digests.append(blake2b(before + array("q", numbers).tobytes(), digest_size=32).digest())
+        return digests[index]

@@ -87,6 +87,7 @@ class Engine:
             at=time.time(),
             block_size=self.blocks.block_size,
             max_model_len=self.max_model_len,
+            cache_tokens=min(self.blocks.max_tokens, self.max_model_len),
         )
 
     def submit(self, request: EngineRequest) -> None:
@@ -95,7 +96,7 @@ class Engine:
             del self._cancelled_early[request.request_id]
             raise RequestCancelled("the request was cancelled before it began")
         self._check_unused(request.request_id)
-        params = fitting(request, self.max_model_len, self.blocks.num_blocks * self.blocks.block_size)
+        params = fitting(request, self.max_model_len, self.blocks.max_tokens)
         if not request.num_replays and self.scheduler.num_queued >= self.config.max_waiting:
             self._make_room(request.client)
         if params.seed is None:

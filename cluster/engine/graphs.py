@@ -82,7 +82,8 @@ class _Inline:
 
 @dataclass(slots=True)
 class _Captured:
-    """inputs: [5 P + P n] int64.  pieces: each graph and the crossing behind it.  hidden_states: [P, H], the result."""
+    """inputs: [P (4 + G (1 + n))] int64, of G groups of layers.  pieces: each graph and the crossing behind it.
+    hidden_states: [P, H], the result."""
 
     inputs: Tensor
     width: int
@@ -107,9 +108,9 @@ class DecodeGraphs:
         max_sequences: int,
     ) -> None:
         self._model, self._cache, self._attention, self._experts = model, cache, attention, experts
-        self._block_size = cache.keys.shape[2]
+        self._block_size = cache.block_size
         self._sizes = [size for size in SIZES if size < max_sequences] + [max_sequences]
-        self._device = cache.keys.device
+        self._device = cache.device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, int], _Captured] = {}
@@ -153,23 +154,25 @@ class DecodeGraphs:
         return captured.hidden_states[:num_rows]
 
     def _inputs(self, arrays: StepArrays | None, size: int, width: int) -> np.ndarray:
-        """Token ids, positions, lengths, slots, context lengths and tables one after another. Padded rows write to the
-        padding block, which no other row reads."""
-        flat = np.zeros(size * (5 + width), dtype=np.int64)
-        rows, tables = flat[: 5 * size].reshape(5, size), flat[5 * size :].reshape(size, width)
-        rows[2] = 1
-        rows[3] = self._padding_slot
-        rows[4] = 1
-        tables[:] = self._cache.padding_block
+        """Token ids, positions, lengths and context lengths, then each group's slots and tables, one after another.
+        Padded rows write to the padding block, which no other row reads."""
+        groups = self._cache.groups
+        flat = np.zeros(size * (4 + len(groups) * (1 + width)), dtype=np.int64)
+        rows = flat[: 4 * size].reshape(4, size)
+        rows[2:] = 1
         if arrays is not None:
-            values = arrays.token_ids, arrays.positions, arrays.lengths, arrays.slots, arrays.context_lens
-            rows[:, : len(arrays.query_lens)] = values
-            tables[: len(arrays.query_lens), : arrays.tables.shape[1]] = arrays.tables
+            rows[:, : len(arrays.query_lens)] = (
+                arrays.token_ids, arrays.positions, arrays.lengths, arrays.context_lens
+            )  # fmt: skip
+        for number, part in enumerate(np.split(flat[4 * size :], len(groups))):
+            slots, tables = part[:size], part[size:].reshape(size, width)
+            tables[:] = groups[number].padding_block
+            slots[:] = groups[number].padding_block * self._block_size
+            if arrays is not None:
+                places = arrays.places[number]
+                slots[: len(places.slots)] = places.slots
+                tables[: places.tables.shape[0], : places.tables.shape[1]] = places.tables
         return flat
-
-    @property
-    def _padding_slot(self) -> int:
-        return self._cache.padding_block * self._block_size
 
     def _capture(self, size: int, longest: int) -> _Captured:
         """Runs the step once as it is, so that all kernels are there, and once to record it."""
@@ -205,15 +208,19 @@ class DecodeGraphs:
         return graph
 
     def _forward(self, captured: _Captured, size: int, longest: int, cut: Any) -> Tensor:
-        rows = captured.inputs[: 5 * size].view(5, size)
-        tables = captured.inputs[5 * size :].view(size, captured.width)
-        token_ids, positions, lengths, slots, context_lens = rows.unbind()
-        experts = _Cuts(cut) if self._experts is None else _Inline(self._experts, slots, self._padding_slot)
+        token_ids, positions, lengths, context_lens = captured.inputs[: 4 * size].view(4, size).unbind()
+        groups = captured.inputs[4 * size :].view(len(self._cache.groups), -1)
+        plans = [
+            self._attention.plan_decode(part[:size], context_lens, part[size:].view(size, captured.width), longest)
+            for part in groups
+        ]
+        padding_slot = self._cache.groups[0].padding_block * self._block_size
+        experts = _Cuts(cut) if self._experts is None else _Inline(self._experts, groups[0, :size], padding_slot)
         part = MicroBatch(
             token_ids=token_ids,
             positions=positions,
             lengths=lengths,
-            attention=self._attention.plan_decode(slots, context_lens, tables, longest),
+            attention=plans,
             experts=experts,
         )
         hidden_states: Tensor = self._model([part], self._cache)
@@ -224,7 +231,7 @@ def decode_graphs(
     model: CausalLM, cache: KVCache, attention: AttentionKernel, experts: Experts | None, *, max_sequences: int
 ) -> DecodeGraphs | None:
     """As `DecodeGraphs`; None where there is no GPU, or no attention that a graph can hold."""
-    if not cache.keys.is_cuda:
+    if cache.device.type != "cuda":
         return None
     if not isinstance(attention, PlansDecode):
         log.warning("steps are not captured as CUDA graphs: Triton is not installed")

@@ -1,7 +1,7 @@
 """Puts an engine together from a checkpoint; with `local_experts`, the whole model in one process."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +10,10 @@ from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
 from cluster.checkpoint.opening import open_checkpoint
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, ModelConfig
 from cluster.config.resources import available_memory
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.block_pool import BlockPool
 from cluster.engine.engine import Engine
 from cluster.engine.graphs import decode_graphs
 from cluster.engine.isolation import OnStep
@@ -85,25 +86,32 @@ def load_engine(
     num_blocks = num_kv_blocks(
         reader.config, config, dtype, max_model_len=longest, room_bytes=free_memory(device), share=share
     )
-    _report_cache(reader.config.kv_bytes_per_token(dtype), num_blocks * config.block_size, longest)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
     runner = ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits))
     if config.cuda_graphs:
         inside = experts if not remote_experts and experts.plans.current().num_shards <= 1 else None
         runner.graphs = decode_graphs(model, cache, runner.attention, inside, max_sequences=config.max_num_seqs)
+    blocks = _block_manager(reader.config, config, num_blocks)
+    _report_cache(cache.num_bytes, blocks.num_blocks * config.block_size, min(longest, blocks.max_tokens), longest)
     return Engine(
         runner,
         config,
-        blocks=BlockManager(
-            num_blocks,
-            config.block_size,
-            prefix_caching=config.enable_prefix_caching,
-            frequency_length=reader.config.rope.frequency_length,
-        ),
+        blocks=blocks,
         eos_token_ids=read_eos_token_ids(reader.model_dir, reader.config),
         max_model_len=longest,
         metrics=metrics,
         on_step=on_step,
+    )
+
+
+def _block_manager(model: ModelConfig, config: EngineConfig, num_blocks: Sequence[int]) -> BlockManager:
+    """num_blocks: of each group of layers."""
+    return BlockManager(
+        [BlockPool(count, group.window) for count, group in zip(num_blocks, model.layer_groups, strict=True)],
+        config.block_size,
+        max_step_tokens=config.max_num_batched_tokens,
+        prefix_caching=config.enable_prefix_caching,
+        frequency_length=model.rope.frequency_length,
     )
 
 
@@ -115,9 +123,9 @@ def free_memory(device: torch.device) -> int | None:
     return available_memory()
 
 
-def _report_cache(token_bytes: int, num_tokens: int, longest: int) -> None:
-    cache = f"KV cache: {num_tokens:,} tokens, {num_tokens * token_bytes / 2**20:,.0f} MiB"
-    if num_tokens < longest:
+def _report_cache(num_bytes: int, num_tokens: int, longest_that_fits: int, longest: int) -> None:
+    cache = f"KV cache: {num_tokens:,} tokens, {num_bytes / 2**20:,.0f} MiB"
+    if longest_that_fits < longest:
         log.warning(
             "%s; the context has %s: without max_tokens an answer ends where the cache is full (kv_cache_bytes)",
             cache,

@@ -153,26 +153,28 @@ class ModelRunner:
 
     def _micro_batch(self, scheduled: Seq[ScheduledSequence], experts: Experts) -> MicroBatch:
         if self.attention.reads_whole_blocks:
-            self.cache.clear(self._tails(scheduled))
-        token_ids, positions, lengths, batch = self._arrays(scheduled).on(self.device)
+            for number, group in enumerate(self.cache.groups):
+                group.clear(self._tails(scheduled, number))
+        token_ids, positions, lengths, batches = self._arrays(scheduled).on(self.device)
         return MicroBatch(
             token_ids=token_ids,
             positions=positions,
             lengths=lengths,
-            attention=self.attention.plan(batch),
+            attention=[self.attention.plan(batch) for batch in batches],
             experts=experts,
         )
 
     def _arrays(self, scheduled: Seq[ScheduledSequence]) -> StepArrays:
-        return StepArrays.of(scheduled, block_size=self.block_size, padding_block=self.cache.padding_block)
+        padding_blocks = [group.padding_block for group in self.cache.groups]
+        return StepArrays.of(scheduled, block_size=self.block_size, padding_blocks=padding_blocks)
 
-    def _tails(self, scheduled: Seq[ScheduledSequence]) -> np.ndarray:
+    def _tails(self, scheduled: Seq[ScheduledSequence], group: int) -> np.ndarray:
         """The slots behind the tokens of sequences that begin a block, to that block's end."""
         tails = [np.empty(0, dtype=np.int64)]
         for s in scheduled:
             first, stop = s.sequence.num_computed_tokens, s.sequence.num_computed_tokens + s.num_tokens
             if s.num_tokens > 1 or first % self.block_size == 0:
-                last = s.sequence.block_table[(stop - 1) // self.block_size]
+                last = s.sequence.block_tables[group].id_of((stop - 1) // self.block_size)
                 tails.append(np.arange((stop - 1) % self.block_size + 1, self.block_size) + last * self.block_size)
         return np.concatenate(tails)
 

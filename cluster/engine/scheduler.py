@@ -166,9 +166,7 @@ class Scheduler:
         first = waiting[0]
         if sequence is first or first in self.running:
             return True
-        needed = sum(self.blocks.blocks_for(len(s.token_ids)) for s in (first, sequence))
-        needed += sum(max(0, self.blocks.blocks_for(len(s.token_ids)) - len(s.block_table)) for s in self.running)
-        return needed <= self.blocks.num_free
+        return self.blocks.have_room_for((first, sequence), self.running)
 
     def _go_on(self, step: "_Step", sequence: Sequence, limit: int) -> None:
         """Gives a running sequence up to `limit` tokens more. When blocks run out the latest arrival is preempted,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cluster.engine.block_table import BlockTable
 from cluster.model.penalties import PenaltyState
 from cluster.model.sampler import Sampled
 from cluster.outcome import EVERY_ROW
@@ -16,7 +17,9 @@ class Sequence:
     """Mutable; only the engine's thread touches it.
 
     token_ids: prompt and output.  num_computed_tokens: tokens whose keys and values are in the cache.
-    block_table: ids of its cache blocks in order.  block_digests: of its first blocks, those full and computed.
+    block_tables: its cache blocks in order, for each group of layers; the block manager fills them.
+    block_digests: of its first blocks, as far as they were needed.  num_remembered_blocks: of its first blocks, those
+    that others can find.
     turn: a number that the scheduler gives it when its turn to have its prompt computed comes; the lowest goes first.
     num_reused_blocks: of its first blocks, those that another sequence has computed.
     deadline, arrived_at, lost_since: on the engine's clock, in seconds.
@@ -35,8 +38,9 @@ class Sequence:
     block_salt: bytes = b""
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_tables: list[BlockTable] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
+    num_remembered_blocks: int = 0
     num_reused_blocks: int = 0
     turn: int = NO_TURN
     penalties: PenaltyState = field(default_factory=PenaltyState)

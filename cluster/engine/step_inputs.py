@@ -15,60 +15,83 @@ from cluster.kernels.paged import PagedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where a step's tokens are in one group of layers, on the host, all int64. slots: [T].  tables: [B, n], the
+    padding_block where a sequence holds no block: past its end, and where it has given one back."""
+
+    slots: np.ndarray
+    tables: np.ndarray
+    padding_block: int
+
+    @classmethod
+    def of(cls, scheduled: Seq[ScheduledSequence], group: int, *, block_size: int, padding_block: int) -> "Places":
+        """The blocks of the scheduled tokens must be allocated."""
+        slots = []
+        stops = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]
+        widths = [-(-stop // block_size) for stop in stops]
+        tables = np.full((len(scheduled), max(widths)), padding_block, dtype=np.int64)
+        for row, (s, stop, width) in enumerate(zip(scheduled, stops, widths, strict=True)):
+            table = s.sequence.block_tables[group]
+            tables[row, table.num_dropped : width] = table.held(width)
+            where = np.arange(s.sequence.num_computed_tokens, stop)
+            slots.append(tables[row, where // block_size] * block_size + where % block_size)
+        return cls(slots=np.concatenate(slots), tables=tables, padding_block=padding_block)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepArrays:
-    """On the host, all int64. token_ids, positions, lengths, slots: [T].  context_lens: [B], the new tokens included.
+    """On the host, all int64. token_ids, positions, lengths: [T].  context_lens: [B], the new tokens included.
     lengths: of each token's sequence when it was new, the whole prompt for the prompt's tokens.
-    tables: [B, n], padded with padding_block."""
+    places: of each group of layers."""
 
     query_lens: list[int]
     token_ids: np.ndarray
     positions: np.ndarray
     lengths: np.ndarray
-    slots: np.ndarray
     context_lens: np.ndarray
-    tables: np.ndarray
-    padding_block: int
+    places: tuple[Places, ...]
 
     @classmethod
-    def of(cls, scheduled: Seq[ScheduledSequence], *, block_size: int, padding_block: int) -> "StepArrays":
-        """The blocks of the scheduled tokens must be allocated."""
-        token_ids, positions, lengths, slots = [], [], [], []
+    def of(cls, scheduled: Seq[ScheduledSequence], *, block_size: int, padding_blocks: Seq[int]) -> "StepArrays":
+        """padding_blocks: of each group. The blocks of the scheduled tokens must be allocated."""
+        token_ids, positions, lengths = [], [], []
         context_lens = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]
-        widths = [-(-length // block_size) for length in context_lens]
-        tables = np.full((len(scheduled), max(widths)), padding_block, dtype=np.int64)
-        for row, (s, stop, width) in enumerate(zip(scheduled, context_lens, widths, strict=True)):
+        for s, stop in zip(scheduled, context_lens, strict=True):
             first = s.sequence.num_computed_tokens
             where = np.arange(first, stop)
-            tables[row, :width] = s.sequence.block_table[:width]
             token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
             positions.append(where)
             lengths.append(np.maximum(where + 1, s.sequence.num_prompt_tokens))
-            slots.append(tables[row, where // block_size] * block_size + where % block_size)
         return cls(
             query_lens=[s.num_tokens for s in scheduled],
             token_ids=np.concatenate(token_ids),
             positions=np.concatenate(positions),
             lengths=np.concatenate(lengths),
-            slots=np.concatenate(slots),
             context_lens=np.asarray(context_lens),
-            tables=tables,
-            padding_block=padding_block,
+            places=tuple(
+                Places.of(scheduled, group, block_size=block_size, padding_block=padding_block)
+                for group, padding_block in enumerate(padding_blocks)
+            ),
         )
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, PagedBatch]:
-        """Token ids, positions and lengths, each [T], and the places, on the device."""
-        token_ids, positions, lengths, slots, context_lens, tables = to_device(
-            (self.token_ids, self.positions, self.lengths, self.slots, self.context_lens, self.tables), device
-        )
-        batch = PagedBatch(
-            query_lens=self.query_lens,
-            context_lens=self.context_lens.tolist(),
-            block_tables=tables,
-            slot_mapping=slots,
-            context_lens_tensor=context_lens,
-            padding_block=self.padding_block,
-        )
-        return token_ids, positions, lengths, batch
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[PagedBatch]]:
+        """Token ids, positions and lengths, each [T], and the places in each group, on the device."""
+        arrays = [self.token_ids, self.positions, self.lengths, self.context_lens]
+        for places in self.places:
+            arrays += [places.slots, places.tables]
+        token_ids, positions, lengths, context_lens, *of_groups = to_device(arrays, device)
+        batches = [
+            PagedBatch(
+                query_lens=self.query_lens,
+                context_lens=self.context_lens.tolist(),
+                block_tables=tables,
+                slot_mapping=slots,
+                context_lens_tensor=context_lens,
+                padding_block=places.padding_block,
+            )
+            for places, slots, tables in zip(self.places, of_groups[::2], of_groups[1::2], strict=True)
+        ]
+        return token_ids, positions, lengths, batches
 
 
 def to_device(arrays: Seq[np.ndarray], device: torch.device) -> list[Tensor]:

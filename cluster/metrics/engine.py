@@ -161,7 +161,8 @@ class _Cache:
         ).labels(replica)
         self.used_blocks = define.gauge(
             "moecluster_engine_kv_used_blocks",
-            "KV blocks in use. Near the capacity sequences get preempted; above zero with nothing running is a leak.",
+            "KV blocks in use; where windows slide, by the share of the group of layers that has the least left. Near "
+            "the capacity sequences get preempted; above zero with nothing running is a leak.",
             "livesum",
             "replica",
         ).labels(replica)

@@ -27,12 +27,13 @@ class MicroBatch:
     """A part of a step's sequences, and where their routed rows are computed.
 
     token_ids, positions, lengths: [T] int64; lengths: as of `RotaryEmbedding.forward`.
+    attention: of each group of layers, as in the cache.
     """
 
     token_ids: Tensor
     positions: Tensor
     lengths: Tensor
-    attention: AttentionPlan
+    attention: Sequence[AttentionPlan]
     experts: Experts
 
 
@@ -99,9 +100,9 @@ class CausalLM(nn.Module):
         finish: list[Callable[[], Residual]] = [partial(self._embed, part.token_ids) for part in micro_batches]
         for layer_id, layer in enumerate(self.model.layers):
             assert isinstance(layer, DecoderLayer)
-            kv = cache.layer(layer_id)
+            kv, group = cache.layer(layer_id), cache.group_of[layer_id]
             for i, part in enumerate(micro_batches):
-                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.attention, part.experts)
+                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.attention[group], part.experts)
         rows: list[Tensor] = [self.model.norm(*wait())[1] for wait in finish]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 

@@ -2,6 +2,7 @@
 
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.block_pool import BlockPool
 from cluster.engine.engine import Engine
 from cluster.engine.step import StepResult
 from cluster.errors import ShardUnavailable
@@ -63,7 +64,10 @@ class Clock:
 
 
 def block_manager(num_blocks, config):
-    return BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+    return BlockManager(
+        [BlockPool(num_blocks)], config.block_size, max_step_tokens=config.max_num_batched_tokens,
+        prefix_caching=config.enable_prefix_caching,
+    )  # fmt: skip
 
 
 def make_engine(num_blocks=64, max_model_len=1000, clock=None, num_ahead=0, **limits):

@@ -45,12 +45,9 @@ def model_config(demo_checkpoint):
     ],
 )
 def test_the_cache_has_its_share_of_what_is_free(model_config, limits, room, share, blocks):
-    assert (
-        num_kv_blocks(
-            model_config, EngineConfig(**limits), "float32", max_model_len=100_000, room_bytes=room, share=share
-        )
-        == blocks
-    )
+    assert num_kv_blocks(
+        model_config, EngineConfig(**limits), "float32", max_model_len=100_000, room_bytes=room, share=share
+    ) == (blocks,)
 
 
 def test_a_size_below_one_block_is_refused(model_config):

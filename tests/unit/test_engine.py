@@ -90,7 +90,7 @@ def test_shared_blocks_stay_while_one_sequence_holds_them():
     engine.step()
     engine.submit(request("b", [*range(8), 30], max_tokens=20))
     engine.step()
-    tables = [list(sequence.block_table) for sequence in engine.sequences.values()]
+    tables = [sequence.block_tables[0].held().tolist() for sequence in engine.sequences.values()]
     assert tables[0][:2] == tables[1][:2]
     engine.cancel("a")
     assert engine.blocks.num_used == len(tables[1])
@@ -378,7 +378,12 @@ def test_any_load_ends_with_the_right_tokens_and_no_block_lost(
         engine.runner.epoch += 1
         for update in engine.step():
             answers[update.request_id] += update.token_ids
-        held = [block for sequence in engine.sequences.values() for block in sequence.block_table]
+        held = [
+            block
+            for sequence in engine.sequences.values()
+            for table in sequence.block_tables
+            for block in table.held().tolist()
+        ]
         assert len(set(held)) == engine.blocks.num_used
         if not prefix_caching:
             assert len(held) == len(set(held))

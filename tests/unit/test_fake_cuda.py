@@ -75,7 +75,7 @@ def test_a_step_of_the_published_shapes_stays_on_the_device_in_its_dtype(monkeyp
             context_lens_tensor=lens, padding_block=40,
         )  # fmt: skip
         part = MicroBatch(
-            token_ids=numbers, positions=numbers, lengths=numbers, attention=VarlenAttention().plan(batch),
+            token_ids=numbers, positions=numbers, lengths=numbers, attention=[VarlenAttention().plan(batch)],
             experts=StepExperts(dispatcher, len(query_lens)).part(0, query_lens, CUDA),
         )  # fmt: skip
         hidden_states = model([part], cache)

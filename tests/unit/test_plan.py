@@ -69,8 +69,19 @@ def test_a_dense_model_has_no_shards_and_no_active_part(planned, capsys, tmp_pat
     assert plan["attention_replica_bytes"] == 988_065_536
     assert plan["kv_bytes_per_token"] == 12_288
     assert plan["expert_shards"] == []
+    assert plan["sliding_windows"] == []
     assert main(["plan", str(tmp_path)]) == 0
     assert "active" not in capsys.readouterr().out
+
+
+def test_layers_whose_window_slides_are_told_apart(planned, capsys, tmp_path):
+    """10 of 24 layers from max_window_layers on: 10 / 24 of 12,288 bytes."""
+    changes = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 14}
+    plan = planned({**PUBLISHED["Qwen2-0.5B"], **changes})
+    assert plan["kv_bytes_per_token"] == 12_288
+    assert plan["sliding_windows"] == [{"tokens": 4096, "kv_bytes_per_token": 5120}]
+    assert main(["plan", str(tmp_path)]) == 0
+    assert "a token (5.12 KB of it for the last 4,096 tokens alone)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_dtype_scales_every_byte(planned):

@@ -330,7 +330,8 @@ def test_the_padding_block_stays_zero(nan_checkpoint):
     with llm_of_16_blocks(nan_checkpoint, "float32") as llm:
         answers(llm, [[POISON_ID] * 40, *HEALTHY[2]])
         cache = llm.engine.runner.cache
-        for memory in (cache.keys, cache.values):
+        [group] = cache.groups
+        for memory in (group.keys, group.values):
             assert memory.shape[1] == llm.engine.blocks.num_blocks + 1
-            assert not memory[:, cache.padding_block].any()
+            assert not memory[:, group.padding_block].any()
             assert memory.isnan().any()
