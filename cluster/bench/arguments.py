@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transport_arguments(parts.add_parser("transport", help=text, description=text))
     text = "milliseconds of a decode step against batch, context, shards and layers, one at a time"
     _add_growth_arguments(parts.add_parser("growth", help=text, description=text))
+    text = "tokens/s and memory of one sequence against the length of its context, on a tiny model"
+    _add_context_arguments(parts.add_parser("context", help=text, description=text))
     text = "full-size Qwen1.5-MoE-A2.7B on one GPU, in one process and split, beside the bound of its memory"
     _add_gpu_arguments(parts.add_parser("gpu", help=text, description=text))
     text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
@@ -99,6 +101,16 @@ def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def _add_context_arguments(parser: argparse.ArgumentParser) -> None:
+    lengths = (4096, 16384, 65536, 131072)
+    parser.add_argument(
+        "--context", type=_numbers, default=lengths, metavar="NUMBERS", help=f"tokens of a prompt (default: {lengths})"
+    )
+    parser.add_argument("--chunk", type=int, default=2048, metavar="N", help="of these in a step (default: 2048)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens that a layer sees (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
 
 
 def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cluster.errors import SetupError
 
-PARTS = ("throughput", "latency", "kernels", "transport", "serve", "growth", "gpu")
+PARTS = ("throughput", "latency", "kernels", "transport", "serve", "growth", "context", "gpu")
 
 
 def with_part(argv: Sequence[str]) -> list[str]:
@@ -41,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
         from cluster.bench.growth import measure_growth
 
         return measure_growth(args)
+    if args.bench == "context":
+        from cluster.bench.context import measure_context
+
+        return measure_context(args)
     if args.bench == "serve":
         from cluster.bench.traffic import measure_server
 

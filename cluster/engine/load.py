@@ -82,10 +82,8 @@ def load_engine(
     )  # fmt: skip
     wait_for_experts()
     splits = remote_experts and reader.config.moe is not None
-    share = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers
-    num_blocks = num_kv_blocks(
-        reader.config, config, dtype, max_model_len=longest, room_bytes=free_memory(device), share=share
-    )
+    share, room = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers, free_memory(device)
+    num_blocks = num_kv_blocks(reader.config, config, dtype, max_model_len=longest, room_bytes=room, share=share)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
     runner = ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits))
     if config.cuda_graphs:

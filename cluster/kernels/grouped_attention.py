@@ -1,4 +1,4 @@
-"""Attention over a paged cache for any device and dtype: sequences of similar lengths together.
+"""Attention over a paged cache for any device and dtype: sequences of similar lengths together, long ones alone.
 
 B: sequences of a group, S: tokens a block, Q: query heads, KV: key/value heads, D: head size, C: tokens of context,
 t: new tokens of one sequence, T: of all sequences of the step.
@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.kernels.long_attention import MAX_KEYS, LongSequence
 from cluster.kernels.paged import PagedBatch
 
 # Keys (or values) gathered at a time: they stay in a cache of the processor until they are multiplied, and the copy
 # of a long context stays small. 32 sequences of 96 tokens in Qwen1.5-MoE-A2.7B's shapes are 12.6 MB.
 MAX_GATHERED_BYTES = 1 << 24
+MAX_MASK_ENTRIES = 1 << 23  # of one sequence: 2,048 queries over 4,096 tokens
 
 
 class GroupedAttention:
@@ -33,8 +35,26 @@ class GroupedAttention:
         """sequences: those to attend to, None for all."""
         if sequences is None:
             sequences = range(len(batch.query_lens))
-        chosen = _alike(sequences, batch.query_lens, batch.context_lens, self._max_tokens)
-        return GroupedPlan(batch.slot_mapping, [self._group(batch, group) for group in chosen])
+        long = [i for i in sequences if self._is_long(batch.query_lens[i], batch.context_lens[i])]
+        others = [i for i in sequences if i not in set(long)]
+        chosen = _alike(others, batch.query_lens, batch.context_lens, self._max_tokens)
+        groups: list[_Group | LongSequence] = [self._group(batch, group) for group in chosen]
+        return GroupedPlan(batch.slot_mapping, groups + [self._long_sequence(batch, i) for i in long])
+
+    def _is_long(self, num_queries: int, context: int) -> bool:
+        """Whether a copy of its keys, or a mask of all its queries, would be too large."""
+        return context > self._max_tokens or num_queries * context > MAX_MASK_ENTRIES
+
+    def _long_sequence(self, batch: PagedBatch, sequence: int) -> LongSequence:
+        device, num_queries = batch.block_tables.device, batch.query_lens[sequence]
+        first = sum(batch.query_lens[:sequence])
+        return LongSequence(
+            query_rows=torch.arange(first, first + num_queries, device=device),
+            context=batch.context_lens[sequence],
+            table=batch.block_tables[sequence],
+            block_size=self._block_size,
+            max_keys=max(1, min(MAX_KEYS, self._max_tokens)),
+        )
 
     def _group(self, batch: PagedBatch, chosen: list[int]) -> "_Group":
         device = batch.block_tables.device
@@ -68,7 +88,7 @@ class GroupedPlan:
     """An `AttentionPlan`."""
 
     slot_mapping: Tensor
-    groups: "Sequence[_Group]"
+    groups: "Sequence[_Group | LongSequence]"
 
     @property
     def num_sequences(self) -> int:
