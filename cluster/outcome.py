@@ -84,7 +84,8 @@ class Head:
         """Raises InvalidRequest that names the calls which this head answers."""
         served = SERVES[self.kind]
         if wants not in served:
-            calls = " and ".join(dict.fromkeys(CALLS[one] for one in served))
+            *others, last = dict.fromkeys(CALLS[one] for one in served)
+            calls = f"{', '.join(others)} and {last}" if others else last
             raise InvalidRequest(f"this model has {self}: it answers {calls}, not {CALLS[wants]}", "model")
 
     def classified(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def parts_of(
         parts |= zip(members, _parts(model, wants, [(scheduled[i], rows[i]) for i in members]), strict=True)
     failed: dict[int, Exception] = {}
     for i, part in parts.items():
-        if not scheduled[i].sequence.keeps_non_finite and not _is_finite(part):
+        if not _is_sound(part, scheduled[i].sequence):
             failed[i] = NoFiniteNumbers("a number of a result is NaN or infinite")
     return {i: part for i, part in parts.items() if i not in failed}, failed
 
@@ -113,6 +113,9 @@ def _whole(wants: Wants, parts: Seq[Tensor], num_tokens: int) -> Tensor:
     return torch.cat(list(parts))
 
 
-def _is_finite(part: Tensor) -> bool:
-    """Minus infinity is a probability of 0."""
-    return not bool((part.isnan() | (part == torch.inf)).any())
+def _is_sound(part: Tensor, sequence: Sequence) -> bool:
+    """Whether a part may be given. A log-probability of minus infinity is a probability of 0."""
+    if sequence.keeps_non_finite:
+        return True
+    unsound = part.isnan() if sequence.request.wants == "token_logprobs" else ~part.isfinite()
+    return not bool(unsound.any())

@@ -58,8 +58,8 @@ class IngressMetrics:
         )
         self._end_to_end = define.histogram(
             "moecluster_request_duration_seconds",
-            "From a request's arrival to its last token, of requests that were answered. Read it beside the tokens: "
-            "long answers take long.",
+            "From a request's arrival to its last token, or to its numbers, of requests that were answered. Read it "
+            "beside the tokens: long answers take long.",
             _REQUEST_BUCKETS,
         )
         self._replays = define.counter(

@@ -1,20 +1,21 @@
 """Checkpoints with heads, as transformers writes them, against transformers in float32: each family, each head.
 
 Prompts of mixed lengths, some with padding in them, as they are, in chunks beside one another, and from a cache.
+test_parity_matrix.py has each head in each dtype over each transport.
 """
+
+import math
+import shutil
 
 import pytest
 import torch
-from actor_experts import ActorExperts
 from configs import PROMPTS
 from head_tools import HEADS, PADDED, SETTINGS, check, close, llm_for
+from safetensors.torch import load_file, save_file
 
-from cluster import LLM
-from cluster import llm as llm_module
 from cluster.checkpoint.names import dense_bytes
 from cluster.checkpoint.opening import open_checkpoint
-from cluster.errors import InvalidRequest
-from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
+from cluster.errors import InvalidRequest, NonFiniteOutput
 
 WAYS = {
     "as they are": {},
@@ -32,52 +33,6 @@ def test_each_head_gives_what_transformers_gives(written, family, head, way):
         for _ in range(2 if way == "from a cache" else 1):
             check(llm, oracle, head)
         assert llm.engine.blocks.num_used == 0
-
-
-@pytest.fixture(scope="module")
-def actors(ray_cluster):
-    """Two shards' processes; each case loads them anew."""
-    shard_class = ray_cluster.remote(concurrency_groups=SHARD_GROUPS)(ExpertShardActor)
-    made = [shard_class.options(num_cpus=1).remote(shard_id, 1) for shard_id in range(2)]
-    yield made
-    for actor in made:
-        ray_cluster.kill(actor)
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("carrier", ["ray", "stream"])
-@pytest.mark.parametrize("head", HEADS)
-def test_each_head_gives_it_through_shards_elsewhere(written, actors, monkeypatch, head, carrier):
-    oracle = written("Qwen2Moe", head)
-    monkeypatch.setattr(llm_module, "RayExperts", lambda cluster, metrics: ActorExperts(actors, cluster, metrics))
-    with llm_for(oracle.model_dir, transport=carrier, max_num_batched_tokens=16) as llm:
-        check(llm, oracle, head)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head", HEADS[1:])
-@pytest.mark.parametrize("family", SETTINGS)
-def test_half_precision_stays_near(written, family, head, dtype):
-    oracle = written(family, head)
-    with LLM(
-        oracle.model_dir, dtype=dtype, device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 21
-    ) as llm:  # fmt: skip
-        wants = {"ForSequenceClassification": "label_logits", "ForTokenClassification": "token_label_logits"}
-        [found] = llm.compute([to_prompt(PROMPTS[1])], wants.get(head, "span_logits"))
-        outputs = oracle(PROMPTS[1])
-        expected = (
-            torch.stack([outputs.start_logits[0], outputs.end_logits[0]], dim=1)
-            if head == HEADS[3]
-            else (outputs.logits[0])
-        )
-        numbers = torch.from_numpy(found.numbers.array())
-        assert (numbers - expected).norm() < 0.1 * expected.norm()
-
-
-def to_prompt(token_ids):
-    from cluster.serving.text.prompts import Prompt
-
-    return Prompt(token_ids=token_ids)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +86,21 @@ def test_a_head_refuses_the_other_heads_results_by_name(written, head):
 def test_a_causal_model_refuses_labels(oracle_of):
     with llm_for(oracle_of("qwen2, released key style").model_dir) as llm:
         for method in ("classify", "classify_tokens", "answer_spans"):
-            with pytest.raises(InvalidRequest, match="a head for next tokens: it answers Generate and Score and Embed"):
+            with pytest.raises(InvalidRequest, match="a head for next tokens: it answers Generate, Score and Embed"):
                 getattr(llm, method)([1, 2, 3])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_head_whose_numbers_are_none_ends_its_requests_and_no_embedding(written, tmp_path, value):
+    source = written("Qwen2", "ForTokenClassification").model_dir
+    shutil.copytree(source, tmp_path / "broken")
+    stored = load_file(source / "model.safetensors")
+    stored["score.weight"][1] = value
+    save_file(stored, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with llm_for(tmp_path / "broken") as llm:
+        with pytest.raises(NonFiniteOutput):
+            llm.classify_tokens([[1, 2, 3]])
+        assert llm.embed([[1, 2, 3]])[0].embedding.isfinite().all()
 
 
 @pytest.mark.parametrize("family", SETTINGS)

@@ -71,5 +71,5 @@ def test_a_text_for_a_model_loaded_without_its_tokenizer_is_refused(tmp_path):
             llm.generate("text", SamplingParams(max_tokens=1))
         with pytest.raises(InvalidRequest, match="256"):
             llm.generate([list(range(1, 200)) * 2], SamplingParams(max_tokens=1))
-        with pytest.raises(InvalidRequest, match="it answers Generate and Score and Embed, not Classify"):
+        with pytest.raises(InvalidRequest, match="it answers Generate, Score and Embed, not Classify"):
             llm.classify([[1, 2]])

@@ -16,6 +16,9 @@ class Reader:
     def __init__(self, config):
         self.config, self.wanted = config, {}
 
+    def fetch(self, names, progress=None):
+        pass
+
     def load(self, targets, progress=None):
         self.wanted |= {name: tuple(target.shape) for name, target in targets.items()}
 

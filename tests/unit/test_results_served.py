@@ -21,7 +21,7 @@ from serving_fakes import (
 from test_grpc_server import FakeContext
 
 from cluster.client.grpc_client import Client
-from cluster.errors import DeadlineExceeded, InvalidRequest, ShardUnavailable, Unavailable
+from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ShardUnavailable, Unavailable
 from cluster.outcome import Head, Numbers
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.admission.api_keys import ApiKeys, new_key
@@ -29,6 +29,7 @@ from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.registration import SERVICE_NAME
 from cluster.serving.outcomes import unit_vector
 from cluster.serving.replay import ReplayingBackend
+from cluster.serving.service import InferenceService
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.update_queue import UpdateQueue
@@ -165,6 +166,15 @@ def test_an_answers_span_has_its_text(tokenizer):
     assert list(answer.end_logits) == [0, 0, 0, 1, 0]
 
 
+def test_an_answer_whose_text_finds_no_turn_ends_with_that_error(tokenizer, monkeypatch):
+    async def busy(*arguments, **options):
+        raise Overloaded("64 texts wait already")
+
+    monkeypatch.setattr(InferenceService, "detokenize", busy)
+    code, details, answer = call(tokenizer, "AnswerSpan", pb.AnswerSpanRequest(text="? ab!"), head=ANSWERS)
+    assert (code, details, answer) == ("RESOURCE_EXHAUSTED", "64 texts wait already", pb.AnswerSpanResponse())
+
+
 @pytest.mark.parametrize(
     ("method", "request_", "token_bytes", "head"),
     [
@@ -187,7 +197,7 @@ def test_numbers_for_each_token_have_a_limit_too(tokenizer, method, request_, to
     [
         ("Generate", pb.GenerateRequest, SEQUENCE, "Classify and Embed, not Generate"),
         ("Score", pb.ScoreRequest, TOKENS, "ClassifyTokens and Embed, not Score"),
-        ("Classify", pb.ClassifyRequest, Head(), "Generate and Score and Embed, not Classify"),
+        ("Classify", pb.ClassifyRequest, Head(), "Generate, Score and Embed, not Classify"),
         ("AnswerSpan", pb.AnswerSpanRequest, SEQUENCE, "Classify and Embed, not AnswerSpan"),
         ("Classify", pb.ClassifyRequest, Head(kind="none"), "Embed, not Classify"),
     ],

@@ -77,11 +77,7 @@ class ResultHandlers(GrpcCalls):
         return await self._compute(request, grpc_context, _CLASSIFY_TOKENS)
 
     async def AnswerSpan(self, request: bytes, grpc_context: GrpcContext) -> pb.AnswerSpanResponse:
-        response = await self._compute(request, grpc_context, _ANSWER_SPAN)
-        if response.token_ids and self._service.has_text:
-            answer = response.token_ids[response.start : response.end + 1]
-            response.text = await self._service.detokenize(answer)
-        return response
+        return await self._compute(request, grpc_context, _ANSWER_SPAN)
 
     async def _compute(self, request: bytes, context: GrpcContext, rpc: _Rpc[TimedRequest, Response]) -> Response:
         request_id, head = self._service.new_request_id(), self._service.info.head
@@ -96,6 +92,10 @@ class ResultHandlers(GrpcCalls):
                 client=client,
                 check=lambda num_tokens: check_numbers(num_tokens, rpc.token_bytes(head), limit),
             )
-            return rpc.respond(computed, message, head)
+            response = rpc.respond(computed, message, head)
+            if isinstance(response, pb.AnswerSpanResponse) and self._service.has_text:
+                found = computed.prompt_token_ids[response.start : response.end + 1]
+                response.text = await self._service.detokenize(found, client=client)
+            return response
 
         return await self._answer(request, context, rpc.request, rpc.response, answer, request_id=request_id)
