@@ -101,7 +101,7 @@ def _load(path: Path) -> Any:
             f"{path} holds more than tensors, and nothing else is unpickled ({in_one_line(error, 120)}): save the "
             "model's state_dict alone"
         ) from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # torch has any kind for a damaged file: struct.error, IndexError, …
         raise CheckpointError(
             f"{path} is not a complete file of torch.save ({in_one_line(error, 120)}): download it again"
         ) from error

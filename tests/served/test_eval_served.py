@@ -14,7 +14,7 @@ def test_eval_through_a_server_gives_the_number_of_transformers(served, demo_che
     """In windows that do not overlap, the guide's perplexity is the mean of the model's own losses by their tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    text = "Which experts answered this question?\n" * 12
+    text = "Which experts answered this question?\n" * 24
     (tmp_path / "text").write_text(text)
     arguments = ["--text", str(tmp_path / "text"), "--context", "64", "--stride", "64", "--json"]
     assert cli.main(["eval", "--address", f"127.0.0.1:{served.grpc_port}", *arguments]) == 0

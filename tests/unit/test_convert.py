@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from cluster import cli
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.names import EMBEDDING, HEAD
+from cluster.checkpoint.pickled import PICKLES
 from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.weights import LocalFiles
 from cluster.checkpoint.writing import folder, weights
 from cluster.checkpoint.writing.convert import convert
 from cluster.checkpoint.writing.published import published_config
@@ -226,6 +229,23 @@ def test_a_broken_pickle_is_refused_in_one_line(source: Path, tmp_path: Path, co
         convert(source, tmp_path / "out", from_pickle=True)
     assert "\n" not in str(caught.value)
     assert "pytorch_model.bin" in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_any_damage_is_read_or_refused_in_one_line(tmp_path: Path, zipped: bool) -> None:
+    stored = {"a.weight": torch.ones(4, 4), "b": torch.zeros(3, dtype=torch.bfloat16)}
+    torch.save(stored, tmp_path / "whole", _use_new_zipfile_serialization=zipped)
+    whole, rng, messages = (tmp_path / "whole").read_bytes(), random.Random(7), []
+    for _ in range(300):
+        damaged, at = bytearray(whole), rng.randrange(len(whole))
+        damaged[at : at + rng.choice([1, 4, len(whole)])] = rng.randbytes(rng.randrange(4))
+        (tmp_path / "pytorch_model.bin").write_bytes(damaged)
+        try:
+            PICKLES.locate(LocalFiles(tmp_path))
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert not [message for message in messages if "\n" in message]
 
 
 def test_pickles_that_are_not_there_are_named(source: Path, tmp_path: Path) -> None:

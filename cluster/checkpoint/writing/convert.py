@@ -12,7 +12,7 @@ from cluster.checkpoint.names import EMBEDDING, HEAD, checkpoint_shapes
 from cluster.checkpoint.opening import Checkpoint, bring_here, open_checkpoint, open_pickled
 from cluster.checkpoint.reader import read_config
 from cluster.checkpoint.writing.model import MAX_FILE_BYTES, NewModel, Progress, Written, check_dtype, write_model
-from cluster.checkpoint.writing.published import published_config
+from cluster.checkpoint.writing.published import published_config, stored_name
 
 
 def convert(
@@ -39,12 +39,15 @@ def convert(
     if as_given.tie_word_embeddings and not config.tie_word_embeddings and _is_head_embedding(checkpoint, chosen):
         config = replace(config, tie_word_embeddings=True)  # as training code saves it: one matrix, twice
 
+    shapes = checkpoint_shapes(config)
+    names = {stored_name(name, config): name for name in shapes}
+
     def fill(targets: Mapping[str, Tensor]) -> None:
-        checkpoint.load(targets)
+        checkpoint.load({names[name]: target for name, target in targets.items()})
 
     model = NewModel(
         raw_config=published_config(raw, chosen, tie_word_embeddings=config.tie_word_embeddings),
-        shapes=checkpoint_shapes(config),
+        shapes={name: shapes[name_here] for name, name_here in names.items()},
         dtype=chosen,
         fill=fill,
         source=checkpoint.model_dir,

@@ -10,6 +10,7 @@ from cluster.checkpoint.files import is_there
 from cluster.checkpoint.generation import GENERATION_FILE
 from cluster.checkpoint.made.drawn import SEED_KEY
 from cluster.checkpoint.writing.folder import NewFolder
+from cluster.config import ModelConfig
 
 _COPIED = (
     GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -33,6 +34,14 @@ def published_config(raw: Mapping[str, Any], dtype: str, **changes: Any) -> dict
         config["rope_scaling"] = {"type": kind} | {key: value for key, value in rope.items() if key != "type"}
     config |= {"torch_dtype": dtype, **changes}
     return {key: config[key] for key in sorted(config) if key not in changes or config[key] is not None}
+
+
+def stored_name(name: str, config: ModelConfig) -> str:
+    """The name under which transformers finds a tensor: the dense family's question answering alone calls its decoder
+    otherwise. Source: transformers 5.24, Qwen2ForQuestionAnswering.base_model_prefix."""
+    if config.model_type == "qwen2" and config.head.kind == "question_answering" and name.startswith("model."):
+        return "transformer." + name.removeprefix("model.")
+    return name
 
 
 def copy_small_files(source: Path, folder: NewFolder) -> None:

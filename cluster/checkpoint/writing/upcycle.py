@@ -128,7 +128,7 @@ def _moe_config(raw: Mapping[str, Any], config: ModelConfig, recipe: Recipe, dty
     return published_config(
         raw,
         dtype,
-        architectures=[str(name).replace("Qwen2For", "Qwen2MoeFor") for name in architectures],
+        architectures=["Qwen2Moe" + str(name).removeprefix("Qwen2") for name in architectures],
         decoder_sparse_step=1,
         mlp_only_layers=[],
         model_type="qwen2_moe",
