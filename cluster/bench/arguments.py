@@ -49,7 +49,7 @@ def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model_dir", metavar="MODEL_DIR", nargs="?", type=Path,
+        "model_dir", metavar="MODEL", nargs="?", type=Path,
         help="its config.json has the shapes to measure; no weights are read (default: Qwen1.5-MoE-A2.7B's shapes)",
     )  # fmt: skip
     known = ("products", "quantized", "experts", "attention", "sampling")
@@ -183,7 +183,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="of prompts and moments; a run with the same finds its prompts in the server's cache (default: 0)",
     )
     parser.add_argument(
-        "--offline", type=Path, metavar="MODEL_DIR",
+        "--offline", type=Path, metavar="MODEL",
         help="then compute the same requests without a server, from this checkpoint, and print the ratio",
     )  # fmt: skip
     parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards for --offline (default: 2)")
@@ -197,10 +197,11 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> None:
     parser.add_argument(
         "model_dir",
-        metavar="MODEL_DIR",
+        metavar="MODEL",
         nargs="?",
         type=Path,
-        help="checkpoint to measure on; without it one with random weights is made (see --shapes)",
+        help="checkpoint to measure on, its directory or its name on the hub; without it one with random weights is "
+        "made (see --shapes)",
     )
     _add_made_checkpoint_arguments(parser)
     _add_compared_arguments(parser)

@@ -18,6 +18,7 @@ from cluster.bench.spec import PLAIN, SystemSpec
 from cluster.bench.systems import check_comparison, check_shards
 from cluster.bench.throughput import Workload, measure_in_turns
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
+from cluster.checkpoint.model_files import complete_directory
 from cluster.config import ModelConfig
 from cluster.errors import ClusterError, SetupError
 
@@ -45,7 +46,10 @@ def measure_all(
     draft = _draft(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        model_dir = args.model_dir or made_with_progress(args.shapes, args.layers, args.checkpoint_dir, progress)
+        if args.model_dir is not None:
+            model_dir = complete_directory(args.model_dir)  # other engines know no names
+        else:
+            model_dir = made_with_progress(args.shapes, args.layers, args.checkpoint_dir, progress)
         config = read_config(model_dir)
         workload = replace(_fit(draft, args.shards, config), samplings=find_samplings(args.sampling, model_dir))
         dtype = config.dtype if args.dtype == "auto" else args.dtype

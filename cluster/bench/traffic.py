@@ -20,6 +20,7 @@ from cluster.bench.spec import SystemSpec
 from cluster.bench.systems import check_shards
 from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
+from cluster.checkpoint.model_files import complete_directory
 from cluster.client import options
 from cluster.client.grpc_client import Client
 from cluster.config import ModelConfig
@@ -151,9 +152,10 @@ def _server_bytes(pid: int | None) -> int:
 
 def _offline_spec(args: argparse.Namespace) -> tuple[SystemSpec, ModelConfig]:
     """Raises CheckpointError, SetupError."""
-    config = read_config(args.offline)
+    model_dir = complete_directory(args.offline)
+    config = read_config(model_dir)
     check_shards(args.shards, config)
-    return SystemSpec(kind="stream", model_dir=args.offline, dtype=config.dtype, num_shards=args.shards), config
+    return SystemSpec(kind="stream", model_dir=model_dir, dtype=config.dtype, num_shards=args.shards), config
 
 
 def _measure_offline(spec: SystemSpec, config: ModelConfig, args: argparse.Namespace) -> float:

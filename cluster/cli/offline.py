@@ -43,19 +43,22 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.model_files import pinned
     from cluster.checkpoint.sizes import sizes_of
     from cluster.config import EngineConfig
-    from cluster.console import describe_plan, print_plan
-    from cluster.engine.preflight import check_for_plan
+    from cluster.console import describe_plan, print_downloads, print_plan
+    from cluster.engine.preflight import check_for_plan, download_bytes
     from cluster.experts.placement import num_shards_for, plan_evenly
 
     engine = EngineConfig(dtype=args.dtype, rope_scaling=args.rope_scaling)
-    config = check_for_plan(pinned(args.model), engine, args.shards)
+    model = pinned(args.model)
+    config = check_for_plan(model, engine, args.shards)
     num_shards = num_shards_for(config.num_experts, args.shards)
     plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
     sizes = sizes_of(config, resolve_dtype(args.dtype, config))
+    downloads = download_bytes(model, plan)
     if args.json:
-        print(json.dumps(describe_plan(config, plan, sizes), indent=2))
+        print(json.dumps(describe_plan(config, plan, sizes) | {"download_bytes": downloads}, indent=2))
     else:
         print_plan(config, plan, sizes)
+        print_downloads(downloads)
     return 0
 
 

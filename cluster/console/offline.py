@@ -45,6 +45,14 @@ def print_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> N
     )
 
 
+def print_downloads(num_bytes: Sequence[int]) -> None:
+    """num_bytes: of an attention replica, then of each shard; nothing is printed where all are 0."""
+    if any(num_bytes):
+        names = ["an attention replica", *(f"expert shard {i}" for i in range(len(num_bytes) - 1))]
+        parts = ", ".join(f"{size(of_one)} by {name}" for of_one, name in zip(num_bytes, names, strict=True))
+        OutputConsole().print(f"to be downloaded, each on a node of its own: {parts}", highlight=False)
+
+
 def describe_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> dict[str, Any]:
     """The same for machines to read. Bytes are exact; a shard's experts are of all its layers together."""
     shards = [_num_experts(layers) for layers in plan.slices]

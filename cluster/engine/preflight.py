@@ -6,14 +6,15 @@ from cluster.checkpoint.chat_template import read_chat_templates
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.made.drawn import has_seed
-from cluster.checkpoint.model_files import open_files
+from cluster.checkpoint.model_files import hub_name, open_files
+from cluster.checkpoint.names import dense_shapes, expert_shapes
 from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.reader import read_config
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, read_tokenizer
 from cluster.checkpoint.weights import holds_weights
 from cluster.config import EngineConfig, ModelConfig
-from cluster.experts.placement import num_shards_for, plan_evenly
+from cluster.experts.placement import PlacementPlan, num_shards_for, plan_evenly
 from cluster.model.kv_cache import check_block_fits
 
 
@@ -42,6 +43,21 @@ def check_for_plan(model: str | Path, engine: EngineConfig, num_shards: int) -> 
     if has_tokenizer(model_dir):
         _check_tokenizer(model_dir, with_vocabulary=has_vocabulary(model_dir))
     return config
+
+
+def download_bytes(model: str | Path, plan: PlacementPlan) -> list[int]:
+    """Bytes of the files that a process has to fetch on a node of its own: an attention replica, then each shard.
+
+    Empty for a directory, and for a model without weights. Raises CheckpointError.
+    """
+    if hub_name(model) is None or not holds_weights(open_files(model)):
+        return []
+    reader = open_checkpoint(model)
+    shards = [
+        [name for layer_id, ids in layers.items() for i in ids for name in expert_shapes(reader.config, layer_id, i)]
+        for layers in plan.slices
+    ]
+    return [reader.missing_bytes(names) for names in (list(dense_shapes(reader.config)), *shards)]
 
 
 def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, num_shards: int) -> None:

@@ -1,5 +1,6 @@
 """A model from its name: which files are asked for, from where, and what goes wrong. Against a hub on loopback."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from hub_server import DENSE, EXPERTS, FIRST, NAME, SECOND, SMALL, Hub
 from safetensors.torch import load_file, save_file
 
-from cluster.checkpoint.model_files import model_directory, open_files, pinned, served_name
+from cluster.checkpoint.model_files import complete_directory, model_directory, open_files, pinned, served_name
 from cluster.checkpoint.names import dense_shapes, expert_shapes
 from cluster.checkpoint.opening import open_checkpoint
+from cluster.cli import main
 from cluster.config import EngineConfig
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import CheckpointError
@@ -124,3 +126,27 @@ def test_an_llm_by_name_answers_as_one_from_the_directory(hub: Hub, checkpoint: 
         assert [output.token_ids for output in llm.generate(prompts, params)] == expected
         assert llm.info.model_id == NAME
     assert hub.fetched(".safetensors") == [DENSE, *EXPERTS]
+
+
+def test_plan_says_what_each_process_has_to_fetch(
+    hub: Hub, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [(checkpoint / file).stat().st_size for file in (DENSE, *EXPERTS)]
+    assert main(["plan", NAME, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["download_bytes"] == sizes
+    assert main(["plan", NAME, "--shards", "1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{sizes[0] / 1e6:.4g} MB by an attention replica, {sum(sizes[1:]) / 1e6:.4g} MB by expert shard 0" in shown
+    assert main(["plan", str(checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["download_bytes"] == []
+    assert hub.fetched(".safetensors") == []
+    assert main(["plan", "tiny/nothing"]) == 2
+    assert capsys.readouterr().err.startswith("moe-cluster: tiny/nothing: ")
+
+
+def test_a_bench_takes_all_files_of_a_name(hub: Hub, checkpoint: Path) -> None:
+    folder = complete_directory(NAME)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        file.name: file.read_bytes() for file in checkpoint.iterdir()
+    }
+    assert complete_directory(checkpoint) == checkpoint

@@ -183,7 +183,6 @@ def test_a_full_disk_is_told_before_and_during_a_download(hub: Hub, monkeypatch:
         message = refusal(check)
         assert "GB are to be downloaded" in message
         assert "set HF_HOME" in message
-    monkeypatch.undo()
 
 
 def test_a_disk_that_fills_up_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

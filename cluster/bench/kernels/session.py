@@ -24,6 +24,7 @@ from cluster.bench.kernels.timing import least_seconds
 from cluster.bench.machine import this_machine
 from cluster.bench.sampling import find_samplings
 from cluster.checkpoint.made.published import A2_7B_CONFIG
+from cluster.checkpoint.model_files import model_directory
 from cluster.config import ModelConfig, read_model_config
 from cluster.config.environment import MALLOC_ENVIRONMENT
 from cluster.config.resources import available_cpus
@@ -44,7 +45,7 @@ def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.
     ):  # fmt: skip
         if least < 1:
             raise SetupError(f"{option} has {least}, numbers from 1 are needed")
-    config = read_config(args.model_dir) if args.model_dir else read_model_config(A2_7B_CONFIG)
+    config = read_config(model_directory(args.model_dir)) if args.model_dir else read_model_config(A2_7B_CONFIG)
     dtype = config.dtype if args.dtype == "auto" else args.dtype
     before = torch.get_num_threads()
     try:
@@ -116,7 +117,7 @@ def _cases(args: argparse.Namespace, config: ModelConfig, dtype: torch.dtype) ->
     if "attention" in args.kernels:
         yield from attention_cases(config, dtype, args.batch, args.context, kernels)
     if "sampling" in args.kernels:
-        samplings = find_samplings(args.sampling, args.model_dir or Path())
+        samplings = find_samplings(args.sampling, model_directory(args.model_dir) if args.model_dir else Path())
         yield from sampling_cases(config, dtype, args.batch, samplings, kernels)
 
 

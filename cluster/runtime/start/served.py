@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.config import gRPCOptions
 
 from cluster.checkpoint.model_files import model_directory
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT
 from cluster.errors import ClusterError, SetupError
@@ -98,6 +99,7 @@ class ServedCluster:
         config = check_config(config)
         if options.ray_address is None and not ray.is_initialized():
             check_cpus(config, attention_replicas=config.attention_replicas)
+            open_checkpoint(config.model, config.rope_scaling).check_room()
         _check_ingress_files(config)
         options.front_environment()
         self.group, self._model = "", config.model
