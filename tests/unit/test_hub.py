@@ -19,6 +19,9 @@ from cluster.config import EngineConfig
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import CheckpointError
 from cluster.llm import LLM
+from cluster.metrics import ShardMetrics, new_registry
+from cluster.runtime.workers.rehearsal import Rehearsal
+from cluster.runtime.workers.shard_server import ShardServer
 
 
 def load(model: str, names: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -150,3 +153,33 @@ def test_a_bench_takes_all_files_of_a_name(hub: Hub, checkpoint: Path) -> None:
         file.name: file.read_bytes() for file in checkpoint.iterdir()
     }
     assert complete_directory(checkpoint) == checkpoint
+
+
+def test_a_shards_progress_counts_what_it_fetches_and_what_it_reads(hub: Hub, checkpoint: Path) -> None:
+    """32 experts of 3 × 64 × 32 × 4 bytes in one layer, after the file that has them."""
+    totals, counted = [], []
+    server = ShardServer(0, ShardMetrics(new_registry(), 0), Rehearsal())
+
+    def progress(total_bytes: int) -> Callable[[int], None]:
+        totals.append(total_bytes)
+        return counted.append
+
+    server.load(pinned(NAME), {0: range(32)}, dtype="float32", device="cpu", progress=progress)
+    of_file, of_experts = (checkpoint / EXPERTS[0]).stat().st_size, 32 * 3 * 64 * 32 * 4
+    assert totals == [of_file + of_experts] == [sum(counted)]
+    server.load(pinned(NAME), {0: range(31)}, dtype="float32", device="cpu", progress=progress)
+    assert totals[1:] == [0]
+    assert hub.fetched(".safetensors") == [EXPERTS[0]]
+
+
+def test_a_file_that_the_cache_has_lost_is_fetched_again(hub: Hub, checkpoint: Path) -> None:
+    """Its link is still there, into nowhere."""
+    reader = open_checkpoint(pinned(NAME))
+    wanted = expert_shapes(reader.config, 0, 0)
+    reader.fetch(wanted)
+    link = model_directory(pinned(NAME)) / EXPERTS[0]
+    link.resolve().unlink()
+    assert load(pinned(NAME), wanted)
+    assert link.read_bytes() == (checkpoint / EXPERTS[0]).read_bytes()
+    (reader.model_dir / "tokenizer.json").resolve().unlink()
+    assert (model_directory(pinned(NAME)) / "tokenizer.json").exists()

@@ -1,5 +1,6 @@
 """Shows how far downloads are: a bar on a terminal, else a line now and then. Fetches nothing."""
 
+import io
 import logging
 import sys
 import threading
@@ -33,7 +34,8 @@ class Progress:
         self._done, self._shown_tenths, self._shown_at = 0, 0, clock()
         self._stopped = False
         self._bar: Any = None
-        if sys.stderr.isatty():
+        self._out = sys.stderr or io.StringIO()  # a process may have none
+        if self._out.isatty():
             self._bar = tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True)  # type: ignore[no-untyped-call]
 
     def add(self, num_bytes: int) -> None:
@@ -67,7 +69,7 @@ class Progress:
         if log.isEnabledFor(logging.INFO):
             log.info("%s", line)
         else:  # nobody has set logging up: the line goes where the bar would be
-            sys.stderr.write(f"{line}\n")
+            self._out.write(f"{line}\n")
 
 
 class Silent(tqdm):

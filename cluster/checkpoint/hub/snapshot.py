@@ -6,6 +6,8 @@ start from a directory does not pay for the library.
 """
 
 import fnmatch
+import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -26,7 +28,7 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from cluster.checkpoint.added_tokens import ADDED_TOKENS_FILE, TOKENIZER_FILE
 from cluster.checkpoint.chat_template import TEMPLATE_DIR, TEMPLATE_FILE
-from cluster.checkpoint.files import in_one_line, is_there
+from cluster.checkpoint.files import in_one_line
 from cluster.checkpoint.generation import GENERATION_FILE
 from cluster.checkpoint.hub.faults import in_words, no_room
 from cluster.checkpoint.hub.name import HubName, is_commit
@@ -36,6 +38,8 @@ from cluster.checkpoint.tokenizer_files import MERGES_FILE, VOCAB_FILE
 from cluster.checkpoint.weights import CONFIG_FILE, INDEX_FILE, StoredTensor, read_header
 from cluster.errors import CheckpointError
 from cluster.version import __version__
+
+log = logging.getLogger(__name__)
 
 SMALL_FILES = (
     CONFIG_FILE, GENERATION_FILE, INDEX_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, VOCAB_FILE, MERGES_FILE,
@@ -132,8 +136,10 @@ class Snapshot:
         if not missing:
             return
         self._check_room(missing)
+        num_bytes = self.missing_bytes(missing)
         files = f"{len(missing)} files" if len(missing) > 1 else missing[0]
-        shown = Progress(f"downloading {files} of {self._name.repository}", self.missing_bytes(missing), progress)
+        log.info("downloading %s of %s, %s bytes in all", files, self._name, f"{num_bytes:,}")
+        shown = Progress(f"downloading {files} of {self._name.repository}", num_bytes, progress)
         with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download") as threads:
             try:
                 downloads = [threads.submit(self._download, name, shown) for name in missing]
@@ -162,7 +168,8 @@ class Snapshot:
             raise no_room(self._name, needed, free)
 
     def _is_local(self, name: str) -> bool:
-        return is_there(self.directory / name)
+        """Whether it is here whole: the library links a file only then. A link into nowhere is fetched again."""
+        return os.path.exists(self.directory / name)
 
     def _listed(self) -> dict[str, int] | None:
         """Files' sizes by name, as the hub has listed them for this cache; None before it has.
