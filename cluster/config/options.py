@@ -119,4 +119,5 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         elif isinstance(value, typing.get_origin(part) or part) and isinstance(value, bool) == (part is bool):
             return value
     names = " or ".join(getattr(p, "__name__", None) or "/".join(map(str, typing.get_args(p))) for p in parts)
-    raise SetupError(f"{name} is {value!r}, {names.replace('NoneType', 'null')} is needed")
+    names = names.replace("NoneType", "null").replace("Mapping", "an object")
+    raise SetupError(f"{name} is {value!r}, {names} is needed")

@@ -103,6 +103,8 @@ def test_arguments_are_typed():
     read = ClusterConfig.from_mapping({"model": "/m", "expert_shards": 7, "drain_timeout_s": 5, "max_model_len": None})
     assert (read.expert_shards, read.drain_timeout_s, read.max_model_len) == (7, 5.0, None)
     assert isinstance(read.drain_timeout_s, float)
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    assert ClusterConfig.from_mapping({"model": "/m", "rope_scaling": yarn}).engine().rope_scaling == yarn
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,7 @@ def test_arguments_are_typed():
         ({"model": "/m", "gpus_per_expert_shard": -1}, "gpus_per_expert_shard is -1"),
         ({"model": "/m", "metrics_port": 70000}, "at most 65535"),
         ({"model": "/m", "kv_cache_bytes": 0}, "kv_cache_bytes is 0"),
+        ({"model": "/m", "rope_scaling": "yarn"}, "rope_scaling is 'yarn', an object or null is needed"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments, named):
