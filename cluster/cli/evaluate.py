@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cluster.perplexity import Perplexity
 
 SEQUENCES = 8  # windows at a time, offline; through a server half as many calls at a time
+TOKENS = 16384  # of all windows at a time, offline, unless one has more: their keys and values take memory
 OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling")
 
 
@@ -89,6 +90,7 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
     token_ids = _given_ids(args)
     if token_ids is None:
         token_ids = Tokenizer(checkpoint.model_dir).encode(_text(args.text))
+    batch = max(1, min(SEQUENCES, TOKENS // windows.context))
     blocks = -(-windows.context // engine.block_size) + 1
     needed = config.kv_bytes_per_token(resolve_dtype(engine.dtype, config)) * engine.block_size * blocks
     with (
@@ -98,7 +100,7 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
             dtype=engine.dtype,
             device=engine.device,
             max_model_len=windows.context,
-            kv_cache_bytes=args.kv_cache_bytes or needed * (SEQUENCES + 1),
+            kv_cache_bytes=args.kv_cache_bytes or needed * (batch + 1),
             rope_scaling=args.rope_scaling,
             enable_prefix_caching=False,
         ) as llm,
@@ -108,7 +110,7 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
         def score(parts: Sequence[Sequence[int]]) -> "list[NDArray[np.float32]]":
             return [found.logprobs.numpy() for found in llm.prompt_logprobs(list(parts))]
 
-        return perplexity(token_ids, windows, score, batch=SEQUENCES, progress=bar.update)
+        return perplexity(token_ids, windows, score, batch=batch, progress=bar.update)
 
 
 def _served(args: argparse.Namespace) -> "Perplexity":
