@@ -18,7 +18,8 @@ MAX_REASON_CHARS = 400
 
 T = TypeVar("T")
 
-OnStep = Callable[[Sequence[str]], None]  # called with the ids of a step's requests before it is computed
+# Called with the ids of a step's requests before it is computed, and with a request's before it is taken in.
+OnStep = Callable[[Sequence[str]], None]
 
 
 def run_isolated(runner: Runner, batch: Batch, on_step: OnStep) -> StepResult:

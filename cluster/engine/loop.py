@@ -97,6 +97,7 @@ class EngineLoop:
         if isinstance(command, str):
             self._engine.cancel(command)
             return
+        self._engine.on_step((command.request_id,))  # to take it in may end the process, too
         try:
             self._engine.submit(command)
         except Exception as error:  # noqa: BLE001 one request's fault must not end the others

@@ -18,6 +18,7 @@ from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
 
+UNTRACED_DEATHS = 4  # times as many as of those at its own steps: what others do to engines must not end a request
 RETRY_INTERVAL_S = 0.2  # between two tries to find room for a request that was let in before
 
 
@@ -26,14 +27,17 @@ class Deaths:
     """Counts the deaths of replicas that one request may have caused.
 
     at_this_token: since its last new token.  proven: the last death proves that the request caused it.
+    in_a_row: deaths since its last new token, those included that found the engine at others.
     """
 
     total: int = 0
     at_this_token: int = 0
     proven: bool = False
+    in_a_row: int = 0
 
     def add(self, num_in_step: int | None) -> None:
         """num_in_step: as in ReplicaUnavailable."""
+        self.in_a_row += 1
         if num_in_step == 0:
             return  # the engine computed others
         self.total += 1
@@ -42,10 +46,11 @@ class Deaths:
 
     def progressed(self) -> None:
         """Notes a new token."""
-        self.at_this_token, self.proven = 0, False
+        self.at_this_token, self.proven, self.in_a_row = 0, False, 0
 
     def are_its_fault(self, max_replays: int) -> bool:
-        return self.proven or self.at_this_token > max_replays
+        """Also where no step shows it: a request may kill engines in ways that leave no trace."""
+        return self.proven or self.at_this_token > max_replays or self.in_a_row > UNTRACED_DEATHS * max_replays
 
     @property
     def num_alone_tokens(self) -> int:
@@ -57,7 +62,7 @@ class ReplayingBackend:
     """A backend over one that raises ReplicaUnavailable, or sends it in an update, when a replica dies.
 
     max_replays: times that a request goes on elsewhere without a new token in between; after that it is taken to kill
-        replicas. The death of an engine that computed only others does not count; the death of one that computed this
+        replicas. UNTRACED_DEATHS of engines that computed only others count as one. The death of one that computed this
         request alone, after another engine had died at the same token, is proof.
     room_timeout_s: time for an admitted request to find room at another replica.  on_replay: called at each replay.
     """
@@ -106,7 +111,7 @@ class ReplayingBackend:
                 deaths.add(error.num_in_step)
                 if deaths.are_its_fault(self._max_replays):
                     raise PoisonedRequest(
-                        f"request {request.called} is not tried again: {deaths.at_this_token} attention replicas died "
+                        f"request {request.called} is not tried again: {deaths.in_a_row} attention replicas died "
                         f"in a row while they had it, without a new token ({len(given)} generated)"
                         + (", the last one with nothing else in its step" if error.num_in_step == 1 else "")
                     ) from error

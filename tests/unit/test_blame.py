@@ -184,9 +184,20 @@ def test_bystanders_survive_any_number_of_kills_that_leave_time_for_a_token_betw
 
 def test_a_request_that_was_not_in_the_step_is_neither_suspected_nor_counted():
     deaths = Deaths()
-    for _ in range(50):
+    for _ in range(20):
         deaths.add(0)
     assert (deaths.num_alone_tokens, deaths.are_its_fault(5)) == (0, False)
+
+
+def test_deaths_without_a_trace_are_not_survived_for_ever():
+    """A request that ends engines before a step begins has no step to be found in."""
+    deaths = Deaths()
+    for _ in range(21):
+        deaths.add(0)
+    assert deaths.are_its_fault(5)
+    deaths.progressed()
+    deaths.add(0)
+    assert not deaths.are_its_fault(5)
 
 
 def test_deaths_of_which_nobody_knows_the_step_are_no_proof_but_are_counted():

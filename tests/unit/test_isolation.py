@@ -328,6 +328,20 @@ def test_a_request_that_cannot_even_be_queued_ends_alone(monkeypatch):
     assert isinstance(ends["b"].error, RequestFailed)
 
 
+def test_a_request_is_on_record_before_it_is_taken_in(monkeypatch):
+    """It may end the process there."""
+    engine, happened = make_engine(), []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "on_step", lambda names: happened.append(tuple(names)))
+    monkeypatch.setattr(engine, "submit", lambda asked: happened.append("taken in") or submit(asked))
+    loop = EngineLoop(engine)
+    loop.submit([request("a", max_tokens=1)])
+    loop.start()
+    loop.poll(10, 0)
+    loop.stop()
+    assert happened == [("a",), "taken in", ("a",)]
+
+
 def test_an_interrupt_is_no_exception_of_a_row(llm, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
