@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from engine_fakes import make_engine, request, run_to_end
 
 from cluster.checkpoint.reader import CheckpointReader
@@ -75,6 +76,16 @@ def test_an_llm_takes_its_share_of_the_machine(demo_checkpoint, monkeypatch, opt
     monkeypatch.setattr(load, "available_memory", lambda: 300 << 20)
     with LLM(demo_checkpoint, device="cpu", skip_tokenizer=True, **options) as llm:
         assert llm.engine.blocks.num_blocks == blocks
+
+
+def test_the_free_memory_of_a_gpu_is_what_its_driver_has_left_of_that_one(monkeypatch):
+    """After torch has given back what it keeps of freed tensors; the machine's own memory is another one."""
+    kept, free = {"bytes": 3 * GIB}, {0: 50 * GIB, 1: 7 * GIB}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.update(bytes=0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu.index] - kept["bytes"], 80 * GIB))
+    monkeypatch.setattr(load, "available_memory", lambda: GIB)
+    assert load.free_memory(torch.device("cuda", 1)) == 7 * GIB
+    assert load.free_memory(torch.device("cpu")) == GIB
 
 
 def test_memory_is_looked_at_when_the_shards_have_loaded(demo_checkpoint, monkeypatch):

@@ -78,7 +78,8 @@ KEYS = {
     "model.safetensors.index.json": ("weight_map", "metadata"),
 }
 WEIGHTS = "model-00001-of-00003.safetensors"
-FILES = (*KEYS, "chat_template.jinja", WEIGHTS)
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+FILES = (*KEYS, *TEMPLATES, WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +87,21 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_dir = tmp_path_factory.mktemp("fuzz") / "model"
     write_demo_checkpoint(model_dir)
     template = json.loads((model_dir / "tokenizer_config.json").read_text())["chat_template"]
-    (model_dir / "chat_template.jinja").write_text(template)
+    for name in TEMPLATES:
+        (model_dir / name).parent.mkdir(exist_ok=True)
+        (model_dir / name).write_text(template)
     return model_dir
 
 
 @pytest.fixture(scope="module")
 def model_dir(pristine: Path) -> Path:
     """Links to the pristine files, but for the one that a test replaces and puts back."""
-    copy = pristine.parent / "changed"
-    copy.mkdir()
-    for path in pristine.iterdir():
-        (copy / path.name).symlink_to(path)
-    return copy
+    return linked(pristine, pristine.parent / "changed")
+
+
+def linked(origin: Path, copy: Path) -> Path:
+    """A copy with folders of its own and a link for each file."""
+    return Path(shutil.copytree(origin, copy, copy_function=lambda path, link: Path(link).symlink_to(path)))
 
 
 @contextmanager
@@ -300,7 +304,7 @@ def test_what_is_no_file_of_its_kind_is_refused_by_name(
     with replaced(model_dir, file_name) as path:
         odd(path)
         accepted = check(model_dir)
-        text = file_name == "chat_template.jinja" and odd in (
+        text = file_name in TEMPLATES and odd in (
             _empty,
             _deep,
             _deep_objects,
@@ -371,10 +375,7 @@ def vocabulary_dir(pristine: Path) -> Path:
     (origin / "added_tokens.json").write_text(json.dumps({t["content"]: t["id"] for t in raw["added_tokens"]}))
     (origin / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
     (origin / "tokenizer_config.json").write_text("{}")
-    copy.mkdir()
-    for path in origin.iterdir():
-        (copy / path.name).symlink_to(path)
-    return copy
+    return linked(origin, copy)
 
 
 @pytest.mark.parametrize("file_name", ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"])
@@ -430,7 +431,7 @@ def test_serve_refuses_before_it_starts_ray(
     for file_name in FILES:
         with replaced(model_dir, file_name) as path:
             odd(path)
-            if file_name == "chat_template.jinja" and odd is _deep:
+            if file_name in TEMPLATES and odd is _deep:
                 continue
             assert main(["serve", str(model_dir), "--grpc-port", "0", "--metrics-port", "0"]) == 2
             error = capsys.readouterr().err

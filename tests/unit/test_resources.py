@@ -1,13 +1,18 @@
 """A machine's resources under control groups, in trees of files like those of real ones."""
 
 import ast
+import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import cluster
 from cluster.config.resources import available_cpus, available_memory
+from cluster.llm import LLM
+from cluster.runtime import process
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    8000 kB\n"
 V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -122,6 +127,38 @@ def test_the_least_room_of_all_groups_counts(tmp_path, files, room):
 def test_without_anything_to_read_nothing_is_limited(tmp_path):
     assert available_cpus(tmp_path) == 8
     assert available_memory(tmp_path) is None
+
+
+@pytest.fixture
+def four_threads_and_a_quota_of_three(tmp_path, monkeypatch):
+    """torch has a thread for each CPU that it saw; this process's own control group allows three."""
+    root = v2(tmp_path, box__cpu_max="300000 100000")
+    monkeypatch.setattr(available_cpus, "__defaults__", (root,))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_threads_and_a_quota_of_three")
+def test_an_llm_gives_torch_no_more_threads_than_the_quota(demo_checkpoint):
+    with LLM(demo_checkpoint, device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 20):
+        assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("four_threads_and_a_quota_of_three")
+@pytest.mark.parametrize(("asked", "threads"), [(4, 3), (2, 2)])
+def test_an_actor_gives_torch_no_more_threads_than_the_quota(monkeypatch, asked, threads):
+    context = SimpleNamespace(get_actor_name=lambda: "group:shard-0")
+    monkeypatch.setattr(process, "ray", SimpleNamespace(get_runtime_context=lambda: context, get_gpu_ids=list))
+    ours = logging.getLogger("cluster")
+    before = ours.handlers, ours.propagate, ours.level
+    try:
+        process.prepare_process(asked)
+        assert torch.get_num_threads() == threads
+    finally:
+        ours.handlers, ours.propagate = before[:2]
+        ours.setLevel(before[2])
 
 
 def test_nobody_counts_cpus_past_the_quota():
