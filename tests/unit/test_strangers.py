@@ -7,7 +7,6 @@ from contextlib import ExitStack, asynccontextmanager
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from ray.serve._private.grpc_util import enable_server_reflection, gRPCGenericServer
 from serving_fakes import EchoBackend, TickingClock, make_service, write_tokenizer
 
@@ -15,7 +14,7 @@ from cluster.errors import Forbidden, Overloaded, Unauthenticated
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime.front import serve_proxy as proxy
-from cluster.runtime.front.serve_proxy import add_inference_service, bound_reflection
+from cluster.runtime.front.serve_proxy import add_inference_service
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.admission.keyless import MAX_HOSTS, KeylessCalls, KeylessLimits
@@ -380,31 +379,3 @@ def test_a_call_whose_message_does_not_come_ends(tmp_path, key, method, monkeypa
             return (await silent.code()).name, (await empty.code()).name
 
     assert asyncio.run(run()) == ("DEADLINE_EXCEEDED", "INVALID_ARGUMENT")
-
-
-def test_reflection_answers_and_its_streams_are_bounded(tmp_path):
-    async def names(call):
-        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-        response = await call.read()
-        return [service.name for service in response.list_services_response.service]
-
-    async def run():
-        server = gRPCGenericServer(lambda **_: None)
-        bound_reflection(server, Admission(limits=LIMITS))
-        enable_server_reflection(server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-            taken = [stub.ServerReflectionInfo() for _ in range(3)]
-            answers = [await names(call) for call in taken]
-            # Not written to: a write that the refusal overtakes makes the client's status INTERNAL.
-            refused = [(await stub.ServerReflectionInfo().code()).name for _ in range(2)]
-            for call in taken:
-                call.cancel()
-        await server.stop(None)
-        return answers, refused
-
-    answers, refused = asyncio.run(run())
-    assert answers == [["grpc.reflection.v1alpha.ServerReflection"]] * 3
-    assert refused == ["RESOURCE_EXHAUSTED"] * 2

@@ -85,10 +85,7 @@ def bound_reflection(server: Server, admission: Admission) -> None:
 
     def bounded(service: str, handlers: dict[str, Any]) -> None:
         if service.startswith(REFLECTION):
-            handlers = {
-                name: handler._replace(stream_stream=keyless.bounded(handler.stream_stream, admission))
-                for name, handler in handlers.items()
-            }
+            handlers = {name: keyless.bounded(handler, admission) for name, handler in handlers.items()}
         register(service, handlers)
 
     vars(server)["add_registered_method_handlers"] = bounded  # Serve calls it later, for reflection

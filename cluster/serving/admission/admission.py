@@ -110,11 +110,15 @@ class Admission:
         self._questions.ask(host_of(metadata, peer))
 
     @contextmanager
-    def watch(self, metadata: Mapping[str, str], peer: str) -> Iterator[None]:
-        """Counts a call that needs no key while it is open. Raises Forbidden, Overloaded."""
+    def watch(self, metadata: Mapping[str, str], peer: str) -> Iterator[Callable[[int], None]]:
+        """Counts a call that needs no key while it is open. Raises Forbidden, Overloaded.
+
+        Yields a function that counts a message of the call as so many calls; it raises Overloaded.
+        """
         self._check_peer(peer)
-        with self._keyless.open(host_of(metadata, peer)):
-            yield
+        host = host_of(metadata, peer)
+        with self._keyless.open(host):
+            yield lambda calls: self._keyless.count(host, calls)
 
     def _check_peer(self, peer: str) -> None:
         if self._local_only and not is_local(peer):

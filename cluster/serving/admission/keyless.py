@@ -20,7 +20,9 @@ MAX_HOSTS = 4096  # remembered; the host that has not called for longest is forg
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeylessLimits:
     """max_calls: open at a time (Watch, reflection).  max_calls_per_host: of these, from one host.
-    calls_per_minute: new ones of these from one host, and its calls refused for want of a key."""
+    calls_per_minute: new ones of these from one host, its messages of reflection, and its calls refused for want of a
+    key.
+    """
 
     max_calls: int = DEFAULTS["max_keyless_calls"]
     max_calls_per_host: int = DEFAULTS["max_keyless_calls_per_host"]
@@ -35,8 +37,8 @@ class KeylessCalls:
         self._open: Counter[str] = Counter()
         self._rates: OrderedDict[str, TokenBucket] = OrderedDict()
 
-    def count(self, host: str) -> None:
-        """Counts one call of a host. Raises Overloaded."""
+    def count(self, host: str, calls: int = 1) -> None:
+        """Counts calls of a host; the last may be more than its minute has left. Raises Overloaded."""
         now, per_minute = self._clock(), self._limits.calls_per_minute
         rate = self._rates.setdefault(host, TokenBucket(per_minute, now))
         self._rates.move_to_end(host)
@@ -44,7 +46,7 @@ class KeylessCalls:
             self._rates.popitem(last=False)
         if wait_s := rate.wait_s(now):
             raise _too_many(f"{per_minute} calls without a key a minute", wait_s)
-        rate.take(1)
+        rate.take(calls)
 
     @contextmanager
     def open(self, host: str) -> Iterator[None]:
