@@ -1,4 +1,5 @@
-"""The Ray that `moe-cluster serve` starts is closed to others. Starts one in a new process, and nothing on it."""
+"""The Ray that `moe-cluster serve` starts is closed to others, and bounded. Starts one in a new process, and nothing on
+it."""
 
 import json
 import os
@@ -8,9 +9,11 @@ import sys
 import pytest
 
 SCRIPT = """
-import json, os, subprocess, sys
+import json, os, subprocess, sys, tempfile
+from pathlib import Path
 import grpc, ray
 from ray.core.generated import gcs_service_pb2 as pb, gcs_service_pb2_grpc
+from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.start.local_ray import start_ray
 
 def ask(address, *metadata):
@@ -26,7 +29,16 @@ def ask(address, *metadata):
 def where():
     return ray.util.get_node_ip_address()
 
+@ray.remote
+def surroundings():
+    with tempfile.TemporaryDirectory() as folder, open(folder + "/written", "w") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    return mode, {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+
 connected = start_ray(num_cpus=1)
+mode, variables = ray.get(surroundings.remote())
+folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+logs = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
 address = ray.get_runtime_context().gcs_address
 token = connected.environment["RAY_AUTH_TOKEN"]
 look = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
@@ -39,6 +51,9 @@ said = {
     "guess": ask(address, ("authorization", "Bearer " + "0" * 64)),
     "token": ask(address, ("authorization", "Bearer " + token)),
     "other": other.stdout.strip(),
+    "modes": {**logs, "written by a worker": mode},
+    "variables": variables,
+    "stay": [name for name in RAY_BOUNDS if name in os.environ],
 }
 connected.stop()
 said["left"] = "RAY_AUTH_TOKEN" in os.environ
@@ -47,7 +62,7 @@ print(json.dumps(said))
 
 
 @pytest.mark.ray
-def test_a_ray_of_ours_is_on_loopback_and_asks_for_its_token():
+def test_a_ray_of_ours_is_on_loopback_asks_for_its_token_and_is_bounded():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200, cwd="/"
@@ -59,3 +74,8 @@ def test_a_ray_of_ours_is_on_loopback_and_asks_for_its_token():
     assert (report["nobody"], report["guess"], report["token"]) == ("UNAUTHENTICATED", "UNAUTHENTICATED", "OK")
     assert report["other"] == "1"
     assert not report["left"]
+    assert report["modes"].keys() >= {"gcs_server.out", "raylet.out", "written by a worker"}
+    assert {name: mode for name, mode in report["modes"].items() if mode & 0o077} == {}
+    bounds = {"RAY_ROTATION_MAX_BYTES": "4194304", "RAY_task_events_report_interval_ms": "0"}
+    assert report["variables"].items() >= bounds.items()
+    assert report["stay"] == []
