@@ -18,7 +18,7 @@ from cluster.runtime.start.ray_address import TRY_ANOTHER, find_ray
 if TYPE_CHECKING:
     from cluster.runtime.operate import RunningCluster
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 30.0  # of a Ray that answers: to connect, and to ask for the status, which may take 10 s itself
 MAX_INTERVAL_S = 86_400.0
 
 

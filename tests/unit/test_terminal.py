@@ -1,13 +1,15 @@
 """Commands in broken surroundings: each ends soon, in one line at most on stderr, with the right exit code."""
 
+import argparse
 import os
 import subprocess
 import sys
 
 import pytest
 
-from cluster.cli import terminal
+from cluster.cli import _parser, main, running, terminal
 from cluster.errors import SetupError
+from cluster.runtime import operate
 
 DEAD = "127.0.0.1:1"
 GENERATE = f"generate hi --address {DEAD}"
@@ -54,26 +56,87 @@ SURROUNDINGS = [
 STREAMS = [">/dev/full", ">/dev/full 2>&1", "| head -c1", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", "2>/dev/full"]
 
 
+# Of each command: arguments with which it ends soon, and its exit code. {} is a checkpoint.
+COMMANDS = {
+    "demo": (f"--ray-address {DEAD}", 2),
+    "serve": ("/nonexistent", 2),
+    "generate": (f"hi --address {DEAD}", 1),
+    "chat": (f"--address {DEAD}", 1),
+    **dict.fromkeys(("status", "top", "rebalance", "roll", "chaos"), (f"--ray-address {DEAD}", 2)),
+    "scale": (f"--expert-shards 2 --ray-address {DEAD}", 2),
+    "plan": ("{}", 0),
+    "doctor": ("", 0),
+    "ray-env": ("", 0),
+    "keys new": ("x", 0),
+    **dict.fromkeys(("convert", "upcycle"), ("/nonexistent /nonexistent/new", 2)),
+    "eval": ("/nonexistent --text /nonexistent", 2),
+    **dict.fromkeys(("bench throughput", "bench latency", "bench kernels"), ("/nonexistent", 2)),
+    "bench transport": (f"--ray-address {DEAD}", 2),
+    **dict.fromkeys(("bench growth", "bench context"), ("--context 0", 2)),
+    "bench gpu": ("--layers 0", 2),
+    "bench serve": (f"--address {DEAD}", 1),
+}
+# Lines on stderr, where they are more than one: progress before the fault, and a key's advice.
+LINES = {"demo": 3, "bench throughput": 2, "bench latency": 2, "keys new": 4}
+
+
+def commands_of(parser, names=()):
+    """The names of all commands that run something."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        return {" ".join(names)}
+    return set().union(*(commands_of(inner, (*names, name)) for name, inner in below[0].choices.items()))
+
+
+def test_every_command_is_tried_in_broken_surroundings():
+    """A new one needs a line in COMMANDS."""
+    assert commands_of(_parser()) == COMMANDS.keys()
+
+
+def check(command, code, line, *, surroundings="", streams=""):
+    """By exit code: an output that cannot be written makes 1 of 0, a reader that has gone 141."""
+    unwritten = streams.startswith(">/dev/full") or (streams == "2>/dev/full" and command == "keys new")
+    if code == 0 and unwritten:
+        code = 1
+    found, _, error = run(f"{command} {line}", surroundings=surroundings, streams=streams)
+    allowed = {code} | ({141} if "head" in streams and code == 0 else set())
+    assert found in allowed, (command, error)
+    assert "Traceback" not in error
+    assert "Exception ignored" not in error
+    assert error.count("\n") <= LINES.get(command, 1), error
+
+
+def test_a_cheap_command_without_an_environment_and_with_a_full_output():
+    line, code = COMMANDS["ray-env"]
+    check("ray-env", code, line, surroundings="env -i", streams=">/dev/full")
+
+
+def test_a_dead_ray_is_refused_before_the_wait_for_a_busy_one(monkeypatch, capsys):
+    """A busy one may take CONNECT_TIMEOUT_S; nobody waits so long for a port where nothing listens."""
+
+    def bounded(seconds, message):
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(terminal, "bounded", bounded)
+    assert main(["status", "--ray-address", DEAD]) == 2
+    assert capsys.readouterr().err.startswith(f"moe-cluster: no Ray answers at {DEAD} ")
+
+
+def test_the_wait_for_a_busy_ray_has_room_for_all_that_it_asks():
+    """To connect is to ask for the status too, which may take its own time."""
+    assert running.CONNECT_TIMEOUT_S >= 2 * operate.STATUS_TIMEOUT_S
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("surroundings", "streams"), [*((around, "") for around in SURROUNDINGS), *(("", streams) for streams in STREAMS)]
 )
 def test_every_command_in_every_broken_surrounding(demo_checkpoint, surroundings, streams):
-    """By exit code: an output that cannot be written makes 1 of 0, a reader that has gone 141."""
-    for command, code in (
-        ("--help", 0), (f"plan {demo_checkpoint}", 0), ("plan /nonexistent", 2), (GENERATE, 1),
-        (f"chat --address {DEAD}", 1), (f"status --ray-address {DEAD}", 2),
-        (f"scale --expert-shards 2 --ray-address {DEAD}", 2),
-        ("keys new x", 0), ("ray-env", 0), ("serve /nonexistent", 2),
-    ):  # fmt: skip
-        if code == 0 and (streams.startswith(">/dev/full") or (streams == "2>/dev/full" and command == "keys new x")):
-            code = 1
-        found, _, error = run(command, surroundings=surroundings, streams=streams)
-        allowed = {code} | ({141} if "head" in streams and code == 0 else set())
-        assert found in allowed, (command, error)
-        assert "Traceback" not in error
-        assert "Exception ignored" not in error
-        assert error.count("\n") <= (4 if command.startswith("keys") else 1), error  # the key is for stderr
+    check("", 0, "--help", surroundings=surroundings, streams=streams)
+    check("plan", 2, "/nonexistent", surroundings=surroundings, streams=streams)
+    for command, (line, code) in COMMANDS.items():
+        check(command, code, line.format(demo_checkpoint), surroundings=surroundings, streams=streams)
 
 
 @pytest.mark.parametrize(
