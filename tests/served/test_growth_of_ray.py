@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from test_listening import family
 
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
@@ -28,21 +29,27 @@ LOG_BYTES = 20  # for each request; a line of one was 159
 LOG_BYTES_A_SECOND = 3000  # of all Ray's processes, with or without requests
 
 
-def memory(session: Path) -> dict[str, int]:
-    """Anonymous bytes of each process of this Ray, by name and pid."""
+def memory() -> dict[str, int]:
+    """Anonymous bytes of each process of this Ray, by name and pid: HAProxy, its supervisor and the text workers are
+    children of Ray's actors."""
     found: dict[str, int] = {}
-    parents = set[str]()
-    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
+    for pid in family(os.getpid())[1:]:
         try:
-            command = (folder / "cmdline").read_text().replace("\0", " ").strip()
-            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+            command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         except OSError:
-            continue  # gone, or another user's
-        if str(session) in command or status["PPid"].strip() in parents:
-            name = command if command.startswith("ray::") else Path(command.split()[0]).name
-            parents |= {folder.name} if name == "raylet" else set()
-            found[f"{name} {folder.name}"] = int(status["RssAnon"].split()[0]) << 10
+            continue  # gone
+        if "RssAnon" in status:  # a zombie has none
+            found[f"{short_name(command)} {pid}"] = int(status["RssAnon"].split()[0]) << 10
     return found
+
+
+def short_name(command: str) -> str:
+    """A title of Ray's, a Python module with its arguments, or a program."""
+    if command.startswith("ray::"):
+        return command
+    module = re.search(r" -m (cluster\..*)", command)
+    return module[1] if module else Path(command.split()[0]).name
 
 
 def log_sizes(session: Path) -> Counter[str]:
@@ -60,23 +67,31 @@ def test_neither_memory_nor_logs_grow_with_the_requests_that_were_answered(serve
     params = pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=1, ignore_eos=True)
 
     def ask(number):
-        ids = pb.TokenIds(ids=[number % 1000])
-        return len(stub.Generate(pb.GenerateRequest(token_ids=ids, sampling_params=params), timeout=120).token_ids)
+        """Token ids, a text and a conversation in turn: no two are alike."""
+        turn = pb.ChatMessage(role="user", content=f"question {number}")
+        kinds = (
+            {"token_ids": pb.TokenIds(ids=[number % 1000])},
+            {"text": f"text {number}"},
+            {"chat": pb.ChatMessages(messages=[turn])},
+        )
+        asked = pb.GenerateRequest(**kinds[number % len(kinds)], sampling_params=params)
+        return len(stub.Generate(asked, timeout=120).token_ids)
 
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(ask, range(WARM_UP))) == WARM_UP
         time.sleep(5)  # reports that come every few seconds have been sent
-        memory_before, logs_before, began = memory(session), log_sizes(session), time.monotonic()
+        memory_before, logs_before, began = memory(), log_sizes(session), time.monotonic()
         assert sum(pool.map(ask, range(REQUESTS))) == REQUESTS
         time.sleep(5)
     thousands, seconds = REQUESTS / 1000, time.monotonic() - began
-    grown = {name: size - memory_before[name] for name, size in memory(session).items() if name in memory_before}
+    grown = {name: size - memory_before[name] for name, size in memory().items() if name in memory_before}
     written = log_sizes(session)
     written.subtract(logs_before)
     logged = written.total()
-    for name, size in Counter(grown).most_common(6):
+    for name, size in Counter(grown).most_common(40):
         log.info("%s: %.1f MB, %+.2f MB", name, memory_before[name] / 1e6, size / 1e6)
     log.info("logs: %d bytes over %d requests in %.0f s: %s", logged, REQUESTS, seconds, written.most_common(5))
+    assert {name.split()[0] for name in grown} >= {"haproxy", "cluster.serving.text.worker"}, sorted(grown)
     [gcs] = [size for name, size in grown.items() if name.startswith("gcs_server ")]
     assert gcs < thousands * GCS_BYTES
     assert {name: size for name, size in grown.items() if size > thousands * PROCESS_BYTES} == {}
