@@ -2,13 +2,14 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from unittest.mock import Mock
 
 import grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from ray.serve._private.grpc_util import enable_server_reflection, gRPCGenericServer
 from serving_fakes import TickingClock
 
-from cluster.runtime.front.serve_proxy import bound_reflection
+from cluster.runtime.front.serve_proxy import add_inference_service, bound_reflection
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc import keyless
@@ -18,9 +19,12 @@ LIMITS = AdmissionLimits(keyless=KeylessLimits(max_calls=4, max_calls_per_host=3
 
 @asynccontextmanager
 async def reflecting(limits):
-    """Yields a stub of the reflection of a server, bounded as ours is."""
+    """Yields a stub of the reflection of a server, bounded as ours is. limits: None for ours."""
     server = gRPCGenericServer(lambda **_: None)
-    bound_reflection(server, Admission(limits=limits, clock=TickingClock()))
+    if limits is None:
+        add_inference_service(Mock(), server)
+    else:
+        bound_reflection(server, Admission(limits=limits, clock=TickingClock()))
     enable_server_reflection(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -57,6 +61,30 @@ def test_reflection_answers_and_its_streams_are_bounded():
     answers, refused = asyncio.run(run())
     assert answers == [["grpc.reflection.v1alpha.ServerReflection"]] * 3
     assert refused == ["RESOURCE_EXHAUSTED"] * 2
+
+
+def test_a_host_has_few_streams_of_reflection_at_a_time():
+    """4 of one host, 32 of all: the fifth is refused, and of nine hosts the last."""
+
+    def begin(stub, host):
+        return stub.ServerReflectionInfo(metadata=(("x-forwarded-for", host),))
+
+    async def run():
+        async with reflecting(None) as stub:
+            taken = [begin(stub, "host-0") for _ in range(4)]
+            listed = [await names(call) for call in taken]
+            details = [await begin(stub, "host-0").details()]
+            others = [begin(stub, f"host-{number}") for number in range(1, 8) for _ in range(4)]
+            listed += [await names(call) for call in others]
+            details.append(await begin(stub, "host-8").details())
+            for call in [*taken, *others]:
+                call.cancel()
+            return listed, details
+
+    listed, details = asyncio.run(run())
+    assert listed == [["grpc.reflection.v1alpha.ServerReflection", "moecluster.v1.InferenceService"]] * 32
+    assert "at most 4 calls without a key at a time from one host" in details[0]
+    assert "at most 32 calls without a key at a time" in details[1]
 
 
 def test_a_stream_of_reflection_has_so_many_messages_a_minute():

@@ -15,11 +15,15 @@ from ray.serve.exceptions import RayServeException
 from cluster.runtime.front.haproxy_config import NOT_FOR_CLIENTS
 from cluster.runtime.front.relay import relay_cancels
 from cluster.runtime.ray_private.serve import DEFAULT_GRPC_SERVER_OPTIONS
-from cluster.serving.admission.admission import Admission
+from cluster.serving.admission.admission import Admission, AdmissionLimits
+from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc import keyless, registration
 from cluster.serving.grpc.gate import Doorkeeper, gated_stream, gated_unary
 
 REFLECTION = "grpc.reflection."
+# Few at a time, because gRPC reads a message of any size up to the server's limit before `keyless` sees it. HAProxy
+# (2.8) cannot bound a stream: its filters (bwlim-in, Lua) stall one whose questions and answers take turns.
+REFLECTION_LIMITS = AdmissionLimits(keyless=KeylessLimits(max_calls=32, max_calls_per_host=4))
 PINGS = ("grpc.http2.max_ping_strikes", 0)  # no limit
 
 
@@ -30,7 +34,7 @@ def add_inference_service(servicer: Any, server: Any) -> None:
         registration.add_inference_service(servicer, server)
         return
     refuse_listing(server)
-    bound_reflection(server, Admission())
+    bound_reflection(server, Admission(limits=REFLECTION_LIMITS))
 
     def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
         """Rpcs with a stream of requests get our handler around Serve's for one request."""
