@@ -24,7 +24,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if way == "in chunks of 5" else []) for way in WAYS]
+)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", SETTINGS)
 def test_each_head_gives_what_transformers_gives(written, family, head, way):

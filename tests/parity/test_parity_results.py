@@ -48,7 +48,9 @@ def llm_for(oracle, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if options else []) for way, options in WAYS.items()]
+)
 def test_log_probabilities_and_embeddings_are_those_of_transformers(oracle, hidden_of, way):
     hidden = hidden_of(oracle)
     with llm_for(oracle, **WAYS[way]) as llm:
