@@ -11,8 +11,8 @@ from cluster.outcome import Computed
 from cluster.serving.text.prompts import Prompt
 
 POISON = 666  # the first token of the prompt that meets the exception
-PROMPTS = [[1, 2, 3], [POISON, *range(2, 30)], [7, 8, 9, 10, 11], [12, 13]]
-POISONED = 1
+PROMPTS = [[1, 2, 3], [POISON, *range(2, 30)], [7, 8, 9, 10, 11], [12, *range(30, 58)]]
+POISONED = 3  # among answers and results in turn
 
 
 class Bug(Exception):
@@ -58,9 +58,9 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def llm(demo_checkpoint):
-    """The poisoned prompt takes several steps."""
+    """The poisoned prompt takes several steps, and so does another one beside it."""
     with LLM(
-        demo_checkpoint, dtype="float32", kv_cache_bytes=4 << 20, block_size=4, max_num_batched_tokens=16,
+        demo_checkpoint, dtype="float32", kv_cache_bytes=4 << 20, block_size=4, max_num_batched_tokens=32,
         enable_prefix_caching=False,
     ) as made:  # fmt: skip
         yield made
@@ -71,7 +71,11 @@ def compute_beside_answers(llm, wants):
     params = SamplingParams(temperature=0.9, seed=1, max_tokens=6, ignore_eos=True)
     results = [llm._completer.result(prompt, wants, field="prompt", request_id=llm._next_id()) for prompt in PROMPTS]
     answers = [llm._request(Prompt(token_ids=[9, *prompt]), params) for prompt in PROMPTS]
-    return llm._run([*map(OpenResult, results), *(OpenAnswer(asked, llm._answer(asked)) for asked in answers)])
+    # In turn, so that both halves of a step have results.
+    pairs = zip(results, answers, strict=True)
+    return llm._run(
+        [one for result, asked in pairs for one in (OpenAnswer(asked, llm._answer(asked)), OpenResult(result))]
+    )
 
 
 def check_same(found, expected):
