@@ -20,7 +20,7 @@ SMALL = {
 
 @pytest.fixture
 def weightless(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_checkpoint, "A2_7B_CONFIG", SMALL)
+    monkeypatch.setattr(bench_checkpoint, "SHAPES", {"a2.7b": SMALL})
     return made_checkpoint("a2.7b", 2, tmp_path, lambda made, total: None, with_files=False)
 
 
