@@ -105,7 +105,8 @@ def check(command, code, line, *, surroundings="", streams=""):
     assert found in allowed, (command, error)
     assert "Traceback" not in error
     assert "Exception ignored" not in error
-    assert error.count("\n") <= LINES.get(command, 1), error
+    if "COLUMNS=1" not in surroundings:  # there progress is drawn in a line for each character
+        assert error.count("\n") <= LINES.get(command, 1), error
 
 
 def test_a_cheap_command_without_an_environment_and_with_a_full_output():
@@ -130,7 +131,7 @@ def test_the_wait_for_a_busy_ray_has_room_for_all_that_it_asks():
 
 
 CELLS = [*((around, "") for around in SURROUNDINGS), *(("", streams) for streams in STREAMS)]
-SHARES = 3  # a command takes its turn in every third cell: each of them in each takes eight minutes
+SHARES = 5  # a command takes its turn in every fifth cell: each of them in each takes eight minutes
 
 
 @pytest.mark.slow
