@@ -50,7 +50,8 @@ class Deaths:
 
     def are_its_fault(self, max_replays: int) -> bool:
         """Also where no step shows it: a request may kill engines in ways that leave no trace."""
-        return self.proven or self.at_this_token > max_replays or self.in_a_row > UNTRACED_DEATHS * max_replays
+        untraced = UNTRACED_DEATHS * max(1, max_replays)
+        return self.proven or self.at_this_token > max_replays or self.in_a_row > untraced
 
     @property
     def num_alone_tokens(self) -> int:

@@ -198,6 +198,7 @@ def test_deaths_without_a_trace_are_not_survived_for_ever():
     deaths.progressed()
     deaths.add(0)
     assert not deaths.are_its_fault(5)
+    assert not deaths.are_its_fault(0), "nor where a request is replayed for others' faults alone"
 
 
 def test_deaths_of_which_nobody_knows_the_step_are_no_proof_but_are_counted():

@@ -50,7 +50,7 @@ values = st.recursive(
 )
 
 DEFAULT = settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-DEEP = settings(DEFAULT, max_examples=1000)
+DEEP = settings(DEFAULT, max_examples=400)
 CONFIG_KEYS = (
     "model_type", "hidden_act", "quantization_config", "vocab_size", "hidden_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size",
