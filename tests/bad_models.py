@@ -9,7 +9,7 @@ WAYS = ("plan", "serve", "LLM")
 @dataclass(frozen=True)
 class BadModel:
     """config: keys of config.json that differ.  without: a file that is missing.  in_place_of_weights: a file that is
-    there instead.  options: for `serve` and `LLM`.  message: a part of the line."""
+    there instead.  options: for each of WAYS.  message: a part of the line."""
 
     name: str
     message: str
@@ -17,7 +17,6 @@ class BadModel:
     without: str = ""
     in_place_of_weights: str = ""
     options: dict[str, int] = field(default_factory=dict)
-    ways: tuple[str, ...] = WAYS
 
 
 BAD_MODELS = [
@@ -67,7 +66,7 @@ BAD_MODELS = [
     ),
     BadModel(
         "a context beyond the model's", "max_model_len is 4097, the checkpoint's context has 4096 tokens",
-        options={"max_model_len": 4097}, ways=("serve", "LLM"),
+        options={"max_model_len": 4097},
     ),
     BadModel("text without a tokenizer", "tokenizer.json is missing", without="tokenizer.json"),
 ]  # fmt: skip

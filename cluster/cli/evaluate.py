@@ -116,6 +116,7 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
 def _served(args: argparse.Namespace) -> "Perplexity":
     import numpy as np
 
+    from cluster.client.long_text import tokenize_in_parts
     from cluster.console import CountProgress
     from cluster.perplexity import Windows, perplexity
 
@@ -127,7 +128,7 @@ def _served(args: argparse.Namespace) -> "Perplexity":
     ):
         windows = Windows.of(args.context, args.stride, client.model_info().max_model_len)
         if token_ids is None:
-            token_ids = client.tokenize(_text(args.text))
+            token_ids = tokenize_in_parts(_text(args.text), client.tokenize)
 
         def score(parts: Sequence[Sequence[int]]) -> "list[NDArray[np.float32]]":
             return [np.array(answer.logprobs, dtype=np.float32) for answer in threads.map(client.score, parts)]

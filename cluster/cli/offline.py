@@ -25,7 +25,7 @@ def add_commands(commands: Commands) -> None:
     )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(plan, "rope_scaling")
+    add_options(plan, "max_model_len", "rope_scaling")
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
 
@@ -39,26 +39,31 @@ def add_commands(commands: Commands) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from cluster.checkpoint.info import resolve_dtype
-    from cluster.checkpoint.model_files import pinned
+    from cluster.checkpoint.info import max_model_len, resolve_dtype
+    from cluster.checkpoint.model_files import model_directory, pinned
     from cluster.checkpoint.sizes import sizes_of
+    from cluster.checkpoint.tokenizer_files import has_vocabulary
     from cluster.config import EngineConfig
-    from cluster.console import describe_plan, print_downloads, print_plan
+    from cluster.console import Plan, describe_plan, print_plan
     from cluster.engine.preflight import check_for_plan, download_bytes
     from cluster.experts.placement import num_shards_for, plan_evenly
 
-    engine = EngineConfig(dtype=args.dtype, rope_scaling=args.rope_scaling)
+    engine = EngineConfig(dtype=args.dtype, rope_scaling=args.rope_scaling, max_model_len=args.max_model_len)
     model = pinned(args.model)
     config = check_for_plan(model, engine, args.shards)
-    num_shards = num_shards_for(config.num_experts, args.shards)
-    plan = plan_evenly(config.sparse_layers, config.num_experts, num_shards)
-    sizes = sizes_of(config, resolve_dtype(args.dtype, config))
-    downloads = download_bytes(model, plan)
+    placement = plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, args.shards))
+    plan = Plan(
+        config=config,
+        placement=placement,
+        sizes=sizes_of(config, resolve_dtype(args.dtype, config)),
+        context_tokens=max_model_len(config, engine),
+        download_bytes=download_bytes(model, placement),
+        has_tokenizer=has_vocabulary(model_directory(model)),
+    )
     if args.json:
-        print(json.dumps(describe_plan(config, plan, sizes) | {"download_bytes": downloads}, indent=2))
+        print(json.dumps(describe_plan(plan), indent=2))
     else:
-        print_plan(config, plan, sizes)
-        print_downloads(downloads)
+        print_plan(plan)
     return 0
 
 

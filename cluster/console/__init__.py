@@ -1,7 +1,7 @@
 """Draws for the command line. Knows no Ray."""
 
 from cluster.console.base import ranges, size
-from cluster.console.offline import describe_plan, print_downloads, print_findings, print_metrics, print_plan
+from cluster.console.offline import Plan, describe_plan, print_findings, print_metrics, print_plan
 from cluster.console.progress import CountProgress, LoadProgress
 from cluster.console.status import (
     describe_cache,
@@ -15,10 +15,10 @@ from cluster.console.status import (
 __all__ = [
     "CountProgress",
     "LoadProgress",
+    "Plan",
     "describe_cache",
     "describe_plan",
     "print_cluster",
-    "print_downloads",
     "print_findings",
     "print_metrics",
     "print_placement",

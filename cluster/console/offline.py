@@ -1,6 +1,7 @@
 """Draws for commands without a cluster: a plan, a machine's state, an excerpt of metrics."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -13,29 +14,33 @@ from cluster.doctor import Finding
 from cluster.experts.placement import PlacementPlan
 
 
-def print_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A model as a cluster would hold it.
+
+    context_tokens: of prompt and answer together at most.
+    download_bytes: of an attention replica, then of each shard; empty for a directory.
+    """
+
+    config: ModelConfig
+    placement: PlacementPlan
+    sizes: ModelSizes
+    context_tokens: int
+    download_bytes: Sequence[int]
+    has_tokenizer: bool
+
+
+def print_plan(plan: Plan) -> None:
     """Prints a model's parameters, which expert would go where, and the bytes of each process."""
-    console = OutputConsole()
+    console, config, sizes = OutputConsole(), plan.config, plan.sizes
     active = f", {count(sizes.num_active_parameters)} of them active for a token" if config.moe is not None else ""
     head = "" if config.head.generates else f" with {config.head}"
     console.print(
         f"{config.model_type}{head}, {count(sizes.num_parameters)} parameters ({sizes.num_parameters:,}){active}; "
-        f"{config.num_hidden_layers} layers, context {config.context_length:,} tokens",
+        f"{config.num_hidden_layers} layers, context {plan.context_tokens:,} tokens",
         highlight=False,
     )
-    table = Table(
-        "process",
-        "experts of each sparse layer",
-        "experts",
-        "weights",
-        title=f"{len(plan.layer_ids) or 'no'} sparse layers, {sizes.dtype}",
-    )
-    table.add_row("attention replica", "dense weights", "", size(sizes.dense_bytes))
-    for shard_id, layers in enumerate(plan.slices):
-        num_experts = _num_experts(layers)
-        shown = ranges(next(iter(layers.values()), ()))
-        table.add_row(f"expert shard {shard_id}", shown, str(num_experts), size(num_experts * sizes.expert_bytes))
-    console.print(table)
+    console.print(_table(plan))
     slides = "".join(f" ({size(each)} of it for the last {window:,} tokens alone)" for window, each in sizes.sliding)
     console.print(
         f"KV cache: {size(sizes.kv_bytes_per_token)} a token{slides}, for each attention replica beside its weights, "
@@ -43,31 +48,52 @@ def print_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> N
         "--memory-utilization)",
         highlight=False,
     )
+    if any(plan.download_bytes):
+        names = ["an attention replica", *(f"expert shard {i}" for i in range(len(plan.download_bytes) - 1))]
+        parts = ", ".join(f"{size(of_one)} by {name}" for of_one, name in zip(plan.download_bytes, names, strict=True))
+        console.print(f"to be downloaded, each on a node of its own: {parts}", highlight=False)
+    if not plan.has_tokenizer:
+        console.print(
+            "no tokenizer (tokenizer.json, or vocab.json with merges.txt): put it there, or serve token ids alone "
+            "with --skip-tokenizer",
+            highlight=False,
+        )
 
 
-def print_downloads(num_bytes: Sequence[int]) -> None:
-    """num_bytes: of an attention replica, then of each shard; nothing is printed where all are 0."""
-    if any(num_bytes):
-        names = ["an attention replica", *(f"expert shard {i}" for i in range(len(num_bytes) - 1))]
-        parts = ", ".join(f"{size(of_one)} by {name}" for of_one, name in zip(num_bytes, names, strict=True))
-        OutputConsole().print(f"to be downloaded, each on a node of its own: {parts}", highlight=False)
+def _table(plan: Plan) -> Table:
+    table = Table(
+        "process",
+        "experts of each sparse layer",
+        "experts",
+        "weights",
+        title=f"{len(plan.placement.layer_ids) or 'no'} sparse layers, {plan.sizes.dtype}",
+    )
+    table.add_row("attention replica", "dense weights", "", size(plan.sizes.dense_bytes))
+    for shard_id, layers in enumerate(plan.placement.slices):
+        num_experts = _num_experts(layers)
+        shown = ranges(next(iter(layers.values()), ()))
+        table.add_row(f"expert shard {shard_id}", shown, str(num_experts), size(num_experts * plan.sizes.expert_bytes))
+    return table
 
 
-def describe_plan(config: ModelConfig, plan: PlacementPlan, sizes: ModelSizes) -> dict[str, Any]:
+def describe_plan(plan: Plan) -> dict[str, Any]:
     """The same for machines to read. Bytes are exact; a shard's experts are of all its layers together."""
-    shards = [_num_experts(layers) for layers in plan.slices]
+    config, sizes = plan.config, plan.sizes
+    shards = [_num_experts(layers) for layers in plan.placement.slices]
     return {
         "model_type": config.model_type,
         "head": config.head.kind,
         "labels": list(config.head.labels),
         "dtype": sizes.dtype,
-        "context_tokens": config.context_length,
+        "context_tokens": plan.context_tokens,
+        "has_tokenizer": plan.has_tokenizer,
         "parameters": sizes.num_parameters,
         "active_parameters": sizes.num_active_parameters,
         "attention_replica_bytes": sizes.dense_bytes,
         "kv_bytes_per_token": sizes.kv_bytes_per_token,
         "sliding_windows": [{"tokens": window, "kv_bytes_per_token": each} for window, each in sizes.sliding],
         "expert_shards": [{"experts": number, "bytes": number * sizes.expert_bytes} for number in shards],
+        "download_bytes": list(plan.download_bytes),
     }
 
 

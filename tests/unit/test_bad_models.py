@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from bad_models import BAD_MODELS
+from bad_models import BAD_MODELS, WAYS
 from configs import BASE
 
 from cluster import LLM, SamplingParams
@@ -56,7 +56,7 @@ def refusal(way, model_dir, options, capsys):
 
 
 @pytest.mark.parametrize(
-    ("bad", "way"), [pytest.param(bad, way, id=f"{bad.name}, {way}") for bad in BAD_MODELS for way in bad.ways]
+    ("bad", "way"), [pytest.param(bad, way, id=f"{bad.name}, {way}") for bad in BAD_MODELS for way in WAYS]
 )
 def test_it_is_refused_in_one_line(bad, way, make, nothing_loads, capsys):
     line = refusal(way, make(bad), bad.options, capsys)

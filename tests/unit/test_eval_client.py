@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from serving_fakes import MAX_MODEL_LEN, make_service, write_tokenizer
+from serving_fakes import HELLO, MAX_MODEL_LEN, byte_ids, make_service, write_tokenizer
 from test_grpc_server import FakeContext
 from test_results_served import NumbersBackend
 
@@ -20,11 +20,14 @@ from cluster.serving.text.tokenizer import Tokenizer
 METHODS = {"Score": pb.ScoreResponse, "Tokenize": pb.TokenizeResponse, "GetModelInfo": pb.GetModelInfoResponse}
 
 
+LONG_CONTEXT = 1 << 16
+
+
 @pytest.fixture
-def server(tmp_path):
-    """Gives its address, and the backend; a token's log-probability is minus its id."""
-    backend = NumbersBackend()
-    service = make_service(Tokenizer(write_tokenizer(tmp_path)), backend)
+def server(tmp_path, request):
+    """Gives its address, and the backend; a token's log-probability is minus its id. Parameters: the service's."""
+    backend, options = NumbersBackend(), getattr(request, "param", {})
+    service = make_service(Tokenizer(write_tokenizer(tmp_path)), backend, **options)
 
     def handler(method, response):
         def answer(request, context):
@@ -61,6 +64,18 @@ def test_a_text_is_tokenized_by_the_server_and_its_context_is_the_default(server
     ids = [token for request in sorted(backend.requests, key=lambda r: r.called) for token in request.prompt_token_ids]
     assert f"{len(ids)} tokens in" in capsys.readouterr().out
     assert {len(request.prompt_token_ids) for request in backend.requests} == {MAX_MODEL_LEN}
+
+
+@pytest.mark.parametrize("server", [{"max_request_bytes": 1 << 20, "max_model_len": LONG_CONTEXT}], indirect=True)
+def test_a_text_longer_than_a_request_is_tokenized_in_parts(server, tmp_path, capsys):
+    """1.35 MB, where a request has 1 MiB: "hello " 225,000 times, a token of the word and one of the space each."""
+    address, backend = server
+    (tmp_path / "text").write_text("hello " * 225_000)
+    windows = ["--context", str(LONG_CONTEXT), "--stride", str(LONG_CONTEXT)]
+    assert cli.main(["eval", "--address", address, "--text", str(tmp_path / "text"), *windows]) == 0
+    ids = [token for request in backend.requests for token in request.prompt_token_ids]
+    assert sorted(ids) == sorted([HELLO, *byte_ids(" ")] * 225_000)
+    assert "450,000 tokens in 7 windows" in capsys.readouterr().out
 
 
 def test_a_context_beyond_the_servers_is_refused(server, tmp_path, capsys):

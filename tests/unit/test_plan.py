@@ -105,3 +105,23 @@ def test_weights_that_are_there_are_looked_at(tmp_path, capsys):
     (tmp_path / "alone" / "pytorch_model.bin").write_bytes(b"")
     assert main(["plan", str(tmp_path / "alone")]) == 2
     assert "pytorch_model.bin" in capsys.readouterr().err
+
+
+def test_a_context_that_is_given_is_checked_and_shown(planned, capsys, tmp_path):
+    assert planned(PUBLISHED["Qwen2-0.5B"])["context_tokens"] == 131_072
+    assert planned(PUBLISHED["Qwen2-0.5B"], "--max-model-len", "4096")["context_tokens"] == 4096
+    assert main(["plan", str(tmp_path), "--max-model-len", "131073"]) == 2
+    assert "max_model_len is 131073, the checkpoint's context has 131072 tokens" in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer_is_mentioned(tmp_path, capsys):
+    """Token ids can be served without it, so it is no reason to refuse a plan."""
+    write_demo_checkpoint(tmp_path / "demo")
+    assert main(["plan", str(tmp_path / "demo")]) == 0
+    assert "tokenizer" not in capsys.readouterr().out
+    for path in (tmp_path / "demo").glob("tokenizer*"):
+        path.unlink()
+    assert main(["plan", str(tmp_path / "demo")]) == 0
+    assert "no tokenizer (tokenizer.json, or vocab.json with" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", str(tmp_path / "demo"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["has_tokenizer"] is False
