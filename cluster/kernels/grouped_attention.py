@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels.long_attention import MAX_KEYS, LongSequence
+from cluster.kernels.long_attention import MAX_KEYS, LongSequence, are_finite
 from cluster.kernels.paged import PagedBatch
 
 # Keys (or values) gathered at a time: they stay in a cache of the processor until they are multiplied, and the copy
@@ -153,7 +153,7 @@ class _Group:
         out = F.scaled_dot_product_attention(
             queries, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
         )
-        if not out.sum(dtype=torch.float32).isfinite():
+        if not are_finite(queries, k, out):
             _repair(out, queries, k, v, self.visible(window), scale=scale)
         return out.transpose(1, 2).reshape(num_rows, num_heads, head_dim)
 
@@ -168,7 +168,10 @@ class _Group:
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    if q.device.type != "cpu" or are_finite(q, k, out):
+        return out
+    return _where_either_is_not_finite(out, _attend_written_out(q, k, v, visible, scale))
 
 
 def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -179,13 +182,13 @@ def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale:
 
 
 def _repair(out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float) -> None:
-    """Computes the numbers of out that are not finite again, in place: a token's NaN or infinity reaches no token
-    before it, whose keys and values other sequences may share.
+    """Computes sequences with numbers that are not finite again, in place: a token's NaN or infinity reaches all that
+    see it and no token before it, whose keys and values other sequences may share.
 
     out, q: [B, Q, t, D]; k, v: [B, KV, C, D]; visible: [B, 1, t, C].
     """
     groups = q.shape[1] // k.shape[1]
-    for i in (~out.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist():
+    for i in [i for i in range(len(q)) if not are_finite(q[i], k[i], out[i])]:
         keys, values = (x[i].float().repeat_interleave(groups, dim=0) for x in (k, v))  # [Q, C, D]
         wild = ~values.isfinite()
         tame, wild_weights = values.masked_fill(wild, 0), wild.float()
@@ -195,7 +198,12 @@ def _repair(out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, sc
             scores = torch.matmul(rows.float(), keys.transpose(-1, -2)) * scale
             exact = torch.matmul(scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), tame)
             exact.masked_fill_(torch.matmul(seen.float(), wild_weights) > 0, torch.nan)
-            repaired.copy_(torch.where(repaired.isfinite(), repaired, exact.to(out.dtype)))
+            repaired.copy_(_where_either_is_not_finite(repaired, exact.to(out.dtype)))
+
+
+def _where_either_is_not_finite(out: Tensor, exact: Tensor) -> Tensor:
+    """The exact numbers there, elsewhere out's, bit for bit."""
+    return torch.where(out.isfinite() & exact.isfinite(), out, exact)
 
 
 def _alike(

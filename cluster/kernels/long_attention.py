@@ -53,6 +53,7 @@ class LongSequence:
                 both = torch.logaddexp(log_weight, log_part)
                 sums = sums * (log_weight - both).exp().unsqueeze(-1) + part * (log_part - both).exp().unsqueeze(-1)
                 log_weight = both
+            sums = sums.masked_fill((log_weight == -torch.inf).unsqueeze(-1), torch.nan)  # as a softmax of nothing
             out[row : row + self.max_queries] = sums.squeeze(0).transpose(0, 1)
         return out
 
@@ -102,9 +103,9 @@ class _Queries:
             mask = torch.zeros(visible.shape, dtype=self.q.dtype).masked_fill_(~visible, -torch.inf)
             out, log_weight = _flash(self.q, k, v, 0.0, attn_mask=mask.expand(1, 1, -1, -1), scale=self.scale)
             log_weight = log_weight.masked_fill(~visible.any(dim=-1), -torch.inf)
-        if not sees_all and not bool(out.sum(dtype=torch.float32).isfinite() & ~log_weight.isnan().any()):
-            return self._written_out(k, v, first_key)  # what one query sees may have reached another that does not
-        return out, log_weight
+        if (log_weight < torch.inf).all() and are_finite(self.q, k, out):
+            return out, log_weight
+        return self._written_out(k, v, first_key)
 
     def _visible(self, first_key: int, num_keys: int, row: int, stop_row: int) -> Tensor:
         """[rows, P] bool, true where a query sees a key."""
@@ -126,12 +127,21 @@ class _Queries:
             queries = self.q[:, :, row : row + size].float()
             seen = self._visible(first_key, k.shape[2], row, row + queries.shape[2])
             scores = (torch.matmul(queries, keys.transpose(-1, -2)) * self.scale).masked_fill(~seen, -torch.inf)
-            sees_none = ~seen.any(dim=-1, keepdim=True)
-            probs = scores.softmax(dim=-1).masked_fill(sees_none, 0)
+            log_weight = scores.logsumexp(dim=-1)
+            probs = scores.softmax(dim=-1).masked_fill((log_weight == -torch.inf).unsqueeze(-1), 0)
             part = torch.matmul(probs, tame).masked_fill(torch.matmul(seen.float(), is_wild) > 0, torch.nan)
             parts.append(part)
-            logs.append(scores.logsumexp(dim=-1))
+            logs.append(log_weight)
         return torch.cat(parts, dim=2).to(self.q.dtype), torch.cat(logs, dim=2)
+
+
+def are_finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are; false, too, where a sum in float32 overflows.
+
+    torch's fused attention for CPUs needs its inputs looked at: what one query sees may reach another that does not,
+    and for some queries whose scores are NaN or infinite it gives zeros.
+    """
+    return bool(torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).isfinite().all())
 
 
 def _flash(*args: object, **options: object) -> Part:

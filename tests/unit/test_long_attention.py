@@ -34,25 +34,28 @@ def batch_of(table, num_queries, context, padding_block):
 @given(
     seed=st.integers(0, 1 << 30), context=st.integers(1, 60), block_size=st.sampled_from([1, 3, 4, 16]),
     window=st.sampled_from([None, 1, 3, 7, 20, 100]), dtype=st.sampled_from(list(DTYPES)),
-    max_keys=st.sampled_from([1, 5, 9, 64]), max_queries=st.sampled_from([1, 4, 7, 64]), poisons=st.booleans(),
+    max_keys=st.sampled_from([1, 5, 9, 64]), max_queries=st.sampled_from([1, 4, 7, 64]), poisons=st.sampled_from(["none", "both", "key", "value"]),
 )  # fmt: skip
 def test_it_is_the_definition_and_nan_reaches_only_those_that_see_it(
     seed, context, block_size, window, dtype, max_keys, max_queries, poisons
 ):
-    """A poisoned token has NaN or infinity in its key and its value, as a hidden state that is NaN gives them; so has
-    all that is no token of the sequence."""
+    """A poisoned token has NaN or infinity in its key, in its value, or in both, as a hidden state that is NaN gives
+    them; all that is no token of the sequence has it in both."""
     draw, choose = torch.Generator().manual_seed(seed), random.Random(seed)
     kv_heads, groups, head_dim = choose.choice([1, 2, 3]), choose.choice([1, 2]), choose.choice([4, 8, 16])
     k, v, table = paged(draw, context, block_size, kv_heads, head_dim, dtype)
     num_queries = choose.randint(1, context)
     q = torch.randn(num_queries, kv_heads * groups, head_dim, generator=draw).to(dtype)
-    if poisons:
+    if poisons != "none":
         places = torch.arange(context)
         others = torch.ones(k.shape[:2], dtype=torch.bool)
         others[table[places // block_size], places % block_size] = False
         token = choose.randrange(context)
-        others[table[token // block_size], token % block_size] = True
-        k[others] = v[others] = choose.choice([torch.nan, torch.inf, -torch.inf])
+        value = choose.choice([torch.nan, torch.inf, -torch.inf])
+        k[others] = v[others] = value
+        for kind, cache in (("key", k), ("value", v)):
+            if poisons in (kind, "both"):
+                cache[table[token // block_size], token % block_size] = value
     expected = attention_reference(q, k, v, batch_of(table, num_queries, context, len(k) - 1), scale=0.3, window=window)
     sequence = LongSequence(
         query_rows=torch.arange(num_queries), context=context, table=table, block_size=block_size, max_keys=max_keys,
