@@ -34,7 +34,8 @@ def batch_of(table, num_queries, context, padding_block):
 @given(
     seed=st.integers(0, 1 << 30), context=st.integers(1, 60), block_size=st.sampled_from([1, 3, 4, 16]),
     window=st.sampled_from([None, 1, 3, 7, 20, 100]), dtype=st.sampled_from(list(DTYPES)),
-    max_keys=st.sampled_from([1, 5, 9, 64]), max_queries=st.sampled_from([1, 4, 7, 64]), poisons=st.sampled_from(["none", "both", "key", "value"]),
+    max_keys=st.sampled_from([1, 5, 9, 64]), max_queries=st.sampled_from([1, 4, 7, 64]),
+    poisons=st.sampled_from(["none", "both", "key", "value"]),
 )  # fmt: skip
 def test_it_is_the_definition_and_nan_reaches_only_those_that_see_it(
     seed, context, block_size, window, dtype, max_keys, max_queries, poisons
