@@ -1,4 +1,4 @@
-"""README's table of the arguments and the comments of deploy/serve*.yaml, from the help texts of `ClusterConfig`.
+"""docs/configuration.md's table and the comments of deploy/serve*.yaml, from the help texts of `ClusterConfig`.
 
 `python tests/config_docs.py` writes them. In these files the lines above an argument are its help text; the
 comments behind values, the values, their order and the groups are written by hand.
@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig, EngineConfig
 from cluster.config.options import doc_of
 
 ROOT = Path(__file__).resolve().parents[1]
-README, SERVE_FILES = ROOT / "README.md", sorted((ROOT / "deploy").glob("serve*.yaml"))
+PAGE, SERVE_FILES = ROOT / "docs" / "configuration.md", sorted((ROOT / "deploy").glob("serve*.yaml"))
 BEGIN, END = "<!-- arguments: made by tests/config_docs.py -->\n", "<!-- end of arguments -->\n"
 FIELDS = {field.name: field for field in fields(ClusterConfig)}
 LINE_CHARS = 120
@@ -39,8 +39,8 @@ def table():
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme):
-    before, rest = readme.split(BEGIN)
+def with_table(page):
+    before, rest = page.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 
 
@@ -62,7 +62,7 @@ def with_comments(text):
 
 
 def main():
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))
     for path in SERVE_FILES:
         path.write_text(with_comments(path.read_text()))
 
