@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import xet_store
 from safetensors.torch import load_file, save_file
 
 from cluster.checkpoint.made.demo import write_demo_checkpoint
@@ -23,6 +24,8 @@ _REPOSITORY = r"/(?P<repository>[^/]+/[^/]+)"
 _INFO = re.compile(rf"/api/models{_REPOSITORY}(?:/revision/(?P<revision>.+))?")
 _TREE = re.compile(rf"/api/models{_REPOSITORY}/tree/(?P<revision>[^/]+)")
 _RESOLVE = re.compile(rf"{_REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_XET_TOKEN = re.compile(rf"/api/models{_REPOSITORY}/xet-read-token/(?P<revision>[^/]+)")
+_XET = re.compile(r"/(?P<kind>v1/reconstructions|xorbs)/(?P<digest>[0-9a-f]+)")
 _STORED = re.compile(r"/storage/(?P<digest>[0-9a-f]+)")
 
 
@@ -52,7 +55,8 @@ class Call:
 class Hub:
     """address: for HF_ENDPOINT.  storage: another host's, as far as a client knows.
     break_after: an answer with more bytes breaks off there, as often as breaks says.
-    status, body: of every answer, in place of the right one.  refused: a file that is listed and not there."""
+    status, body: of every answer, in place of the right one.  refused: a file that is listed and not there.
+    xet: the address of a store that has large files in chunks, "" for none; this server is one too."""
 
     address: str
     storage: str
@@ -63,6 +67,7 @@ class Hub:
     status: int = 0
     body: bytes | None = None
     refused: str = ""
+    xet: str = ""
     before_body: Callable[[str], None] = lambda path: None
 
     def fetched(self, ending: str = "") -> list[str]:
@@ -157,13 +162,29 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, self.hub.body)
         stored = _STORED.fullmatch(path)
         if stored:
-            contents = [c for r in self.hub.repositories.values() for c in r.files.values()]
-            return self._content(next(c for c in contents if digest_of(c) == stored["digest"]), {})
-        for pattern, answer in ((_TREE, self._tree), (_RESOLVE, self._resolve), (_INFO, self._info)):
+            return self._content(self._stored(stored["digest"]), {})
+        of_xet = _XET.fullmatch(path)
+        if of_xet:
+            return self._xet(self._stored(of_xet["digest"]), **of_xet.groupdict())
+        answers = {_TREE: self._tree, _XET_TOKEN: self._xet_token, _RESOLVE: self._resolve, _INFO: self._info}
+        for pattern, answer in answers.items():
             found = pattern.fullmatch(path)
             if found:
                 return self._of_repository(found.groupdict(), answer)
         return self._answer(404, b"nothing here")
+
+    def _stored(self, digest: str) -> bytes:
+        contents = [c for r in self.hub.repositories.values() for c in r.files.values()]
+        return next(c for c in contents if digest_of(c) == digest)
+
+    def _xet_token(self, *_: object) -> None:
+        named = {"Cas-Url": self.hub.xet, "Access-Token": "for_an_hour", "Token-Expiration": "4102444800"}
+        self._answer(200, b"{}", {f"X-Xet-{name}": value for name, value in named.items()})
+
+    def _xet(self, content: bytes, kind: str, digest: str) -> None:
+        if kind == "xorbs":
+            return self._content(xet_store.xorb_of(content), {})
+        return self._json(xet_store.reconstruction(digest, content, f"{self.hub.address}/xorbs/{digest}"))
 
     def _of_repository(self, asked: dict[str, str | None], answer: Callable[..., None]) -> None:
         repository = self.hub.repositories.get(asked["repository"] or "")
@@ -189,6 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
             entry: dict[str, object] = {"type": "file", "oid": commit_of(name), "size": len(content), "path": name}
             if _is_large(name):
                 entry["lfs"] = {"oid": digest_of(content), "size": len(content), "pointerSize": 130}
+                if self.hub.xet:
+                    entry["xetHash"] = digest_of(content)
             entries.append(entry)
         self._json(entries)
 

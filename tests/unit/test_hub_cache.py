@@ -40,6 +40,10 @@ class Process:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate(timeout=120)
+
     def result(self) -> str:
         out, err = self._process.communicate(timeout=120)
         return out.strip() if self._process.returncode == 0 else err.strip().splitlines()[-1]
@@ -61,6 +65,52 @@ def test_two_processes_of_a_node_fetch_a_file_once(hub: Hub, tmp_path: Path) -> 
     results = [process.result() for process in processes]
     assert results == [f"{NAME}@{FIRST} {tmp_path}/home/hub/models--tiny--demo-moe/snapshots/{FIRST}"] * 2
     assert hub.fetched(".safetensors") == [EXPERTS[0]]
+
+
+def test_a_killed_process_leaves_its_finished_files_and_its_lock_to_the_next(hub: Hub, tmp_path: Path) -> None:
+    """The library begins a file anew that was half there: no bytes of the dead process are asked for or kept."""
+    reached, gone = threading.Event(), threading.Event()
+
+    def stop_at_the_second(path: str) -> None:
+        if "/storage/" in path and len(hub.fetched(".safetensors")) == 2:
+            reached.set()
+            gone.wait(30)
+
+    hub.before_body = stop_at_the_second
+    first = Process(tmp_path, hub, NAME, EXPERTS[0])
+    assert first.result().endswith(FIRST)
+    second = Process(tmp_path, hub, NAME, EXPERTS[0], EXPERTS[1])
+    assert reached.wait(60)
+    second.kill()
+    gone.set()
+    assert list(tmp_path.rglob("*.incomplete"))
+    hub.before_body = lambda path: None
+    assert Process(tmp_path, hub, NAME, *EXPERTS).result().endswith(FIRST)
+    assert hub.fetched(".safetensors") == [EXPERTS[0], EXPERTS[1], EXPERTS[1]]
+    assert (tmp_path / "hub" / "models--tiny--demo-moe" / "snapshots" / FIRST / EXPERTS[1]).read_bytes() == (
+        hub.repositories[NAME].files[EXPERTS[1]]
+    )
+
+
+def test_files_in_chunks_come_from_the_hubs_other_storage(hub: Hub, tmp_path: Path) -> None:
+    """As on the hub, where all large files lie in Xet's: the library's own client for it puts them together."""
+    pytest.importorskip("hf_xet")
+    hub.xet = hub.address
+    folder = Path(Process(tmp_path, hub, NAME, EXPERTS[0]).result().split()[1])
+    assert (folder / EXPERTS[0]).read_bytes() == hub.repositories[NAME].files[EXPERTS[0]]
+    assert [call.path for call in hub.calls if call.path.startswith("/xorbs/")]
+    assert hub.fetched(".safetensors") == []
+    assert Process(tmp_path, hub, NAME, EXPERTS[1], HF_HUB_DISABLE_XET="1").result().endswith(FIRST)
+    assert hub.fetched(".safetensors") == [EXPERTS[1]]
+
+
+def test_a_storage_that_cannot_be_reached_is_named_with_a_way_past_it(hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("hf_xet")
+    hub.xet = "http://127.0.0.1:9"
+    quick = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+    last = Process(tmp_path, hub, NAME, EXPERTS[0], **quick).result()
+    assert f"{EXPERTS[0]} cannot be fetched from the hub's Xet storage (" in last
+    assert last.endswith(f"set HF_HUB_DISABLE_XET=1 to take it from {hub.address} itself")
 
 
 def test_token_cache_offline_and_proxy_are_the_librarys_variables(hub: Hub, tmp_path: Path) -> None:

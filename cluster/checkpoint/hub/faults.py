@@ -25,7 +25,7 @@ from cluster.errors import CheckpointError
 _OTHER_DISK = "make room there, or set HF_HOME to a folder on a larger disk"
 _FOREIGN = (
     OSError, HTTPError, RevisionResolutionError, EntryNotFoundError, SafetensorsParsingError,
-    RuntimeError,  # hf_xet's
+    RuntimeError,  # hf_xet's: it has no class of its own for them
     AssertionError, LookupError, TypeError, ValueError,  # the library's over an answer that no hub gives
 )  # fmt: skip
 
@@ -84,6 +84,11 @@ def _reason(name: HubName, file: str, error: BaseException) -> str:
             return (
                 f"{wanted} cannot be written to {error.filename or constants.HF_HUB_CACHE} ({error.strerror}): set "
                 "HF_HOME to a folder that this user may write"
+            )
+        case RuntimeError():
+            return (
+                f"{wanted} cannot be fetched from the hub's Xet storage ({in_one_line(error)}): check the network, or "
+                f"set HF_HUB_DISABLE_XET=1 to take it from {hub} itself"
             )
     return (
         f"{wanted} cannot be fetched from {hub} ({type(error).__name__}: {in_one_line(error)}): start again, or check "
