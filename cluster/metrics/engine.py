@@ -23,6 +23,7 @@ _ERROR_OUTCOMES = (
     "invalid_argument", "unauthenticated", "permission_denied", "resource_exhausted", "deadline_exceeded",
     "unavailable", "internal",
 )  # fmt: skip
+_RESULTS = ("Score", "Embed", "Classify", "ClassifyTokens", "AnswerSpan")
 _OUTCOMES = ("stop", "length", "cancelled", *_ERROR_OUTCOMES)
 
 
@@ -75,7 +76,14 @@ class IngressMetrics:
             "moecluster_generated_tokens_total",
             "Tokens sent to clients. Its rate is the throughput; a fall while requests run is a fault.",
         )
+        results = define.counter(
+            "moecluster_results_total",
+            "Requests that were answered with numbers in place of new tokens, by the method that was called. Their "
+            "share of all requests tells what the prompt tokens are for: these have no decode steps.",
+            "method",
+        )
         self._outcomes = {outcome: self._requests.labels(outcome) for outcome in _OUTCOMES}
+        self._results = {method: results.labels(method) for method in _RESULTS}
 
     def started(self) -> None:
         """A request arrived; `finished` must follow."""
@@ -102,6 +110,10 @@ class IngressMetrics:
 
     def end_to_end(self, seconds: float) -> None:
         self._end_to_end.observe(seconds)
+
+    def result(self, method: str) -> None:
+        """method: the rpc's name, one of those that give numbers."""
+        self._results[method].inc()
 
     def prompt_tokens(self, n: int) -> None:
         self._prompt_tokens.inc(n)

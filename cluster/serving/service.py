@@ -230,5 +230,5 @@ class InferenceService:
                 pass  # an update without news
         finally:
             await updates.aclose()
-        self._tracker.answered(tracked, "stop")
+        self._tracker.computed(tracked, request.wants)
         return numbers

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
+from cluster.outcome import CALLS, Wants
 
 log = logging.getLogger(__name__)
 # A line for each request where `log_requests` asks for it; for those that failed by our fault in any case.
@@ -35,6 +36,9 @@ class RequestMetrics(Protocol):
 
     def end_to_end(self, seconds: float) -> None:
         """seconds: from arrival to the last token, of requests that were answered."""
+
+    def result(self, method: str) -> None:
+        """method: the rpc that was answered with numbers."""
 
     def prompt_tokens(self, count: int, /) -> None: ...
 
@@ -124,6 +128,11 @@ class RequestTracker:
         """Counts the end of an answer."""
         tracked.outcome = outcome
         self._metrics.end_to_end(self._clock() - tracked.arrived_s)
+
+    def computed(self, tracked: TrackedRequest, wants: Wants) -> None:
+        """Counts the end of a result of numbers."""
+        self._metrics.result(CALLS[wants])
+        self.answered(tracked, "stop")
 
     def remaining_s(self, tracked: TrackedRequest) -> float | None:
         """Returns the rest of the time budget, None for no bound."""

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,28 +17,38 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
 PROMPTS = [[(7 * start + step) % 900 for step in range(40 + 60 * start)] for start in range(6)]
 
 
+def processes(cluster):
+    return {part.process for part in cluster.parts() if part.role in ("shard", "replica")}
+
+
 @pytest.mark.parametrize("kind", ["kill-replica", "stop-replica", "kill-shard"])
 def test_scores_go_on_elsewhere_when_their_engine_dies(served, demo_checkpoint, kind):
     with LLM(demo_checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
         expected = [found.logprobs.tolist() for found in llm.prompt_logprobs(PROMPTS)]
-    over, answers = threading.Event(), []
+    over, answers, faults = threading.Event(), [], []
 
     def ask(number):
         with Client(f"127.0.0.1:{served.grpc_port}") as client:
             while not over.is_set():
                 for place in range(number, number + len(PROMPTS)):
                     place %= len(PROMPTS)
-                    answers.append((place, list(client.score(PROMPTS[place]).logprobs)))
+                    begun = time.monotonic()
+                    answers.append((place, list(client.score(PROMPTS[place]).logprobs), begun, time.monotonic()))
 
     with RunningCluster() as cluster, ThreadPoolExecutor(4) as threads:
         asking = [threads.submit(ask, number) for number in range(4)]
         try:
             for seed in range(2):
-                inject(kind, cluster, random.Random(seed), 2, 120.0)
+                before = processes(cluster)
+                faults.append(inject(kind, cluster, random.Random(seed), 2, 120.0))
+                assert before - processes(cluster) or kind == "stop-replica"
         finally:
             over.set()
         for one in asking:
             one.result()  # raises what a call raised
-    assert len(answers) >= 4 * len(PROMPTS)
-    for place, logprobs in answers:
+    for fault in faults:
+        until = fault.at + fault.recovered_s
+        assert [1 for _, _, begun, ended in answers if begun < until and ended > fault.at], f"none during {fault.what}"
+    assert len({place for place, _, begun, _ in answers if begun > faults[-1].at}) == len(PROMPTS)
+    for place, logprobs, _, _ in answers:
         assert logprobs == pytest.approx(expected[place], abs=1e-4)

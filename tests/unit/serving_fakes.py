@@ -140,6 +140,9 @@ class FakeMetrics:
     def end_to_end(self, seconds: float) -> None:
         self.calls.append(("end_to_end", seconds))
 
+    def result(self, method: str) -> None:
+        self.calls.append(("result", method))
+
     def prompt_tokens(self, count: int) -> None:
         self.calls.append(("prompt_tokens", count))
 

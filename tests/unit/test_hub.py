@@ -23,6 +23,8 @@ from cluster.metrics import ShardMetrics, new_registry
 from cluster.runtime.workers.rehearsal import Rehearsal
 from cluster.runtime.workers.shard_server import ShardServer
 
+pytest_plugins = ["hub_fixtures"]
+
 
 def load(model: str, names: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     targets = {name: torch.zeros(shape) for name, shape in names.items()}

@@ -40,6 +40,7 @@ METRICS = {
     "moecluster_inter_token_latency_seconds": ("histogram", set()),
     "moecluster_request_duration_seconds": ("histogram", set()),
     "moecluster_request_replays_total": ("counter", set()),
+    "moecluster_results_total": ("counter", {"method"}),
     "moecluster_prompt_tokens_total": ("counter", set()),
     "moecluster_generated_tokens_total": ("counter", set()),
     "moecluster_engine_running_sequences": ("gauge", {"replica"}),
@@ -94,6 +95,7 @@ def filled(registry: CollectorRegistry) -> CollectorRegistry:
     ingress.first_token(0.2)
     ingress.inter_token(0.06, 3)
     ingress.end_to_end(1.0)
+    ingress.result("Score")
     ingress.prompt_tokens(7)
     ingress.generated_tokens(9)
     engine = EngineMetrics(registry, "0")

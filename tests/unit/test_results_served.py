@@ -22,7 +22,8 @@ from test_grpc_server import FakeContext
 
 from cluster.client.grpc_client import Client
 from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ShardUnavailable, Unavailable
-from cluster.outcome import Head, Numbers
+from cluster.metrics import CollectorRegistry, IngressMetrics
+from cluster.outcome import CALLS, Head, Numbers
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.grpc.handlers import GrpcInferenceService
@@ -100,7 +101,18 @@ def test_score_gives_each_tokens_number_but_the_firsts(tokenizer):
     assert (asked.wants, asked.params.max_tokens, asked.name, asked.timeout_s) == ("token_logprobs", 1, "mine", 5.0)
     assert metrics.named("finished") == [("stop",)]
     assert metrics.named("prompt_tokens") == [(3,)]
+    assert metrics.named("result") == [("Score",)]
     assert backend.closed == ["mine"]
+
+
+def test_the_metrics_know_every_method_that_gives_numbers():
+    registry = CollectorRegistry()
+    metrics = IngressMetrics(registry)
+    for method in CALLS.values():
+        if method != "Generate":
+            metrics.result(method)
+    assert registry.get_sample_value("moecluster_results_total", {"method": "AnswerSpan"}) == 1
+    assert registry.get_sample_value("moecluster_results_total", {"method": "Embed"}) == 3
 
 
 def test_a_text_is_tokenized_as_for_generate_and_one_token_has_no_number(tokenizer):
