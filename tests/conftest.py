@@ -7,18 +7,20 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import type_check
 
 import cluster
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.kernels.native.library import missing_because, variants
 
 LOGICAL_GPUS = 16  # Ray only counts them
+
+pytest_plugins = ["two_processes"] if find_spec("xdist") else []
 
 
 def pytest_configure() -> None:
@@ -34,12 +36,6 @@ def pytest_configure() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"native kernels: {', '.join(variants()) or f'none, {missing_because()}'}")
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins the type check, if it is among the tests that run."""
-    if any(item.name == "test_types_are_right_under_mypy_strict" for item in session.items):
-        type_check.begin(session.config)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from cluster.client.grpc_client import Client
 from cluster.footprint.servers import servers
 from cluster.types import SamplingParams as ServedParams
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPT = "The old lighthouse keeper"
 

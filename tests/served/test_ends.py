@@ -13,7 +13,7 @@ from cluster.footprint.folders import clean
 from cluster.footprint.processes import members
 from cluster.footprint.servers import servers
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SOON_S = 30.0  # Ray by itself takes a minute or for ever
 

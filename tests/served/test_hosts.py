@@ -9,7 +9,7 @@ from hosts import hosts, needs_namespaces, read_line
 
 from cluster import LLM, SamplingParams
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, needs_namespaces]
+pytestmark = [pytest.mark.slow, needs_namespaces]
 
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5], list(range(40))]
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

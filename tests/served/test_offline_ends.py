@@ -9,7 +9,7 @@ from serving_tools import wait_until
 
 from cluster.footprint.processes import members
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BEGIN = """
 import json, sys, threading, time

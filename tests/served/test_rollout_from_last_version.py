@@ -23,7 +23,7 @@ from serving_tools import Serving
 from cluster.chaos.traffic import ask_all, make_questions
 from cluster.client.grpc_client import Client
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 NUM_QUESTIONS = 8
 # As an operator does: `serve deploy` until every replica is new, then `moe-cluster roll`.

@@ -1,0 +1,47 @@
+"""Two processes run the tests, by pytest-xdist: tests wait half of their time, mostly for processes of Ray.
+
+A process takes a file at a time, and one takes all files whose tests share a Ray. (xdist has groups by marks, which
+pytest 9.2 breaks.) Single files, and all with `-n0`, are run by the process that is started.
+"""
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+RAY = "pytest.mark.ray"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    options, is_one_of_them = config.option, hasattr(config, "workerinput")
+    of_folders = all(Path(argument).is_dir() for argument in config.args)
+    if options.numprocesses is None and of_folders and not is_one_of_them and not options.usepdb:
+        options.numprocesses, options.dist, options.loadscopereorder = 2, "loadfile", False
+
+
+@cache
+def shares_ray(path: Path) -> bool:
+    """Whether tests of the file have the mark."""
+    return RAY in path.read_text()
+
+
+class Files(LoadScopeScheduling):
+    """A process that comes to the end of its file gets the next one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return RAY if shares_ray(self.config.rootpath / path) else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Files:
+    return Files(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that share a Ray take longest: they are first. Then come the files of the most tests."""
+    num_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: -len(items) if shares_ray(item.path) else -num_tests[item.path])
