@@ -31,18 +31,8 @@ def save_tokenizer(model_dir: str | Path, out_dir: str | Path) -> list[Path]:
     token and its id; the chat templates, as files of their own. Files of these names are written anew.
     Raises CheckpointError.
     """
-    model_dir, out_dir = Path(model_dir), Path(out_dir)
-    if not has_vocabulary(model_dir):
-        return []
-    config = read_tokenizer_config(model_dir)
-    tokenizer = read_tokenizer(model_dir, config)
-    templates = read_template_sources(model_dir, config)
-    texts = {
-        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
-        TOKENIZER_CONFIG_FILE: _json(_config(config, tokenizer)),
-        **_vocabulary(tokenizer, config),
-        **{_template_file(name): source for name, source in templates.items()},
-    }
+    out_dir = Path(out_dir)
+    texts = tokenizer_texts(Path(model_dir))
     written = [out_dir / name for name in texts]
     try:
         for path, text in zip(written, texts.values(), strict=True):
@@ -51,6 +41,21 @@ def save_tokenizer(model_dir: str | Path, out_dir: str | Path) -> list[Path]:
     except OSError as error:
         raise CheckpointError(f"{error.filename or out_dir} cannot be written: {error.strerror}") from error
     return written
+
+
+def tokenizer_texts(model_dir: Path) -> dict[str, str]:
+    """The contents of these files by name; {} for no tokenizer. Raises CheckpointError."""
+    if not has_vocabulary(model_dir):
+        return {}
+    config = read_tokenizer_config(model_dir)
+    tokenizer = read_tokenizer(model_dir, config)
+    templates = read_template_sources(model_dir, config)
+    return {
+        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
+        TOKENIZER_CONFIG_FILE: _json(_config(config, tokenizer)),
+        **_vocabulary(tokenizer, config),
+        **{_template_file(name): source for name, source in templates.items()},
+    }
 
 
 def _config(config: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

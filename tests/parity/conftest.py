@@ -1,7 +1,7 @@
 """One checkpoint and one oracle for each configuration."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,15 @@ from head_tools import Written, write
 from parity_tools import Oracle, ask_transformers
 
 from cluster.checkpoint.made.synthetic import write_checkpoint
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A cell of docs/models.md's table that is skipped, or is expected to fail, has proven nothing: it fails."""
+    report = yield
+    if report.skipped and item.name.startswith("test_a_cell["):
+        report.outcome = "failed"
+    return report
 
 
 @pytest.fixture(scope="session")

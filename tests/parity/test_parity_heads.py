@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from configs import PROMPTS
-from head_tools import HEADS, PADDED, SETTINGS, check, close, llm_for
+from head_tools import HEADS, PAD, PADDED, SETTINGS, check, close, llm_for
 from safetensors.torch import load_file, save_file
 
 from cluster.checkpoint.names import dense_bytes
@@ -65,6 +65,24 @@ def test_without_a_pad_token_the_last_token_counts(written):
     with llm_for(oracle.model_dir) as llm:
         for prompt, found in zip(PADDED, llm.classify(PADDED), strict=True):
             close(found.logits, oracle(prompt).logits[0])
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_prompts_padded_to_one_batch_get_the_labels_of_transformers_batch(written, family):
+    """Padding behind prompts, as its pipelines send them, with the attention mask that they send along; and the
+    prompts alone, one of them with the pad token inside."""
+    oracle = written(family, "ForSequenceClassification")
+    prompts = [*PROMPTS, [7, PAD, 8]]
+    longest = max(map(len, prompts))
+    padded = [prompt + [PAD] * (longest - len(prompt)) for prompt in prompts]
+    mask = [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
+    with torch.inference_mode():
+        expected = oracle.model(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits
+    with llm_for(oracle.model_dir) as llm:
+        for given in (padded, prompts):
+            found = llm.classify(given)
+            close(torch.stack([one.logits for one in found]), expected)
+            assert [one.prompt_token_ids for one in found] == [tuple(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("head", HEADS)

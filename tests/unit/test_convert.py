@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,37 @@ def test_tokenizer_and_defaults_come_along(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     before, after = contents(tmp_path / "in"), contents(tmp_path / "out")
     assert set(before) - set(after) == {"optimizer.pt"}
-    assert all(after[name] == before[name] for name in after if not name.startswith(("config", "model")))
+    assert set(after) - set(before) == {"vocab.json", "merges.txt"}
+    copied = [name for name in set(after) & set(before) if not name.startswith(("config", "model"))]
+    assert all(after[name] == before[name] for name in copied)
+
+
+@pytest.mark.parametrize("kept", ["tokenizer.json", "vocabulary"])
+def test_the_tokenizer_comes_in_both_formats_and_transformers_reads_the_same_from_either(
+    tmp_path: Path, kept: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    write_demo_checkpoint(tmp_path / "in", model_type="qwen2")
+    convert(tmp_path / "in", tmp_path / "both")
+    for name in ["tokenizer.json"] if kept == "vocabulary" else ["vocab.json", "merges.txt"]:
+        (tmp_path / "both" / name).unlink()
+    convert(tmp_path / "both", tmp_path / "out")
+    expected = AutoTokenizer.from_pretrained(tmp_path / "in")
+    text = "Grüße, 你好!  123\n <|im_start|>user\nhi<|im_end|>"
+    assert {"tokenizer.json", "vocab.json", "merges.txt"} <= contents(tmp_path / "out").keys()
+    for unread in (["tokenizer.json"], ["vocab.json", "merges.txt"]):
+        shutil.copytree(tmp_path / "out", tmp_path / unread[0])
+        for name in unread:
+            (tmp_path / unread[0] / name).unlink()
+        assert AutoTokenizer.from_pretrained(tmp_path / unread[0])(text) == expected(text)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_copied_as_it_is(source: Path, tmp_path: Path, caplog: Any) -> None:
+    (source / "tokenizer.json").write_text('{"decoder": {"type": "Metaspace"}}')
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert "the tokenizer is copied as it is" in caplog.text
 
 
 # Pickles.

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import models_docs
@@ -41,6 +42,9 @@ def test_each_cell_of_the_parity_table_is_a_test_and_each_test_a_cell():
 
     [parameters] = [mark for mark in test_a_cell.pytestmark if mark.name == "parametrize"]
     tests = [parameter.id for parameter in parameters.args[1]]
+    marks = {mark.name for parameter in parameters.args[1] for mark in parameter.marks}
+    assert marks <= {"ray", "slow"}, "no cell may be skipped or expected to fail"
+    assert [mark.name for mark in test_a_cell.pytestmark] == ["parametrize"]
     header, lines = rows("parity")
     named = ["-".join((*row[:3], transport)) for row in lines for transport in header[3:]]
     assert sorted(named) == sorted(tests)
@@ -48,6 +52,17 @@ def test_each_cell_of_the_parity_table_is_a_test_and_each_test_a_cell():
     assert {row[0] for row in lines} == set(ARCHITECTURES) == set(matrix.FAMILIES)
     signs = {row[2]: set(row[3:]) for row in lines}
     assert signs == {"float32": {"="}, "bfloat16": {"≈"}, "float16": {"≈"}}
+
+
+def test_both_suites_together_run_all_cells():
+    """tests/parity/conftest.py fails a cell that is skipped while it runs."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert re.findall(r"-[mk]\b.*|--ignore.*|--deselect.*", options["addopts"]) == ["-m 'not slow'"]
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in commands if re.search(r"\bpytest\b", line)][-2:] == [
+        "pip install --quiet -e '.[test]' && pytest",
+        "pytest -m slow",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"tests/[\w/]+\.(?:py|md)", PAGE))))

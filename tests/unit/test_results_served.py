@@ -178,6 +178,11 @@ def test_an_answers_span_has_its_text(tokenizer):
     assert list(answer.end_logits) == [0, 0, 0, 1, 0]
 
 
+def test_an_answers_span_has_no_text_where_there_is_no_tokenizer():
+    _, _, answer = call(None, "AnswerSpan", pb.AnswerSpanRequest(token_ids=ids(1, 64, 65, 2)), head=ANSWERS)
+    assert (answer.start, answer.end, answer.text) == (1, 2, "")
+
+
 def test_an_answer_whose_text_finds_no_turn_ends_with_that_error(tokenizer, monkeypatch):
     async def busy(*arguments, **options):
         raise Overloaded("64 texts wait already")

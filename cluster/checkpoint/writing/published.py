@@ -1,16 +1,23 @@
 """The small files of a checkpoint as released models have them: config.json's keys, and those that are copied."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint.added_tokens import TOKENIZER_FILE
 from cluster.checkpoint.chat_template import TEMPLATE_DIR
 from cluster.checkpoint.files import is_there
 from cluster.checkpoint.generation import GENERATION_FILE
 from cluster.checkpoint.made.drawn import SEED_KEY
+from cluster.checkpoint.save_tokenizer import tokenizer_texts
+from cluster.checkpoint.tokenizer_files import MERGES_FILE, VOCAB_FILE
 from cluster.checkpoint.writing.folder import NewFolder
 from cluster.config import ModelConfig
+from cluster.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 _COPIED = (
     GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -45,12 +52,28 @@ def stored_name(name: str, config: ModelConfig) -> str:
 
 
 def copy_small_files(source: Path, folder: NewFolder) -> None:
-    """Copies tokenizer, templates, generation defaults and licence, those that are there. Raises ClusterError."""
+    """Copies tokenizer, templates, generation defaults and licence, those that are there; the tokenizer gets the format
+    that it lacks, tokenizer.json or vocab.json with merges.txt. Raises ClusterError."""
     for name in _COPIED:
         if is_there(source / name):
             folder.copy(source / name, name)
+    for name, text in _other_format(source).items():
+        with folder.create(name) as file:
+            file.write(text.encode())
     for path in sorted((source / TEMPLATE_DIR).glob("*.jinja")):
         folder.copy(path, f"{TEMPLATE_DIR}/{path.name}")
+
+
+def _other_format(source: Path) -> dict[str, str]:
+    missing = [name for name in (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE) if not is_there(source / name)]
+    if not missing:
+        return {}
+    try:
+        texts = tokenizer_texts(source)
+    except CheckpointError as error:  # weights are converted all the same
+        log.warning("the tokenizer is copied as it is: %s", error)
+        return {}
+    return {name: texts[name] for name in missing if name in texts}
 
 
 def write_json(folder: NewFolder, name: str, value: Mapping[str, Any]) -> None:
