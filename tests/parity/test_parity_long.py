@@ -66,11 +66,16 @@ def test_a_prompt_of_4_500_tokens_is_answered_as_by_transformers(tmp_path, chang
 
 
 @pytest.mark.slow
-def test_65_536_tokens_with_yarn_are_answered_as_by_transformers_in_memory_that_stays(tmp_path):
-    """Between the 8th and the last of 32 chunks the process grows by what they write into the cache, 24 chunks of 2,048
-    tokens of 512 bytes, 25 MB; a mask of one chunk's pairs alone would be 134 MB, its numbers four times that."""
-    yarn = {"rope_type": "yarn", "factor": 2.1, "original_max_position_embeddings": 32768}
-    write_checkpoint(tmp_path / "model", dense(**TINY, max_position_embeddings=32768, rope_scaling=yarn), seed=2)
-    sizes = check(tmp_path / "model", 65536, 2048)
-    assert len(sizes) == 32
-    assert sizes[-1] - sizes[7] < (25 << 20) + (32 << 20)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("length", "num_layers"), [(65536, 2), (131072, 1)])
+def test_long_prompts_with_yarn_are_answered_as_by_transformers_in_memory_that_stays(tmp_path, length, num_layers):
+    """One head of 16 numbers: pairs cost the time. Between the 8th and the last chunk of 2,048 tokens the process grows
+    by what they write into the cache, 128 bytes a token and layer, 15 MB at most; a mask of one chunk's pairs
+    alone would be 134 or 268 MB, its numbers four times that."""
+    smaller = {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": num_layers}
+    yarn = {"rope_type": "yarn", "factor": length / 32768 + 0.1, "original_max_position_embeddings": 32768}
+    raw = dense(**TINY | smaller, max_position_embeddings=32768, rope_scaling=yarn)
+    write_checkpoint(tmp_path / "model", raw, seed=2)
+    sizes = check(tmp_path / "model", length, 2048)
+    assert len(sizes) == length // 2048
+    assert sizes[-1] - sizes[7] < (15 << 20) + (32 << 20)

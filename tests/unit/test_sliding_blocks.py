@@ -9,6 +9,7 @@ from configs import dense
 from triton_tools import gpu_kernels
 
 from cluster import LLM, SamplingParams
+from cluster.checkpoint.made.published import PUBLISHED
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.config import EngineConfig, read_model_config
 from cluster.engine.block_manager import BlockManager
@@ -215,6 +216,24 @@ def test_memory_is_shared_out_to_both_groups():
     assert num_kv_blocks(config, more, "float32", **sizes) == (31, 24)
     most = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64, kv_cache_bytes=1 << 30)
     assert num_kv_blocks(config, most, "float32", **sizes) == (40, 24)
+
+
+def test_fewer_sequences_leave_the_full_layers_more_blocks():
+    """As docs/computing.md says: 20 GiB for Qwen2.5-7B in bfloat16, half of whose layers see 4,096 tokens. A context of
+    32,768 takes 2,048 blocks of 16 tokens in the full layers, and (4,095 + 2,048 new tokens) / 16 + 1 = 385 in the
+    others."""
+    slides = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 14}
+    config = read_model_config(PUBLISHED["Qwen2.5-7B"] | slides)
+
+    def contexts(max_num_seqs):
+        engine = EngineConfig(max_num_seqs=max_num_seqs, kv_cache_bytes=20 << 30)
+        sizes = {"max_model_len": 32768, "room_bytes": None, "share": 1.0}
+        full, sliding = num_kv_blocks(config, engine, "bfloat16", **sizes)
+        return min(full // 2048, sliding // 385, max_num_seqs)
+
+    block_bytes = 16 * config.kv_bytes_per_token("bfloat16") // 2
+    assert (20 << 30) // ((2048 + 385) * block_bytes) == 19
+    assert (contexts(EngineConfig().max_num_seqs), contexts(19)) == (11, 19)
 
 
 def test_a_request_is_as_long_as_the_full_layers_have_room(case):
