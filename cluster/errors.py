@@ -5,9 +5,13 @@
     │   └── CheckpointError                                    a model directory that cannot be served
     ├── Closed                       INTERNAL            500   a call of an `LLM` after its `close`
     ├── InvalidRequest               INVALID_ARGUMENT    400   carries the field's name
+    │   ├── TooLarge                     INVALID_ARGUMENT    413
+    │   ├── WrongMediaType               INVALID_ARGUMENT    415   HTTP only
+    │   └── NotFound                     NOT_FOUND           404   what it names is not here
     ├── Unauthenticated              UNAUTHENTICATED     401   no API key, or an unknown one
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
+    │   └── SlowRequest                  DEADLINE_EXCEEDED   408   its client has not sent it in time
     ├── Forbidden                    PERMISSION_DENIED   403   the caller may not use this address
     ├── PoisonedRequest              INTERNAL            500   it ends the engines that compute it
     ├── ProtocolError                INTERNAL            500   a stream's other side does not speak its protocol
@@ -66,6 +70,25 @@ class InvalidRequest(ClusterError):
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message, field)
         self.field = field
+
+
+class TooLarge(InvalidRequest):
+    """A request with more bytes than the server reads."""
+
+    http_status = 413
+
+
+class WrongMediaType(InvalidRequest):
+    """A body of a kind that the call does not take."""
+
+    http_status = 415
+
+
+class NotFound(InvalidRequest):
+    """A request for something that is not here: a model, an answer."""
+
+    grpc_code = "NOT_FOUND"
+    http_status = 404
 
 
 class Unauthenticated(ClusterError):
@@ -127,6 +150,12 @@ class DeadlineExceeded(ClusterError):
     grpc_code = "DEADLINE_EXCEEDED"
     http_status = 504
     public = True
+
+
+class SlowRequest(DeadlineExceeded):
+    """A request of which not all came in time."""
+
+    http_status = 408
 
 
 class RequestCancelled(ClusterError):

@@ -40,6 +40,15 @@ def byte_size(text: str) -> int:
     return int(float(figure) * (1000 if suffix.lower() == "b" else 1024) ** " kmgt".index(unit.lower() or " "))
 
 
+def port_or_none(text: str) -> int | None:
+    """Reads a port; None for the word none."""
+    if text == "none":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no port: 8000, 0 for a free one, or none")
+    return int(text)
+
+
 def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -58,7 +67,9 @@ def add_command(
     return parser
 
 
-def add_cluster_arguments(parser: argparse.ArgumentParser, *, grpc_port: int = 9000, **defaults: Any) -> None:
+def add_cluster_arguments(
+    parser: argparse.ArgumentParser, *, grpc_port: int = 9000, http_port: int = 8000, **defaults: Any
+) -> None:
     """Adds options of `ClusterConfig`, with its help texts and defaults, and of this machine's ports.
 
     defaults: in place of ClusterConfig's.
@@ -74,6 +85,10 @@ def add_cluster_arguments(parser: argparse.ArgumentParser, *, grpc_port: int = 9
     parser.add_argument(
         "--grpc-port", type=int, default=grpc_port, metavar="PORT", help="0: a free one (default: %(default)s)"
     )
+    parser.add_argument(
+        "--http-port", type=port_or_none, default=http_port, metavar="PORT",
+        help="of OpenAI's API over HTTP; 0: a free one; none: no HTTP API (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--proxy", choices=("haproxy", "serve"), default="haproxy",
         help="takes the connections: HAProxy, or Serve's own proxy (default: %(default)s; "
@@ -113,7 +128,10 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
 def add_security_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, *SECURITY_OPTIONS)
     parser.add_argument(
-        "--host", default="", metavar="HOST", help="address for gRPC; 0.0.0.0: all interfaces (default: 127.0.0.1)"
+        "--host",
+        default="",
+        metavar="HOST",
+        help="address for gRPC and HTTP; 0.0.0.0: all interfaces (default: 127.0.0.1)",
     )
     parser.add_argument(
         "--tls-cert", type=Path, metavar="FILE", help="PEM of this server's certificate and chain: TLS only"
@@ -148,7 +166,7 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
             given[cpus] = float(max(1, cores // max(1, processes)))
     if given.get("api_keys_file"):
         given["api_keys_file"] = str(Path(given["api_keys_file"]).resolve())
-    return ClusterConfig(model=located(model), **given)
+    return ClusterConfig(model=located(model), http_api=args.http_port is not None, **given)
 
 
 def serve_options(args: argparse.Namespace) -> "ServeOptions":
@@ -158,6 +176,7 @@ def serve_options(args: argparse.Namespace) -> "ServeOptions":
     given = {f.name: getattr(args, f.name) for f in fields(GrpcFront) if hasattr(args, f.name)}
     return ServeOptions(
         grpc_port=args.grpc_port,
+        http_port=args.http_port or 0,
         ray_address=args.ray_address,
         haproxy=args.proxy == "haproxy",
         front=GrpcFront(**given),

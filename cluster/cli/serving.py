@@ -38,7 +38,7 @@ DEMO_METRICS = (
 def add_commands(commands: Commands) -> None:
     demo = add_command(commands, "demo", _demo, "make a tiny random model, serve it here, ask it a question")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running until Ctrl-C")
-    add_cluster_arguments(demo, grpc_port=0, metrics_port=0)
+    add_cluster_arguments(demo, grpc_port=0, http_port=0, metrics_port=0)
 
     serve = add_command(commands, "serve", _serve, "serve a checkpoint from this machine until Ctrl-C")
     serve.add_argument(

@@ -78,6 +78,9 @@ class ClusterConfig(EngineConfig):
         "what carries batches to the shards: stream, ray, or auto: streams, and Ray calls while one is down",
         choices=TRANSPORTS,
     )
+    http_api: bool = option(
+        True, "answers OpenAI's HTTP API, on the port of Serve's http_options, beside gRPC; false: gRPC alone"
+    )
     max_ongoing_requests: int = option(
         1024, "requests in one ingress process at a time, a further one gets RESOURCE_EXHAUSTED", least=1
     )

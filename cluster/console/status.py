@@ -23,6 +23,7 @@ class Served(Protocol):
     """The part of a served cluster that is shown."""
 
     grpc_address: str
+    http_url: str
 
     def status(self) -> ClusterStatus: ...
 
@@ -35,6 +36,8 @@ def print_cluster(cluster: Served) -> None:
         time.sleep(0.2)
         status = cluster.status()
     print(f"gRPC     {cluster.grpc_address}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
+    if cluster.http_url:
+        print(f"HTTP     {cluster.http_url}/v1   OpenAI's API")
     for address in status.metrics_addresses:
         print(f"metrics  {address}")
     if status.dense:

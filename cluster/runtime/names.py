@@ -48,3 +48,8 @@ def shard_name(group: str, shard_id: int) -> str:
 def spare_prefix(group: str) -> str:
     """The names of all spare processes of a group begin like this."""
     return f"{group}:spare-"
+
+
+def metrics_name(group: str, node_id: str) -> str:
+    """The name of the actor that serves the metrics of a node."""
+    return f"{group}:metrics-{node_id}"

@@ -85,6 +85,10 @@ class InferenceService:
         """Whether tokens have a text here: not without a tokenizer."""
         return not isinstance(self._tokenizer, NoText)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the bytes that a token's text has, that of a special one, too; none without a tokenizer."""
+        return self._tokenizer.token_bytes(token_id, skip_special_tokens=False)
+
     def count_refused(self, error: ClusterError) -> None:
         """Counts a call that ended before it was read: admission refused it."""
         self._tracker.refused(error)

@@ -56,15 +56,15 @@ def ingress(servicer, port=0):
         server.stop(None)
 
 
-def write_config(folder, ports, backend_ports):
+def write_config(folder, ports, backend_ports, http=()):
     """Writes Serve's configuration for an application with an ingress at each port; without one for None.
 
-    ports: HAProxy's four, that of gRPC first.
+    ports: HAProxy's four, those of gRPC and HTTP first.  http: the ingresses' ports of HTTP.
     """
-    port, http, metrics, stats = ports
+    port, http_port, metrics, stats = ports
     path = folder / "haproxy.cfg"
     config = HAProxyConfig(
-        http_options=HTTPOptions(host="127.0.0.1", port=http),
+        http_options=HTTPOptions(host="127.0.0.1", port=http_port),
         grpc_options=gRPCOptions(port=port, grpc_servicer_functions=["any"]),
         socket_path=str(folder / "a.sock"),
         metrics_socket_path=str(folder / "m.sock"),
@@ -77,18 +77,23 @@ def write_config(folder, ports, backend_ports):
     )
     api = HAProxyApi(cfg=config, config_file_path=str(path))
     if backend_ports is not None:
-        servers = [ServerConfig(name=f"ingress{n}", host="127.0.0.1", port=p) for n, p in enumerate(backend_ports)]
-        app = BackendConfig(
-            name="app",
-            path_prefix="/",
-            app_name="app",
-            protocol=RequestProtocol.GRPC,
-            servers=servers,
-            fallback_server=ServerConfig(name="fallback", host="127.0.0.1", port=stats),  # where no gRPC is spoken
-        )
-        api.set_backend_configs({"app": app})
+        apps = {"app": (RequestProtocol.GRPC, backend_ports)}
+        if http:
+            apps["http-app"] = (RequestProtocol.HTTP, http)
+        api.set_backend_configs({name: _backend(name, *app, stats) for name, app in apps.items()})
     api._generate_config_file_internal()
     return path
+
+
+def _backend(name, protocol, ports, fallback):
+    return BackendConfig(
+        name=name,
+        path_prefix="/",
+        app_name="app",
+        protocol=protocol,
+        servers=[ServerConfig(name=f"ingress{n}", host="127.0.0.1", port=p) for n, p in enumerate(ports)],
+        fallback_server=ServerConfig(name="fallback", host="127.0.0.1", port=fallback),  # where nothing answers
+    )
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def refusal(way, model_dir, options, capsys):
             LLM(model_dir, device="cpu", **options)
         return str(caught.value)
     arguments = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    ports = ["--grpc-port", "0", "--metrics-port", "0"] if way == "serve" else []
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"] if way == "serve" else []
     assert main([way, str(model_dir), *ports, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("moe-cluster: ")

@@ -412,7 +412,7 @@ def test_huge_numbers_are_refused_by_every_way_in(
 ) -> None:
     with replaced(model_dir, "config.json", with_value(pristine, "config.json", key, value)):
         assert main(["plan", str(model_dir)]) == 2
-        assert main(["serve", str(model_dir), "--grpc-port", "0", "--metrics-port", "0"]) == 2
+        assert main(["serve", str(model_dir), "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]) == 2
         assert capsys.readouterr().err.count("moe-cluster: ") == 2
         with pytest.raises(SetupError, match="config"):
             LLM(model_dir, device="cpu")
@@ -433,14 +433,14 @@ def test_serve_refuses_before_it_starts_ray(
             odd(path)
             if file_name in TEMPLATES and odd is _deep:
                 continue
-            assert main(["serve", str(model_dir), "--grpc-port", "0", "--metrics-port", "0"]) == 2
+            assert main(["serve", str(model_dir), "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]) == 2
             error = capsys.readouterr().err
             assert file_name in error
             assert error.count("\n") == 1, error
     for key, value in (("top_k", -2), ("eos_token_id", 151643)):
         content = with_value(model_dir, "generation_config.json", key, value)
         with replaced(model_dir, "generation_config.json", content):
-            assert main(["serve", str(model_dir), "--grpc-port", "0", "--metrics-port", "0"]) == 2
+            assert main(["serve", str(model_dir), "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]) == 2
             assert key in capsys.readouterr().err
 
 

@@ -18,7 +18,8 @@ NODE_ID_CHARS = 56
 # All our changes, so that this test finds new lines of a newer Serve.
 CHANGED = (
     r"mode 666|h2\.be\.max-concurrent-streams|log 127\.0\.0\.1:514|bind :|bind \*:|errorfile 50\d|hdr grpc-status 5 |"
-    r"if is_list_applications|server fallback .* backup$|timeout connect "
+    r"if is_list_applications|server fallback .* backup$|timeout connect |"
+    r"return .* if routes$|http-request return status 404 .* not found"  # HTTP
 )
 SOCKET_PATH_CHARS = 97  # HAProxy's limit
 
@@ -137,3 +138,23 @@ def test_haproxys_own_checks_ask_serve_which_refuses_none(tmp_path):
     [sent] = re.findall(r"tcp-check send-binary ([0-9a-f]+)", after)
     assert b"/ray.serve.RayServeAPIService/Healthz" in bytes.fromhex(sent)
     assert not [line for line in after.splitlines() if "check" in line and "grpc.health" in line]
+
+
+def test_where_tls_is_asked_for_plain_http_answers_probes_alone(written):
+    """Each call gets its answer from the first rule that matches."""
+    after = adapted(written.read_text(), written.parent, tls=" ssl crt x.pem")
+    http = after[after.index("frontend http_frontend") : after.index("backend default_backend")]
+    [*_, last] = rules = re.findall(r"http-request return .*", http)
+    assert last.endswith("tls.json")
+    assert all(rule.endswith((" if healthcheck", " if routes")) for rule in rules[:-1])
+
+
+def test_http_calls_cannot_name_their_own_address_or_change_serves_treatment(tmp_path):
+    after = adapted(write_config(tmp_path, (9001, 8001, 9002, 9003), [40000], http=[30000]).read_text(), tmp_path)
+    http = after[after.index("frontend http_frontend") : after.index("backend default_backend")]
+    assert "http-request set-header x-forwarded-for %[src]" in http
+    assert "http-request del-header x-request-timeout-seconds" in http
+    backend = after[after.index("\nbackend http-app\n") : after.index("frontend grpc_frontend")]
+    assert "retry-on conn-failure empty-response\n" in backend
+    assert re.search(r"server ingress0 127\.0\.0\.1:30000 check", backend)
+    assert re.search(r"server fallback \S+ check backup disabled", backend)

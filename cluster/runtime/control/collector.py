@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config import ClusterConfig
 from cluster.metrics import NodeCollector
 from cluster.runtime.bounds import DEAD_LOG_BYTES, clear_logs, open_files
+from cluster.runtime.names import NAMESPACE, metrics_name
 from cluster.runtime.process import metrics_dir, prepare_process
 from cluster.runtime.ray_private.core import logs_folder
 
@@ -40,6 +41,10 @@ class NodeMetricsActor:
     def address(self) -> str:
         """Where Prometheus scrapes this node."""
         return f"http://{self._host}:{self._port}/metrics"
+
+    def render(self) -> bytes:
+        """One scrape, in Prometheus' text format."""
+        return self._collector.render()
 
 
 def _sweep(folder: Path, max_bytes: int) -> None:
@@ -68,7 +73,13 @@ class NodeCollectors:
         for node_id in alive.keys() - self._of_node.keys():
             handle = (
                 ray.remote(NodeMetricsActor)
-                .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+                .options(
+                    name=metrics_name(self._group, node_id),
+                    namespace=NAMESPACE,
+                    get_if_exists=True,  # that of a controller that died, which goes soon
+                    num_cpus=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                )
                 .remote(str(metrics_dir(self._group)), config.metrics_host, config.metrics_port)
             )
             try:

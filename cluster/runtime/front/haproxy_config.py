@@ -4,6 +4,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.runtime.front.haproxy_http import adapted_http, write_http_answers
+from cluster.runtime.front.haproxy_text import replaced
+
 NOT_FOR_CLIENTS = "the list of applications is not for clients"
 # HAProxy's own answers to gRPC clients stand in files, because its replies without a body have no content-type, and
 # some clients then do not look at the code.
@@ -21,6 +24,7 @@ SYSLOG = "127.0.0.1:514"  # Serve's default: a line for every request, to whoeve
 
 
 def write_answers(folder: Path) -> None:
+    write_http_answers(folder)
     for name, (code, message) in ANSWERS.items():
         lines = ["HTTP/1.1 200 OK", "content-type: application/grpc", "content-length: 0", f"grpc-status: {code}"]
         (folder / name).write_bytes("\r\n".join([*lines, f"grpc-message: {message}", "", ""]).encode())
@@ -32,17 +36,19 @@ def adapted(config: str, folder: Path, *, host: str = "", tls: str = "") -> str:
     folder: has the files of `write_answers`.  host: the address for gRPC, "" for Serve's.  tls: from `tls_options`.
     """
     # A user who can write to this socket can send all traffic elsewhere.
-    config = _replaced(config, r"^(\s+stats socket \S+ mode )666(?= level admin)", r"\g<1>600")
+    config = replaced(config, r"^(\s+stats socket \S+ mode )666(?= level admin)", r"\g<1>600")
     config = config.replace(f"    log {SYSLOG} local0 info\n", "")
     # HAProxy's own pages have no password: they are for this machine only.
-    config = _replaced(config, r"(frontend prometheus\n\s+bind )(?=:\d+$)", r"\g<1>127.0.0.1")
-    config = _replaced(config, r"(listen stats\n\s+bind )\*(?=:\d+$)", r"\g<1>127.0.0.1")
-    return _adapted_grpc(config, folder, host, tls) if "frontend grpc_frontend" in config else config
+    config = replaced(config, r"(frontend prometheus\n\s+bind )(?=:\d+$)", r"\g<1>127.0.0.1")
+    config = replaced(config, r"(listen stats\n\s+bind )\*(?=:\d+$)", r"\g<1>127.0.0.1")
+    if "frontend grpc_frontend" in config:
+        config = _adapted_grpc(config, folder, host, tls)
+    return adapted_http(config, folder, host=host, tls=bool(tls))
 
 
 def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     listen = rf"\g<1>{host}\g<3>" if host else r"\g<1>\g<2>\g<3>"
-    config = _replaced(
+    config = replaced(
         config,
         r"^(frontend grpc_frontend\n(?:.*\n)*?\s+bind )(\S+)(:\d+ proto h2)\n",
         # Without the header all clients would look like this host, and could not take turns.
@@ -50,17 +56,17 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     )
     # HAProxy (2.8) stops reading from a connection when one of its streams waits for a client: a client that does not
     # read would stop all other streams and health. So each call has a connection, which the next one uses again.
-    config = _replaced(config, r"^(    tune\.h2\.be\.max-concurrent-streams )\d+$", r"\g<1>1")
+    config = replaced(config, r"^(    tune\.h2\.be\.max-concurrent-streams )\d+$", r"\g<1>1")
     # After a dead ingress HAProxy (2.8) waits one second, or the connect timeout if that is less, and tries another.
-    config = _replaced(
+    config = replaced(
         config,
         r"^(    timeout connect )\d+s\n((?:.*\n)*?    retry-on .*\n)",
         rf"\g<1>{CONNECT}\n\g<2>    retries {RETRIES}\n",
     )
     # Serve turns these into 500, which a gRPC client takes as UNKNOWN and final; Serve's page is of HTTP.
     for status in (502, 503, 504):
-        config = _replaced(config, rf"^(    errorfile {status}) \S+$", rf"\g<1> {folder / UNDELIVERED}")
-    config = _replaced(
+        config = replaced(config, rf"^(    errorfile {status}) \S+$", rf"\g<1> {folder / UNDELIVERED}")
+    config = replaced(
         config,
         r"^    (?:use_backend grpc_fallback_backend|http-request return .*) if is_list_applications$",
         f"    http-request return status 200 errorfile {folder / FORBIDDEN} if is_list_applications",
@@ -113,16 +119,9 @@ def with_sockets(config: str, admin: Path, fds: Mapping[str, int], states: bool)
     admin: the path of its own admin socket.  fds: for each of `listen_addresses`.
     states: whether it begins with the servers' states of its predecessor.
     """
-    config = _replaced(
+    config = replaced(
         config, r"^(\s+stats socket )\S+( mode 600 level admin) expose-fd listeners$", rf"\g<1>{admin}\g<2>"
     )
     if not states:
         config = config.replace("    load-server-state-from-file global\n", "")
     return re.sub(r"^(\s+bind )(\S+:\d+)", lambda bind: f"{bind[1]}fd@{fds[bind[2]]}", config, flags=re.MULTILINE)
-
-
-def _replaced(config: str, pattern: str, replacement: str) -> str:
-    changed, count = re.subn(pattern, replacement, config, flags=re.MULTILINE)
-    if count != 1:
-        raise ValueError(f"this Ray Serve writes an HAProxy configuration that moe-cluster does not know: {pattern!r}")
-    return changed

@@ -1,4 +1,4 @@
-"""The Serve deployment that clients reach: it takes gRPC calls, gets tokens from a replica, and sends text."""
+"""The Serve deployment that clients reach: it takes gRPC and HTTP calls, gets tokens from a replica, and sends text."""
 
 import asyncio
 import contextvars
@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
+from ray import serve
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -23,6 +25,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.control.controller import get_controller
+from cluster.runtime.front.node_metrics import scrape_node
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
 from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
@@ -32,6 +35,8 @@ from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService
 from cluster.serving.health import HealthState
+from cluster.serving.openai.app import make_app, no_api
+from cluster.serving.openai.served import Served
 from cluster.serving.replay import ReplayingBackend
 from cluster.serving.service import InferenceService, ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer
@@ -124,6 +129,7 @@ class ServeReplicas:
         return True
 
 
+@serve.ingress()
 class Ingress(GrpcInferenceService, GrpcHealthService):
     """Knows all replicas. Serve makes any number of these."""
 
@@ -163,6 +169,13 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         self._covered = False
         await self._look()  # one that follows a dead one says from its first call on that the cluster serves
         self._watch = asyncio.create_task(self._keep_looking())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Serve calls it for the application that answers HTTP."""
+        if not self._config.http_api:
+            return no_api
+        metrics = partial(scrape_node, shard_group(self._config))
+        return make_app(Served(service=self._service, health=self._health, metrics=metrics, now_s=time.time))
 
     def _make_admission(self) -> Admission:
         config = self._config

@@ -43,6 +43,10 @@ class GrpcFront:
         host = f"[{self.host}]" if ":" in self.host else self.host or "127.0.0.1"
         return f"{host}:{port}{' (TLS)' if self.tls_cert else ''}"
 
+    def url(self, port: int) -> str:
+        """Returns the address of the HTTP API for a user to read."""
+        return f"http://{self.address(port).removesuffix(' (TLS)')}"
+
     def _check(self) -> None:
         try:
             with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:

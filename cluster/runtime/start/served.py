@@ -106,6 +106,7 @@ class ServedCluster:
         self.grpc_port = _free_port("grpc port", options.grpc_port)
         self.grpc_address = options.front.address(self.grpc_port)
         self.http_port = _free_port("http port", options.http_port)
+        self.http_url = options.front.url(self.http_port) if config.http_api else ""
         if config.metrics_port:
             _free_port("metrics port", config.metrics_port)
         on_checked()

@@ -14,13 +14,13 @@ from typing import Protocol
 class TokenBytes(Protocol):
     """Gives a token's text; a `Tokenizer` does."""
 
-    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes: ...
 
 
 class NoText:
     """Gives no token a text: for models without a tokenizer."""
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
         return b""
 
 

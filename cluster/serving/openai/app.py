@@ -1,0 +1,39 @@
+"""The application: mounts each family's router, and stands the gate before them all. Decides nothing.
+
+Another family: a file with `router(served) -> APIRouter`, a line in ROUTERS, and, where a path of it is for everybody
+(no key), its path in KEYLESS.
+"""
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.errors import NotFound
+from cluster.serving.openai import chat, completions, models, status
+from cluster.serving.openai.errors import add_handlers, response_to
+from cluster.serving.openai.gate import Gate
+from cluster.serving.openai.served import Served
+from cluster.version import __version__
+
+ROUTERS = (chat.router, completions.router, models.router, status.router)
+KEYLESS = status.KEYLESS
+
+
+def make_api(served: Served) -> FastAPI:
+    """The routes without the gate. Its pages of documentation would load scripts from elsewhere: there are none."""
+    api = FastAPI(title="moe-cluster", version=__version__, docs_url=None, redoc_url=None)
+    for router in ROUTERS:
+        api.include_router(router(served))
+    add_handlers(api)
+    return api
+
+
+async def no_api(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of a server that answers gRPC alone."""
+    if scope["type"] == "http":
+        error = NotFound("HTTP is switched off here (http_api is false): this server answers gRPC", "request")
+        await response_to(error)(scope, receive, send)
+
+
+def make_app(served: Served) -> ASGIApp:
+    """The whole front of one ingress."""
+    return Gate(make_api(served), served.service, KEYLESS.__contains__)

@@ -1,0 +1,91 @@
+"""Fields that several calls have, and how they become the parameters of a generation."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.errors import InvalidRequest
+from cluster.types import SamplingParams, Usage
+
+MAX_CHOICES = 128  # OpenAI's limit for n
+
+
+class RequestBody(BaseModel):
+    """A body. An unknown field is refused by name, and a value of another type, as by OpenAI's server."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class AnswerBody(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class StreamOptions(RequestBody):
+    include_usage: bool | None = None
+
+
+class SamplingFields(RequestBody):
+    """The fields of a generation that chats and completions share. Those behind `seed` are vLLM's."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    # Taken and without effect here: they name or steer what a server like this one does not have.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options is not None and self.stream_options.include_usage)
+
+    def check(self) -> None:
+        """Raises InvalidRequest for fields that do not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is for streams: set stream to true", "stream_options")
+
+    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Of the first choice. Raises InvalidRequest for a value out of range."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's word for all
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            stop=self.stop or (),
+            stop_token_ids=self.stop_token_ids or (),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+        )
+
+
+class UsageBody(AnswerBody):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, usage: Usage) -> "UsageBody":
+        total = usage.prompt_tokens + usage.completion_tokens
+        return cls(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, total_tokens=total)

@@ -1,0 +1,166 @@
+"""`/v1/chat/completions`: a conversation's next message, whole or as a stream of deltas."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from cluster.errors import InvalidRequest
+from cluster.serving.openai.base_schema import UsageBody
+from cluster.serving.openai.chat_schema import (
+    AnswerMessage,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatRequest,
+    ChoiceLogprobs,
+    ChunkChoice,
+)
+from cluster.serving.openai.conversations import to_conversation
+from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants
+from cluster.serving.openai.logprobs import chat_logprobs
+from cluster.serving.openai.message_reader import reader_for
+from cluster.serving.openai.served import Served
+from cluster.serving.openai.sse import DONE, begun, event
+from cluster.serving.text.prompts import Prompt
+from cluster.types import Logprobs, SamplingParams, TextDelta
+
+NOTHING = TextDelta()
+
+
+def router(served: Served) -> APIRouter:
+    routes = APIRouter(tags=["chat"])
+
+    @routes.post("/v1/chat/completions", response_model=ChatAnswer)
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        served.check_model(body.model)
+        body.check()
+        call = Call(request_id=f"chatcmpl-{served.service.new_request_id()}", client=request.state.client)
+        chat = await _prepared(served, body, call)
+        if body.stream:
+            return await begun(chat.stream(), call.request_id)
+        answer = await chat.answer()
+        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+
+    return routes
+
+
+async def _prepared(served: Served, body: ChatRequest, call: Call) -> "_Chat":
+    params = _params(body)
+    prompt = Prompt(chat=to_conversation(body))
+    num_choices = body.n or 1
+    prompt_token_ids = None
+    if num_choices > 1 or body.return_token_ids:  # rendered and tokenized once
+        prompt_token_ids = await served.service.tokenize(prompt, call.client)
+        prompt = Prompt(token_ids=prompt_token_ids)
+    asked = [(prompt, each) for each in variants(params, num_choices)]
+    deltas = generate(served.service, asked, call)
+    return _Chat(
+        served=served, body=body, call=call, created=int(served.now_s()), num_choices=num_choices, deltas=deltas,
+        prompt_token_ids=prompt_token_ids if body.return_token_ids else None,
+    )  # fmt: skip
+
+
+def _params(body: ChatRequest) -> SamplingParams:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise InvalidRequest("tool_choice: this server takes none and auto", "tool_choice")
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return body.sampling_params(max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chat:
+    """One call that is about to begin."""
+
+    served: Served
+    body: ChatRequest
+    call: Call
+    created: int
+    num_choices: int
+    deltas: AsyncGenerator[tuple[int, TextDelta], None]
+    prompt_token_ids: list[int] | None
+
+    async def answer(self) -> ChatAnswer:
+        """Raises ClusterError."""
+        choices = await collect(self.deltas, self.num_choices)
+        shown = {} if self.prompt_token_ids is None else {"prompt_token_ids": self.prompt_token_ids}
+        return ChatAnswer(
+            id=self.call.request_id,
+            object="chat.completion",
+            created=self.created,
+            model=self.served.service.info.model_id,
+            choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
+            usage=UsageBody.of(total(choices, self.num_choices)),
+            **shown,
+        )
+
+    def _choice(self, index: int, choice: Choice) -> ChatChoice:
+        reader = reader_for(self.body)
+        reader.read(choice.text)
+        reader.end()
+        return ChatChoice(
+            index=index,
+            message=reader.whole(),
+            logprobs=self._logprobs(choice.logprobs),
+            finish_reason=reader.finish_reason(choice.finish_reason or "error"),
+            **({"token_ids": choice.token_ids} if self.body.return_token_ids else {}),
+        )
+
+    async def stream(self) -> AsyncGenerator[str, None]:
+        """Yields events: of each choice its role, its deltas, the reason of its end; then the usage, if asked for."""
+        choices = [Choice() for _ in range(self.num_choices)]
+        readers = [reader_for(self.body) for _ in choices]
+        shown: dict[str, Any] = {}
+        if self.prompt_token_ids is not None:
+            shown["prompt_token_ids"] = self.prompt_token_ids
+        announced = False
+        async with aclosing(self.deltas):
+            async for index, delta in self.deltas:
+                if not announced:  # not before: until then a failure has a status of its own
+                    for each in range(self.num_choices):
+                        yield self._event(each, AnswerMessage(role="assistant", content=""), NOTHING, **shown)
+                    announced = True
+                choices[index].add(delta)
+                parts, reason = readers[index].read(delta.text), None
+                if delta.finish_reason is not None:
+                    parts += readers[index].end()
+                    reason = readers[index].finish_reason(delta.finish_reason)
+                if not parts and delta.token_ids and (self.body.logprobs or self.body.return_token_ids):
+                    parts = [AnswerMessage(content="")]
+                for position, part in enumerate(parts):
+                    yield self._event(index, part, NOTHING if position else delta)
+                if reason is not None:
+                    yield self._event(index, AnswerMessage(), NOTHING, reason)
+        if self.body.includes_usage:
+            yield event(self._chunk([], usage=UsageBody.of(total(choices, self.num_choices))))
+        yield DONE
+
+    def _event(
+        self, index: int, message: AnswerMessage, delta: TextDelta, reason: str | None = None, **fields: Any
+    ) -> str:
+        choice = ChunkChoice(
+            index=index,
+            delta=message,
+            logprobs=self._logprobs(delta.logprobs) if delta.logprobs else None,
+            finish_reason=reason,
+            **({"token_ids": list(delta.token_ids)} if self.body.return_token_ids and delta.token_ids else {}),
+        )
+        return event(self._chunk([choice], **({"usage": None} if self.body.includes_usage else {}), **fields))
+
+    def _chunk(self, choices: list[ChunkChoice], **fields: Any) -> ChatChunk:
+        return ChatChunk(
+            id=self.call.request_id,
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.served.service.info.model_id,
+            choices=choices,
+            **fields,
+        )
+
+    def _logprobs(self, entries: Sequence[Logprobs]) -> ChoiceLogprobs | None:
+        return chat_logprobs(entries, self.served.service.token_bytes) if self.body.logprobs else None

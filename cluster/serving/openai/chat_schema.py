@@ -1,0 +1,129 @@
+"""The bodies of `/v1/chat/completions`. Source: OpenAI's API reference; `chat_template_kwargs` and below are vLLM's."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cluster.serving.openai.base_schema import AnswerBody, RequestBody, SamplingFields, UsageBody
+from cluster.types import MAX_TOP_LOGPROBS
+
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+
+class ContentPart(RequestBody):
+    """A part of a content. This model reads texts: any other kind is refused by name."""
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(RequestBody):
+    name: str
+    arguments: str = ""  # JSON
+
+
+class CalledTool(RequestBody):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class MessageBody(RequestBody):
+    role: Role
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+
+
+class FunctionBody(RequestBody):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(RequestBody):
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class NamedTool(RequestBody):
+    type: Literal["function"]
+    function: dict[str, str]
+
+
+class ChatRequest(SamplingFields):
+    messages: list[MessageBody]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class TopLogprob(AnswerBody):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(AnswerBody):
+    content: list[TokenLogprob]
+
+
+class AnswerMessage(AnswerBody):
+    """An assistant's turn. As a delta it has only the fields that are new."""
+
+    role: str | None = None
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChoice(AnswerBody):
+    index: int
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = None
+
+
+class ChatAnswer(AnswerBody):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageBody
+    prompt_token_ids: list[int] | None = None
+
+
+class ChunkChoice(AnswerBody):
+    index: int
+    delta: AnswerMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(AnswerBody):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: UsageBody | None = None
+    prompt_token_ids: list[int] | None = None

@@ -1,0 +1,78 @@
+"""A chat's messages and tools as a conversation for the chat template. Knows no template."""
+
+import json
+from typing import Any
+
+from cluster import inputs
+from cluster.conversation import Conversation
+from cluster.errors import InvalidRequest
+from cluster.serving.openai.chat_schema import CalledTool, ChatRequest, ContentPart, MessageBody
+
+MAX_MESSAGES = 2048
+MAX_OBJECTS = 1024  # tools, and documents
+_TEMPLATE_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's other words; templates know none of them
+
+
+def to_conversation(body: ChatRequest) -> Conversation:
+    """Raises InvalidRequest."""
+    if not 1 <= len(body.messages) <= MAX_MESSAGES:
+        raise InvalidRequest(f"messages has {len(body.messages)} messages, 1 to {MAX_MESSAGES} are allowed", "messages")
+    tools = None if body.tool_choice == "none" else body.tools
+    for name, objects in (("tools", tools), ("documents", body.documents)):
+        if objects is not None and len(objects) > MAX_OBJECTS:
+            raise InvalidRequest(f"{name} has {len(objects)} objects, at most {MAX_OBJECTS} are allowed", name)
+    open_end = bool(body.continue_final_message)
+    begins = body.add_generation_prompt
+    return Conversation(
+        messages=[_turn(message, f"messages[{index}]") for index, message in enumerate(body.messages)],
+        tools=[tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
+        documents=body.documents,
+        add_generation_prompt=not open_end if begins is None else begins,
+        continue_final_message=open_end,
+        template_kwargs=body.chat_template_kwargs or {},
+    )
+
+
+def _turn(message: MessageBody, where: str) -> dict[str, Any]:
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(f"{where} has tool_calls, which only an assistant makes", "messages")
+    content = _content(message.content, where)
+    if content is None and not message.tool_calls and message.refusal is None:
+        raise InvalidRequest(f"{where} has no content", "messages")
+    calls = [_call(call, where) for call in message.tool_calls or ()]
+    return {
+        "role": _TEMPLATE_ROLES.get(message.role, message.role),
+        **({} if content is None and calls else {"content": content if content is not None else message.refusal}),
+        **({"tool_calls": calls} if calls else {}),
+        **{
+            name: value
+            for name in ("name", "tool_call_id", "reasoning_content")
+            if (value := getattr(message, name)) is not None
+        },
+    }
+
+
+def _content(content: str | list[ContentPart] | None, where: str) -> str | None:
+    """Joins the parts of a content with line ends, as vLLM does for templates that take a text."""
+    if content is None or isinstance(content, str):
+        return content
+    texts = [part.text if part.type == "text" else part.refusal for part in content]
+    for index, text in enumerate(texts):
+        if text is None:
+            raise InvalidRequest(f"{where}.content[{index}] has no text", "messages")
+    return "\n".join(text for text in texts if text is not None)
+
+
+def _call(call: CalledTool, where: str) -> dict[str, Any]:
+    text = call.function.arguments
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        raise InvalidRequest(
+            f"{where} has a tool call whose arguments are no JSON: {inputs.shown(text)}", "messages"
+        ) from None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(
+            f"{where} has a tool call with the arguments {inputs.shown(text)}, a JSON object is needed", "messages"
+        )
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -1,0 +1,91 @@
+"""Errors in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from cluster.errors import ClusterError, InvalidRequest, NotFound, Overloaded, Unauthenticated
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS = 1000
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+_PARAMS = {"text": "prompt", "token_ids": "prompt", "chat": "messages", "request": None, "": None}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Makes every error of an app leave it in OpenAI's shape."""
+
+    async def cluster_error(request: Request, error: Exception) -> Response:
+        return response_to(error)
+
+    async def validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return response_to(_refusal(error))
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{error.detail}: {request.method} {request.url.path[:200]}" if error.status_code != 400 else (
+            "the body is no JSON that can be read"
+        )  # fmt: skip
+        return _response(error.status_code, message, headers=error.headers)
+
+    app.add_exception_handler(Exception, cluster_error)
+    app.add_exception_handler(ClusterError, cluster_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(HTTPException, http_error)
+
+
+def response_to(error: Exception, request_id: str = "") -> Response:
+    """The answer to a call that failed with this error, before anything of another answer was sent."""
+    status = error.http_status if isinstance(error, ClusterError) else 500
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(ceil(error.retry_after_s))
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(body_of(error, request_id), status, headers)
+
+
+def body_of(error: Exception, request_id: str = "") -> dict[str, Any]:
+    """An error as a JSON object.
+
+    One that is not written for clients goes to the log, and the client gets the request's id to ask after it.
+    """
+    if not isinstance(error, ClusterError) or not error.public:
+        log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
+        return _body(500, f"internal error, request id {request_id or 'unknown'}; see the server's log")
+    param = _PARAMS.get(error.field, error.field) if isinstance(error, InvalidRequest) else None
+    code = "model_not_found" if isinstance(error, NotFound) and param == "model" else None
+    return _body(error.http_status, str(error), param, code)
+
+
+def _body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    text = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[: MAX_MESSAGE_CHARS - 1]}…"
+    return {"error": {"message": text, "type": kind, "param": param, "code": code or _CODES.get(status)}}
+
+
+def _response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(_body(status, message), status, headers)
+
+
+def _refusal(invalid: RequestValidationError) -> InvalidRequest:
+    """The first fault that pydantic found, as one line."""
+    first = invalid.errors()[0]
+    kind, where = first["type"], [str(part) for part in first["loc"] if part != "body"]
+    if kind == "json_invalid":
+        return InvalidRequest("the body is no JSON that can be read", "request")
+    # Of a union's members, pydantic names the one that it tried, in words that are no field.
+    path = ".".join(part for part in where if part.isidentifier() or part.isdigit())
+    field = where[0] if where else "request"
+    if kind == "extra_forbidden":
+        return InvalidRequest(f"unrecognized request argument: {path[:200]}", field[:100])
+    return InvalidRequest(f"{path[:200] or 'the body'}: {first['msg']}", field[:100])

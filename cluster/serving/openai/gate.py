@@ -1,0 +1,160 @@
+"""Stands before the application: who calls, how large and how slow a body may be, and a client that leaves.
+
+Nothing of a body is read before admission knows the caller, and nothing of it is parsed before all of it is there.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import ClusterError, InvalidRequest, RequestCancelled, SlowRequest, TooLarge, WrongMediaType
+from cluster.serving.openai.errors import response_to
+from cluster.serving.service import InferenceService
+
+log = logging.getLogger(__name__)
+
+BODY_TIMEOUT_S = 60.0  # for all of a body to come
+UNREAD_TIMEOUT_S = 120.0  # a client that takes nothing for so long counts as gone
+JSON = "application/json"
+
+
+class Gate:
+    """An ASGI application around another one, which finds the caller's name as `request.state.client`.
+
+    keyless: returns whether a path is for everybody.
+    """
+
+    def __init__(self, app: ASGIApp, service: InferenceService, keyless: Callable[[str], bool]) -> None:
+        self._app, self._service, self._keyless = app, service, keyless
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)  # its lifespan; nothing here is a web socket
+            return
+        answer = _Answer(send)
+        try:
+            with self._admitted(scope) as client:
+                scope.setdefault("state", {})["client"] = client
+                body = await self._body(scope, receive)
+                await _while_connected(self._app(scope, _replayed(body), answer.send), receive, answer)
+        except RequestCancelled:
+            log.debug("a client left before its answer")
+        except Exception as error:  # the boundary: nothing may pass but an error in OpenAI's shape
+            if answer.begun:
+                if not answer.ended:
+                    log.error("an answer broke off", exc_info=error)
+                return
+            await response_to(error, self._service.new_request_id())(scope, receive, answer.send)
+
+    @contextmanager
+    def _admitted(self, scope: Scope) -> Iterator[str]:
+        """Counts a call while it is open; yields its client, "" for a path that is for everybody."""
+        headers, peer = headers_of(scope), (scope.get("client") or ("",))[0]
+        admission = self._service.admission
+        if self._keyless(scope["path"]):
+            admission.question(headers, peer)
+            yield ""
+            return
+        with ExitStack() as counted:
+            try:
+                client = counted.enter_context(admission.call(headers, peer))
+            except ClusterError as error:
+                self._service.count_refused(error)
+                raise
+            yield client
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """Raises TooLarge, WrongMediaType, SlowRequest, RequestCancelled."""
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return b""
+        headers, limit = headers_of(scope), self._service.limits.max_request_bytes
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != JSON:
+            raise WrongMediaType(f"content-type is {kind[:100] or 'missing'}, {JSON} is needed", "request")
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit():
+            raise InvalidRequest("content-length is no number", "request")
+        if int(length[:12]) > limit:
+            raise _too_large(limit)
+        body = bytearray()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RequestCancelled("the client left")
+                    body += message.get("body", b"")
+                    if len(body) > limit:
+                        raise _too_large(limit)
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        raise SlowRequest(f"the body did not come within {BODY_TIMEOUT_S:g} s")
+
+
+class _Answer:
+    """Notes how far an answer has come, and gives a client up that does not read it."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = self.ended = False
+
+    async def send(self, message: Message) -> None:
+        """Raises TimeoutError."""
+        self.begun = True
+        async with asyncio.timeout(UNREAD_TIMEOUT_S):
+            await self._send(message)
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+async def _while_connected(call: Any, receive: Receive, answer: _Answer) -> None:
+    """Runs a call until it ends or its client leaves. Raises RequestCancelled when the client left."""
+    answering, leaving = asyncio.ensure_future(call), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise RequestCancelled("the client left")
+        await answering
+    finally:
+        await _end((answering, leaving))
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(tasks: Collection["asyncio.Future[None]"]) -> None:
+    running = [task for task in tasks if not task.done()]
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running)
+
+
+def _replayed(body: bytes) -> Receive:
+    """A `receive` that gives a body which is there already."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()  # the gate looks whether the client leaves
+        raise AssertionError
+
+    return receive
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """The headers by their names in lower case, as admission takes them: a key of `x-api-key` is a bearer's."""
+    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    if "authorization" not in headers and "x-api-key" in headers:
+        headers["authorization"] = f"Bearer {headers['x-api-key']}"
+    return headers
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body has more than {limit} bytes, as many as this server reads", "request")

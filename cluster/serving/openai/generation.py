@@ -1,0 +1,117 @@
+"""Several answers at once: the choices of one call, each a sequence of its own. Knows no HTTP."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from cluster.serving.service import InferenceService
+from cluster.serving.text.prompts import Prompt
+from cluster.types import FinishReason, Logprobs, SamplingParams, TextDelta, Usage
+
+MAX_UNTAKEN = 64  # deltas of a call that wait for its client
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call's name in logs, and the client that it counts for."""
+
+    request_id: str
+    client: str
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer, as far as it has come."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
+
+    def add(self, delta: TextDelta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+        self.usage = delta.usage or self.usage
+
+
+def variants(params: SamplingParams, num: int) -> list[SamplingParams]:
+    """The parameters of each of several answers to one prompt; with a seed each has another one. Source: vLLM."""
+    if params.seed is None:
+        return [params] * num
+    return [replace(params, seed=(params.seed + index) % 2**63) for index in range(num)]
+
+
+def total(choices: Sequence[Choice], num_each: int) -> Usage:
+    """The tokens of a call's choices; a prompt counts once for its `num_each` choices."""
+    return Usage(
+        prompt_tokens=sum(choice.usage.prompt_tokens for choice in choices[::num_each]),
+        completion_tokens=sum(choice.usage.completion_tokens for choice in choices),
+    )
+
+
+async def collect(deltas: AsyncGenerator[tuple[int, TextDelta], None], num_choices: int) -> list[Choice]:
+    """Returns the whole answers. Raises ClusterError, the first that any of them meets."""
+    choices = [Choice() for _ in range(num_choices)]
+    async with aclosing(deltas):
+        async for index, delta in deltas:
+            choices[index].add(delta)
+    return choices
+
+
+async def generate(
+    service: InferenceService, asked: Sequence[tuple[Prompt, SamplingParams]], call: Call
+) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    """Yields (index, delta) of every answer as they come. The first error ends all; closing it cancels all."""
+    several = len(asked) > 1
+    streams = [
+        service.stream(
+            prompt,
+            params,
+            request_id=f"{call.request_id}-{index}" if several else call.request_id,
+            client=call.client,
+        )
+        for index, (prompt, params) in enumerate(asked)
+    ]
+    if not several:
+        async with aclosing(streams[0]):
+            async for delta in streams[0]:
+                yield 0, delta
+        return
+    async with aclosing(_merged(streams)) as deltas:
+        async for each in deltas:
+            yield each
+
+
+async def _merged(
+    streams: Sequence[AsyncGenerator[TextDelta, None]],
+) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    news: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(MAX_UNTAKEN)
+
+    async def pump(index: int, stream: AsyncGenerator[TextDelta, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    await news.put((index, delta))
+            await news.put((index, None))
+        except Exception as error:  # noqa: BLE001 it is raised where the news are taken
+            await news.put((index, error))
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            index, one = await news.get()
+            if isinstance(one, Exception):
+                raise one
+            if one is None:
+                running -= 1
+            else:
+                yield index, one
+    finally:
+        for each in pumps:
+            each.cancel()
+        await asyncio.wait(pumps)

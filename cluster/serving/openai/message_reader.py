@@ -1,0 +1,47 @@
+"""The seam for the meaning of a model's text: content, so far. A reader of tool calls is another one."""
+
+from typing import Protocol
+
+from cluster.serving.openai.chat_schema import AnswerMessage, ChatRequest
+from cluster.types import FinishReason
+
+
+class MessageReader(Protocol):
+    """Reads one choice's text as it comes, and makes the parts of an assistant's message of it."""
+
+    def read(self, text: str) -> list[AnswerMessage]:
+        """Returns the deltas that a piece of text brings; none while it may still mean something else."""
+
+    def end(self) -> list[AnswerMessage]:
+        """Returns the deltas that were held back."""
+
+    def whole(self) -> AnswerMessage:
+        """Returns the message, after `end`."""
+
+    def finish_reason(self, reason: FinishReason) -> str:
+        """Returns OpenAI's word for the reason of the end, after `end`."""
+
+
+class PlainReader:
+    """All text is content."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def read(self, text: str) -> list[AnswerMessage]:
+        self._texts.append(text)
+        return [AnswerMessage(content=text)] if text else []
+
+    def end(self) -> list[AnswerMessage]:
+        return []
+
+    def whole(self) -> AnswerMessage:
+        return AnswerMessage(role="assistant", content="".join(self._texts), refusal=None)
+
+    def finish_reason(self, reason: FinishReason) -> str:
+        return reason
+
+
+def reader_for(body: ChatRequest) -> MessageReader:
+    """Returns a reader for one choice of a request."""
+    return PlainReader()

@@ -1,0 +1,39 @@
+"""`/v1/models`: the one model that is served."""
+
+from fastapi import APIRouter
+
+from cluster.serving.openai.base_schema import AnswerBody
+from cluster.serving.openai.served import Served
+
+OWNER = "moe-cluster"
+
+
+class ModelBody(AnswerBody):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = OWNER
+    root: str
+    max_model_len: int
+
+
+class ModelList(AnswerBody):
+    object: str = "list"
+    data: list[ModelBody]
+
+
+def router(served: Served) -> APIRouter:
+    routes = APIRouter(tags=["models"])
+    info, since_s = served.service.info, int(served.now_s())
+    model = ModelBody(id=info.model_id, created=since_s, root=info.model_id, max_model_len=info.max_model_len)
+
+    @routes.get("/v1/models")
+    async def list_models() -> ModelList:
+        return ModelList(data=[model])
+
+    @routes.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> ModelBody:
+        served.check_model(model_id)
+        return model
+
+    return routes

@@ -1,0 +1,26 @@
+"""The parts of a server that HTTP calls need, handed to each family's router. Knows no HTTP."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from cluster.errors import NotFound
+from cluster.serving.health import HealthState
+from cluster.serving.service import InferenceService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """metrics: returns a scrape of this node in Prometheus' text format; raises Unavailable.
+    now_s: seconds since 1970, for `created`.
+    """
+
+    service: InferenceService
+    health: HealthState
+    metrics: Callable[[], Awaitable[bytes]]
+    now_s: Callable[[], float]
+
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound for a model that is not the served one; None asks for any."""
+        model_id = self.service.info.model_id
+        if name is not None and name != model_id:
+            raise NotFound(f"the model {name[:100]!r} is not served here: this server has {model_id!r}", "model")

@@ -1,0 +1,67 @@
+"""Server-sent events: an answer of many JSON objects, each sent as it is made. Source: WHATWG HTML, section 9.2."""
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from cluster.serving.openai.errors import body_of
+
+DONE = "data: [DONE]\n\n"
+MEDIA_TYPE = "text/event-stream; charset=utf-8"
+
+
+def event(data: BaseModel, name: str = "") -> str:
+    """One event. Fields that were not set are left out; those that were set to None are null.
+
+    name: of its kind, for APIs that give one.
+    """
+    kind = f"event: {name}\n" if name else ""
+    return f"{kind}data: {data.model_dump_json(exclude_unset=True)}\n\n"
+
+
+class EventStream(Response):
+    """Sends events as an async generator makes them; closes it also when the client leaves.
+
+    events: not begun yet. An error before the first event becomes the answer's status, as `begun` makes sure.
+    """
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for text in events:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def begun(events: AsyncGenerator[str, None], request_id: str) -> EventStream:
+    """A stream whose first event is there: an error before it is raised here, and has a status of its own.
+
+    A later one ends the stream with an event that has the error, and without [DONE].
+    """
+    try:
+        first = await anext(events)
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(_rest(first, events, request_id))
+
+
+async def _rest(first: str, events: AsyncGenerator[str, None], request_id: str) -> AsyncGenerator[str, None]:
+    async with aclosing(events):
+        try:
+            yield first
+            async for text in events:
+                yield text
+        except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but an error in OpenAI's shape
+            yield f"data: {json.dumps(body_of(error, request_id), ensure_ascii=False)}\n\n"

@@ -1,0 +1,99 @@
+"""The served application over HTTP, through HAProxy, with OpenAI's own client; its answers are those of gRPC."""
+
+import json
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import openai
+import pytest
+from served_tools import scrape
+
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.pb.moecluster.v1 import inference_pb2_grpc
+
+pytestmark = pytest.mark.ray
+
+MESSAGES = [{"role": "user", "content": "Which experts answered?"}]
+GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
+
+
+@pytest.fixture
+def client(served):
+    with openai.OpenAI(base_url=f"{served.http_url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def expected(channel):
+    """The same conversation's answer over gRPC."""
+    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=MESSAGES[0]["content"])])
+    params = pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=12, ignore_eos=True)
+    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+        pb.GenerateRequest(chat=chat, sampling_params=params)
+    )
+
+
+def test_a_chat_has_the_answer_that_grpc_gives(client, expected):
+    answer = client.chat.completions.create(model="demo-moe", messages=MESSAGES, max_tokens=12, **GREEDY)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (expected.usage.prompt_tokens, 12)
+
+
+def test_a_stream_brings_the_same_piece_by_piece(client, expected):
+    stream = client.chat.completions.create(
+        model="demo-moe",
+        messages=MESSAGES,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+        **GREEDY,
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected.text
+    assert len(chunks) > 4
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+
+
+def test_completions_of_several_prompts(client, served):
+    answer = client.completions.create(
+        model="demo-moe", prompt=[[1, 2, 3], [4, 5]], n=2, max_tokens=4, logprobs=1, **GREEDY
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text == answer.choices[1].text
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 16)
+    assert all(len(choice.logprobs.tokens) == 4 for choice in answer.choices)
+
+
+def test_refusals_are_openais_errors(client, served):
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.chat.completions.create(model="gpt-5", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError, match="temperature is 200"):
+        client.chat.completions.create(model="demo-moe", messages=MESSAGES, temperature=200)
+    for path, status in (("/-/routes", 403), ("/v1/nothing", 404)):
+        with pytest.raises(HTTPError) as refused:
+            urlopen(served.http_url + path, timeout=10)
+        assert refused.value.code == status
+        assert "message" in json.load(refused.value)["error"]
+
+
+def test_questions_about_the_server(client, served):
+    assert [model.id for model in client.models.list()] == ["demo-moe"]
+    for path in ("/health", "/ready", "/version", "/-/healthz"):
+        with urlopen(served.http_url + path, timeout=10) as answer:
+            assert answer.status == 200
+    with urlopen(served.http_url + "/metrics", timeout=10) as answer:
+        assert "moecluster_requests_total" in answer.read().decode()
+
+
+def test_a_client_that_leaves_frees_its_place(served):
+    """A stream of which one event is read: the engine ends it long before it has all its tokens."""
+    before = scrape(served)["moecluster_generated_tokens_total"]
+    body = {"messages": MESSAGES, "max_tokens": 900, "stream": True, "ignore_eos": True}
+    request = Request(
+        f"{served.http_url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urlopen(request, timeout=30) as answer:
+        assert answer.readline().startswith(b"data: ")
+    assert scrape(served)["moecluster_generated_tokens_total"] - before < 600
