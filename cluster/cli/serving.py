@@ -16,7 +16,7 @@ from cluster.cli.arguments import (
     cluster_config,
     serve_options,
 )
-from cluster.cli.clients import print_stream
+from cluster.cli.sampling import print_stream
 from cluster.footprint.folders import OwnedFolder
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """A plain gRPC client of the service, for the command line. Knows no Ray."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,7 +86,7 @@ class Client:
         params: SamplingParams,
         *,
         request_id: str = "",
-    ) -> Iterator[pb.GenerateStreamResponse]:
+    ) -> Generator[pb.GenerateStreamResponse, None, None]:
         """Yields the pieces of an answer to a text, a conversation or token ids; closing the iterator cancels it.
 
         Raises ClusterError with the server's message.

@@ -73,7 +73,7 @@ class CountProgress:
         counts = (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn(),
-            console=OutputConsole(stderr=True),
+            console=OutputConsole(stderr=True), redirect_stdout=False,  # else what is printed to a file comes here
         )  # fmt: skip
         self._title = title
         self._task: TaskID | None = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import grpc
+import pexpect
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -139,6 +141,52 @@ def test_chat_answers_line_by_line_and_ends_with_the_input(served):
     done = run("chat", "--address", address, "--max-tokens", 5, "--temperature", 0, stdin="hi\nand again\n")
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_chat_on_a_terminal_has_several_lines_commands_and_ctrl_c(served, tmp_path):
+    """As a person types: the answer to the second question is stopped, its half stays in the conversation."""
+    command = [*COMMAND, "chat", "--address", f"127.0.0.1:{served.grpc_port}", "--temperature", "0"]
+    surroundings = {"TERM": "xterm", "NO_COLOR": "1", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    chat = pexpect.spawn(
+        command[0], command[1:], env=os.environ | surroundings, timeout=60, encoding="utf-8", dimensions=(40, 200)
+    )
+    shown = chat.logfile_read = io.StringIO()
+    chat.expect("/help lists commands")
+    chat.send("/params ignore_eos true\r")
+    chat.expect("ignore_eos=true")
+    chat.send("/params max_tokens 3\r")
+    chat.expect("max_tokens=3")
+    chat.send("one\x1b\rtwo\r")  # Alt-Enter
+    chat.expect("3 tokens in")
+    chat.send("/params max_tokens 3000\r")
+    chat.expect("max_tokens=3000")
+    chat.send("\x1b[200~pasted\nlines\x1b[201~\r")
+    chat.expect("\\?2004l[^\x1b]{20}")  # the line is taken, and the answer has begun
+    chat.sendintr()
+    chat.expect("stopped")
+    chat.send(f"/save {tmp_path / 'chat.json'}\r")
+    chat.expect("saved [34] turns.*you>")
+    chat.sendeof()
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+    assert re.findall(r"\x1b\[[0-9;]*3[0-7]m", shown.getvalue()) == []
+    turns = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [turn["content"] for turn in turns if turn["role"] == "user"] == ["one\ntwo", "pasted\nlines"]
+    history = tmp_path / "moe-cluster" / "chat_history"
+    assert "+one\n+two\n" in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+def test_generate_answers_a_pipe_of_prompts_as_json_lines(served):
+    address = f"127.0.0.1:{served.grpc_port}"
+    many = run("generate", "--address", address, "--max-tokens", 4, "--temperature", 0, "--output", "jsonl",
+               stdin="".join(f"{number}\n" for number in range(40)))  # fmt: skip
+    assert many.returncode == 0
+    answers = [json.loads(line) for line in many.stdout.splitlines()]
+    assert [one["prompt"] for one in answers] == [str(number) for number in range(40)]
+    one = run("generate", "7", "--address", address, "--max-tokens", 4, "--temperature", 0)
+    assert one.stdout == answers[7]["text"] + "\n"
 
 
 def test_chat_takes_tools_from_a_file_and_refuses_what_is_none(served, tmp_path):

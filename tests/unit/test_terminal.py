@@ -67,6 +67,7 @@ COMMANDS = {
     "plan": ("{}", 0),
     "doctor": ("", 0),
     "ray-env": ("", 0),
+    "completion": ("bash", 0),
     "keys new": ("x", 0),
     **dict.fromkeys(("convert", "upcycle"), ("/nonexistent /nonexistent/new", 2)),
     "eval": ("/nonexistent --text /nonexistent", 2),

@@ -1,0 +1,50 @@
+"""The options that choose tokens, of the commands that talk with a server, and the one stream that they print."""
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cluster.errors import InvalidRequest, SetupError
+
+if TYPE_CHECKING:  # these take a while to load: not for --help
+    from cluster.pb.moecluster.v1 import inference_pb2 as pb
+    from cluster.types import SamplingParams
+
+NUMBERS: tuple[tuple[str, type, str, str], ...] = (  # fields of SamplingParams: name, type, metavar, meaning
+    ("max_tokens", int, "N", "tokens of answer at most (default: the checkpoint's, else all that fit)"),
+    ("temperature", float, "X", "0 is greedy (default: the checkpoint's)"),
+    ("top_p", float, "X", "nucleus sampling (default: the checkpoint's)"),
+    ("top_k", int, "N", "0 keeps all (default: the checkpoint's)"),
+    ("min_p", float, "X", "drops tokens below this share of the likeliest one (default: the checkpoint's)"),
+    ("repetition_penalty", float, "X", "over prompt and answer; 1 is none (default: the checkpoint's)"),
+    ("presence_penalty", float, "X", "once for each token of the answer; 0 is none (default: the checkpoint's)"),
+    ("frequency_penalty", float, "X", "for each time a token comes; 0 is none (default: the checkpoint's)"),
+    ("seed", int, "N", "the same seed gives the same answer (default: another one each time)"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, kind, metavar, meaning in NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=meaning)
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the answer and is cut from it; may be given several times"
+    )
+
+
+def params_of(args: argparse.Namespace) -> "SamplingParams":
+    """Raises SetupError for a value that no server takes: wrong usage, of which no server needs to hear."""
+    from cluster.types import SamplingParams
+
+    given = {name: getattr(args, name) for name, *_ in NUMBERS}
+    try:
+        return SamplingParams(**given, stop=args.stop or ())
+    except InvalidRequest as error:
+        option = f"--{error.field.replace('_', '-')}"
+        raise SetupError(f"{option}{str(error).removeprefix(error.field)}") from error
+
+
+def print_stream(pieces: Iterator["pb.GenerateStreamResponse"]) -> None:
+    """Prints an answer while it comes."""
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+    print()

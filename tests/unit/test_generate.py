@@ -1,0 +1,140 @@
+"""The command `generate` with many prompts, and the forms in which it reads them."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from cluster import cli
+from cluster.cli import generate
+from cluster.cli.prompts import read_prompts
+from cluster.client import options
+from cluster.conversation import Conversation
+from cluster.errors import InvalidRequest, Overloaded, SetupError
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.types import SamplingParams
+
+
+def prompts_in(text, form, tmp_path, name="in.txt"):
+    path = tmp_path / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_prompts([], [path], form, SamplingParams(max_tokens=9))
+
+
+def test_lines_are_prompts_and_empty_ones_are_none(tmp_path):
+    found = prompts_in("\ufeffone\r\n\n  \n two \u2028x\n", None, tmp_path)
+    assert [one.prompt for one in found] == ["one", " two \u2028x"]
+
+
+def test_a_whole_file_is_one_prompt(tmp_path):
+    [one] = prompts_in("one\ntwo\n", "whole", tmp_path)
+    assert one.prompt == "one\ntwo\n"
+
+
+def test_objects_have_a_prompt_of_three_kinds_and_parameters_of_their_own(tmp_path):
+    lines = [
+        {"prompt": "a", "max_tokens": 2, "id": 7},
+        {"messages": [{"role": "user", "content": "b"}]},
+        {"token_ids": [1, 2], "temperature": 0},
+    ]
+    found = prompts_in("\n".join(map(json.dumps, lines)), None, tmp_path, "in.jsonl")
+    assert [type(one.prompt) for one in found] == [str, Conversation, list]
+    assert [(one.params.max_tokens, one.params.temperature) for one in found] == [(2, None), (9, None), (9, 0)]
+    assert found[0].given == {"id": 7, "prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[1]", "no prompt"),
+        ("{", "no JSON"),
+        ('{"prompt": 1}', "a text is needed"),
+        ('{"prompt": "a", "messages": []}', "prompt and messages"),
+        ('{"messages": []}', "0 messages"),
+        ('{"token_ids": ["a"]}', "token_ids"),
+        ('{"prompt": "a", "max_tokns": 1}', "'max_tokns' is unknown"),
+        ('{"prompt": "a", "top_p": 3}', "top_p is 3"),
+        ("[" * 100_000, "no JSON"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_sent(line, words, tmp_path):
+    with pytest.raises(SetupError, match=r"line 2 of .*in\.jsonl") as caught:
+        prompts_in('{"prompt": "good"}\n' + line, None, tmp_path, "in.jsonl")
+    assert words in str(caught.value)
+
+
+def test_what_is_no_text_and_no_input_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(SetupError, match="not valid UTF-8 at byte 1"):
+        prompts_in(b"a\xff", None, tmp_path)
+    with pytest.raises(SetupError, match="cannot be read"):
+        read_prompts([], [tmp_path / "nothing"], None, SamplingParams())
+    with pytest.raises(SetupError, match="every line is empty"):
+        prompts_in("\n\n", None, tmp_path)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(SetupError, match="no prompt is given"):
+        read_prompts([], [], None, SamplingParams())
+
+
+class Server:
+    """Answers each prompt with its upper case; refuses "busy" once, and "bad" always."""
+
+    def __init__(self):
+        self.refused = 0
+
+    def stream(self, prompt, params):
+        if prompt == "bad":
+            raise InvalidRequest("it is bad")
+        if prompt == "busy" and not self.refused:
+            self.refused += 1
+            raise Overloaded("full", 0.0)
+        yield pb.GenerateStreamResponse(text=prompt.upper())
+        usage = pb.Usage(prompt_tokens=1, completion_tokens=2)
+        yield pb.GenerateStreamResponse(finish_reason=pb.FINISH_REASON_LENGTH, usage=usage)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    monkeypatch.setattr(options, "connect", lambda args: server)
+    monkeypatch.setattr(generate.time, "sleep", lambda seconds: None)
+    return server
+
+
+def test_many_answers_come_in_the_order_of_their_prompts(server, capsys):
+    assert cli.main(["generate", "a", "busy", "c", "--output", "jsonl", "--concurrency", "2"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["text"] for one in answers] == ["A", "BUSY", "C"]
+    assert [one["index"] for one in answers] == [0, 1, 2]
+    assert answers[0]["finish_reason"] == "length"
+    assert answers[0]["usage"] == {"prompt_tokens": 1, "completion_tokens": 2}
+
+
+@pytest.mark.parametrize("form", ["text", "jsonl"])
+def test_a_failed_prompt_harms_no_other_and_makes_the_exit_code_1(server, capsys, form):
+    assert cli.main(["generate", "a", "bad", "c", "--output", form]) == 1
+    shown = capsys.readouterr()
+    if form == "text":
+        assert shown.out == "A\nC\n"
+        assert "moe-cluster: prompt 2: it is bad\n" in shown.err
+    else:
+        error = json.loads(shown.out.splitlines()[1])["error"]
+        assert error == {"code": "INVALID_ARGUMENT", "message": "it is bad"}
+
+
+def test_a_pipe_has_prompts_too(server, monkeypatch, capsys):
+    pipe = SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(b"x\ny\n"))
+    monkeypatch.setattr("sys.stdin", pipe)
+    assert cli.main(["generate"]) == 0
+    assert capsys.readouterr().out == "X\nY\n"
+
+
+def test_a_concurrency_that_is_none_is_wrong_usage(capsys):
+    assert cli.main(["generate", "a", "--concurrency", "0"]) == 2
+    assert capsys.readouterr().err.startswith("moe-cluster: --concurrency is 0")
