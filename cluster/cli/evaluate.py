@@ -85,6 +85,7 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
 
     checkpoint = open_checkpoint(args.model, args.rope_scaling)
     config = checkpoint.config
+    config.head.check_serves("token_logprobs")
     engine = EngineConfig(dtype=args.dtype or "auto", device=args.device or "auto")
     windows = Windows.of(args.context, args.stride, max_model_len(config, engine))
     token_ids = _given_ids(args)
@@ -117,6 +118,7 @@ def _served(args: argparse.Namespace) -> "Perplexity":
     import numpy as np
 
     from cluster.client.long_text import tokenize_in_parts
+    from cluster.client.patience import patient
     from cluster.console import CountProgress
     from cluster.perplexity import Windows, perplexity
 
@@ -127,11 +129,12 @@ def _served(args: argparse.Namespace) -> "Perplexity":
         CountProgress("tokens", "tokens") as bar,
     ):
         windows = Windows.of(args.context, args.stride, client.model_info().max_model_len)
+        one = patient(client.score)
         if token_ids is None:
-            token_ids = tokenize_in_parts(_text(args.text), client.tokenize)
+            token_ids = tokenize_in_parts(_text(args.text), patient(client.tokenize))
 
         def score(parts: Sequence[Sequence[int]]) -> "list[NDArray[np.float32]]":
-            return [np.array(answer.logprobs, dtype=np.float32) for answer in threads.map(client.score, parts)]
+            return [np.array(answer.logprobs, dtype=np.float32) for answer in threads.map(one, parts)]
 
         return perplexity(token_ids, windows, score, batch=SEQUENCES // 2, progress=bar.update)
 

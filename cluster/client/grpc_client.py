@@ -1,5 +1,6 @@
 """A plain gRPC client of the service, for the command line. Knows no Ray."""
 
+import math
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.serving.grpc.chats import to_chat_messages
 from cluster.types import SamplingParams
-from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY
+from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY, RETRY_KEY
 
 MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context
 
@@ -31,7 +32,6 @@ Asking = TypeVar(
 _POOLINGS = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
 _ERRORS: dict[grpc.StatusCode, type[ClusterError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
 }
@@ -181,7 +181,16 @@ class Client:
             return Unavailable(f"no server answers at {self.address}: start one with `moe-cluster serve MODEL_DIR`")
         if code == grpc.StatusCode.UNAUTHENTICATED and not self._has_key:
             details += " (of this command: set $MOE_CLUSTER_API_KEY, or give --api-key-file)"
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(f"{code.name}: {details}", _retry_after_s(error))
         return _ERRORS.get(code, ClusterError)(f"{code.name}: {details}")
+
+
+def _retry_after_s(error: grpc.RpcError) -> float:
+    """The server's hint; infinite where it gives none: the same call would be refused again."""
+    metadata = cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())  # its stub says that it is one pair
+    hint = dict(metadata).get(RETRY_KEY, "")
+    return int(hint) / 1000 if hint.isdigit() else math.inf
 
 
 def _short(reason: str) -> str:

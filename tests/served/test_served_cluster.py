@@ -101,6 +101,7 @@ def test_metrics_tell_the_traffic_by_part(served, stub):
     ):  # fmt: skip
         assert after[name] > before[name], name
     assert after["moecluster_controller_up_shards"] == 2
+    assert after["moecluster_shard_weights_bytes"] == 4 * 64 * 24_576  # of a layer's experts, as `plan` has it
     assert after["moecluster_controller_plan_epoch"] >= 1
 
 

@@ -16,6 +16,7 @@ from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.registration import SERVICE_NAME
 from cluster.serving.text.tokenizer import Tokenizer
+from cluster.wire import RETRY_KEY
 
 METHODS = {"Score": pb.ScoreResponse, "Tokenize": pb.TokenizeResponse, "GetModelInfo": pb.GetModelInfoResponse}
 
@@ -27,10 +28,15 @@ LONG_CONTEXT = 1 << 16
 def server(tmp_path, request):
     """Gives its address, and the backend; a token's log-probability is minus its id. Parameters: the service's."""
     backend, options = NumbersBackend(), getattr(request, "param", {})
+    backend.busy = 0  # calls that the server has no room for
     service = make_service(Tokenizer(write_tokenizer(tmp_path)), backend, **options)
 
     def handler(method, response):
         def answer(request, context):
+            if method == "Score" and backend.busy:
+                backend.busy -= 1
+                context.set_trailing_metadata([(RETRY_KEY, "5")])
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
             return asyncio.run(getattr(GrpcInferenceService(service), method)(request, FakeContext()))
 
         return grpc.unary_unary_rpc_method_handler(answer, response_serializer=response.SerializeToString)
@@ -55,6 +61,16 @@ def test_windows_are_scored_by_the_server(server, tmp_path, capsys):
     assert found["token_perplexity"] == pytest.approx(math.exp(3.5))
     assert sorted(request.prompt_token_ids for request in backend.requests) == [(1, 2, 3, 4), (3, 4, 5)]
     assert {request.wants for request in backend.requests} == {"token_logprobs"}
+
+
+def test_a_busy_servers_windows_are_sent_again(server, tmp_path, capsys):
+    address, backend = server
+    backend.busy = 3
+    (tmp_path / "ids").write_text("1 2 3 4 5")
+    arguments = ["--token-ids", str(tmp_path / "ids"), "--context", "4", "--stride", "2", "--json"]
+    assert cli.main(["eval", "--address", address, *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(math.exp(3))
+    assert (backend.busy, len(backend.requests)) == (0, 2)
 
 
 def test_a_text_is_tokenized_by_the_server_and_its_context_is_the_default(server, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 import types
 
 import pytest
@@ -89,3 +91,43 @@ def test_a_cache_holds_as_many_bytes_a_token_as_the_plan_says(name, dtype, model
     cache = KVCache(config, num_blocks=num_blocks, block_size=16, dtype=getattr(torch, dtype), device=CPU)
     per_token = planned(model_dirs[name], dtype, 2, capsys)["kv_bytes_per_token"]
     assert held_bytes(cache) == (num_blocks + 1) * 16 * per_token  # one block is for places without a token
+
+
+PROCESS = """
+import ctypes, gc, re, sys, torch
+from pathlib import Path
+from cluster.checkpoint.reader import CheckpointReader
+from cluster.experts.placement import plan_evenly
+from cluster.experts.shard import ExpertShard
+from cluster.model.registry import load_model
+
+def anonymous():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def loaded(model_dir, dtype):
+    reader, options = CheckpointReader(model_dir), {"dtype": dtype, "device": torch.device("cpu")}
+    before = anonymous()
+    model = load_model(reader, **options)
+    between = anonymous()
+    shard = ExpertShard(0, reader.config, **options)
+    shard.load(reader, plan_evenly(reader.config.sparse_layers, reader.config.num_experts, 1).slices[0])
+    return between - before, anonymous() - between
+
+loaded(sys.argv[1], torch.float32)  # what the first load brings along stays: libraries, buffers
+print(*loaded(sys.argv[2], getattr(torch, sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_the_kernel_counts_as_many_bytes_of_a_process(dtype, model_dirs, tmp_path, capsys):
+    """Within 5 % or 4 MB: no second copy stays, in whatever form the weights are kept."""
+    larger = {"vocab_size": 20_000, "hidden_size": 512, "num_experts": 12, "moe_intermediate_size": 512}
+    write_checkpoint(tmp_path / "model", MODELS["moe, untied"] | larger, seed=1)
+    plan = planned(tmp_path / "model", dtype, 1, capsys)
+    command = [sys.executable, "-c", PROCESS, str(model_dirs["moe, untied"]), str(tmp_path / "model"), dtype]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    expected = [plan["attention_replica_bytes"], plan["expert_shards"][0]["bytes"]]
+    assert min(expected) > 40_000_000
+    assert [int(text) for text in found] == [pytest.approx(each, rel=0.05, abs=4_000_000) for each in expected]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from cluster import cli
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.made.synthetic import write_checkpoint
+from cluster.checkpoint.reader import CheckpointReader
 from cluster.errors import SetupError
 from cluster.perplexity import Windows, perplexity
 
@@ -139,6 +140,21 @@ def test_a_text_is_read_with_the_checkpoints_tokenizer(tmp_path: Path, capsys: p
     assert found is not None
     assert float(found[1]) == pytest.approx(expected, abs=1e-3)
     assert (int(found[3]), int(found[4])) == (len(ids), -(-len(ids) // 40))
+
+
+def test_a_model_without_next_tokens_is_refused_before_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was loaded")
+
+    write_checkpoint(
+        tmp_path / "model", dense(architectures=["Qwen2ForTokenClassification"], num_hidden_layers=1), seed=1
+    )
+    (tmp_path / "ids").write_text("1 2 3")
+    monkeypatch.setattr(CheckpointReader, "load", unwanted)
+    assert cli.main(["eval", str(tmp_path / "model"), "--token-ids", str(tmp_path / "ids")]) == 1
+    assert "it answers ClassifyTokens and Embed, not Score" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
