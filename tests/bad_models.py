@@ -55,7 +55,10 @@ BAD_MODELS = [
         "a missing file of weights", "names model-00002-of-00003.safetensors which is not there",
         without="model-00002-of-00003.safetensors",
     ),
-    BadModel("pickled weights", "pytorch_model.bin", in_place_of_weights="pytorch_model.bin"),
+    BadModel(
+        "pickled weights", "moe-cluster convert --from-pickle",
+        in_place_of_weights="pytorch_model.bin",
+    ),
     BadModel(
         "an adapter alone", "holds an adapter, not a whole model: merge it into its base",
         in_place_of_weights="adapter_config.json",

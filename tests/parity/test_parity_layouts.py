@@ -65,6 +65,11 @@ def float64(model_dir):
     rewrite(model_dir, lambda stored: stored.update({n: t.double() for n, t in stored.items()}))
 
 
+def float16(model_dir):
+    settings(model_dir, torch_dtype="float16")
+    rewrite(model_dir, lambda stored: stored.update({n: t.half() for n, t in stored.items()}))
+
+
 def bfloat16_without_a_word_of_it(model_dir):
     settings(model_dir, torch_dtype=None)
     rewrite(model_dir, lambda stored: stored.update({n: t.bfloat16() for n, t in stored.items()}))
@@ -78,6 +83,7 @@ def bfloat16_without_a_word_of_it(model_dir):
         tied_with_the_head_alone,
         fused,
         float64,
+        float16,
         bfloat16_without_a_word_of_it,
     ],
 )

@@ -88,6 +88,21 @@ def test_load_copies_every_tensor_cast_to_its_destination(model_dir: Path, dtype
         assert torch.equal(targets[name], tensor.to(dtype)), name
 
 
+@pytest.mark.parametrize("stored_as", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_every_dtype_on_disk_is_read_into_every_other(
+    model_dir: Path, stored_as: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Each number once rounded, from its own dtype to the other."""
+    for path in model_dir.glob("*.safetensors"):
+        save_file({name: tensor.to(stored_as) for name, tensor in load_file(path).items()}, path)
+    reader, stored = CheckpointReader(model_dir), load_everything(model_dir)
+    targets = make_targets(reader, dtype)
+    reader.load(targets)
+    assert all(tensor.dtype == stored_as for tensor in stored.values())
+    assert all(torch.equal(target, stored[name].to(dtype)) for name, target in targets.items())
+
+
 def test_load_fills_a_view_and_leaves_what_lies_around_it(model_dir: Path) -> None:
     """Rows 10 to 59 of the transposed buffer are the destination: a view that is not contiguous."""
     buffer = torch.zeros(16, 80)
