@@ -108,7 +108,8 @@ class CheckpointReader:
                 self.model_dir,
                 some(ignored, "is", "are"),
             )
-        unread = [n for n in self._source.matching("*.safetensors") if n not in {p.name for p in self._files.values()}]
+        read = {path.name for path in set(self._files.values())}
+        unread = [name for name in self._source.matching("*.safetensors") if name not in read]
         if unread:
             log.warning("%s: %s not read: every tensor is in others", self.model_dir, some(unread, "is", "are"))
 
@@ -191,9 +192,12 @@ class CheckpointReader:
 
     def _headers(self) -> dict[str, StoredTensor]:
         """Of all stored tensors. Raises CheckpointError where files and index do not agree."""
-        in_files = {path: self._format.header(self._source, path.name) for path in sorted(set(self._files.values()))}
+        located: dict[Path, set[str]] = {}
+        for name, path in self._files.items():
+            located.setdefault(path, set()).add(name)
+        in_files = {path: self._format.header(self._source, path.name) for path in sorted(located)}
         for path, in_file in in_files.items():
-            absent = sorted(name for name, file in self._files.items() if file == path and name not in in_file)
+            absent = sorted(located[path] - in_file.keys())
             if absent:
                 raise _not_in_file(path, absent)
         for path, in_file in in_files.items():
@@ -202,7 +206,7 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{path}: {some(unknown, 'is', 'are')} in this file and not in the index: download both again"
                 )
-            twice = sorted(name for name in in_file if self._files[name] != path)
+            twice = sorted(in_file.keys() - located[path])
             if twice:
                 raise CheckpointError(
                     f"{self.model_dir}: {some(twice[:1], 'is', 'are')} in {self._files[twice[0]].name}, as "

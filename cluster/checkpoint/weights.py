@@ -178,17 +178,21 @@ def read_index(files: WeightFiles, name: str) -> dict[str, Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty: download it again")
+    paths: dict[str, Path] = {}  # of a few names, which thousands of tensors share
     for name, file_name in weight_map.items():
+        if isinstance(file_name, str) and file_name in paths:
+            continue
         if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
             raise CheckpointError(
                 f"{index}: weight_map gives {shown(file_name)} for {shown(name)}, a name without a directory is needed"
             )
-    absent = sorted(name for name in set(weight_map.values()) if not files.is_file(name))
+        paths[file_name] = files.directory / file_name
+    absent = sorted(file_name for file_name in paths if not files.is_file(file_name))
     if absent:
         raise CheckpointError(
             f"{index} names {some(absent, 'which is', 'which are')} not there: download the missing files"
         )
-    return {name: files.directory / file_name for name, file_name in weight_map.items()}
+    return {name: paths[file_name] for name, file_name in weight_map.items()}
 
 
 def _check_parts(files: WeightFiles, names: list[str]) -> None:

@@ -18,6 +18,7 @@ from cluster.pb.moecluster.v1 import inference_pb2_grpc
 COMMAND = [str(Path(sys.executable).parent / "moe-cluster")]
 TINY = ["--device", "cpu", "--dtype", "float32", "--expert-shards", "1", "--kv-cache-bytes", str(8 << 20)]
 PORTS = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+ONE_ATTEMPT = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # for starts that fail: Serve makes three otherwise
 
 
 def wait_until(condition, timeout_s=60.0):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from serving_tools import Serving, command
+from serving_tools import ONE_ATTEMPT, Serving, command
 
 from cluster.footprint.processes import members
 from cluster.llm import LLM
@@ -63,7 +63,7 @@ def test_a_file_that_a_shard_cannot_fetch_ends_the_start_with_its_reason(tmp_pat
     write_in_parts(checkpoint)
     with serve({NAME: repository_of(checkpoint)}) as hub:
         hub.refused = EXPERTS[1]
-        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), **ONE_ATTEMPT}
         serving = Serving(NAME, tmp_path, "--expert-shards", "2", environment=environment)
         try:
             assert serving.process.wait(300) == 2

@@ -4,15 +4,16 @@ Random weights, which processes draw themselves, pass every check of files, what
 """
 
 import json
+import os
 import subprocess
 
 import pytest
-from serving_tools import COMMAND, PORTS, TINY
+from serving_tools import COMMAND, ONE_ATTEMPT, PORTS, TINY
 
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.made.drawn import SEED_KEY
 
-pytestmark = pytest.mark.slow  # Serve tries three times
+pytestmark = pytest.mark.slow  # a cluster of its own
 
 
 @pytest.mark.timeout(600)
@@ -33,7 +34,7 @@ def test_what_has_no_memory_says_how_much_it_wanted(tmp_path, sizes, named):
     raw |= {SEED_KEY: 1, "hidden_size": 4096, **sizes}
     (model_dir / "config.json").write_text(json.dumps(raw))
     arguments = [*COMMAND, "serve", str(model_dir), *TINY, *PORTS]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=500, env=os.environ | ONE_ATTEMPT)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("moe-cluster: ")

@@ -141,7 +141,7 @@ SHARES = 5  # a command takes its turn in every fifth cell: each of them in each
 def test_commands_in_every_broken_surrounding(demo_checkpoint, number):
     surroundings, streams = CELLS[number]
     check("", 0, "--help", surroundings=surroundings, streams=streams)
-    check("plan", 2, "/nonexistent", surroundings=surroundings, streams=streams)
+    check("status", 2, f"--ray-address {DEAD}", surroundings=surroundings, streams=streams)
     for command, (line, code) in list(COMMANDS.items())[number % SHARES :: SHARES]:
         check(command, code, line.format(demo_checkpoint), surroundings=surroundings, streams=streams)
 
