@@ -65,7 +65,8 @@ def wheel(unpacked, tmp_path_factory):
     """Made of the sdist, with the compiler that is here."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    return built(unpacked, "wheel", tmp_path_factory.mktemp("wheel"))
+    folder = tmp_path_factory.mktemp("wheel")
+    return built(shutil.copytree(unpacked, folder / "source"), "wheel", folder)
 
 
 def built(source, kind, out):
