@@ -1,0 +1,55 @@
+"""A test file runs alone, and beside any other: it names the modules of its fixtures, and the shared Ray."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FILES = {path: ast.parse(path.read_text()) for path in Path(__file__).parents[1].rglob("*.py")}
+TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
+OF_THE_SHARED_RAY = {"ray_cluster", "application", "served", "served_for_good"}  # in conftest.py
+
+
+def named(path: Path) -> set[str]:
+    """The modules of a file's `pytest_plugins`."""
+    assigned = [node for node in FILES[path].body if isinstance(node, ast.Assign)]
+    found = [node.value for node in assigned if ast.unparse(node.targets[0]) == "pytest_plugins"]
+    return {name for value in found for name in ast.literal_eval(value)}
+
+
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(FILES[path]) if isinstance(node, ast.FunctionDef)}
+
+
+def fixtures(path: Path) -> set[str]:
+    return {
+        name for name, node in functions(path).items() if any("fixture" in ast.unparse(d) for d in node.decorator_list)
+    }
+
+
+def taken(path: Path) -> set[str]:
+    """The arguments of a file's tests and fixtures that neither the file nor a parameter gives."""
+    found = set()
+    for name, node in functions(path).items():
+        if name.startswith("test_") or name in fixtures(path):
+            given = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
+            found |= {arg.arg for arg in node.args.args if arg.arg not in given}
+    return found - functions(path).keys()
+
+
+@pytest.mark.parametrize("module", sorted({name for path in TEST_FILES for name in named(path)}))
+def test_each_file_names_the_module_of_its_fixtures(module: str) -> None:
+    shared = fixtures(Path(__file__).parent / f"{module}.py")
+    users = [path for path in TEST_FILES if path.parent == Path(__file__).parent and taken(path) & shared]
+    assert len(users) > 1
+    assert sorted(path.name for path in users if module not in named(path)) == []
+
+
+def test_each_file_that_shares_the_ray_has_its_mark() -> None:
+    """Without it, two processes would start a Ray each."""
+    pytest.importorskip("xdist")
+    from two_processes import shares_ray
+
+    users = [path for path in TEST_FILES if taken(path) & OF_THE_SHARED_RAY]
+    assert len(users) > 10
+    assert sorted(path.name for path in users if not shares_ray(path)) == []
