@@ -97,10 +97,11 @@ def _backend(name, protocol, ports, fallback):
 
 
 @contextmanager
-def haproxy(folder, backend_port, front=None):
-    """Yields the port of gRPC once our program runs as HAProxy in front of a gRPC server of this machine."""
+def haproxy(folder, backend_port, front=None, http=()):
+    """Yields the port of gRPC once our program runs as HAProxy in front of a gRPC server of this machine; that of HTTP,
+    where there are servers of HTTP."""
     ports = free_ports(4)
-    path = write_config(folder, ports, None if backend_port is None else [backend_port])
+    path = write_config(folder, ports, None if backend_port is None else [backend_port], http)
     program = str(Path(sys.executable).parent / PROGRAM)
     process = subprocess.Popen(
         [program, "-f", str(path), "-db"],
@@ -109,7 +110,7 @@ def haproxy(folder, backend_port, front=None):
     )
     try:
         await_port(process, ports[0])
-        yield ports[0]
+        yield ports[1 if http else 0]
     finally:
         process.terminate()
         process.communicate()

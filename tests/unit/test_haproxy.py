@@ -140,15 +140,6 @@ def test_haproxys_own_checks_ask_serve_which_refuses_none(tmp_path):
     assert not [line for line in after.splitlines() if "check" in line and "grpc.health" in line]
 
 
-def test_where_tls_is_asked_for_plain_http_answers_probes_alone(written):
-    """Each call gets its answer from the first rule that matches."""
-    after = adapted(written.read_text(), written.parent, tls=" ssl crt x.pem")
-    http = after[after.index("frontend http_frontend") : after.index("backend default_backend")]
-    [*_, last] = rules = re.findall(r"http-request return .*", http)
-    assert last.endswith("tls.json")
-    assert all(rule.endswith((" if healthcheck", " if routes")) for rule in rules[:-1])
-
-
 def test_http_calls_cannot_name_their_own_address_or_change_serves_treatment(tmp_path):
     after = adapted(write_config(tmp_path, (9001, 8001, 9002, 9003), [40000], http=[30000]).read_text(), tmp_path)
     http = after[after.index("frontend http_frontend") : after.index("backend default_backend")]

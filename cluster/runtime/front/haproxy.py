@@ -176,8 +176,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], Path | None, list[int]]
 def _files(config: Path, text: str) -> FrontFiles:
     """The files of this process. Removes those of processes that are gone."""
     folder, pid = config.parent, os.getpid()
-    for path in (*folder.glob("haproxy.*.cfg"), *folder.glob("i*")):
-        owner = re.fullmatch(r"(?:haproxy\.|i)(\d+)(?:\.cfg)?", path.name)
+    for path in (*folder.glob("haproxy.*.cfg"), *folder.glob("[itp]*")):
+        owner = re.fullmatch(r"(?:haproxy\.|[itp])(\d+)(?:\.cfg)?", path.name)
         if owner is not None and not Path(f"/proc/{owner[1]}").exists():
             path.unlink(missing_ok=True)
     return FrontFiles(

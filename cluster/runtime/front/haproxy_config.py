@@ -43,7 +43,7 @@ def adapted(config: str, folder: Path, *, host: str = "", tls: str = "") -> str:
     config = replaced(config, r"(listen stats\n\s+bind )\*(?=:\d+$)", r"\g<1>127.0.0.1")
     if "frontend grpc_frontend" in config:
         config = _adapted_grpc(config, folder, host, tls)
-    return adapted_http(config, folder, host=host, tls=bool(tls))
+    return adapted_http(config, folder, host=host, tls=tls)
 
 
 def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:

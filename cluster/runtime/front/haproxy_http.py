@@ -1,6 +1,12 @@
-"""The part of HAProxy's configuration for HTTP: OpenAI's API, in front of all ingresses. Starts nothing."""
+"""The part of HAProxy's configuration for HTTP: OpenAI's API, in front of all ingresses. Starts nothing.
+
+With TLS the port takes both: calls by TLS, and /-/healthz in plain text, since KubeRay's operator and load balancers
+ask in no other way. A front of bytes looks at a connection's beginning, and hands it with its address to one of two
+Unix sockets in our private folder.
+"""
 
 import json
+import os
 from pathlib import Path
 
 from cluster.runtime.front.haproxy_text import replaced
@@ -11,9 +17,12 @@ ANSWERS = {
     UNDELIVERED: ("503 Service Unavailable", "no process of the server took this call to its end: try again"),
     STARTING: ("503 Service Unavailable", "the server is starting: try again"),
     FORBIDDEN: ("403 Forbidden", "the list of applications is not for clients"),
-    TLS_ONLY: ("403 Forbidden", "this server speaks TLS, and this port does not: use gRPC"),
+    TLS_ONLY: ("403 Forbidden", "this server speaks TLS: call it by https"),
 }
 RETRY_AFTER_S = 1
+FRONT = r"\g<1>"  # the frontend's own line
+REQUEST_S, IDLE_S = 60, 300  # for a call to come, and between two of a connection
+HELLO_S = 10  # in which a connection shows whether it speaks TLS
 # Serve's own headers, with which a client could change how Serve treats its call.
 SERVES_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id",
                   "serve-multiplexed-model-id", "x-forwarded-proto", "forwarded")  # fmt: skip
@@ -29,21 +38,26 @@ def write_http_answers(folder: Path) -> None:
         (folder / name).write_bytes("\r\n".join([*lines, "", body]).encode())
 
 
-def adapted_http(config: str, folder: Path, *, host: str = "", tls: bool = False) -> str:
-    """host: the address to listen on, "" for Serve's. Raises ValueError when Serve's differs from the known one."""
-    listen = rf"\g<1>{host}\g<3>" if host else r"\g<1>\g<2>\g<3>"
-    rules = ["http-request set-header x-forwarded-for %[src]"]
+def adapted_http(config: str, folder: Path, *, host: str = "", tls: str = "") -> str:
+    """host: the address to listen on, "" for Serve's.  tls: from `tls_options`.
+
+    Raises ValueError when Serve's differs from the known one.
+    """
+    listen = rf"\g<1>\g<2>{host}\g<4>" if host else r"\g<1>\g<2>\g<3>\g<4>"
+    # The whole body is needed to send it to another ingress; one that does not fit the buffer is not sent again.
+    rules = ["option http-buffer-request", f"timeout http-request {REQUEST_S}s", f"timeout http-keep-alive {IDLE_S}s"]
+    rules.append("http-request set-header x-forwarded-for %[src]")
     rules += [f"http-request del-header {name}" for name in SERVES_HEADERS]
     config = replaced(
         config,
-        r"^(frontend http_frontend\n\s+bind )(\S+)(:\d+)\n",
-        listen + "\n" + "".join(f"    {rule}\n" for rule in rules),
+        r"^(frontend http_frontend\n)(\s+bind )(\S+)(:\d+)\n",
+        (_both(listen, folder, tls) if tls else f"{listen}\n") + "".join(f"    {rule}\n" for rule in rules),
     )
     config = replaced(
         config,
         r"^    http-request return .* if routes$",
         f"    http-request return status 403 errorfile {folder / FORBIDDEN} if routes"
-        + (f"\n    http-request return status 403 errorfile {folder / TLS_ONLY}" if tls else ""),
+        + (f"\n    http-request return status 403 errorfile {folder / TLS_ONLY} if !{{ ssl_fc }}" if tls else ""),
     )
     config = replaced(
         config,
@@ -51,13 +65,34 @@ def adapted_http(config: str, folder: Path, *, host: str = "", tls: bool = False
         rf"\g<1>    http-request return status 503 errorfile {folder / STARTING}",
     )
     # A call that a dead ingress had in hand goes to another one while nothing was sent back: an answer depends on
-    # nothing but its request, and the sequence of the dead one ends with it.
+    # nothing but its request. After one on a connection that is used again HAProxy (2.8) would close the client's.
     errors = "".join(f"    errorfile {status} {folder / UNDELIVERED}\n" for status in (502, 503, 504))
     config = replaced(
         config,
-        r"^(backend (?!default_)\S+\n    log global\n)(?=    # Enable HTTP connection reuse)",
-        rf"\g<1>    retry-on conn-failure empty-response\n{errors}",
+        r"^(backend (?!default_)\S+\n    log global\n    # Enable HTTP connection reuse.*\n)    http-reuse always$",
+        rf"\g<1>    http-reuse never\n    option http-server-close\n    retry-on conn-failure empty-response\n{errors}"
+        "    # Above: ours",
         times=None,
     )
     # The fallback, Serve's own proxy, is for servers whose ingresses do not listen themselves.
     return replaced(config, r"^(    server \S+ \S+ check backup)$", r"\g<1> disabled", times=None)
+
+
+def _both(listen: str, folder: Path, tls: str) -> str:
+    """The front of bytes, and the beginning of that of calls, up to its rules. Each HAProxy has sockets of its own."""
+    secure, plain = folder / f"t{os.getpid()}", folder / f"p{os.getpid()}"
+    return (
+        f"frontend http_port\n{listen.removeprefix(FRONT)}\n"
+        "    mode tcp\n"
+        f"    tcp-request inspect-delay {HELLO_S}s\n"
+        "    tcp-request content accept if { req.ssl_hello_type 1 }\n"
+        "    tcp-request content accept if HTTP\n"
+        "    tcp-request content reject\n"
+        "    use_backend http_tls if { req.ssl_hello_type 1 }\n"
+        "    default_backend http_plain\n"
+        f"backend http_tls\n    mode tcp\n    server tls unix@{secure} send-proxy-v2\n"
+        f"backend http_plain\n    mode tcp\n    server plain unix@{plain} send-proxy-v2\n"
+        "frontend http_frontend\n"
+        f"    bind unix@{secure} accept-proxy{tls.replace('alpn h2', 'alpn h2,http/1.1')}\n"
+        f"    bind unix@{plain} accept-proxy\n"
+    )

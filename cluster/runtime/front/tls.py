@@ -1,4 +1,4 @@
-"""Where and how clients reach gRPC in HAProxy: the address, TLS, the authorities of clients' certificates.
+"""Where and how clients reach gRPC and HTTP in HAProxy: the address, TLS, the authorities of clients' certificates.
 
 The environment of Ray's nodes has it, and HAProxy reads it at each start; changed files count within seconds:
 
@@ -24,7 +24,7 @@ TLS_KEY, TLS_CLIENT_CA = "MOE_CLUSTER_TLS_KEY", "MOE_CLUSTER_TLS_CLIENT_CA"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpcFront:
-    """Where and how clients reach gRPC. host: to listen on; "" is this machine only. The others are PEM files."""
+    """Where and how clients reach the server. host: to listen on; "" is this machine only. The others are PEM files."""
 
     host: str = ""
     tls_cert: Path | None = None
@@ -45,7 +45,7 @@ class GrpcFront:
 
     def url(self, port: int) -> str:
         """Returns the address of the HTTP API for a user to read."""
-        return f"http://{self.address(port).removesuffix(' (TLS)')}"
+        return f"http{'s' if self.tls_cert else ''}://{self.address(port).removesuffix(' (TLS)')}"
 
     def _check(self) -> None:
         try:
