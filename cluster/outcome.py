@@ -16,7 +16,8 @@ from cluster.evolving import evolving
 
 Wants = Literal[
     "tokens",  # new ones, sampled one after the other
-    "token_logprobs",  # [T - 1]: of each prompt token after the first, given those before it
+    "token_logprobs",  # [T - 1]: of each prompt token after the first, given those before it; with `logprobs` n in the
+    # request's params [T - 1, 2 + 2n]: then its rank, the likeliest tokens' ids, and their log-probabilities
     "hidden_states",  # [T, H], after the last norm
     "last_hidden_state",  # [H], the last token's
     "mean_hidden_state",  # [H], over all tokens

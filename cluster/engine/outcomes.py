@@ -87,17 +87,39 @@ def _parts(model: CausalLM, wants: Wants, members: _Members) -> Iterable[Tensor]
 
 
 def _logprobs(model: CausalLM, members: _Members) -> Iterable[Tensor]:
-    """Of each row's next token; the prompt's last row has none."""
+    """Of each row's next token; the prompt's last row has none. [t], or [t, 2 + 2n] with the n likeliest tokens."""
     targets = [_next_tokens(scheduled) for scheduled, _ in members]
     sizes = [len(tokens) for tokens in targets]
+    wanted = [min(s.sequence.request.params.logprobs or 0, model.config.vocab_size) for s, _ in members]
+    most = max(wanted)
     rows = torch.cat([rows[:size] for (_, rows), size in zip(members, sizes, strict=True)])
     next_tokens = torch.tensor([token for tokens in targets for token in tokens], device=rows.device)
-    found = [torch.empty(0, device=rows.device)]
+    found = [torch.empty(0, 2 + 2 * most, device=rows.device)]
     for part, tokens in zip(torch.split(rows, LOGIT_ROWS), torch.split(next_tokens, LOGIT_ROWS), strict=True):
         if len(part):
-            logits = model.logits(part).float()  # [LOGIT_ROWS, V]
-            found.append(logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1))
-    return torch.split(torch.cat(found).cpu(), sizes)
+            found.append(_of_next(model.logits(part).float(), tokens, most))
+    every = torch.split(torch.cat(found).cpu(), sizes)
+    return [_columns(part, num, most) for part, num in zip(every, wanted, strict=True)]
+
+
+def _of_next(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
+    """[R, 2 + 2n]: each token's log-probability, its rank from 1, the likeliest tokens' ids, their log-probabilities.
+
+    logits: [R, V] float32.  Ids are exact in float32 up to 2^24.
+    """
+    chosen, total = logits.gather(1, tokens[:, None]), logits.logsumexp(dim=-1, keepdim=True)
+    ranks = torch.ones_like(chosen)
+    if num_top:
+        ranks += (logits > chosen).sum(dim=-1, keepdim=True)
+    values, ids = logits.topk(num_top)
+    return torch.cat([chosen - total, ranks, ids.float(), values - total], dim=1)
+
+
+def _columns(part: Tensor, num: int, most: int) -> Tensor:
+    """One member's part, of the members' [t, 2 + 2 * most]."""
+    if not num:
+        return part[:, 0]
+    return torch.cat([part[:, : 2 + num], part[:, 2 + most : 2 + most + num]], dim=1)
 
 
 def _next_tokens(scheduled: ScheduledSequence) -> list[int]:

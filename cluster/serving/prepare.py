@@ -52,9 +52,19 @@ class RequestCompleter:
         )
 
     def result(
-        self, token_ids: Iterable[int], wants: Wants, *, field: str, request_id: str, timeout_s: float | None = None
+        self,
+        token_ids: Iterable[int],
+        wants: Wants,
+        *,
+        field: str,
+        request_id: str,
+        timeout_s: float | None = None,
+        num_top: int = 0,
     ) -> EngineRequest:
-        """As `complete`, for a result of numbers. Its prompt may be as long as the context."""
+        """As `complete`, for a result of numbers. Its prompt may be as long as the context.
+
+        num_top: of the likeliest tokens at each position, beside a prompt's log-probabilities.
+        """
         self.check_serves(wants)
         prompt_token_ids = self.prompt(token_ids, field)
         if wants == "label_logits":
@@ -62,7 +72,7 @@ class RequestCompleter:
         return EngineRequest(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
-            params=_NO_TOKENS,
+            params=replace(_NO_TOKENS, logprobs=num_top) if num_top else _NO_TOKENS,
             timeout_s=timeout_s,
             wants=wants,
         )
@@ -135,10 +145,12 @@ class RequestPreparer:
             token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s
         )
 
-    async def result(self, prompt: Prompt, wants: Wants, *, request_id: str, client: str = "") -> EngineRequest:
+    async def result(
+        self, prompt: Prompt, wants: Wants, *, request_id: str, client: str = "", num_top: int = 0
+    ) -> EngineRequest:
         """As `prepare`, for a result of numbers."""
         token_ids = await self._token_ids(prompt, client)
-        return self._completer.result(token_ids, wants, field=prompt.field, request_id=request_id)
+        return self._completer.result(token_ids, wants, field=prompt.field, request_id=request_id, num_top=num_top)
 
     async def _token_ids(self, prompt: Prompt, client: str) -> Iterable[int]:
         return await self.tokenize(prompt, client) if prompt.token_ids is None else prompt.token_ids

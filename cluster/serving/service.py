@@ -147,13 +147,17 @@ class InferenceService:
         timeout_s: float | None = None,
         client: str = "",
         check: Callable[[int], None] = lambda num_tokens: None,
+        num_top: int = 0,
     ) -> Computed:
         """Returns a result of numbers. Raises as `generate`.
 
         check: sees the number of the prompt's tokens before anything is computed, and may refuse them.
+        num_top: of the likeliest tokens at each position, beside "token_logprobs".
         """
         with self._begun(request_id, timeout_s, client) as tracked:
-            preparing = self._preparer.result(prompt, wants, request_id=tracked.request_id, client=client)
+            preparing = self._preparer.result(
+                prompt, wants, request_id=tracked.request_id, client=client, num_top=num_top
+            )
             request = await self._in_time(preparing, tracked, client)
             check(len(request.prompt_token_ids))
             numbers = await self._numbers(request, tracked)

@@ -66,6 +66,22 @@ def test_completions_of_several_prompts(client, served):
     assert all(len(choice.logprobs.tokens) == 4 for choice in answer.choices)
 
 
+def test_an_echo_has_the_log_probabilities_that_grpc_gives(client, channel):
+    """And a prompt's likeliest tokens are those that an answer's first token has after it."""
+    prompt = list(range(10, 40))
+    score = inference_pb2_grpc.InferenceServiceStub(channel).Score(pb.ScoreRequest(token_ids=pb.TokenIds(ids=prompt)))
+    ask = {"model": "demo-moe", "max_tokens": 1, "logprobs": 3, **GREEDY}
+    [echoed] = client.completions.create(prompt=prompt, echo=True, **ask).choices
+    [cut] = client.completions.create(prompt=prompt[:20], **ask).choices
+    assert echoed.logprobs.token_logprobs[1:30] == pytest.approx(list(score.logprobs), abs=1e-4)
+    top = {
+        token: value
+        for token, value in echoed.logprobs.top_logprobs[20].items()
+        if token in cut.logprobs.top_logprobs[0]
+    }
+    assert top == pytest.approx(cut.logprobs.top_logprobs[0], abs=1e-4)
+
+
 def test_refusals_are_openais_errors(client, served):
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.chat.completions.create(model="gpt-5", messages=MESSAGES)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import pytest
 from http_tools import MODEL, Front, events
@@ -9,6 +11,8 @@ from serving_fakes import EchoBackend, write_tokenizer
 
 from cluster.errors import ShardUnavailable
 from cluster.serving.admission.api_keys import ApiKeys, new_key
+from cluster.serving.openai.chat_schema import ChatRequest
+from cluster.serving.openai.completion_schema import CompletionRequest
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
 from cluster.version import __version__
@@ -111,6 +115,15 @@ def test_bad_bodies_are_refused_with_a_reason(tokenizer, body, headers, status, 
         assert front.backend.requests == []
 
     asyncio.run(run())
+
+
+def test_the_table_of_fields_has_those_of_the_bodies():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text().partition("## Fields")[2]
+    rows = re.findall(r"^\| (`.*?`) \| (\w+) \|", page, flags=re.MULTILINE)
+    listed = {(name, of) for names, of in rows for name in re.findall(r"`(\w+)`", names)}
+    chat, completions = set(ChatRequest.model_fields), set(CompletionRequest.model_fields)
+    named = {"chat": chat - completions, "completions": completions - chat, "both": chat & completions}
+    assert listed == {(name, of) for of, names in named.items() for name in names}
 
 
 def test_paths_and_methods_that_are_not_here(tokenizer):

@@ -76,8 +76,8 @@ def test_with_tls_calls_come_by_tls_and_probes_in_plain_text(tmp_path):
     trusting = ssl.create_default_context(cafile=authority.cert)
     with ingress() as (port, _), haproxy(folder, 1, front, http=[port]) as http:
         with httpx2.Client(verify=trusting) as client:
-            told = {"x-forwarded-for": "192.0.2.1", "x-request-timeout-seconds": "1"}
-            seen = answered(client, f"https://127.0.0.1:{http}/v1/models", headers=told).json()
+            sent = {"x-forwarded-for": "192.0.2.1", "x-request-timeout-seconds": "1"}
+            seen = answered(client, f"https://127.0.0.1:{http}/v1/models", headers=sent).json()
             assert seen["x-forwarded-for"] == "127.0.0.1"
             assert "x-request-timeout-seconds" not in seen
         with httpx2.Client() as client:

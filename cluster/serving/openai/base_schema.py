@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.errors import InvalidRequest
-from cluster.types import SamplingParams, Usage
+from cluster.types import MAX_TOP_LOGPROBS, SamplingParams, Usage
 
 MAX_CHOICES = 128  # OpenAI's limit for n
 
@@ -45,6 +45,7 @@ class SamplingFields(RequestBody):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     # Taken and without effect here: they name or steer what a server like this one does not have.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -59,6 +60,8 @@ class SamplingFields(RequestBody):
         """Raises InvalidRequest for fields that do not go together."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is for streams: set stream to true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs come with a whole answer, not with a stream", "prompt_logprobs")
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Of the first choice. Raises InvalidRequest for a value out of range."""
@@ -78,6 +81,17 @@ class SamplingFields(RequestBody):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
         )
+
+
+class PromptLogprob(AnswerBody):
+    """rank: from 1, among the whole vocabulary."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class UsageBody(AnswerBody):

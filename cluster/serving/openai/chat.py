@@ -23,6 +23,7 @@ from cluster.serving.openai.conversations import to_conversation
 from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants
 from cluster.serving.openai.logprobs import chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
+from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import DONE, begun, event
 from cluster.serving.text.prompts import Prompt
@@ -53,13 +54,14 @@ async def _prepared(served: Served, body: ChatRequest, call: Call) -> "_Chat":
     prompt = Prompt(chat=to_conversation(body))
     num_choices = body.n or 1
     prompt_token_ids = None
-    if num_choices > 1 or body.return_token_ids:  # rendered and tokenized once
+    if num_choices > 1 or body.return_token_ids or body.prompt_logprobs is not None:  # rendered and tokenized once
         prompt_token_ids = await served.service.tokenize(prompt, call.client)
         prompt = Prompt(token_ids=prompt_token_ids)
     asked = [(prompt, each) for each in variants(params, num_choices)]
     deltas = generate(served.service, asked, call)
     return _Chat(
-        served=served, body=body, call=call, created=int(served.now_s()), num_choices=num_choices, deltas=deltas,
+        served=served, body=body, call=call, created=int(served.now_s()), prompt=prompt,
+        num_choices=num_choices, deltas=deltas,
         prompt_token_ids=prompt_token_ids if body.return_token_ids else None,
     )  # fmt: skip
 
@@ -81,14 +83,20 @@ class _Chat:
     body: ChatRequest
     call: Call
     created: int
+    prompt: Prompt
     num_choices: int
     deltas: AsyncGenerator[tuple[int, TextDelta], None]
     prompt_token_ids: list[int] | None
 
     async def answer(self) -> ChatAnswer:
         """Raises ClusterError."""
+        service, shown = self.served.service, dict[str, Any]()
+        if self.body.prompt_logprobs is not None:
+            [scored] = await score(service, [self.prompt], self.call, self.body.prompt_logprobs)
+            shown["prompt_logprobs"] = prompt_logprobs(scored, service.token_bytes)
         choices = await collect(self.deltas, self.num_choices)
-        shown = {} if self.prompt_token_ids is None else {"prompt_token_ids": self.prompt_token_ids}
+        if self.prompt_token_ids is not None:
+            shown["prompt_token_ids"] = self.prompt_token_ids
         return ChatAnswer(
             id=self.call.request_id,
             object="chat.completion",

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cluster.serving.openai.base_schema import AnswerBody, RequestBody, SamplingFields, UsageBody
+from cluster.serving.openai.base_schema import AnswerBody, PromptLogprobs, RequestBody, SamplingFields, UsageBody
 from cluster.types import MAX_TOP_LOGPROBS
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -109,6 +109,7 @@ class ChatAnswer(AnswerBody):
     choices: list[ChatChoice]
     usage: UsageBody
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChunkChoice(AnswerBody):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.serving.openai.base_schema import MAX_CHOICES, AnswerBody, SamplingFields, UsageBody
+from cluster.serving.openai.base_schema import MAX_CHOICES, AnswerBody, PromptLogprobs, SamplingFields, UsageBody
 from cluster.types import MAX_TOP_LOGPROBS
 
 Prompts = str | list[str] | list[int] | list[list[int]]
@@ -34,6 +34,7 @@ class CompletionChoice(AnswerBody):
     finish_reason: str | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionAnswer(AnswerBody):

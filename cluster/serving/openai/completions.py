@@ -17,12 +17,13 @@ from cluster.serving.openai.completion_schema import (
     CompletionRequest,
     Prompts,
 )
-from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants
+from cluster.serving.openai.generation import Call, Choice, best, collect, generate, nothing, total, variants
 from cluster.serving.openai.logprobs import completion_logprobs
+from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import DONE, begun, event
 from cluster.serving.text.prompts import Prompt
-from cluster.types import TextDelta
+from cluster.types import Logprobs, TextDelta, Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for this call
 MAX_SEQUENCES = 2048  # of one call: prompts times choices
@@ -49,29 +50,50 @@ def router(served: Served) -> APIRouter:
 def _check(body: CompletionRequest) -> None:
     if body.suffix:
         raise InvalidRequest("suffix: this model writes behind a prompt, not into one", "suffix")
-    if body.echo:
-        raise InvalidRequest("echo: this server does not repeat the prompt", "echo")
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidRequest(f"best_of is {body.best_of}, this server takes n ({body.n or 1})", "best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidRequest("max_tokens is 0, which only a call with echo has an answer for", "max_tokens")
+    if body.best_of is not None and body.best_of < (body.n or 1):
+        raise InvalidRequest(f"best_of is {body.best_of}, at least n ({body.n or 1}) is needed", "best_of")
+    if body.best_of is not None and body.best_of > (body.n or 1) and body.stream:
+        raise InvalidRequest(
+            "best_of chooses among whole answers, and a stream shows them all: leave it out", "best_of"
+        )
 
 
 async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Completion":
-    prompts, num_each = _prompts(body.prompt), body.n or 1
+    prompts, num_each = _prompts(body.prompt), body.best_of or body.n or 1
     if not 1 <= len(prompts) * num_each <= MAX_SEQUENCES:
         raise InvalidRequest(
             f"prompt has {len(prompts)} prompts with {num_each} choices each, 1 to {MAX_SEQUENCES} are allowed",
             "prompt",
         )
+    ranked = num_each > (body.n or 1)
     params = body.sampling_params(
-        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, logprobs=body.logprobs
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens or 1,
+        logprobs=0 if ranked and body.logprobs is None else body.logprobs,
     )
-    if num_each > 1 or body.return_token_ids:  # tokenized once
+    numbers = body.logprobs if body.echo else None
+    if num_each > 1 or body.return_token_ids or body.echo or body.prompt_logprobs is not None:  # tokenized once
         prompts = [await _tokenized(served, prompt, call) for prompt in prompts]
+    tops = [num for num in (numbers, body.prompt_logprobs) if num is not None]
+    scored = await score(served.service, prompts, call, max(tops)) if tops else ()
     asked = [(prompt, each) for prompt in prompts for each in variants(params, num_each)]
     return _Completion(
         served=served, body=body, call=call, created=int(served.now_s()), prompts=prompts, num_each=num_each,
-        deltas=generate(served.service, asked, call),
+        deltas=nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call),
+        scored=scored, echoes=await _echoes(served, body, prompts, call),
     )  # fmt: skip
+
+
+async def _echoes(served: Served, body: CompletionRequest, prompts: Sequence[Prompt], call: Call) -> Sequence[str]:
+    """The prompts' texts, where they are asked for."""
+    if not body.echo:
+        return ()
+    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if isinstance(given[0], str):
+        return [text for text in given if isinstance(text, str)]
+    ids = [list(prompt.token_ids or ()) for prompt in prompts]
+    return [await served.service.detokenize(one, skip_special_tokens=False, client=call.client) for one in ids]
 
 
 async def _tokenized(served: Served, prompt: Prompt, call: Call) -> Prompt:
@@ -92,7 +114,7 @@ def _prompts(given: Prompts) -> list[Prompt]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Completion:
-    """One call that is about to begin. num_each: choices of each prompt."""
+    """One call that is about to begin. num_each: choices of each prompt.  scored, echoes: of each prompt, or none."""
 
     served: Served
     body: CompletionRequest
@@ -101,50 +123,66 @@ class _Completion:
     prompts: Sequence[Prompt]
     num_each: int
     deltas: AsyncGenerator[tuple[int, TextDelta], None]
-
-    @property
-    def _num_choices(self) -> int:
-        return len(self.prompts) * self.num_each
+    scored: Sequence[PromptTokens]
+    echoes: Sequence[str]
 
     async def answer(self) -> CompletionAnswer:
         """Raises ClusterError."""
-        choices = await collect(self.deltas, self._num_choices)
-        shown = [self._choice(index, choice, choice.finish_reason, 0) for index, choice in enumerate(choices)]
-        return self._body(shown, usage=UsageBody.of(total(choices, self.num_each)))
+        every = await collect(self.deltas, len(self.prompts) * self.num_each)
+        usage, num_kept, shown = total(every, self.num_each), self.body.n or 1, list[CompletionChoice]()
+        if self.body.max_tokens == 0:
+            usage = Usage(prompt_tokens=sum(len(list(p.token_ids or ())) for p in self.prompts), completion_tokens=0)
+        for index in range(len(self.prompts)):
+            choices = every[index * self.num_each : (index + 1) * self.num_each]
+            kept = best(choices, num_kept) if self.num_each > num_kept else choices
+            shown += (self._whole(len(shown) + place, index, choice) for place, choice in enumerate(kept))
+        return self._body(shown, usage=UsageBody.of(usage))
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Yields events: of each choice its pieces, the last with the reason of its end; then the usage, if asked
         for."""
-        choices = [Choice() for _ in range(self._num_choices)]
+        choices = [Choice() for _ in range(len(self.prompts) * self.num_each)]
         usage: dict[str, Any] = {"usage": None} if self.body.includes_usage else {}
         async with aclosing(self.deltas):
             async for index, delta in self.deltas:
-                piece, offset = Choice(), len(choices[index].text)
-                begins = not choices[index].token_ids
+                prompt, piece = index // self.num_each, Choice()
                 piece.add(delta)
+                begins, offset = not choices[index].token_ids, len(choices[index].text)
                 choices[index].add(delta)
-                shown = self._choice(index, piece, delta.finish_reason, offset, begins=begins)
+                echo = self.echoes[prompt] if self.echoes else ""
+                shown = self._choice(index, prompt, piece, begins=begins, offset=0 if begins else len(echo) + offset)
                 yield event(self._body([shown], **usage))
         if self.body.includes_usage:
             yield event(self._body([], usage=UsageBody.of(total(choices, self.num_each))))
         yield DONE
 
-    def _choice(
-        self, index: int, piece: Choice, reason: str | None, offset: int, *, begins: bool = True
-    ) -> CompletionChoice:
+    def _whole(self, place: int, prompt: int, choice: Choice) -> CompletionChoice:
+        shown = self._choice(place, prompt, choice, begins=True, offset=0)
+        if self.body.prompt_logprobs is not None:
+            text_of = self.served.service.token_bytes
+            shown.prompt_logprobs = prompt_logprobs(self.scored[prompt].top(self.body.prompt_logprobs), text_of)
+        return shown
+
+    def _choice(self, place: int, prompt: int, piece: Choice, *, begins: bool, offset: int) -> CompletionChoice:
+        """A choice, or a piece of one. begins: the first piece, which the echo stands before."""
         ids: dict[str, Any] = {}
         if self.body.return_token_ids:
             ids["token_ids"] = piece.token_ids
             if begins:
-                ids["prompt_token_ids"] = list(self.prompts[index // self.num_each].token_ids or ())
+                ids["prompt_token_ids"] = list(self.prompts[prompt].token_ids or ())
+        echo = self.echoes[prompt] if begins and self.echoes else ""
+        logprobs = None if self.body.logprobs is None else self._logprobs(prompt, piece, bool(echo), offset)
         return CompletionChoice(
-            index=index, text=piece.text, logprobs=self._logprobs(piece, offset), finish_reason=reason, **ids
+            index=place, text=echo + piece.text, logprobs=logprobs, finish_reason=piece.finish_reason, **ids
         )
 
-    def _logprobs(self, piece: Choice, offset: int) -> CompletionLogprobs | None:
-        if self.body.logprobs is None:
-            return None
-        return completion_logprobs(piece.logprobs, piece.token_ids, self.served.service.token_bytes, offset)
+    def _logprobs(self, prompt: int, piece: Choice, echo: bool, offset: int) -> CompletionLogprobs:
+        entries: list[Logprobs | None] = [*piece.logprobs]
+        token_ids = piece.token_ids
+        if echo:
+            scored = self.scored[prompt].top(self.body.logprobs or 0)
+            entries, token_ids = [None, *scored.entries, *entries], [*scored.token_ids, *token_ids]
+        return completion_logprobs(entries, token_ids, self.served.service.token_bytes, offset)
 
     def _body(self, choices: list[CompletionChoice], **fields: Any) -> CompletionAnswer:
         return CompletionAnswer(

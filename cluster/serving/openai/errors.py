@@ -79,11 +79,12 @@ def _response(status: int, message: str, headers: Mapping[str, str] | None = Non
 
 def _refusal(invalid: RequestValidationError) -> InvalidRequest:
     """The first fault that pydantic found, as one line."""
-    first = invalid.errors()[0]
+    found = invalid.errors()
+    # A union has faults of each of its members: the one that came furthest is the one that was meant.
+    first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     kind, where = first["type"], [str(part) for part in first["loc"] if part != "body"]
     if kind == "json_invalid":
         return InvalidRequest("the body is no JSON that can be read", "request")
-    # Of a union's members, pydantic names the one that it tried, in words that are no field.
     path = ".".join(part for part in where if part.isidentifier() or part.isdigit())
     field = where[0] if where else "request"
     if kind == "extra_forbidden":

@@ -53,6 +53,21 @@ def total(choices: Sequence[Choice], num_each: int) -> Usage:
     )
 
 
+def best(choices: Sequence[Choice], num: int) -> list[Choice]:
+    """The choices with the highest log-probability for each token, best first. Source: OpenAI's API reference."""
+
+    def mean(choice: Choice) -> float:
+        return sum(entry.logprob for entry in choice.logprobs) / max(1, len(choice.logprobs))
+
+    return sorted(choices, key=mean, reverse=True)[:num]
+
+
+async def nothing(num_choices: int) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    """Yields answers without a token, of calls that ask for none."""
+    for index in range(num_choices):
+        yield index, TextDelta(finish_reason="length")
+
+
 async def collect(deltas: AsyncGenerator[tuple[int, TextDelta], None], num_choices: int) -> list[Choice]:
     """Returns the whole answers. Raises ClusterError, the first that any of them meets."""
     choices = [Choice() for _ in range(num_choices)]

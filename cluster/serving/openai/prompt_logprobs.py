@@ -1,0 +1,87 @@
+"""A prompt's own text and log-probabilities, for `echo` and `prompt_logprobs`. Knows no HTTP."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cluster.errors import Unavailable
+from cluster.outcome import Computed
+from cluster.serving.openai.base_schema import PromptLogprob
+from cluster.serving.openai.generation import Call
+from cluster.serving.openai.logprobs import LOWEST, TokenText
+from cluster.serving.service import InferenceService
+from cluster.serving.text.prompts import Prompt
+from cluster.types import Logprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTokens:
+    """T: the prompt's tokens. entries, ranks: [T - 1], of those after the first."""
+
+    token_ids: tuple[int, ...]
+    entries: tuple[Logprobs, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    def top(self, num: int) -> "PromptTokens":
+        """The same with the `num` likeliest tokens of each position alone."""
+        return replace(self, entries=tuple(replace(entry, top=entry.top[:num]) for entry in self.entries))
+
+
+async def score(service: InferenceService, prompts: Sequence[Prompt], call: Call, num_top: int) -> list[PromptTokens]:
+    """Computes each prompt's log-probabilities, with those of the `num_top` likeliest tokens.
+
+    Raises ClusterError, the first that any meets.
+    """
+
+    async def one(index: int, prompt: Prompt) -> PromptTokens:
+        name = f"{call.request_id}-prompt-{index}"
+        computed = await service.compute(
+            prompt, "token_logprobs", request_id=name, client=call.client, num_top=max(1, num_top)
+        )
+        return _read(computed, num_top)
+
+    tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _read(computed: Computed, num_top: int) -> PromptTokens:
+    numbers = computed.numbers.array()
+    if numbers.ndim != 2:
+        raise Unavailable(
+            "the attention replica is of an older version, which gives no likeliest tokens of a prompt: send it again "
+            "when `moe-cluster roll` is through"
+        )
+    width = (numbers.shape[1] - 2) // 2
+    entries = tuple(
+        Logprobs(
+            token_id,
+            float(row[0]),
+            tuple((int(row[2 + i]), float(row[2 + width + i])) for i in range(min(num_top, width))),
+        )
+        for token_id, row in zip(computed.prompt_token_ids[1:], numbers, strict=True)
+    )
+    return PromptTokens(
+        token_ids=computed.prompt_token_ids, entries=entries, ranks=tuple(int(row[1]) for row in numbers)
+    )
+
+
+def prompt_logprobs(tokens: PromptTokens, text_of: TokenText) -> list[dict[str, PromptLogprob] | None]:
+    """Of each token of a prompt: by its id, and by those of the likeliest ones. The first has none. Source: vLLM."""
+    return [None, *(_entry(*pair, text_of) for pair in zip(tokens.entries, tokens.ranks, strict=True))]
+
+
+def _entry(entry: Logprobs, rank: int, text_of: TokenText) -> dict[str, PromptLogprob]:
+    found = {entry.token_id: (entry.logprob, rank)}
+    for place, (token_id, logprob) in enumerate(entry.top, start=1):
+        found.setdefault(token_id, (logprob, place))
+    return {
+        str(token_id): PromptLogprob(
+            logprob=max(logprob, LOWEST), rank=rank, decoded_token=text_of(token_id).decode(errors="replace")
+        )
+        for token_id, (logprob, rank) in found.items()
+    }
