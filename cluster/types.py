@@ -18,6 +18,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TOP_LOGPROBS = 20  # the OpenAI API's limit
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256  # the detokenizer holds back up to this much text while a match is open
+MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKEN_IDS = 1 << 20  # more than any vocabulary has
 GREEDY_BELOW = 1e-5  # a temperature that divides logits into infinities; vLLM's bound (_SAMPLING_EPS)
 
@@ -35,6 +36,7 @@ class SamplingParams:
     stop: strings that end the output and are cut from its text.  stop_token_ids: end it beside the model's EOS ids.
     logprobs: None for none, n for the chosen token's log-probability and the n likeliest tokens' (all, where the
     vocabulary has fewer), under the model's own distribution (before temperature and penalties).
+    logit_bias: -100 to 100 by token id, added to the logits before all else; kept as pairs, in the ids' order.
 
     NumPy's numbers and lists of any kind will do, and None for the default. Raises InvalidRequest, with the field's
     name, for every value of another type or out of range.
@@ -54,6 +56,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {limits.name: limits.checked(getattr(self, limits.name)) for limits in _LIMITS}
@@ -61,6 +64,7 @@ class SamplingParams:
         plain["ignore_eos"] = inputs.truth_value(False if self.ignore_eos is None else self.ignore_eos, "ignore_eos")
         plain["stop"] = _stop_strings(self.stop)
         plain["stop_token_ids"] = _stop_token_ids(self.stop_token_ids)
+        plain["logit_bias"] = _logit_bias(self.logit_bias)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -138,6 +142,27 @@ def _stop_token_ids(given: Any) -> tuple[int, ...]:
         raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} ids", "stop_token_ids")
     limits = _Limits("stop_token_ids", 0, 2**31 - 1, integer=True)  # of any vocabulary; the model's is known later
     return tuple(int(limits.checked(token_id) or 0) for token_id in ids)
+
+
+def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
+    pairs = given.items() if isinstance(given, Mapping) else () if given is None else given
+    are_pairs = isinstance(given, Mapping) or pairs == () or (
+        isinstance(pairs, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+    )  # fmt: skip
+    if not are_pairs:
+        raise InvalidRequest(
+            f"logit_bias is {inputs.shown(given)}, an object of token ids and numbers is needed", "logit_bias"
+        )
+    if len(pairs) > MAX_BIASED_TOKENS:
+        raise InvalidRequest(
+            f"logit_bias has {len(pairs)} tokens, at most {MAX_BIASED_TOKENS} are allowed", "logit_bias"
+        )
+    ids, values = _Limits("logit_bias", 0, 2**31 - 1, integer=True), _Limits("logit_bias", -100.0, 100.0)
+    plain = [(ids.checked(token_id), values.checked(value)) for token_id, value in pairs]
+    for token_id, value in plain:
+        if token_id is None or value is None:
+            raise InvalidRequest("logit_bias has a null, token ids and numbers are needed", "logit_bias")
+    return tuple(sorted({int(token_id or 0): value or 0.0 for token_id, value in plain}.items()))
 
 
 _LIMITS = (

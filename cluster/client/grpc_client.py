@@ -235,5 +235,9 @@ def sampling_message(params: SamplingParams) -> pb.SamplingParams:
     optional = (field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
     given = {name: value for name in optional if (value := getattr(params, name)) is not None}
     return pb.SamplingParams(
-        stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos, **given
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logit_bias=dict(params.logit_bias),
+        **given,
     )

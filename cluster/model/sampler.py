@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cluster.errors import InvalidRequest
@@ -45,6 +46,17 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | Except
     Returns the tokens and, where asked for, log-probabilities under the model's own distribution; for a row that fails
     its exception, NoFiniteNumbers where the largest logit is none.
     """
+    biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
+    tokens = _sample(logits, rows)
+    for i in biased:
+        try:
+            tokens[i] = _sample_biased(logits[i : i + 1], rows[i])
+        except Exception as error:  # noqa: BLE001 it is this row's alone: the others have their tokens
+            tokens[i] = error
+    return tokens
+
+
+def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | Exception]:
     rules: list[Rule] = []
     failed: dict[int, Exception] = {}
     for i, row in enumerate(rows):
@@ -56,8 +68,31 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | Except
     try:
         tokens = _tokens(choose(logits, rules), rules)
     except Exception as error:  # noqa: BLE001 of one row, and nobody knows which
-        tokens = [error] if len(rows) == 1 else [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+        tokens = [error] if len(rows) == 1 else [_sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
     return [failed.get(i, token) for i, token in enumerate(tokens)]
+
+
+def _sample_biased(logits: Tensor, row: SamplingRow) -> Sampled | Exception:
+    """A row whose logits change before its token is chosen; its log-probabilities are the model's all the same.
+
+    logits: [1, V].
+    """
+    own = logits.float()
+    pairs = row.params.logit_bias
+    ids = torch.tensor([token_id for token_id, _ in pairs], device=logits.device)
+    bias = torch.tensor([[value for _, value in pairs]], dtype=torch.float32, device=logits.device)
+    rule = rule_of(row, logits.shape[1])
+    plain = rule._replace(num_top=-1)
+    [chosen] = _tokens(choose(own.index_add(1, ids, bias), [plain]), [plain])
+    if isinstance(chosen, Exception) or rule.num_top < 0:
+        return chosen
+    top_rule = PLAIN._replace(num_top=rule.num_top)
+    [likeliest] = _tokens(choose(own, [top_rule]), [top_rule])
+    if isinstance(likeliest, Exception) or likeliest[1] is None:
+        return likeliest
+    token_id = chosen[0]
+    logprob = float(own[0, token_id] - own[0].logsumexp(dim=-1))
+    return token_id, Logprobs(token_id, logprob, likeliest[1].top)
 
 
 def rule_of(row: SamplingRow, vocab_size: int) -> Rule:

@@ -202,3 +202,28 @@ def test_minus_infinity_is_a_number_in_json(tokenizer):
     )
     made = answer(Front(tokenizer, backend), COMPLETIONS, prompt="a", logprobs=0)
     assert made["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
+
+
+def test_a_logit_bias_reaches_the_engine_and_odd_ones_are_refused(tokenizer):
+    front = Front(tokenizer, max_request_bytes=100_000)
+    answer(front, COMPLETIONS, prompt="a", logit_bias={"7": -100, "3": 1.5})
+    assert front.backend.requests[0].params.logit_bias == ((3, 1.5), (7, -100.0))
+    for bias in ({"x": 1}, {"7": 101}, {"300": 1}, {"-1": 1}, {"9" * 5000: 1}, {str(i): 1 for i in range(2000)}):
+        refused = refusal(front, COMPLETIONS, prompt="a", logit_bias=bias)
+        assert (refused["param"], len(refused["message"]) < 200) == ("logit_bias", True)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_before"), [(40, 1), (8, 3)])
+def test_choices_wait_for_the_first_ones_long_prompt_and_find_it_in_the_cache(tokenizer, num_tokens, num_before):
+    seen = []
+
+    class Backend(EchoBackend):
+        async def generate(self, request):
+            self.requests.append(request)
+            await asyncio.sleep(0.01)  # computes the prompt
+            seen.append(len(self.requests))
+            yield SequenceUpdate(request_id=request.request_id, token_ids=(A,), finish_reason="length")
+
+    made = answer(Front(tokenizer, Backend()), COMPLETIONS, prompt=[A] * num_tokens, n=3, max_tokens=1)
+    assert [choice["text"] for choice in made["choices"]] == ["a", "a", "a"]
+    assert (seen[0], len(seen)) == (num_before, 3)

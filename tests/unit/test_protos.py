@@ -43,4 +43,4 @@ def test_sampling_fields_are_those_of_the_type_and_numbers_are_optional():
     proto = pb.SamplingParams.DESCRIPTOR.fields
     assert [f.name for f in fields(SamplingParams)] == [f.name for f in proto]
     plain = {f.name for f in proto if not f.has_presence}
-    assert plain == {"stop", "stop_token_ids", "ignore_eos"}
+    assert plain == {"stop", "stop_token_ids", "ignore_eos", "logit_bias"}

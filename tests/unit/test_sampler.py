@@ -177,3 +177,26 @@ def test_a_draw_has_no_infinity_less_another(temperature, penalty):
         logits, [row([1, 2], 2, banned=[0], temperature=temperature, repetition_penalty=penalty, seed=3)]
     )
     assert token_id in (1, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([0.0, 0.8]),
+    bias=st.dictionaries(st.integers(0, 29), st.floats(-100, 100), min_size=1, max_size=5),
+)
+def test_a_biased_row_chooses_as_one_with_those_logits_and_shows_the_models_own_logprobs(seed, temperature, bias):
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(seed))
+    changed = logits.clone()
+    for token_id, value in bias.items():
+        changed[1, token_id] += value
+    plain = row(temperature=temperature, seed=seed % 1000)
+    biased = row(temperature=temperature, seed=seed % 1000, logit_bias=bias, logprobs=3)
+    first, second = sample(logits, [plain, biased])
+    assert first == sample(logits, [plain, plain])[0]
+    assert second[0] == sample(changed, [plain, plain])[1][0]
+    probs = logits[1].log_softmax(-1)
+    assert math.isclose(second[1].logprob, float(probs[second[0]]), abs_tol=1e-5)
+    values, ids = probs.topk(3)
+    assert [token_id for token_id, _ in second[1].top] == ids.tolist()
+    assert torch.allclose(torch.tensor([value for _, value in second[1].top]), values, atol=1e-5)

@@ -54,6 +54,7 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        logit_bias=dict(message.logit_bias),
         **given,
     )
 

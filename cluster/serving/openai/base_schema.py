@@ -1,12 +1,15 @@
 """Fields that several calls have, and how they become the parameters of a generation."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster import inputs
 from cluster.errors import InvalidRequest
 from cluster.types import MAX_TOP_LOGPROBS, SamplingParams, Usage
 
+MAX_ID_DIGITS = 10
 MAX_CHOICES = 128  # OpenAI's limit for n
 
 
@@ -38,6 +41,7 @@ class SamplingFields(RequestBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
+    logit_bias: dict[str, float] | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -80,7 +84,16 @@ class SamplingFields(RequestBody):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            logit_bias=_biases(self.logit_bias or {}),
         )
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    """JSON's keys are texts. Raises InvalidRequest."""
+    for key in given:
+        if not key.isascii() or not key.isdigit() or len(key) > MAX_ID_DIGITS:
+            raise InvalidRequest(f"logit_bias has the key {inputs.shown(key)}, a token id is needed", "logit_bias")
+    return {int(key): value for key, value in given.items()}
 
 
 class PromptLogprob(AnswerBody):

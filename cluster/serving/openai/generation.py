@@ -9,6 +9,7 @@ from cluster.serving.service import InferenceService
 from cluster.serving.text.prompts import Prompt
 from cluster.types import FinishReason, Logprobs, SamplingParams, TextDelta, Usage
 
+MIN_SHARED_TOKENS = 32  # two blocks of the cache; a shorter prompt is computed sooner than awaited
 MAX_UNTAKEN = 64  # deltas of a call that wait for its client
 
 
@@ -80,7 +81,11 @@ async def collect(deltas: AsyncGenerator[tuple[int, TextDelta], None], num_choic
 async def generate(
     service: InferenceService, asked: Sequence[tuple[Prompt, SamplingParams]], call: Call
 ) -> AsyncGenerator[tuple[int, TextDelta], None]:
-    """Yields (index, delta) of every answer as they come. The first error ends all; closing it cancels all."""
+    """Yields (index, delta) of every answer as they come. The first error ends all; closing it cancels all.
+
+    Of answers to one prompt object the first begins alone, and the others when its prompt is computed: they find its
+    keys and values in the cache.
+    """
     several = len(asked) > 1
     streams = [
         service.stream(
@@ -96,20 +101,35 @@ async def generate(
             async for delta in streams[0]:
                 yield 0, delta
         return
-    async with aclosing(_merged(streams)) as deltas:
+    leaders = [_leader(asked, index) for index in range(len(asked))]
+    async with aclosing(_merged(streams, leaders)) as deltas:
         async for each in deltas:
             yield each
 
 
+def _leader(asked: Sequence[tuple[Prompt, SamplingParams]], index: int) -> int:
+    """The answer whose prompt an answer waits for: its own index for none."""
+    prompt = asked[index][0]
+    if not isinstance(prompt.token_ids, Sequence) or len(prompt.token_ids) < MIN_SHARED_TOKENS:
+        return index
+    while index and asked[index - 1][0] is prompt:
+        index -= 1
+    return index
+
+
 async def _merged(
-    streams: Sequence[AsyncGenerator[TextDelta, None]],
+    streams: Sequence[AsyncGenerator[TextDelta, None]], leaders: Sequence[int]
 ) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    begun = [asyncio.Event() for _ in streams]
     news: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(MAX_UNTAKEN)
 
     async def pump(index: int, stream: AsyncGenerator[TextDelta, None]) -> None:
         try:
+            if leaders[index] != index:
+                await begun[leaders[index]].wait()
             async with aclosing(stream):
                 async for delta in stream:
+                    begun[index].set()
                     await news.put((index, delta))
             await news.put((index, None))
         except Exception as error:  # noqa: BLE001 it is raised where the news are taken
