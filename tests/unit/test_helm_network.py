@@ -40,9 +40,9 @@ def test_the_service_has_the_ingress_pods_behind_it(shape):
     objects = rendered(shape)
     spec = objects.one("Service")["spec"]
     assert chosen(objects, spec["selector"]) == {"ingress"}
-    [port] = spec["ports"]
-    assert port["appProtocol"] == "kubernetes.io/h2c"
-    assert ports_of(objects, "ingress")[port["targetPort"]] == 9000
+    grpc, http = spec["ports"]
+    assert (grpc["appProtocol"], http["appProtocol"]) == ("kubernetes.io/h2c", "http")
+    assert [ports_of(objects, "ingress")[port["targetPort"]] for port in (grpc, http)] == [9000, 8000]
     assert not matches(spec["selector"], objects.one("Pod")["metadata"]["labels"])
 
 
@@ -64,7 +64,7 @@ def test_kuberay_finds_its_ports_and_its_own_labels(shape):
 def test_policies_close_all_but_what_is_served(shape):
     objects = rendered(shape)
     metrics = {"app-metrics", "metrics"}
-    assert opened(objects, "ingress") == {"serve-grpc"} | metrics
+    assert opened(objects, "ingress") == {"serve", "serve-grpc"} | metrics
     assert opened(objects, "head") == {"dashboard"} | metrics
     for role in {"attention", "experts"} & objects.pods.keys():
         assert opened(objects, role) == metrics
@@ -103,6 +103,12 @@ def test_restricted_pods_call_one_another_names_and_what_is_said():
     assert inside["to"][0]["podSelector"] == internal["spec"]["podSelector"]
     assert {port["port"] for port in names["ports"]} == {53}
     assert extra == {"ports": [{"protocol": "TCP", "port": 443}]}
+
+
+def test_without_http_its_port_is_closed_and_no_clients_port():
+    objects = rendered("a2.7b", {"cluster.http_api": False})
+    assert [port["name"] for port in objects.one("Service")["spec"]["ports"]] == ["serve-grpc"]
+    assert "serve" not in opened(objects, "ingress")
 
 
 def test_there_is_no_policy_where_none_is_wanted():

@@ -31,7 +31,12 @@
 {{- toYaml $args }}
 {{- end }}
 
-{{/* The host is for HTTP and, in HAProxy's mode, for gRPC too; the network policy closes HTTP. */}}
+{{/* "yes" where the API over HTTP is served: unless cluster.http_api is false. */}}
+{{- define "moe-cluster.http" -}}
+{{- if ne (toString .Values.cluster.http_api) "false" }}yes{{ end }}
+{{- end }}
+
+{{/* The host is for HTTP and, in HAProxy's mode, for gRPC too. */}}
 {{- define "moe-cluster.serveConfig" -}}
 proxy_location: EveryNode
 http_options:
