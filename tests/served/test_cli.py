@@ -128,6 +128,8 @@ def test_a_ray_that_is_not_there_is_named_at_once(demo_checkpoint):
 
 def test_a_port_in_use_is_refused(served, demo_checkpoint):
     refused(run("serve", demo_checkpoint, "--grpc-port", served.grpc_port), f"grpc port {served.grpc_port} is taken")
+    taken = run("serve", demo_checkpoint, "--grpc-port", 0, "--http-port", served.http_port)
+    refused(taken, f"http port {served.http_port} is taken")
 
 
 def test_generate_streams_an_answer(served):

@@ -11,6 +11,7 @@ from serving_fakes import EchoBackend, write_tokenizer
 
 from cluster.errors import ShardUnavailable
 from cluster.serving.admission.api_keys import ApiKeys, new_key
+from cluster.serving.openai import gate
 from cluster.serving.openai.chat_schema import ChatRequest
 from cluster.serving.openai.completion_schema import CompletionRequest
 from cluster.serving.text.tokenizer import Tokenizer
@@ -163,6 +164,14 @@ def test_an_error_after_the_first_token_ends_the_stream_and_is_in_it(tokenizer):
     assert last["error"]["message"] == "a shard is gone"
 
 
+def scope_of(path):
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"content-type", b"application/json")], "client": ("192.0.2.7", 1), "server": ("server", 80),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_its_request(tokenizer, stream):
     async def run():
@@ -178,13 +187,52 @@ def test_a_client_that_leaves_cancels_its_request(tokenizer, stream):
         async def send(message):
             raise AssertionError(f"{message} to a client that has left")
 
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-            "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"", "root_path": "",
-            "headers": [(b"content-type", b"application/json")], "client": ("192.0.2.7", 1), "server": ("server", 80),
-        }  # fmt: skip
-        await asyncio.wait_for(front.app(scope, receive, send), 10)
+        await asyncio.wait_for(front.app(scope_of(CHAT), receive, send), 10)
         assert len(front.backend.closed) == len(front.backend.requests) > 0
         assert front.service.admission.num_running == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_is_given_up_without_a_word_of_error(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(gate, "UNREAD_TIMEOUT_S", 0.01)
+
+    async def run():
+        front = Front(tokenizer)
+        sent = [{"type": "http.request", "body": json.dumps({**HELLO, "stream": True}).encode()}]
+
+        async def receive():
+            if not sent:
+                await asyncio.Event().wait()
+            return sent.pop()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        await asyncio.wait_for(front.app(scope_of(CHAT), receive, send), 10)
+        assert len(front.backend.closed) == 1
+        assert front.service.admission.num_running == 0
+
+    asyncio.run(run())
+    assert caplog.text == ""
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(tokenizer, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_TIMEOUT_S", 0.01)
+
+    async def run():
+        answers, begun = [], [{"type": "http.request", "body": b"{", "more_body": True}]
+
+        async def receive():
+            if not begun:
+                await asyncio.Event().wait()
+            return begun.pop()
+
+        async def send(message):
+            answers.append(message)
+
+        await asyncio.wait_for(Front(tokenizer).app(scope_of(CHAT), receive, send), 10)
+        assert answers[0]["status"] == 408
 
     asyncio.run(run())

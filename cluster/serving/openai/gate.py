@@ -41,8 +41,8 @@ class Gate:
                 scope.setdefault("state", {})["client"] = client
                 body = await self._body(scope, receive)
                 await _while_connected(self._app(scope, _replayed(body), answer.send), receive, answer)
-        except RequestCancelled:
-            log.debug("a client left before its answer")
+        except (RequestCancelled, _Unread) as error:
+            log.debug("an answer ended before its end: %s", error)
         except Exception as error:  # the boundary: nothing may pass but an error in OpenAI's shape
             if answer.begun:
                 if not answer.ended:
@@ -95,6 +95,10 @@ class Gate:
         raise SlowRequest(f"the body did not come within {BODY_TIMEOUT_S:g} s")
 
 
+class _Unread(BaseException):
+    """A client that does not read. No handler of the application answers it, so it is no Exception."""
+
+
 class _Answer:
     """Notes how far an answer has come, and gives a client up that does not read it."""
 
@@ -103,10 +107,13 @@ class _Answer:
         self.begun = self.ended = False
 
     async def send(self, message: Message) -> None:
-        """Raises TimeoutError."""
+        """Raises _Unread."""
         self.begun = True
-        async with asyncio.timeout(UNREAD_TIMEOUT_S):
-            await self._send(message)
+        try:
+            async with asyncio.timeout(UNREAD_TIMEOUT_S):
+                await self._send(message)
+        except TimeoutError:
+            raise _Unread(f"the client has read nothing for {UNREAD_TIMEOUT_S:g} s") from None
         self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
