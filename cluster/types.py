@@ -5,21 +5,19 @@ All are frozen and can be pickled, so that they travel between actors.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from cluster import inputs
 from cluster.conversation import ChatMessage as ChatMessage  # users import it from here
 from cluster.errors import InvalidRequest
 from cluster.evolving import evolving
 from cluster.outcome import Head, Numbers, Wants
+from cluster.sampling_limits import LIMITS, logit_bias, stop_strings, stop_token_ids
+from cluster.sampling_limits import MAX_STOP_STRING_CHARS as MAX_STOP_STRING_CHARS
+from cluster.sampling_limits import MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
-MAX_TOP_LOGPROBS = 20  # the OpenAI API's limit
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_CHARS = 256  # the detokenizer holds back up to this much text while a match is open
-MAX_BIASED_TOKENS = 1024
-MAX_STOP_TOKEN_IDS = 1 << 20  # more than any vocabulary has
 GREEDY_BELOW = 1e-5  # a temperature that divides logits into infinities; vLLM's bound (_SAMPLING_EPS)
 
 
@@ -59,12 +57,12 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
 
     def __post_init__(self) -> None:
-        plain: dict[str, Any] = {limits.name: limits.checked(getattr(self, limits.name)) for limits in _LIMITS}
+        plain: dict[str, Any] = {limits.name: limits.checked(getattr(self, limits.name)) for limits in LIMITS}
         plain["min_tokens"] = plain["min_tokens"] or 0
         plain["ignore_eos"] = inputs.truth_value(False if self.ignore_eos is None else self.ignore_eos, "ignore_eos")
-        plain["stop"] = _stop_strings(self.stop)
-        plain["stop_token_ids"] = _stop_token_ids(self.stop_token_ids)
-        plain["logit_bias"] = _logit_bias(self.logit_bias)
+        plain["stop"] = stop_strings(self.stop)
+        plain["stop_token_ids"] = stop_token_ids(self.stop_token_ids)
+        plain["logit_bias"] = logit_bias(self.logit_bias)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -88,6 +86,11 @@ class SamplingParams:
         return self.temperature is not None and self.temperature < GREEDY_BELOW
 
     @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """Returns `logit_bias` as it is kept: pairs of a token id and a number."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
+
+    @property
     def has_penalties(self) -> bool:
         repetition = self.repetition_penalty or 1.0
         return repetition != 1.0 or bool(self.presence_penalty) or bool(self.frequency_penalty)
@@ -101,83 +104,6 @@ class SamplingParams:
         }
         return replace(self, **missing) if missing else self
 
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """The closed (or, with `above`, half-open) range of one numeric field."""
-
-    name: str
-    low: float
-    high: float
-    above: bool = False
-    integer: bool = False
-
-    def checked(self, value: Any) -> float | None:
-        """Returns the value as an int or a float of Python. Raises InvalidRequest."""
-        if value is None:
-            return None
-        plain = inputs.whole_number(value, self.name) if self.integer else inputs.number(value, self.name)
-        if not (self.low < plain if self.above else self.low <= plain) or not plain <= self.high:
-            low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-            high = str(self.high) if self.integer else f"{self.high:g}"
-            raise InvalidRequest(
-                f"{self.name} is {inputs.shown(plain)}, it must be {low} and at most {high}", self.name
-            )
-        return plain
-
-
-def _stop_strings(given: Any) -> tuple[str, ...]:
-    stop = inputs.texts(given, "stop", MAX_STOP_STRINGS)
-    for text in stop:
-        if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
-            raise InvalidRequest(
-                f"stop has a string of {len(text)} characters, 1 to {MAX_STOP_STRING_CHARS} are allowed", "stop"
-            )
-    return stop
-
-
-def _stop_token_ids(given: Any) -> tuple[int, ...]:
-    ids = inputs.token_ids(given, "stop_token_ids", MAX_STOP_TOKEN_IDS)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} ids", "stop_token_ids")
-    limits = _Limits("stop_token_ids", 0, 2**31 - 1, integer=True)  # of any vocabulary; the model's is known later
-    return tuple(int(limits.checked(token_id) or 0) for token_id in ids)
-
-
-def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
-    pairs = given.items() if isinstance(given, Mapping) else () if given is None else given
-    are_pairs = isinstance(given, Mapping) or pairs == () or (
-        isinstance(pairs, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
-    )  # fmt: skip
-    if not are_pairs:
-        raise InvalidRequest(
-            f"logit_bias is {inputs.shown(given)}, an object of token ids and numbers is needed", "logit_bias"
-        )
-    if len(pairs) > MAX_BIASED_TOKENS:
-        raise InvalidRequest(
-            f"logit_bias has {len(pairs)} tokens, at most {MAX_BIASED_TOKENS} are allowed", "logit_bias"
-        )
-    ids, values = _Limits("logit_bias", 0, 2**31 - 1, integer=True), _Limits("logit_bias", -100.0, 100.0)
-    plain = [(ids.checked(token_id), values.checked(value)) for token_id, value in pairs]
-    for token_id, value in plain:
-        if token_id is None or value is None:
-            raise InvalidRequest("logit_bias has a null, token ids and numbers are needed", "logit_bias")
-    return tuple(sorted({int(token_id or 0): value or 0.0 for token_id, value in plain}.items()))
-
-
-_LIMITS = (
-    _Limits("temperature", 0.0, 100.0),
-    _Limits("top_k", 0, 2**31 - 1, integer=True),
-    _Limits("top_p", 0.0, 1.0, above=True),
-    _Limits("min_p", 0.0, 1.0),
-    _Limits("repetition_penalty", 0.0, 100.0, above=True),
-    _Limits("presence_penalty", -2.0, 2.0),
-    _Limits("frequency_penalty", -2.0, 2.0),
-    _Limits("seed", 0, 2**63 - 1, integer=True),
-    _Limits("max_tokens", 1, 2**31 - 1, integer=True),
-    _Limits("min_tokens", 0, 2**31 - 1, integer=True),
-    _Limits("logprobs", 0, MAX_TOP_LOGPROBS, integer=True),
-)
 
 SAMPLING_DEFAULTS = SamplingParams(
     temperature=1.0,

@@ -46,7 +46,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | Except
     Returns the tokens and, where asked for, log-probabilities under the model's own distribution; for a row that fails
     its exception, NoFiniteNumbers where the largest logit is none.
     """
-    biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
+    biased = [i for i, row in enumerate(rows) if row.params.biases]
     tokens = _sample(logits, rows)
     for i in biased:
         try:
@@ -77,21 +77,21 @@ def _sample_biased(logits: Tensor, row: SamplingRow) -> Sampled | Exception:
 
     logits: [1, V].
     """
-    own = logits.float()
-    pairs = row.params.logit_bias
+    plain_logits = logits.float()
+    pairs = row.params.biases
     ids = torch.tensor([token_id for token_id, _ in pairs], device=logits.device)
     bias = torch.tensor([[value for _, value in pairs]], dtype=torch.float32, device=logits.device)
     rule = rule_of(row, logits.shape[1])
     plain = rule._replace(num_top=-1)
-    [chosen] = _tokens(choose(own.index_add(1, ids, bias), [plain]), [plain])
+    [chosen] = _tokens(choose(plain_logits.index_add(1, ids, bias), [plain]), [plain])
     if isinstance(chosen, Exception) or rule.num_top < 0:
         return chosen
     top_rule = PLAIN._replace(num_top=rule.num_top)
-    [likeliest] = _tokens(choose(own, [top_rule]), [top_rule])
+    [likeliest] = _tokens(choose(plain_logits, [top_rule]), [top_rule])
     if isinstance(likeliest, Exception) or likeliest[1] is None:
         return likeliest
     token_id = chosen[0]
-    logprob = float(own[0, token_id] - own[0].logsumexp(dim=-1))
+    logprob = float(plain_logits[0, token_id] - plain_logits[0].logsumexp(dim=-1))
     return token_id, Logprobs(token_id, logprob, likeliest[1].top)
 
 

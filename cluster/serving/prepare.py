@@ -43,7 +43,7 @@ class RequestCompleter:
         self.check_serves("tokens")
         prompt_token_ids = self.prompt(token_ids, field)
         self.check_in_vocabulary(params.stop_token_ids, "stop_token_ids")
-        self.check_in_vocabulary([token_id for token_id, _ in params.logit_bias], "logit_bias")
+        self.check_in_vocabulary([token_id for token_id, _ in params.biases], "logit_bias")
         return EngineRequest(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,

@@ -115,6 +115,8 @@ def test_completions_of_texts_and_of_token_ids(tokenizer):
     assert made["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     assert answer(front, COMPLETIONS, prompt=[A, B])["choices"][0]["text"] == "ab"
     assert [c["text"] for c in answer(front, COMPLETIONS, prompt=[[A], [B]])["choices"]] == ["a", "b"]
+    four = answer(front, COMPLETIONS, prompt=["a", "b"], n=2)["choices"]
+    assert [(choice["index"], choice["text"]) for choice in four] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
     assert front.backend.requests[-1].params.max_tokens == 16  # OpenAI's default
     assert "prompts" in refusal(front, COMPLETIONS, prompt=[])["message"]
 

@@ -135,7 +135,7 @@ class _Completion:
         for index in range(len(self.prompts)):
             choices = every[index * self.num_each : (index + 1) * self.num_each]
             kept = best(choices, num_kept) if self.num_each > num_kept else choices
-            shown += (self._whole(len(shown) + place, index, choice) for place, choice in enumerate(kept))
+            shown += [self._whole(index * num_kept + place, index, choice) for place, choice in enumerate(kept)]
         return self._body(shown, usage=UsageBody.of(usage))
 
     async def stream(self) -> AsyncGenerator[str, None]:
