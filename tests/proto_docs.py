@@ -42,7 +42,12 @@ def link(type_name):
     return f"[{name}](#{name.lower()})" if type_name.startswith(".moecluster") else f"`{type_name.lstrip('.')}`"
 
 
-def kind(field):
+def kind(field, maps=None):
+    """maps: a message's entries of maps, which protoc describes as nested messages, by name."""
+    entry = (maps or {}).get(field.type_name.rpartition(".")[2])
+    if entry is not None:
+        key, value = (Field.Type.Name(one.type).removeprefix("TYPE_").lower() for one in entry.field)
+        return f"`map<{key}, {value}>`"
     plain = Field.Type.Name(field.type).removeprefix("TYPE_").lower()
     name = link(field.type_name) if field.type_name else f"`{plain}`"
     return f"repeated {name}" if field.label == Field.LABEL_REPEATED else name
@@ -65,11 +70,12 @@ def messages(proto, texts):
     lines = []
     for index, message in enumerate(proto.message_type):
         lines += [f"## {message.name}", "", texts.get((MESSAGE, index), ""), ""]
+        maps = {entry.name: entry for entry in message.nested_type if entry.options.map_entry}
         if message.field:
             lines += ["| field | type | |", "| --- | --- | --- |"]
         for number, field in enumerate(message.field):
             text = texts.get((MESSAGE, index, FIELD_OF_MESSAGE, number), "")
-            lines.append(f"| `{field.name}` | {kind(field)} | {text} |")
+            lines.append(f"| `{field.name}` | {kind(field, maps)} | {text} |")
         lines.append("")
     for index, enum in enumerate(proto.enum_type):
         lines += [f"## {enum.name}", "", texts.get((ENUM, index), ""), ""]

@@ -79,7 +79,7 @@ class ClusterConfig(EngineConfig):
         choices=TRANSPORTS,
     )
     http_api: bool = option(
-        True, "answers OpenAI's HTTP API, on the port of Serve's http_options, beside gRPC; false: gRPC alone"
+        True, "answers OpenAI's API over HTTP, on Serve's HTTP port, beside gRPC; false: gRPC alone"
     )
     max_ongoing_requests: int = option(
         1024, "requests in one ingress process at a time, a further one gets RESOURCE_EXHAUSTED", least=1
