@@ -119,8 +119,9 @@ class LLM(Results, Chats):
         dispatch_metrics = DispatchMetrics(registry, "llm")
         model_dir = check_checkpoint(cluster.model, config, cluster.expert_shards, tokenizer=False).model_dir
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
+        self.sampling_defaults = read_sampling_defaults(model_dir)
         self.info = model_info(cluster.model, config)
-        self._completer = RequestCompleter(self.info, read_sampling_defaults(model_dir))
+        self._completer = RequestCompleter(self.info, self.sampling_defaults)
         if not local and self.info.num_experts:
             self._ray_experts = RayExperts(cluster, dispatch_metrics)
             self.experts: ExpertDispatcher = self._ray_experts.dispatcher
@@ -167,6 +168,11 @@ class LLM(Results, Chats):
             for prompt in prompts
         ]
         return self._run([OpenResult(request) for request in requests])
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None with `skip_tokenizer`."""
+        return self._tokenizer
 
     @property
     def head(self) -> Head:

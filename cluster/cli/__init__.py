@@ -1,8 +1,9 @@
 """The command line. Reads arguments and the environment, and prints; other parts do the work.
 
-Each file has the commands of one kind: `serving` starts a cluster, `chat` and `generate` talk with one, `running` look
-at one and change it, `offline` need none, `checkpoints` make a checkpoint from another, `evaluate` measures one,
-`completion` is for shells. `arguments` and `sampling` have the options that they share, `terminal` runs each of them.
+Each file has the commands of one kind: `serving` starts a cluster, `chat`, `generate` and `batch` talk with one,
+`running` look at one and change it, `offline` need none, `checkpoints` make a checkpoint from another, `evaluate`
+measures one, `completion` is for shells. `arguments` and `sampling` have the options that they share, `terminal` runs
+each of them.
 Exit codes: 0 done, 1 a request or a bench failed, its output could not be written or the doctor found something
 missing, 2 wrong usage or a set-up that cannot work, 130 Ctrl-C, 141 the output's reader has gone.
 """
@@ -69,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     """Raises ImportError where a package that the commands need is missing."""
     from cluster import bench
-    from cluster.cli import checkpoints, completion, evaluate, generate, offline, running, serving
+    from cluster.cli import batch, checkpoints, completion, evaluate, generate, offline, running, serving
     from cluster.cli.arguments import add_command
     from cluster.cli.chat import command as chat
 
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_commands(commands)
     chat.add_commands(commands)
     generate.add_commands(commands)
+    batch.add_commands(commands)
     running.add_commands(commands)
     offline.add_commands(commands)
     checkpoints.add_commands(commands)

@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser, address: str | None = DEFAULT
     """address: of the server where none is given; None for no server then."""
     note = "" if address is None else " (default: %(default)s)"
     parser.add_argument("--address", default=address, metavar="HOST:PORT", help=f"gRPC server{note}")
+    add_security_arguments(parser)
+
+
+def add_security_arguments(parser: argparse.ArgumentParser) -> None:
+    """The client's key and certificates, for any protocol."""
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"with the API key (default: ${API_KEY})")
     parser.add_argument("--tls", action="store_true", help="speak TLS, with the authorities that this machine trusts")
     parser.add_argument(
@@ -42,10 +47,10 @@ def connect(args: argparse.Namespace) -> "Client":
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
     tls = TlsFiles(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key) if wanted else None
-    return Client(args.address, api_key=_api_key(args.api_key_file), tls=tls)
+    return Client(args.address, api_key=api_key(args.api_key_file), tls=tls)
 
 
-def _api_key(path: Path | None) -> str:
+def api_key(path: Path | None) -> str:
     """Raises SetupError for a file without exactly one key, and for a text that is no key."""
     if path is None:
         return _checked(os.environ.get(API_KEY, ""), f"${API_KEY}")

@@ -8,6 +8,7 @@ import openai
 import pytest
 from served_tools import scrape
 
+from cluster import cli
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
@@ -113,3 +114,17 @@ def test_a_client_that_leaves_frees_its_place(served):
     with urlopen(request, timeout=30) as answer:
         assert answer.readline().startswith(b"data: ")
     assert scrape(served)["moecluster_generated_tokens_total"] - before < 600
+
+
+def test_a_batch_over_http_has_the_same_answers(served, expected, tmp_path):
+    body = {"messages": MESSAGES, "max_tokens": 12, "temperature": 0, "repetition_penalty": 1.0, "ignore_eos": True}
+    lines = [
+        {"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": body | {"max_tokens": 12 + i}}
+        for i in range(30)
+    ]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--address", served.http_url]) == 0
+    found = {one["custom_id"]: one for one in map(json.loads, (tmp_path / "out").read_text().splitlines())}
+    assert len(found) == 30
+    assert found["r0"]["response"]["body"]["choices"][0]["message"]["content"] == expected.text
+    assert found["r29"]["response"]["body"]["usage"]["completion_tokens"] == 41

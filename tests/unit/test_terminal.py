@@ -62,6 +62,7 @@ COMMANDS = {
     "serve": ("/nonexistent", 2),
     "generate": (f"hi --address {DEAD}", 1),
     "chat": (f"--address {DEAD}", 1),
+    "batch": ("/nonexistent /nonexistent/out", 2),
     **dict.fromkeys(("status", "top", "rebalance", "roll", "chaos"), (f"--ray-address {DEAD}", 2)),
     "scale": (f"--expert-shards 2 --ray-address {DEAD}", 2),
     "plan": ("{}", 0),
