@@ -8,13 +8,15 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cluster.config.resources import ROOT, all_cpus, available_cpus, available_memory, memory_limit
+from cluster.doctor.finding import Finding as Finding
+from cluster.doctor.network import examine_network
+from cluster.doctor.room import examine_room
 from cluster.footprint.folders import BASE
 from cluster.version import __version__
 
@@ -29,21 +31,12 @@ MIN_MEMORY_BYTES = 2 << 30  # Ray, two ingresses, an engine and two shards, with
 BUILD_AGAIN = "pip install -v --no-deps ."
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """advice: what to do; "": nothing is wrong.  missing: nothing can be served until that is done."""
-
-    subject: str
-    found: str
-    advice: str = ""
-    missing: bool = False
-
-
 def examine(root: Path = ROOT) -> list[Finding]:
     """root: the folder of /proc, of the control groups and of the disks."""
     parts: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python, _packages, _ray, _torch, _gpus,
-        lambda: _cpu(root), _kernels, lambda: _memory(root), lambda: _disks(root),
+        lambda: _cpu(root), _kernels, lambda: _memory(root), lambda: _room(root), lambda: _disks(root),
+        examine_network,
     )  # fmt: skip
     return [finding for part in parts for finding in part()]
 
@@ -153,6 +146,9 @@ def _gpus() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             yield Finding(f"GPU {index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB")
+        triton = _version("triton")
+        advice = "" if triton else "pip install triton: without it torch's kernels compute, more slowly"
+        yield Finding("GPU kernels", f"Triton {triton}" if triton else "torch's alone, Triton is not installed", advice)
     elif shutil.which("nvidia-smi") is None:
         yield Finding("GPU", "none: everything computes on CPUs")
     elif torch.version.cuda is None:
@@ -216,6 +212,16 @@ def _memory(root: Path) -> Iterator[Finding]:
     found = f"{free / 1e9:.1f} of {limit / 1e9:.1f} GB free"
     few = f"{MIN_MEMORY_BYTES / 1e9:.1f} GB are needed beside the weights"
     yield Finding("memory", found, few if free < MIN_MEMORY_BYTES else "")
+
+
+def _room(root: Path) -> Iterator[Finding]:
+    """In the GPUs' memory, where there are some."""
+    torch = _imported("torch")
+    if not isinstance(torch, Finding) and torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        yield examine_room(sum(torch.cuda.get_device_properties(i).total_memory for i in devices), "the GPUs' memory")
+    elif (free := available_memory(root)) is not None:
+        yield examine_room(free, "the free memory, on CPUs")
 
 
 def _disks(root: Path) -> Iterator[Finding]:
