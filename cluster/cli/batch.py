@@ -4,12 +4,15 @@ import argparse
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.checkpoint.model_files import located
 from cluster.cli import terminal
-from cluster.cli.arguments import Commands, add_command, add_options, byte_size
+from cluster.cli.arguments import Commands, add_command, add_options, add_ray_address, byte_size
 from cluster.client import options
+from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "127.0.0.1:8000"
 MAX_CONCURRENCY = 4096
+MAX_WORKERS = 4096
 OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling")
 
 
@@ -46,6 +50,16 @@ def add_commands(commands: Commands) -> None:
         "--patience-s", type=float, default=120.0, metavar="SECONDS",
         help="wait for a server that is busy or gone (default: %(default)s)",
     )  # fmt: skip
+    batch.add_argument(
+        "--ray-data", action="store_true",
+        help="spread the lines over --workers with Ray Data, each with its own model or connections, on several nodes "
+        "too; needs moe-cluster[data]",
+    )  # fmt: skip
+    batch.add_argument("--workers", type=int, default=1, metavar="N", help="of Ray Data (default: %(default)s)")
+    batch.add_argument(
+        "--gpus-per-worker", type=float, default=0.0, metavar="X", help="of Ray Data's workers (default: %(default)s)"
+    )
+    add_ray_address(batch, "else a Ray of this machine is started for --ray-data")
     batch.add_argument("--dtype", help="offline: float32, bfloat16, float16 or auto (default: the checkpoint's)")
     batch.add_argument("--device", help="offline: cpu, cuda or auto (default: auto)")
     batch.add_argument(
@@ -62,12 +76,14 @@ def _batch(args: argparse.Namespace) -> int:
     from cluster.console import CountProgress
 
     _check(args)
+    if args.model is not None:
+        args.model = located(args.model)  # a worker runs in another folder
     total = lines.count(args.input)
     with Ledger(args.output) as ledger:
         before = len(ledger.done)
         try:
             with CountProgress("requests", "requests") as bar:
-                asyncio.run(_run(args, ledger, lambda through: bar.update(through, total)))
+                _answer(args, ledger, lambda through: bar.update(through, total))
         except KeyboardInterrupt:
             terminal.complain(f"{len(ledger.done):,} of {total:,} lines are answered: the same command goes on there")
             raise
@@ -76,15 +92,26 @@ def _batch(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-async def _run(args: argparse.Namespace, ledger: "Ledger", progress: Callable[[int], None]) -> None:
+def _answer(args: argparse.Namespace, ledger: "Ledger", progress: Callable[[int], None]) -> None:
     from cluster.batch.lines import read
     from cluster.batch.run import Pace, run
 
     if all(line.id in ledger.done for line in read(args.input)):
         return  # no model needs to be loaded
     pace = Pace(concurrency=args.concurrency, patience_s=args.patience_s)
-    async with _answerer(args) as answerer:
-        await run(read(args.input), answerer, ledger, pace, progress)
+    if args.ray_data:
+        from cluster.batch.spread import Workers, run_spread
+
+        cpus = 1.0 if args.ray_address else float(max(1, available_cpus() // args.workers))
+        workers = Workers(num=args.workers, cpus=cpus, gpus=args.gpus_per_worker, ray_address=args.ray_address)
+        run_spread(args.input, read(args.input), partial(_answerer, args), ledger, pace, workers, progress)
+        return
+
+    async def here() -> None:
+        async with _answerer(args) as answerer:
+            await run(read(args.input), answerer, ledger, pace, progress)
+
+    asyncio.run(here())
 
 
 @asynccontextmanager
@@ -115,5 +142,7 @@ def _check(args: argparse.Namespace) -> None:
         raise SetupError(f"--concurrency is {args.concurrency}, 1 to {MAX_CONCURRENCY} is needed")
     if not 0 <= args.patience_s < float("inf"):
         raise SetupError(f"--patience-s is {args.patience_s:g}, 0 or more is needed")
+    if not 1 <= args.workers <= MAX_WORKERS or not args.gpus_per_worker >= 0:
+        raise SetupError(f"--workers is {args.workers}, 1 to {MAX_WORKERS} is needed, and --gpus-per-worker 0 or more")
     if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
         raise SetupError(f"{args.output} is both input and output: choose another file for the answers")
