@@ -1,4 +1,4 @@
-"""Which of the released models have room in this machine's memory, by the bytes of their weights."""
+"""The released models that have room in this machine, by the bytes of their weights."""
 
 from collections.abc import Iterator
 
