@@ -32,6 +32,7 @@ class Pulse:
         self._counter = itertools.count(1)
         self._done = 0
         self._running: set[int] = set()
+        self._watched: list[Callable[[], bool]] = []
         self._clocks: dict[int, int] = {}  # the CPU time of each thread that has computed
         self._seen = Sign()
         self._grew_at = clock()
@@ -51,6 +52,12 @@ class Pulse:
         self._running.discard(threading.get_ident())
         self._done = next(self._counter)
 
+    def watch(self, computes: Callable[[], bool]) -> None:
+        """This thread computes on the CPU whenever `computes()`, without `begin` and `end`."""
+        self.begin()
+        self.end()
+        self._watched.append(computes)
+
     def progress(self) -> int:
         """A number that changes while the work goes on."""
         return self._done + sum(map(_used_ns, list(self._clocks.values())))
@@ -60,7 +67,7 @@ class Pulse:
         progress, now = self.progress(), self._clock()
         if progress != self._seen.progress:
             self._grew_at = now
-        busy = bool(self._running)
+        busy = bool(self._running) or any(computes() for computes in self._watched)
         self._seen = Sign(progress=progress, busy=busy, stuck_s=max(0.0, now - self._grew_at) if busy else 0.0)
         return self._seen
 

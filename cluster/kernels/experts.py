@@ -80,13 +80,18 @@ class NativeExperts(SeparateExperts[NativeForm]):
     ) -> None:
         super().__init__(make_gate_up, make_down)
         self._native = native
-        self._pointers = native_products.ExpertPointers([], [])
+        self.pointers = native_products.ExpertPointers([], [])
+
+    @property
+    def most_pairs(self) -> int:
+        """From so many (token, expert) pairs on torch computes."""
+        return self.gate_up[0].torch_rows * len(self.gate_up) if self.gate_up else 0
 
     def rearranged(self, places: Sequence[int | None]) -> Self:
         other = super().rearranged(places)
         gate_up, down = ([weight.matrix for weight in side] for side in (other.gate_up, other.down))
         num_bits, intermediate_size = next(((one.num_bits, one.num_inputs) for one in other.down), (0, 0))
-        other._pointers = native_products.ExpertPointers(
+        other.pointers = native_products.ExpertPointers(
             gate_up, down, num_bits=num_bits, intermediate_size=intermediate_size
         )
         return other
@@ -94,8 +99,8 @@ class NativeExperts(SeparateExperts[NativeForm]):
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         if not self.gate_up:
             return torch.zeros(hidden_states.shape, dtype=torch.float32)
-        if topk_ids.numel() < self.gate_up[0].torch_rows * len(self.gate_up):
-            return native_products.experts(self._native, hidden_states, topk_ids, topk_weights, self._pointers)
+        if topk_ids.numel() < self.most_pairs:
+            return native_products.experts(self._native, hidden_states, topk_ids, topk_weights, self.pointers)
         return super().forward(hidden_states, topk_ids, topk_weights)
 
 

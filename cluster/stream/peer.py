@@ -85,6 +85,7 @@ class Peer:
     state: the part that is being read.  deadline: for a stranger to prove himself.
     features: of his version.  region: the memory that he shares, if any.  num_pending: his requests that wait here.
     outgoing: bytes that the socket has not taken yet.  watched: the selector's events, which the server keeps.
+    lent: the native loop reads from the socket (`steady.py`), nobody else.
     """
 
     def __init__(self, sock: socket.socket, secret: bytes, buffers: ReceiveBuffers, device: torch.device) -> None:
@@ -98,6 +99,8 @@ class Peer:
         self.num_pending = 0
         self.outgoing: deque[memoryview] = deque()
         self.watched = 0
+        self.lent = False
+        self._ahead = b""  # read from the socket already
         self._secret = secret
         self._nonce = secrets.token_bytes(frames.NONCE_BYTES)
         self._buffers = buffers
@@ -113,8 +116,16 @@ class Peer:
         return self.num_pending > 0 or self._filled > 0 or self.state is State.REQUEST
 
     @property
+    def is_idle(self) -> bool:
+        """Whether a caller with shared memory has nothing under way in either direction."""
+        begun = self._filled > 0 or self.state is not State.HEAD or bool(self._ahead)
+        return self.region is not None and not (begun or self.num_pending or self.outgoing)
+
+    @property
     def events(self) -> int:
         """The selector's events to watch for: reads while there is room for requests, writes while any are left."""
+        if self.lent:
+            return 0
         events = selectors.EVENT_READ if self.num_pending < MAX_PENDING else 0
         return events | (selectors.EVENT_WRITE if self.outgoing else 0)
 
@@ -136,6 +147,10 @@ class Peer:
                 request = self._advance()
                 if request is not None:
                     yield request
+
+    def unread(self, data: bytes) -> None:
+        """Bytes that were read from the socket elsewhere come first in the next `read`."""
+        self._ahead += data
 
     def send(self, *parts: bytes | memoryview) -> None:
         """Puts into `outgoing` the bytes that the socket does not take now. Raises OSError."""
@@ -179,6 +194,10 @@ class Peer:
         Raises BlockingIOError, OSError.
         """
         target = self._target[self._filled :]
+        if self._ahead:
+            count = min(len(target), len(self._ahead))
+            target[:count], self._ahead = self._ahead[:count], self._ahead[count:]
+            return count
         if self.region is not None or self.sock.family != socket.AF_UNIX:
             return self.sock.recv_into(target)
         count, ancillary, _, _ = self.sock.recvmsg_into([target], _ANCILLARY_BYTES)

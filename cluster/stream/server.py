@@ -8,10 +8,7 @@ A second thread, the deputy, looks a few times a second. While the first one com
 """
 
 import logging
-import os
-import secrets
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,15 +17,16 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from cluster.errors import ClusterError, ProtocolError, ShardUnavailable
+from cluster.errors import ClusterError, ShardUnavailable
 from cluster.experts.pulse import Pulse
 from cluster.experts.transport import ExpertBatch
 from cluster.stream import frames
-from cluster.stream.buffers import ReceiveBuffers, Staging, memory
+from cluster.stream.buffers import Staging, memory
+from cluster.stream.callers import Callers
 from cluster.stream.frames import Header, Kind, StreamOffer
 from cluster.stream.groups import WaitingRequests, one_batch, staged_parts
-from cluster.stream.peer import HANDSHAKE_S, Peer, Request, State
-from cluster.stream.sockets import listen, user_of
+from cluster.stream.peer import Peer, Request
+from cluster.stream.steady import Steady, SteadyBackend
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class StreamBackend(Protocol):
 
 class StreamServer:
     """Listens on a Unix socket (Linux) and on TCP, from `start` to `close`. node: a name of this host.
-    pulse: of the backend, where other threads compute with it too."""
+    pulse: of the backend, where other threads compute with it too.  steady: the backend once more, for native code."""
 
     def __init__(
         self,
@@ -58,26 +56,20 @@ class StreamServer:
         host: str,
         node: str,
         pulse: Pulse | None = None,
+        steady: SteadyBackend | None = None,
         max_group_rows: int = 8192,
         beat_s: float = BEAT_S,
     ) -> None:
         self._backend = backend
         self._pulse = pulse or Pulse()
+        self._steady = Steady(steady, self._pulse.watch)
         self._on_cpu = backend.device.type == "cpu"
         self._beat_s = beat_s
         self._turn = threading.Lock()  # of the thread that uses the fields below; no thread has it during a product
-        self._selector = selectors.DefaultSelector()
-        self._peers: set[Peer] = set()
         self._waiting = WaitingRequests(max_group_rows)
-        self._buffers = ReceiveBuffers(backend.device.type == "cuda")
+        self._callers = Callers(host, node, backend.device, self._waiting, on_request=self._take_in)
         self._staging = Staging()
-        self._listeners, unix_name = listen(host)
-        self._secret = secrets.token_bytes(32)
-        self.offer = StreamOffer(unix_name, host, self._listeners[0].getsockname()[1], node, self._secret)
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        for sock in (*self._listeners, self._wake_reader):
-            self._selector.register(sock, selectors.EVENT_READ)
+        self._lent: Peer | None = None  # the caller whose requests the native loop answers
         self._closing = self._cut = self._damage = False
         self._closed = threading.Event()
         self._threads = [
@@ -95,35 +87,64 @@ class StreamServer:
             return
         self._closing = True
         self._closed.set()
-        self._wake_writer.send(b"x")
+        self.wake()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        for peer in list(self._peers):
-            self._drop(peer)
-        for sock in (*self._listeners, self._wake_reader, self._wake_writer):
-            sock.close()
-        self._selector.close()
+        self._callers.close()
 
     def cut(self) -> None:
         """Ends all connections, as a network may: to rehearse recovery."""
         self._cut = True
-        self._wake_writer.send(b"x")
+        self.wake()
 
     def damage(self) -> None:
         """Damages the next answer, as a network may: to rehearse recovery."""
         self._damage = True
+        self.wake()
+
+    def wake(self) -> None:
+        """The first thread looks at what has changed."""
+        self._steady.stop()
+        self._callers.wake()
+
+    @property
+    def offer(self) -> StreamOffer:
+        return self._callers.offer
 
     @property
     def num_connections(self) -> int:
-        return len(self._peers)
+        return len(self._callers.peers)
 
     def _serve(self) -> None:
         with self._turn:
             while not self._closing:
-                self._read_and_write(0.0 if self._waiting else self._next_deadline_s())
+                if not (self._waiting or self._damage) and (peer := self._steady.caller()) is not None:
+                    self._lend(peer)
+                self._read_and_write(0.0 if self._waiting else None)
                 if self._waiting:
                     self._compute(self._waiting.next_group())
+
+    def _lend(self, peer: Peer) -> None:
+        """The native loop answers this caller, until anything unusual happens; the deputy does all else meanwhile."""
+        self._callers.lend(peer, True)
+        self._lent = peer
+        self._turn.release()
+        ahead, unsent = b"", b""
+        try:
+            if not (self._closing or self._cut or self._damage):
+                ahead, unsent = self._steady.serve(peer, self._callers.fileno(), 4 * self._beat_s)
+        finally:
+            self._turn.acquire()
+            self._lent = None
+            self._callers.lend(peer, False)
+        self._steady.came_back(fruitless=not self._steady.account() and bool(ahead))
+        self._steady.let_go()
+        peer.unread(ahead)
+        if unsent:
+            self._callers.send(peer, unsent)
+        if peer in self._callers.peers:
+            self._callers.attend_to(peer, selectors.EVENT_READ)
 
     def _stand_in(self) -> None:
         """The deputy's work."""
@@ -134,6 +155,9 @@ class StreamServer:
             try:
                 if not self._closing:
                     self._read_and_write(0.0)
+                    self._steady.account()
+                    if self._lent and (self._waiting or self._steady.is_outdated):
+                        self.wake()
                     before, progress = progress, self._pulse.progress()
                     if progress != before:
                         self._beat()
@@ -143,64 +167,25 @@ class StreamServer:
     def _beat(self) -> None:
         """Tells all callers whose requests wait that the work goes on, but for those who do not read their answers."""
         head, now = Header(kind=Kind.ALIVE).pack(), time.monotonic()
-        for peer in [p for p in self._peers if p.features & frames.FEATURES and p.waits and not p.outgoing]:
-            self._send(peer, head)
+        for peer in [
+            p for p in self._callers.peers if p.features & frames.FEATURES and self._waits(p) and not p.outgoing
+        ]:
+            self._callers.send(peer, head)
             for request in self._waiting.of(peer):
                 request.heard_at = now
 
+    def _take_in(self, request: Request) -> None:
+        self._beat_s = max(MIN_BEAT_S, min(self._beat_s, request.timeout_s / 4))
+        self._steady.came(request.peer)
+
     def _read_and_write(self, timeout_s: float | None) -> None:
-        for key, events in self._selector.select(timeout_s):
-            if key.data is not None:
-                self._attend_to(key.data, events)
-            elif key.fileobj is self._wake_reader:
-                self._wake_reader.recv(64)
-            else:
-                self._accept(key.fileobj)  # type: ignore[arg-type]
+        self._callers.read_and_write(timeout_s)
         if self._cut:
             self._cut = False
-            for peer in list(self._peers):
-                self._drop(peer)
-        now = time.monotonic()
-        for peer in [p for p in self._peers if p.state is State.HELLO and p.deadline <= now]:
-            log.warning("a connection is closed: no handshake in %.0f s", HANDSHAKE_S)
-            self._drop(peer)
+            self._callers.drop_all()
 
-    def _attend_to(self, peer: Peer, events: int) -> None:
-        """Writes and reads what the socket allows now."""
-        try:
-            if events & selectors.EVENT_WRITE:
-                peer.write()
-            if events & selectors.EVENT_READ:
-                for request in peer.read():
-                    self._beat_s = max(MIN_BEAT_S, min(self._beat_s, request.timeout_s / 4))
-                    self._waiting.add(request)
-            self._watch(peer)
-        except ProtocolError as error:
-            log.warning("a connection is closed: %s", error)
-            peer.refuse(str(error))
-            self._drop(peer)
-        except OSError as error:
-            log.info("a caller's connection ended: %s", error)
-            self._drop(peer)
-
-    def _next_deadline_s(self) -> float | None:
-        """Seconds until the next stranger's time is up; None when there is none."""
-        deadlines = [peer.deadline for peer in self._peers if peer.state is State.HELLO]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-            if sock.family == socket.AF_UNIX and (user := user_of(sock)) != os.getuid():
-                log.warning("a connection of another user of this machine (uid %d) is closed", user)
-                sock.close()
-                return
-            peer = Peer(sock, self._secret, self._buffers, self._backend.device)
-        except OSError as error:  # the stranger has gone again, or this process has too many files open
-            log.warning("a connection could not be taken: %s", error)
-            return
-        self._peers.add(peer)
-        self._send(peer, peer.greeting())
+    def _waits(self, peer: Peer) -> bool:
+        return self._steady.computes if peer.lent else peer.waits
 
     def _compute(self, group: Sequence[Request]) -> None:
         now = time.monotonic()
@@ -252,9 +237,7 @@ class StreamServer:
 
     def _answer(self, request: Request, kind: Kind, payload: bytes | memoryview) -> None:
         peer, head = request.peer, request.head
-        self._buffers.give(request.buffer)
-        peer.num_pending -= 1
-        if peer not in self._peers:
+        if not self._callers.give_back(request):
             return
         answer = Header(
             kind=kind, request_id=head.request_id, payload_bytes=len(payload), dtype=head.dtype, layer_id=head.layer_id,
@@ -264,34 +247,4 @@ class StreamServer:
         if self._damage:
             self._damage = False
             packed = packed[:-1] + bytes([packed[-1] ^ 1])
-        self._send(peer, packed, payload)
-
-    def _send(self, peer: Peer, *parts: bytes | memoryview) -> None:
-        """Never waits: bytes that the socket does not take now go when it takes them."""
-        try:
-            peer.send(*parts)
-            self._watch(peer)
-        except OSError as error:
-            log.info("a caller's connection ended: %s", error)
-            self._drop(peer)
-
-    def _watch(self, peer: Peer) -> None:
-        events = peer.events
-        if events == peer.watched:
-            return
-        if not peer.watched:
-            self._selector.register(peer.sock, events, peer)
-        elif not events:
-            self._selector.unregister(peer.sock)
-        else:
-            self._selector.modify(peer.sock, events, peer)
-        peer.watched = events
-
-    def _drop(self, peer: Peer) -> None:
-        self._peers.discard(peer)
-        if peer.watched:
-            self._selector.unregister(peer.sock)
-            peer.watched = 0
-        peer.close()
-        for request in self._waiting.drop(peer):
-            self._buffers.give(request.buffer)
+        self._callers.send(peer, packed, payload)

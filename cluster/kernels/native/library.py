@@ -102,7 +102,7 @@ class Native:
     rotate_to_cache: Callable[..., None]
 
     def __init__(self, variant: str, table: int) -> None:
-        self.variant = variant
+        self.variant, self.table = variant, table
         fields = (ctypes.c_void_p * (1 + len(_SIGNATURES))).from_address(table)
         for (name, result, arguments), address in zip(_SIGNATURES, fields[1:], strict=True):
             assert address, "the table is full"
@@ -134,6 +134,14 @@ def variants() -> dict[str, Native]:
         return {}
     tables = {name: library.moe_kernels(name.encode()) for name in VARIANTS}
     return {name: Native(name, table) for name, table in tables.items() if table}
+
+
+@cache
+def function(name: str) -> Callable[..., int] | None:
+    """A function of the library beside the kernels, which takes one pointer. None without it: on another system."""
+    library, _ = _load()
+    found = getattr(library, name, None)
+    return None if found is None else ctypes.CFUNCTYPE(_INT, _POINTER)(ctypes.cast(found, _POINTER).value or 0)
 
 
 def missing_because() -> str:

@@ -39,6 +39,11 @@ class Rehearsal:
         elif what == "no memory":
             self._refuses_load = True
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether `before_product` does nothing now."""
+        return self._clock() >= self._slow_until
+
     def before_load(self) -> None:
         """Raises MemoryError once after "no memory"."""
         if self._refuses_load:

@@ -75,6 +75,7 @@ class ExpertShardActor:
                 host=ray.util.get_node_ip_address(),
                 node=process_info().node_id,
                 pulse=self._pulse,
+                steady=server,
             )
             self._streams.start()
         return shard.num_bytes
@@ -137,6 +138,8 @@ class ExpertShardActor:
     def disturb(self, what: Disturbance, seconds: float) -> None:
         """As `Rehearsal.begin`."""
         self._rehearsal.begin(what, seconds, self._streams)
+        if self._streams is not None:
+            self._streams.wake()
 
     def _serving(self) -> ShardServer:
         """Raises ShardUnavailable for a spare process: its caller's plan is not of this process."""

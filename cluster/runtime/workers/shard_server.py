@@ -98,6 +98,19 @@ class ShardServer:
         self._metrics.computed(time.monotonic() - started, batch.hidden_states.shape[0])
         return out
 
+    def experts(self) -> ExpertShard | None:
+        """As of `SteadyBackend`."""
+        return self._shard if self._rehearsal.is_quiet else None
+
+    def computed(self, products: Sequence[tuple[int, float, float]], tokens: Tensor) -> None:
+        """As of `SteadyBackend`."""
+        for rows, waited_s, computed_s in products:
+            self._metrics.queue_wait(waited_s)
+            self._metrics.computed(computed_s, rows)
+        with self._computing:
+            if self._shard is not None and self._shard.expert_tokens.shape == tokens.shape:
+                self._shard.expert_tokens.add_(tokens)
+
     def _report(self) -> None:
         while True:
             time.sleep(REPORT_INTERVAL_S)
