@@ -134,6 +134,8 @@ class ModelRunner:
         except BaseException:
             step.abandon()
             raise
+        finally:
+            self.experts.account()
 
     def _forward_in_parts(self, scheduled: Seq[ScheduledSequence], step: StepExperts) -> Tensor:
         num_tokens = sum(s.num_tokens for s in scheduled)

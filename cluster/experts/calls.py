@@ -70,21 +70,26 @@ class ShardCalls:
             topk_weights=topk_weights,
         )
         if plan.num_shards == 1:  # nothing to select, and on a GPU nothing to wait for
-            return [self._launch(0, None, batch)]
+            return [self.launch(0, None, batch)]
         on_host = _with_ids_on_host(batch)
         shard_of = self.routing.route(plan, layer_id, avoid).shards(on_host.topk_ids.numpy())
-        return [self._launch(shard_id, rows, part) for shard_id, rows, part in _split(on_host, shard_of, plan)]
+        return [self.launch(shard_id, rows, part) for shard_id, rows, part in _split(on_host, shard_of, plan)]
 
-    def _launch(self, shard_id: int, rows: Tensor | None, batch: ExpertBatch) -> Leg:
+    def launch(self, shard_id: int, rows: Tensor | None, batch: ExpertBatch) -> Leg:
+        """Sends a batch to a shard without waiting. rows: as of `Leg`."""
         flight = None
         try:
             flight = self.transport.submit(shard_id, batch)
-            self.metrics.sent(shard_id, batch.hidden_states.shape[0], batch.num_bytes)
-            self.patience.sent()
+            self.count(shard_id, batch.hidden_states.shape[0], batch.num_bytes)
         except ShardUnavailable as error:
             log.debug("layer %d: %s", batch.layer_id, error)
         now = self.clock()
         return Leg(shard_id, rows, batch, now, flight, now)
+
+    def count(self, shard_id: int, num_rows: int, num_bytes: int) -> None:
+        """Rows were sent."""
+        self.metrics.sent(shard_id, num_rows, num_bytes)
+        self.patience.sent()
 
     def ask(self, leg: Leg, timeout_s: float) -> Tensor | None:
         """Blocks for one leg's rows: [R, H] float32. None if they have not come; if they never will, the leg has no

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.experts.calls import ShardCalls
 from cluster.experts.deadline import Deadline
+from cluster.experts.direct import Direct, DirectFlight, LaneSource
 from cluster.experts.legs import DispatchFlight, Leg, Losses, add_rows
 from cluster.experts.receiver import Receiver
 from cluster.experts.recovery import Recovery
@@ -43,7 +44,9 @@ class ExpertDispatcher:
         shard_timeout_s: float = 30.0,
         recovery_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        lanes: LaneSource | None = None,
     ) -> None:
+        """lanes: the transport once more, if it has lanes."""
         self.transport = transport
         self.plans = plans
         self.metrics = metrics
@@ -60,22 +63,34 @@ class ExpertDispatcher:
             clock=clock,
         )
         self.receiver = Receiver(self.calls)
+        self._direct = None if lanes is None else Direct(lanes, self.calls)
 
     @property
     def epoch(self) -> int:
         """Of the plan by which rows were sent last."""
         return self.routing.epoch
 
-    def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
+    def dispatch(
+        self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> DispatchFlight | DirectFlight:
         """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32."""
+        if self._direct is not None:
+            direct = self._direct.dispatch(layer_id, hidden_states, topk_ids, topk_weights)
+            if direct is not None:
+                return direct
         return DispatchFlight(self.calls.send(layer_id, hidden_states, topk_ids, topk_weights), hidden_states)
 
-    def combine(self, flight: DispatchFlight, losses: Losses | None = None) -> Tensor:
+    def combine(self, flight: DispatchFlight | DirectFlight, losses: Losses | None = None) -> Tensor:
         """Blocks for all legs: [T, H] in the rows' dtype, summed in float32 in shard order, whatever arrived first.
 
         Raises ShardUnavailable when some rows found no living copy in recovery_timeout_s. With `losses` these rows are
         lost instead, and sooner (`recovery.LOST_S`): their sums lack something.
         """
+        if isinstance(flight, DirectFlight):
+            out = None if losses is not None and losses.hung else flight.direct.combine(flight)
+            if out is not None:
+                return out
+            flight = DispatchFlight(flight.direct.settle(flight), flight.batch.hidden_states)
         search = Deadline.after(self.clock, self.recovery_timeout_s)
         values = (self._value(leg, search, losses) for leg in flight.legs)
         if [leg.rows for leg in flight.legs] == [None]:  # of one shard; the carrier may use its memory again
@@ -84,6 +99,11 @@ class ExpertDispatcher:
         for leg, value in zip(flight.legs, values, strict=True):
             add_rows(out, leg.rows, value)
         return out.to(flight.like.dtype)
+
+    def account(self) -> None:
+        """Reports what has crossed since the last time. Called between two steps."""
+        if self._direct is not None:
+            self._direct.account()
 
     def _value(self, leg: Leg, search: Deadline, losses: Losses | None) -> Tensor:
         """Blocks for one leg's rows: [R, H] float32, valid until the next leg's."""

@@ -107,6 +107,11 @@ class Routing:
         now = self._clock()
         return frozenset(shard_id for shard_id, suspect in self._suspects.items() if suspect.until > now)
 
+    @property
+    def is_calm(self) -> bool:
+        """Whether the last call to each shard went well."""
+        return not (self._suspects or self._lost_since)
+
     def num_silences(self, shard_id: int) -> int:
         """Calls in a row that the shard has failed by silence."""
         suspect = self._suspects.get(shard_id)

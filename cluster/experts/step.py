@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ShardUnavailable
+from cluster.experts.direct import DirectFlight
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.legs import DispatchFlight
 from cluster.experts.transport import NOT_HERE
@@ -54,7 +55,7 @@ class PartExperts:
         self._first = first
         self._num_tokens = num_tokens
         self._device = device
-        self._flight: DispatchFlight | None = None
+        self._flight: DispatchFlight | DirectFlight | None = None
 
     @cached_property
     def _owners(self) -> Tensor:
@@ -62,7 +63,9 @@ class PartExperts:
         numbers = torch.arange(self._first, self._first + len(self._num_tokens))
         return numbers.repeat_interleave(torch.tensor(self._num_tokens)).to(self._device)
 
-    def dispatch(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> DispatchFlight:
+    def dispatch(
+        self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> DispatchFlight | DirectFlight:
         """As `ExpertDispatcher.dispatch`; rows of lost sequences ask for no expert any more."""
         if self._step.lost:
             lost = torch.isin(self._owners, torch.tensor(list(self._step.lost), device=self._owners.device))
@@ -70,7 +73,7 @@ class PartExperts:
         self._flight = self._step.dispatcher.dispatch(layer_id, hidden_states, topk_ids, topk_weights)
         return self._flight
 
-    def combine(self, flight: DispatchFlight) -> Tensor:
+    def combine(self, flight: DispatchFlight | DirectFlight) -> Tensor:
         """As `ExpertDispatcher.combine`, where [T, H] has sums without meaning for rows of lost sequences.
 
         Raises EverySequenceLost.

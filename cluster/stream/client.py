@@ -5,17 +5,20 @@ A stream that breaks costs its step one call over the fallback carrier; the next
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.errors import ProtocolError, ShardUnavailable
+from cluster.experts.direct import Lanes
 from cluster.experts.transport import ExpertBatch, ExpertTransport, Flight
 from cluster.stream.connection import StreamBroken, StreamConnection
 from cluster.stream.frames import StreamOffer
+from cluster.stream.lanes import LANE_DTYPES, StreamLanes, has_lanes
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ class StreamTransport:
         self._clock = clock
         self._connections: dict[int, tuple[Hashable, StreamConnection]] = {}
         self._retry_at: dict[int, float] = {}
+        self._num_forgotten = 0
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
         try:
@@ -101,10 +105,31 @@ class StreamTransport:
             return self.fall_back(shard_id, batch, str(error))
         try:
             request_id = connection.send(batch, self._timeout_s)
-            return StreamFlight(self, connection, request_id, batch, num_heard=connection.num_heard)
+            return self._flight(connection, request_id, batch)
         except StreamBroken as error:
             self.forget(connection, str(error))
             return self.fall_back(shard_id, batch, str(error))
+
+    def open_lanes(
+        self, shard_ids: Sequence[int], lane_of: np.ndarray, *, dtype: torch.dtype, hidden_size: int, epoch: int
+    ) -> Lanes | None:
+        """As of `LaneSource`."""
+        if not has_lanes() or dtype not in LANE_DTYPES:
+            return None
+        try:
+            connections = [self._connection(shard_id, torch.device("cpu")) for shard_id in shard_ids]
+        except (StreamBroken, ShardUnavailable):
+            return None
+        if not all(connection.can_lend for connection in connections):
+            return None
+        before = self._num_forgotten
+        return StreamLanes(
+            connections, lane_of, dtype=dtype, hidden_size=hidden_size, epoch=epoch, timeout_s=self._timeout_s,
+            is_open=lambda: self._num_forgotten == before, make_flight=self._flight,
+        )  # fmt: skip
+
+    def _flight(self, connection: StreamConnection, request_id: int, batch: ExpertBatch) -> StreamFlight:
+        return StreamFlight(self, connection, request_id, batch, num_heard=connection.num_heard)
 
     def fall_back(self, shard_id: int, batch: ExpertBatch, why: str) -> Flight:
         """Sends over the other carrier. Raises ShardUnavailable."""
@@ -116,12 +141,14 @@ class StreamTransport:
     def forget(self, connection: StreamConnection, why: str) -> None:
         """Closes a broken connection; the next batch makes another."""
         connection.close()
+        self._num_forgotten += 1
         known = self._connections.get(connection.shard_id)
         if known is not None and known[1] is connection:
             del self._connections[connection.shard_id]
             log.warning("the stream to shard %d broke: %s", connection.shard_id, why)
 
     def close(self) -> None:
+        self._num_forgotten += 1
         for _, connection in self._connections.values():
             connection.close()
         self._connections.clear()

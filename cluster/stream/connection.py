@@ -54,6 +54,8 @@ class StreamConnection:
         self._region: Region | None = None
         self._slots: dict[int, int] = {}
         self._release: Callable[[], None] | None = None
+        self._ahead = b""  # read from the socket already
+        self.last_lane_id = 1 << 62  # of the requests that `lanes.py` sends; those of `send` are far below
         try:
             self._sock.settimeout(CONNECT_TIMEOUT_S)
             prepare_socket(self._sock)
@@ -142,6 +144,32 @@ class StreamConnection:
         if self._early.pop(request_id, None) is None:
             self._abandoned.add(request_id)
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def can_lend(self) -> bool:
+        """Whether it has a slot for a lane, and no answer that is waited for is under way."""
+        return (
+            self._region is not None and self._region.has_free and not (self._early or self._abandoned or self._slots)
+        )
+
+    def borrow_slot(self, num_rows: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """A slot of the shared memory, and the rows there; `return_slot` or `adopt` ends it."""
+        assert self._region is not None
+        slot = self._region.take(num_rows * hidden_size * dtype.itemsize)
+        return slot, self._region.rows(slot, num_rows, hidden_size, dtype)
+
+    def return_slot(self, slot: int) -> None:
+        assert self._region is not None
+        self._region.give(slot)
+
+    def adopt(self, request_id: int, slot: int, ahead: bytes) -> None:
+        """A request that was sent elsewhere in a borrowed slot: from now on `receive` finds its answer, which begins
+        with the bytes `ahead`."""
+        self._slots[request_id] = slot
+        self._ahead += ahead
+
     def _free_last(self) -> None:
         """Frees the memory of the answer that was read last, for the next one."""
         if self._release is not None:
@@ -189,7 +217,7 @@ class StreamConnection:
         return data
 
     def _read_head(self, deadline: float) -> Header:
-        if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        if not self._ahead and not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise TimeoutError
         self._fill(self._head, deadline)
         try:
@@ -236,6 +264,10 @@ class StreamConnection:
     def _fill(self, target: memoryview, deadline: float) -> None:
         """Fills the target with a part of a frame that has begun to come. Raises StreamBroken, also for a shard that
         stops in the middle."""
+        if self._ahead:
+            count = min(len(target), len(self._ahead))
+            target[:count], self._ahead = self._ahead[:count], self._ahead[count:]
+            target = target[count:]
         while target:
             try:
                 count = self._sock.recv_into(target, 0, socket.MSG_DONTWAIT)

@@ -40,6 +40,10 @@ class Region:
         """A slot's number, from 1; 0 if the rows do not fit or no slot is free. The slot given last is taken first."""
         return self._free.pop() if self._free and num_bytes <= SLOT_BYTES else 0
 
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
     def give(self, slot: int) -> None:
         self._free.append(slot)
 

@@ -138,7 +138,8 @@ class StreamServer:
             self._turn.acquire()
             self._lent = None
             self._callers.lend(peer, False)
-        self._steady.came_back(fruitless=not self._steady.account() and bool(ahead))
+        self._steady.came_back(unusual=bool(ahead))
+        self._steady.account()
         self._steady.let_go()
         peer.unread(ahead)
         if unsent:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cluster.experts.shard import ExpertShard, LayerSlice
 from cluster.kernels.experts import NativeExperts
 from cluster.kernels.native import library
-from cluster.kernels.native.serving import ServedLayer, Serving
+from cluster.kernels.native.serving import SERVED_DTYPES, ServedLayer, Serving, can_serve
 from cluster.stream.peer import Peer
 from cluster.stream.region import NUM_SLOTS
 
@@ -36,19 +36,21 @@ class Steady:
 
     def __init__(self, backend: SteadyBackend | None, watch: Callable[[Callable[[], bool]], None]) -> None:
         """watch: as `Pulse.watch`; called by the thread that serves."""
-        self._backend = backend if library.native() is not None and library.function("moe_serve") else None
+        self._backend = backend if library.native() is not None and can_serve() else None
         self._watch = watch
         self._watched = False
         self._caller: Peer | None = None
         self._num_requests = 0
         self._fruitless = 0
+        self._num_before = 0
         self._serving: Serving | None = None
         self._layers: dict[int, LayerSlice] = {}
         self._shard: ExpertShard | None = None
 
     @property
     def computes(self) -> bool:
-        return self._serving is not None and self._serving.computes
+        serving = self._serving  # another thread may ask
+        return serving is not None and serving.computes
 
     def came(self, peer: Peer) -> None:
         """A request that Python answers."""
@@ -76,26 +78,29 @@ class Steady:
         if not self._watched:
             self._watched = True
             self._watch(lambda: self.computes)
+        self._num_before = self._serving.num_served
         return self._serving.serve(
             peer.sock.fileno(), wake, peer.region.memory, NUM_SLOTS, least_timeout_s=least_timeout_s
         )
 
     def stop(self) -> None:
         """The loop comes back after the request that it computes. Any thread may call it."""
-        if self._serving is not None:
-            self._serving.stop()
+        serving = self._serving
+        if serving is not None:
+            serving.stop()
 
-    def account(self) -> int:
-        """Reports what the loop has computed since; returns the number of requests."""
+    def account(self) -> None:
+        """Reports what the loop has computed since."""
         if self._serving is None or self._backend is None:
-            return 0
+            return
         products, tokens = self._serving.served()
         if products:
             self._backend.computed(products, tokens)
-        return len(products)
 
-    def came_back(self, fruitless: bool) -> None:
-        """fruitless: the loop has met what it does not take, and computed nothing before."""
+    def came_back(self, unusual: bool) -> None:
+        """unusual: the loop has met what it does not take."""
+        assert self._serving is not None
+        fruitless = unusual and self._serving.num_served == self._num_before
         self._fruitless = self._fruitless + 1 if fruitless else 0
         if self._fruitless == FRUITLESS:
             self._fruitless, self._num_requests = 0, STEADY - REST
@@ -130,7 +135,7 @@ class Steady:
             for layer_id, layer in self._layers.items()
             if isinstance(layer.weights, NativeExperts) and len(layer.weights.pointers)
         }
-        if layers:
+        if layers and self._shard.dtype in SERVED_DTYPES:
             self._serving = Serving(native, layers, self._shard.dtype, self._shard.expert_tokens.shape)
 
     def _drop(self) -> None:

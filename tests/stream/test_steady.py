@@ -13,13 +13,12 @@ from cluster.experts.shard import LayerSlice
 from cluster.experts.transport import ExpertBatch
 from cluster.kernels.experts import no_experts
 from cluster.kernels.native import library
+from cluster.kernels.native.serving import can_serve
 from cluster.stream.connection import StreamBroken
 from cluster.stream.server import StreamServer
 from cluster.stream.steady import STEADY
 
-pytestmark = pytest.mark.skipif(
-    library.native() is None or library.function("moe_serve") is None, reason="the native kernels are not built"
-)
+pytestmark = pytest.mark.skipif(library.native() is None or not can_serve(), reason="the native kernels are not built")
 
 H, E, K = 40, 7, 3
 HERE_IDS = {0: (1, 2, 4), 2: (0, 1, 2, 5, 6)}  # layer 1 has no experts
@@ -28,9 +27,8 @@ HERE_IDS = {0: (1, 2, 4), 2: (0, 1, 2, 5, 6)}  # layer 1 has no experts
 class Shard:
     """As much of an `ExpertShard` as the stream asks for. It computes with the plain operations."""
 
-    dtype = torch.bfloat16
-
-    def __init__(self):
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype = dtype
         self.layers = {layer_id: self.slice(ids) for layer_id, ids in HERE_IDS.items()}
         self.expert_tokens = torch.zeros(3, E, dtype=torch.int64)
 
@@ -86,10 +84,10 @@ def server(backend):
     made.close()
 
 
-def batch(rows=1, layer_id=0, ids=None):
+def batch(rows=1, layer_id=0, ids=None, dtype=torch.bfloat16):
     allowed = torch.tensor([*(ids or HERE_IDS[layer_id]), -1])
     return ExpertBatch(
-        layer_id=layer_id, epoch=5, hidden_states=torch.randn(rows, H).to(torch.bfloat16),
+        layer_id=layer_id, epoch=5, hidden_states=torch.randn(rows, H).to(dtype),
         topk_ids=allowed[torch.randint(len(allowed), (rows, K))], topk_weights=torch.rand(rows, K),
     )  # fmt: skip
 
@@ -251,3 +249,12 @@ def test_a_loop_that_waits_for_requests_counts_as_idle(server, backend):
     ask(connection, batch())
     until(lambda: backend.products)
     assert not server._pulse.sign().busy
+
+
+def test_halves_are_answered_in_python(server, backend):
+    backend.shard = Shard(torch.float16)
+    connection = connect(server)
+    for _ in range(STEADY + 3):
+        one = batch(rows=2, dtype=torch.float16)
+        torch.testing.assert_close(ask(connection, one), backend.shard.forward(one), rtol=0, atol=0)
+    assert backend.in_python == STEADY + 3

@@ -137,11 +137,11 @@ def variants() -> dict[str, Native]:
 
 
 @cache
-def function(name: str) -> Callable[..., int] | None:
-    """A function of the library beside the kernels, which takes one pointer. None without it: on another system."""
+def function(name: str, *arguments: type) -> Callable[..., int] | None:
+    """A function of the library beside the kernels, which returns an int32. None without it: on another system."""
     library, _ = _load()
     found = getattr(library, name, None)
-    return None if found is None else ctypes.CFUNCTYPE(_INT, _POINTER)(ctypes.cast(found, _POINTER).value or 0)
+    return None if found is None else ctypes.CFUNCTYPE(_INT, *arguments)(ctypes.cast(found, _POINTER).value or 0)
 
 
 def missing_because() -> str:

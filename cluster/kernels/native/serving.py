@@ -19,7 +19,13 @@ from cluster.kernels.native.library import DTYPES, Native
 MOST_ROWS = 64  # of a request; more are computed for so long that how they come counts for nothing
 MOST_SLOTS = 16
 BUFFER_BYTES, LOG_SIZE, HEAD_BYTES = 1 << 16, 1 << 12, 68
+SERVED_DTYPES = (torch.float32, torch.bfloat16)
 ASKED, UNUSUAL, UNSENT = range(3)  # outcomes of moe_serve
+
+
+def can_serve() -> bool:
+    """Whether the loop is built, and for this system."""
+    return library.function("moe_serve", c_void_p) is not None
 
 
 class _Layer(ctypes.Structure):
@@ -100,6 +106,11 @@ class Serving:
     def computes(self) -> bool:
         return bool(self._state.computing)
 
+    @property
+    def num_served(self) -> int:
+        """Requests since the start."""
+        return int(self._state.logged)
+
     def stop(self) -> None:
         """`serve` comes back, or does not begin, until `start`. Any thread may call it."""
         self._state.stop = 1
@@ -119,7 +130,7 @@ class Serving:
         state.socket, state.wake, state.slots = socket, wake, slots.data_ptr()
         state.num_slots, state.slot_bytes = num_slots, slots.numel() // num_slots
         state.least_timeout_ms, state.threads = max(0, int(least_timeout_s * 1000)), torch.get_num_threads()
-        run = library.function("moe_serve")
+        run = library.function("moe_serve", c_void_p)
         assert run is not None
         outcome = run(ctypes.byref(state))
         ahead = ctypes.string_at(state.buffer, state.filled)

@@ -20,7 +20,7 @@ from cluster.runtime.start.application import check_config, check_cpus, check_gp
 from cluster.runtime.start.groups import OnStatus, StatusReports, close_controller
 from cluster.runtime.start.local_ray import start_ray
 from cluster.runtime.workers.directory import ShardDirectory
-from cluster.runtime.workers.transports import make_transport
+from cluster.runtime.workers.transports import lanes_of, make_transport
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class RayExperts:
             metrics,
             shard_timeout_s=config.shard_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
+            lanes=lanes_of(self._transport),
         )
 
     def close(self) -> None:

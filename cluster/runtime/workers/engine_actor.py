@@ -20,7 +20,7 @@ from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry, report
 from cluster.runtime.process import end_at_sigterm, num_sharers, prepare_process, process_info
 from cluster.runtime.workers.directory import ShardDirectory, take_slot
 from cluster.runtime.workers.progress import ProgressReport
-from cluster.runtime.workers.transports import make_transport
+from cluster.runtime.workers.transports import lanes_of, make_transport
 from cluster.types import EngineRequest, EngineStats, SequenceUpdate
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,14 @@ class EngineActor:
         place = str(process.slot) if process.slot >= 0 else replica  # in the metrics
         metrics = DispatchMetrics(registry, place)
         self.directory = ShardDirectory(controller, replica, process, me, metrics.plan_epoch)
+        transport = make_transport(config, self.directory, metrics)
         experts = ExpertDispatcher(
-            make_transport(config, self.directory, metrics),
+            transport,
             self.directory,
             metrics,
             shard_timeout_s=config.shard_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
+            lanes=lanes_of(transport),
         )
         reader = open_checkpoint(config.model)
         reader.check_names()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, ShardUnavailable
+from cluster.experts.direct import LaneSource
 from cluster.experts.pulse import Sign
 from cluster.experts.transport import ExpertBatch, ExpertTransport
 from cluster.metrics import DispatchMetrics
@@ -182,3 +183,8 @@ def make_transport(config: ClusterConfig, shards: ShardHandles, metrics: Dispatc
         timeout_s=config.shard_timeout_s,
         on_fallback=metrics.fell_back,
     )
+
+
+def lanes_of(transport: ExpertTransport) -> LaneSource | None:
+    """The transport once more, if it has lanes."""
+    return transport if isinstance(transport, StreamTransport) else None
