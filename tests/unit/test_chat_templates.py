@@ -346,10 +346,13 @@ def test_what_is_no_conversation_is_refused_in_one_line(chat: dict[str, Any], re
     assert "\n" not in str(refused.value)
 
 
-def test_a_template_of_texts_says_so_when_it_gets_parts(renderer: ChatRenderer) -> None:
+@pytest.mark.parametrize("template", ["qwen1.5", "qwen2", "qwen2.5"])
+def test_a_template_of_texts_refuses_parts_as_in_transformers_and_says_why(
+    renderer: ChatRenderer, oracle: PreTrainedTokenizerBase, template: str
+) -> None:
     turns = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    with pytest.raises(InvalidRequest, match=r"\(TypeError\); it may read contents that are texts only"):
-        renderer.render(Conversation(messages=turns, chat_template="qwen2"))
+    refused = compare(renderer, oracle, template, {"messages": turns, "add_generation_prompt": True})
+    assert "(TypeError); it may read contents that are texts only, not lists of parts" in str(refused)
 
 
 def test_nested_values_have_a_limit() -> None:

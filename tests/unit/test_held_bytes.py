@@ -26,6 +26,7 @@ MODELS = {
     "moe without a sparse layer": DENSE_CONFIGS["no layer sparse"],
     "dense, untied": DENSE_CONFIGS["qwen2, released key style"],
     "dense, tied": DENSE_CONFIGS["qwen2, new key style, tied embeddings, MHA"],
+    "dense, some layers slide": DENSE_CONFIGS["qwen2, sliding window by max_window_layers"],
 }
 MODELS |= {
     f"{family} with {head}": MODELS[f"{family}, untied"] | {"architectures": [f"{name}{head}"], "num_labels": 3}
@@ -85,10 +86,11 @@ def test_a_replica_and_each_shard_hold_what_the_plan_says(name, dtype, model_dir
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["moe, untied", "dense, tied"])
+@pytest.mark.parametrize("name", ["moe, untied", "dense, tied", "dense, some layers slide"])
 def test_a_cache_holds_as_many_bytes_a_token_as_the_plan_says(name, dtype, model_dirs, capsys):
     config, num_blocks = CheckpointReader(model_dirs[name]).config, 5
-    cache = KVCache(config, num_blocks=num_blocks, block_size=16, dtype=getattr(torch, dtype), device=CPU)
+    counts = [num_blocks] * len(config.layer_groups)
+    cache = KVCache(config, num_blocks=counts, block_size=16, dtype=getattr(torch, dtype), device=CPU)
     per_token = planned(model_dirs[name], dtype, 2, capsys)["kv_bytes_per_token"]
     assert held_bytes(cache) == (num_blocks + 1) * 16 * per_token  # one block is for places without a token
 
