@@ -5,7 +5,7 @@ from typing import Any
 
 from ray import serve
 
-from cluster.checkpoint.model_files import hub_name
+from cluster.checkpoint.model_files import is_name
 from cluster.config import ClusterConfig
 from cluster.runtime.start.application import build_application, check_config
 
@@ -16,6 +16,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises SetupError, which Serve shows as the application's message, for an unknown argument or a value out of range.
     """
     config = ClusterConfig.from_mapping(args)
-    if hub_name(config.model) or Path(config.model).is_dir():  # else the head has no model, and the replicas check it
+    if is_name(config.model) or Path(config.model).is_dir():  # else the head has no model, and the replicas check it
         config = check_config(config)
     return build_application(config)

@@ -87,12 +87,13 @@ def any_helm():
     return helm(3 if importlib.util.find_spec("helm_python") is None else 4)
 
 
-SHAPES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
+DEFAULT = "default"  # the chart's own values and no others
+SHAPES = [DEFAULT, *sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))]
 
 
 @cache
 def _shape(name):
-    return yaml.safe_load((CHART / "ci" / f"{name}-values.yaml").read_text())
+    return {} if name == DEFAULT else yaml.safe_load((CHART / "ci" / f"{name}-values.yaml").read_text())
 
 
 def values_of(name, changes=None):

@@ -1,14 +1,18 @@
-"""Finds a model's files by what a user calls it: a directory's path, or a name on the hub. Reads none of them."""
+"""Finds a model's files by what a user calls it: a directory's path, a name on the hub, or `demo`, in the package.
+
+Reads none of them.
+"""
 
 import os
 from pathlib import Path
 
 from cluster.checkpoint.hub.name import HubName, parse_name
+from cluster.checkpoint.shipped import is_shipped, pinned_name, shipped_directory
 from cluster.checkpoint.weights import LocalFiles, WeightFiles
 
 
 def hub_name(model: str | os.PathLike[str]) -> HubName | None:
-    """The name on the hub; None for a path. An existing directory goes before a name.
+    """The name on the hub; None for a path and for a model of the package. An existing directory goes before a name.
 
     Raises CheckpointError for a text that is neither.
     """
@@ -16,9 +20,20 @@ def hub_name(model: str | os.PathLike[str]) -> HubName | None:
     return None if os.path.isdir(text) else parse_name(text)
 
 
+def shipped_name(model: str | os.PathLike[str]) -> str | None:
+    """The name of a model that the package has, else None. An existing directory goes before it."""
+    text = os.fspath(model)
+    return text if is_shipped(text) and not os.path.isdir(text) else None
+
+
+def is_name(model: str | os.PathLike[str]) -> bool:
+    """Whether it names a model that needs no directory of the user's. Raises CheckpointError as `hub_name`."""
+    return shipped_name(model) is not None or hub_name(model) is not None
+
+
 def located(model: str | os.PathLike[str]) -> str:
     """An absolute path, or a name as it is. Asks nobody. Raises CheckpointError for a text that is neither."""
-    return str(hub_name(model) or Path(model).resolve())
+    return shipped_name(model) or str(hub_name(model) or Path(model).resolve())
 
 
 def pinned(model: str | os.PathLike[str]) -> str:
@@ -26,6 +41,9 @@ def pinned(model: str | os.PathLike[str]) -> str:
 
     A path stays as it is. Asks the hub about a branch or tag. Raises CheckpointError.
     """
+    shipped = shipped_name(model)
+    if shipped is not None:
+        return pinned_name(shipped)
     name = hub_name(model)
     if name is None:
         return os.fspath(model)
@@ -38,6 +56,9 @@ def pinned(model: str | os.PathLike[str]) -> str:
 
 def open_files(model: str | os.PathLike[str]) -> WeightFiles:
     """The files of a path or of a name, whose small ones are fetched here. Raises CheckpointError."""
+    shipped = shipped_name(model)
+    if shipped is not None:
+        return LocalFiles(shipped_directory(shipped))
     name = hub_name(model)
     if name is None:
         return LocalFiles(Path(model))
@@ -59,6 +80,9 @@ def complete_directory(model: str | os.PathLike[str]) -> Path:
 
 
 def served_name(model: str | os.PathLike[str]) -> str:
-    """The name that clients see: a directory's, or the one on the hub without a revision."""
+    """The name that clients see: a directory's, or a model's name without a revision."""
+    shipped = shipped_name(model)
+    if shipped is not None:
+        return shipped.partition("@")[0]
     name = hub_name(model)
     return Path(model).resolve().name if name is None else name.repository

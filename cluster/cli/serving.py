@@ -4,10 +4,12 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
+from cluster.checkpoint.shipped import DEMO
 from cluster.cli.arguments import (
     Commands,
     add_cluster_arguments,
@@ -17,13 +19,16 @@ from cluster.cli.arguments import (
     serve_options,
 )
 from cluster.cli.sampling import print_stream
-from cluster.footprint.folders import OwnedFolder
 
 if TYPE_CHECKING:
+    from cluster.client.grpc_client import Client
+    from cluster.console import ExpertCounts
     from cluster.runtime.start.served import ServedCluster
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each drains and stops the cluster
-DEMO_QUESTION = "Which experts answered this question?"
+DEMO_QUESTIONS = ("What happens when a shard dies?", "How do I deploy to Kubernetes?")
+COUNTERS_SETTLE_S = 1.5  # a shard counts its experts' tokens each second
+COUNTERS_TIMEOUT_S = 10.0
 DEMO_METRICS = (
     "moecluster_requests_total",
     "moecluster_generated_tokens_total",
@@ -36,7 +41,7 @@ DEMO_METRICS = (
 
 
 def add_commands(commands: Commands) -> None:
-    demo = add_command(commands, "demo", _demo, "make a tiny random model, serve it here, ask it a question")
+    demo = add_command(commands, "demo", _demo, "serve the tiny model that the package has, ask it two questions")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running until Ctrl-C")
     add_cluster_arguments(demo, grpc_port=0, http_port=0, metrics_port=0)
 
@@ -44,8 +49,10 @@ def add_commands(commands: Commands) -> None:
     serve.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?",
+        default=DEMO,
         help="directory of a checkpoint (config.json, *.safetensors), or its name on the hub: OWNER/NAME, or "
-        "OWNER/NAME@REVISION for a branch, tag or commit",
+        "OWNER/NAME@REVISION for a branch, tag or commit (default: demo, the tiny one that the package has)",
     )
     add_cluster_arguments(serve)
     add_security_arguments(serve)
@@ -61,32 +68,52 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cluster.checkpoint.made.demo import write_demo_checkpoint
     from cluster.client.direct import read_url
     from cluster.client.grpc_client import Client
     from cluster.console import print_cluster, print_metrics, print_placement
+
+    print("serving the package's demo model: qwen2_moe, 64 routed experts in each of 3 layers, 4 for each token")
+    with _served(args, DEMO) as cluster:
+        status = cluster.status()
+        print_cluster(cluster)
+        print_placement(status)
+        metrics_url, address = status.metrics_addresses[0], f"127.0.0.1:{cluster.grpc_port}"
+        with Client(address) as client:
+            for question in DEMO_QUESTIONS:
+                _ask(client, question, metrics_url)
+        print_metrics(read_url(metrics_url, timeout_s=10.0), DEMO_METRICS)
+        if args.keep:
+            _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")
+    return 0
+
+
+def _ask(client: "Client", question: str, metrics_url: str) -> None:
+    """Prints a question, its answer, and the experts that computed both."""
+    from cluster.client.direct import read_url
+    from cluster.console import expert_counts, expert_lines
     from cluster.types import ChatMessage, SamplingParams
 
-    folder = OwnedFolder()
-    try:
-        model = folder.path / "demo-moe"
-        write_demo_checkpoint(model, seed=0)
-        print("made a demo checkpoint: qwen2_moe, 64 routed experts in 4 layers, random weights (so: random answers)")
-        with _served(args, str(model)) as cluster:
-            status = cluster.status()
-            print_cluster(cluster)
-            print_placement(status)
-            print(f"\nuser:      {DEMO_QUESTION}\nassistant: ", end="", flush=True)
-            with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
-                params = SamplingParams(seed=0, max_tokens=48)
-                print_stream(client.stream([ChatMessage(role="user", content=DEMO_QUESTION)], params))
-            print_metrics(read_url(status.metrics_addresses[0], timeout_s=10.0), DEMO_METRICS)
-            if args.keep:
-                address = f"127.0.0.1:{cluster.grpc_port}"
-                _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")
-    finally:
-        folder.remove()
-    return 0
+    before = expert_counts(read_url(metrics_url, timeout_s=10.0))
+    print(f"\nuser:      {question}\nassistant: ", end="", flush=True)
+    print_stream(client.stream([ChatMessage(role="user", content=question)], SamplingParams()))
+    print("its experts, a row a layer (busiest █):")
+    for line in expert_lines(before, _settled(metrics_url, before)):
+        print(line)
+
+
+def _settled(metrics_url: str, before: "ExpertCounts") -> "ExpertCounts":
+    """The experts' counters, once they have grown and grow no more. Blocks for COUNTERS_TIMEOUT_S at most."""
+    from cluster.client.direct import read_url
+    from cluster.console import expert_counts
+
+    now = time.monotonic()
+    counts, changed, deadline = before, now, now + COUNTERS_TIMEOUT_S
+    while now < deadline and (counts == before or now < changed + COUNTERS_SETTLE_S):
+        time.sleep(0.2)
+        new, now = expert_counts(read_url(metrics_url, timeout_s=10.0)), time.monotonic()
+        if new != counts:
+            counts, changed = new, now
+    return counts
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class ClusterConfig(EngineConfig):
 
     model: str = required(
         "the checkpoint's directory, at the same path on every node; or its name on Hugging Face's hub, OWNER/NAME or "
-        "OWNER/NAME@REVISION, and each node downloads the files that it needs"
+        "OWNER/NAME@REVISION, and each node downloads the files that it needs; or demo, the tiny one inside the package"
     )
     model_id: str = option(
         "", "the name that clients see; empty: the directory's, or its name on the hub without a revision"

@@ -1,6 +1,7 @@
 """Draws for the command line. Knows no Ray."""
 
 from cluster.console.base import ranges, size
+from cluster.console.experts import ExpertCounts, expert_counts, expert_lines
 from cluster.console.offline import Plan, describe_plan, print_findings, print_metrics, print_plan
 from cluster.console.progress import CountProgress, LoadProgress
 from cluster.console.status import (
@@ -14,10 +15,13 @@ from cluster.console.status import (
 
 __all__ = [
     "CountProgress",
+    "ExpertCounts",
     "LoadProgress",
     "Plan",
     "describe_cache",
     "describe_plan",
+    "expert_counts",
+    "expert_lines",
     "print_cluster",
     "print_findings",
     "print_metrics",

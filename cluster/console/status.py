@@ -11,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.console.base import OutputConsole, ranges
+from cluster.console.experts import bar
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
 from cluster.status import ClusterStatus, ProcessInfo
 
 STATS_TIMEOUT_S = 5.0  # the controller asks engines for their figures every 2 s
-_LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 class Served(Protocol):
@@ -178,8 +178,7 @@ def _load_map(load: list[list[float]], plan: PlacementPlan) -> Text:
     for rates, layer_id in zip(load, plan.layer_ids, strict=True):
         text.append(f"{layer_id:3d} ")
         for rate, owners in zip(rates, plan.owners(layer_id), strict=True):
-            level = min(len(_LEVELS) - 1, round(rate / (max(rates) or 1.0) * (len(_LEVELS) - 1)))
-            text.append(_LEVELS[level], style="underline" if len(owners) > 1 else "")
+            text.append(bar(rate / (max(rates) or 1.0)), style="underline" if len(owners) > 1 else "")
         text.append("\n")
     return text
 

@@ -267,7 +267,8 @@ def test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it():
             break
     for text in ("gRPC     127.0.0.1:", "metrics  http://127.0.0.1:", "0-31", "32-63", "assistant:"):
         assert text in out
-    assert 'moecluster_requests_total{outcome="length"} 1.0' in out
+    assert "Other copies compute its rows at once." in out
+    assert 'moecluster_requests_total{outcome="stop"} 2.0' in out
     [port] = re.findall(r"gRPC     127.0.0.1:(\d+)", out)
     check_health_reflection_and_streaming(f"127.0.0.1:{port}")
     check_a_refused_stream_hears_when_to_come_again(f"127.0.0.1:{port}")

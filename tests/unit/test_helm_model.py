@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helm_charts import rendered
+from helm_charts import DEFAULT, rendered
 
+import cluster
 from cluster.checkpoint.model_files import located
 from cluster.checkpoint.reader import CheckpointReader
 
@@ -172,6 +173,34 @@ def test_a_claim_with_the_model_is_mounted_where_it_is_looked_for():
 def test_a_download_is_kept_where_it_is_said():
     assert volume("a2.7b") == {"persistentVolumeClaim": {"claimName": "models"}}
     assert volume("cpu-experts") == {"emptyDir": {"sizeLimit": "40Gi"}}
-    assert volume("laptop") == {"emptyDir": {}}
-    on_node = volume("laptop", {"model.cache": {"hostPath": "/var/lib/models"}})
+    assert volume("laptop", DEMO) == {"emptyDir": {}}
+    on_node = volume("laptop", DEMO | {"model.cache": {"hostPath": "/var/lib/models"}})
     assert on_node == {"hostPath": {"path": "/var/lib/models", "type": "DirectoryOrCreate"}}
+
+
+def test_without_any_values_the_pods_serve_the_model_in_the_image_on_cpus():
+    objects = rendered(DEFAULT)
+    args = objects.serve_config["applications"][0]["args"]
+    assert (args["model"], args["gpus_per_attention_replica"], args["gpus_per_expert_shard"]) == ("demo", 0, 0)
+    assert "tiny demo model inside the image" in objects.notes
+    for role, pod in objects.pods.items():
+        [found] = pod["spec"]["containers"]
+        assert "initContainers" not in pod["spec"], role
+        assert found["image"] == f"moe-cluster:{cluster.__version__}"
+        assert found["resources"]["requests"] == {"cpu": "500m", "memory": "1536Mi"}
+        assert "nvidia.com/gpu" not in found["resources"]["limits"]
+
+
+def test_a_model_of_ones_own_gets_what_it_had_before_there_was_a_default():
+    """One GPU a pod and the large pods, and a value that is given changes no other."""
+    changes = hub() | {"image.repository": "mine", "groups.attention.resources": {"limits": {"memory": "40Gi"}}}
+    pods = rendered(DEFAULT, changes).pods
+    found = {role: pod["spec"]["containers"][0]["resources"] for role, pod in pods.items()}
+    large = {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    small = {"requests": {"cpu": "2", "memory": "4Gi"}, "limits": {"memory": "8Gi"}}
+    assert found == {
+        "head": small,
+        "ingress": small,
+        "attention": {"requests": large, "limits": {"memory": "40Gi", "nvidia.com/gpu": "1"}},
+        "experts": {"requests": large, "limits": {"memory": "32Gi", "nvidia.com/gpu": "1"}},
+    }

@@ -1,6 +1,7 @@
-"""Makes a tokenizer and a chat template in Qwen2's format, for any checkpoint with random weights."""
+"""Makes a tokenizer and a chat template in Qwen2's format, for checkpoints that are made here."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,36 @@ def write_tokenizer(model_dir: str | Path, vocab_size: int, context_tokens: int)
 
     vocab_size: from VOCAB_SIZE. Made words, which only decoding meets, fill what the training text leaves.
     """
-    tokenizer = _train_tokenizer(vocab_size)
+    tokenizer = _train([_TEXT], VOCAB_SIZE)
+    if vocab_size > VOCAB_SIZE:
+        layout = json.loads(tokenizer.to_str())
+        vocab = layout["model"]["vocab"]
+        vocab |= {f"Ġword{i}": i for i in range(len(vocab), vocab_size - len(SPECIALS))}
+        tokenizer = Tokenizer.from_str(json.dumps(layout))
+    _write(model_dir, tokenizer, CHAT_TEMPLATE, context_tokens)
+
+
+def write_trained_tokenizer(
+    model_dir: str | Path, texts: Iterable[str], vocab_size: int, chat_template: str, context_tokens: int
+) -> int:
+    """Writes the same files for a vocabulary that is trained on the texts. Returns its size, vocab_size at most."""
+    return _write(model_dir, _train(texts, vocab_size), chat_template, context_tokens)
+
+
+def _write(model_dir: str | Path, tokenizer: Tokenizer, chat_template: str, context_tokens: int) -> int:
+    """Adds the special tokens, the last of the vocabulary, whose size it returns."""
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
     ids = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
     (Path(model_dir) / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(Path(model_dir) / "tokenizer_config.json", _tokenizer_config(ids, context_tokens))
+    write_json(Path(model_dir) / "tokenizer_config.json", _tokenizer_config(ids, chat_template, context_tokens))
+    return int(tokenizer.get_vocab_size())
 
 
-def _train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE built as Qwen2's, the special tokens last. Source: Qwen2's tokenizer.json."""
+def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE built as Qwen2's, without the special tokens, for which vocab_size has room.
+
+    Source: Qwen2's tokenizer.json.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -110,21 +133,15 @@ def _train_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIALS),
+        vocab_size=vocab_size - len(SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([_TEXT], trainer)
-    if vocab_size > VOCAB_SIZE:
-        layout = json.loads(tokenizer.to_str())
-        vocab = layout["model"]["vocab"]
-        vocab |= {f"Ġword{i}": i for i in range(len(vocab), vocab_size - len(SPECIALS))}
-        tokenizer = Tokenizer.from_str(json.dumps(layout))
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _tokenizer_config(ids: dict[str, int], context_tokens: int) -> dict[str, Any]:
+def _tokenizer_config(ids: dict[str, int], chat_template: str, context_tokens: int) -> dict[str, Any]:
     added = {
         str(token_id): {
             "content": token,
@@ -141,7 +158,7 @@ def _tokenizer_config(ids: dict[str, int], context_tokens: int) -> dict[str, Any
         "added_tokens_decoder": added,
         "additional_special_tokens": [IM_START, IM_END],
         "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
         "clean_up_tokenization_spaces": False,
         "eos_token": IM_END,
         "errors": "replace",

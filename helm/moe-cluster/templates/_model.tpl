@@ -1,14 +1,33 @@
-{{/* Where the checkpoint comes from, and how pods get it. */}}
+{{/* Where the checkpoint comes from, and how pods get it. Without a source it is `demo`, inside the image. */}}
+
+{{/* "true", or nothing where the values name a place. */}}
+{{- define "moe-cluster.modelInImage" -}}
+{{- if not .Values.model.source }}
+{{- with .Values.model.name }}
+{{- fail (printf "model.source is empty: where is %s? Without model.name and model.source the tiny demo model inside the image is served" .) }}
+{{- end }}
+{{- "true" }}
+{{- end }}
+{{- end }}
 
 {{- define "moe-cluster.modelDir" -}}
 {{- $name := required "model.name is missing: the name of the checkpoint's directory" .Values.model.name }}
 {{- printf "%s/%s" (trimSuffix "/" .Values.model.mountPath) $name }}
 {{- end }}
 
-{{/* The argument `model`: a directory, or a name on the hub. */}}
+{{/* "true" for the two demo models, which need no GPU; else nothing. */}}
+{{- define "moe-cluster.isTiny" -}}
+{{- if or (include "moe-cluster.modelInImage" .) (hasKey .Values.model.source "demo") }}
+{{- "true" }}
+{{- end }}
+{{- end }}
+
+{{/* The argument `model`: a directory, or a name on the hub or in the package. */}}
 {{- define "moe-cluster.model" -}}
 {{- $hub := .Values.model.source.huggingFace }}
-{{- if $hub }}
+{{- if include "moe-cluster.modelInImage" . }}
+{{- "demo" }}
+{{- else if $hub }}
 {{- printf "%s%s" $hub.repository (ternary (printf "@%s" $hub.revision) "" (not (empty $hub.revision))) }}
 {{- else }}
 {{- include "moe-cluster.modelDir" . }}

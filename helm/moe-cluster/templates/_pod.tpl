@@ -93,7 +93,9 @@ spec:
           mountPath: /tmp
         - name: shared-memory
           mountPath: /dev/shm
+        {{- if not (include "moe-cluster.modelInImage" $root) }}
         - {{- include "moe-cluster.modelMount" $root | nindent 10 }}
+        {{- end }}
         {{- if and $values.apiKeys.enabled (eq .name "ingress") }}
         - name: api-keys
           mountPath: /etc/moe-cluster/api-keys
@@ -109,7 +111,9 @@ spec:
       emptyDir:
         medium: Memory
         sizeLimit: {{ .group.sharedMemory }}
+    {{- if not (include "moe-cluster.modelInImage" $root) }}
     - {{- include "moe-cluster.modelVolume" $root | nindent 6 }}
+    {{- end }}
     {{- if and $values.apiKeys.enabled (eq .name "ingress") }}
     - name: api-keys
       secret:
@@ -178,8 +182,18 @@ spec:
 {{- end }}
 {{- end }}
 
+{{/* A group's GPUs for each pod: as given, else one for a model that needs it. In: root, group. */}}
+{{- define "moe-cluster.gpus" -}}
+{{- ternary (ternary 0 1 (eq (include "moe-cluster.isTiny" .root) "true")) (int .group.gpus) (kindIs "invalid" .group.gpus) }}
+{{- end }}
+
+{{/* As given, over what the role needs with a model of this size. In: root, name, group, gpus. */}}
 {{- define "moe-cluster.resources" -}}
-{{- $resources := deepCopy .group.resources }}
+{{- $small := eq (include "moe-cluster.isTiny" .root) "true" }}
+{{- $large := has .name (list "attention" "experts") }}
+{{- $requests := ternary (dict "cpu" "500m" "memory" "1536Mi") (ternary (dict "cpu" "4" "memory" "16Gi") (dict "cpu" "2" "memory" "4Gi") $large) $small }}
+{{- $limits := ternary (dict "cpu" "1" "memory" "3Gi") (dict "memory" (ternary "32Gi" "8Gi" $large)) $small }}
+{{- $resources := mergeOverwrite (dict "requests" $requests "limits" $limits) (deepCopy .group.resources) }}
 {{- if .gpus }}
 {{- range $kind := list "requests" "limits" }}
 {{- $_ := set $resources $kind (merge (dict $.root.Values.gpuResource (toString $.gpus)) (default dict (get $resources $kind))) }}

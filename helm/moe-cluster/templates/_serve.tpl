@@ -3,7 +3,7 @@
 {{/* GPUs of one process: as said, else a whole one where the group has some. In: root, key, group. */}}
 {{- define "moe-cluster.gpusPerProcess" -}}
 {{- $said := index .root.Values.cluster .key }}
-{{- ternary (ternary 1 0 (gt (int .group.gpus) 0)) $said (kindIs "invalid" $said) }}
+{{- ternary (ternary 1 0 (gt (int (include "moe-cluster.gpus" .)) 0)) $said (kindIs "invalid" $said) }}
 {{- end }}
 
 {{- define "moe-cluster.args" -}}
@@ -87,10 +87,11 @@ applications:
 {{- if and $.Values.autoscaling.enabled .group.maxReplicas }}
 {{- $pods = int .group.maxReplicas }}
 {{- end }}
-{{- $there := mul $pods (int .group.gpus) }}
+{{- $gpus := int (include "moe-cluster.gpus" (dict "root" $ "group" .group)) }}
+{{- $there := mul $pods $gpus }}
 {{- $asked := mulf (float64 .processes) $each }}
 {{- if gt $asked (float64 $there) }}
-{{- fail (printf "groups.%s has %d pods with %d GPUs each, %d %s with %v GPUs each need %v: more pods or GPUs, fewer processes, or another cluster.%s" .name $pods (int .group.gpus) (int .processes) .what $each $asked .key) }}
+{{- fail (printf "groups.%s has %d pods with %d GPUs each, %d %s with %v GPUs each need %v: more pods or GPUs, fewer processes, or another cluster.%s" .name $pods $gpus (int .processes) .what $each $asked .key) }}
 {{- end }}
 {{- end }}
 {{- end }}
