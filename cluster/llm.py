@@ -27,6 +27,7 @@ from cluster.engine.load import load_engine, local_experts
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
+from cluster.grammar.source import check
 from cluster.kernels.native.report import log_kernels
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.open_answers import Open, OpenAnswer, OpenResult
@@ -38,11 +39,8 @@ from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText
 from cluster.serving.text.prompts import OneParams, Prompt, to_params, to_prompts
 from cluster.serving.text.tokenizer import Tokenizer
-from cluster.types import (
-    CompletionOutput,
-    EngineRequest,
-    SamplingParams,
-)
+from cluster.structured import FIELD
+from cluster.types import CompletionOutput, EngineRequest, SamplingParams
 
 Output = TypeVar("Output")
 
@@ -241,6 +239,10 @@ class LLM(Results, Chats):
     def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop needs the tokenizer, which skip_tokenizer left out: give stop_token_ids", "stop")
+        if params.constraint is not None:
+            if self._tokenizer is None:
+                raise InvalidRequest(f"{FIELD} needs the tokenizer, which skip_tokenizer left out", FIELD)
+            check(params.constraint)
         return self._completer.complete(
             self._token_ids(prompt), params, field=prompt.field, request_id=self._next_id(), timeout_s=None
         )

@@ -15,6 +15,7 @@ from cluster.outcome import Head, Numbers, Wants
 from cluster.sampling_limits import LIMITS, logit_bias, stop_strings, stop_token_ids
 from cluster.sampling_limits import MAX_STOP_STRING_CHARS as MAX_STOP_STRING_CHARS
 from cluster.sampling_limits import MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS
+from cluster.structured import Constraint, StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -35,6 +36,8 @@ class SamplingParams:
     logprobs: None for none, n for the chosen token's log-probability and the n likeliest tokens' (all, where the
     vocabulary has fewer), under the model's own distribution (before temperature and penalties).
     logit_bias: -100 to 100 by token id, added to the logits before all else; kept as pairs, in the ids' order.
+    structured_outputs: the form that the answer must have, or a mapping of its fields. Log-probabilities are then those
+    among the tokens that it allows, and the answer ends where nothing may follow.
 
     NumPy's numbers and lists of any kind will do, and None for the default. Raises InvalidRequest, with the field's
     name, for every value of another type or out of range.
@@ -55,6 +58,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {limits.name: limits.checked(getattr(self, limits.name)) for limits in LIMITS}
@@ -63,6 +67,8 @@ class SamplingParams:
         plain["stop"] = stop_strings(self.stop)
         plain["stop_token_ids"] = stop_token_ids(self.stop_token_ids)
         plain["logit_bias"] = logit_bias(self.logit_bias)
+        if self.structured_outputs is not None:
+            plain["structured_outputs"] = StructuredOutputsParams.of(self.structured_outputs)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -89,6 +95,12 @@ class SamplingParams:
     def biases(self) -> tuple[tuple[int, float], ...]:
         """Returns `logit_bias` as it is kept: pairs of a token id and a number."""
         return cast(tuple[tuple[int, float], ...], self.logit_bias)
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The form of the answer, as an engine takes it."""
+        form = self.structured_outputs
+        return None if form is None else StructuredOutputsParams.of(form).constraint
 
     @property
     def has_penalties(self) -> bool:
@@ -130,6 +142,7 @@ class EngineRequest:
     num_alone_tokens: new tokens to compute in steps without others, since an engine died at an earlier attempt.
     max_tokens_is_default: the client asked for none, so the engine may lower it to what its cache holds.
     wants: the kind of its result. An engine of a version that knows no other than tokens brings one token.
+    constraint: the form of the answer; `params` has none, since an older version could not read it.
     """
 
     request_id: str
@@ -143,6 +156,7 @@ class EngineRequest:
     name: str = ""
     max_tokens_is_default: bool = False
     wants: Wants = "tokens"
+    constraint: Constraint | None = None
 
     @property
     def called(self) -> str:
@@ -190,6 +204,7 @@ class SequenceUpdate:
     logprobs: as long as token_ids when asked for, else empty.  error: set iff finish_reason is "error".
     replica: the one that runs it; alone in the first update of an attention replica.
     numbers: the result of a request that wants no tokens, in its last update.
+    constrained: the tokens keep to the request's constraint, of which an older version knows nothing.
     """
 
     request_id: str
@@ -199,6 +214,7 @@ class SequenceUpdate:
     error: Exception | None = None
     replica: str = ""
     numbers: Numbers | None = None
+    constrained: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cluster.kernels.sampling.reference import choose_one
-from cluster.kernels.sampling.rule import Chosen, Rule
+from cluster.kernels.sampling.rule import Chosen, Mask, Rule
 
 VOCAB_SIZES = (1, 2, 7, 30, 257, 1000, 2500)
 
@@ -29,6 +29,8 @@ def random_rule(random: np.random.Generator, vocab_size: int) -> Rule:
         position=int(random.integers(2**33)),
         banned=ids() if random.random() < 0.2 else np.empty(0, np.int32),
     )
+    if random.random() < 0.3:
+        rule = rule._replace(allowed=random_mask(random, vocab_size))
     if random.random() < 0.5:
         penalized = ids()
         rule = rule._replace(
@@ -37,6 +39,12 @@ def random_rule(random: np.random.Generator, vocab_size: int) -> Rule:
             counts=random.integers(0, 3, len(penalized)).astype(np.int32),
         )  # fmt: skip
     return rule
+
+
+def random_mask(random: np.random.Generator, vocab_size: int) -> Mask:
+    """Of few tokens or many, with arbitrary bits behind the vocabulary's; at times with none at all."""
+    bits = random.random(-(-(vocab_size + 1) // 32) * 32) < random.choice([0.0, 2 / vocab_size, 0.1, 0.5, 0.99, 1.0])
+    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
 
 
 def random_logits(random: np.random.Generator, num_rows: int, vocab_size: int) -> torch.Tensor:
@@ -70,5 +78,11 @@ def check(chosen: Chosen, logits: torch.Tensor, rules: list[Rule], tolerance: fl
         np.testing.assert_allclose(chosen.logprobs[i], logprob, atol=tolerance, rtol=1e-6)
         np.testing.assert_allclose(values, expected, atol=tolerance, rtol=1e-6)
         assert len(set(ids)) == len(ids) == num_top
-        exact = logits[i].double().log_softmax(dim=-1)[ids]
+        row = logits[i].double()
+        if rule.allowed is not None:
+            octets = rule.allowed.view(np.uint8)
+            allowed = [bool(octets[token // 8] >> token % 8 & 1) for token in range(vocab_size)]
+            assert allowed[token_id]
+            row = row.masked_fill(~torch.tensor(allowed), -torch.inf)
+        exact = row.log_softmax(dim=-1)[ids]
         np.testing.assert_allclose(exact.numpy(), expected, atol=tolerance, rtol=1e-6)

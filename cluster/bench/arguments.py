@@ -52,7 +52,7 @@ def _add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
         "model_dir", metavar="MODEL", nargs="?", type=Path,
         help="its config.json has the shapes to measure; no weights are read (default: Qwen1.5-MoE-A2.7B's shapes)",
     )  # fmt: skip
-    known = ("products", "quantized", "experts", "attention", "sampling")
+    known = ("products", "quantized", "experts", "attention", "sampling", "masks")
     parser.add_argument(
         "--kernels", type=_names(*known), default=known, metavar="NAMES",
         help=f"the kernels to measure (default: {','.join(known)})",

@@ -19,6 +19,8 @@ from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError,
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.serving.grpc.chats import to_chat_messages
+from cluster.serving.grpc.forms import form_message
+from cluster.structured import StructuredOutputsParams
 from cluster.types import SamplingParams
 from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY, RETRY_KEY
 
@@ -232,12 +234,15 @@ def _as_chat(prompt: OnePrompt) -> Conversation | None:
 
 def sampling_message(params: SamplingParams) -> pb.SamplingParams:
     """Leaves out what is None: the server fills the checkpoint's default in."""
-    optional = (field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
+    fields = pb.SamplingParams.DESCRIPTOR.fields
+    optional = (field.name for field in fields if field.has_presence and field.message_type is None)
+    form = params.structured_outputs
     given = {name: value for name in optional if (value := getattr(params, name)) is not None}
     return pb.SamplingParams(
         stop=params.stop,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         logit_bias=dict(params.logit_bias),
+        structured_outputs=None if form is None else form_message(StructuredOutputsParams.of(form)),
         **given,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.compiling import Compiling
 from cluster.engine.fitting import fitting
 from cluster.engine.holding import Holding
 from cluster.engine.isolation import OnStep, failure_of, prove, run_isolated
@@ -23,6 +24,7 @@ from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, Runner, ScheduledSequence, StepResult
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
+from cluster.grammar.grammars import Grammars
 from cluster.metrics import EngineMetrics
 from cluster.model.sampler import NoFiniteNumbers, Sampled
 from cluster.types import EngineRequest, EngineStats, FinishReason, SamplingParams, SequenceUpdate
@@ -47,6 +49,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         seeds: random.Random | None = None,
         on_step: OnStep = lambda _: None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.runner = runner
         self.config = config
@@ -64,6 +67,7 @@ class Engine:
             num_ahead=runner.num_ahead,
         )
         self.holding = Holding(self.scheduler.running, runner, self.clock)
+        self.compiling = Compiling(grammars)
         self.sequences: dict[str, Sequence] = {}
         self.num_generated_tokens = 0
         self._retry_hint = RetryHint(self.clock())
@@ -80,7 +84,7 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             held=len(self.holding),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + len(self.compiling),
             used_blocks=self.blocks.num_used,
             num_blocks=self.blocks.num_blocks,
             generated_tokens=self.num_generated_tokens,
@@ -97,7 +101,8 @@ class Engine:
             raise RequestCancelled("the request was cancelled before it began")
         self._check_unused(request.request_id)
         params = fitting(request, self.max_model_len, self.blocks.max_tokens)
-        if not request.num_replays and self.scheduler.num_queued >= self.config.max_waiting:
+        num_queued = self.scheduler.num_queued + len(self.compiling)
+        if not request.num_replays and num_queued >= self.config.max_waiting:
             self._make_room(request.client)
         if params.seed is None:
             params = replace(params, seed=self.seeds.getrandbits(63))
@@ -124,6 +129,7 @@ class Engine:
         An exception at one sequence ends that one. Raises the exceptions that end them all.
         """
         self._expire()
+        self._take_compiled()
         self.holding.release()
         batch = self._schedule()
         for _ in range(batch.num_preempted):
@@ -134,6 +140,8 @@ class Engine:
         num_held = len(self.holding)
         if num_held and not batch.scheduled and not updates:
             self.holding.wait()
+        elif len(self.compiling) and not batch.scheduled and not updates:
+            self.compiling.wait()
         num_running, num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         self.metrics.state(num_running, num_held, num_waiting, self.blocks.num_used, self.blocks.num_blocks)
         return updates
@@ -152,9 +160,21 @@ class Engine:
             arrived_at=now,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
         )
-        self.scheduler.add(sequence)
+        if request.constraint is None:
+            self.scheduler.add(sequence)
+        else:
+            self.compiling.begin(sequence)
         self.sequences[request.request_id] = sequence
         return sequence
+
+    def _take_compiled(self) -> None:
+        """Queues the sequences whose grammar is ready."""
+        for sequence, error in self.compiling.take_ready():
+            self.scheduler.add(sequence)
+            if error is not None:
+                self._fail(sequence, error)
+            elif sequence.request.output_token_ids and (reason := sequence.end()):
+                self._end(sequence, reason)  # the earlier attempt completed the grammar
 
     def _make_room(self, client: str) -> None:
         """In a full queue the client with the most waiting requests loses its latest. Raises Overloaded if that is
@@ -237,6 +257,7 @@ class Engine:
             token_ids=tuple(token_id for token_id, _ in taken),
             logprobs=tuple(logprobs for _, logprobs in taken if logprobs is not None),
             finish_reason=sequence.end(),
+            constrained=sequence.grammar is not None,
         )
         if update.finish_reason:
             self._forget(sequence, update.finish_reason)
@@ -265,7 +286,8 @@ class Engine:
 
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
         self._retry_hint.ended(self.clock())
-        self.scheduler.remove(sequence)
+        if not self.compiling.remove(sequence):
+            self.scheduler.remove(sequence)
         self._gathering.forget(sequence)
         del self.sequences[sequence.request_id]
         self.metrics.finished(reason)

@@ -10,6 +10,8 @@ from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
 from cluster.checkpoint.opening import open_checkpoint
+from cluster.checkpoint.special_tokens import read_tokenizer_config
+from cluster.checkpoint.tokenizer_files import read_tokenizer
 from cluster.config import EngineConfig, ModelConfig
 from cluster.config.resources import available_memory
 from cluster.engine.block_manager import BlockManager
@@ -25,6 +27,7 @@ from cluster.experts.placement import num_shards_for, plan_evenly
 from cluster.experts.routing import FixedPlan
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
+from cluster.grammar.grammars import Grammars
 from cluster.kernels.quantization import chosen_quantization
 from cluster.metrics import DispatchMetrics, EngineMetrics
 from cluster.model.kv_cache import KVCache, check_block_fits, num_kv_blocks
@@ -99,6 +102,15 @@ def load_engine(
         max_model_len=longest,
         metrics=metrics,
         on_step=on_step,
+        grammars=_grammars(reader.model_dir, reader.config),
+    )
+
+
+def _grammars(model_dir: Path, model: ModelConfig) -> Grammars:
+    """The tokenizer is read when a request needs it: an engine has none otherwise."""
+    eos_token_ids = read_eos_token_ids(model_dir, model)
+    return Grammars(
+        lambda: read_tokenizer(model_dir, read_tokenizer_config(model_dir)), model.vocab_size, eos_token_ids
     )
 
 

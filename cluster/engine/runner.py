@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.config.resources import available_cpus
 from cluster.engine.graphs import DecodeGraphs
 from cluster.engine.micro_batching import MicroBatching, split_evenly
 from cluster.engine.outcomes import parts_of
@@ -18,11 +19,15 @@ from cluster.engine.step import Batch, ScheduledSequence, StepResult
 from cluster.engine.step_inputs import StepArrays, to_device
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
+from cluster.grammar.masks import MaskThreads, RowMasks
 from cluster.kernels.attention import make_attention
+from cluster.kernels.sampling.rule import Mask, leaves_any
 from cluster.model.decoder import CausalLM, MicroBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.feed_forward import Experts
 from cluster.model.sampler import NoFiniteNumbers, Sampled, SamplingRow, sample
+
+MASK_THREADS = 4  # a mask takes 20 to 100 us; a step for 64 rows has time for them with one
 
 
 class ModelRunner:
@@ -48,6 +53,7 @@ class ModelRunner:
         self.attention = make_attention(cache.layer(0)[0], model.config.num_attention_heads)
         self.device = model.model.norm.weight.device
         self.graphs: DecodeGraphs | None = None
+        self.masks = MaskThreads(min(MASK_THREADS, available_cpus()))
 
     @property
     def num_ahead(self) -> int:
@@ -72,8 +78,10 @@ class ModelRunner:
 
     def run(self, batch: Batch) -> StepResult:
         """As `Runner.run`, a token at most for a sequence."""
-        hidden_states, step = self.forward(batch.scheduled)  # [T, H]
-        tokens, failed = self._sample(batch.scheduled, hidden_states, step)
+        grammars = {i: s.sequence.grammar for i, s in enumerate(batch.scheduled) if s.samples and s.sequence.grammar}
+        with self.masks.beside(grammars) as masks:
+            hidden_states, step = self.forward(batch.scheduled)  # [T, H]
+            tokens, failed = self._sample(batch.scheduled, hidden_states, step, masks)
         parts: dict[int, Tensor] = {}
         if len(step.lost) < len(batch.scheduled):
             failed |= self._non_finite(batch, hidden_states, step)
@@ -96,7 +104,7 @@ class ModelRunner:
         }
 
     def _sample(
-        self, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, step: StepExperts
+        self, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, step: StepExperts, masks: RowMasks
     ) -> tuple[dict[int, Sampled], dict[int, Exception]]:
         """The next token of each sequence that samples and is not lost, or its exception. hidden_states: [T, H]."""
         tokens: dict[int, Sampled] = {}
@@ -105,7 +113,7 @@ class ModelRunner:
         for i, s in enumerate(scheduled):
             if s.samples and i not in step.lost:
                 try:
-                    rows[i] = _sampling_row(s.sequence)
+                    rows[i] = _sampling_row(s.sequence, masks.of(i))
                 except Exception as error:  # noqa: BLE001 it is this sequence's alone
                     failed[i] = error
         if rows:
@@ -193,12 +201,15 @@ def non_finite(hidden_states: Tensor, num_tokens: Seq[int]) -> list[int]:
     return [i for i, finite in enumerate(sums.isfinite().tolist()) if not finite]
 
 
-def _sampling_row(sequence: Sequence) -> SamplingRow:
+def _sampling_row(sequence: Sequence, allowed: Mask | None) -> SamplingRow:
     below_minimum = sequence.num_output_tokens < sequence.params.min_tokens
+    if below_minimum and allowed is not None:
+        below_minimum = leaves_any(allowed, sequence.stop_token_ids)  # else the grammar has come to its end
     return SamplingRow(
         token_ids=sequence.token_ids,
         num_prompt_tokens=sequence.num_prompt_tokens,
         params=sequence.params,
         penalties=sequence.penalties,
         banned_token_ids=tuple(sequence.stop_token_ids) if below_minimum else (),
+        allowed=allowed,
     )

@@ -209,7 +209,7 @@ class Scheduler:
         """Tokens ahead are for a sequence that samples, and for no more tokens than it may still bring: a sequence that
         fits the cache alone still does."""
         part = ScheduledSequence(sequence, num_tokens)
-        if not self.num_ahead or not part.samples:
+        if not self.num_ahead or not part.samples or sequence.grammar is not None:  # a mask is of one place
             return part
         num_after_next = (sequence.params.max_tokens or 1) - sequence.num_output_tokens - 1
         return replace(part, num_ahead=max(0, min(self.num_ahead, num_after_next)))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.engine.block_table import BlockTable
+from cluster.grammar.state import GrammarState
 from cluster.model.penalties import PenaltyState
 from cluster.model.sampler import Sampled
 from cluster.outcome import EVERY_ROW
@@ -28,6 +29,7 @@ class Sequence:
     stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
     block_salt: names anything but its tokens that its keys and values depend on (an adapter); sequences of different
     salts share no block.
+    grammar: of its constraint, at its last token; set before it is scheduled.
     """
 
     request: EngineRequest
@@ -47,6 +49,7 @@ class Sequence:
     started: bool = False
     lost_since: float | None = None
     held: bool = False
+    grammar: GrammarState | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
@@ -99,6 +102,8 @@ class Sequence:
         """Appends new tokens up to the one that ends it; returns these."""
         taken = []
         for token in new_tokens:
+            if self.grammar is not None:
+                self.grammar.accept(token[0])
             self.token_ids.append(token[0])
             taken.append(token)
             if self.end():
@@ -109,4 +114,6 @@ class Sequence:
         """The reason to end with its last token, if there is one."""
         if self.token_ids[-1] in self.stop_token_ids and self.num_output_tokens > self.params.min_tokens:
             return "stop"
+        if self.grammar is not None and self.grammar.is_complete:
+            return "stop"  # nothing may follow but an EOS, below min_tokens and with ignore_eos too
         return "length" if self.num_output_tokens >= (self.params.max_tokens or 1) else None

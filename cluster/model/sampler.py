@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.errors import InvalidRequest
 from cluster.kernels.sampling.choose import choose
-from cluster.kernels.sampling.rule import NO_IDS, NONE_LEFT, NOT_FINITE, PLAIN, Chosen, Rule
+from cluster.kernels.sampling.rule import NO_IDS, NONE_LEFT, NOT_FINITE, PLAIN, Chosen, Mask, Rule, bits
 from cluster.model.penalties import PenaltyState, check_ids
 from cluster.types import Logprobs, SamplingParams
 
@@ -31,6 +31,7 @@ class SamplingRow:
 
     token_ids: prompt and output so far.  params: every default filled in, the seed too.
     banned_token_ids: not to be chosen (the ends of a sequence below min_tokens).  penalties: kept by the sequence.
+    allowed: of the sequence's grammar, None for every token.
     """
 
     token_ids: Sequence[int]
@@ -38,6 +39,7 @@ class SamplingRow:
     params: SamplingParams
     penalties: PenaltyState
     banned_token_ids: tuple[int, ...] = ()
+    allowed: Mask | None = None
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | Exception]:
@@ -82,11 +84,14 @@ def _sample_biased(logits: Tensor, row: SamplingRow) -> Sampled | Exception:
     ids = torch.tensor([token_id for token_id, _ in pairs], device=logits.device)
     bias = torch.tensor([[value for _, value in pairs]], dtype=torch.float32, device=logits.device)
     rule = rule_of(row, logits.shape[1])
+    if rule.allowed is not None:
+        forbidden = torch.from_numpy(~bits(rule.allowed, logits.shape[1])).to(logits.device)
+        plain_logits = plain_logits.masked_fill(forbidden, -math.inf)
     plain = rule._replace(num_top=-1)
     [chosen] = _tokens(choose(plain_logits.index_add(1, ids, bias), [plain]), [plain])
     if isinstance(chosen, Exception) or rule.num_top < 0:
         return chosen
-    top_rule = PLAIN._replace(num_top=rule.num_top)
+    top_rule = PLAIN._replace(num_top=rule.num_top, allowed=rule.allowed)
     [likeliest] = _tokens(choose(plain_logits, [top_rule]), [top_rule])
     if isinstance(likeliest, Exception) or likeliest[1] is None:
         return likeliest
@@ -99,7 +104,7 @@ def rule_of(row: SamplingRow, vocab_size: int) -> Rule:
     """How the row's token is chosen. Raises InvalidRequest where the parameters leave no token."""
     params, banned = row.params, row.banned_token_ids
     greedy = params.greedy
-    if greedy and params.logprobs is None and not banned and not params.has_penalties:
+    if greedy and params.logprobs is None and not banned and not params.has_penalties and row.allowed is None:
         return PLAIN
     if banned:
         check_ids(banned, vocab_size)
@@ -121,6 +126,7 @@ def rule_of(row: SamplingRow, vocab_size: int) -> Rule:
         ids=NO_IDS if penalties is None else penalties.ids,
         counts=NO_IDS if penalties is None else penalties.counts,
         banned=np.array(banned, dtype=np.int32) if banned else NO_IDS,
+        allowed=row.allowed,
     )
 
 
@@ -131,23 +137,26 @@ def penalties_of(row: SamplingRow, vocab_size: int) -> PenaltyState:
 
 
 def _tokens(chosen: Chosen, rules: Sequence[Rule]) -> list[Sampled | Exception]:
-    return [_token(chosen, i, rule.num_top) for i, rule in enumerate(rules)]
+    return [_token(chosen, i, rule) for i, rule in enumerate(rules)]
 
 
-def _token(chosen: Chosen, row: int, num_top: int) -> Sampled | Exception:
+def _token(chosen: Chosen, row: int, rule: Rule) -> Sampled | Exception:
     token_id = chosen.token_ids[row]
     if token_id == NOT_FINITE:
         return NoFiniteNumbers("the largest logit is NaN or infinite")
     if token_id == NONE_LEFT:
         return _no_token_left()
-    if num_top < 0:
+    if rule.num_top < 0:
         return token_id, None
-    return token_id, _logprobs(chosen, row, num_top)
+    return token_id, _logprobs(chosen, row, rule)
 
 
-def _logprobs(chosen: Chosen, row: int, num_top: int) -> Logprobs:
-    ids, values = chosen.top_ids[row][:num_top], chosen.top_logprobs[row][:num_top]
-    return Logprobs(chosen.token_ids[row], chosen.logprobs[row], tuple(zip(ids, values, strict=True)))
+def _logprobs(chosen: Chosen, row: int, rule: Rule) -> Logprobs:
+    ids, values = chosen.top_ids[row][: rule.num_top], chosen.top_logprobs[row][: rule.num_top]
+    pairs = zip(ids, values, strict=True)
+    # A grammar may allow fewer tokens than are wanted; JSON has no -inf either.
+    top = tuple(pairs) if rule.allowed is None else tuple(pair for pair in pairs if pair[1] > -math.inf)
+    return Logprobs(chosen.token_ids[row], chosen.logprobs[row], top)
 
 
 def _no_token_left() -> InvalidRequest:

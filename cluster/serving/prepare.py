@@ -47,7 +47,8 @@ class RequestCompleter:
         return EngineRequest(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
-            params=self._resolve(params, field, len(prompt_token_ids)),
+            params=self._resolve(replace(params, structured_outputs=None), field, len(prompt_token_ids)),
+            constraint=params.constraint,
             timeout_s=timeout_s,
             max_tokens_is_default=params.max_tokens is None,
         )
@@ -141,6 +142,8 @@ class RequestPreparer:
         """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit; Overloaded."""
         if params.stop:
             self._work.check_stop()
+        if params.constraint is not None:
+            await self._work.check_constraint(params.constraint, client)
         token_ids = await self._token_ids(prompt, client)
         return self._completer.complete(
             token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s

@@ -11,7 +11,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from cluster.config import DEFAULTS
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Unavailable
 from cluster.outcome import Computed, Numbers, Wants
 from cluster.serving.admission.admission import Admission
 from cluster.serving.backend import GenerationBackend, UpdateStream
@@ -23,6 +23,7 @@ from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.text.work import NoTextWork, TextWork
 from cluster.serving.tracking import RequestMetrics, RequestTracker, TrackedRequest
+from cluster.structured import FIELD
 from cluster.types import (
     CompletionOutput,
     EngineRequest,
@@ -208,9 +209,11 @@ class InferenceService:
     async def _run(self, request: EngineRequest, tracked: TrackedRequest) -> AsyncGenerator[TextDelta, None]:
         """Runs a prepared request; the last delta, and only it, has finish_reason and usage."""
         answer = Answer(self._tokenizer, request.params, self.info.eos_token_ids, tracked.name)
-        updates = self._backend.generate(request)
+        updates, constrained = self._backend.generate(request), request.constraint is not None
         try:
-            while (delta := await self._next_delta(updates, answer, tracked)).finish_reason is None:
+            while (
+                delta := await self._next_delta(updates, answer, tracked, constrained=constrained)
+            ).finish_reason is None:
                 if delta.token_ids:
                     yield delta
         finally:
@@ -219,8 +222,16 @@ class InferenceService:
         usage = Usage(prompt_tokens=tracked.num_prompt_tokens, completion_tokens=tracked.num_generated_tokens)
         yield replace(delta, usage=usage)
 
-    async def _next_delta(self, updates: UpdateStream, answer: Answer, tracked: TrackedRequest) -> TextDelta:
-        delta = answer.add(await self._next_update(updates, tracked))
+    async def _next_delta(
+        self, updates: UpdateStream, answer: Answer, tracked: TrackedRequest, *, constrained: bool
+    ) -> TextDelta:
+        update = await self._next_update(updates, tracked)
+        if constrained and update.token_ids and not update.constrained:
+            raise Unavailable(
+                f"request {tracked.name}: its attention replica is of an older version, which knows no "
+                f"{FIELD}: send it again when `moe-cluster roll` is through"
+            )
+        delta = answer.add(update)
         self._tracker.tokens(tracked, len(delta.token_ids))
         return delta
 

@@ -66,4 +66,5 @@ def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
         finish_reason=last.finish_reason,
         error=last.error,
         numbers=last.numbers,
+        constrained=any(update.constrained for update in updates),
     )

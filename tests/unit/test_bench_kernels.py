@@ -232,10 +232,10 @@ def test_the_command_measures_a_models_shapes(tmp_path: Path, capsys: pytest.Cap
     assert run(parse(str(tmp_path / "demo"), *arguments, "--json", str(file))) == 0
     out = capsys.readouterr().out
     kernels = ["read", "qkv,", "int8 shared expert, down", "int4 shared expert, down", "experts,", "attention,"]
-    for name in (*kernels, "sampling, greedy"):
+    for name in (*kernels, "sampling, greedy", "masks, 32 steps"):
         assert f"| {name}" in out
     cases = json.loads(file.read_text())["cases"]
-    assert len(cases) == 1 + 5 + 2 * 2 + 1 + 1 + 1
+    assert len(cases) == 1 + 5 + 2 * 2 + 1 + 1 + 1 + 1
     assert all(0 < seconds < 60 for case in cases for seconds in case["seconds"].values())
 
 
@@ -249,7 +249,7 @@ def test_only_the_named_kernels_are_measured(capsys: pytest.CaptureFixture[str])
     assert parse("--kernels", "sampling,experts").kernels == ("sampling", "experts")
     with pytest.raises(SystemExit):
         parse("--kernels", "conv")
-    assert "known are products, quantized, experts, attention, sampling" in capsys.readouterr().err
+    assert "known are products, quantized, experts, attention, sampling, masks" in capsys.readouterr().err
 
 
 def test_a_dense_model_has_no_experts_to_measure() -> None:

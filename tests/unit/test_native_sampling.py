@@ -112,8 +112,9 @@ def test_nothing_beside_its_memory_is_written(
     logits.copy_(random_logits(random, 5, vocab_size))
     native.choose_tokens(
         DTYPES[dtype], logits.data_ptr(), vocab_size, 5, vocab_size, packed.rules.data_ptr(), packed.ids.data_ptr(),
-        packed.counts.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), num_top, top_ids.data_ptr(),
-        top_logprobs.data_ptr(), packed.most_changes, scratch.data_ptr(), 2,
+        packed.counts.data_ptr(), packed.masks.data_ptr(), packed.masks.shape[1], tokens.data_ptr(),
+        logprobs.data_ptr(), num_top, top_ids.data_ptr(), top_logprobs.data_ptr(), packed.most_changes,
+        scratch.data_ptr(), 2,
     )  # fmt: skip
     for _, check_guard in parts:
         check_guard()

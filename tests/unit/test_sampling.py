@@ -73,7 +73,7 @@ def test_all_stays_on_a_gpu(monkeypatch):
     monkeypatch.setattr(batched, "_shipped", shipped)
     with FakeTensorMode():
         logits = torch.empty(40, 300, device="cuda")
-        tokens = batched._choose(logits, rules)
+        tokens = batched._choose(logits, rules, torch.empty(40, 300, dtype=torch.bool, device="cuda"))
         assert (tokens.device.type, tokens.shape, tokens.dtype) == ("cuda", (40,), torch.int64)
         found = batched._logprobs(logits, tokens, 5)
         assert (found.device.type, found.shape, found.dtype) == ("cuda", (40, 11), torch.float64)

@@ -15,6 +15,7 @@ from cluster.bench.checkpoint import describe, read_config
 from cluster.bench.kernels.attention import attention_cases
 from cluster.bench.kernels.case import TORCH, Call, Case, Measured
 from cluster.bench.kernels.experts import expert_cases
+from cluster.bench.kernels.masks import mask_cases
 from cluster.bench.kernels.products import product_cases
 from cluster.bench.kernels.quantized import quantized_cases
 from cluster.bench.kernels.reading import Reading
@@ -119,6 +120,8 @@ def _cases(args: argparse.Namespace, config: ModelConfig, dtype: torch.dtype) ->
     if "sampling" in args.kernels:
         samplings = find_samplings(args.sampling, model_directory(args.model_dir) if args.model_dir else Path())
         yield from sampling_cases(config, dtype, args.batch, samplings, kernels)
+    if "masks" in args.kernels:
+        yield from mask_cases(config.vocab_size, args.batch)
 
 
 def _time(

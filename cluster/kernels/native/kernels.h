@@ -10,6 +10,7 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // How a row's token is chosen: cluster/kernels/sampling/rule.py, which sampling/native.py packs. temperature 0 is greedy,
 // top_k 0 keeps all, num_top -1 wants no log-probabilities. first_change: of num_changes ids and counts.
+// mask: the number of the row's mask, -1 for none.
 struct SamplingRule {
     double temperature, top_p, max_distance;
     float repetition, presence, frequency;
@@ -17,6 +18,7 @@ struct SamplingRule {
     int64_t top_k;
     uint64_t seed;
     int64_t position, first_change, num_changes;
+    int64_t mask;
 };
 
 // A kernel's memory is the caller's. `threads`: at most so many, one runs on the caller. Strides count elements.
@@ -55,12 +57,14 @@ struct Kernels {
     // A token for each of B rows of V logits (2^31 at most), -1 where the largest is not finite, -2 where every finite
     // one is banned. Where a rule wants them, the token's log-probability and the likeliest tokens', best first.
     // ids, counts: of all rows, a token and how often it is in the output, -1 for one that is banned.
+    // masks: of mask_words each, a bit for each of V tokens, the lowest first; a token without one counts as if its logit
+    // were -inf, in log-probabilities too.
     // top_ids, top_logprobs: [B, top_stride], each row has room for its num_top or V. most_changes: of a row.
     // scratch: choose_tokens_scratch(V, most_changes) bytes for each thread.
     void (*choose_tokens)(int32_t dtype, const void* logits, int64_t stride, int64_t B, int64_t V,
-                          const SamplingRule* rules, const int32_t* ids, const int32_t* counts, int64_t* tokens,
-                          float* logprobs, int64_t top_stride, int32_t* top_ids, float* top_logprobs,
-                          int64_t most_changes, void* scratch, int32_t threads);
+                          const SamplingRule* rules, const int32_t* ids, const int32_t* counts, const uint32_t* masks,
+                          int64_t mask_words, int64_t* tokens, float* logprobs, int64_t top_stride, int32_t* top_ids,
+                          float* top_logprobs, int64_t most_changes, void* scratch, int32_t threads);
     int64_t (*choose_tokens_scratch)(int64_t V, int64_t most_changes);
     // The numbers in [0, 1) with which rows of these seeds and positions are drawn, [B] each.
     void (*uniform_numbers)(const int64_t* seeds, const int64_t* positions, double* numbers, int64_t B);

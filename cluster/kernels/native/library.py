@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "MOE_CLUSTER_KERNELS"  # in the environment: a variant's name, or "off"
 LIBRARY_VARIABLE = "MOE_CLUSTER_KERNELS_LIBRARY"  # another library's path: one with sanitizers
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "plain")  # the fastest first
-VERSION = 1  # of the kernels' arguments: moe_version() in dispatch.cpp
+VERSION = 2  # of the kernels' arguments: moe_version() in dispatch.cpp
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -46,8 +46,8 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ("experts_scratch", _LONG, (_INT, _LONG, _LONG, _LONG, _LONG, _LONG)),
     (
         "choose_tokens", None,
-        (_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER,
-         _POINTER, _LONG, _POINTER, _INT),
+        (_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG,
+         _POINTER, _POINTER, _LONG, _POINTER, _INT),
     ),
     ("choose_tokens_scratch", _LONG, (_LONG, _LONG)),
     ("uniform_numbers", None, (_POINTER, _POINTER, _POINTER, _LONG)),

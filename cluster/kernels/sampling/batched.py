@@ -32,13 +32,16 @@ def choose_in_batch(logits: Tensor, rules: Sequence[Rule]) -> Chosen:
     at_once = _AT_ONCE["cpu" if device.type == "cpu" else "cuda"] // vocab_size
     for part in _parts([i for i, rule in enumerate(rules) if not rule.takes_largest], at_once):
         [rows] = _shipped({"rows": part}, np.int64, device).values()
-        chosen = _choose(logits.index_select(0, rows).float(), [rules[i] for i in part])
+        some = [rules[i] for i in part]
+        chosen = _choose(logits.index_select(0, rows).float(), some, _forbidden(some, vocab_size, device))
         tokens = tokens.index_copy(0, rows, chosen)
     num_top = max(0, min(max(rule.num_top for rule in rules), vocab_size))
     logprobs = logits.new_zeros(num_rows, 1 + 2 * num_top, dtype=torch.float64)
     for part in _parts([i for i, rule in enumerate(rules) if rule.num_top >= 0], at_once):
         [rows] = _shipped({"rows": part}, np.int64, device).values()
-        found = _logprobs(logits.index_select(0, rows).float(), tokens.index_select(0, rows), num_top)
+        forbidden = _forbidden([rules[i] for i in part], vocab_size, device)
+        group = _without(logits.index_select(0, rows).float(), forbidden)
+        found = _logprobs(group, tokens.index_select(0, rows), num_top)
         logprobs = logprobs.index_copy(0, rows, found)
     tokens = tokens.where(finite, NOT_FINITE)
     host = torch.cat([tokens.double().unsqueeze(1), logprobs], dim=1).cpu()  # the one copy from the device
@@ -58,8 +61,8 @@ def argmax(logits: Tensor) -> Tensor:
     return part * width + inside
 
 
-def _choose(logits: Tensor, rules: Sequence[Rule]) -> Tensor:
-    """Tokens [G], NONE_LEFT where none is. logits: [G, V] float32, overwritten."""
+def _choose(logits: Tensor, rules: Sequence[Rule], forbidden: Tensor | None = None) -> Tensor:
+    """Tokens [G], NONE_LEFT where none is. logits: [G, V] float32, overwritten.  forbidden: [G, V], None for none."""
     vocab_size, device = logits.shape[1], logits.device
     kinds = [_kind(rule, vocab_size) for rule in rules]
     groups = {kind: [i for i, k in enumerate(kinds) if k is kind] for kind in dict.fromkeys(kinds)}
@@ -84,6 +87,7 @@ def _choose(logits: Tensor, rules: Sequence[Rule]) -> Tensor:
         device,
     )
     _penalize(logits.view(-1), wholes, reals)
+    logits = _without(logits, forbidden)
     largest = logits.amax(dim=1, keepdim=True)
     tokens = torch.empty_like(wholes["top_k"])
     for number, (kind, members) in enumerate(groups.items()):
@@ -114,6 +118,23 @@ def _penalize(logits: Tensor, wholes: Mapping[str, Tensor], reals: Mapping[str, 
         logits.index_copy_(0, places, values - frequency * counts - presence * (counts > 0))
     if len(wholes["banned"]):
         logits.index_fill_(0, wholes["banned"], -torch.inf)
+
+
+def _forbidden(rules: Sequence[Rule], vocab_size: int, device: torch.device) -> Tensor | None:
+    """The tokens that the rows' masks leave out, [G, V]; None where no row has one."""
+    if all(rule.allowed is None for rule in rules):
+        return None
+    width = next(len(rule.allowed) for rule in rules if rule.allowed is not None)
+    every = np.full(width, -1, dtype=np.int32)
+    words = torch.from_numpy(np.stack([every if rule.allowed is None else rule.allowed for rule in rules]))
+    if device.type == "cuda":  # packed, 19 KB a row
+        words = words.pin_memory().to(device, non_blocking=True)
+    is_allowed = words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=device) & 1  # [G, V / 32, 32]
+    return (is_allowed == 0).flatten(1)[:, :vocab_size]
+
+
+def _without(logits: Tensor, forbidden: Tensor | None) -> Tensor:
+    return logits if forbidden is None else logits.masked_fill_(forbidden, -torch.inf)
 
 
 Candidates = tuple[

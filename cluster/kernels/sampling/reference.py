@@ -4,19 +4,25 @@ import torch
 from torch import Tensor
 
 from cluster.kernels.sampling.random_numbers import uniform
-from cluster.kernels.sampling.rule import NONE_LEFT, NOT_FINITE, Rule
+from cluster.kernels.sampling.rule import NONE_LEFT, NOT_FINITE, Rule, bits
 
 LARGEST = torch.finfo(torch.float32).max
 
 
 def choose_one(logits: Tensor, rule: Rule) -> tuple[int, float, list[tuple[int, float]]]:
-    """logits: [V]. Returns the token (or NOT_FINITE, NONE_LEFT), its log-probability and the likeliest tokens'."""
+    """logits: [V]. Returns the token (or NOT_FINITE, NONE_LEFT), its log-probability and the likeliest tokens', as many
+    as are wanted: one that is not allowed has -inf."""
     logits = logits.to(torch.float32, copy=True)
     if not bool(logits.max().isfinite()):  # a NaN is the largest
         return NOT_FINITE, 0.0, []
+    forbidden = torch.zeros(logits.numel(), dtype=torch.bool)
+    if rule.allowed is not None:
+        forbidden = torch.from_numpy(~bits(rule.allowed, logits.numel()))
+    logits[forbidden] = -torch.inf
     logprobs = logits.double().log_softmax(dim=-1).float()  # a sum in float32 is off by 1e-4 in a large vocabulary
     penalize(logits, rule)
     logits[torch.from_numpy(rule.banned).long()] = -torch.inf
+    logits[forbidden] = -torch.inf  # a penalty has made numbers of them
     if bool(logits.max() == -torch.inf):
         return NONE_LEFT, 0.0, []
     token_id = draw(logits, rule) if rule.temperature else int(logits.argmax())

@@ -6,6 +6,7 @@ from cluster.errors import InvalidRequest
 from cluster.outcome import HeadKind
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.grpc.chats import to_conversation
+from cluster.serving.grpc.forms import to_form
 from cluster.serving.text.prompts import Prompt
 from cluster.types import (
     CompletionOutput,
@@ -20,7 +21,9 @@ from cluster.types import (
 _WithChat = pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest | pb.EmbedRequest | pb.ClassifyRequest
 TimedMessage = _WithChat | pb.ClassifyTokensRequest | pb.AnswerSpanRequest
 TimedRequest = TypeVar("TimedRequest", bound=TimedMessage)
-_OPTIONAL_FIELDS = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
+_OPTIONAL_FIELDS = tuple(
+    field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence and field.message_type is None
+)
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -55,6 +58,7 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         logit_bias=dict(message.logit_bias),
+        structured_outputs=to_form(message.structured_outputs) if message.HasField("structured_outputs") else None,
         **given,
     )
 

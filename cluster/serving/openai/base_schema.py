@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
+from cluster.serving.openai.forms import FormFields
+from cluster.structured import StructuredOutputsParams
 from cluster.types import MAX_TOP_LOGPROBS, SamplingParams, Usage
 
 MAX_ID_DIGITS = 10
@@ -27,7 +29,7 @@ class StreamOptions(RequestBody):
     include_usage: bool | None = None
 
 
-class SamplingFields(RequestBody):
+class SamplingFields(RequestBody, FormFields):
     """The fields of a generation that chats and completions share. Those behind `seed` are vLLM's."""
 
     model: str | None = None
@@ -67,8 +69,13 @@ class SamplingFields(RequestBody):
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs come with a whole answer, not with a stream", "prompt_logprobs")
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Of the first choice. Raises InvalidRequest for a value out of range."""
+    def sampling_params(
+        self, *, max_tokens: int | None, logprobs: int | None, form: StructuredOutputsParams | None = None
+    ) -> SamplingParams:
+        """Of the first choice. form: that of the answer, in place of the one that the fields ask for.
+
+        Raises InvalidRequest for a value out of range.
+        """
         return SamplingParams(
             temperature=self.temperature,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's word for all
@@ -85,6 +92,7 @@ class SamplingFields(RequestBody):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             logit_bias=_biases(self.logit_bias or {}),
+            structured_outputs=form or self.form(),
         )
 
 

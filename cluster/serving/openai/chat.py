@@ -26,6 +26,7 @@ from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import DONE, begun, event
+from cluster.serving.openai.tool_reader import chosen_form
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs, SamplingParams, TextDelta
 
@@ -69,10 +70,9 @@ async def _prepared(served: Served, body: ChatRequest, call: Call) -> "_Chat":
 def _params(body: ChatRequest) -> SamplingParams:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise InvalidRequest("tool_choice: this server takes none and auto", "tool_choice")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return body.sampling_params(max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return body.sampling_params(max_tokens=max_tokens, logprobs=logprobs, form=chosen_form(body))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

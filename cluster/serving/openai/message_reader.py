@@ -1,8 +1,9 @@
-"""The seam for the meaning of a model's text: content, so far. A reader of tool calls is another one."""
+"""The seam for the meaning of a model's text: content alone here, calls of tools in `tool_reader`."""
 
 from typing import Protocol
 
 from cluster.serving.openai.chat_schema import AnswerMessage, ChatRequest
+from cluster.serving.openai.tool_reader import tool_reader
 from cluster.types import FinishReason
 
 
@@ -44,4 +45,4 @@ class PlainReader:
 
 def reader_for(body: ChatRequest) -> MessageReader:
     """Returns a reader for one choice of a request."""
-    return PlainReader()
+    return tool_reader(body) or PlainReader()

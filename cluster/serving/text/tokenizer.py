@@ -5,9 +5,10 @@
 interpreter lock, rendering a template does not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.checkpoint.byte_level import byte_of_char
 from cluster.checkpoint.save_tokenizer import save_tokenizer
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import read_tokenizer
@@ -106,11 +107,4 @@ class Tokenizer:
         return list(encoding.ids)
 
 
-def _byte_of_char() -> Mapping[str, int]:
-    """Returns the byte of each character of a byte-level vocabulary. Source: GPT-2's bytes_to_unicode."""
-    printable = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
+_BYTE_OF_CHAR = byte_of_char()

@@ -13,10 +13,12 @@ from typing import Any
 
 from cluster.conversation import Conversation
 from cluster.errors import InvalidRequest
+from cluster.grammar.source import check
 from cluster.serving.text.lane import Lane
 from cluster.serving.text.process import RENDERING, TextProcess
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.text.worker import Task, do
+from cluster.structured import FIELD, Constraint
 
 MEDIUM_CHARS, LARGE_CHARS = 2048, 32_768  # about 0.5 and 8 ms of tokenizing
 
@@ -30,6 +32,7 @@ class TextWork:
         self._large = Lane("large inputs", max_waiting)
         self._chats = Lane("chats", max_waiting)
         self._large_chats = Lane("large chats", max_waiting)
+        self._grammars = Lane("grammars", max_waiting)
         self._process = TextProcess(tokenizer.model_dir)
         self._renderer = TextProcess(tokenizer.model_dir, RENDERING)
         self._large_renderer = TextProcess(tokenizer.model_dir, RENDERING)
@@ -58,6 +61,10 @@ class TextWork:
 
     def check_stop(self) -> None:
         """Raises nothing: stop strings are found in the text."""
+
+    async def check_constraint(self, constraint: Constraint, client: str = "") -> None:
+        """Raises InvalidRequest for what is no grammar, Overloaded."""
+        await self._grammars.run(lambda: check(constraint), client)
 
     def end(self) -> None:
         """Ends the processes; a later input starts them again."""
@@ -89,6 +96,9 @@ class NoTextWork:
 
     def check_stop(self) -> None:
         raise _no_tokenizer("stop needs", "send stop_token_ids", "stop")
+
+    async def check_constraint(self, constraint: Constraint, client: str = "") -> None:
+        raise _no_tokenizer(f"{FIELD} needs", "ask a server that has it", FIELD)
 
 
 def _no_tokenizer(need: str, advice: str, field: str) -> InvalidRequest:

@@ -1,0 +1,74 @@
+"""The fields with which HTTP requests ask for a form of the answer: OpenAI's `response_format`, and vLLM's."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.errors import InvalidRequest
+from cluster.structured import StructuredOutputsParams
+
+_GUIDED = {
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+}  # fmt: skip
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class NamedSchema(_Body):
+    """strict: taken and without effect: every schema is kept to."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(_Body):
+    type: Literal["text"]
+
+
+class ObjectFormat(_Body):
+    type: Literal["json_object"]
+
+
+class SchemaFormat(_Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class FormFields(BaseModel):
+    """structured_outputs: the fields of `StructuredOutputsParams`.  guided_*: vLLM's older names of the same."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def form(self) -> StructuredOutputsParams | None:
+        """The form that the answer must have, None for any. Raises InvalidRequest, also for several forms at once."""
+        found: dict[str, StructuredOutputsParams] = {}
+        match self.response_format:
+            case ObjectFormat():
+                found["response_format"] = StructuredOutputsParams(json_object=True)
+            case SchemaFormat(json_schema=named):
+                if named.schema_ is None:
+                    raise InvalidRequest("response_format.json_schema has no schema", "response_format")
+                found["response_format"] = StructuredOutputsParams(json=named.schema_)
+        if self.structured_outputs is not None:
+            found["structured_outputs"] = StructuredOutputsParams.of(self.structured_outputs)
+        for name, field in _GUIDED.items():
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                found[name] = StructuredOutputsParams(**{field: value})
+        if len(found) > 1:
+            raise InvalidRequest(f"{' and '.join(found)} ask for a form each: give one", next(iter(found)))
+        return next(iter(found.values()), None)
