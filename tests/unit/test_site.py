@@ -16,15 +16,23 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "helm" / "moe-cluster" / "README.md"))
 
 
+def lines_of_code(text):
+    """The lines of fenced blocks without a language or with a shell's, and of indented ones."""
+    fence = None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fence = line[3:] if fence is None else None
+        elif fence in ("", "sh", "bash", "console") or (fence is None and line.startswith("    ")):
+            yield line
+
+
 def commands_of(text):
-    """The lines of code blocks that begin with `moe-cluster`, joined where one goes on, without comments."""
-    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```|((?:^    .*\n)+)", text, flags=re.MULTILINE | re.DOTALL)
-    for block in ("".join(found) for found in blocks):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|\|", line):
-                found = re.match(r"\s*(?:[A-Z_]+=\S+ )*moe-cluster (.*)", part)
-                if found is not None:
-                    yield re.sub(r"\s*(>>?|#) .*", "", found[1])
+    """The lines of code that begin with `moe-cluster`, joined where one goes on, without comments."""
+    for line in "\n".join(lines_of_code(text)).replace("\\\n", " ").splitlines():
+        for part in re.split(r"&&|\|", line):
+            found = re.match(r"\s*(?:[A-Z_]+=\S+ )*moe-cluster (.*)", part)
+            if found is not None:
+                yield re.sub(r"\s*(>>?|#) .*", "", found[1])
 
 
 COMMANDS = sorted({command for path in DOCUMENTS for command in commands_of(path.read_text())})

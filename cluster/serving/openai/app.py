@@ -8,13 +8,21 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NotFound
-from cluster.serving.openai import chat, completions, models, status
+from cluster.serving.openai import chat, classes, completions, embeddings, models, status, token_calls
 from cluster.serving.openai.errors import add_handlers, response_to
 from cluster.serving.openai.gate import Gate
 from cluster.serving.openai.served import Served
 from cluster.version import __version__
 
-ROUTERS = (chat.router, completions.router, models.router, status.router)
+ROUTERS = (
+    chat.router,
+    classes.router,
+    completions.router,
+    embeddings.router,
+    models.router,
+    status.router,
+    token_calls.router,
+)
 KEYLESS = status.KEYLESS
 
 

@@ -5,9 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from cluster.serving.openai.base_schema import MAX_CHOICES, AnswerBody, PromptLogprobs, SamplingFields, UsageBody
+from cluster.serving.openai.prompts import Prompts
 from cluster.types import MAX_TOP_LOGPROBS
-
-Prompts = str | list[str] | list[int] | list[list[int]]
 
 
 class CompletionRequest(SamplingFields):

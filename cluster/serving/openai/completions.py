@@ -15,11 +15,11 @@ from cluster.serving.openai.completion_schema import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
-    Prompts,
 )
 from cluster.serving.openai.generation import Call, Choice, best, collect, generate, nothing, total, variants
 from cluster.serving.openai.logprobs import completion_logprobs
 from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
+from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import DONE, begun, event
 from cluster.serving.text.prompts import Prompt
@@ -61,7 +61,7 @@ def _check(body: CompletionRequest) -> None:
 
 
 async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Completion":
-    prompts, num_each = _prompts(body.prompt), body.best_of or body.n or 1
+    prompts, num_each = to_prompts(body.prompt), body.best_of or body.n or 1
     if not 1 <= len(prompts) * num_each <= MAX_SEQUENCES:
         raise InvalidRequest(
             f"prompt has {len(prompts)} prompts with {num_each} choices each, 1 to {MAX_SEQUENCES} are allowed",
@@ -100,16 +100,6 @@ async def _tokenized(served: Served, prompt: Prompt, call: Call) -> Prompt:
     if prompt.token_ids is not None:
         return prompt
     return Prompt(token_ids=await served.service.tokenize(prompt, call.client))
-
-
-def _prompts(given: Prompts) -> list[Prompt]:
-    """One prompt, or several. Numbers side by side are one. Raises InvalidRequest."""
-    if isinstance(given, str):
-        return [Prompt(text=given)]
-    if given and isinstance(given[0], int):
-        return [Prompt(token_ids=[one for one in given if isinstance(one, int)])]
-    return [Prompt(text=one) if isinstance(one, str) else Prompt(token_ids=one) for one in given
-            if not isinstance(one, int)]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,77 @@
+"""`/v1/embeddings` and `/pooling`: vectors of prompts, or of their tokens."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+
+from cluster.errors import InvalidRequest
+from cluster.outcome import Computed, Head, HeadKind, Wants
+from cluster.serving.openai.result_schema import (
+    EmbeddingAnswer,
+    EmbeddingData,
+    EmbeddingRequest,
+    Encoding,
+    PoolingAnswer,
+    PoolingData,
+    PoolingRequest,
+    Task,
+)
+from cluster.serving.openai.results import ResultCall, vectors
+from cluster.serving.openai.served import Served
+from cluster.serving.outcomes import probabilities, unit_vector
+
+WANTS: Mapping[Task, Wants] = {
+    "embed": "last_hidden_state",
+    "token_embed": "hidden_states",
+    "classify": "label_logits",
+    "token_classify": "token_label_logits",
+}
+TASKS: Mapping[HeadKind, Task] = {"sequence_classification": "classify", "token_classification": "token_classify"}
+
+
+def router(served: Served) -> APIRouter:
+    routes, head = APIRouter(tags=["embeddings"]), served.service.info.head
+
+    @routes.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingAnswer:
+        if body.dimensions is not None:
+            raise InvalidRequest("dimensions: this model's embeddings have one size", "dimensions")
+        wants: Wants = "mean_hidden_state" if body.pooling == "mean" else "last_hidden_state"
+        call = ResultCall(served, request, "embd")
+        computed = await call.compute(body, wants)
+        data = [
+            EmbeddingData(index=index, embedding=_encoded(vector, body.encoding_format))
+            for index, vector in enumerate(vectors(computed, body.normalize))
+        ]
+        return EmbeddingAnswer(data=data, **call.answered(computed))
+
+    @routes.post("/pooling")
+    async def pooling(body: PoolingRequest, request: Request) -> PoolingAnswer:
+        task = body.task or TASKS.get(head.kind, "embed")
+        call = ResultCall(served, request, "pool")
+        computed = await call.compute(body, WANTS[task])
+        arrays = [_pooled(one, task, head, body.normalize) for one in computed]
+        data = [PoolingData(index=i, data=_encoded(array, body.encoding_format)) for i, array in enumerate(arrays)]
+        return PoolingAnswer(data=data, **call.answered(computed))
+
+    return routes
+
+
+def _pooled(computed: Computed, task: Task, head: Head, normalize: bool | None) -> np.ndarray:
+    """The task's numbers of a prompt: [H], [T, H], [L] or [T, L]."""
+    array = computed.numbers.array()
+    if task in ("classify", "token_classify"):
+        rows = np.atleast_2d(array)
+        return np.stack([probabilities(row, head.activation) for row in rows]).reshape(array.shape)
+    if normalize is False:
+        return array
+    return unit_vector(array) if array.ndim == 1 else np.stack([unit_vector(row) for row in array])
+
+
+def _encoded(array: np.ndarray, encoding: Encoding | None) -> Any:
+    if encoding == "base64":
+        return base64.b64encode(np.ascontiguousarray(array, dtype="<f4").tobytes()).decode()
+    return array.tolist()

@@ -1,0 +1,71 @@
+"""Prompts whose answers are numbers: one call's, at the engine a few at a time. Knows no paths."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+
+from cluster.errors import InvalidRequest
+from cluster.outcome import Computed, Wants
+from cluster.serving.openai.prompts import to_prompts
+from cluster.serving.openai.result_schema import InputRequest, PromptUsage
+from cluster.serving.openai.served import Served
+from cluster.serving.outcomes import unit_vector
+from cluster.serving.text.prompts import Prompt
+
+MAX_INPUTS = 2048  # OpenAI's limit for embeddings
+AT_A_TIME = 16  # of one call's inputs at the engine: more would leave other clients no room in its queue
+
+
+class ResultCall:
+    """One call: its id, its client, and how its prompts are computed."""
+
+    def __init__(self, served: Served, request: Request, kind: str) -> None:
+        self._served, self._client = served, request.state.client
+        self._request_id = f"{kind}-{served.service.new_request_id()}"
+
+    async def compute(self, body: InputRequest, wants: Wants) -> list[Computed]:
+        """Raises ClusterError."""
+        self._served.check_model(body.model)
+        return await self.compute_each(to_prompts(body.input), wants)
+
+    async def compute_each(self, prompts: Sequence[Prompt], wants: Wants) -> list[Computed]:
+        """Returns all results, in their prompts' order. Raises the first ClusterError, and ends the others."""
+        if not 1 <= len(prompts) <= MAX_INPUTS:
+            raise InvalidRequest(f"input has {len(prompts)} prompts, 1 to {MAX_INPUTS} are allowed", "input")
+        results: list[Computed | None] = [None] * len(prompts)
+        waiting = iter(enumerate(prompts))
+
+        async def worker() -> None:
+            for index, prompt in waiting:
+                request_id = f"{self._request_id}-{index}" if len(prompts) > 1 else self._request_id
+                results[index] = await self._served.service.compute(
+                    prompt, wants, request_id=request_id, client=self._client
+                )
+
+        workers = [asyncio.ensure_future(worker()) for _ in prompts[:AT_A_TIME]]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for each in workers:
+                each.cancel()
+            await asyncio.wait(workers)
+        return [result for result in results if result is not None]
+
+    def answered(self, computed: Sequence[Computed]) -> dict[str, Any]:
+        """The fields that all of these answers have."""
+        num_tokens = sum(len(one.prompt_token_ids) for one in computed)
+        return {
+            "id": self._request_id,
+            "created": int(self._served.now_s()),
+            "model": self._served.service.info.model_id,
+            "usage": PromptUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+        }
+
+
+def vectors(computed: Sequence[Computed], normalize: bool | None) -> list[np.ndarray]:
+    """Returns the results' arrays, [H] each, of length one unless normalize is False."""
+    arrays = [one.numbers.array() for one in computed]
+    return arrays if normalize is False else [unit_vector(array) for array in arrays]
