@@ -225,13 +225,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
-    """One piece of a streamed answer. `usage` and `finish_reason` stand in the last one only."""
+    """One piece of a streamed answer. `usage`, `finish_reason` and `matched_stop` stand in the last one only.
+
+    matched_stop: the stop string that ended it, if one did.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    matched_stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NotFound
-from cluster.serving.openai import chat, classes, completions, embeddings, models, status, token_calls
+from cluster.serving.openai import chat, classes, completions, embeddings, messages, models, status, token_calls
 from cluster.serving.openai.errors import add_handlers, response_to
 from cluster.serving.openai.gate import Gate
 from cluster.serving.openai.served import Served
@@ -19,6 +19,7 @@ ROUTERS = (
     classes.router,
     completions.router,
     embeddings.router,
+    messages.router,
     models.router,
     status.router,
     token_calls.router,

@@ -41,7 +41,7 @@ def router(served: Served) -> APIRouter:
         served.check_model(body.model)
         body.check()
         call = Call(request_id=f"chatcmpl-{served.service.new_request_id()}", client=request.state.client)
-        chat = await _prepared(served, body, call)
+        chat = await prepared(served, body, call)
         if body.stream:
             return await begun(chat.stream(), call.request_id)
         answer = await chat.answer()
@@ -50,7 +50,8 @@ def router(served: Served) -> APIRouter:
     return routes
 
 
-async def _prepared(served: Served, body: ChatRequest, call: Call) -> "_Chat":
+async def prepared(served: Served, body: ChatRequest, call: Call) -> "PreparedChat":
+    """Checks a body. Raises ClusterError; nothing runs yet."""
     params = _params(body)
     prompt = Prompt(chat=to_conversation(body))
     num_choices = body.n or 1
@@ -60,7 +61,7 @@ async def _prepared(served: Served, body: ChatRequest, call: Call) -> "_Chat":
         prompt = Prompt(token_ids=prompt_token_ids)
     asked = [(prompt, each) for each in variants(params, num_choices)]
     deltas = generate(served.service, asked, call)
-    return _Chat(
+    return PreparedChat(
         served=served, body=body, call=call, created=int(served.now_s()), prompt=prompt,
         num_choices=num_choices, deltas=deltas,
         prompt_token_ids=prompt_token_ids if body.return_token_ids else None,
@@ -76,7 +77,7 @@ def _params(body: ChatRequest) -> SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Chat:
+class PreparedChat:
     """One call that is about to begin."""
 
     served: Served

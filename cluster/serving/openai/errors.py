@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the shapes that clients read: OpenAI's {"error": {"message", "type", "param", "code"}}, or Anthropic's."""
 
 import logging
 from collections.abc import Mapping
@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 1000
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 _PARAMS = {"text": "prompt", "token_ids": "prompt", "chat": "messages", "request": None, "": None}
 
@@ -24,18 +29,19 @@ def add_handlers(app: FastAPI) -> None:
     """Makes every error of an app leave it in OpenAI's shape."""
 
     async def cluster_error(request: Request, error: Exception) -> Response:
-        return response_to(error)
+        return response_to(error, path=request.url.path)
 
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return response_to(_refusal(error))
+        return response_to(_refusal(error), path=request.url.path)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{error.detail}: {request.method} {request.url.path[:200]}" if error.status_code != 400 else (
             "the body is no JSON that can be read"
         )  # fmt: skip
-        return _response(error.status_code, message, headers=error.headers)
+        body = _body(error.status_code, message)
+        return _response(error.status_code, body, request.url.path, error.headers)
 
     app.add_exception_handler(Exception, cluster_error)
     app.add_exception_handler(ClusterError, cluster_error)
@@ -43,15 +49,15 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http_error)
 
 
-def response_to(error: Exception, request_id: str = "") -> Response:
-    """The answer to a call that failed with this error, before anything of another answer was sent."""
+def response_to(error: Exception, request_id: str = "", path: str = "") -> Response:
+    """The answer to a call of a path that failed with this error, before anything of another answer was sent."""
     status = error.http_status if isinstance(error, ClusterError) else 500
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(ceil(error.retry_after_s))
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(body_of(error, request_id), status, headers)
+    return _response(status, body_of(error, request_id), path, headers)
 
 
 def body_of(error: Exception, request_id: str = "") -> dict[str, Any]:
@@ -73,8 +79,21 @@ def _body(status: int, message: str, param: str | None = None, code: str | None 
     return {"error": {"message": text, "type": kind, "param": param, "code": code or _CODES.get(status)}}
 
 
-def _response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(_body(status, message), status, headers)
+def anthropic_body(error: Exception, request_id: str = "") -> dict[str, Any]:
+    """An error in Anthropic's shape: {"type": "error", "error": {"type", "message"}}."""
+    status = error.http_status if isinstance(error, ClusterError) else 500
+    return _in_anthropics_shape(status, body_of(error, request_id))
+
+
+def _in_anthropics_shape(status: int, body: dict[str, Any]) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+
+
+def _response(status: int, body: dict[str, Any], path: str, headers: Mapping[str, str] | None) -> Response:
+    if path.startswith(ANTHROPIC_PATH):
+        body = _in_anthropics_shape(status, body)
+    return JSONResponse(body, status, headers)
 
 
 def _refusal(invalid: RequestValidationError) -> InvalidRequest:

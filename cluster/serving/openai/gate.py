@@ -48,7 +48,7 @@ class Gate:
                 if not answer.ended:
                     log.error("an answer broke off", exc_info=error)
                 return
-            await response_to(error, self._service.new_request_id())(scope, receive, answer.send)
+            await response_to(error, self._service.new_request_id(), scope["path"])(scope, receive, answer.send)
 
     @contextmanager
     def _admitted(self, scope: Scope) -> Iterator[str]:

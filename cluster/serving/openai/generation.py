@@ -29,13 +29,14 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    matched_stop: str | None = None
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
 
     def add(self, delta: TextDelta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
-        self.finish_reason = delta.finish_reason
+        self.finish_reason, self.matched_stop = delta.finish_reason, delta.matched_stop
         self.usage = delta.usage or self.usage
 
 

@@ -1,7 +1,7 @@
 """Server-sent events: an answer of many JSON objects, each sent as it is made. Source: WHATWG HTML, section 9.2."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from fastapi.responses import Response
@@ -44,24 +44,33 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def begun(events: AsyncGenerator[str, None], request_id: str) -> EventStream:
+def error_event(error: Exception, request_id: str) -> str:
+    """The event that ends a broken stream, in OpenAI's shape."""
+    return f"data: {json.dumps(body_of(error, request_id), ensure_ascii=False)}\n\n"
+
+
+async def begun(
+    events: AsyncGenerator[str, None], request_id: str, failed: Callable[[Exception, str], str] = error_event
+) -> EventStream:
     """A stream whose first event is there: an error before it is raised here, and has a status of its own.
 
-    A later one ends the stream with an event that has the error, and without [DONE].
+    A later one ends the stream with an event that has the error, which `failed` makes, and without [DONE].
     """
     try:
         first = await anext(events)
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_rest(first, events, request_id))
+    return EventStream(_rest(first, events, lambda error: failed(error, request_id)))
 
 
-async def _rest(first: str, events: AsyncGenerator[str, None], request_id: str) -> AsyncGenerator[str, None]:
+async def _rest(
+    first: str, events: AsyncGenerator[str, None], failed: Callable[[Exception], str]
+) -> AsyncGenerator[str, None]:
     async with aclosing(events):
         try:
             yield first
             async for text in events:
                 yield text
-        except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but an error in OpenAI's shape
-            yield f"data: {json.dumps(body_of(error, request_id), ensure_ascii=False)}\n\n"
+        except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but an error in the API's shape
+            yield failed(error)

@@ -39,7 +39,11 @@ class Answer:
             num_kept += len(end_ids)
         logprobs: tuple[Logprobs, ...] = update.logprobs[:num_kept]
         return TextDelta(
-            text=text, token_ids=update.token_ids[:num_kept], logprobs=logprobs, finish_reason=finish_reason
+            text=text,
+            token_ids=update.token_ids[:num_kept],
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            matched_stop=self._detokenizer.stopped,
         )
 
     def _split(self, update: SequenceUpdate) -> tuple[tuple[int, ...], tuple[int, ...]]:
