@@ -64,6 +64,7 @@ def run_spread(
     lines: Iterable[Line],
     make: Callable[[], AbstractAsyncContextManager[Answerer]],
     ledger: Ledger,
+    *,
     pace: Pace,
     workers: Workers,
     progress: Callable[[int], None],

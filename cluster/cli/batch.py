@@ -104,7 +104,15 @@ def _answer(args: argparse.Namespace, ledger: "Ledger", progress: Callable[[int]
 
         cpus = 1.0 if args.ray_address else float(max(1, available_cpus() // args.workers))
         workers = Workers(num=args.workers, cpus=cpus, gpus=args.gpus_per_worker, ray_address=args.ray_address)
-        run_spread(args.input, read(args.input), partial(_answerer, args), ledger, pace, workers, progress)
+        run_spread(
+            args.input,
+            read(args.input),
+            partial(_answerer, args),
+            ledger,
+            pace=pace,
+            workers=workers,
+            progress=progress,
+        )
         return
 
     async def here() -> None:

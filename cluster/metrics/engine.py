@@ -1,6 +1,6 @@
 """The figures of clients' requests and of one engine. Knows neither: callers hand in plain numbers."""
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 
 from cluster.metrics.definitions import Definitions
 
@@ -20,11 +20,22 @@ _WAIT_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 # Series that exist from the start: `rate` and alerts miss the first event of one that appears with it.
 _FINISH_REASONS = ("stop", "length", "cancelled", "error")
 _ERROR_OUTCOMES = (
-    "invalid_argument", "unauthenticated", "permission_denied", "resource_exhausted", "deadline_exceeded",
+    "invalid_argument", "not_found", "unauthenticated", "permission_denied", "resource_exhausted", "deadline_exceeded",
     "unavailable", "internal",
 )  # fmt: skip
 _RESULTS = ("Score", "Embed", "Classify", "ClassifyTokens", "AnswerSpan")
 _OUTCOMES = ("stop", "length", "cancelled", *_ERROR_OUTCOMES)
+
+
+def _results(define: Definitions) -> dict[str, Counter]:
+    """A counter for each method that gives numbers."""
+    results = define.counter(
+        "moecluster_results_total",
+        "Requests that were answered with numbers in place of new tokens, by the method that was called. Their "
+        "share of all requests tells what the prompt tokens are for: these have no decode steps.",
+        "method",
+    )
+    return {method: results.labels(method) for method in _RESULTS}
 
 
 class IngressMetrics:
@@ -76,14 +87,8 @@ class IngressMetrics:
             "moecluster_generated_tokens_total",
             "Tokens sent to clients. Its rate is the throughput; a fall while requests run is a fault.",
         )
-        results = define.counter(
-            "moecluster_results_total",
-            "Requests that were answered with numbers in place of new tokens, by the method that was called. Their "
-            "share of all requests tells what the prompt tokens are for: these have no decode steps.",
-            "method",
-        )
         self._outcomes = {outcome: self._requests.labels(outcome) for outcome in _OUTCOMES}
-        self._results = {method: results.labels(method) for method in _RESULTS}
+        self._results = _results(define)
 
     def started(self) -> None:
         """A request arrived; `finished` must follow."""

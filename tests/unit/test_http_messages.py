@@ -52,7 +52,8 @@ def test_a_message_has_anthropics_shape(tokenizer):
     assert answer.pop("id").startswith("msg_")
     assert answer == {
         "type": "message", "role": "assistant", "model": MODEL, "content": [{"type": "text", "text": "Hello!"}],
-        "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": NUM_PROMPT_TOKENS, "output_tokens": 7},
+        "stop_reason": "end_turn", "stop_sequence": None,
+        "usage": {"input_tokens": NUM_PROMPT_TOKENS, "output_tokens": 7},
     }  # fmt: skip
 
 
