@@ -1,4 +1,4 @@
-"""What the demo's model is trained with, and that a training can be broken off."""
+"""The texts that the demo's model is trained with, and a training that is broken off and gone on with."""
 
 import importlib
 import math
