@@ -156,7 +156,7 @@ def test_the_smoke_test_calls_the_service():
 def test_the_smoke_tests_arguments_are_the_command_lines():
     [found] = rendered("a2.7b").one("Pod")["spec"]["containers"]
     parsed = _parser().parse_args([*found["command"][1:], *found["args"]])
-    assert parsed.prompt == "Hello"
+    assert parsed.prompt == ["Hello"]
     assert parsed.max_tokens == 4
 
 
