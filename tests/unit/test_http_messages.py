@@ -159,6 +159,29 @@ def test_tokens_are_counted_as_the_message_has_them(tokenizer):
     assert post(tokenizer, body, path=f"{PATH}/count_tokens").json() == {"input_tokens": NUM_PROMPT_TOKENS}
 
 
+ADD = {"name": "add", "description": "adds", "input_schema": {"type": "object"}}
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_called_tool_is_a_block_of_its_own(tokenizer, stream):
+    body = HELLO | {"max_tokens": 30, "tools": [ADD], "stream": stream}
+    response = asyncio.run(Front(tokenizer, says("Well. " + CALL), max_model_len=400).post(PATH, body))
+    if not stream:
+        text, call = response.json()["content"]
+        assert response.json()["stop_reason"] == "tool_use"
+    else:
+        events = list(named_events(response))
+        text, call = [body["content_block"] for body in events if body["type"] == "content_block_start"]
+        deltas = [(body["index"], body["delta"]) for body in events if body["type"] == "content_block_delta"]
+        text["text"] = "".join(delta["text"] for index, delta in deltas if index == 0)
+        call["input"] = json.loads("".join(delta["partial_json"] for index, delta in deltas if index == 1))
+        assert [body["delta"]["stop_reason"] for body in events if body["type"] == "message_delta"] == ["tool_use"]
+        assert [body["index"] for body in events if body["type"] == "content_block_stop"] == [0, 1]
+    assert text["text"].strip() == "Well."
+    assert (call["type"], call["name"], call["input"]) == ("tool_use", "add", {"a": 1})
+
+
 def test_anthropics_own_client_reads_all_of_it(tokenizer):
     async def run():
         front = Front(tokenizer, says("Hello!"))
