@@ -11,6 +11,7 @@ from cluster.cli.chat.answer import call_line
 from cluster.cli.chat.command import Chat
 from cluster.cli.chat.lines import PlainLines, is_open, meant
 from cluster.cli.chat.session import Session
+from cluster.cli.chat.tool_calls import HermesCalls
 from cluster.conversation import ToolCall
 from cluster.errors import InvalidRequest, SetupError, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -185,27 +186,30 @@ def test_messages_of_the_openai_api_can_be_loaded(tmp_path):
     assert (session.system, session.turns) == ("s", [{"role": "user", "content": "u"}])
 
 
-class Calls:
-    """Reads <f> as a call of f, as a reader of a model's own form would."""
-
-    def feed(self, text):
-        return [ToolCall(name="f", arguments={"city": "Zürich"}, id="c1") if text == "<f>" else text]
-
-    def end(self):
-        return ()
-
-
 def test_calls_are_drawn_and_their_results_go_back(capsys):
-    model = Model(["Let me see. ", "<f>"], ["Sunny."])
-    session = Session(SamplingParams())
+    written = '<tool_call>\n{"name": "f", "arguments": {"city": "Zürich"}}\n</tool_call>'
+    model = Model(["Let me see. ", written[:20], written[20:]], ["Sunny."])
+    session = Session(SamplingParams(), tools=[{"type": "function", "function": {"name": "f"}}])
     chat = Chat(session, model, Keyboard("weather?", "/result sun"), person=True)
-    chat._new_reader = Calls
     chat.run()
     assert '→ f(city="Zürich")' in capsys.readouterr().out
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"city": "Zürich"}}}
-    assert session.turns[1] == {"role": "assistant", "content": "Let me see. ", "tool_calls": [call]}
-    assert session.turns[2] == {"role": "tool", "content": "sun", "tool_call_id": "c1", "name": "f"}
+    call = {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": {"city": "Zürich"}}}
+    assert session.turns[1] == {"role": "assistant", "content": "Let me see.", "tool_calls": [call]}
+    assert session.turns[2] == {"role": "tool", "content": "sun", "tool_call_id": "call_0", "name": "f"}
     assert session.turns[3]["content"] == "Sunny."
+
+
+def test_a_call_that_was_cut_off_is_text():
+    reader = HermesCalls()
+    parts = [*reader.feed('Ah. <tool_call>{"name": "f", "arguments": {"city": "Zü'), *reader.end()]
+    assert not [part for part in parts if isinstance(part, ToolCall)]
+    assert "Zü" in "".join(parts)
+
+
+def test_without_tools_a_call_is_text():
+    model, session = Model(['<tool_call>{"name": "f", "arguments": {}}</tool_call>']), Session(SamplingParams())
+    Chat(session, model, Keyboard("hi"), person=True).run()
+    assert session.turns[1]["content"].startswith("<tool_call>")
 
 
 def test_a_result_without_a_call_is_refused():

@@ -58,11 +58,9 @@ class Chat:
     """person: reads and types. Without one the first error ends the chat, and so does Ctrl-C."""
 
     def __init__(self, session: "Session", client: "Client", lines: "Lines", *, person: bool) -> None:
-        from cluster.cli.chat.answer import TextAlone
         from cluster.console.base import OutputConsole
 
         self._session, self._client, self._lines, self._person = session, client, lines, person
-        self._new_reader = TextAlone
         self._console = OutputConsole(highlight=False)
         self._context = 0
 
@@ -107,10 +105,12 @@ class Chat:
 
     def _answer(self) -> None:
         """Answers the last turn; a question without an answer stays, so that /retry may ask it again."""
-        from cluster.cli.chat.answer import account, show
+        from cluster.cli.chat.answer import TextAlone, account, show
+        from cluster.cli.chat.tool_calls import HermesCalls
 
         asked = self._session.conversation()
-        shown = show(self._client.stream(asked, self._session.params), self._new_reader(), self._draw_call)
+        reader = HermesCalls() if self._session.tools else TextAlone()
+        shown = show(self._client.stream(asked, self._session.params), reader, self._draw_call)
         if shown.text or shown.calls:
             self._session.answer(shown.text, shown.calls)
         if not self._person:

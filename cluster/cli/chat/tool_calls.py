@@ -1,0 +1,49 @@
+"""Takes the calls of tools out of an answer, in the form that Qwen's models write."""
+
+import json
+from collections.abc import Iterable, Iterator
+
+from cluster.conversation import ToolCall
+from cluster.serving.tools.hermes import Arguments, CallBegins, Event, HermesReader, Text
+
+
+class HermesCalls:
+    """A `ToolCallReader`. Calls get ids, call_0 and so on: a tool's turn answers one by its id."""
+
+    def __init__(self) -> None:
+        self._reader = HermesReader()
+        self._call: CallBegins | None = None
+        self._arguments = ""
+
+    def feed(self, text: str) -> Iterable[str | ToolCall]:
+        return self._parts(self._reader.push(text))
+
+    def end(self) -> Iterable[str | ToolCall]:
+        yield from self._parts(self._reader.end())
+        yield from self._whole()
+
+    def _parts(self, events: Iterable[Event]) -> Iterator[str | ToolCall]:
+        for event in events:
+            if isinstance(event, Arguments):
+                self._arguments += event.text
+                continue
+            yield from self._whole()
+            if isinstance(event, Text):
+                yield event.text
+            else:
+                self._call = event
+
+    def _whole(self) -> Iterator[str | ToolCall]:
+        """The call before this place, if there is one; as text, if its arguments were cut off."""
+        call, arguments = self._call, self._arguments
+        self._call, self._arguments = None, ""
+        if call is None:
+            return
+        try:
+            read = json.loads(arguments or "{}")
+        except ValueError:
+            read = None
+        if isinstance(read, dict):
+            yield ToolCall(name=call.name, arguments=read, id=f"call_{call.number}")
+        else:
+            yield f"{call.name} {arguments}"
