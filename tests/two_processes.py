@@ -44,4 +44,4 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Files:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that share a Ray take longest: they are first. Then come the files of the most tests."""
     num_tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: -len(items) if shares_ray(item.path) else -num_tests[item.path])
+    items.sort(key=lambda item: (0, 0) if shares_ray(item.path) else (1, -num_tests[item.path]))

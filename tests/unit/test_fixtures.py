@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,3 +54,15 @@ def test_each_file_that_shares_the_ray_has_its_mark() -> None:
     users = [path for path in TEST_FILES if taken(path) & OF_THE_SHARED_RAY]
     assert len(users) > 10
     assert sorted(path.name for path in users if not shares_ray(path)) == []
+
+
+def test_files_that_share_the_ray_are_first_as_they_are_and_then_those_of_the_most_tests() -> None:
+    pytest.importorskip("xdist")
+    from two_processes import pytest_collection_modifyitems as put_in_order
+
+    shared = sorted(path for path in TEST_FILES if "pytest.mark.ray" in path.read_text())[:2]
+    others = sorted(path for path in TEST_FILES if "pytest.mark.ray" not in path.read_text())[:2]
+    places = [others[0], shared[1], others[1], others[1], shared[0], shared[0]]
+    items = [SimpleNamespace(path=path) for path in places]
+    put_in_order(items)
+    assert [item.path for item in items] == [shared[1], shared[0], shared[0], others[1], others[1], others[0]]
