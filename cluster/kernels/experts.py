@@ -6,6 +6,7 @@ pairs that are computed here. An id below zero marks a pair that is computed els
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -20,6 +21,17 @@ from cluster.kernels.native.library import Native
 from cluster.kernels.quantization import Quantization
 from cluster.kernels.quantized import quantized_weight
 from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStep:
+    """Where a native loop finds the experts' weights, while these live.
+
+    most_pairs: from so many (token, expert) pairs on torch computes.
+    """
+
+    pointers: native_products.ExpertPointers
+    most_pairs: int
 
 
 class ExpertWeights(Protocol):
@@ -38,6 +50,10 @@ class ExpertWeights(Protocol):
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """As `experts_reference`."""
 
+    @property
+    def native_step(self) -> NativeStep | None:
+        """None where no native kernel computes a step, or there is no expert."""
+
 
 W = TypeVar("W", bound=Weight)
 
@@ -49,6 +65,10 @@ class SeparateExperts(Generic[W]):
         self._make_gate_up, self._make_down = make_gate_up, make_down
         self.gate_up: Sequence[W] = ()
         self.down: Sequence[W] = ()
+
+    @property
+    def native_step(self) -> NativeStep | None:
+        return None
 
     def rearranged(self, places: Sequence[int | None]) -> Self:
         other = copy(self)
@@ -83,9 +103,10 @@ class NativeExperts(SeparateExperts[NativeForm]):
         self.pointers = native_products.ExpertPointers([], [])
 
     @property
-    def most_pairs(self) -> int:
-        """From so many (token, expert) pairs on torch computes."""
-        return self.gate_up[0].torch_rows * len(self.gate_up) if self.gate_up else 0
+    def native_step(self) -> NativeStep | None:
+        if not self.gate_up:
+            return None
+        return NativeStep(self.pointers, self.gate_up[0].torch_rows * len(self.gate_up))
 
     def rearranged(self, places: Sequence[int | None]) -> Self:
         other = super().rearranged(places)
@@ -97,10 +118,11 @@ class NativeExperts(SeparateExperts[NativeForm]):
         return other
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        if not self.gate_up:
+        step = self.native_step
+        if step is None:
             return torch.zeros(hidden_states.shape, dtype=torch.float32)
-        if topk_ids.numel() < self.most_pairs:
-            return native_products.experts(self._native, hidden_states, topk_ids, topk_weights, self.pointers)
+        if topk_ids.numel() < step.most_pairs:
+            return native_products.experts(self._native, hidden_states, topk_ids, topk_weights, step.pointers)
         return super().forward(hidden_states, topk_ids, topk_weights)
 
 
@@ -115,6 +137,10 @@ class StackedExperts:
         self.gate_up = [PlainWeight(matrix) for matrix in gate_up_proj]
         self.down = [PlainWeight(matrix) for matrix in down_proj]
         self._has_triton = gate_up_proj.is_cuda and gpu.available()
+
+    @property
+    def native_step(self) -> NativeStep | None:
+        return None
 
     def rearranged(self, places: Sequence[int | None]) -> "StackedExperts":
         before = self._gate_up_proj, self._down_proj

@@ -10,7 +10,6 @@ from typing import Protocol
 from torch import Tensor
 
 from cluster.experts.shard import ExpertShard, LayerSlice
-from cluster.kernels.experts import NativeExperts
 from cluster.kernels.native import library
 from cluster.kernels.native.serving import SERVED_DTYPES, ServedLayer, Serving, can_serve
 from cluster.stream.peer import Peer
@@ -131,9 +130,9 @@ class Steady:
             return
         self._layers = dict(self._shard.layers)
         layers = {
-            layer_id: ServedLayer(layer.places, layer.weights)
+            layer_id: ServedLayer(layer.places, step, layer.weights)
             for layer_id, layer in self._layers.items()
-            if isinstance(layer.weights, NativeExperts) and len(layer.weights.pointers)
+            if (step := layer.weights.native_step) is not None
         }
         if layers and self._shard.dtype in SERVED_DTYPES:
             self._serving = Serving(native, layers, self._shard.dtype, self._shard.expert_tokens.shape)

@@ -1,8 +1,6 @@
 """The comments in deploy/serve*.yaml say what the fields, the schema of Serve and the published models say."""
 
 import re
-import subprocess
-import sys
 from dataclasses import fields
 
 import config_docs
@@ -11,6 +9,7 @@ import yaml
 from ray.serve.schema import ServeApplicationSchema, gRPCOptionsSchema
 
 from cluster.checkpoint.made.published import PUBLISHED
+from cluster.checkpoint.model_files import pinned
 from cluster.checkpoint.names import dense_bytes
 from cluster.config import ClusterConfig, read_model_config
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -80,10 +79,6 @@ def test_the_tokens_in_the_comment_fit_the_cache(name, model):
     assert int(tokens.replace(",", "")) == cache_bytes // expected
 
 
-def test_the_laptops_command_makes_the_model_that_its_file_serves(tmp_path):
-    text = FILES["serve-laptop.yaml"]
-    model = yaml.safe_load(text)["applications"][0]["args"]["model"]
-    [code] = re.findall(r'python -c "([^"]+)"', re.sub(r" \\\n#\s*", " ", text))
-    assert model in code
-    subprocess.run([sys.executable, "-c", code.replace(model, str(tmp_path / "model"))], check=True, timeout=120)
-    assert (tmp_path / "model" / "config.json").exists()
+def test_the_laptops_file_serves_the_model_that_the_package_has():
+    assert yaml.safe_load(FILES["serve-laptop.yaml"])["applications"][0]["args"]["model"] == "demo"
+    assert pinned("demo").startswith("demo@")  # with the hash of its files

@@ -97,8 +97,8 @@ def at_rules(name, numbers):
 def at_device_index(monkeypatch, num_before):
     """As the issue tells it: an id that the vocabulary does not have is banned below min_tokens."""
 
-    def row_of(sequence):
-        made = original(sequence)
+    def row_of(sequence, *rest):
+        made = original(sequence, *rest)
         return replace(made, banned_token_ids=(151643,)) if is_poisoned(sequence, num_before) else made
 
     original = runner_module._sampling_row
@@ -110,7 +110,7 @@ STAGES = {
     "allocating blocks": at_method(BlockManager, "allocate", lambda _, sequence, __: [sequence]),
     "making tensors": at_method(ModelRunner, "_micro_batch", lambda _, part, __: [s.sequence for s in part]),
     "the model's step": at_method(ModelRunner, "forward", lambda _, scheduled, **__: [s.sequence for s in scheduled]),
-    "what the sampler needs": at_method(runner_module, "_sampling_row", lambda sequence: [sequence]),
+    "what the sampler needs": at_method(runner_module, "_sampling_row", lambda sequence, *_: [sequence]),
     "banned ids": at_device_index,
     "penalties": at_method(sampler, "penalties_of", lambda row, _: [OfRow(row)]),
     "drawing": at_rules("choose", lambda _, rules: range(-len(rules), 0)),

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -188,7 +189,8 @@ def test_a_result_without_numbers_ends_alone_too(broken, call):
             getattr(llm, call)([HEALTHY, [*range(100, 120), BAD], HEALTHY])
         first, failed, last = met.value.outputs
         assert failed is None
-        assert first.numbers == last.numbers
+        # Torch's float32 products round by the rows beside them: the chunks of both differ.
+        np.testing.assert_allclose(first.numbers.array(), last.numbers.array(), rtol=1e-5, atol=1e-6)
         kept = expected.embedding if call == "embed" else expected.logprobs
         assert first.prompt_token_ids == tuple(HEALTHY)
         assert len(first.numbers.array()) == len(kept)

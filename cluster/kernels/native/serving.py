@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.kernels.experts import NativeExperts
+from cluster.kernels.experts import ExpertWeights, NativeStep
 from cluster.kernels.native import library
 from cluster.kernels.native.library import DTYPES, Native
 
@@ -56,10 +56,13 @@ class _Serving(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class ServedLayer:
-    """places: [E + 1] int64, each expert's place in `weights`, -1 for one that is elsewhere."""
+    """places: [E + 1] int64, each expert's place in `weights`, -1 for one that is elsewhere.
+    weights: stay while `step` is in use.
+    """
 
     places: np.ndarray
-    weights: NativeExperts
+    step: NativeStep
+    weights: ExpertWeights
 
 
 class Serving:
@@ -71,14 +74,14 @@ class Serving:
         """layers: at least one, all of one form.  shape: layers of the model, E."""
         self._tokens = torch.zeros(shape, dtype=torch.int64)  # slots that each expert has computed
         self._reported = self._tokens.clone()
-        first = next(iter(layers.values())).weights.pointers
-        most = max(len(layer.weights.pointers) for layer in layers.values())
+        first = next(iter(layers.values())).step.pointers
+        most = max(len(layer.step.pointers) for layer in layers.values())
         table = (_Layer * (1 + max(layers)))()
         for layer_id, layer in layers.items():
-            pointers = layer.weights.pointers
+            pointers = layer.step.pointers
             table[layer_id] = _Layer(
                 layer.places.ctypes.data, pointers.gate_up.data_ptr(), pointers.down.data_ptr(),
-                self._tokens[layer_id].data_ptr(), len(pointers), layer.weights.most_pairs,
+                self._tokens[layer_id].data_ptr(), len(pointers), layer.step.most_pairs,
             )  # fmt: skip
         sizes = MOST_ROWS, MOST_SLOTS, most, first.hidden_size, first.intermediate_size
         if first.num_bits:
