@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from cluster.serving.health import HealthState
 from cluster.serving.openai.app import make_api
 from cluster.serving.openai.served import Served
 from cluster.serving.service import InferenceService
-from cluster.serving.update_queue import UpdateQueue
+from cluster.serving.update_queue import UpdateQueue, follow
 from cluster.types import EngineRequest, SequenceUpdate
 
 POLL_S = 1.0
@@ -36,21 +36,13 @@ class EngineBackend:
         self._streams: dict[str, UpdateQueue] = {}
 
     def generate(self, request: EngineRequest) -> UpdateStream:
-        return self._updates(request)
-
-    async def _updates(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        stream = self._streams[request.request_id] = UpdateQueue(MAX_UNREAD_BYTES)
-        ended = False
-        try:
-            self._loop.submit([request])
-            while not ended:
-                update = await stream.take()
-                ended = update.finish_reason is not None
-                yield update
-        finally:
-            del self._streams[request.request_id]
-            if not ended:
-                self._loop.cancel([request.request_id])
+        return follow(
+            request.request_id,
+            self._streams,
+            MAX_UNREAD_BYTES,
+            submit=lambda: self._loop.submit([request]),
+            cancel=lambda: self._loop.cancel([request.request_id]),
+        )
 
     async def share_out(self) -> None:
         """Hands each step's news to their streams, until it is cancelled; the engine's end ends all streams."""

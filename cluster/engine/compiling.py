@@ -45,7 +45,10 @@ class Compiling:
     def remove(self, sequence: Sequence) -> bool:
         """Forgets a sequence; false if it is none of these."""
         pending = self._pending.pop(sequence, None)
-        return pending is not None and (pending.cancel() or True)
+        if pending is None:
+            return False
+        pending.cancel()  # one that runs already goes on, and nobody takes its grammar
+        return True
 
     def wait(self) -> None:
         """Blocks for a moment, or until one is ready."""

@@ -1,6 +1,7 @@
-"""Keeps one stream's updates for its reader: bounded, since a reader may be slow, or never read at all."""
+"""Keeps a stream's updates for its reader: bounded, since a reader may be slow, or never read at all."""
 
 import asyncio
+from collections.abc import AsyncGenerator, Callable, MutableMapping
 
 from cluster.errors import Overloaded
 from cluster.types import SequenceUpdate
@@ -46,6 +47,32 @@ class UpdateQueue:
         updates, self._updates = self._updates, []
         self._num_bytes = self._num_tokens = 0
         return merge_updates(updates)
+
+
+async def follow(
+    request_id: str,
+    streams: MutableMapping[str, UpdateQueue],
+    max_bytes: int,
+    *,
+    submit: Callable[[], object],
+    cancel: Callable[[], object],
+) -> AsyncGenerator[SequenceUpdate, None]:
+    """Hands a request in, and yields its updates to the last one; closing it before that cancels the request.
+
+    streams: has the request's queue meanwhile; who gets the engine's updates puts them there.
+    """
+    stream = streams[request_id] = UpdateQueue(max_bytes)
+    ended = False
+    try:
+        submit()
+        while not ended:
+            update = await stream.take()
+            ended = update.finish_reason is not None
+            yield update
+    finally:
+        del streams[request_id]
+        if not ended:
+            cancel()
 
 
 def size_of(update: SequenceUpdate) -> int:

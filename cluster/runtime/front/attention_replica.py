@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ from cluster.runtime.process import actor_environment, num_threads, prepare_proc
 from cluster.runtime.ray_private.core import by_name
 from cluster.runtime.workers.engine_actor import ENGINE_GROUPS, EngineActor
 from cluster.runtime.workers.protocol import LONG_POLL_S
-from cluster.serving.update_queue import UpdateQueue
+from cluster.serving.update_queue import UpdateQueue, follow
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
@@ -83,18 +83,16 @@ class AttentionReplica:
         if refusal is not None:
             yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)
             return
-        stream = self._streams[request.request_id] = UpdateQueue(self._max_unread_bytes)
-        ended = False
-        try:
-            self._context.run(self.engine.submit.remote, [request])
-            while not ended:
-                update = await stream.take()
-                ended = update.finish_reason is not None
+        updates = follow(
+            request.request_id,
+            self._streams,
+            self._max_unread_bytes,
+            submit=lambda: self._context.run(self.engine.submit.remote, [request]),
+            cancel=lambda: self._context.run(self.engine.cancel.remote, [request.request_id]),
+        )
+        async with aclosing(updates):
+            async for update in updates:
                 yield update
-        finally:
-            del self._streams[request.request_id]
-            if not ended:
-                self._context.run(self.engine.cancel.remote, [request.request_id])
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls this where it scales by load."""
