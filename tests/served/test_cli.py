@@ -123,7 +123,9 @@ def test_what_is_no_port_and_no_address_of_this_machine_is_refused(demo_checkpoi
 
 def test_a_ray_that_is_not_there_is_named_at_once(demo_checkpoint):
     """In a new process: this one is connected to a Ray already, and would use that."""
-    refused(run("serve", demo_checkpoint, "--ray-address", "127.0.0.1:1"), "no Ray answers at 127.0.0.1:1")
+    free = "--grpc-port", "0", "--http-port", "0"  # a server of this machine's user may have the usual ones
+    done = run("serve", demo_checkpoint, "--ray-address", "127.0.0.1:1", *free)
+    refused(done, "no Ray answers at 127.0.0.1:1")
 
 
 def test_a_port_in_use_is_refused(served, demo_checkpoint):
