@@ -32,11 +32,11 @@ def wait_until(condition, timeout_s=60.0):
 class Serving:
     """Its process is the leader of a group, as a shell's job is."""
 
-    def __init__(self, model, tmp_path, *options, environment=None):
+    def __init__(self, model, tmp_path, *options, environment=None, ports=PORTS):
         self.out, self.err = tmp_path / "out", tmp_path / "err"
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
-                [*COMMAND, "serve", str(model), *TINY, *PORTS, *options], stdout=out, stderr=err,
+                [*COMMAND, "serve", str(model), *TINY, *ports, *options], stdout=out, stderr=err,
                 env={**os.environ, **(environment or {})}, start_new_session=True,
             )  # fmt: skip
 

@@ -157,9 +157,9 @@ def watch(served_for_good: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     wait_until(lambda: bool(served_for_good.status().metrics_addresses), "the metrics are served")
     watch = Watch(tmp_path_factory.mktemp("prometheus"), urlsplit(served_for_good.status().metrics_addresses[0]).netloc)
     try:
-        wait_until(lambda: watch.value("count_over_time(up[1m])") is not None, "a first scrape")
+        wait_until(lambda: watch.value("up") == 1, "a first scrape", timeout_s=60.0)
         with Client(f"127.0.0.1:{served_for_good.grpc_port}") as client:
-            wait_until(lambda: _traffic_is_seen(client, watch), "the rates of traffic")
+            wait_until(lambda: _traffic_is_seen(client, watch), "the rates of traffic", timeout_s=60.0)
         yield watch
     finally:
         watch.close()

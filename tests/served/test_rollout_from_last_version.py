@@ -72,7 +72,7 @@ def serving(versions, demo_checkpoint, tmp_path):
     with contextlib.chdir(tmp_path):
         made = Serving(
             demo_checkpoint, tmp_path, "--expert-shards", "2", "--attention-replicas", "2",
-            environment={"PYTHONPATH": str(versions)},
+            environment={"PYTHONPATH": str(versions)}, ports=["--grpc-port", "0", "--metrics-port", "0"],
         )  # fmt: skip
     yield made
     if made.process.poll() is None:
