@@ -143,6 +143,7 @@ class EngineRequest:
     max_tokens_is_default: the client asked for none, so the engine may lower it to what its cache holds.
     wants: the kind of its result. An engine of a version that knows no other than tokens brings one token.
     constraint: the form of the answer; `params` has none, since an older version could not read it.
+    prompt_group: requests of one group have one prompt, and go to one replica, which computes it once; "" for none.
     """
 
     request_id: str
@@ -157,6 +158,7 @@ class EngineRequest:
     max_tokens_is_default: bool = False
     wants: Wants = "tokens"
     constraint: Constraint | None = None
+    prompt_group: str = ""
 
     @property
     def called(self) -> str:

@@ -130,11 +130,15 @@ class InferenceService:
         request_id: str = "",
         timeout_s: float | None = None,
         client: str = "",
+        prompt_group: str = "",
     ) -> AsyncGenerator[TextDelta, None]:
-        """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence."""
+        """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence.
+
+        prompt_group: as in EngineRequest.
+        """
         with self._begun(request_id, timeout_s, client) as tracked:
             preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
-            request = await self._in_time(preparing, tracked, client)
+            request = replace(await self._in_time(preparing, tracked, client), prompt_group=prompt_group)
             async with aclosing(self._run(request, tracked)) as deltas:
                 async for delta in deltas:
                     yield delta

@@ -6,7 +6,7 @@ from urllib.request import Request, urlopen
 
 import openai
 import pytest
-from served_tools import scrape
+from served_tools import samples, scrape
 
 from cluster import cli
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -128,3 +128,26 @@ def test_a_batch_over_http_has_the_same_answers(served, expected, tmp_path):
     assert len(found) == 30
     assert found["r0"]["response"]["body"]["choices"][0]["message"]["content"] == expected.text
     assert found["r29"]["response"]["body"]["usage"]["completion_tokens"] == 41
+
+
+@pytest.mark.parametrize("path", ["completions", "chat"])
+def test_the_answers_to_one_prompt_share_its_cache(served, client, path):
+    """Two attention replicas, six answers: the prompt is computed once but for its last tokens, those of the block that
+    each answer computes itself (16 at most)."""
+    before = _prefill_tokens(served)
+    ask = {"model": "demo-moe", "n": 6, "max_tokens": 2, "temperature": 1.0, "seed": 3}
+    if path == "completions":
+        answer = client.completions.create(prompt=[7 + i % 200 for i in range(300)], **ask)
+    else:
+        text = "Which experts answered, and which shard holds them? " * 20
+        answer = client.chat.completions.create(messages=[{"role": "user", "content": text}], **ask)
+    assert len(answer.choices) == 6
+    num_prompt_tokens = answer.usage.prompt_tokens
+    assert num_prompt_tokens > 200
+    computed = _prefill_tokens(served) - before
+    assert num_prompt_tokens <= computed <= num_prompt_tokens + 5 * 16
+
+
+def _prefill_tokens(served):
+    name = "moecluster_engine_step_tokens_total"
+    return sum(s.value for s in samples(served) if s.name == name and s.labels["phase"] == "prefill")

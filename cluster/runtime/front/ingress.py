@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -26,6 +26,7 @@ from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUna
 from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.front.node_metrics import scrape_node
+from cluster.runtime.front.prompt_groups import PromptGroups
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
 from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
@@ -52,7 +53,8 @@ READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long d
 
 
 class ServeReplicas:
-    """A generation backend: Serve's own balancer chooses the replica with fewer requests under way.
+    """A generation backend: `SharedPromptRouter` chooses the replica with fewer requests under way, or one that has the
+    prompt.
 
     Updates come over Serve's gRPC between deployments (1.45 times the tokens/s of its calls through Ray). A connection
     does not show that a host is gone: `watch` waits until Ray reports an engine's death, and ends its streams.
@@ -61,6 +63,7 @@ class ServeReplicas:
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._generate = replicas.generate.options(stream=True, _by_reference=False)
         self._ready = replicas.ready
+        self._groups = PromptGroups()
         self._engines: dict[str, Any] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._running: dict[str, set[Any]] = {}  # replica -> Serve's responses
@@ -89,12 +92,25 @@ class ServeReplicas:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
         """Raises Overloaded, ReplicaStopping, ReplicaUnavailable. Closing it cancels the sequence on its replica."""
-        response = self._generate.remote(request)
-        replica, ended = "", False
+        try:
+            async with aclosing(self._updates(request)) as updates:
+                async for update in updates:
+                    if update.error is not None:
+                        self._groups.forget(request.prompt_group)
+                    yield update
+        except ClusterError:
+            self._groups.forget(request.prompt_group)
+            raise
+
+    async def _updates(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
+        wanted = self._groups.replica_of(request.prompt_group)
+        call = self._generate.options(multiplexed_model_id=wanted) if wanted else self._generate
+        response, replica, ended = call.remote(request), "", False
         try:
             async with asyncio.timeout(ACCEPT_TIMEOUT_S):
                 replica = (await anext(response)).replica
             self._running.setdefault(replica, set()).add(response)
+            self._groups.taken(request.prompt_group, replica)
             async for update in response:
                 ended = update.finish_reason is not None
                 yield update

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from cluster.checkpoint.model_files import pinned
 from cluster.config import ClusterConfig
@@ -14,6 +15,7 @@ from cluster.experts.placement import num_shards_for
 from cluster.runtime.front.attention_replica import AttentionReplica
 from cluster.runtime.front.autoscaling import autoscaling_config
 from cluster.runtime.front.ingress import Ingress
+from cluster.runtime.front.shared_prompt_router import SharedPromptRouter
 from cluster.runtime.names import ATTENTION_REPLICA, INGRESS, shard_group
 from cluster.runtime.process import actor_environment, share_of
 
@@ -95,6 +97,9 @@ def build_application(config: ClusterConfig) -> serve.Application:
         # The engine refuses requests beyond its limits and says why; Serve's queue must not hide requests from it.
         max_ongoing_requests=config.max_num_seqs + config.max_waiting + 64,
         max_queued_requests=config.max_ongoing_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class=SharedPromptRouter, request_router_kwargs={"max_num_seqs": config.max_num_seqs}
+        ),
         health_check_period_s=2.0,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s,

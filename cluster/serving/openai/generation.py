@@ -84,16 +84,18 @@ async def generate(
 ) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """Yields (index, delta) of every answer as they come. The first error ends all; closing it cancels all.
 
-    Of answers to one prompt object the first begins alone, and the others when its prompt is computed: they find its
-    keys and values in the cache.
+    Of answers to one prompt object the first begins alone, and the others when its prompt is computed: they go to the
+    same replica, and find its keys and values in the cache.
     """
     several = len(asked) > 1
+    leaders = [_leader(asked, index) for index in range(len(asked))]
     streams = [
         service.stream(
             prompt,
             params,
             request_id=f"{call.request_id}-{index}" if several else call.request_id,
             client=call.client,
+            prompt_group=f"{call.request_id}-{leaders[index]}" if leaders.count(leaders[index]) > 1 else "",
         )
         for index, (prompt, params) in enumerate(asked)
     ]
@@ -102,7 +104,6 @@ async def generate(
             async for delta in streams[0]:
                 yield 0, delta
         return
-    leaders = [_leader(asked, index) for index in range(len(asked))]
     async with aclosing(_merged(streams, leaders)) as deltas:
         async for each in deltas:
             yield each

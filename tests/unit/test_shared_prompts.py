@@ -1,0 +1,112 @@
+"""Requests with one prompt go to one replica: their group's name, the router's choice, the memory of places."""
+
+import ast
+import asyncio
+import inspect
+from types import SimpleNamespace
+
+import pytest
+from http_tools import MODEL, Front
+from ray.serve.config import RequestRouterConfig
+from serving_fakes import EchoBackend, write_tokenizer
+
+from cluster.runtime.front import shared_prompt_router
+from cluster.runtime.front.prompt_groups import MAX_GROUPS, PromptGroups
+from cluster.runtime.front.shared_prompt_router import SharedPromptRouter
+from cluster.serving.text.tokenizer import Tokenizer
+
+SEATS = 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_answers_to_one_prompt_are_a_group(tokenizer):
+    """Prompts of 40, 40 and 3 tokens with three answers each: two groups; the short one is computed where it falls."""
+    backend = EchoBackend()
+    prompts = [[5] * 40, [6] * 40, [1, 2, 3]]
+    body = {"model": MODEL, "prompt": prompts, "n": 3, "max_tokens": 1}
+
+    async def ask():
+        async with Front(tokenizer, backend).client() as client:
+            return await client.post("/v1/completions", json=body)
+
+    assert asyncio.run(ask()).status_code == 200
+    groups = [
+        {request.prompt_group for request in backend.requests if list(request.prompt_token_ids) == prompt}
+        for prompt in prompts
+    ]
+    assert [len(group) for group in groups] == [1, 1, 1]
+    assert groups[0] != groups[1]
+    assert groups[2] == {""}
+
+
+def replica(name):
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), max_ongoing_requests=10)
+
+
+class Router(SharedPromptRouter):
+    """Without Serve. num_requests: at each replica."""
+
+    def __init__(self, num_requests):
+        self.curr = {name: replica(name) for name in num_requests}
+        self.num_requests = {id(self.curr[name].replica_id): num for name, num in num_requests.items()}
+        self.initialize_state(max_num_seqs=SEATS)
+
+    curr_replicas = property(lambda self: self.curr)
+    replica_queue_len_cache = property(lambda self: SimpleNamespace(get=lambda name: self.num_requests[id(name)]))
+
+    def apply_locality_routing(self, pending_request=None):
+        return set(self.curr)
+
+    def names(self, wanted):
+        request = SimpleNamespace(metadata=SimpleNamespace(multiplexed_model_id=wanted))
+        chosen = asyncio.run(self.choose_replicas(list(self.curr.values()), request))
+        return [sorted(one.replica_id.unique_id for one in rank) for rank in chosen]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [("a", ["a"]), ("b", []), ("c", ["c"]), ("gone", []), ("", [])],
+    ids=["a seat is free", "all seats are taken", "its load is not known", "the replica is gone", "none is named"],
+)
+def test_the_named_replica_comes_first_while_it_has_a_seat(wanted, first):
+    assert Router({"a": SEATS - 1, "b": SEATS, "c": None}).names(wanted)[0] == first
+
+
+def test_two_of_all_replicas_come_next():
+    router = Router(dict.fromkeys("abcd", 0))
+    pairs = {tuple(router.names("a")[1]) for _ in range(200)}
+    assert pairs == {("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"), ("c", "d")}
+    assert Router({"a": 0}).names("") == [[], ["a"]]
+    assert Router({}).names("a") == [[], []]
+
+
+def test_an_older_ingress_can_take_the_router():
+    """Serve sends it by value; what it imports must be there, so nothing of this package."""
+    tree = ast.parse(inspect.getsource(shared_prompt_router))
+    imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    assert imported == {"random", "ray.serve.request_router"}
+    sent = RequestRouterConfig(request_router_class=SharedPromptRouter).get_serialized_request_router_cls()
+    assert b"choose_replicas" in sent  # by value: a name alone would be of a module that an older version lacks
+
+
+def test_a_group_stays_where_its_first_request_ran():
+    groups = PromptGroups()
+    groups.taken("g", "a")
+    groups.taken("g", "b")
+    groups.taken("", "c")
+    assert [groups.replica_of(name) for name in ("g", "h", "")] == ["a", "", ""]
+    groups.forget("g")
+    groups.forget("g")
+    assert groups.replica_of("g") == ""
+
+
+def test_the_oldest_groups_are_forgotten():
+    groups = PromptGroups()
+    for number in range(MAX_GROUPS + 1):
+        groups.taken(f"g{number}", "a")
+    assert [groups.replica_of(f"g{number}") for number in (0, 1, MAX_GROUPS)] == ["", "a", "a"]
