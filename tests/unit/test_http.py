@@ -133,6 +133,10 @@ def test_paths_and_methods_that_are_not_here(tokenizer):
         missing, wrong = await front.get("/v1/nothing"), await front.get(CHAT)
         assert [missing.status_code, wrong.status_code] == [404, 405]
         error_of(missing), error_of(wrong)
+        async with front.client() as client:  # without a body, too, for which a media type would be asked
+            assert (await client.post("/health")).status_code == 405
+            assert (await client.put(CHAT)).status_code == 405
+            assert (await client.post("/v1/nothing")).status_code == 404
         assert (await front.get("/v1/models/other")).status_code == 404
         assert (await front.get("/docs")).status_code == 404  # its page loads scripts from elsewhere
 

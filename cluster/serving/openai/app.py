@@ -5,10 +5,12 @@ Another family: a file with `router(served) -> APIRouter`, a line in ROUTERS, an
 """
 
 from fastapi import FastAPI
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NotFound
 from cluster.serving.openai import chat, classes, completions, embeddings, messages, models, status, token_calls
+from cluster.serving.openai.document import describe
 from cluster.serving.openai.errors import add_handlers, response_to
 from cluster.serving.openai.gate import Gate
 from cluster.serving.openai.served import Served
@@ -33,6 +35,7 @@ def make_api(served: Served) -> FastAPI:
     for router in ROUTERS:
         api.include_router(router(served))
     add_handlers(api)
+    describe(api, KEYLESS.__contains__, served.service.info.model_id)
     return api
 
 
@@ -45,4 +48,9 @@ async def no_api(scope: Scope, receive: Receive, send: Send) -> None:
 
 def make_app(served: Served) -> ASGIApp:
     """The whole front of one ingress."""
-    return Gate(make_api(served), served.service, KEYLESS.__contains__)
+    api = make_api(served)
+
+    def takes(scope: Scope) -> bool:
+        return any(route.matches(scope)[0] is Match.FULL for route in api.routes)
+
+    return Gate(api, served.service, KEYLESS.__contains__, takes)

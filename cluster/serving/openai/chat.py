@@ -25,7 +25,7 @@ from cluster.serving.openai.logprobs import chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import DONE, begun, event
+from cluster.serving.openai.sse import DONE, STREAMED, begun, event
 from cluster.serving.openai.tool_reader import chosen_form
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs, SamplingParams, TextDelta
@@ -36,7 +36,7 @@ NOTHING = TextDelta()
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["chat"])
 
-    @routes.post("/v1/chat/completions", response_model=ChatAnswer)
+    @routes.post("/v1/chat/completions", response_model=ChatAnswer, responses=STREAMED)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
         body.check()

@@ -21,7 +21,7 @@ from cluster.serving.openai.logprobs import completion_logprobs
 from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
 from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import DONE, begun, event
+from cluster.serving.openai.sse import DONE, STREAMED, begun, event
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs, TextDelta, Usage
 
@@ -32,7 +32,7 @@ MAX_SEQUENCES = 2048  # of one call: prompts times choices
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["completions"])
 
-    @routes.post("/v1/completions", response_model=CompletionAnswer)
+    @routes.post("/v1/completions", response_model=CompletionAnswer, responses=STREAMED)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
         body.check()

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from cluster.errors import ClusterError, InvalidRequest, NotFound, Overloaded, Unauthenticated
@@ -23,6 +24,29 @@ _ANTHROPIC_TYPES = {
 }  # fmt: skip
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 _PARAMS = {"text": "prompt", "token_ids": "prompt", "chat": "messages", "request": None, "": None}
+
+
+class ErrorFields(BaseModel):
+    """param: the field that is at fault, if one is."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    error: ErrorFields
+
+
+class AnthropicFields(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    type: str
+    error: AnthropicFields
 
 
 def add_handlers(app: FastAPI) -> None:

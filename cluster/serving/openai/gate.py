@@ -25,11 +25,18 @@ JSON = "application/json"
 class Gate:
     """An ASGI application around another one, which finds the caller's name as `request.state.client`.
 
-    keyless: returns whether a path is for everybody.
+    keyless: returns whether a path is for everybody.  takes: returns whether a call has a function; the body of one
+    without stays unread.
     """
 
-    def __init__(self, app: ASGIApp, service: InferenceService, keyless: Callable[[str], bool]) -> None:
-        self._app, self._service, self._keyless = app, service, keyless
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: InferenceService,
+        keyless: Callable[[str], bool],
+        takes: Callable[[Scope], bool],
+    ) -> None:
+        self._app, self._service, self._keyless, self._takes = app, service, keyless, takes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,7 +76,7 @@ class Gate:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises TooLarge, WrongMediaType, SlowRequest, RequestCancelled."""
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] != "POST" or not self._takes(scope):
             return b""
         headers, limit = headers_of(scope), self._service.limits.max_request_bytes
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -39,7 +39,7 @@ from cluster.serving.openai.messages_schema import (
     Turn,
 )
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import begun, event
+from cluster.serving.openai.sse import STREAMED, begun, event
 from cluster.serving.text.prompts import Prompt
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -55,7 +55,7 @@ class StreamEvent(AnswerBody):
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["messages"])
 
-    @routes.post("/v1/messages", response_model=MessageAnswer)
+    @routes.post("/v1/messages", response_model=MessageAnswer, responses=STREAMED)
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         served.check_model(body.model)
         call = Call(request_id=f"msg_{served.service.new_request_id()}", client=request.state.client)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
 from fastapi.responses import Response
 from pydantic import BaseModel
@@ -12,6 +13,9 @@ from cluster.serving.openai.errors import body_of
 
 DONE = "data: [DONE]\n\n"
 MEDIA_TYPE = "text/event-stream; charset=utf-8"
+# For a route's `responses`: with `stream` its answer is of this kind.
+_ONE = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": _ONE}}}}
 
 
 def event(data: BaseModel, name: str = "") -> str:

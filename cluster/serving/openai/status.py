@@ -1,7 +1,7 @@
 """Questions about the server itself: is it well, does it take requests, which version is it, its figures."""
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from cluster.errors import Unavailable
 from cluster.serving.openai.served import Served
@@ -14,7 +14,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["status"])
 
-    @routes.get("/health")
+    @routes.get("/health", response_class=Response)
     @routes.get("/ping", include_in_schema=False)
     async def health() -> Response:
         """200 while requests are answered, also while this server ends and answers its last ones."""
@@ -22,7 +22,7 @@ def router(served: Served) -> APIRouter:
             return Response()
         raise Unavailable("some part of the cluster is not up")
 
-    @routes.get("/ready")
+    @routes.get("/ready", response_class=Response)
     async def ready() -> Response:
         """200 while new requests are taken."""
         if served.health.serving:
@@ -33,7 +33,7 @@ def router(served: Served) -> APIRouter:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """The figures of all processes of this ingress's node, for Prometheus. Asks for a key where calls need one."""
         return Response(await served.metrics(), media_type=METRICS_TYPE)
