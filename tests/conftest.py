@@ -30,6 +30,9 @@ def pytest_configure() -> None:
     )
     if not Path("/dev/nvidiactl").exists():  # no GPU: whoever imports Triton first, it has its interpreter
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Ray gives its workers niceness 15: beside the second process of the tests, which computes, they would get a
+    # thirtieth of a core, and wait for one another.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # A shell's background job ignores Ctrl-C, and so would the processes whose end by it is tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

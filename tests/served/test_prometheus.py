@@ -124,6 +124,12 @@ class Watch:
         results = self.query(expression) if self.is_ready() else []
         return float(results[0]["value"][1]) if results else None
 
+    def state(self) -> str:
+        """Of the target: its health, its last scrape's seconds and error."""
+        with urlopen(f"http://{self._prometheus}/api/v1/targets", timeout=10) as reply:
+            [target] = json.load(reply)["data"]["activeTargets"]
+        return f"{target['health']} in {target['lastScrapeDuration']} s: {target['lastError'] or 'no error'}"
+
     def names(self) -> set[str]:
         with urlopen(f"http://{self._prometheus}/api/v1/label/__name__/values", timeout=10) as reply:
             return set(json.load(reply)["data"])
@@ -159,7 +165,10 @@ def watch(served_for_good: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     try:
         wait_until(lambda: watch.value("up") == 1, "a first scrape", timeout_s=60.0)
         with Client(f"127.0.0.1:{served_for_good.grpc_port}") as client:
-            wait_until(lambda: _traffic_is_seen(client, watch), "the rates of traffic", timeout_s=60.0)
+            try:
+                wait_until(lambda: _traffic_is_seen(client, watch), "the rates of traffic", timeout_s=60.0)
+            except AssertionError as error:
+                raise AssertionError(f"{error}; {watch.state()}; {served_for_good.status()}") from error
         yield watch
     finally:
         watch.close()
