@@ -11,10 +11,10 @@ from cluster.cli.chat.answer import call_line
 from cluster.cli.chat.command import Chat
 from cluster.cli.chat.lines import PlainLines, is_open, meant
 from cluster.cli.chat.session import Session
-from cluster.cli.chat.tool_calls import HermesCalls
 from cluster.conversation import ToolCall
 from cluster.errors import InvalidRequest, SetupError, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.serving.tools.whole import WholeCalls
 from cluster.types import SamplingParams
 
 
@@ -200,7 +200,7 @@ def test_calls_are_drawn_and_their_results_go_back(capsys):
 
 
 def test_a_call_that_was_cut_off_is_text():
-    reader = HermesCalls()
+    reader = WholeCalls()
     parts = [*reader.feed('Ah. <tool_call>{"name": "f", "arguments": {"city": "Zü'), *reader.end()]
     assert not [part for part in parts if isinstance(part, ToolCall)]
     assert "Zü" in "".join(parts)

@@ -106,10 +106,10 @@ class Chat:
     def _answer(self) -> None:
         """Answers the last turn; a question without an answer stays, so that /retry may ask it again."""
         from cluster.cli.chat.answer import TextAlone, account, show
-        from cluster.cli.chat.tool_calls import HermesCalls
+        from cluster.serving.tools.whole import WholeCalls
 
         asked = self._session.conversation()
-        reader = HermesCalls() if self._session.tools else TextAlone()
+        reader = WholeCalls() if self._session.tools else TextAlone()
         shown = show(self._client.stream(asked, self._session.params), reader, self._draw_call)
         if shown.text or shown.calls:
             self._session.answer(shown.text, shown.calls)

@@ -22,9 +22,10 @@ def to_conversation(message: pb.ChatMessages) -> Conversation:
         raise InvalidRequest(f"chat has {len(turns)} messages, 1 to {MAX_CHAT_MESSAGES} are allowed", "chat")
     _check_json_size(message)
     open_end = message.continue_final_message
+    hides_tools = message.tool_choice.mode == pb.TOOL_MODE_NONE
     return Conversation(
         messages=[_turn(turn, index) for index, turn in enumerate(turns)],
-        tools=_objects(message.tools, "tools"),
+        tools=None if hides_tools else _objects(message.tools, "tools"),
         documents=_objects(message.documents, "documents"),
         add_generation_prompt=(
             message.add_generation_prompt if message.HasField("add_generation_prompt") else not open_end

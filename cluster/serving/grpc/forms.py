@@ -20,6 +20,11 @@ def to_form(message: pb.StructuredOutputs) -> StructuredOutputsParams:
     return StructuredOutputsParams()
 
 
+def message_form(message: pb.SamplingParams) -> StructuredOutputsParams | None:
+    """The form that sampling parameters ask for, None for any. Raises InvalidRequest."""
+    return to_form(message.structured_outputs) if message.HasField("structured_outputs") else None
+
+
 def form_message(form: StructuredOutputsParams) -> pb.StructuredOutputs:
     """For a client."""
     if form.choice is not None:

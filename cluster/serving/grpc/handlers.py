@@ -21,6 +21,7 @@ from cluster.serving.grpc import messages
 from cluster.serving.grpc.answer_size import check_before, receive_limit
 from cluster.serving.grpc.context import GrpcContext, fail_stream, metadata_of, set_status
 from cluster.serving.grpc.result_handlers import ResultHandlers
+from cluster.serving.grpc.tool_calls import AnswerCalls
 
 
 class GrpcInferenceService(ResultHandlers):
@@ -36,13 +37,13 @@ class GrpcInferenceService(ResultHandlers):
             limit = receive_limit(metadata_of(grpc_context))
             output = await self._service.generate(
                 messages.to_prompt(message),
-                messages.to_sampling_params(message.sampling_params),
+                messages.to_params(message),
                 request_id=message.request_id or request_id,
                 timeout_s=messages.to_timeout_s(message),
                 client=client,
                 check=lambda params: check_before(params, limit),
             )
-            return messages.to_generate_response(output)
+            return messages.to_generate_response(output, AnswerCalls(message))
 
         types = pb.GenerateRequest, pb.GenerateResponse
         return await self._answer(request, grpc_context, *types, answer, request_id=request_id)
@@ -58,14 +59,15 @@ class GrpcInferenceService(ResultHandlers):
                 first_id = request_id
                 stream = self._service.stream(
                     messages.to_prompt(message),
-                    messages.to_sampling_params(message.sampling_params),
+                    messages.to_params(message),
                     request_id=request_id,
                     timeout_s=messages.to_timeout_s(message),
                     client=client,
                 )
+                calls = AnswerCalls(message)
                 async with aclosing(stream) as deltas:
                     async for delta in deltas:
-                        yield messages.to_stream_response(delta, first_id)
+                        yield messages.to_stream_response(delta, calls, first_id)
                         first_id = ""
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
             if self._raise_failures:

@@ -1,12 +1,14 @@
 """Protobuf messages to the project's types and back. Knows no network."""
 
+from dataclasses import replace
 from typing import TypeVar
 
 from cluster.errors import InvalidRequest
 from cluster.outcome import HeadKind
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.grpc.chats import to_conversation
-from cluster.serving.grpc.forms import to_form
+from cluster.serving.grpc.forms import message_form
+from cluster.serving.grpc.tool_calls import AnswerCalls, GenerateMessage, chosen_form
 from cluster.serving.text.prompts import Prompt
 from cluster.types import (
     CompletionOutput,
@@ -50,6 +52,13 @@ def to_prompt(message: TimedMessage | pb.TokenizeRequest) -> Prompt:
     return Prompt()
 
 
+def to_params(message: GenerateMessage) -> SamplingParams:
+    """With the form of the calls that the request's tool_choice asks for. Raises InvalidRequest."""
+    params = to_sampling_params(message.sampling_params)
+    form = chosen_form(message, message_form(message.sampling_params))
+    return params if form is None else replace(params, structured_outputs=form)
+
+
 def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
     """Raises InvalidRequest for a value out of range."""
     given = {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
@@ -58,7 +67,7 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         logit_bias=dict(message.logit_bias),
-        structured_outputs=to_form(message.structured_outputs) if message.HasField("structured_outputs") else None,
+        structured_outputs=message_form(message),
         **given,
     )
 
@@ -72,25 +81,29 @@ def to_timeout_s(message: TimedMessage) -> float | None:
     return message.timeout_ms / 1000
 
 
-def to_generate_response(output: CompletionOutput) -> pb.GenerateResponse:
+def to_generate_response(output: CompletionOutput, calls: AnswerCalls) -> pb.GenerateResponse:
+    text, _ = calls.read(output.text, output.finish_reason)
     return pb.GenerateResponse(
         request_id=output.request_id,
-        text=output.text,
+        text=text,
+        tool_calls=calls.calls(),
         token_ids=output.token_ids,
         logprobs=[_to_logprobs(logprobs) for logprobs in output.logprobs],
-        finish_reason=_FINISH_REASONS[output.finish_reason],
+        finish_reason=_finish_reason(output.finish_reason, calls),
         usage=_to_usage(output.usage),
     )
 
 
-def to_stream_response(delta: TextDelta, request_id: str = "") -> pb.GenerateStreamResponse:
+def to_stream_response(delta: TextDelta, calls: AnswerCalls, request_id: str = "") -> pb.GenerateStreamResponse:
     """request_id: given for the first message of a stream only."""
+    text, pieces = calls.read(delta.text, delta.finish_reason)
     return pb.GenerateStreamResponse(
         request_id=request_id,
-        text=delta.text,
+        text=text,
+        tool_calls=pieces,
         token_ids=delta.token_ids,
         logprobs=[_to_logprobs(logprobs) for logprobs in delta.logprobs],
-        finish_reason=_FINISH_REASONS[delta.finish_reason],
+        finish_reason=_finish_reason(delta.finish_reason, calls),
         usage=None if delta.usage is None else _to_usage(delta.usage),
     )
 
@@ -108,6 +121,10 @@ def to_model_info_response(info: ModelInfo) -> pb.GetModelInfoResponse:
         head=_HEADS[info.head.kind],
         labels=info.head.labels,
     )
+
+
+def _finish_reason(reason: FinishReason | None, calls: AnswerCalls) -> pb.FinishReason:
+    return pb.FINISH_REASON_TOOL_CALLS if calls.end_there(reason) else _FINISH_REASONS[reason]
 
 
 def _to_usage(usage: Usage) -> pb.Usage:

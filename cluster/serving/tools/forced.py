@@ -19,7 +19,7 @@ def forced_calls(
 
     Raises InvalidRequest.
     """
-    functions = [tool["function"] for tool in tools]
+    functions = [_function(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
     if name is not None:
         functions = [function for function in functions if function["name"] == name]
     if not functions:
@@ -37,6 +37,15 @@ def forced_calls(
         lines.append(f'call_{number}: {json.dumps(head)} arguments_{number} "}}"')
         lines.append(f"arguments_{number}: %json {json.dumps(_of_object(schema), ensure_ascii=False)}")
     return StructuredOutputsParams(grammar="\n".join(lines))
+
+
+def _function(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(f"{where} has no function with a name", "tools")
+    if not isinstance(function.get("parameters") or {}, Mapping):
+        raise InvalidRequest(f"{where} has parameters that are no JSON schema, which is an object", "tools")
+    return function
 
 
 def _of_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Takes the calls of tools out of an answer, in the form that Qwen's models write."""
+"""Takes whole calls of tools out of an answer, their arguments as objects: for those who show or answer them."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,8 +7,8 @@ from cluster.conversation import ToolCall
 from cluster.serving.tools.hermes import Arguments, CallBegins, Event, HermesReader, Text
 
 
-class HermesCalls:
-    """A `ToolCallReader`. Calls get ids, call_0 and so on: a tool's turn answers one by its id."""
+class WholeCalls:
+    """Of one answer. Calls get ids, call_0 and so on: a tool's turn answers one by its id."""
 
     def __init__(self) -> None:
         self._reader = HermesReader()
@@ -47,3 +47,11 @@ class HermesCalls:
             yield ToolCall(name=call.name, arguments=read, id=f"call_{call.number}")
         else:
             yield f"{call.name} {arguments}"
+
+
+def read_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """The content of a whole answer, and its calls."""
+    reader = WholeCalls()
+    parts = [*reader.feed(text), *reader.end()]
+    content = "".join(part for part in parts if isinstance(part, str))
+    return content, tuple(part for part in parts if isinstance(part, ToolCall))
