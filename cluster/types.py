@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, cast
 
 from cluster import inputs
 from cluster.conversation import ChatMessage as ChatMessage  # users import it from here
+from cluster.conversation import ToolCall
 from cluster.errors import InvalidRequest
 from cluster.evolving import evolving
 from cluster.outcome import Head, Numbers, Wants
@@ -242,7 +243,11 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """A finished answer. `text` ends before a stop string or EOS; `token_ids` has every token generated."""
+    """A finished answer. `text` ends before a stop string or EOS; `token_ids` has every token generated.
+
+    tool_calls: of a chat with tools; `text` has them too, as the model wrote them.  content: `text` without them, None
+    for all of it.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -250,6 +255,14 @@ class CompletionOutput:
     text: str
     finish_reason: FinishReason
     logprobs: tuple[Logprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str | None = None
+
+    @property
+    def message(self) -> ChatMessage:
+        """Returns it as an assistant's turn, for the next question's messages."""
+        content = self.text if self.content is None else self.content
+        return ChatMessage(role="assistant", content=content, tool_calls=self.tool_calls)
 
     @property
     def usage(self) -> Usage:

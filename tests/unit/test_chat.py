@@ -153,7 +153,8 @@ def test_help_names_every_command():
 
 def test_a_saved_chat_is_private_and_goes_on_where_it_was(tmp_path):
     path = tmp_path / "chat.json"
-    session = Session(SamplingParams(top_k=5), "be brief", [{"type": "function"}])
+    params = SamplingParams(top_k=5, structured_outputs={"choice": ["a", "b"]})
+    session = Session(params, "be brief", [{"type": "function"}])
     session.ask("höflich?")
     session.answer("", [ToolCall(name="f", arguments={"x": 1}, id="c1")])
     session.save(path)

@@ -81,8 +81,10 @@ class Server:
 
     def __init__(self):
         self.refused = 0
+        self.params = []
 
     def stream(self, prompt, params):
+        self.params.append(params)
         if prompt == "bad":
             raise InvalidRequest("it is bad")
         if prompt == "busy" and not self.refused:
@@ -138,3 +140,42 @@ def test_a_pipe_has_prompts_too(server, monkeypatch, capsys):
 def test_a_concurrency_that_is_none_is_wrong_usage(capsys):
     assert cli.main(["generate", "a", "--concurrency", "0"]) == 2
     assert capsys.readouterr().err.startswith("moe-cluster: --concurrency is 0")
+
+
+FORMS = {
+    "--json-schema": (["--json-schema", "FILE"], '{"type": "string"}', ("json", '{"type": "string"}')),
+    "--json-object": (["--json-object"], "", ("json", '{"type":"object"}')),
+    "--regex": (["--regex", "a+"], "", ("regex", "a+")),
+    "--choice": (["--choice", "yes", "--choice", "no"], "", ("choice", '["yes", "no"]')),
+    "--grammar": (["--grammar", "FILE"], 'start: "a"', ("grammar", 'start: "a"')),
+}
+
+
+@pytest.mark.parametrize(("options", "content", "constraint"), FORMS.values(), ids=FORMS)
+def test_options_ask_for_a_form(server, tmp_path, options, content, constraint):
+    path = tmp_path / "form"
+    path.write_text(content)
+    given = [str(path) if one == "FILE" else one for one in options]
+    assert cli.main(["generate", "a", *given]) == 0
+    assert [params.constraint for params in server.params] == [constraint]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json-schema", "/nowhere"], "--json-schema: /nowhere cannot be read"),
+        (["--json-schema", "FILE"], "--json-schema: structured_outputs.json is no JSON"),
+        (["--choice", ""], "--choice: "),
+        (["--regex", "a", "--json-object"], "not allowed with"),
+    ],
+)
+def test_a_form_that_is_none_is_wrong_usage(server, tmp_path, capsys, options, words):
+    path = tmp_path / "form"
+    path.write_bytes(b"{")
+    try:
+        code = cli.main(["generate", "a", *(str(path) if one == "FILE" else one for one in options)])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert words in capsys.readouterr().err
+    assert not server.params

@@ -264,3 +264,57 @@ def test_a_replica_that_knows_no_forms_gives_no_answer_in_place_of_one(tokenizer
     response = asyncio.run(old.post("/v1/chat/completions", body))
     assert response.status_code == 503
     assert "older version" in response.json()["error"]["message"]
+
+
+HI = [{"role": "user", "content": "hi"}]
+LONG = {"temperature": 1, "top_p": 1, "top_k": 0, "max_tokens": 400, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [("required", SCHEMAS), ({"type": "function", "function": {"name": "point"}}, ["point"])],
+    ids=["required", "named"],
+)
+def test_an_offline_chat_calls_what_it_must(llm, choice, names):
+    [answer] = llm.chat(HI, LONG, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+    [call] = answer.tool_calls
+    assert call.name in names
+    jsonschema.validate(call.arguments, SCHEMAS[call.name])
+    assert read(answer.text) == ("", [(call.name, read(answer.text)[1][0][1])])
+    turn = answer.message.as_json()
+    assert turn["tool_calls"][0]["function"] == {"name": call.name, "arguments": call.arguments}
+    assert "content" not in turn
+
+
+def test_an_offline_chat_reads_calls_unless_it_shows_no_tools(llm):
+    """A model of random weights calls by a form that the caller gives."""
+    params = {**LONG, "structured_outputs": {"regex": "Look: " + ANSWER[6:].replace("{", r"\{").replace("}", r"\}")}}
+    [auto], [none] = (llm.chat(HI, params, tools=TOOLS, tool_choice=choice) for choice in ("auto", "none"))
+    assert [(call.name, call.arguments) for call in auto.tool_calls] == [("point", {"x": 3})]
+    assert (auto.content, auto.message.content) == ("Look:", "Look:")
+    assert auto.text == none.text == "Look: " + ANSWER[6:]
+    assert (none.tool_calls, none.content, none.message.content) == ((), None, none.text)
+
+
+def test_tools_that_are_not_shown_are_not_in_the_prompt(llm, monkeypatch):
+    shown = []
+    monkeypatch.setattr(llm.tokenizer, "encode_chat", lambda chat: shown.append(chat.tools) or [1, 2])
+    for choice in (None, "auto", "none", "required"):
+        llm.chat(HI, {"max_tokens": 1}, tools=TOOLS, tool_choice=choice)
+    assert shown == [TOOLS, TOOLS, None, TOOLS]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice is 'some'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice is"),
+        ({"tool_choice": "required"}, "tools is empty"),
+        ({"tools": [{"name": "f"}], "tool_choice": "required"}, r"tools\[0\] has no function"),
+        ({"tools": TOOLS, "tool_choice": "required", "params": {"structured_outputs": {"regex": "a"}}}, "another form"),
+        ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_offline(llm, options, word):
+    with pytest.raises(InvalidRequest, match=word):
+        llm.chat(HI, **options)

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from cluster.conversation import ChatMessage, Conversation, Json, ToolCall
@@ -78,7 +78,10 @@ class Session:
 
     def given_params(self) -> dict[str, Json]:
         """The parameters that are not left to the checkpoint."""
-        values = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
+        values: dict[str, Json] = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
+        form = values["structured_outputs"]
+        if form is not None:
+            values["structured_outputs"] = {name: value for name, value in asdict(form).items() if value is not None}
         defaults = {f.name: f.default for f in fields(self.params)}
         return {name: values[name] for name in PARAMS if values[name] != defaults[name]}
 

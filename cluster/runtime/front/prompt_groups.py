@@ -1,4 +1,4 @@
-"""Which replica has computed the prompt of a group of requests. Knows no Serve."""
+"""Remembers the replica that has computed the prompt of a group of requests. Knows no Serve."""
 
 MAX_GROUPS = 4096  # remembered at a time; a group's requests come within moments of one another
 
