@@ -80,6 +80,11 @@ def add_cluster_arguments(
         name = f"cpus_per_{role}"
         instead = "this machine's cores divided by the processes of the role; 1 on a Ray of yours"
         _add_option(parser, name, None, f" (default: {instead})")
+    parser.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME",
+        help="the name that clients see, and further ones by which they may ask for the model "
+        "(default: the directory's name, or the model's on the hub)",
+    )  # fmt: skip
     for name in ("log_requests", "skip_tokenizer"):
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=_doc(name))
     parser.add_argument(
@@ -164,6 +169,8 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
     ):
         if given[cpus] is None:
             given[cpus] = float(max(1, cores // max(1, processes)))
+    if args.served_model_name:
+        given["model_id"], given["model_aliases"] = args.served_model_name[0], ",".join(args.served_model_name[1:])
     if given.get("api_keys_file"):
         given["api_keys_file"] = str(Path(given["api_keys_file"]).resolve())
     return ClusterConfig(model=located(model), http_api=args.http_port is not None, **given)

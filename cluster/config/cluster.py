@@ -36,6 +36,9 @@ class ClusterConfig(EngineConfig):
     model_id: str = option(
         "", "the name that clients see; empty: the directory's, or its name on the hub without a revision"
     )
+    model_aliases: str = option(
+        "", "further names by which clients may ask for the model, separated by commas; answers have its first name"
+    )
     skip_tokenizer: bool = option(
         False,
         "serves token ids alone, for a checkpoint without a tokenizer: texts, chats and stop strings are refused",
@@ -162,6 +165,11 @@ class ClusterConfig(EngineConfig):
         most, replicas = self.max_attention_replicas, self.attention_replicas
         if most is not None and most < replicas:
             raise SetupError(f"max_attention_replicas is {most}, at least {replicas} is needed")
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Returns the model's further names."""
+        return tuple(name for text in self.model_aliases.split(",") if (name := text.strip()))
 
     def engine(self) -> EngineConfig:
         """Returns the part that one engine knows."""

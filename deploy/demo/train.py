@@ -30,10 +30,14 @@ HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parents[1] / "cluster" / "checkpoint" / "shipped" / "demo"
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-        {{- raise_exception("role '" ~ message['role'] ~ "' is unknown: use system, user or assistant") -}}
+    {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
+        {{- raise_exception("role '" ~ message['role'] ~ "' is unknown: use system, user, assistant or tool") -}}
     {%- endif -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}
+    {%- for call in message['tool_calls'] or [] -%}
+        {{- '\\n<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|im_start|>assistant\\n' -}}

@@ -26,13 +26,17 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-        {{- raise_exception("role '" ~ message['role'] ~ "' is unknown: use system, user or assistant") -}}
+    {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
+        {{- raise_exception("role '" ~ message['role'] ~ "' is unknown: use system, user, assistant or tool") -}}
     {%- endif -%}
     {%- if message['role'] == 'system' and not loop.first -%}
         {{- raise_exception('a system message must be the first one') -}}
     {%- endif -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}
+    {%- for call in message['tool_calls'] or [] -%}
+        {{- '\\n<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|im_start|>assistant\\n' -}}

@@ -191,7 +191,12 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         if not self._config.http_api:
             return no_api
         metrics = partial(scrape_node, shard_group(self._config))
-        return make_app(Served(service=self._service, health=self._health, metrics=metrics, now_s=time.time))
+        return make_app(
+            Served(
+                service=self._service, health=self._health, metrics=metrics, now_s=time.time,
+                aliases=self._config.aliases,
+            )
+        )  # fmt: skip
 
     def _make_admission(self) -> Admission:
         config = self._config

@@ -40,7 +40,7 @@ def router(served: Served) -> APIRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
         body.check()
-        call = Call(request_id=f"chatcmpl-{served.service.new_request_id()}", client=request.state.client)
+        call = Call(request_id=f"chatcmpl-{request.state.request_id}", client=request.state.client)
         chat = await prepared(served, body, call)
         if body.stream:
             return await begun(chat.stream(), call.request_id)

@@ -19,17 +19,26 @@ class ContentPart(RequestBody):
 
 
 class CalledFunction(RequestBody):
+    """parsed_arguments: without effect; OpenAI's client adds them to an answer that it has parsed."""
+
     name: str
     arguments: str = ""  # JSON
+    parsed_arguments: Any = None
 
 
 class CalledTool(RequestBody):
+    """index: without effect; of a call that was gathered from a stream."""
+
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = None
 
 
 class MessageBody(RequestBody):
+    """Those behind `reasoning` are without effect: an assistant's answer comes back as a client has read it,
+    from this server or from another one."""
+
     role: Role
     content: str | list[ContentPart] | None = None
     name: str | None = None
@@ -37,6 +46,11 @@ class MessageBody(RequestBody):
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    parsed: Any = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
 
 
 class FunctionBody(RequestBody):

@@ -37,7 +37,7 @@ def router(served: Served) -> APIRouter:
         served.check_model(body.model)
         body.check()
         _check(body)
-        call = Call(request_id=f"cmpl-{served.service.new_request_id()}", client=request.state.client)
+        call = Call(request_id=f"cmpl-{request.state.request_id}", client=request.state.client)
         completion = await _prepared(served, body, call)
         if body.stream:
             return await begun(completion.stream(), call.request_id)

@@ -42,11 +42,12 @@ def _turn(message: MessageBody, where: str) -> dict[str, Any]:
     calls = [_call(call, where) for call in message.tool_calls or ()]
     return {
         "role": _TEMPLATE_ROLES.get(message.role, message.role),
-        **({} if content is None and calls else {"content": content if content is not None else message.refusal}),
+        # Some templates join the content of a turn that has calls alone to a text. Source: vLLM
+        "content": content if content is not None else message.refusal or "",
         **({"tool_calls": calls} if calls else {}),
         **{
             name: value
-            for name in ("name", "tool_call_id", "reasoning_content")
+            for name in ("name", "tool_call_id", "reasoning_content", "reasoning")
             if (value := getattr(message, name)) is not None
         },
     }

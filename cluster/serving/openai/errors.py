@@ -53,11 +53,11 @@ def add_handlers(app: FastAPI) -> None:
     """Makes every error of an app leave it in OpenAI's shape."""
 
     async def cluster_error(request: Request, error: Exception) -> Response:
-        return response_to(error, path=request.url.path)
+        return response_to(error, request.state.request_id, request.url.path)
 
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return response_to(_refusal(error), path=request.url.path)
+        return response_to(_refusal(error), request.state.request_id, request.url.path)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

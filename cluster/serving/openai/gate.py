@@ -19,11 +19,14 @@ log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 60.0  # for all of a body to come
 UNREAD_TIMEOUT_S = 120.0  # a client that takes nothing for so long counts as gone
+MAX_NAME_CHARS = 96  # of a client's name for its call, `x-request-id`: a prefix and a number come to it
 JSON = "application/json"
 
 
 class Gate:
-    """An ASGI application around another one, which finds the caller's name as `request.state.client`.
+    """An ASGI application around another one, which finds the caller's name as `request.state.client`, and the call's
+    as `request.state.request_id`: that of the header `x-request-id`, which Serve's server makes where a client gives
+    none.
 
     keyless: returns whether a path is for everybody.  takes: returns whether a call has a function; the body of one
     without stays unread.
@@ -42,10 +45,11 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)  # its lifespan; nothing here is a web socket
             return
-        answer = _Answer(send)
+        request_id = _name_of(scope) or self._service.new_request_id()
+        answer = _Answer(send, request_id)
         try:
             with self._admitted(scope) as client:
-                scope.setdefault("state", {})["client"] = client
+                scope.setdefault("state", {}).update(client=client, request_id=request_id)
                 body = await self._body(scope, receive)
                 await _while_connected(self._app(scope, _replayed(body), answer.send), receive, answer)
         except (RequestCancelled, _Unread) as error:
@@ -55,7 +59,7 @@ class Gate:
                 if not answer.ended:
                     log.error("an answer broke off", exc_info=error)
                 return
-            await response_to(error, self._service.new_request_id(), scope["path"])(scope, receive, answer.send)
+            await response_to(error, request_id, scope["path"])(scope, receive, answer.send)
 
     @contextmanager
     def _admitted(self, scope: Scope) -> Iterator[str]:
@@ -107,15 +111,19 @@ class _Unread(BaseException):
 
 
 class _Answer:
-    """Notes how far an answer has come, and gives a client up that does not read it."""
+    """Notes how far an answer has come, and gives a client up that does not read it. Names the call to Anthropic's
+    client; Serve's server does to the others."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self._request_id = send, request_id
         self.begun = self.ended = False
 
     async def send(self, message: Message) -> None:
         """Raises _Unread."""
         self.begun = True
+        if message["type"] == "http.response.start":
+            named = (b"request-id", self._request_id.encode())
+            message = {**message, "headers": [*message.get("headers", ()), named]}
         try:
             async with asyncio.timeout(UNREAD_TIMEOUT_S):
                 await self._send(message)
@@ -160,6 +168,12 @@ def _replayed(body: bytes) -> Receive:
         raise AssertionError
 
     return receive
+
+
+def _name_of(scope: Scope) -> str:
+    """The client's name for its call; "" for none, and for one that a log would not take."""
+    name = headers_of(scope).get("x-request-id", "")
+    return name if len(name) <= MAX_NAME_CHARS and all("!" <= char <= "~" for char in name) else ""
 
 
 def headers_of(scope: Scope) -> dict[str, str]:

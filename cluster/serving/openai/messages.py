@@ -58,7 +58,7 @@ def router(served: Served) -> APIRouter:
     @routes.post("/v1/messages", response_model=MessageAnswer, responses=STREAMED)
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         served.check_model(body.model)
-        call = Call(request_id=f"msg_{served.service.new_request_id()}", client=request.state.client)
+        call = Call(request_id=f"msg_{request.state.request_id}", client=request.state.client)
         chat = await prepared(served, _to_chat(body), call)
         if body.stream:
             return await begun(_stream(chat), call.request_id, _error_event)

@@ -1,4 +1,4 @@
-"""`/v1/models`: the one model that is served."""
+"""`/v1/models`: the one model that is served, under each of its names."""
 
 from fastapi import APIRouter
 
@@ -25,15 +25,18 @@ class ModelList(AnswerBody):
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["models"])
     info, since_s = served.service.info, int(served.now_s())
-    model = ModelBody(id=info.model_id, created=since_s, root=info.model_id, max_model_len=info.max_model_len)
+    models = {
+        name: ModelBody(id=name, created=since_s, root=info.model_id, max_model_len=info.max_model_len)
+        for name in served.model_names
+    }
 
     @routes.get("/v1/models")
     async def list_models() -> ModelList:
-        return ModelList(data=[model])
+        return ModelList(data=list(models.values()))
 
     @routes.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> ModelBody:
         served.check_model(model_id)
-        return model
+        return models[model_id]
 
     return routes

@@ -24,7 +24,7 @@ class ResultCall:
 
     def __init__(self, served: Served, request: Request, kind: str) -> None:
         self._served, self._client = served, request.state.client
-        self._request_id = f"{kind}-{served.service.new_request_id()}"
+        self._request_id = f"{kind}-{request.state.request_id}"
 
     async def compute(self, body: InputRequest, wants: Wants) -> list[Computed]:
         """Raises ClusterError."""

@@ -10,7 +10,8 @@ from cluster.serving.service import InferenceService
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """metrics: returns a scrape of this node in Prometheus' text format; raises Unavailable.
+    """aliases: further names by which clients may ask for the model.
+    metrics: returns a scrape of this node in Prometheus' text format; raises Unavailable.
     now_s: seconds since 1970, for `created`.
     """
 
@@ -18,9 +19,15 @@ class Served:
     health: HealthState
     metrics: Callable[[], Awaitable[bytes]]
     now_s: Callable[[], float]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Returns the name that answers have, then the further ones."""
+        return (self.service.info.model_id, *self.aliases)
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound for a model that is not the served one; None asks for any."""
-        model_id = self.service.info.model_id
-        if name is not None and name != model_id:
+        if name is not None and name not in self.model_names:
+            model_id = self.service.info.model_id
             raise NotFound(f"the model {name[:100]!r} is not served here: this server has {model_id!r}", "model")

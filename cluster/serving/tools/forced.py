@@ -9,6 +9,7 @@ from cluster.errors import InvalidRequest
 from cluster.structured import StructuredOutputsParams
 
 ANY_OBJECT = {"type": "object"}
+ONE_SPACE = {"whitespace_pattern": " "}  # between JSON's signs, or none: a small model would fill the answer with it
 
 
 def forced_calls(
@@ -50,4 +51,5 @@ def _function(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 def _of_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """A function's arguments are an object, though its schema may not say so."""
-    return schema if "type" in schema or "$ref" in schema else {**schema, "type": "object"}
+    kind = {} if "type" in schema or "$ref" in schema else ANY_OBJECT
+    return {"x-guidance": ONE_SPACE, **schema, **kind}
