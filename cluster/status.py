@@ -120,6 +120,18 @@ class ClusterStatus:
         return tuple(sorted({process.version for process in processes if process is not None}))
 
     @property
+    def shares(self) -> dict[int, float]:
+        """Each shard's share of the load; an expert's copies share its load equally. Empty without load."""
+        loads = dict.fromkeys((shard.shard_id for shard in self.shards), 0.0)
+        if self.load is not None and self.plan is not None:
+            for rates, layer_id in zip(self.load, self.plan.layer_ids, strict=True):
+                for rate, owners in zip(rates, self.plan.owners(layer_id), strict=True):
+                    for shard_id in owners:
+                        loads[shard_id] = loads.get(shard_id, 0.0) + rate / len(owners)
+        total = sum(loads.values())
+        return {shard_id: load / total for shard_id, load in loads.items()} if total else {}
+
+    @property
     def covered(self) -> bool:
         """Whether every expert has a copy that is up."""
         return self.published and not self.uncovered_s

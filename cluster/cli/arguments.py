@@ -26,7 +26,7 @@ OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "max_waiting", "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s",
     "metrics_port", "log_format",
 )  # fmt: skip
-SECURITY_OPTIONS = ("api_keys_file", "max_streams_per_client")
+SECURITY_OPTIONS = ("api_keys_file", "admin_keys_file", "max_streams_per_client")
 UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_port": "PORT", "_file": "FILE"}
 _SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B?)\s*", re.IGNORECASE)
 
@@ -171,8 +171,9 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
             given[cpus] = float(max(1, cores // max(1, processes)))
     if args.served_model_name:
         given["model_id"], given["model_aliases"] = args.served_model_name[0], ",".join(args.served_model_name[1:])
-    if given.get("api_keys_file"):
-        given["api_keys_file"] = str(Path(given["api_keys_file"]).resolve())
+    for keys in ("api_keys_file", "admin_keys_file"):
+        if given.get(keys):
+            given[keys] = str(Path(given[keys]).resolve())
     return ClusterConfig(model=located(model), http_api=args.http_port is not None, **given)
 
 

@@ -33,7 +33,7 @@ def add_commands(commands: Commands) -> None:
 
     keys = add_command(commands, "keys", _keys_new, "make API keys for clients")
     new = keys.add_subparsers(metavar="ACTION", required=True).add_parser(
-        "new", help="print a fresh key, and its line for the file of --api-keys-file"
+        "new", help="print a fresh key, and its line for the file of --api-keys-file or --admin-keys-file"
     )
     new.add_argument("name", metavar="NAME", help="of its client, for logs and for turns between clients")
 

@@ -115,6 +115,14 @@ class ClusterConfig(EngineConfig):
         "file of the clients' hashed keys (`moe-cluster keys new`), at the same path wherever an ingress runs; empty: "
         "clients need no key",
     )
+    admin_keys_file: str = option(
+        "",
+        "file of hashed keys that also allow changes from the live page: kill a shard, rebalance, scale; empty: nobody "
+        "may",
+    )
+    max_watchers: int = option(
+        64, "people at a time who follow the live page at one ingress; 0: there is no page", least=0
+    )
     gpus_per_attention_replica: float | None = option(None, _GPUS, least=0)
     gpus_per_expert_shard: float | None = option(None, _GPUS, least=0)
     cpus_per_attention_replica: float = option(1.0, _CPUS, least=LEAST)

@@ -141,7 +141,7 @@ def _shard_table(status: ClusterStatus) -> Table:
     table = Table(
         f"expert shard ({len(status.shards)}{wanted})", "state", "pid", "experts", "share of load", "respawns"
     )
-    shares = _shares(status)
+    shares = status.shares
     for shard in status.shards:
         experts = _slice(status.plan, shard.shard_id)
         table.add_row(
@@ -158,18 +158,6 @@ def _slice(plan: PlacementPlan | None, shard_id: int) -> Mapping[int, tuple[int,
 
 def _pid(process: ProcessInfo | None) -> str:
     return "" if process is None else str(process.pid)
-
-
-def _shares(status: ClusterStatus) -> dict[int, float]:
-    """Returns each shard's share of the load; an expert's copies share its load equally."""
-    loads = dict.fromkeys((shard.shard_id for shard in status.shards), 0.0)
-    if status.load is not None and status.plan is not None:
-        for rates, layer_id in zip(status.load, status.plan.layer_ids, strict=True):
-            for rate, owners in zip(rates, status.plan.owners(layer_id), strict=True):
-                for shard_id in owners:
-                    loads[shard_id] = loads.get(shard_id, 0.0) + rate / len(owners)
-    total = sum(loads.values())
-    return {shard_id: load / total for shard_id, load in loads.items()} if total else {}
 
 
 def _load_map(load: list[list[float]], plan: PlacementPlan) -> Text:

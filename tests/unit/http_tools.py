@@ -16,7 +16,7 @@ MODEL = "tiny"
 class Front:
     """An application, its service, and a client of it."""
 
-    def __init__(self, tokenizer, backend=None, *, aliases=(), **service):
+    def __init__(self, tokenizer, backend=None, *, aliases=(), live=None, operations=None, **service):
         self.backend = backend or EchoBackend()
         self.service = make_service(tokenizer, self.backend, **service)
         self.health = HealthState()
@@ -26,7 +26,13 @@ class Front:
             return b"moecluster_up 1\n"
 
         served = Served(
-            service=self.service, health=self.health, metrics=metrics, now_s=lambda: 1234.5, aliases=aliases
+            service=self.service,
+            health=self.health,
+            metrics=metrics,
+            now_s=lambda: 1234.5,
+            aliases=aliases,
+            live=live,
+            operations=operations,
         )
         self.app = make_app(served)
 

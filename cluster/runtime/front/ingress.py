@@ -25,7 +25,9 @@ from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.control.controller import get_controller
+from cluster.runtime.front.live import RayLiveSource
 from cluster.runtime.front.node_metrics import scrape_node
+from cluster.runtime.front.operations import RayOperations
 from cluster.runtime.front.prompt_groups import PromptGroups
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
@@ -36,12 +38,14 @@ from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService
 from cluster.serving.health import HealthState
+from cluster.serving.live.feed import LiveFeed
 from cluster.serving.openai.app import make_app, no_api
 from cluster.serving.openai.served import Served
 from cluster.serving.replay import ReplayingBackend
 from cluster.serving.service import InferenceService, ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.tracking import request_log
+from cluster.status import ClusterStatus
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
@@ -179,6 +183,8 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         )
         self._start = asyncio.create_task(self._service.start())
         self._health = HealthState()
+        self._status: ClusterStatus | None = None
+        self._live = LiveFeed(RayLiveSource(shard_group(config), lambda: self._status), self._service.info.model_id)
         raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
         GrpcInferenceService.__init__(self, self._service, raise_failures=raise_failures)
         GrpcHealthService.__init__(self, self._health, self._admission, raise_failures=raise_failures)
@@ -191,26 +197,34 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         if not self._config.http_api:
             return no_api
         metrics = partial(scrape_node, shard_group(self._config))
+        page = self._config.max_watchers > 0
         return make_app(
             Served(
-                service=self._service, health=self._health, metrics=metrics, now_s=time.time,
+                service=self._service,
+                health=self._health,
+                metrics=metrics,
+                now_s=time.time,
                 aliases=self._config.aliases,
+                live=self._live if page else None,
+                operations=RayOperations(self._controller, lambda: self._status) if page else None,
             )
-        )  # fmt: skip
+        )
 
     def _make_admission(self) -> Admission:
         config = self._config
         return Admission(
-            ApiKeys(Path(config.api_keys_file), time.monotonic) if config.api_keys_file else None,
+            _keys(config.api_keys_file),
             AdmissionLimits(
                 max_calls=config.max_ongoing_requests,
                 max_streams_per_client=config.max_streams_per_client,
+                max_watchers=config.max_watchers,
                 keyless=KeylessLimits(
                     max_calls=config.max_keyless_calls,
                     max_calls_per_host=config.max_keyless_calls_per_host,
                     calls_per_minute=config.keyless_calls_per_minute,
                 ),
             ),
+            admins=_keys(config.admin_keys_file),
             # Behind HAProxy an ingress listens on all interfaces, and has no TLS.
             local_only=RAY_SERVE_ENABLE_DIRECT_INGRESS and ip_address(ray.util.get_node_ip_address()).is_loopback,
             room=self._room,
@@ -243,6 +257,8 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             if status.lease_by_renewal:
                 self._controller.renew_lease.remote()
             self._covered = status.serves(self._config.recovery_timeout_s)
+            self._status = status
+            self._live.observe(status)
             self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
             if status.draining:
                 self._admission.drain()
@@ -252,3 +268,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         if serving != self._health.serving:
             log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
         self._health.set(serving)
+
+
+def _keys(file: str) -> ApiKeys | None:
+    return ApiKeys(Path(file), time.monotonic) if file else None

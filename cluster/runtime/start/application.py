@@ -117,7 +117,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         max_surge_percent=100,  # HAProxy knows a new ingress before an old one, perhaps the only one, goes
         # The ingress itself counts and refuses calls, those without a key apart from the others. In Serve's own queue,
         # which checks no key, health would wait behind calls that stay.
-        max_ongoing_requests=config.max_ongoing_requests + config.max_keyless_calls + CALLS_BEING_REFUSED,
+        max_ongoing_requests=_calls_of_an_ingress(config),
         max_queued_requests=config.max_ongoing_requests,
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
@@ -126,3 +126,8 @@ def build_application(config: ClusterConfig) -> serve.Application:
     )
     application: serve.Application = ingress.bind(config, replicas.bind(config))
     return application
+
+
+def _calls_of_an_ingress(config: ClusterConfig) -> int:
+    """As many as Serve lets in at a time: more than admission does, which says why it refuses one."""
+    return config.max_ongoing_requests + config.max_keyless_calls + config.max_watchers + CALLS_BEING_REFUSED

@@ -229,8 +229,8 @@ def _check_ingress_files(config: ClusterConfig) -> None:
     """Raises SetupError for files that an ingress could not use, before a deployment fails by them."""
     if not config.skip_tokenizer:
         Tokenizer(model_directory(config.model))
-    if config.api_keys_file:
-        ApiKeys(Path(config.api_keys_file), time.monotonic)
+    for keys in filter(None, (config.api_keys_file, config.admin_keys_file)):
+        ApiKeys(Path(keys), time.monotonic)
 
 
 def _num_cpus(config: ClusterConfig) -> float:

@@ -9,7 +9,19 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NotFound
-from cluster.serving.openai import chat, classes, completions, embeddings, messages, models, status, token_calls
+from cluster.serving.openai import (
+    changes,
+    chat,
+    classes,
+    completions,
+    embeddings,
+    live,
+    messages,
+    models,
+    page,
+    status,
+    token_calls,
+)
 from cluster.serving.openai.document import describe
 from cluster.serving.openai.errors import add_handlers, response_to
 from cluster.serving.openai.gate import Gate
@@ -17,16 +29,19 @@ from cluster.serving.openai.served import Served
 from cluster.version import __version__
 
 ROUTERS = (
+    changes.router,
     chat.router,
     classes.router,
     completions.router,
     embeddings.router,
+    live.router,
     messages.router,
     models.router,
+    page.router,
     status.router,
     token_calls.router,
 )
-KEYLESS = status.KEYLESS
+KEYLESS = status.KEYLESS | page.KEYLESS
 
 
 def make_api(served: Served) -> FastAPI:
@@ -53,4 +68,4 @@ def make_app(served: Served) -> ASGIApp:
     def takes(scope: Scope) -> bool:
         return any(route.matches(scope)[0] is Match.FULL for route in api.routes)
 
-    return Gate(api, served.service, KEYLESS.__contains__, takes)
+    return Gate(api, served.service, KEYLESS.__contains__, takes, live.WATCHED.__contains__)

@@ -28,8 +28,8 @@ class Gate:
     as `request.state.request_id`: that of the header `x-request-id`, which Serve's server makes where a client gives
     none.
 
-    keyless: returns whether a path is for everybody.  takes: returns whether a call has a function; the body of one
-    without stays unread.
+    keyless: returns whether a path is for everybody.  watched: whether calls of it stay open to follow the cluster.
+    takes: returns whether a call has a function; the body of one without stays unread.
     """
 
     def __init__(
@@ -38,8 +38,10 @@ class Gate:
         service: InferenceService,
         keyless: Callable[[str], bool],
         takes: Callable[[Scope], bool],
+        watched: Callable[[str], bool] = frozenset[str]().__contains__,
     ) -> None:
         self._app, self._service, self._keyless, self._takes = app, service, keyless, takes
+        self._watched = watched
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,9 +72,10 @@ class Gate:
             admission.question(headers, peer)
             yield ""
             return
+        enter = admission.watcher if self._watched(scope["path"]) else admission.call
         with ExitStack() as counted:
             try:
-                client = counted.enter_context(admission.call(headers, peer))
+                client = counted.enter_context(enter(headers, peer))
             except ClusterError as error:
                 self._service.count_refused(error)
                 raise

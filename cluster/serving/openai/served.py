@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from cluster.errors import NotFound
 from cluster.serving.health import HealthState
+from cluster.serving.live.feed import LiveFeed
+from cluster.serving.live.operations import Operations
 from cluster.serving.service import InferenceService
 
 
@@ -13,6 +15,8 @@ class Served:
     """aliases: further names by which clients may ask for the model.
     metrics: returns a scrape of this node in Prometheus' text format; raises Unavailable.
     now_s: seconds since 1970, for `created`.
+    live: what watchers see of the cluster; None: nothing, and no page.
+    operations: changes of the cluster; None: there are no calls for them.
     """
 
     service: InferenceService
@@ -20,6 +24,8 @@ class Served:
     metrics: Callable[[], Awaitable[bytes]]
     now_s: Callable[[], float]
     aliases: tuple[str, ...] = ()
+    live: LiveFeed | None = None
+    operations: Operations | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -1,0 +1,30 @@
+// Light, dark, or as the system has it.
+
+import { byId, setText } from "./dom.js";
+
+const CHOICES = ["system", "light", "dark"];
+const STORED = "moe-cluster-theme";
+
+export class Theme {
+  /** onPaint: told "light" or "dark", now and at each change. */
+  constructor(onPaint) {
+    this.onPaint = onPaint;
+    this.system = matchMedia("(prefers-color-scheme: dark)");
+    this.choice = CHOICES.includes(localStorage.getItem(STORED)) ? localStorage.getItem(STORED) : "system";
+    this.system.addEventListener("change", () => this.paint());
+    byId("theme").addEventListener("click", () => {
+      this.choice = CHOICES[(CHOICES.indexOf(this.choice) + 1) % CHOICES.length];
+      localStorage.setItem(STORED, this.choice);
+      this.paint();
+    });
+    this.paint();
+  }
+
+  paint() {
+    const theme = this.choice === "system" ? (this.system.matches ? "dark" : "light") : this.choice;
+    document.documentElement.dataset.theme = this.choice;
+    setText(byId("theme-choice"), this.choice);
+    byId("theme").setAttribute("aria-label", `Theme: ${this.choice}`);
+    this.onPaint(theme);
+  }
+}

@@ -1,0 +1,103 @@
+"""The live page's files and `/cluster`, as a browser and a script get them."""
+
+import asyncio
+import json
+import re
+
+import pytest
+from http_tools import Front
+from serving_fakes import write_tokenizer
+from test_live_feed import FakeSource, feed_of
+
+from cluster.serving.admission.api_keys import ApiKeys, new_key
+from cluster.serving.openai.page import FILES
+from cluster.serving.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def keys_in(tmp_path, *names):
+    """Their file, and the keys."""
+    made = [new_key(name) for name in names]
+    (tmp_path / "keys").write_text("\n".join(line for _, line in made))
+    return ApiKeys(tmp_path / "keys", lambda: 0.0), [key for key, _ in made]
+
+
+def events_of(text):
+    """(name, value) of each event."""
+    return [(name, json.loads(data)) for name, data in re.findall(r"event: (\w+)\ndata: (.*)\n\n", text)]
+
+
+def test_the_page_and_its_files_are_for_everybody_and_run_nothing_else(tokenizer, tmp_path):
+    keys, _ = keys_in(tmp_path, "someone")
+    front = Front(tokenizer, keys=keys, live=feed_of(FakeSource()))
+    page = asyncio.run(front.get("/"))
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert page.headers["x-content-type-options"] == "nosniff"
+    named = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    assert len(named) >= 4
+    for path in {f"/{name}" for name in named} | set(FILES):
+        answer = asyncio.run(front.get(path))
+        assert answer.status_code == 200, path
+        again = asyncio.run(front.get(path, headers={"if-none-match": answer.headers["etag"]}))
+        assert (again.status_code, again.content) == (304, b"")
+    assert asyncio.run(front.get("/page/none.js")).status_code == 401
+
+
+@pytest.mark.parametrize("path", sorted(FILES))
+def test_no_file_has_a_script_in_it_or_an_address_of_elsewhere(path):
+    text = FILES[path].content.decode()
+    assert not re.findall(
+        r"<script(?![^>]* src=)|<style| style=| on[a-z]+=",
+        text if FILES[path].media_type.startswith("text/html") else "",
+    )
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text)
+    assert set(re.findall(r"https?://[^\s\"')]+", text)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_every_import_names_a_file_that_there_is():
+    for path, file in FILES.items():
+        for name in re.findall(r'from "\./([^"]+)"', file.content.decode()):
+            assert f"/page/{name}" in FILES, (path, name)
+
+
+def test_a_snapshot_and_a_stream_of_the_cluster(tokenizer, monkeypatch):
+    front = Front(tokenizer, live=feed_of(FakeSource()))
+    snapshot = asyncio.run(front.get("/cluster")).json()
+    assert (snapshot["cluster"]["state"], snapshot["placement"]["num_experts"]) == ("serving", 4)
+    monkeypatch.setattr("cluster.serving.openai.live.MAX_WATCH_S", 0.05)
+    stream = asyncio.run(front.get("/cluster/live"))
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    events = events_of(stream.text)
+    assert [name for name, _ in events[:4]] == ["cluster", "placement", "beat", "beat"]
+    assert {name for name, _ in events[3:]} == {"beat"}  # the rest has not changed
+    assert events[3][1]["tokens"] == [[0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_a_stream_ends_when_the_server_does(tokenizer):
+    front = Front(tokenizer, live=feed_of(FakeSource()))
+    front.service.admission.drain()
+    assert len(events_of(asyncio.run(front.get("/cluster/live")).text)) == 3
+
+
+def test_a_cluster_without_word_is_a_readable_error(tokenizer, monkeypatch):
+    monkeypatch.setattr("cluster.serving.live.feed.FIRST_FRAME_S", 0.05)
+    for path in ("/cluster", "/cluster/live"):
+        answer = asyncio.run(Front(tokenizer, live=feed_of(FakeSource(failures=10**9))).get(path))
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+
+
+def test_the_cluster_asks_for_a_key_where_calls_need_one(tokenizer, tmp_path):
+    keys, [key] = keys_in(tmp_path, "someone")
+    front = Front(tokenizer, keys=keys, live=feed_of(FakeSource()))
+    for path in ("/cluster", "/cluster/live"):
+        assert asyncio.run(front.get(path)).status_code == 401
+    answer = asyncio.run(front.get("/cluster", headers={"authorization": f"Bearer {key}"}))
+    assert answer.status_code == 200
