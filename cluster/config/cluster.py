@@ -84,6 +84,11 @@ class ClusterConfig(EngineConfig):
     http_api: bool = option(
         True, "answers OpenAI's API over HTTP, on Serve's HTTP port, beside gRPC; false: gRPC alone"
     )
+    stored_responses: int = option(
+        10_000, "answers of /v1/responses that are kept, the oldest goes for a new one; 0: none is kept", least=0
+    )
+    stored_responses_bytes: int = option(256 << 20, "bytes of kept responses, in one process for all", least=1 << 20)
+    stored_responses_age_s: float = option(86_400.0, "seconds that a response is kept", least=1)
     max_ongoing_requests: int = option(
         1024, "requests in one ingress process at a time, a further one gets RESOURCE_EXHAUSTED", least=1
     )

@@ -50,6 +50,11 @@ def spare_prefix(group: str) -> str:
     return f"{group}:spare-"
 
 
+def responses_name(group: str) -> str:
+    """The name of the actor that keeps the responses of `/v1/responses`."""
+    return f"{group}:responses"
+
+
 def metrics_name(group: str, node_id: str) -> str:
     """The name of the actor that serves the metrics of a node."""
     return f"{group}:metrics-{node_id}"

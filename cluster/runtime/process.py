@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import signal
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,10 @@ from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.config.resources import available_cpus
 from cluster.kernels.native.report import log_kernels
-from cluster.logs import LOG_FORMAT, make_formatter
+from cluster.logs import LOG_FORMAT
 from cluster.runtime.names import RAY_FOLDER
-from cluster.runtime.ray_private.core import process_title, session_folder
+from cluster.runtime.ray_logs import log_to_ray
+from cluster.runtime.ray_private.core import session_folder
 from cluster.status import ProcessInfo
 from cluster.version import __version__
 
@@ -98,13 +98,7 @@ def prepare_process(num_threads: int, *, computes: bool = False) -> None:
 
     computes: with weights; the first line names the kernels then.
     """
-    # Ray has its own handlers on the root logger, and Serve makes a replica's sys.stderr a buffer of 1000 lines.
-    handler = logging.StreamHandler(sys.__stderr__)
-    title = process_title().removeprefix("ray::").partition(".")[0]
-    handler.setFormatter(make_formatter(ray.get_runtime_context().get_actor_name() or title))
-    ours = logging.getLogger("cluster")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
+    log_to_ray()
     if computes:
         log_kernels()
     warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import httpx2
 from serving_fakes import EchoBackend, make_service
@@ -16,7 +17,7 @@ MODEL = "tiny"
 class Front:
     """An application, its service, and a client of it."""
 
-    def __init__(self, tokenizer, backend=None, *, aliases=(), live=None, operations=None, **service):
+    def __init__(self, tokenizer, backend=None, *, aliases=(), live=None, operations=None, responses=None, **service):
         self.backend = backend or EchoBackend()
         self.service = make_service(tokenizer, self.backend, **service)
         self.health = HealthState()
@@ -34,6 +35,8 @@ class Front:
             live=live,
             operations=operations,
         )
+        if responses is not None:
+            served = replace(served, responses=responses)
         self.app = make_app(served)
 
     @asynccontextmanager

@@ -114,6 +114,7 @@ class EchoBackend:
                     token_ids=part,
                     logprobs=logprobs,
                     finish_reason=reason if last else None,
+                    constrained=request.constraint is not None,
                 )
             )
         return updates

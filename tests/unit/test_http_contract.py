@@ -76,7 +76,7 @@ def checked(front, *, max_examples, seed):
     return statuses
 
 
-GENERATIONS = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/messages"}
+GENERATIONS = {f"POST /v1/{name}" for name in ("chat/completions", "completions", "messages", "responses")}
 NUMBERS = {"POST /v1/embeddings", "POST /pooling", "POST /score"}
 
 

@@ -29,6 +29,7 @@ from cluster.runtime.front.live import RayLiveSource
 from cluster.runtime.front.node_metrics import scrape_node
 from cluster.runtime.front.operations import RayOperations
 from cluster.runtime.front.prompt_groups import PromptGroups
+from cluster.runtime.front.shared_responses import response_store
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
 from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
@@ -40,6 +41,7 @@ from cluster.serving.grpc.health import GrpcHealthService
 from cluster.serving.health import HealthState
 from cluster.serving.live.feed import LiveFeed
 from cluster.serving.openai.app import make_app, no_api
+from cluster.serving.openai.responses.background import Responses
 from cluster.serving.openai.served import Served
 from cluster.serving.replay import ReplayingBackend
 from cluster.serving.service import InferenceService, ServiceLimits
@@ -181,6 +183,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             ),
             admission=self._admission,
         )
+        self._responses = Responses(response_store(config))
         self._start = asyncio.create_task(self._service.start())
         self._health = HealthState()
         self._status: ClusterStatus | None = None
@@ -207,8 +210,13 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
                 aliases=self._config.aliases,
                 live=self._live if page else None,
                 operations=RayOperations(self._controller, lambda: self._status) if page else None,
+                responses=self._responses,
             )
         )
+
+    async def __del__(self) -> None:
+        """Serve calls it after this ingress's last call, and waits as long as for calls."""
+        await self._responses.drained()
 
     def _make_admission(self) -> Admission:
         config = self._config

@@ -25,6 +25,7 @@ from cluster.serving.openai import (
 from cluster.serving.openai.document import describe
 from cluster.serving.openai.errors import add_handlers, response_to
 from cluster.serving.openai.gate import Gate
+from cluster.serving.openai.responses import routes as responses
 from cluster.serving.openai.served import Served
 from cluster.version import __version__
 
@@ -38,6 +39,7 @@ ROUTERS = (
     messages.router,
     models.router,
     page.router,
+    responses.router,
     status.router,
     token_calls.router,
 )

@@ -29,28 +29,33 @@ class StreamOptions(RequestBody):
     include_usage: bool | None = None
 
 
-class SamplingFields(RequestBody, FormFields):
-    """The fields of a generation that chats and completions share. Those behind `seed` are vLLM's."""
+class GenerationFields(RequestBody):
+    """How an answer's tokens are chosen, and where it ends. Those behind `seed` are vLLM's."""
 
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: int | None = None
-    stop: str | list[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: int | None = None
+    stop: str | list[str] | None = None
     logit_bias: dict[str, float] | None = None
+    seed: int | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
+
+
+class SamplingFields(GenerationFields, FormFields):
+    """The fields of a generation that chats and completions share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: int | None = None
+    return_token_ids: bool | None = None  # vLLM's, as the next
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     # Taken and without effect here: they name or steer what a server like this one does not have.
     user: str | None = None

@@ -63,7 +63,7 @@ async def prepared(served: Served, body: ChatRequest, call: Call) -> "PreparedCh
     deltas = generate(served.service, asked, call)
     return PreparedChat(
         served=served, body=body, call=call, created=int(served.now_s()), prompt=prompt,
-        num_choices=num_choices, deltas=deltas,
+        num_choices=num_choices, params=params, deltas=deltas,
         prompt_token_ids=prompt_token_ids if body.return_token_ids else None,
     )  # fmt: skip
 
@@ -86,8 +86,13 @@ class PreparedChat:
     created: int
     prompt: Prompt
     num_choices: int
+    params: SamplingParams
     deltas: AsyncGenerator[tuple[int, TextDelta], None]
     prompt_token_ids: list[int] | None
+
+    async def check(self) -> None:
+        """Finds what would end it before its first token. Raises InvalidRequest, Overloaded."""
+        await self.served.service.prepare(self.prompt, self.params, client=self.call.client)
 
     async def answer(self) -> ChatAnswer:
         """Raises ClusterError."""

@@ -20,6 +20,7 @@ _OF_ALL = {
 }
 _WITH_KEY = {401: "no API key, or one that is not known"}
 _WITH_NAME = {404: "no such model, or no such object"}
+_WITH_QUERY = {400: "a value that can never succeed"}
 _WITH_BODY = {
     400: "a body or a value that can never succeed",
     408: "the body did not come in time",
@@ -31,6 +32,7 @@ _TURNS = {"messages": [{"role": "user", "content": "Which experts answered?"}], 
 _EXAMPLES: Mapping[str, Json] = {
     "/v1/chat/completions": _TURNS,
     "/v1/messages": _TURNS,
+    "/v1/responses": {"input": "Which experts answered?", "max_output_tokens": 16},
     "/v1/completions": {"prompt": "Experts are", "max_tokens": 16},
 }
 _UNCHECKED = ("HTTPValidationError", "ValidationError")  # FastAPI's own errors, which never leave the gate
@@ -89,6 +91,8 @@ def _operations(document: Mapping[str, Any]) -> Iterator[tuple[str, Json]]:
 def _failures(path: str, operation: Mapping[str, Any], needs_key: bool) -> Json:
     has_body = "requestBody" in operation
     found = _OF_ALL | (_WITH_KEY if needs_key else {}) | (_WITH_BODY if has_body else {})
+    if any(parameter["in"] == "query" for parameter in operation.get("parameters", ())):
+        found = _WITH_QUERY | found
     if has_body or "{" in path:
         found |= _WITH_NAME
     model = AnthropicError if path.startswith(ANTHROPIC_PATH) else OpenAIError

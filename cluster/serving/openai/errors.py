@@ -10,11 +10,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from cluster.errors import ClusterError, InvalidRequest, NotFound, Overloaded, Unauthenticated
 
 log = logging.getLogger(__name__)
 
+METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT", "PATCH")
 MAX_MESSAGE_CHARS = 1000
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ANTHROPIC_PATH = "/v1/messages"
@@ -22,6 +24,7 @@ _ANTHROPIC_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
+_NOT_FOUND_CODES = {"model": "model_not_found", "previous_response_id": "previous_response_not_found"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 _PARAMS = {"text": "prompt", "token_ids": "prompt", "chat": "messages", "request": None, "": None}
 
@@ -49,6 +52,10 @@ class AnthropicError(BaseModel):
     error: AnthropicFields
 
 
+class BadBody(InvalidRequest):
+    """A body that a call's model refuses; `field` is one of the body's own."""
+
+
 def add_handlers(app: FastAPI) -> None:
     """Makes every error of an app leave it in OpenAI's shape."""
 
@@ -65,12 +72,21 @@ def add_handlers(app: FastAPI) -> None:
             "the body is no JSON that can be read"
         )  # fmt: skip
         body = _body(error.status_code, message)
-        return _response(error.status_code, body, request.url.path, error.headers)
+        headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers
+        return _response(error.status_code, body, request.url.path, headers)
 
     app.add_exception_handler(Exception, cluster_error)
     app.add_exception_handler(ClusterError, cluster_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)
+
+
+def _methods(request: Request) -> str:
+    """The methods that a path has; Starlette names those of the first of its functions."""
+    scope, routes = request.scope, request.app.routes
+    return ", ".join(
+        method for method in METHODS if any(r.matches({**scope, "method": method})[0] is Match.FULL for r in routes)
+    )
 
 
 def response_to(error: Exception, request_id: str = "", path: str = "") -> Response:
@@ -92,8 +108,10 @@ def body_of(error: Exception, request_id: str = "") -> dict[str, Any]:
     if not isinstance(error, ClusterError) or not error.public:
         log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
         return _body(500, f"internal error, request id {request_id or 'unknown'}; see the server's log")
-    param = _PARAMS.get(error.field, error.field) if isinstance(error, InvalidRequest) else None
-    code = "model_not_found" if isinstance(error, NotFound) and param == "model" else None
+    param = (error.field or None) if isinstance(error, InvalidRequest) else None
+    if not isinstance(error, BadBody):
+        param = _PARAMS.get(param or "", param)
+    code = _NOT_FOUND_CODES.get(param or "") if isinstance(error, NotFound) else None
     return _body(error.http_status, str(error), param, code)
 
 
@@ -120,16 +138,16 @@ def _response(status: int, body: dict[str, Any], path: str, headers: Mapping[str
     return JSONResponse(body, status, headers)
 
 
-def _refusal(invalid: RequestValidationError) -> InvalidRequest:
+def _refusal(invalid: RequestValidationError) -> BadBody:
     """The first fault that pydantic found, as one line."""
     found = invalid.errors()
     # A union has faults of each of its members: the one that came furthest is the one that was meant.
     first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     kind, where = first["type"], [str(part) for part in first["loc"] if part != "body"]
     if kind == "json_invalid":
-        return InvalidRequest("the body is no JSON that can be read", "request")
+        return BadBody("the body is no JSON that can be read")
     path = ".".join(part for part in where if part.isidentifier() or part.isdigit())
-    field = where[0] if where else "request"
+    field = where[0] if where else ""
     if kind == "extra_forbidden":
-        return InvalidRequest(f"unrecognized request argument: {path[:200]}", field[:100])
-    return InvalidRequest(f"{path[:200] or 'the body'}: {first['msg']}", field[:100])
+        return BadBody(f"unrecognized request argument: {path[:200]}", field[:100])
+    return BadBody(f"{path[:200] or 'the body'}: {first['msg']}", field[:100])

@@ -86,6 +86,8 @@ class Gate:
         if scope["method"] != "POST" or not self._takes(scope):
             return b""
         headers, limit = headers_of(scope), self._service.limits.max_request_bytes
+        if headers.get("content-length", "0") == "0" and not headers.keys() & {"content-type", "transfer-encoding"}:
+            return b""  # a call that needs none
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
             raise WrongMediaType(f"content-type is {kind[:100] or 'missing'}, {JSON} is needed", "request")

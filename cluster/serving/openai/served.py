@@ -1,12 +1,14 @@
 """The parts of a server that HTTP calls need, handed to each family's router. Knows no HTTP."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import NotFound
 from cluster.serving.health import HealthState
 from cluster.serving.live.feed import LiveFeed
 from cluster.serving.live.operations import Operations
+from cluster.serving.openai.responses.background import Responses
+from cluster.serving.openai.responses.store import KeptResponses
 from cluster.serving.service import InferenceService
 
 
@@ -17,6 +19,7 @@ class Served:
     now_s: seconds since 1970, for `created`.
     live: what watchers see of the cluster; None: nothing, and no page.
     operations: changes of the cluster; None: there are no calls for them.
+    responses: those that are kept; in this process by default.
     """
 
     service: InferenceService
@@ -26,6 +29,7 @@ class Served:
     aliases: tuple[str, ...] = ()
     live: LiveFeed | None = None
     operations: Operations | None = None
+    responses: Responses = field(default_factory=lambda: Responses(KeptResponses()))
 
     @property
     def model_names(self) -> tuple[str, ...]:
