@@ -124,6 +124,9 @@ SPECS = {
             )
         ),
     ),
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"): fields(
+        parentRefs=items(_PEER), hostnames=items(TEXT), rules=items(fields(backendRefs=items(_PEER)))
+    ),
     ("cert-manager.io/v1", "Certificate"): fields(
         ["issuerRef", "secretName"],
         secretName=TEXT,

@@ -17,6 +17,7 @@ EVERYTHING = {
     "ingress": {"enabled": True, "host": "moe.example.com"},
     "tls": {"certManager": {"enabled": True, "issuerRef": {"name": "ca"}}},
     "grpcRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["moe.example.com"]},
+    "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["api.example.com"]},
     "networkPolicy.egress": {"restricted": True},
     "gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379", "passwordSecret": {"name": "redis"}},
     "upgrade": {"type": "None", "initializingTimeout": "2h"},

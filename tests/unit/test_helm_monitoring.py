@@ -1,6 +1,8 @@
 """Rules and dashboards reach the cluster as the files in deploy/ have them."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -75,6 +77,23 @@ def test_the_notes_say_what_to_do_next():
     for text in ("kubectl -n serving wait", "helm -n serving test demo", "demo-moe-cluster.serving:9000", "with TLS"):
         assert text in notes
     assert "Everybody who reaches the port" not in notes
+    assert "-H 'authorization: Bearer KEY'" in notes
     open_to_all = Objects(any_helm().render(values_of("laptop", {"networkPolicy.enabled": False}))).notes
     assert "Everybody who reaches the port" in open_to_all
     assert "WITHOUT A NETWORK POLICY" in open_to_all
+
+
+def test_the_notes_have_a_call_with_curl_that_the_http_api_takes():
+    """Its path, its header and its body; the port is forwarded from the service's."""
+    from cluster.serving.openai.chat_schema import ChatRequest
+
+    notes = Objects(any_helm().render({})).notes
+    [command] = re.findall(r"curl (?:.*\\\n)*.*", notes)
+    words = shlex.split(command)
+    assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
+    assert words[words.index("-H") + 1] == "content-type: application/json"
+    assert ChatRequest.model_validate_json(words[words.index("-d") + 1]).messages
+    assert "port-forward service/demo-moe-cluster 9000:9000 8000:8000\n" in notes
+    without = Objects(any_helm().render({"cluster": {"http_api": False}})).notes
+    assert "curl" not in without
+    assert "port-forward service/demo-moe-cluster 9000:9000\n" in without

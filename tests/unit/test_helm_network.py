@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helm_charts import SHAPES, container, rendered
+from helm_charts import SHAPES, Refused, container, rendered
 
 KEYS = {"apiKeys": {"enabled": True, "content": "hashed"}}
 
@@ -178,19 +178,38 @@ def test_existing_secrets_are_named_where_they_are_read():
     assert rendered("a2.7b", {"rayAuth.enabled": False}).cluster["authOptions"] == {"mode": "disabled"}
 
 
-def test_the_ingress_leads_to_the_service_with_the_certificates_secret():
+def test_the_ingresses_lead_to_the_service_with_the_certificates_secret():
+    """ingress-nginx speaks one protocol for an Ingress: one is for gRPC, one of the same host for HTTP."""
     objects = rendered("57b")
-    ingress, service = objects.one("Ingress"), objects.one("Service")
-    assert ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/backend-protocol"] == "GRPC"
-    assert ingress["spec"]["tls"] == [{"hosts": ["moe.example.com"], "secretName": "demo-moe-cluster-tls"}]
+    service = objects.one("Service")
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert ports == {"serve-grpc": 9000, "serve": 8000}
     assert objects.one("Certificate")["spec"]["secretName"] == "demo-moe-cluster-tls"
     assert objects.one("Certificate")["spec"]["dnsNames"] == ["moe.example.com"]
-    [rule] = ingress["spec"]["rules"]
-    assert [p["path"] for p in rule["http"]["paths"]] == ["/moecluster.v1.InferenceService/", "/grpc.health.v1.Health/"]
-    for path in rule["http"]["paths"]:
-        backend = path["backend"]["service"]
-        assert backend["name"] == service["metadata"]["name"]
-        assert backend["port"]["name"] == service["spec"]["ports"][0]["name"]
+    paths = {
+        "demo-moe-cluster": ("GRPC", "serve-grpc", ["/moecluster.v1.InferenceService/", "/grpc.health.v1.Health/"]),
+        "demo-moe-cluster-http": (None, "serve", ["/"]),
+    }
+    assert {one["metadata"]["name"] for one in objects.of("Ingress")} == paths.keys()
+    for ingress in objects.of("Ingress"):
+        protocol, port, wanted = paths[ingress["metadata"]["name"]]
+        annotations = ingress["metadata"]["annotations"]
+        assert annotations.get("nginx.ingress.kubernetes.io/backend-protocol") == protocol
+        assert annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"] == "3600"
+        assert ingress["spec"]["tls"] == [{"hosts": ["moe.example.com"], "secretName": "demo-moe-cluster-tls"}]
+        [rule] = ingress["spec"]["rules"]
+        assert [path["path"] for path in rule["http"]["paths"]] == wanted
+        backends = [path["backend"]["service"] for path in rule["http"]["paths"]]
+        assert all(one == {"name": service["metadata"]["name"], "port": {"name": port}} for one in backends)
+
+
+def test_where_there_is_no_http_api_no_ingress_and_no_route_leads_to_it():
+    [ingress] = rendered("57b", {"cluster.http_api": False}).of("Ingress")
+    assert ingress["metadata"]["name"] == "demo-moe-cluster"
+    assert len(rendered("57b", {"ingress.http": {"enabled": False}}).of("Ingress")) == 1
+    route = {"enabled": True, "parentRefs": [{"name": "public"}]}
+    with pytest.raises(Refused, match="httpRoute needs the HTTP API"):
+        rendered("a2.7b", {"httpRoute": route, "cluster.http_api": False})
 
 
 def test_client_certificates_are_asked_for_by_the_ingress():
@@ -198,9 +217,10 @@ def test_client_certificates_are_asked_for_by_the_ingress():
         "ingress": {"enabled": True, "host": "moe.example.com"},
         "tls": {"secretName": "moe-tls", "clientCertificates": True},
     }
-    annotations = rendered("a2.7b", changes).one("Ingress")["metadata"]["annotations"]
-    assert annotations["nginx.ingress.kubernetes.io/auth-tls-secret"] == "serving/moe-tls"
-    assert annotations["nginx.ingress.kubernetes.io/auth-tls-verify-client"] == "on"
+    for ingress in rendered("a2.7b", changes).of("Ingress"):
+        annotations = ingress["metadata"]["annotations"]
+        assert annotations["nginx.ingress.kubernetes.io/auth-tls-secret"] == "serving/moe-tls"
+        assert annotations["nginx.ingress.kubernetes.io/auth-tls-verify-client"] == "on"
 
 
 def test_the_route_lets_inference_and_health_through():
@@ -209,6 +229,17 @@ def test_the_route_lets_inference_and_health_through():
     services = [match["method"]["service"] for match in rule["matches"]]
     assert services == ["moecluster.v1.InferenceService", "grpc.health.v1.Health"]
     assert rule["backendRefs"] == [{"name": objects.one("Service")["metadata"]["name"], "port": 9000}]
+
+
+def test_the_route_of_http_leads_to_its_port():
+    """Also where the API's host name is another one than gRPC's; the certificate has both."""
+    route = {"enabled": True, "parentRefs": [{"name": "public", "namespace": "gateways"}], "hostnames": ["api.x.com"]}
+    certificate = {"certManager": {"enabled": True, "issuerRef": {"name": "ca"}}}
+    objects = rendered("cpu-experts", {"httpRoute": route, "tls": certificate})
+    found = objects.one("HTTPRoute")["spec"]
+    assert found["parentRefs"] == route["parentRefs"]
+    assert found["rules"] == [{"backendRefs": [{"name": objects.one("Service")["metadata"]["name"], "port": 8000}]}]
+    assert objects.one("Certificate")["spec"]["dnsNames"] == ["moe.example.com", "api.x.com"]
 
 
 def test_extra_objects_are_templates():
