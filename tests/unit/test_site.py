@@ -59,6 +59,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site" / "reference" / "python" / "index.html").read_text()
     assert all(f"cluster.llm.LLM.{name}" in api for name in ("generate", "chat", "embed"))
+    http = (tmp_path / "site" / "reference" / "http" / "index.html").read_text()
+    assert all(text in http for text in ("POST /v1/chat/completions", "max_completion_tokens", "integer, ≥ 1, ≤ 128"))
+    options = (tmp_path / "site" / "reference" / "commands" / "index.html").read_text()
+    assert all(f'id="moe-cluster-{name}"' in options for name in ("serve", "chaos", "bench-throughput"))
+    assert "--expert-shards" in options
     assert (tmp_path / "site" / "files" / "deploy" / "serve.yaml").read_text().count("model:")
 
 
