@@ -10,7 +10,7 @@ missing, 2 wrong usage or a set-up that cannot work, 130 Ctrl-C, 141 the output'
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cluster.cli import doctor, terminal
 from cluster.errors import ClusterError, SetupError
@@ -58,7 +58,12 @@ def _run(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Writes help and version as any other output; argparse would not notice that it cannot be written."""
+    """Says wrong usage in one line, where argparse prints up to twenty; writes help and version as any other output,
+    where argparse would not notice that it cannot be written."""
+
+    def error(self, message: str) -> NoReturn:
+        terminal.complain(f"{message}: see `{self.prog} --help`")
+        self.exit(2)
 
     def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
         if file is not None and file is sys.stdout:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +21,7 @@ FORMATS: tuple[Format, ...] = ("lines", "jsonl", "whole")
 INPUTS = ("prompt", "messages", "token_ids")
 OTHERS = ("id", "tools")
 MAX_TOKENS = 1 << 24  # the server knows the context
+MAX_INPUT_BYTES = 256 << 20  # of one input, all of which is read before anything is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,12 @@ def read_prompts(
 def _of_file(path: Path, chosen: Format, params: "SamplingParams") -> Iterator[Asked]:
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            raw = file.read(MAX_INPUT_BYTES + 1)
     except OSError as error:
         raise SetupError(f"{name} cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_INPUT_BYTES:
+        raise SetupError(f"{name} has more than {MAX_INPUT_BYTES} bytes: `moe-cluster batch` takes inputs of any size")
     text = utf8(raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff"), name)
     if chosen == "whole":
         if text.strip():

@@ -181,6 +181,10 @@ class Client:
                     "client's certificate, and this client the server's? See --tls-ca, --tls-cert and --tls-key"
                 )
             return Unavailable(f"no server answers at {self.address}: start one with `moe-cluster serve MODEL_DIR`")
+        if code == grpc.StatusCode.UNAVAILABLE and (
+            "DNS resolution failed" in details or "errors resolving" in details
+        ):
+            return Unavailable(f"no host is known for {self.address}: give --address HOST:PORT, as 127.0.0.1:9000")
         if code == grpc.StatusCode.UNAUTHENTICATED and not self._has_key:
             details += " (of this command: set $MOE_CLUSTER_API_KEY, or give --api-key-file)"
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -13,6 +13,8 @@ from cluster.console.base import OutputConsole, count, ranges, size
 from cluster.doctor import Finding
 from cluster.experts.placement import PlacementPlan
 
+NARROW = 60  # columns; a terminal with fewer has no room for three of them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -103,19 +105,27 @@ def _num_experts(layers: Mapping[int, tuple[int, ...]]) -> int:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """Prints a machine's and an installation's state; an advice stands below its line."""
+    console = OutputConsole()
+    if console.width < NARROW:
+        for finding in findings:
+            console.print(Text(str(finding)))
+        console.print(_verdict(findings))
+        return
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
-        mark = "missing" if finding.missing else "look" if finding.advice else "ok"
-        style = {"missing": "bold red", "look": "yellow", "ok": "green"}[mark]
+        style = {"missing": "bold red", "look": "yellow", "ok": "green"}[finding.mark]
         advice = f"\n→ {finding.advice}" if finding.advice else ""
-        table.add_row(Text(mark, style=style), Text(finding.subject), Text(finding.found + advice))
-    console = OutputConsole()
+        table.add_row(Text(finding.mark, style=style), Text(finding.subject), Text(finding.found + advice))
     console.print(table)
+    console.print(_verdict(findings))
+
+
+def _verdict(findings: Sequence[Finding]) -> Text:
     num_missing = sum(finding.missing for finding in findings)
-    console.print(Text(f"{num_missing} missing: nothing can be served" if num_missing else "this machine can serve"))
+    return Text(f"{num_missing} missing: nothing can be served" if num_missing else "this machine can serve")
 
 
 def print_metrics(text: str, names: tuple[str, ...]) -> None:

@@ -11,3 +11,10 @@ class Finding:
     found: str
     advice: str = ""
     missing: bool = False
+
+    @property
+    def mark(self) -> str:
+        return "missing" if self.missing else "look" if self.advice else "ok"
+
+    def __str__(self) -> str:
+        return f"{self.mark}  {self.subject}: {self.found}" + (f" → {self.advice}" if self.advice else "")

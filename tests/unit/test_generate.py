@@ -2,12 +2,13 @@
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from cluster import cli
-from cluster.cli import generate
+from cluster.cli import generate, prompts
 from cluster.cli.prompts import read_prompts
 from cluster.client import options
 from cluster.conversation import Conversation
@@ -107,6 +108,16 @@ def server(monkeypatch):
     monkeypatch.setattr(options, "connect", lambda args: server)
     monkeypatch.setattr(generate.time, "sleep", lambda seconds: None)
     return server
+
+
+def test_an_input_without_an_end_is_refused_before_anything_is_sent(tmp_path, monkeypatch):
+    """As of `yes | moe-cluster generate`."""
+    monkeypatch.setattr(prompts, "MAX_INPUT_BYTES", 8)
+    (tmp_path / "fits").write_text("1234567\n")
+    assert len(read_prompts([], [tmp_path / "fits"], None, SamplingParams())) == 1
+    with open("/dev/zero", "rb") as endless, pytest.raises(SetupError, match="standard input has more than 8 bytes"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(endless))
+        read_prompts([], [Path("-")], None, SamplingParams())
 
 
 def test_many_answers_come_in_the_order_of_their_prompts(server, capsys):

@@ -43,6 +43,41 @@ def test_a_command_with_broken_streams_ends_in_one_line(command, streams, code, 
     assert (found, error) == (code, line)
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", "the following arguments are required: COMMAND: see `moe-cluster --help`"),
+        ("bogus", "invalid choice: 'bogus'"),
+        ("serve --grpc-port abc", "argument --grpc-port: invalid int value: 'abc': see `moe-cluster serve --help`"),
+        ("serve --rope-scaling {bad", "is no JSON: "),
+        ("eval x", "one of the arguments --text --token-ids is required"),
+        ("bench throughput --batch x", "see `moe-cluster bench throughput --help`"),
+    ],
+)
+def test_wrong_usage_is_one_line(command, words, capsys):
+    """argparse would print up to twenty lines of options first."""
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("moe-cluster: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_pipe_gets_whole_lines_unless_it_names_a_width(demo_checkpoint):
+    """So that a program can look for words in a line. pytest's readline sets COLUMNS for its children."""
+    _, whole, _ = run(f"plan {demo_checkpoint}", surroundings="env -u COLUMNS", streams="| cat")
+    assert [line for line in whole.splitlines() if line.startswith("KV cache: ") and line.endswith("utilization)")]
+    _, narrow, _ = run(f"plan {demo_checkpoint}", surroundings="COLUMNS=60", streams="| cat")
+    assert max(map(len, narrow.splitlines())) <= 60
+
+
+def test_the_doctor_is_readable_where_a_table_finds_no_room():
+    code, text, _ = run("doctor", surroundings="COLUMNS=40")
+    assert code == 0
+    assert "ok  Python: 3." in text
+    assert max(map(len, text.splitlines())) <= 40
+
+
 # A user without a passwd entry; the capability lets him read this interpreter wherever it lies.
 STRANGER = (
     "setpriv --reuid 54321 --regid 54321 --clear-groups --inh-caps +dac_read_search --ambient-caps +dac_read_search "
