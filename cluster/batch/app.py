@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -73,7 +74,7 @@ class AppAnswerer:
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
             "path": url, "raw_path": url.encode(), "query_string": b"", "root_path": "", "client": None, "server": None,
             "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))],
-            "state": {"client": CLIENT},
+            "state": {"client": CLIENT, "request_id": uuid.uuid4().hex},  # as a server's gate gives them
         }  # fmt: skip
         status, pieces = 500, bytearray()
 
