@@ -11,6 +11,7 @@ from cluster.errors import InvalidRequest
 from cluster.structured import FIELD, Constraint
 
 MAX_LEXER_STATES = 20_000  # of one sequence, up to 2 kB each: a pattern like ".*a.{20}" makes a million of them
+MAX_ROW_ITEMS = 20_000  # of a parser: an object with 2,000 optional properties has 8,000 after its brace
 MAX_REASON_CHARS = 400
 _SPACE = r"[ \t\n\r]{1,32}"
 _QUOTED, _PLACE = re.compile(r"\s*\d+ \|"), re.compile(r"^at \d+\(\d+\): ")
@@ -21,7 +22,7 @@ _EXACT = '%llguidance {"no_forcing": true}\n'
 def limits() -> LLParserLimits:
     """Bounds of time and memory: a grammar that reaches one ends its request. The others are llguidance's own: about
     20 ms for the lexer when it is made, 20 ms for a mask."""
-    return LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    return LLParserLimits(max_lexer_states=MAX_LEXER_STATES, max_items_in_row=MAX_ROW_ITEMS, verbose_errors=False)
 
 
 def grammar_of(constraint: Constraint) -> str:

@@ -115,6 +115,9 @@ EXPLODING = {
     },
     "many properties": {"json": {"properties": {f"p{i}": {"type": "integer"} for i in range(1900)}}},
     "many values": {"json": {"enum": [f"v{i}" for i in range(6000)]}},
+    "terms of terms": {"grammar": "start: A0\nA40: \"x\"\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(40))},
+    "repeated repetitions": {"grammar": 'start: ("a"~1..100000)~1..100000'},
+    "ambiguous rules": {"grammar": 'start: a\na: a a a | a a | "x" |'},
     "nothing satisfies it": {"grammar": "start: start"},
     "no end of states": {"regex": "(.*a.{18}b.{18}c)*"},
     "deep rules": {"grammar": "start: " + "(" * 20000 + '"a"' + ")" * 20000},
@@ -139,6 +142,22 @@ def test_grammars_that_explode_end_in_a_refusal_or_serve(grammars, vocabulary, f
         assert "\n" not in str(refused)
         assert len(str(refused)) < 600
     assert time.process_time() - started < 60
+
+
+LARGE = {
+    "choices": {"choice": [f"x{i}" for i in range(4096)]},
+    "optional properties": {"json": {"type": "object", "properties": {f"property{i}": {} for i in range(1800)}}},
+}
+
+
+@pytest.mark.parametrize("form", LARGE.values(), ids=LARGE)
+def test_as_many_choices_and_properties_as_a_form_may_have_are_served(grammars, vocabulary, form):
+    """A parser's row has an item for each at first: llguidance's own limit of 2,000 refused them at the first token."""
+    state = begin(grammars, **form)
+    first = np.flatnonzero(bits(state.mask(), len(vocabulary[0])))
+    state.accept(int(first[0]))
+    assert len(first)
+    state.mask()
 
 
 BROKEN = {

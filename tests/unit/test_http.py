@@ -83,6 +83,7 @@ def test_without_a_known_key_nothing_but_questions_is_answered(tokenizer, tmp_pa
     [
         (b"{}", {"content-type": "text/plain"}, 415, "application/json"),
         (b"{}", {}, 415, "missing"),
+        (b"{}", {"content-type": "application/json", "content-encoding": "gzip"}, 415, "gzip"),
         (b"{", None, 400, "no JSON"),
         (b'{"model": "\xff"}', None, 400, "no JSON"),
         (b"[" * 5000, None, 400, "no JSON"),

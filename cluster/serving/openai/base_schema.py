@@ -3,26 +3,18 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
+from cluster.serving.openai.body import AnswerBody as AnswerBody
+from cluster.serving.openai.body import RequestBody as RequestBody
 from cluster.serving.openai.forms import FormFields
 from cluster.structured import StructuredOutputsParams
 from cluster.types import MAX_TOP_LOGPROBS, SamplingParams, Usage
 
 MAX_ID_DIGITS = 10
 MAX_CHOICES = 128  # OpenAI's limit for n
-
-
-class RequestBody(BaseModel):
-    """A body. An unknown field is refused by name, and a value of another type, as by OpenAI's server."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class AnswerBody(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
 
 
 class StreamOptions(RequestBody):

@@ -4,6 +4,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 
 from cluster.errors import InvalidRequest
+from cluster.serving.openai.prompts import MAX_PROMPTS
 from cluster.serving.openai.result_schema import (
     ClassAnswer,
     ClassData,
@@ -12,7 +13,7 @@ from cluster.serving.openai.result_schema import (
     ScoreData,
     ScoreRequest,
 )
-from cluster.serving.openai.results import MAX_INPUTS, ResultCall, vectors
+from cluster.serving.openai.results import ResultCall, vectors
 from cluster.serving.openai.served import Served
 from cluster.serving.outcomes import probabilities
 from cluster.serving.text.prompts import Prompt
@@ -57,10 +58,10 @@ def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
     first, second = ([one] if isinstance(one, str) else one for one in (body.text_1, body.text_2))
     if len(first) == 1:
         first = first * len(second)
-    if len(first) != len(second) or not 1 <= len(first) <= MAX_INPUTS:
+    if len(first) != len(second) or not 1 <= len(first) <= MAX_PROMPTS:
         raise InvalidRequest(
             f"text_1 has {len(first)} texts and text_2 {len(second)}: one, or as many as text_2, are needed, "
-            f"at most {MAX_INPUTS}",
+            f"at most {MAX_PROMPTS}",
             "text_1",
         )
     return list(zip(first, second, strict=True))

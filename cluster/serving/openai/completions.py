@@ -61,10 +61,11 @@ def _check(body: CompletionRequest) -> None:
 
 
 async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Completion":
-    prompts, num_each = to_prompts(body.prompt), body.best_of or body.n or 1
-    if not 1 <= len(prompts) * num_each <= MAX_SEQUENCES:
+    prompts, num_each = to_prompts(body.prompt, "prompt"), body.best_of or body.n or 1
+    if len(prompts) * num_each > MAX_SEQUENCES:
         raise InvalidRequest(
-            f"prompt has {len(prompts)} prompts with {num_each} choices each, 1 to {MAX_SEQUENCES} are allowed",
+            f"prompt has {len(prompts)} prompts with {num_each} choices each: "
+            f"at most {MAX_SEQUENCES} answers are allowed",
             "prompt",
         )
     ranked = num_each > (body.n or 1)

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from cluster.errors import InvalidRequest
+from cluster.serving.openai.body import RequestBody
 from cluster.structured import StructuredOutputsParams
 
 _GUIDED = {
@@ -13,11 +14,7 @@ _GUIDED = {
 }  # fmt: skip
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class NamedSchema(_Body):
+class NamedSchema(RequestBody):
     """strict: taken and without effect: every schema is kept to."""
 
     name: str
@@ -26,15 +23,15 @@ class NamedSchema(_Body):
     strict: bool | None = None
 
 
-class TextFormat(_Body):
+class TextFormat(RequestBody):
     type: Literal["text"]
 
 
-class ObjectFormat(_Body):
+class ObjectFormat(RequestBody):
     type: Literal["json_object"]
 
 
-class SchemaFormat(_Body):
+class SchemaFormat(RequestBody):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 

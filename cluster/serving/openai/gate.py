@@ -5,19 +5,29 @@ Nothing of a body is read before admission knows the caller, and nothing of it i
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import ClusterError, InvalidRequest, RequestCancelled, SlowRequest, TooLarge, WrongMediaType
+from cluster.errors import (
+    ClusterError,
+    InvalidRequest,
+    Overloaded,
+    RequestCancelled,
+    SlowRequest,
+    TooLarge,
+    WrongMediaType,
+)
 from cluster.serving.openai.errors import response_to
 from cluster.serving.service import InferenceService
 
 log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 60.0  # for all of a body to come
+MAX_OPEN_BODIES = 256  # of the largest size, that may be on their way: slow ones of many clients would fill the memory
+OPEN_RETRY_S = 1.0
 UNREAD_TIMEOUT_S = 120.0  # a client that takes nothing for so long counts as gone
 MAX_NAME_CHARS = 96  # of a client's name for its call, `x-request-id`: a prefix and a number come to it
 JSON = "application/json"
@@ -41,7 +51,7 @@ class Gate:
         watched: Callable[[str], bool] = frozenset[str]().__contains__,
     ) -> None:
         self._app, self._service, self._keyless, self._takes = app, service, keyless, takes
-        self._watched = watched
+        self._watched, self._open_bytes = watched, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,33 +92,33 @@ class Gate:
             yield client
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """Raises TooLarge, WrongMediaType, SlowRequest, RequestCancelled."""
+        """Raises Overloaded, TooLarge, WrongMediaType, SlowRequest, RequestCancelled."""
         if scope["method"] != "POST" or not self._takes(scope):
             return b""
         headers, limit = headers_of(scope), self._service.limits.max_request_bytes
         if headers.get("content-length", "0") == "0" and not headers.keys() & {"content-type", "transfer-encoding"}:
             return b""  # a call that needs none
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != JSON:
-            raise WrongMediaType(f"content-type is {kind[:100] or 'missing'}, {JSON} is needed", "request")
-        length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit():
-            raise InvalidRequest("content-length is no number", "request")
-        if int(length[:12]) > limit:
-            raise _too_large(limit)
+        _check_head(headers, limit)
         body = bytearray()
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise RequestCancelled("the client left")
-                    body += message.get("body", b"")
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._open_bytes += len(piece)
                     if len(body) > limit:
                         raise _too_large(limit)
                     if not message.get("more_body", False):
                         return bytes(body)
-        raise SlowRequest(f"the body did not come within {BODY_TIMEOUT_S:g} s")
+                    if self._open_bytes > MAX_OPEN_BODIES * limit:
+                        raise Overloaded.later("too many large bodies are on their way", OPEN_RETRY_S)
+        except TimeoutError:
+            raise SlowRequest(f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
+        finally:
+            self._open_bytes -= len(body)
 
 
 class _Unread(BaseException):
@@ -187,6 +197,21 @@ def headers_of(scope: Scope) -> dict[str, str]:
     if "authorization" not in headers and "x-api-key" in headers:
         headers["authorization"] = f"Bearer {headers['x-api-key']}"
     return headers
+
+
+def _check_head(headers: Mapping[str, str], limit: int) -> None:
+    """Raises InvalidRequest, TooLarge, WrongMediaType for a body that need not be read."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON:
+        raise WrongMediaType(f"content-type is {kind[:100] or 'missing'}, {JSON} is needed", "request")
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise WrongMediaType(f"content-encoding is {encoding[:100]}, a body without one is needed", "request")
+    length = headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit():
+        raise InvalidRequest("content-length is no number", "request")
+    if int(length[:12]) > limit:
+        raise _too_large(limit)
 
 
 def _too_large(limit: int) -> TooLarge:

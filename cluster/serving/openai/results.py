@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 
-from cluster.errors import InvalidRequest
 from cluster.outcome import Computed, Wants
 from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.result_schema import InputRequest, PromptUsage
@@ -15,7 +14,6 @@ from cluster.serving.openai.served import Served
 from cluster.serving.outcomes import unit_vector
 from cluster.serving.text.prompts import Prompt
 
-MAX_INPUTS = 2048  # OpenAI's limit for embeddings
 AT_A_TIME = 16  # of one call's inputs at the engine: more would leave other clients no room in its queue
 
 
@@ -29,12 +27,10 @@ class ResultCall:
     async def compute(self, body: InputRequest, wants: Wants) -> list[Computed]:
         """Raises ClusterError."""
         self._served.check_model(body.model)
-        return await self.compute_each(to_prompts(body.input), wants)
+        return await self.compute_each(to_prompts(body.input, "input"), wants)
 
     async def compute_each(self, prompts: Sequence[Prompt], wants: Wants) -> list[Computed]:
         """Returns all results, in their prompts' order. Raises the first ClusterError, and ends the others."""
-        if not 1 <= len(prompts) <= MAX_INPUTS:
-            raise InvalidRequest(f"input has {len(prompts)} prompts, 1 to {MAX_INPUTS} are allowed", "input")
         results: list[Computed | None] = [None] * len(prompts)
         waiting = iter(enumerate(prompts))
 

@@ -1,0 +1,105 @@
+"""Bodies that are made to cost time and memory."""
+
+import asyncio
+
+import pytest
+from http_tools import Front
+from pydantic import ValidationError
+from serving_fakes import write_tokenizer
+from test_http import CHAT, scope_of
+
+from cluster.serving.openai import gate
+from cluster.serving.openai.chat_schema import ChatRequest
+from cluster.serving.openai.completion_schema import CompletionRequest
+from cluster.serving.openai.messages_schema import MessagesRequest
+from cluster.serving.text.tokenizer import Tokenizer
+
+MANY = 20_000
+BAD_BODIES = [
+    (ChatRequest, {"messages": [{}] * MANY}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "x"}] * MANY}]}),
+    (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]}),
+    (ChatRequest, {"messages": [], "tools": [{}] * MANY, "documents": [1] * MANY}),
+    (ChatRequest, {"messages": [], "stop": [1] * MANY, "logit_bias": {str(i): "" for i in range(MANY)}}),
+    (ChatRequest, {"messages": [], **{f"k{i}": 1 for i in range(MANY)}}),
+    (CompletionRequest, {"prompt": [{}] * MANY, "stop_token_ids": ["a"] * MANY, "guided_choice": [1] * MANY}),
+    (CompletionRequest, {"prompt": [[1]] * MANY + [["a"]]}),
+    (MessagesRequest, {"model": "a", "max_tokens": 1, "messages": [{"role": "user", "content": [{}] * MANY}]}),
+    (MessagesRequest, {"model": "a", "max_tokens": 1, "messages": [], "system": [{}] * MANY, "tools": [{}] * MANY}),
+]
+
+
+@pytest.mark.parametrize(("model", "body"), BAD_BODIES)
+def test_of_many_faults_in_a_body_few_are_looked_at(model, body):
+    """An error of each made 11 GB of a body of 8 MB, and held the event loop for 46 s."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= 8
+
+
+def test_slow_bodies_of_many_clients_do_not_fill_the_memory(tokenizer, monkeypatch):
+    """Each of them stays below the limit of one; together they may be as much as two of the largest here."""
+    monkeypatch.setattr(gate, "MAX_OPEN_BODIES", 2)
+
+    async def run():
+        front, statuses, go_on = Front(tokenizer, max_request_bytes=1000), [], asyncio.Event()
+
+        async def ask():
+            pieces = [b'{"messages"' + b" " * 700, b":[]}"]
+
+            async def receive():
+                if len(pieces) < 2:
+                    await go_on.wait()
+                return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+            async def send(message):
+                if message["type"] == "http.response.start":
+                    statuses.append(message["status"])
+
+            await front.app(scope_of(CHAT), receive, send)
+
+        asked = [asyncio.create_task(ask()) for _ in range(5)]
+        await asyncio.wait(asked[2:], timeout=10)
+        assert statuses == [429] * 3
+        go_on.set()
+        await asyncio.wait(asked, timeout=10)
+        assert statuses == [429] * 3 + [400] * 2
+        await asyncio.wait_for(ask(), 10)
+        assert statuses[-1] == 400
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_a_call_of_very_many_prompts_is_refused_before_any_of_them_is_looked_at(tokenizer):
+    front = Front(tokenizer, max_request_bytes=1 << 20)
+    for path, field in (("/v1/completions", "prompt"), ("/v1/embeddings", "input"), ("/pooling", "input")):
+        refused = asyncio.run(front.post(path, {field: [[1]] * 200_000}))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+        assert f"{field} has 200000 prompts" in refused.json()["error"]["message"]
+    assert front.backend.requests == []
+
+
+def test_a_form_that_takes_long_to_refuse_holds_up_no_other_request(tokenizer):
+    """Here 0.4 s and 82 MB. The event loop goes on meanwhile, and so does a whole call."""
+    terms = "\n".join(["start: A0", *(f"A{i}: A{i + 1} A{i + 1}" for i in range(40)), 'A40: "x"'])
+
+    async def run():
+        front, answered = Front(tokenizer), []
+
+        async def others(refusal):
+            while not refusal.done():
+                answered.append(await front.post("/v1/completions", {"prompt": "a", "max_tokens": 1}))
+
+        body = {"prompt": "a", "structured_outputs": {"grammar": terms}}
+        refusal = asyncio.ensure_future(front.post("/v1/completions", body))
+        await others(refusal)
+        assert (refusal.result().status_code, "too big" in refusal.result().text) == (400, True)
+        assert {answer.status_code for answer in answered} == {200}
+        assert len(answered) > 5
+
+    asyncio.run(run())
