@@ -52,7 +52,7 @@ def make_api(served: Served) -> FastAPI:
     for router in ROUTERS:
         api.include_router(router(served))
     add_handlers(api)
-    describe(api, KEYLESS.__contains__, served.service.info.model_id)
+    describe(api, KEYLESS.__contains__, served.model_names)
     return api
 
 

@@ -1,6 +1,6 @@
 """The OpenAPI document at `/openapi.json`: FastAPI's, with the keys, errors, streams and ranges that it cannot see."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -39,10 +39,10 @@ _UNCHECKED = ("HTTPValidationError", "ValidationError")  # FastAPI's own errors,
 _LOWEST = {"top_k": -1, "max_tokens": 0}  # here: all, and an echo alone
 
 
-def describe(api: FastAPI, keyless: Callable[[str], bool], model_id: str) -> None:
+def describe(api: FastAPI, keyless: Callable[[str], bool], model_names: Sequence[str]) -> None:
     """Makes an application describe itself with everything that its gate adds.
 
-    keyless: returns whether a path needs no key.  model_id: of the one model that bodies may name.
+    keyless: returns whether a path needs no key.  model_names: by which bodies may ask for the model.
     """
     plain = api.openapi
 
@@ -50,13 +50,13 @@ def describe(api: FastAPI, keyless: Callable[[str], bool], model_id: str) -> Non
         made = api.openapi_schema is not None
         document = plain()
         if not made:
-            _complete(document, keyless, model_id)
+            _complete(document, keyless, model_names)
         return document
 
     vars(api)["openapi"] = openapi
 
 
-def _complete(document: Json, keyless: Callable[[str], bool], model_id: str) -> None:
+def _complete(document: Json, keyless: Callable[[str], bool], model_names: Sequence[str]) -> None:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in _UNCHECKED:
         schemas.pop(name, None)
@@ -74,13 +74,17 @@ def _complete(document: Json, keyless: Callable[[str], bool], model_id: str) -> 
         if needs_key:
             operation["security"] = [{"bearer": []}, {"x-api-key": []}, {}]  # the last: a server without keys
         if path in _EXAMPLES:
-            operation["requestBody"]["content"]["application/json"]["example"] = {"model": model_id, **_EXAMPLES[path]}
+            operation["requestBody"]["content"]["application/json"]["example"] = _with_model(path, model_names[0])
         operation["responses"].pop("422", None)
         operation["responses"].update(_failures(path, operation, needs_key))
     for name in _request_schemas(document):
         _add_ranges(schemas[name].get("properties", {}))
         for kind in _kinds(schemas[name].get("properties", {}).get("model", {}), "string"):
-            kind["enum"] = [model_id]
+            kind["enum"] = list(model_names)
+
+
+def _with_model(path: str, name: str) -> Json:
+    return {"model": name, **_EXAMPLES[path]}
 
 
 def _operations(document: Mapping[str, Any]) -> Iterator[tuple[str, Json]]:
