@@ -58,3 +58,12 @@ def events(response):
     """The JSON objects of a stream; [DONE] stays as it is."""
     texts = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+
+def scope_of(path):
+    """An ASGI scope of a POST, for a client that leaves or does not read."""
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"content-type", b"application/json")], "client": ("192.0.2.7", 1), "server": ("server", 80),
+    }  # fmt: skip

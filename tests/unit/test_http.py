@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from http_tools import MODEL, Front, events
+from http_tools import MODEL, Front, events, scope_of
 from serving_fakes import EchoBackend, write_tokenizer
 
 from cluster.errors import ShardUnavailable
@@ -167,14 +167,6 @@ def test_an_error_after_the_first_token_ends_the_stream_and_is_in_it(tokenizer):
     *_, content, last = events(response)
     assert content["choices"][0]["delta"] == {"content": "a"}
     assert last["error"]["message"] == "a shard is gone"
-
-
-def scope_of(path):
-    return {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-        "headers": [(b"content-type", b"application/json")], "client": ("192.0.2.7", 1), "server": ("server", 80),
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import openai
 import pytest
-from http_tools import MODEL, Front
+from http_tools import MODEL, Front, scope_of
 from pydantic import BaseModel
 from serving_fakes import IM_END, EchoBackend, byte_ids, write_tokenizer
 
 from cluster.errors import Overloaded, ShardUnavailable
+from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.openai.responses.items import to_chat
 from cluster.serving.openai.responses.schema import ITEMS, ResponseRequest
 from cluster.serving.text.tokenizer import Tokenizer
@@ -35,12 +36,22 @@ def says(text, end=IM_END):
     return EchoBackend(script=[*updates, replace(last, constrained=True)])
 
 
+def deep(num_objects):
+    return json.loads('{"a":' * num_objects + "1" + "}" * num_objects)
+
+
 def front(tokenizer, backend=None, **options):
     return Front(tokenizer, backend or says("Hello!"), max_model_len=400, **options)
 
 
 def post(tokenizer, body, backend=None):
-    return asyncio.run(front(tokenizer, backend).post(PATH, body))
+    return asyncio.run(post_to(front(tokenizer, backend), body))
+
+
+async def post_to(server, body):
+    """With JSON that has escapes in place of half characters."""
+    async with server.client() as client:
+        return await client.post(PATH, content=json.dumps(body), headers={"content-type": "application/json"})
 
 
 def named_events(response):
@@ -208,6 +219,8 @@ def test_items_become_the_templates_turns():
         ({"input": "hi", "stream_options": {"include_obfuscation": False}}, "stream_options", "stream"),
         ({"input": "hi", "top_logprobs": 2}, "top_logprobs", "include"),
         ({"input": "hi", "metadata": {str(i): "" for i in range(17)}}, "metadata", "16"),
+        ({"input": "hi", "tool_choice": "none", "tools": [ADD | {"parameters": deep(300)}]}, None, "too deep"),
+        ({"input": "hi", "user": "\ud800"}, None, "half a character"),
         ({"input": "hi", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text", "schema"),
         ({"input": "hi", "text": {"verbosity": "low"}}, "text", "verbosity"),
         ({"input": "hi", "text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "text",
@@ -314,3 +327,82 @@ def test_the_oldest_turns_are_left_out_where_there_is_no_room(tmp_path, num_turn
     if num_turns > kept:
         refused = asyncio.run(server.post(PATH, body | {"truncation": "disabled"}))
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+
+
+def test_odd_values_that_are_only_given_back_do_no_harm(tokenizer):
+    """240 objects in one another are as many as pydantic writes, about."""
+
+    async def run():
+        server = front(tokenizer, max_request_bytes=100_000)
+        part = {"type": "output_text", "text": "x", "annotations": [deep(400)], "logprobs": [deep(400)]}
+        turns = [{"role": "assistant", "content": [part]}, {"role": "user", "content": "hi", "id": "\ud800"}]
+        tools = [ADD | {"parameters": deep(240) | {"b": float("nan")}}]
+        answer = await post_to(server, {"input": turns, "tool_choice": "none", "tools": tools})
+        assert answer.status_code == 200
+        kept = await server.get(f"{PATH}/{answer.json()['id']}")
+        assert kept.json() == answer.json()
+        assert answer.json()["tools"][0]["parameters"]["b"] is None
+        first, second = (await server.get(f"{PATH}/{answer.json()['id']}/input_items?order=asc")).json()["data"]
+        assert first["content"] == [{"type": "output_text", "text": "x", "annotations": []}]
+        assert second["id"] == "\ud800"
+
+    asyncio.run(run())
+
+
+def test_a_key_finds_its_own_responses_alone(tokenizer, tmp_path):
+    keys, lines = zip(*map(new_key, ("alice", "bob")), strict=True)
+    (tmp_path / "keys").write_text("\n".join(lines) + "\n")
+    alice, bob = [{"authorization": f"Bearer {key}"} for key in keys]
+
+    async def run():
+        server = front(tokenizer, keys=ApiKeys(tmp_path / "keys", lambda: 0.0))
+        made = (await server.post(PATH, {"input": "hi", "background": True}, headers=alice)).json()["id"]
+        path = f"{PATH}/{made}"
+        async with server.client() as client:
+            calls = [("GET", path), ("DELETE", path), ("GET", f"{path}/input_items"), ("GET", f"{path}?stream=true")]
+            for method, where in [*calls, ("POST", f"{path}/cancel")]:
+                refused = await client.request(method, where, headers=bob)
+                error = refused.json()["error"]
+                assert (refused.status_code, error["type"], error["code"]) == (404, "invalid_request_error", None)
+                assert "not found" in error["message"]
+            goes_on = await client.post(PATH, json={"input": "?", "previous_response_id": made}, headers=bob)
+            assert (goes_on.status_code, goes_on.json()["error"]["code"]) == (400, "previous_response_not_found")
+            assert (await client.get(path, headers=alice)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_client_that_hangs_up_ends_its_response_and_finds_what_there_was(tokenizer):
+    class Halting(EchoBackend):
+        async def generate(self, request):
+            async for update in super().generate(request):
+                yield update
+            await asyncio.Event().wait()
+
+    async def run():
+        backend = Halting(script=[SequenceUpdate(request_id="a", token_ids=(one,)) for one in byte_ids("Hel")])
+        server, left, received = front(tokenizer, backend), asyncio.Event(), []
+        sent = [{"type": "http.request", "body": json.dumps({"input": "hi", "stream": True}).encode()}]
+
+        async def receive():
+            if sent:
+                return sent.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            received.append(message.get("body", b"").decode())
+            if '"delta":"l"' in received[-1]:
+                left.set()
+
+        await asyncio.wait_for(server.app(scope_of(PATH), receive, send), 10)
+        assert server.service.admission.num_running == 0
+        seen = [json.loads(text.split("data: ")[1]) for text in received if text]
+        path = f"{PATH}/{seen[0]['response']['id']}"
+        kept = (await server.get(path)).json()
+        assert (kept["status"], kept["output"][0]["content"][0]["text"]) == ("cancelled", "Hel")
+        again = named_events(await server.get(f"{path}?stream=true"))
+        assert again[: len(seen)] == seen
+        assert again[-1]["response"] == kept
+
+    asyncio.run(run())

@@ -17,9 +17,11 @@ from cluster.experts.placement import plan_evenly
 from cluster.experts.pulse import Sign
 from cluster.outcome import Numbers
 from cluster.runtime.control.controller import ExpertController
+from cluster.runtime.front.response_store import ResponseStoreActor
 from cluster.runtime.workers.engine_actor import EngineActor
 from cluster.runtime.workers.protocol import ClusterRecord, Membership
 from cluster.runtime.workers.shard_actor import ExpertShardActor
+from cluster.serving.openai.responses.store import Page, Progress, Reply, StoredResponse, StoreLimits
 from cluster.status import ClusterStatus, Fault, ProcessInfo, ReplicaStatus, ShardStatus
 from cluster.stream.frames import StreamOffer
 from cluster.types import EngineRequest, EngineStats, Logprobs, SamplingParams, SequenceUpdate
@@ -49,9 +51,17 @@ EXCHANGED = (
     StreamOffer(*range(len(StreamOffer.__dataclass_fields__))),
 )  # fmt: skip
 # Sent only to who asks for them: the last version knows none of these.
-SINCE = (SequenceUpdate(request_id="a", numbers=Numbers(shape=(1,), data=bytes(4)), finish_reason="stop"),)
+SINCE = (
+    SequenceUpdate(request_id="a", numbers=Numbers(shape=(1,), data=bytes(4)), finish_reason="stop"),
+    StoredResponse(response_id="a", client="c", response="{}", items="[]", events=("e",), running=True, ending="lost"),
+    Progress(response_id="a", response="{}", first=1, events=("e",), ended=True),
+    Reply(store_id="s", stop=("a",)),
+    Page(events=("e",), num_events=2, ended=True),
+    StoreLimits(max_bytes=1, max_responses=2, max_age_s=3.0),
+)
 FAILURES = (ShardUnavailable("shard 1 died", 1), InvalidRequest("no", "n"))
 ACTORS = (ExpertController, ExpertShardActor, EngineActor)
+ACTORS_SINCE = (ResponseStoreActor,)
 NAMES = """
     cluster.config.cluster.ClusterConfig
     cluster.errors.InvalidRequest
@@ -69,6 +79,12 @@ NAMES = """
     cluster.runtime.protocol.ProcessInfo
     cluster.runtime.protocol.ReplicaStatus
     cluster.runtime.protocol.ShardStatus
+    cluster.runtime.front.response_store.ResponseStoreActor
+    cluster.serving.openai.responses.store.Page
+    cluster.serving.openai.responses.store.Progress
+    cluster.serving.openai.responses.store.Reply
+    cluster.serving.openai.responses.store.StoreLimits
+    cluster.serving.openai.responses.store.StoredResponse
     cluster.stream.frames.StreamOffer
     cluster.types.EngineRequest
     cluster.types.EngineStats
@@ -99,13 +115,13 @@ class NamesIn(pickle.Unpickler):
 
 def test_what_is_exchanged_goes_by_the_names_that_it_had_first(tmp_path):
     path = tmp_path / "values"
-    path.write_bytes(pickle.dumps((EXCHANGED + SINCE, FAILURES, tuple(map(sent, ACTORS)))))
+    path.write_bytes(pickle.dumps((EXCHANGED + SINCE, FAILURES, tuple(map(sent, ACTORS + ACTORS_SINCE)))))
     with path.open("rb") as file:
         reader = NamesIn(file)
         values, _, actors = reader.load()
     assert reader.seen == set(NAMES.split())
     assert values == EXCHANGED + SINCE
-    assert actors == ACTORS
+    assert actors == ACTORS + ACTORS_SINCE
 
 
 def test_the_last_version_reads_what_this_one_sends_and_the_reverse(tmp_path):

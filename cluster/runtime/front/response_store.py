@@ -20,15 +20,16 @@ MISSES = 2  # looks without a controller, after which there is no cluster
 class ResponseStoreActor(KeptResponses):
     """An asyncio actor, detached, one for a group. It ends when the group has no controller any more."""
 
-    def __init__(self, group: str, limits: StoreLimits) -> None:
+    def __init__(self, group: str) -> None:
         log_to_ray()
-        super().__init__(limits)
+        super().__init__()
         self._group = group
         self._watch: asyncio.Task[None] | None = None
 
-    async def attend(self) -> None:
-        """The first call: the event loop does not run yet in the constructor."""
-        if self._watch is None:
+    async def attend(self, limits: StoreLimits) -> None:
+        """Each ingress's first call. limits: as its configuration has them now."""
+        self.limits = limits
+        if self._watch is None:  # not in the constructor: no event loop runs there yet
             self._watch = asyncio.create_task(self._until_alone())
 
     async def _until_alone(self) -> None:

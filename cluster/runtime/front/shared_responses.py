@@ -75,7 +75,7 @@ class SharedResponses:
         if self._actor is None:
             async with asyncio.timeout(START_S):
                 actor = await asyncio.to_thread(_store_actor, self._config)
-                await actor.attend.remote()
+                await actor.attend.remote(_limits(self._config))
             self._actor = actor
         return self._actor
 
@@ -85,13 +85,16 @@ def response_store(config: ClusterConfig) -> ResponseStore | None:
     return SharedResponses(config) if config.stored_responses else None
 
 
-def _store_actor(config: ClusterConfig) -> Any:
-    group = shard_group(config)
-    limits = StoreLimits(
+def _limits(config: ClusterConfig) -> StoreLimits:
+    return StoreLimits(
         max_bytes=config.stored_responses_bytes,
         max_responses=config.stored_responses,
         max_age_s=config.stored_responses_age_s,
     )
+
+
+def _store_actor(config: ClusterConfig) -> Any:
+    group = shard_group(config)
     return (
         ray.remote(by_name(ResponseStoreActor))
         .options(
@@ -107,5 +110,5 @@ def _store_actor(config: ClusterConfig) -> Any:
             scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not in a group of an ingress's
             runtime_env=actor_environment(group, 1),
         )
-        .remote(group, limits)
+        .remote(group)
     )

@@ -16,6 +16,7 @@ from cluster.errors import ClusterError, InvalidRequest, NotFound, Overloaded, U
 
 log = logging.getLogger(__name__)
 
+_PLACES = ("body", "query", "path")  # where pydantic says that a value stood
 METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT", "PATCH")
 MAX_MESSAGE_CHARS = 1000
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -143,7 +144,7 @@ def _refusal(invalid: RequestValidationError) -> BadBody:
     found = invalid.errors()
     # A union has faults of each of its members: the one that came furthest is the one that was meant.
     first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
-    kind, where = first["type"], [str(part) for part in first["loc"] if part != "body"]
+    kind, where = first["type"], [str(part) for part in first["loc"] if part not in _PLACES]
     if kind == "json_invalid":
         return BadBody("the body is no JSON that can be read")
     path = ".".join(part for part in where if part.isidentifier() or part.isdigit())

@@ -1,5 +1,6 @@
 """A response as clients read it. Source: OpenAI's API reference."""
 
+import json
 from typing import Any
 
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, ReplicaUnavailable
@@ -72,10 +73,10 @@ class ResponseBody(AnswerBody):
 
 
 def begin(body: ResponseRequest, *, response_id: str, model: str, created_at: int, store: bool) -> ResponseBody:
-    """A response before its first token."""
+    """A response before its first token. Raises InvalidRequest."""
     form = body.text.format if body.text is not None else None
     choice = body.tool_choice or "auto"
-    return ResponseBody(
+    response = ResponseBody(
         id=response_id,
         created_at=created_at,
         status="queued" if body.background else "in_progress",
@@ -101,6 +102,11 @@ def begin(body: ResponseRequest, *, response_id: str, model: str, created_at: in
         truncation=body.truncation or "disabled",
         user=body.user,
     )
+    try:
+        return ResponseBody.model_validate(json.loads(response.model_dump_json()))  # as all will read it
+    except ValueError:
+        message = "the request is given back, and cannot be written as JSON: it is too deep, or has half a character"
+        raise InvalidRequest(message, "request") from None
 
 
 def error_of(error: Exception, response_id: str) -> dict[str, str]:
@@ -113,7 +119,7 @@ def error_of(error: Exception, response_id: str) -> dict[str, str]:
 
 def as_stored(stored: StoredResponse) -> ResponseBody:
     """A response out of the store, which may know of an end that came after its text."""
-    response = ResponseBody.model_validate_json(stored.response)
+    response = ResponseBody.model_validate(json.loads(stored.response))
     if response.status in ENDED or not stored.ending:
         return response
     if stored.ending == "cancelled":

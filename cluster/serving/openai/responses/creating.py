@@ -40,7 +40,7 @@ async def create(served: Served, body: ResponseRequest, call: Call) -> Response:
         created_at=int(served.now_s()),
         store=body.is_stored and served.responses.keeps,
     )
-    making = Making(response, served.now_s, keeps_events=response.store and bool(body.stream))
+    making = Making(response, served.now_s, streams=bool(body.stream))
     creation = Creation(served=served, call=call, asked=asked, items=json.dumps(items), making=making)
     chat = await prepared(served, asked, call)
     if body.background:

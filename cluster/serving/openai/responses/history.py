@@ -46,10 +46,17 @@ async def _until(response_id: str, store: ResponseStore, client: str) -> list[di
 def _as_json(item: Item) -> dict[str, Any]:
     """An item as it is kept and shown: with an id, and a message's text as a part."""
     plain = item.model_dump(exclude_none=True)
-    plain.setdefault("id", new_id(_PREFIXES[item.type]))
-    if isinstance(item, MessageItem) and isinstance(item.content, str):
+    plain["id"] = item.id or new_id(_PREFIXES[item.type])
+    if isinstance(item, MessageItem):
         kind = "output_text" if item.role == "assistant" else "input_text"
-        plain["content"] = [{"type": kind, "text": item.content}]
+        parts = [{"type": kind, "text": item.content}] if isinstance(item.content, str) else plain["content"]
+        plain["content"] = [_without_effect(part) for part in parts]
     if not isinstance(item, CallItem):
         plain.setdefault("status", "completed")
     return plain
+
+
+def _without_effect(part: dict[str, Any]) -> dict[str, Any]:
+    """A part without what was only given back."""
+    kept = {name: value for name, value in part.items() if name not in ("annotations", "logprobs")}
+    return kept | {"annotations": []} if part["type"] == "output_text" else kept

@@ -12,19 +12,23 @@ from cluster.serving.openai.responses.writing import Json, OutputWriter, event_t
 
 
 class Making:
-    """response: as far as it has come.  events: all that were made, where they are kept.
+    """response: as far as it has come.  events: all that were made, of a stream that is kept.
 
-    now_s: seconds since 1970.
+    streams: somebody reads the events; there are none else.  now_s: seconds since 1970.
     """
 
-    def __init__(self, response: ResponseBody, now_s: Callable[[], float], *, keeps_events: bool) -> None:
-        self.response, self._now_s, self.keeps_events = response, now_s, keeps_events
+    def __init__(self, response: ResponseBody, now_s: Callable[[], float], *, streams: bool) -> None:
+        self.response, self._now_s, self._streams = response, now_s, streams
         self.events: list[str] = []
         self.begun = False  # there is a token
         self._new: list[str] = []
         self._num_events = 0
         self._choice = Choice()
         self._writer = OutputWriter(self._emit)
+
+    @property
+    def keeps_events(self) -> bool:
+        return self._streams and self.response.store
 
     def announce(self) -> list[str]:
         """Returns the first events of a response that waits for its turn."""
@@ -75,7 +79,7 @@ class Making:
 
     def _begin(self) -> None:
         self.response = self.response.model_copy(update={"status": "in_progress"})
-        if not self._num_events:
+        if not self.response.background:
             self._emit_whole("response.created")
         self._emit_whole("response.in_progress")
         self.begun = True
@@ -95,9 +99,12 @@ class Making:
         )
 
     def _emit_whole(self, kind: str) -> None:
-        self._emit({"type": kind, "response": self.response.model_dump()})
+        if self._streams:
+            self._emit({"type": kind, "response": self.response.model_dump()})
 
     def _emit(self, event: Json) -> None:
+        if not self._streams:
+            return
         self._new.append(event_text({**event, "sequence_number": self._num_events}))
         self._num_events += 1
 

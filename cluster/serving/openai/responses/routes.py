@@ -19,6 +19,7 @@ from cluster.serving.openai.responses.writing import error_event, last_event
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import STREAMED, begun
 
+JSON = "application/json"
 PATH = "/v1/responses"
 NOTHING_YET = ": nothing yet\n\n"  # a comment: proxies see that the stream lives
 
@@ -60,12 +61,12 @@ def _add_kept(routes: APIRouter, store: ResponseStore) -> None:
         request: Request,
         stream: bool = False,
         starting_after: Annotated[int, Query(ge=0)] | None = None,
-    ) -> Response | ResponseBody:
+    ) -> Response:
         stored = await store.get(response_id, request.state.client)
         if not stream:
             if starting_after is not None:
                 raise InvalidRequest("starting_after is for streams: set stream to true", "starting_after")
-            return as_stored(stored)
+            return _json(as_stored(stored))
         if stored.events is None:
             raise InvalidRequest(f"{response_id} was made without stream: true, and has no events", "stream")
         first = 0 if starting_after is None else starting_after + 1
@@ -77,22 +78,23 @@ def _add_kept(routes: APIRouter, store: ResponseStore) -> None:
         await store.delete(response_id, request.state.client)
         return Deleted(id=response_id)
 
-    @routes.post("/{response_id}/cancel")
-    async def cancel_response(response_id: str, request: Request) -> ResponseBody:
+    @routes.post("/{response_id}/cancel", response_model=ResponseBody)
+    async def cancel_response(response_id: str, request: Request) -> Response:
         if not as_stored(await store.get(response_id, request.state.client)).background:
             raise InvalidRequest(f"{response_id} does not run in the background: to cancel it, hang up", "response_id")
-        return as_stored(await store.cancel(response_id, request.state.client))
+        return _json(as_stored(await store.cancel(response_id, request.state.client)))
 
-    @routes.get("/{response_id}/input_items")
+    @routes.get("/{response_id}/input_items", response_model=ItemList)
     async def list_input_items(
         response_id: str,
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
-    ) -> ItemList:
+    ) -> Response:
         items = json.loads((await store.get(response_id, request.state.client)).items)
-        return _page(items if order == "asc" else items[::-1], limit, after)
+        page = _page(items if order == "asc" else items[::-1], limit, after)
+        return Response(json.dumps(page.model_dump()), media_type=JSON)  # which writes half characters, too
 
 
 async def again(store: ResponseStore, response_id: str, client: str, first: int) -> AsyncGenerator[str, None]:
@@ -107,6 +109,10 @@ async def again(store: ResponseStore, response_id: str, client: str, first: int)
             return
         if not page.events:
             yield NOTHING_YET
+
+
+def _json(response: ResponseBody) -> Response:
+    return Response(response.model_dump_json(), media_type=JSON)
 
 
 def _page(items: list[dict[str, Any]], limit: int, after: str | None) -> ItemList:

@@ -39,7 +39,7 @@ class StoreLimits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredResponse:
     """response, items: JSON; items is the conversation that the response answers.
-    events: the texts of its stream's events but the last; None: it is no stream.
+    events: the texts of its stream's events but the last; None: it is no stream. `get` gives none: `follow` does.
     running: some process goes on with it.  ending: "cancelled" or "lost" where the store knows it, the text may not.
     """
 
@@ -131,7 +131,7 @@ class KeptResponses:
     """A `ResponseStore` in this process. Not thread-safe. clock: monotonic seconds."""
 
     def __init__(self, limits: StoreLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits, self._clock = limits or StoreLimits(), clock
+        self.limits, self._clock = limits or StoreLimits(), clock
         self._id = uuid.uuid4().hex
         self._kept: dict[str, _Kept] = {}  # oldest first
         self._num_bytes = 0
@@ -141,7 +141,8 @@ class KeptResponses:
         now, events = self._clock(), list(stored.events or ())
         num_bytes = RECORD_BYTES + _num_bytes(stored.response, stored.items, *events)
         self._check_room(num_bytes, running=stored.running)
-        self._kept[stored.response_id] = _Kept(stored, now, now, events, num_bytes)
+        plain = stored if stored.events is None else replace(stored, events=())
+        self._kept[stored.response_id] = _Kept(plain, now, now, events, num_bytes)
         self._num_bytes += num_bytes
         self._evict()
         return self._id
@@ -206,20 +207,19 @@ class KeptResponses:
     def _now(self, kept: _Kept) -> StoredResponse:
         """A response as it is at this moment."""
         lost = kept.stored.running and not self._runs(kept)
-        stored = replace(kept.stored, running=False, ending="lost") if lost else kept.stored
-        return replace(stored, events=None if stored.events is None else tuple(kept.events))
+        return replace(kept.stored, running=False, ending="lost") if lost else kept.stored
 
     def _check_room(self, num_bytes: int, *, running: bool) -> None:
         """Raises Overloaded for one that does not fit in, a running one also for one that does not fit beside the
         others that run."""
         others = [kept.num_bytes for kept in self._kept.values() if self._runs(kept)] if running else []
-        limits = self._limits
+        limits = self.limits
         if len(others) >= limits.max_responses or sum(others) + num_bytes > limits.max_bytes:
             raise Overloaded.later("the store of responses has no room for this one", RETRY_S)
 
     def _evict(self) -> None:
         """Drops what is too old or too much: the oldest first, running ones after all others."""
-        limits, now = self._limits, self._clock()
+        limits, now = self.limits, self._clock()
         while self._kept:
             victim = next(iter(self._kept.values()))
             if self._num_bytes > limits.max_bytes or len(self._kept) > limits.max_responses:
