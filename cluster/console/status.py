@@ -38,6 +38,7 @@ def print_cluster(cluster: Served) -> None:
     print(f"gRPC     {cluster.grpc_address}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
     if cluster.http_url:
         print(f"HTTP     {cluster.http_url}/v1   OpenAI's API")
+        print(f"page     {cluster.http_url}/     a chat, and the cluster live")
     for address in status.metrics_addresses:
         print(f"metrics  {address}")
     if status.dense:

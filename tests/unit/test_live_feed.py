@@ -129,10 +129,10 @@ def test_a_reading_that_fails_is_made_again(monkeypatch):
 def test_a_beat_counts_tokens_since_the_last_reading_and_begins_anew_with_a_new_process():
     maker = BeatMaker()
     assert maker.beat(reading(10.0, first=100, second=100)).tokens is None
-    beat = maker.beat(reading(12.0, first=104, second=112, stats={"r": stats(0, 0.0)}))
+    beat = maker.beat(reading(12.0, first=104, second=112, status=status(imbalance=1.25)))
     assert beat.tokens == [[0, 4, 0, 0], [0, 0, 12, 0]]
     assert [(shard.id, shard.tokens_per_s, shard.share) for shard in beat.shards] == [(0, 2.0, 0.25), (1, 6.0, 0.75)]
-    assert beat.imbalance == 2.0  # in each layer one shard has all of the load: twice the mean
+    assert beat.imbalance == 1.25
     successor = {(0, 99): np.array([[0, 50, 0, 0], [0] * 4]), (1, 11): np.array([[0] * 4, [0, 0, 113, 0]])}
     assert maker.beat(reading(13.0, counters=successor)).tokens == [[0, 0, 0, 0], [0, 0, 1, 0]]
 

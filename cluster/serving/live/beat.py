@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.experts import eplb
 from cluster.serving.live.figures import FigureMeter, Figures
 from cluster.serving.live.reading import Counts, Reading
 from cluster.types import EngineStats
@@ -36,7 +35,7 @@ class ShardBeat:
 class Beat:
     """seconds: since the last one.  epoch: of the plan whose layers `tokens` has.
     tokens: [sparse layers][experts] tokens in these seconds; None where no expert had any.
-    tokens_per_s: made for clients.  imbalance: the slowest shard's load against the mean.
+    tokens_per_s: made for clients.  imbalance: the slowest shard's load against the mean, over the last minutes.
     figures: None without news of them.
     """
 
@@ -67,14 +66,13 @@ class BeatMaker:
         tokens = np.sum(list(counted.values()), axis=0) if counted else None
         replicas = tuple(_replicas(last, reading))
         self._number += 1
-        plan = reading.status.plan
         return Beat(
             number=self._number,
             seconds=round(seconds, 3),
             epoch=reading.status.epoch,
             tokens=tokens.tolist() if tokens is not None and tokens.any() else None,
             tokens_per_s=round(sum(replica.tokens_per_s for replica in replicas), 1),
-            imbalance=round(_imbalance(reading, tokens), 3) if plan is not None else 1.0,
+            imbalance=round(reading.status.imbalance, 3),
             uncovered_s=round(reading.status.uncovered_s, 1),
             shards=tuple(_shards(counted, seconds)),
             replicas=replicas,
@@ -92,13 +90,6 @@ def _new_tokens(last: Reading, reading: Reading) -> dict[int, Counts]:
             shard_id = source[0]
             counted[shard_id] = counted[shard_id] + new if shard_id in counted else new
     return counted
-
-
-def _imbalance(reading: Reading, tokens: Counts | None) -> float:
-    plan = reading.status.plan
-    if plan is None or tokens is None or tokens.shape != (len(plan.layer_ids), plan.num_experts):
-        return reading.status.imbalance
-    return eplb.imbalance(plan, tokens) if tokens.any() else reading.status.imbalance
 
 
 def _shards(counted: dict[int, Counts], seconds: float) -> list[ShardBeat]:

@@ -153,7 +153,7 @@ export class Heatmap {
   }
 
   cross(x, y, width, height) {
-    this.context.strokeStyle = this.style.getPropertyValue("--bad");
+    this.context.strokeStyle = this.style.caretColor;
     this.context.lineWidth = 1.2;
     this.context.beginPath();
     this.context.moveTo(x + 1, y + height - 1);

@@ -30,7 +30,9 @@ function showState(pill, state, kind) {
   pill.dataset.kind = kind;
 }
 
-const place = (process) => process ? ` · node ${process.node} · pid ${process.pid}${process.gpus.length ? ` · GPU ${process.gpus.join(", ")}` : ""}` : "";
+const place = (process) => process
+  ? [`node ${process.node}`, `pid ${process.pid}`, ...(process.gpus.length ? [`GPU ${process.gpus.join(", ")}`] : [])]
+  : [];
 const loaded = (part) => part.total_bytes ? ` ${Math.round((100 * part.loaded_bytes) / part.total_bytes)} %` : "";
 
 export class Processes {
@@ -82,8 +84,9 @@ export class Processes {
       setText(name, `Replica ${now.slot < 0 ? now.name : now.slot}`);
       showState(state, now.ready ? "up" : `loading${loaded(now)}`, now.ready ? "good" : "busy");
       const held = beat?.held ? ` (${beat.held} held)` : "";
-      const cache = beat?.cache_tokens ? `cache for ${count(beat.cache_tokens)} tokens · ` : "";
-      setText(facts, `${cache}plan ${now.epoch}${place(now.process)}`);
+      const cache = beat?.cache_tokens ? [`${count(beat.cache_tokens)}-token cache`] : [];
+      const plan = now.ready && now.epoch < this.picture.epoch ? [`still at plan ${now.epoch}`] : [];
+      setText(facts, [...cache, ...place(now.process), ...plan].join(" · "));
       show(beat ? [count(beat.tokens_per_s), `${beat.running}${held}`, String(beat.waiting), percent(beat.used)] : []);
       meter.value = beat?.used ?? 0;
     };
@@ -109,9 +112,9 @@ export class Processes {
       swatch.style.background = shardColour(this.theme, now.id);
       setText(name, `Shard ${now.id}`);
       showState(state, now.state + (up ? "" : loaded(now)), up ? "good" : now.state === "lost" ? "bad" : "busy");
-      const memory = figures ? ` · ${bytes(figures.bytes)}` : "";
-      const again = now.respawns ? ` · respawned ${now.respawns}×` : "";
-      setText(facts, `${now.num_experts} experts${memory}${place(now.process)}${again}`);
+      const memory = figures ? [bytes(figures.bytes)] : [];
+      const again = now.respawns ? [`respawned ${now.respawns} ${now.respawns === 1 ? "time" : "times"}`] : [];
+      setText(facts, [`${now.num_experts} experts`, ...memory, ...place(now.process), ...again].join(" · "));
       const share = up ? (beat?.share ?? 0) : 0;
       const traffic = figures && up ? [count(figures.rows_per_s), figures.in_flight.toFixed(1), percent(figures.busy)] : [];
       show([percent(share), ...traffic]);

@@ -8,13 +8,13 @@ const [WIDTH, HEIGHT] = [120, 28];
 
 const TILES = [
   ["throughput", "Throughput", "tokens/s", (beat) => beat.tokens_per_s, count, ({ requests }) => requests],
-  ["first", "First token, median", "", (_, figures) => figures?.first_token.p50, seconds, ({ figures }) => p95(figures?.first_token)],
-  ["between", "Between tokens, median", "", (_, figures) => figures?.between_tokens.p50, seconds, ({ figures }) => p95(figures?.between_tokens)],
+  ["first", "First token", "", (_, figures) => figures?.first_token.p50, seconds, ({ figures }) => p95(figures?.first_token)],
+  ["between", "Between tokens", "", (_, figures) => figures?.between_tokens.p50, seconds, ({ figures }) => p95(figures?.between_tokens)],
   ["rows", "Rows to experts", "rows/s", (_, figures) => sum(figures, "rows_per_s"), count, ({ figures }) => `${(sum(figures, "in_flight") ?? 0).toFixed(1)} in flight`],
   ["imbalance", "Imbalance", "", (beat) => beat.imbalance, (value) => value.toFixed(2), ({ copies }) => copies],
 ];
 
-const p95 = (latency) => `95 % within ${seconds(latency?.p95)}`;
+const p95 = (latency) => `median · 95 % in ${seconds(latency?.p95)}`;
 const sum = (figures, name) => figures?.shards.reduce((total, shard) => total + shard[name], 0);
 
 export class Tiles {
