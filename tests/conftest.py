@@ -115,6 +115,7 @@ class SharedApplication:
             config = ClusterConfig(
                 model=str(self._model_dir),
                 model_id="demo-moe",
+                model_aliases="demo, Qwen/Qwen1.5-MoE-A2.7B-Chat",  # of docs/clients.md
                 dtype="float32",
                 device="cpu",
                 attention_replicas=2,

@@ -11,7 +11,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from cluster.config import DEFAULTS
-from cluster.errors import ClusterError, Unavailable
+from cluster.errors import ClusterError, NotFound, Unavailable
 from cluster.outcome import Computed, Numbers, Wants
 from cluster.serving.admission.admission import Admission
 from cluster.serving.backend import GenerationBackend, UpdateStream
@@ -89,6 +89,13 @@ class InferenceService:
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the bytes that a token's text has, that of a special one, too; none without a tokenizer."""
         return self._tokenizer.token_bytes(token_id, skip_special_tokens=False)
+
+    def tokenizer_info(self) -> dict[str, str | None]:
+        """Returns the special tokens' texts by their names, and the text of the default chat template, if there is
+        one. Raises NotFound without a tokenizer."""
+        if isinstance(self._tokenizer, NoText):
+            raise NotFound("this server has left out the tokenizer, and takes token ids alone", "request")
+        return {**self._tokenizer.special_tokens, "chat_template": self._tokenizer.chat_template}
 
     def count_refused(self, error: ClusterError) -> None:
         """Counts a call that ended before it was read: admission refused it."""

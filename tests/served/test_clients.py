@@ -1,15 +1,13 @@
-"""Other programs' clients on the served application: each script of tests/clients/ in an environment of its own.
+"""Other programs' clients on the served application: the scripts of tests/clients/."""
 
-`$CLIENTS` is the Python of an environment with what tests/clients/requirements.txt names, `$OPENAI_NPM` a folder with
-npm's package openai (CONTRIBUTING.md); `.ci/run` makes both. Without them these tests are skipped.
-"""
-
+import json
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from client_tools import run, with_clients, with_npm
 
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
@@ -17,21 +15,6 @@ from cluster.pb.moecluster.v1 import inference_pb2_grpc
 pytestmark = pytest.mark.ray
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "clients"
-QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGCHAIN_TRACING_V2": "false", "HF_HUB_OFFLINE": "1"}
-with_clients = pytest.mark.skipif("CLIENTS" not in os.environ, reason="CLIENTS names no Python with the clients")
-with_npm = pytest.mark.skipif(
-    "OPENAI_NPM" not in os.environ or shutil.which("node") is None, reason="OPENAI_NPM names no folder of npm's openai"
-)
-
-
-def run(*command, **environment):
-    """Fails with all that the client wrote."""
-    found = subprocess.run(
-        [str(word) for word in command], env={**os.environ, **QUIET, **environment}, text=True, timeout=240,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stdout
-    return found.stdout
 
 
 @pytest.fixture
@@ -54,3 +37,35 @@ def test_python_clients(arguments, script):
 @with_npm
 def test_openais_client_for_javascript(arguments):
     run("node", SCRIPTS / "chat.mjs", *arguments, OPENAI_NPM=f"{os.environ['OPENAI_NPM']}/")
+
+
+@with_clients
+def test_lm_evals_numbers_are_those_of_transformers(served, demo_checkpoint, tmp_path):
+    """Log-likelihoods of choices, and greedy answers to texts and to chats."""
+    written = run(os.environ["CLIENTS"], SCRIPTS / "lm_eval_tasks.py", served.http_url, "demo-moe", tmp_path)
+    found = json.loads(written.splitlines()[-1])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()
+    assert len(found["choices"]) == 4
+    for choice in found["choices"]:
+        ids = tokenizer(choice["context"] + choice["continuation"]).input_ids
+        num_context = len(tokenizer(choice["context"]).input_ids)
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        each = logprobs[range(num_context - 1, len(ids) - 1), ids[num_context:]]
+        assert choice["logprob"] == pytest.approx(float(each.sum()), abs=1e-3)
+        best = logprobs[num_context - 1 : -1].argmax(-1).tolist()
+        assert choice["greedy"] == (best == ids[num_context:])
+
+    def continued(ids):
+        new = model.generate(
+            torch.tensor([ids]), max_new_tokens=8, do_sample=False, repetition_penalty=1.0, eos_token_id=None
+        )
+        return tokenizer.decode(new[0, len(ids) :], skip_special_tokens=True).partition("\n")[0]
+
+    for question, answer in found["completions"].items():
+        assert answer.partition("\n")[0] == continued(tokenizer(question).input_ids)
+    for question, answer in found["chats"].items():
+        turn = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        assert answer.partition("\n")[0] == continued(ids)

@@ -96,7 +96,7 @@ def test_refusals_are_openais_errors(client, served):
 
 
 def test_questions_about_the_server(client, served):
-    assert [model.id for model in client.models.list()] == ["demo-moe"]
+    assert [model.id for model in client.models.list()] == ["demo-moe", "demo", "Qwen/Qwen1.5-MoE-A2.7B-Chat"]
     for path in ("/health", "/ready", "/version", "/-/healthz"):
         with urlopen(served.http_url + path, timeout=10) as answer:
             assert answer.status == 200

@@ -1,8 +1,10 @@
-"""`/tokenize` and `/detokenize`: vLLM's calls between texts or conversations and token ids."""
+"""`/tokenize` and `/detokenize`: vLLM's calls between texts or conversations and token ids; and `/tokenizer_info`, from
+which lm-eval learns that it needs no tokenizer of its own."""
 
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import ConfigDict
 
 from cluster.errors import InvalidRequest
 from cluster.serving.openai.base_schema import AnswerBody, RequestBody
@@ -54,6 +56,18 @@ class TokenizeAnswer(AnswerBody):
     token_strs: list[str] | None = None
 
 
+class TokenizerInfo(AnswerBody):
+    """Also with the model's other special tokens, by their names. Source: vLLM"""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str = "Qwen2Tokenizer"
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    chat_template: str | None = None
+    model_max_length: int
+
+
 class DetokenizeRequest(RequestBody):
     model: str | None = None
     tokens: list[int]
@@ -72,6 +86,11 @@ def router(served: Served) -> APIRouter:
         ids = await service.tokenize(body.to_prompt(), request.state.client)
         texts = [service.token_bytes(each).decode(errors="replace") for each in ids] if body.return_token_strs else None
         return TokenizeAnswer(count=len(ids), max_model_len=service.info.max_model_len, tokens=ids, token_strs=texts)
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        described = {**service.tokenizer_info(), "model_max_length": service.info.max_model_len}
+        return TokenizerInfo.model_validate(described)
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:

@@ -43,6 +43,17 @@ class ChatRenderer:
     def has_templates(self) -> bool:
         return bool(self._templates)
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Returns the texts of the special tokens by their names, as templates see them."""
+        return self._special_tokens
+
+    @property
+    def default_source(self) -> str | None:
+        """Returns the text of the template that a chat without tools gets."""
+        template = self._templates.get(DEFAULT_TEMPLATE)
+        return None if template is None else template.source
+
     def render(self, chat: Conversation) -> str:
         """Returns the text that the model gets. Raises InvalidRequest (field "chat").
 

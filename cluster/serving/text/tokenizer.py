@@ -5,7 +5,7 @@
 interpreter lock, rendering a template does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.checkpoint.byte_level import byte_of_char
@@ -46,6 +46,16 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._chat.has_templates
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Returns the texts of the special tokens by their names, such as eos_token."""
+        return self._chat.special_tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        """Returns the text of the template that a chat without tools gets."""
+        return self._chat.default_source
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, with those that the tokenizer adds by itself (for Qwen: none)."""
