@@ -151,3 +151,36 @@ def test_the_answers_to_one_prompt_share_its_cache(served, client, path):
 def _prefill_tokens(served):
     name = "moecluster_engine_step_tokens_total"
     return sum(s.value for s in samples(served) if s.name == name and s.labels["phase"] == "prefill")
+
+
+def test_a_batch_over_http_takes_every_kind_of_request(served, channel, tmp_path):
+    """Vectors are those that gRPC gives; calls and forms are by their schemas; a refusal harms no other line."""
+    schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    chat = {"messages": MESSAGES, "max_tokens": 200, "seed": 1}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    bodies = {
+        "vector": ("embeddings", {"input": "hello"}),
+        "called": (
+            "chat/completions",
+            {**chat, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False},
+        ),
+        "schema": ("chat/completions", {**chat, "response_format": form}),
+        "choice": ("completions", {"prompt": "x", "structured_outputs": {"choice": ["yes", "no"]}}),
+        "refused": ("embeddings", {"input": "x", "encoding_format": "hex"}),
+    }
+    lines = [
+        {"custom_id": name, "method": "POST", "url": f"/v1/{path}", "body": body}
+        for name, (path, body) in bodies.items()
+    ]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--address", served.http_url]) == 1
+    found = {one["custom_id"]: one["response"] for one in map(json.loads, (tmp_path / "out").read_text().splitlines())}
+    assert {name: one["status_code"] for name, one in found.items()} == dict.fromkeys(bodies, 200) | {"refused": 400}
+    expected = inference_pb2_grpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(text="hello"))
+    assert found["vector"]["body"]["data"][0]["embedding"] == pytest.approx(list(expected.embedding), abs=1e-5)
+    [call] = found["called"]["body"]["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["x"] in (1, 2)
+    assert json.loads(found["schema"]["body"]["choices"][0]["message"]["content"])["x"] in (1, 2)
+    assert found["choice"]["body"]["choices"][0]["text"] in ("yes", "no")
+    assert set(found["refused"]["body"]["error"]) == {"message", "type", "param", "code"}
