@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from cluster.bench.machine import this_machine
 from cluster.bench.report import describe_machine, markdown_table
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.config import read_model_config
+from cluster.drawing import bars
 from cluster.errors import SetupError
 
 TINY: dict[str, Any] = {
@@ -55,7 +55,7 @@ def measure_context(args: argparse.Namespace) -> int:
         raise SetupError(f"--window is {args.window}, a number from 1 is needed")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     points = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars(*columns) as progress:
         task = progress.add_task("contexts", total=sum(args.context))
         for context in args.context:
             progress.update(task, description=f"{context:,} tokens")

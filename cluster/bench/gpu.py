@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from cluster.bench.checkpoint import default_directory, describe, made_checkpoint, read_config
 from cluster.bench.machine import this_machine
@@ -28,6 +27,7 @@ from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.checkpoint.names import dense_bytes
 from cluster.config import DTYPE_BYTES, ModelConfig
+from cluster.drawing import bars
 from cluster.errors import ClusterError, SetupError
 
 BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}  # bytes/s, NVIDIA's data sheets (SXM, 80 GB and more)
@@ -80,7 +80,7 @@ def measure_gpu(args: argparse.Namespace) -> int:
     results: list[GpuResult] = []
     failures: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars(*columns) as progress:
         for spec in (_specs(model_dir, config, args.shards)[name] for name in args.systems):
             task = progress.add_task(spec.name, total=(1 + args.repeat) * len(samplings))
             try:

@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from cluster.bench.checkpoint import describe, made_with_progress, read_config
 from cluster.bench.growth_points import GrowthPoint, plan_points
@@ -20,6 +19,7 @@ from cluster.bench.report import describe_machine, markdown_table
 from cluster.bench.spec import SystemSpec
 from cluster.bench.throughput import Prompts, System, Workload
 from cluster.bench.worker import RemoteSystem
+from cluster.drawing import bars
 
 OUTPUT_TOKENS = 17  # 16 decode steps after the first token
 
@@ -32,7 +32,7 @@ def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -
         check_plot(args.plot)
     points = plan_points(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars(*columns) as progress:
         task = progress.add_task("points", total=len(points))
         measured: dict[GrowthPoint, GrowthPoint] = {}
         for layers, shards in dict.fromkeys((point.layers, point.shards) for point in points):

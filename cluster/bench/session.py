@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cluster.bench.checkpoint import describe, made_with_progress, read_config
@@ -20,6 +19,7 @@ from cluster.bench.throughput import Workload, measure_in_turns
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.checkpoint.model_files import complete_directory
 from cluster.config import ModelConfig
+from cluster.drawing import bars
 from cluster.errors import ClusterError, SetupError
 
 REST_S = 0.5  # between two systems' turns: OpenMP threads spin for up to 0.2 s after their work
@@ -45,7 +45,7 @@ def measure_all(
         check_plot(args.plot)
     draft = _draft(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars(*columns) as progress:
         if args.model_dir is not None:
             model_dir = complete_directory(args.model_dir)  # other engines know no names
         else:

@@ -9,9 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
-from rich.console import Console
-from rich.progress import Progress
-
 from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
@@ -24,6 +21,7 @@ from cluster.checkpoint.model_files import complete_directory
 from cluster.client import options
 from cluster.client.grpc_client import Client
 from cluster.config import ModelConfig
+from cluster.drawing import bars
 from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
 from cluster.types import SamplingParams
 
@@ -83,7 +81,7 @@ def measure_server(args: argparse.Namespace) -> int:
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         vocab_size = client.model_info().vocab_size
         before = _server_bytes(args.server_pid)
-        with Progress(console=Console(stderr=True)) as progress:
+        with bars() as progress:
             task = progress.add_task("requests", total=args.requests)
             started = time.perf_counter()
             timings = _run(client, args, vocab_size, lambda: progress.update(task, advance=1))

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from cluster.chaos.traffic import Question, Reply, ask_all, make_questions
 from cluster.client import options
 from cluster.client.grpc_client import Client
+from cluster.drawing import moves
 from cluster.errors import ClusterError, SetupError, Unavailable
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def unleash(
     wait_whole(cluster, num_replicas, recovery_timeout_s)
     rng = random.Random(seed)
     recoveries: list[Recovery] = []
-    with Progress(console=console or Console(quiet=True)) as progress:
+    console = console or Console(quiet=True)
+    with Progress(console=console, disable=not moves(console)) as progress:
         quiet_task = progress.add_task("without faults", total=len(questions))
         quiet = ask_all(client, questions, concurrency, lambda _: progress.update(quiet_task, advance=1))
         if wrong := [reply.error for reply in quiet if reply.error]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
 
@@ -11,6 +12,15 @@ def parser(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return command
 
 
+def _looking() -> AbstractContextManager[object]:
+    """Shows that the command is at work, where rich is there for it."""
+    try:
+        from cluster.console.working import Working
+    except ImportError:
+        return nullcontext()
+    return Working("looking at this machine and installation …")
+
+
 def run(args: argparse.Namespace, failure: ImportError | None = None) -> int:
     """Returns 0 where a cluster can be served, 1 where something is missing for that.
 
@@ -18,7 +28,8 @@ def run(args: argparse.Namespace, failure: ImportError | None = None) -> int:
     """
     from cluster.doctor import Finding, examine
 
-    findings = examine()
+    with _looking():
+        findings = examine()
     if failure is not None:
         advice = "install what is missing, or all again: pip install --force-reinstall moe-cluster"
         findings.append(Finding("commands", f"cannot be imported: {failure}", advice, missing=True))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_options, byte_size
+from cluster.cli.loading import loading
 from cluster.client import options
 from cluster.errors import SetupError
 
@@ -94,8 +95,8 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
     batch = max(1, min(SEQUENCES, TOKENS // windows.context))
     blocks = -(-windows.context // engine.block_size) + 1
     needed = config.kv_bytes_per_token(resolve_dtype(engine.dtype, config)) * engine.block_size * blocks
-    with (
-        LLM(
+    with loading(args.model):
+        llm = LLM(
             args.model,
             skip_tokenizer=True,
             dtype=engine.dtype,
@@ -104,9 +105,8 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
             kv_cache_bytes=args.kv_cache_bytes or needed * (batch + 1),
             rope_scaling=args.rope_scaling,
             enable_prefix_caching=False,
-        ) as llm,
-        CountProgress("tokens", "tokens") as bar,
-    ):
+        )
+    with llm, CountProgress("tokens", "tokens") as bar:
 
         def score(parts: Sequence[Sequence[int]]) -> "list[NDArray[np.float32]]":
             return [found.logprobs.numpy() for found in llm.prompt_logprobs(list(parts))]

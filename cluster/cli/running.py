@@ -54,10 +54,12 @@ def add_commands(commands: Commands) -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from cluster.console import print_status
+    from cluster.console import Working, print_status
 
     with _running(args) as cluster:
-        print_status(cluster.status())
+        with Working("asking the controller …"):
+            status = cluster.status()
+        print_status(status)
     return 0
 
 
@@ -72,14 +74,14 @@ def _top(args: argparse.Namespace) -> int:
 
 
 def _rebalance(args: argparse.Namespace) -> int:
-    with _running(args) as cluster, _work_shown(cluster):
+    with _running(args) as cluster, _work_shown(cluster, "rebalancing …"):
         done = cluster.rebalance()
     print(done)
     return 0
 
 
 def _roll(args: argparse.Namespace) -> int:
-    with _running(args) as cluster, _work_shown(cluster):
+    with _running(args) as cluster, _work_shown(cluster, "replacing processes …"):
         done = cluster.roll()
     print(done)
     return 0
@@ -90,19 +92,28 @@ def _scale(args: argparse.Namespace) -> int:
         raise SetupError("nothing to change: give --expert-shards, --attention-replicas or both")
     with _running(args) as cluster:
         if args.expert_shards is not None:
-            with _work_shown(cluster):
+            with _work_shown(cluster, "scaling expert shards …"):
                 done = cluster.scale_experts(args.expert_shards)
             print(done)
         if args.attention_replicas is not None:
             print(cluster.scale_attention(args.attention_replicas))
-            shown = None
-            while (running := cluster.attention_replicas()) != args.attention_replicas:
-                if running != shown:
-                    print(f"{running} of {args.attention_replicas} run", file=sys.stderr, flush=True)
-                    shown = running
-                time.sleep(0.5)  # Serve starts and drains them in its own time
+            running = _await_replicas(cluster, args.attention_replicas)
             print(f"{running} attention replicas run", file=sys.stderr)
     return 0
+
+
+def _await_replicas(cluster: "RunningCluster", wanted: int) -> int:
+    """Returns when as many attention replicas run as are wanted; shows how many do."""
+    from cluster.console import Working
+
+    shown = None
+    with Working("scaling attention replicas …") as working:
+        while (running := cluster.attention_replicas()) != wanted:
+            if running != shown:
+                working.say(f"{running} of {wanted} run")
+                shown = running
+            time.sleep(0.5)  # Serve starts and drains them in its own time
+    return running
 
 
 def _chaos(args: argparse.Namespace) -> int:
@@ -113,19 +124,23 @@ def _chaos(args: argparse.Namespace) -> int:
 
 def _running(args: argparse.Namespace) -> "RunningCluster":
     """Returns the running cluster that the arguments name."""
+    from cluster.console import Working
+
     address = find_address(args.ray_address if args.ray_address != "auto" else None)
-    found = find_ray(address)
+    with Working("looking for a Ray …"):
+        found = find_ray(address)
     from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
 
-    with terminal.bounded(
-        CONNECT_TIMEOUT_S, f"the Ray at {found} takes no connection in {CONNECT_TIMEOUT_S:g} s: {TRY_ANOTHER}"
-    ):
+    late = f"the Ray at {found} takes no connection in {CONNECT_TIMEOUT_S:g} s: {TRY_ANOTHER}"
+    with Working(f"connecting to the Ray at {found} …"), terminal.bounded(CONNECT_TIMEOUT_S, late):
         return RunningCluster(found)
 
 
 @contextmanager
-def _work_shown(cluster: "RunningCluster") -> Iterator[None]:
-    """Prints the controller's word on a change while it goes on."""
+def _work_shown(cluster: "RunningCluster", words: str) -> Iterator[None]:
+    """Shows the controller's word on a change while it goes on; until there is one, `words`."""
+    from cluster.console import Working
+
     done = threading.Event()
 
     def show() -> None:
@@ -136,13 +151,14 @@ def _work_shown(cluster: "RunningCluster") -> Iterator[None]:
             except ClusterError:
                 continue
             if work and work != last:
-                print(work, file=sys.stderr, flush=True)
+                working.say(work)
             last = work
 
     thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with Working(words) as working:
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

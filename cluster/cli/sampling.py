@@ -87,6 +87,8 @@ def _content(path: Path, option: str) -> str:
 
 def print_stream(pieces: Iterator["pb.GenerateStreamResponse"]) -> None:
     """Prints an answer while it comes."""
-    for piece in pieces:
+    from cluster.console import awaited
+
+    for piece in awaited(pieces, "waiting for the first token …"):
         print(piece.text, end="", flush=True)
     print()

@@ -104,22 +104,23 @@ def _ask(client: "Client", question: str, metrics_url: str) -> None:
 def _settled(metrics_url: str, before: "ExpertCounts") -> "ExpertCounts":
     """The experts' counters, once they have grown and grow no more. Blocks for COUNTERS_TIMEOUT_S at most."""
     from cluster.client.direct import read_url
-    from cluster.console import expert_counts
+    from cluster.console import Working, expert_counts
 
     now = time.monotonic()
     counts, changed, deadline = before, now, now + COUNTERS_TIMEOUT_S
-    while now < deadline and (counts == before or now < changed + COUNTERS_SETTLE_S):
-        time.sleep(0.2)
-        new, now = expert_counts(read_url(metrics_url, timeout_s=10.0)), time.monotonic()
-        if new != counts:
-            counts, changed = new, now
+    with Working("counting its experts' tokens …"):
+        while now < deadline and (counts == before or now < changed + COUNTERS_SETTLE_S):
+            time.sleep(0.2)
+            new, now = expert_counts(read_url(metrics_url, timeout_s=10.0)), time.monotonic()
+            if new != counts:
+                counts, changed = new, now
     return counts
 
 
 @contextmanager
 def _served(args: argparse.Namespace, model: str) -> Iterator["ServedCluster"]:
     """Serves a cluster while it is open, and shows its start and stop. SIGTERM and a closed terminal act as Ctrl-C."""
-    from cluster.console import LoadProgress  # torch and ray load with these: not for --help
+    from cluster.console import LoadProgress, Working  # torch and ray load with these: not for --help
     from cluster.runtime.start.served import ServedCluster
 
     def interrupt(*_: object) -> None:
@@ -136,7 +137,8 @@ def _served(args: argparse.Namespace, model: str) -> Iterator["ServedCluster"]:
         for number in ENDS:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         _say("stopping: waiting for running requests …", sys.stdout)
-        cluster.close()
+        with Working("stopping …"):
+            cluster.close()
         _say("stopped", sys.stdout)
 
 

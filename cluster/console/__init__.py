@@ -12,12 +12,15 @@ from cluster.console.status import (
     render_status,
     watch_status,
 )
+from cluster.console.working import Working, awaited
 
 __all__ = [
     "CountProgress",
     "ExpertCounts",
     "LoadProgress",
     "Plan",
+    "Working",
+    "awaited",
     "describe_cache",
     "describe_plan",
     "expert_counts",

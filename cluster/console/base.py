@@ -1,24 +1,6 @@
-"""The console that all drawings print to, and short forms of numbers."""
+"""The console that all drawings print to, and short forms of numbers and ids."""
 
-import os
-
-from rich.console import Console
-
-UNBROKEN = 10_000  # columns
-
-
-class OutputConsole(Console):
-    """Breaks lines at the width of a terminal, or of $COLUMNS, and none in a pipe or a file, where programs read them.
-    Raises for a reader that has gone, as `print` does; the command line handles it.
-    """
-
-    def __init__(self, *, stderr: bool = False, highlight: bool = True) -> None:
-        super().__init__(stderr=stderr, highlight=highlight)
-        if not self.is_terminal and not os.environ.get("COLUMNS"):
-            self.width = UNBROKEN
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+from cluster.drawing import OutputConsole as OutputConsole
 
 
 def ranges(ids: tuple[int, ...]) -> str:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from cluster.bench.checkpoint import describe, read_config
 from cluster.bench.kernels.attention import attention_cases
@@ -29,6 +28,7 @@ from cluster.checkpoint.model_files import model_directory
 from cluster.config import ModelConfig, read_model_config
 from cluster.config.environment import MALLOC_ENVIRONMENT
 from cluster.config.resources import available_cpus
+from cluster.drawing import bars
 from cluster.errors import SetupError
 from cluster.kernels.native.library import native, variants
 
@@ -88,7 +88,7 @@ def _measure(
     reading = Reading(variants())
     measured: list[Measured] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars(*columns) as progress:
         task = progress.add_task(_READ, total=None)
         plain = {}
         for num_threads in threads:

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cluster.console.working import awaited
 from cluster.conversation import ToolCall
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 
@@ -75,7 +76,7 @@ def show(
 
     try:
         with closing(pieces):
-            for piece in pieces:
+            for piece in awaited(pieces, "waiting for the first token …"):
                 shown.num_tokens += len(piece.token_ids)
                 take(reader.feed(piece.text))
                 if piece.finish_reason:
