@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
+from cluster.bench.serve_arguments import add_serve_arguments, listed_samplings
 from cluster.bench.spec import PLAIN
 from cluster.checkpoint.made.published import SHAPES
-from cluster.client import options
 from cluster.kernels.quantization import quantizations
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "full-size Qwen1.5-MoE-A2.7B on one GPU, in one process and split, beside the bound of its memory"
     _add_gpu_arguments(parts.add_parser("gpu", help=text, description=text))
     text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
-    _add_serve_arguments(parts.add_parser("serve", help=text, description=text))
+    add_serve_arguments(parts.add_parser("serve", help=text, description=text))
 
 
 def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def _add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
     samplings = ("greedy", "chat", "top-p", "logprobs")
     parser.add_argument(
         "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=samplings, metavar="NAMES",
-        help=f"ways to choose tokens (default: {','.join(samplings)}): {_samplings()}",
+        help=f"ways to choose tokens (default: {','.join(samplings)}): {listed_samplings()}",
     )  # fmt: skip
     _add_dtype_argument(parser)
     parser.add_argument(
@@ -129,7 +129,7 @@ def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sampling", type=_names(*SAMPLINGS), default=("greedy",), metavar="NAMES",
-        help=f"how tokens are chosen, one way after another (default: greedy): {_samplings()}",
+        help=f"how tokens are chosen, one way after another (default: greedy): {listed_samplings()}",
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint-dir",
@@ -158,42 +158,6 @@ def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    parser.add_argument("--requests", type=int, default=64, metavar="N", help="in all (default: 64)")
-    parser.add_argument(
-        "--concurrency", type=int, default=32, metavar="N",
-        help="closed loop: streams at a time, each followed by the next (default: 32)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rate", type=float, metavar="R",
-        help="open loop instead: R requests/s at random moments, whether earlier ones are through or not",
-    )  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
-    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
-    parser.add_argument(
-        "--sampling", choices=SAMPLINGS, default="greedy",
-        help=f"how tokens are chosen (default: greedy): {_samplings()}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of prompts and moments; a run with the same finds its prompts in the server's cache (default: 0)",
-    )
-    parser.add_argument(
-        "--offline", type=Path, metavar="MODEL",
-        help="then compute the same requests without a server, from this checkpoint, and print the ratio",
-    )  # fmt: skip
-    parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards for --offline (default: 2)")
-    parser.add_argument(
-        "--server-pid", type=int, metavar="PID",
-        help="of `moe-cluster serve` on this machine: print the memory of its processes before and after",
-    )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
-
-
 def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> None:
     parser.add_argument(
         "model_dir",
@@ -219,7 +183,7 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
     parser.add_argument(
         "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=("greedy",), metavar="NAMES",
-        help=f"how every system chooses tokens, one after another in turns (default: greedy): {_samplings()}",
+        help=f"how every system chooses tokens, one after another in turns (default: greedy): {listed_samplings()}",
     )  # fmt: skip
     parser.add_argument(
         "--quantization", type=_names(PLAIN, *quantizations()), default=(PLAIN,), metavar="NAMES",
@@ -263,12 +227,6 @@ def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
         "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",
         help="a variable for vLLM's process, to tune it; may be repeated",
     )  # fmt: skip
-
-
-def _samplings() -> str:
-    """For help texts; argparse reads % as a format's."""
-    listed = "; ".join(sampling.describe() for sampling in SAMPLINGS.values())
-    return f"{listed}; {CHECKPOINT}, as its generation_config.json has it"
 
 
 def _numbers(text: str) -> tuple[int, ...]:

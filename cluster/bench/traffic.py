@@ -1,15 +1,16 @@
-"""`moe-cluster bench serve`: traffic for a running server over gRPC, timed as its clients see it."""
+"""`moe-cluster bench serve`: traffic for a running server over gRPC and HTTP, timed as its clients see it."""
 
 import argparse
 import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 from cluster.bench.checkpoint import read_config
+from cluster.bench.http_streams import HttpStreams
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
 from cluster.bench.sampling import SAMPLINGS
@@ -19,7 +20,6 @@ from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.checkpoint.model_files import complete_directory
 from cluster.client import options
-from cluster.client.grpc_client import Client
 from cluster.config import ModelConfig
 from cluster.drawing import bars
 from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
@@ -27,6 +27,9 @@ from cluster.types import SamplingParams
 
 _READY_S = 10.0
 _MAX_THREADS = 1000  # streams of an open loop at a time
+TURNS = 4  # of each front
+
+Stream = Callable[[list[int], SamplingParams], Iterable[int]]  # the number of tokens of each piece of an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ class TrafficResult:
 
     gap: between two pieces of an answer.  whole: to its last token.
     refusal: to a refusal for want of room, which is no failure.
-    server_bytes: the memory of the server's processes before and after.
+    server_bytes: the memory of the server's processes before and after.  http: of as many requests over HTTP.
     """
 
     requests: int
@@ -62,6 +65,7 @@ class TrafficResult:
     errors: tuple[str, ...] = ()
     offline_tokens_per_s: float | None = None
     server_bytes: tuple[int, int] | None = None
+    http: "TrafficResult | None" = None
 
 
 def measure_server(args: argparse.Namespace) -> int:
@@ -76,17 +80,22 @@ def measure_server(args: argparse.Namespace) -> int:
         raise SetupError(f"--rate is {args.rate}, more than 0 is needed")
     if args.offline is not None:
         offline = _offline_spec(args)
+    http = None if args.http is None else HttpStreams(args.http, options.api_key(args.api_key_file))
     with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         vocab_size = client.model_info().vocab_size
+        fronts: list[Stream] = [
+            lambda prompt, params: (len(piece.token_ids) for piece in client.stream(prompt, params))
+        ]
+        if http is not None:
+            fronts.append(http.stream)
         before = _server_bytes(args.server_pid)
         with bars() as progress:
-            task = progress.add_task("requests", total=args.requests)
-            started = time.perf_counter()
-            timings = _run(client, args, vocab_size, lambda: progress.update(task, advance=1))
-            took_s = time.perf_counter() - started
-    result = summarize(timings, took_s)
+            task = progress.add_task("requests", total=args.requests * len(fronts))
+            result, *others = _in_turns(fronts, args, vocab_size, lambda: progress.update(task, advance=1))
+    if others:
+        result = replace(result, http=others[0])
     if args.server_pid is not None:
         result = replace(result, server_bytes=(before, _server_bytes(args.server_pid)))
     if args.offline is not None:
@@ -94,7 +103,7 @@ def measure_server(args: argparse.Namespace) -> int:
     _print(result, args)
     if args.json:
         args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
-    return 1 if result.failed else 0
+    return 1 if result.failed or (result.http is not None and result.http.failed) else 0
 
 
 def summarize(timings: list[StreamTiming], took_s: float) -> TrafficResult:
@@ -117,13 +126,32 @@ def summarize(timings: list[StreamTiming], took_s: float) -> TrafficResult:
     )
 
 
-def _run(client: Client, args: argparse.Namespace, vocab_size: int, advance: Callable[[], None]) -> list[StreamTiming]:
+def _in_turns(
+    fronts: Sequence[Stream], args: argparse.Namespace, vocab_size: int, advance: Callable[[], None]
+) -> list[TrafficResult]:
+    """Measures each front with prompts of its own, so that none finds the other's in the cache. Several take turns with
+    parts of their requests: so the machine's moods meet all of them."""
+    prompts = _prompts(args, vocab_size, len(fronts) * args.requests)
+    num_turns = min(TURNS, args.requests) if len(fronts) > 1 else 1
+    timings: list[list[StreamTiming]] = [[] for _ in fronts]
+    took_s = [0.0] * len(fronts)
+    for turn in range(num_turns):
+        for index, front in enumerate(fronts):
+            part = prompts[index * args.requests : (index + 1) * args.requests][turn::num_turns]
+            started = time.perf_counter()
+            timings[index] += _run(front, args, part, advance)
+            took_s[index] += time.perf_counter() - started
+    return [summarize(found, seconds) for found, seconds in zip(timings, took_s, strict=True)]
+
+
+def _run(
+    front: Stream, args: argparse.Namespace, prompts: Sequence[list[int]], advance: Callable[[], None]
+) -> list[StreamTiming]:
     draw = random.Random(args.seed)
-    prompts = _prompts(args, vocab_size)
     params = SAMPLINGS[args.sampling].params(len(prompts), args.output_tokens)
 
     def ask(place: int) -> StreamTiming:
-        timing = _time_stream(client, prompts[place], params[place])
+        timing = _time_stream(front, prompts[place], params[place])
         advance()
         return timing
 
@@ -169,24 +197,24 @@ def _measure_offline(spec: SystemSpec, config: ModelConfig, args: argparse.Names
     try:
         system.generate(workload.prompts(args.concurrency, 0), 2)
         started = time.perf_counter()
-        prompts = _prompts(args, config.vocab_size)
+        prompts = _prompts(args, config.vocab_size, args.requests)
         counts = system.generate(prompts, args.output_tokens, SAMPLINGS[args.sampling])
         return sum(counts) / (time.perf_counter() - started)
     finally:
         system.close()
 
 
-def _prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
+def _prompts(args: argparse.Namespace, vocab_size: int, number: int) -> list[list[int]]:
     draw = random.Random(args.seed)
-    return [[draw.randrange(vocab_size) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
+    return [[draw.randrange(vocab_size) for _ in range(args.prompt_tokens)] for _ in range(number)]
 
 
-def _time_stream(client: Client, prompt: list[int], params: SamplingParams) -> StreamTiming:
+def _time_stream(front: Stream, prompt: list[int], params: SamplingParams) -> StreamTiming:
     started = time.perf_counter()
     arrivals: list[float] = []
     try:
-        for piece in client.stream(prompt, params):
-            arrivals += [time.perf_counter() - started] * len(piece.token_ids)
+        for num_tokens in front(prompt, params):
+            arrivals += [time.perf_counter() - started] * num_tokens
     except Overloaded:
         return StreamTiming(arrivals_s=(), refused_s=time.perf_counter() - started)
     except ClusterError as error:
@@ -217,7 +245,22 @@ def _print(result: TrafficResult, args: argparse.Namespace) -> None:
         num_processes, _ = process_tree_bytes(args.server_pid)
         first, last = (value / 2**20 for value in result.server_bytes)
         print(f"The server's {num_processes} processes: {first:.0f} MiB before, {last:.0f} MiB after\n")
-    rows: list[tuple[str, ...]] = [("milliseconds", "50 %", "90 %", "99 %")]
+    if result.http is not None:
+        ratio = result.http.tokens_per_s / result.tokens_per_s
+        print(
+            f"HTTP, as many other requests, in turns: {result.http.tokens_per_s:.1f} tokens/s, "
+            f"{result.http.failed} failed, {result.http.refused} refused; HTTP / gRPC {ratio:.2f}\n"
+        )
+    rows: list[tuple[str, ...]] = [("milliseconds", "50 %", "90 %", "99 %"), *_rows(result)]
+    if result.http is not None:
+        rows += [(f"HTTP: {name}", *values) for name, *values in _rows(result.http)]
+    print("\n".join(markdown_table(rows)))
+    for error in (*result.errors, *(result.http.errors if result.http is not None else ())):
+        print(f"- FAILED: {error}")
+
+
+def _rows(result: TrafficResult) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for name, values in (
         ("first token", result.first_token_ms), ("between pieces", result.gap_ms), ("for a token", result.per_token_ms),
         ("whole answer", result.whole_ms), ("refusal", result.refusal_ms),
@@ -225,6 +268,4 @@ def _print(result: TrafficResult, args: argparse.Namespace) -> None:
         if name == "refusal" and not result.refused:
             continue
         rows.append((name, *(f"{value:.1f}" for value in values)))
-    print("\n".join(markdown_table(rows)))
-    for error in result.errors:
-        print(f"- FAILED: {error}")
+    return rows
