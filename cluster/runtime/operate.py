@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE, controller_name, group_of_controller
+from cluster.runtime.ray_private.core import reports_to_log
 from cluster.runtime.ray_private.serve import ask_for_replicas
 from cluster.runtime.start.ray_address import CONNECT_HINT, find_ray
 from cluster.runtime.workers.rehearsal import Disturbance
@@ -53,6 +54,7 @@ class RunningCluster:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0].partition(" Please ")[0]
                 raise SetupError(f"no running Ray cluster was found ({reason}): {CONNECT_HINT}") from None
+            self._print_reports = reports_to_log()
         try:
             self.group = self._find_group()
             self.first_shards = self.status().target_shards  # when this object connected
@@ -69,6 +71,7 @@ class RunningCluster:
     def close(self) -> None:
         if self._connected:
             ray.shutdown()
+            self._print_reports()
 
     def status(self) -> ClusterStatus:
         return self._ask("status", STATUS_TIMEOUT_S)  # type: ignore[no-any-return]

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from cluster.runtime.ray_private.core import reports_to_log, worker
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOM = ROOT / "cluster" / "runtime" / "ray_private"
 HANDLE = {"_actor_id"}  # private attributes of Ray's objects that no import shows
@@ -59,3 +61,16 @@ def test_only_one_room_uses_private_names_of_ray():
     for path in sorted((ROOT / "cluster").rglob("*.py")):
         if path.parent != ROOM:
             assert list(private_names(path.read_text())) == [], path
+
+
+def test_what_rays_processes_report_goes_to_the_log_until_it_is_undone(capsys, caplog):
+    """As of a raylet that starts more workers than it likes: Ray would print this on standard output, in yellow."""
+    report = {"lines": ["WARNING: 8 PYTHON worker processes have been started"], "pid": "raylet", "is_err": False}
+    undo = reports_to_log()
+    with caplog.at_level("INFO"):
+        worker.print_to_stdstream(report, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
+    assert "Ray: WARNING: 8 PYTHON worker" in caplog.text
+    undo()
+    worker.print_to_stdstream(report, ignore_prefix=False)
+    assert "(raylet)" in capsys.readouterr().out

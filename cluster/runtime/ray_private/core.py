@@ -1,6 +1,7 @@
 """Private names of Ray's core (2.60)."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from ray._private.authentication.authentication_token_setup import Authenticatio
 from cluster.evolving import sent
 
 C = TypeVar("C", bound=type)
+log = logging.getLogger(__name__)
 
 __all__ = [
     "AuthenticationTokenLoader",
@@ -26,6 +28,7 @@ __all__ = [
     "logs_folder",
     "process_title",
     "ray_constants",
+    "reports_to_log",
     "services",
     "session_folder",
     "started_processes",
@@ -82,6 +85,21 @@ def gcs_channel(address: str) -> Any:
     from ray._private.grpc_utils import init_grpc_channel  # grpc loads with it
 
     return init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)])
+
+
+def reports_to_log() -> Callable[[], None]:
+    """From here on what Ray's processes report (a warning of too many workers, a dead raylet's last lines) goes to the
+    log; Ray would print it on this process's standard output. Returns a function that undoes it."""
+    before = worker.print_to_stdstream
+
+    def note(message: Mapping[str, Any], *args: object, **kwargs: object) -> None:
+        log.info("Ray: %s", "\n".join(message["lines"]))
+
+    def undo() -> None:
+        worker.print_to_stdstream = before
+
+    worker.print_to_stdstream = note
+    return undo
 
 
 def left_addresses() -> list[str | None]:

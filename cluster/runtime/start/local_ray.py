@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -27,7 +26,7 @@ from cluster.private import private_files
 from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.front.haproxy import set_environment
 from cluster.runtime.names import NAMESPACE, RAY_FOLDER
-from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, worker
+from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, reports_to_log
 from cluster.runtime.start.ray_address import check_address
 from cluster.runtime.start.ray_processes import RayWatch, apart
 
@@ -110,7 +109,7 @@ class LocalRay:
         self._stopped = False
         self._watch: RayWatch | None = None
         self._forget_token: Callable[[], None] = lambda: None
-        self._print = worker.print_to_stdstream
+        self._print_reports: Callable[[], None] = lambda: None
         self._folder = OwnedFolder()
         self._keeper: subprocess.Popen[bytes] = start_keeper(self._folder)
         try:
@@ -158,8 +157,7 @@ class LocalRay:
                 # Nobody needs its metrics, and everybody on this machine could read them at a port.
                 _system_config={"prestart_worker_first_driver": False, "enable_metrics_collection": False},
             )
-        # Ray prints its processes' reports, such as the last 20 lines of a dead raylet's log, on our standard output.
-        self._print, worker.print_to_stdstream = worker.print_to_stdstream, _note
+        self._print_reports = reports_to_log()
         self._watch = RayWatch(self._lost)
 
     def _lost(self, reason: str) -> None:
@@ -170,14 +168,10 @@ class LocalRay:
 
     def _remove(self) -> None:
         self._forget_token()
-        worker.print_to_stdstream = self._print
+        self._print_reports()
         self._folder.remove()
         self._keeper.kill()
         self._keeper.wait()
-
-
-def _note(message: dict[str, Any], *args: object, **kwargs: object) -> None:
-    log.info("Ray: %s", "\n".join(message["lines"]))
 
 
 @contextmanager
