@@ -20,12 +20,12 @@ NEEDS_SERVER = re.compile(
     r"^moe-cluster batch (?!.*--model)|num_expert_shards"
 )
 ALONE = [one for one in RUN if not NEEDS_SERVER.search(one.text)]
-# First the pages that need any server: they share the one with which the next page begins.
+# The README's server is there for the pages that need any; those that start servers of their own come last.
 SERVED_PAGES = sorted(
     {one.page for one in RUN if one not in ALONE},
-    key=lambda page: (any(SERVES.match(one.text) for one in RUN if one.page == page), page),
+    key=lambda page: (page != "README.md", any(SERVES.match(one.text) for one in RUN if one.page == page), page),
 )
-A_SERVER = Example("docs/operations.md", 0, "", "moe-cluster serve MODEL_DIR --dtype float32 --attention-replicas 2")
+A_SERVER = Example("README.md", 0, "", "moe-cluster serve")
 # In a command's output, beside an exit code of 0.
 SHOWS = {
     r"curl .*chat/completions": r'"role": ?"assistant"',

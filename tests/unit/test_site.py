@@ -35,12 +35,24 @@ def commands_of(text):
                 yield re.sub(r"\s*(>>?|#) .*", "", found[1])
 
 
-COMMANDS = sorted({command for path in DOCUMENTS for command in commands_of(path.read_text())})
+def named_in(text):
+    """The commands in a sentence or a table, between backquotes. One without arguments is only named."""
+    sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\n", " ")
+    return {
+        found
+        for found in re.findall(r"`(?:[A-Z_]+=\S+ )*moe-cluster ([^`]+)`", sentences)
+        if "-" in found and not found.startswith("COMMAND ")
+    }
+
+
+TEXTS = [path.read_text() for path in DOCUMENTS]
+COMMANDS = sorted({command for text in TEXTS for command in (*commands_of(text), *named_in(text))})
 
 
 def test_commands_are_found():
     assert len(COMMANDS) >= 30
     assert "chaos --requests 300 --faults 60" in COMMANDS
+    assert "scale --attention-replicas N" in COMMANDS  # of the runbook
     assert [c.split() for c in commands_of("    X=1 moe-cluster a \\\n      --b  # c\n")] == [["a", "--b"]]
 
 
