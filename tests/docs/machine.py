@@ -73,7 +73,7 @@ class Machine:
         elif SERVES.search(text):
             return self._serve(text)
         done = subprocess.run(
-            self._inside("bash", "-c", text), cwd=self.folder, env=self._environment, input="Hello\n",
+            self._inside("bash", "-c", text), cwd=self.folder, env=self._environment | {"KEY": self._key}, input="Hello\n",
             capture_output=True, text=True, timeout=COMMAND_S,
         )  # fmt: skip
         assert done.returncode == 0, f"{example.id}: {done.stdout}{done.stderr}"

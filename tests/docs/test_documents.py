@@ -20,12 +20,17 @@ NEEDS_SERVER = re.compile(
     r"^moe-cluster batch (?!.*--model)|num_expert_shards"
 )
 ALONE = [one for one in RUN if not NEEDS_SERVER.search(one.text)]
-# The README's server is there for the pages that need any; those that start servers of their own come last.
-SERVED_PAGES = sorted(
-    {one.page for one in RUN if one not in ALONE},
-    key=lambda page: (page != "README.md", any(SERVES.match(one.text) for one in RUN if one.page == page), page),
-)
 A_SERVER = Example("README.md", 0, "", "moe-cluster serve")
+
+
+def start_of(page):
+    """Orders the pages so that few servers start: the README's answers the pages that need any, and those that begin
+    with the same; then come those that start others."""
+    served = [one.text for one in RUN if one.page == page and SERVES.match(one.text)]
+    return page != "README.md", bool(served), A_SERVER.text not in served, page
+
+
+SERVED_PAGES = sorted({one.page for one in RUN if one not in ALONE}, key=start_of)
 # In a command's output, beside an exit code of 0.
 SHOWS = {
     r"curl .*chat/completions": r'"role": ?"assistant"',
