@@ -73,9 +73,14 @@ class Machine:
         elif SERVES.search(text):
             return self._serve(text)
         done = subprocess.run(
-            self._inside("bash", "-c", text), cwd=self.folder, env=self._environment | {"KEY": self._key}, input="Hello\n",
-            capture_output=True, text=True, timeout=COMMAND_S,
-        )  # fmt: skip
+            self._inside("bash", "-c", text),
+            cwd=self.folder,
+            env=self._environment | {"KEY": self._key},
+            input="Hello\n",
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+        )
         assert done.returncode == 0, f"{example.id}: {done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr, f"{example.id}: {done.stderr}"
         for key in re.findall(r"moe-[\w-]{43}", done.stderr):
