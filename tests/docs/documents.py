@@ -1,7 +1,7 @@
 """The commands and examples that the documents have.
 
 A block without a fence, four spaces deep, has commands; a line that begins with a brace is one of a file of JSON lines.
-A fence names its language: python, yaml, json and ini are examples of that; text is an output or a drawing.
+A fence names its language; text is an output or a drawing.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LANGUAGES = ("python", "yaml", "json", "ini", "text")
+LANGUAGES = ("python", "yaml", "json", "ini", "text", "shell", "javascript")
 PAGES = (
     "README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "SECURITY.md", "ARCHITECTURE.md", "deploy/demo/README.md",
     "helm/moe-cluster/README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md"))),

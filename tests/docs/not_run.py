@@ -153,4 +153,8 @@ TABLE = (
     NotRun(r"serve deploy .*", "needs such a Ray, with GPUs", _serve_takes_the_file),
     NotRun(r"grpcurl .*", "comes in no package of Python or npm", _bufs_call_is_the_same),
 )
-RECORDS = ("BENCHMARKS.md",)  # of measurements: its commands are parsed
+# Pages without commands for this test, and why.
+ELSEWHERE = {
+    "BENCHMARKS.md": "records of measurements, which tests/unit/test_site.py parses",
+    "docs/clients.md": "tests/served/test_clients_page.py runs its blocks",
+}

@@ -9,10 +9,10 @@ import yaml
 from documents import LANGUAGES, PAGES, PROGRAMS, ROOT, Example, examples, json_lines
 from hosts import needs_namespaces
 from machine import SERVES, Machine
-from not_run import RECORDS, TABLE, find, is_parsed
+from not_run import ELSEWHERE, TABLE, find, is_parsed
 
 EVERY = [example for page in PAGES for example in examples(page)]
-COMMANDS = [one for one in EVERY if one.language in ("", "python") and one.page not in RECORDS]
+COMMANDS = [one for one in EVERY if one.language in ("", "python", "shell", "javascript") and one.page not in ELSEWHERE]
 RUN = [one for one in COMMANDS if find(one) is None]
 # They need a server, or start one, or actors of Ray.
 NEEDS_SERVER = re.compile(
@@ -97,6 +97,10 @@ def test_every_row_of_the_table_has_a_command_and_every_test_that_it_names_exist
         if isinstance(row.check, str):
             path, _, name = row.check.partition("::")
             assert f"def {name}(" in (ROOT / path).read_text()
+    for page, why in ELSEWHERE.items():
+        [path] = re.findall(r"tests/\S+\.py", why)
+        assert (ROOT / page).is_file()
+        assert (ROOT / path).is_file()
 
 
 @pytest.mark.parametrize("example", [one for one in COMMANDS if find(one)], ids=lambda one: one.id)
