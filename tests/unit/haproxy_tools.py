@@ -73,6 +73,7 @@ def write_config(folder, ports, backend_ports, http=()):
         server_state_base=str(folder),
         server_state_file=str(folder / "state"),
         is_head=True,
+        bufsize=int(SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]),
         h2_fe_max_concurrent_streams=int(SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS"]),
     )
     api = HAProxyApi(cfg=config, config_file_path=str(path))

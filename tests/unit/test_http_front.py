@@ -5,6 +5,7 @@ import socket
 import ssl
 import threading
 from contextlib import contextmanager, suppress
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
@@ -25,6 +26,11 @@ class Ingress(BaseHTTPRequestHandler):
         self.answer()
 
     def do_POST(self):
+        if self.path == "/at-once":
+            self.rfile.read(1)
+            self.close_connection = True
+            self.answer()
+            return
         self.rfile.read(int(self.headers["content-length"]))
         if self.deadly:
             type(self).num_deaths += 1
@@ -88,8 +94,10 @@ def test_with_tls_calls_come_by_tls_and_probes_in_plain_text(tmp_path):
                 client.get(f"https://127.0.0.1:{http}/v1/models")
 
 
-def test_a_call_of_a_dying_ingress_goes_to_another_one(tmp_path):
-    """Each death is of a server that has the whole call and has sent nothing back."""
+@pytest.mark.parametrize("num_bytes", [2, 50_000])
+def test_a_call_of_a_dying_ingress_goes_to_another_one(tmp_path, num_bytes):
+    """Each death is of a server that has the whole call and has sent nothing back. HAProxy's own buffer of 16 kB would
+    let the larger ones fail."""
     tmp_path.chmod(0o700)
     with (
         ingress(deadly=True) as (dying, handler),
@@ -98,7 +106,7 @@ def test_a_call_of_a_dying_ingress_goes_to_another_one(tmp_path):
         httpx2.Client() as client,
     ):
         answered(client, f"http://127.0.0.1:{http}/v1/models")
-        answers = [client.post(f"http://127.0.0.1:{http}/v1/completions", json={}) for _ in range(8)]
+        answers = [client.post(f"http://127.0.0.1:{http}/v1/completions", content=b" " * num_bytes) for _ in range(8)]
         assert [answer.status_code for answer in answers] == [200] * 8
         assert handler.num_deaths
 
@@ -110,3 +118,37 @@ def test_without_an_ingress_clients_are_told_to_come_again_in_openais_shape(tmp_
         refused = client.post(f"http://127.0.0.1:{http}/v1/completions", json={})
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
         assert client.get(f"http://127.0.0.1:{http}/-/routes").status_code == 403
+
+
+def raw(port, text, *, closes=False):
+    """The status and the body that a client gets for these bytes, behind which it may close its side."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(text)
+        if closes:
+            connection.shutdown(socket.SHUT_WR)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        return answer.status, answer.read()
+
+
+def test_odd_calls_get_an_answer_at_once(tmp_path):
+    tmp_path.chmod(0o700)
+    post = b"POST /at-once HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+    with ingress() as (port, _), haproxy(tmp_path, 1, http=[port]) as http, httpx2.Client() as client:
+        url = f"http://127.0.0.1:{http}/v1/models"
+        answered(client, url)
+        # A body that an ingress refuses by its length is not waited for.
+        assert raw(http, post + b"content-length: 99999999999\r\n\r\n{")[0] == 200
+        # One whose client closes its side at once may count as gone: a refusal, or the answer.
+        assert raw(http, post + b"content-length: 1\r\n\r\n{", closes=True)[0] in (200, 400)
+        status, body = raw(http, b"FROB / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        assert (status, json.loads(body)["error"]["type"]) == (405, "invalid_request_error")
+        flood = b"".join(b"x-%d: 1\r\n" % i for i in range(500))
+        for text in (b"\x16\x03\x01\x00", b"GET / HTTP/1.1\r\n" + flood, b"GET /\x00 HTTP/1.1\r\n"):
+            assert raw(http, text + b"\r\n\r\n")[0] == 400
+        # Serve would answer other bytes than ASCII in these with 500.
+        sent = {"x-request-id": b"\xff\xfe", "traceparent": b"\xc3", "x-client-id": b"\xc3"}
+        seen = client.get(url, headers=list(sent.items())).json()
+        assert not seen.keys() & {"x-request-id", "traceparent"}
+        assert "x-client-id" in seen
+        assert client.get(url, headers={"x-request-id": "mine-1"}).json()["x-request-id"] == "mine-1"

@@ -29,6 +29,7 @@ from cluster.runtime.front.haproxy_config import (
     with_sockets,
     write_answers,
 )
+from cluster.runtime.front.haproxy_http import BUFFER_BYTES
 from cluster.runtime.front.keeper import FrontKeeper
 from cluster.runtime.front.renewal import prepare
 from cluster.runtime.front.supervisor import FrontFiles, FrontTask
@@ -59,6 +60,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # instead of 5: three programs start meanwhile
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # after a reload, old streams have this time to end
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),  # instead of 16 kB
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),  # instead of 2 GiB
     "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(MAX_CONNECTION_STREAMS),  # instead of 100
 }

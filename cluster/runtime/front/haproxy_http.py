@@ -13,24 +13,35 @@ from cluster.runtime.front.haproxy_text import replaced
 
 # HAProxy's own answers, in the shape that OpenAI's clients read.
 UNDELIVERED, STARTING, FORBIDDEN, TLS_ONLY = "undelivered.json", "starting.json", "forbidden.json", "tls.json"
+UNREADABLE, SLOW, FAILED, NO_METHOD = "unreadable.json", "slow.json", "failed.json", "method.json"
+METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")  # uvicorn answers an odd one in plain text
 ANSWERS = {
+    UNREADABLE: ("400 Bad Request", "this is no HTTP that can be read, or its client has closed the connection"),
+    NO_METHOD: ("405 Method Not Allowed", f"no call has this method, only {', '.join(METHODS[:3])}"),
+    SLOW: ("408 Request Timeout", "the request did not come in time"),
+    FAILED: ("500 Internal Server Error", "the front failed at this call"),
     UNDELIVERED: ("503 Service Unavailable", "no process of the server took this call to its end: try again"),
     STARTING: ("503 Service Unavailable", "the server is starting: try again"),
     FORBIDDEN: ("403 Forbidden", "the list of applications is not for clients"),
     TLS_ONLY: ("403 Forbidden", "this server speaks TLS: call it by https"),
 }
+_TYPES = {"403": "permission_error", "500": "server_error", "503": "server_error"}
 RETRY_AFTER_S = 1
 FRONT = r"\g<1>"  # the frontend's own line
+# A call whose body fits the buffer can go to another ingress; HAProxy holds such a body until it is whole.
+BUFFER_BYTES, HEADER_BYTES = 64 << 10, 8 << 10
 REQUEST_S, IDLE_S = 60, 300  # for a call to come, and between two of a connection
 HELLO_S = 10  # in which a connection shows whether it speaks TLS
 # Serve's own headers, with which a client could change how Serve treats its call.
 SERVES_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id",
                   "serve-multiplexed-model-id", "x-forwarded-proto", "forwarded")  # fmt: skip
+# Serve takes these for UTF-8; it answers a call with other bytes there with 500.
+DECODED_HEADERS = ("x-request-id", "x-session-id", "traceparent", "tracestate")
 
 
 def write_http_answers(folder: Path) -> None:
     for name, (status, message) in ANSWERS.items():
-        kind = "server_error" if status.startswith("503") else "permission_error"
+        kind = _TYPES.get(status[:3], "invalid_request_error")
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}})
         lines = [f"HTTP/1.1 {status}", "content-type: application/json", f"content-length: {len(body)}"]
         if status.startswith("503"):
@@ -44,10 +55,15 @@ def adapted_http(config: str, folder: Path, *, host: str = "", tls: str = "") ->
     Raises ValueError when Serve's differs from the known one.
     """
     listen = rf"\g<1>\g<2>{host}\g<4>" if host else r"\g<1>\g<2>\g<3>\g<4>"
-    # The whole body is needed to send it to another ingress; one that does not fit the buffer is not sent again.
-    rules = ["option http-buffer-request", f"timeout http-request {REQUEST_S}s", f"timeout http-keep-alive {IDLE_S}s"]
+    rules = [f"errorfile {name}" for name in _own_answers(folder)]
+    rules += [f"timeout http-request {REQUEST_S}s", f"timeout http-keep-alive {IDLE_S}s"]
     rules.append("http-request set-header x-forwarded-for %[src]")
     rules += [f"http-request del-header {name}" for name in SERVES_HEADERS]
+    rules += [f"http-request del-header {name} if {{ req.hdr({name}) -m reg '[^ -~]' }}" for name in DECODED_HEADERS]
+    answer = f"http-request return status 405 errorfile {folder / NO_METHOD}"
+    rules.append(f"{answer} unless {{ method {' '.join(METHODS)} }}")
+    too_large = f"{{ req.hdr_val(content-length) gt {BUFFER_BYTES - HEADER_BYTES} }}"
+    rules.append(f"http-request wait-for-body time {REQUEST_S}s unless {too_large}")
     config = replaced(
         config,
         r"^(frontend http_frontend\n)(\s+bind )(\S+)(:\d+)\n",
@@ -76,6 +92,11 @@ def adapted_http(config: str, folder: Path, *, host: str = "", tls: str = "") ->
     )
     # The fallback, Serve's own proxy, is for servers whose ingresses do not listen themselves.
     return replaced(config, r"^(    server \S+ \S+ check backup)$", r"\g<1> disabled", times=None)
+
+
+def _own_answers(folder: Path) -> list[str]:
+    """HAProxy's answers to calls that reach no ingress, as `errorfile` takes them."""
+    return [f"{status} {folder / name}" for status, name in ((400, UNREADABLE), (408, SLOW), (500, FAILED))]
 
 
 def _both(listen: str, folder: Path, tls: str) -> str:
