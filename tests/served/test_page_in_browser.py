@@ -22,6 +22,7 @@ axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 
+TALL = {"width": 1440, "height": 1200}  # for pictures
 DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
 PATIENCE_MS = 60_000
 
@@ -79,7 +80,7 @@ def visit(cluster, browser):
 
 
 def test_an_answer_streams_and_the_experts_light_up(visit):
-    page = visit()
+    page = visit(TALL)
     page.evaluate(
         """() => {
             window.lengths = [];
@@ -102,14 +103,14 @@ def test_an_answer_streams_and_the_experts_light_up(visit):
     playwright.expect(page.locator("#heat-summary")).to_contain_text("Busiest in the last minute")
     playwright.expect(page.locator("[data-tile=first] .number")).to_contain_text(re.compile(r"\d m?s"))
     before = lit(page)
-    page.get_by_label("Message").fill("How do I deploy to Kubernetes?")
+    page.get_by_label("Message").fill("What is an expert?")
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#heat")).not_to_have_attribute("data-lit", str(before))
     picture(page, "page-light")
 
 
 def test_an_administrator_kills_a_shard_and_sees_it_come_back(visit, cluster):
-    page = visit(color_scheme="dark")
+    page = visit(TALL, color_scheme="dark")
     before = ask(page)
     card = shard_card(page, 1)
     assert not card.get_by_role("button").is_visible()

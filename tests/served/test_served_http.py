@@ -4,6 +4,7 @@ import json
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import openai
 import pytest
 from served_tools import samples, scrape
@@ -55,6 +56,37 @@ def test_a_stream_brings_the_same_piece_by_piece(client, expected):
     assert len(chunks) > 4
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == 12
+
+
+def test_the_live_page_sees_the_experts_of_an_answer(served, client):
+    """3 tokens of the prompt and 7 of the answer, the last being nobody's input, are computed by 8 experts each in each
+    of 4 layers."""
+    with urlopen(f"{served.http_url}/", timeout=30) as page:
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+    asked, passed = False, np.zeros((4, 64), dtype=int)
+    with urlopen(f"{served.http_url}/cluster/live", timeout=60) as stream:
+        for name, value in live_events(stream):
+            if name == "cluster":
+                assert [shard["state"] for shard in value["shards"]] == ["up", "up"]
+            if name != "beat":
+                continue
+            if not asked:
+                client.completions.create(model="demo-moe", prompt=[1, 2, 3], max_tokens=8, **GREEDY)
+                asked = True
+            passed += value["tokens"] or 0
+            if passed.sum() >= 4 * 80:
+                break
+    assert passed.sum(axis=1).tolist() == [80] * 4
+
+
+def live_events(stream):
+    name = b""
+    for line in stream:
+        field, _, value = line.strip().partition(b": ")
+        if field == b"event":
+            name = value
+        elif field == b"data":
+            yield name.decode(), json.loads(value)
 
 
 def test_completions_of_several_prompts(client, served):

@@ -12,7 +12,7 @@ from cluster.experts.placement import PlacementPlan, plan_evenly
 from cluster.serving.live.beat import BeatMaker
 from cluster.serving.live.events import Events, without_paths
 from cluster.serving.live.feed import LiveFeed
-from cluster.serving.live.figures import FigureMeter, Latency, quantile
+from cluster.serving.live.figures import FigureMeter, Latency, LinkFigures, quantile
 from cluster.serving.live.picture import cluster_picture
 from cluster.serving.live.reading import Reading
 from cluster.status import ClusterStatus, Fault, ProcessInfo, ReplicaStatus, ShardStatus
@@ -191,6 +191,7 @@ def test_figures_between_two_scrapes():
     assert figures.between_tokens == Latency()
     [shard] = figures.shards
     assert (shard.id, shard.rows_per_s, shard.in_flight, shard.busy, shard.bytes) == (1, 50.0, 2.0, 0.25, 4096)
+    assert figures.links == (LinkFigures(replica="0", shard=1, rows_per_s=50.0),)
 
 
 def test_a_quantile_of_the_last_bucket_is_its_lower_bound():

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 WINDOW_S = 30.0  # of which latencies are shown
@@ -19,7 +19,8 @@ _WANTED = re.compile(
 )
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
-Series = tuple[str, str]  # a metric's name; the bound of a bucket, or the shard
+LINK = "link"  # rows of one attention replica to one shard
+Series = tuple[str, str]  # a metric's name; the bound of a bucket, the shard, or "replica/shard"
 Scrape = dict[Series, float]
 
 
@@ -45,10 +46,22 @@ class ShardFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkFigures:
+    """Between an attention replica, by the name that it has in the metrics (its slot), and a shard."""
+
+    replica: str
+    shard: int
+    rows_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
+    """links: those with rows since the last scrape."""
+
     first_token: Latency
     between_tokens: Latency
     shards: tuple[ShardFigures, ...]
+    links: tuple[LinkFigures, ...]
 
 
 def parse(exposition: str) -> Scrape:
@@ -58,6 +71,9 @@ def parse(exposition: str) -> Scrape:
         labels = dict(_LABEL.findall(found["labels"]))
         key = found["name"], labels.get("le") or labels.get("shard_id", "")
         scrape[key] = scrape.get(key, 0.0) + float(found["value"])
+        if found["name"] == ROWS:
+            link = LINK, f"{labels['replica']}/{labels['shard_id']}"
+            scrape[link] = scrape.get(link, 0.0) + float(found["value"])
     return scrape
 
 
@@ -80,6 +96,7 @@ class FigureMeter:
             first_token=_latency(FIRST_TOKEN, first, scrape),
             between_tokens=_latency(BETWEEN_TOKENS, first, scrape),
             shards=tuple(_shards(last, scrape, max(now - then, 1e-3))),
+            links=tuple(_links(last, scrape, max(now - then, 1e-3))),
         )
 
 
@@ -103,6 +120,13 @@ def _shards(before: Scrape, after: Scrape, seconds: float) -> list[ShardFigures]
             )
         )
     return figures
+
+
+def _links(before: Scrape, after: Scrape, seconds: float) -> Iterator[LinkFigures]:
+    for (name, link), rows in sorted(after.items()):
+        if name == LINK and (grown := rows - before.get((name, link), 0.0)) > 0:
+            replica, _, shard = link.rpartition("/")
+            yield LinkFigures(replica=replica, shard=int(shard), rows_per_s=round(grown / seconds, 1))
 
 
 def _latency(name: str, before: Mapping[Series, float], after: Mapping[Series, float]) -> Latency:

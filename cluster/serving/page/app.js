@@ -10,12 +10,13 @@ import { Live } from "./live.js";
 import { Processes } from "./processes.js";
 import { Theme } from "./theme.js";
 import { Tiles } from "./tiles.js";
+import { Wires } from "./wires.js";
 import { announce, byId, setText } from "./dom.js";
 
 const STATES = {
   starting: "starting",
   serving: "serving",
-  uncovered: "some experts have no copy",
+  uncovered: "some experts have no copy that is up",
   draining: "draining",
   failed: "failed",
 };
@@ -24,6 +25,7 @@ const api = new Api();
 const heatmap = new Heatmap();
 const tiles = new Tiles();
 const happenings = new Happenings();
+const wires = new Wires();
 const admin = new Admin(api, { openKey: () => key.open() });
 const processes = new Processes({ onMark: (shard) => heatmap.mark(shard), shardAction: (id) => admin.killButton(id) });
 const live = new Live(api, { cluster, placement: (placement) => heatmap.placement(placement), beat, state });
@@ -35,6 +37,7 @@ new Chat(api, { onDenied: () => key.open() });
 new Theme((theme) => {
   heatmap.paint(theme);
   processes.paint(theme);
+  wires.paint(theme);
 });
 
 function cluster(picture) {
@@ -45,6 +48,7 @@ function cluster(picture) {
   setText(byId("state-text"), STATES[picture.state] + (picture.reason ? `: ${picture.reason}` : ""));
   heatmap.shards(picture.shards);
   processes.cluster(picture);
+  wires.cluster(picture);
   admin.cluster(picture);
   tiles.cluster(picture);
   happenings.show(picture.events);
@@ -54,6 +58,7 @@ function beat(news) {
   heatmap.beat(news);
   tiles.beat(news);
   processes.beat(news);
+  wires.beat(news);
 }
 
 /** now: "live", "paused" or an error. */

@@ -58,6 +58,7 @@ export class Heatmap {
     if (layers.options.length !== this.load.rows) {
       layers.replaceChildren(...(placement?.layer_ids ?? []).map((id, row) => element("option", { value: row }, String(id))));
     }
+    byId("experts").dataset.dense = String(!this.load.rows);
     byId("look-expert").max = Math.max(0, this.load.columns - 1);
     this.measure();
     this.words(true);
@@ -113,15 +114,12 @@ export class Heatmap {
     const { context } = this;
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);
     this.style = getComputedStyle(this.canvas);
+    this.most = this.mode === "mean" ? this.load.mean.reduce((most, mean) => Math.max(most, mean), 0.1) : this.load.peak;
     for (let row = 0; row < rows; row += 1) {
       for (let column = 0; column < columns; column += 1) this.drawCell(row, column);
     }
     this.drawAxes();
-    setText(byId("scale-max"), `${count(this.most())} tokens/s`);
-  }
-
-  most() {
-    return this.mode === "mean" ? Math.max(0.1, ...this.load.mean) : this.load.peak;
+    setText(byId("scale-max"), `${count(this.most)} tokens/s`);
   }
 
   drawCell(row, column) {
@@ -131,7 +129,7 @@ export class Heatmap {
     const [width, height] = [this.cell - gap, this.row - gap];
     const owners = load.owners(row, column);
     const value = (this.mode === "mean" ? load.mean : load.light)[row * load.columns + column];
-    const share = Math.min(1, value / this.most());
+    const share = Math.min(1, value / this.most);
     context.fillStyle = this.mode === "shards"
       ? shardColour(this.theme, owners[0] ?? 0, 0.25 + 0.75 * share)
       : this.colours[value > 0 ? Math.max(5, Math.round(share * (this.colours.length - 1))) : 0];
