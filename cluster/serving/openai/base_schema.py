@@ -10,6 +10,7 @@ from cluster.errors import InvalidRequest
 from cluster.serving.openai.body import AnswerBody as AnswerBody
 from cluster.serving.openai.body import RequestBody as RequestBody
 from cluster.serving.openai.forms import FormFields
+from cluster.serving.openai.vllm_fields import VllmFields
 from cluster.structured import StructuredOutputsParams
 from cluster.types import MAX_TOP_LOGPROBS, SamplingParams, Usage
 
@@ -39,7 +40,7 @@ class GenerationFields(RequestBody):
     ignore_eos: bool | None = None
 
 
-class SamplingFields(GenerationFields, FormFields):
+class SamplingFields(GenerationFields, FormFields, VllmFields):
     """The fields of a generation that chats and completions share."""
 
     model: str | None = None
@@ -58,6 +59,11 @@ class SamplingFields(GenerationFields, FormFields):
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options is not None and self.stream_options.include_usage)
+
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether the answer shows the prompt's tokens, or only some of them count."""
+        return bool(self.return_token_ids) or (self.prompt_logprobs, self.truncate_prompt_tokens) != (None, None)
 
     def check(self) -> None:
         """Raises InvalidRequest for fields that do not go together."""

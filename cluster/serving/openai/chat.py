@@ -20,8 +20,8 @@ from cluster.serving.openai.chat_schema import (
     ChunkChoice,
 )
 from cluster.serving.openai.conversations import to_conversation
-from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants
-from cluster.serving.openai.logprobs import chat_logprobs
+from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants, with_stop_strings
+from cluster.serving.openai.logprobs import as_token_ids, chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.served import Served
@@ -40,7 +40,7 @@ def router(served: Served) -> APIRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
         body.check()
-        call = Call(request_id=f"chatcmpl-{request.state.request_id}", client=request.state.client)
+        call = Call(request_id=f"chatcmpl-{body.request_id or request.state.request_id}", client=request.state.client)
         chat = await prepared(served, body, call)
         if body.stream:
             return await begun(chat.stream(), call.request_id)
@@ -56,11 +56,13 @@ async def prepared(served: Served, body: ChatRequest, call: Call) -> "PreparedCh
     prompt = Prompt(chat=to_conversation(body))
     num_choices = body.n or 1
     prompt_token_ids = None
-    if num_choices > 1 or body.return_token_ids or body.prompt_logprobs is not None:  # rendered and tokenized once
-        prompt_token_ids = await served.service.tokenize(prompt, call.client)
+    if num_choices > 1 or body.needs_token_ids:  # rendered and tokenized once
+        prompt_token_ids = body.truncated(await served.service.tokenize(prompt, call.client))
         prompt = Prompt(token_ids=prompt_token_ids)
     asked = [(prompt, each) for each in variants(params, num_choices)]
     deltas = generate(served.service, asked, call)
+    if body.include_stop_str_in_output:
+        deltas = with_stop_strings(deltas)
     return PreparedChat(
         served=served, body=body, call=call, created=int(served.now_s()), prompt=prompt,
         num_choices=num_choices, params=params, deltas=deltas,
@@ -122,7 +124,7 @@ class PreparedChat:
             message=reader.whole(),
             logprobs=self._logprobs(choice.logprobs),
             finish_reason=reader.finish_reason(choice.finish_reason or "error"),
-            **({"token_ids": choice.token_ids} if self.body.return_token_ids else {}),
+            **self._vllms(choice.matched_stop, choice.token_ids),
         )
 
     async def stream(self) -> AsyncGenerator[str, None]:
@@ -149,7 +151,7 @@ class PreparedChat:
                 for position, part in enumerate(parts):
                     yield self._event(index, part, NOTHING if position else delta)
                 if reason is not None:
-                    yield self._event(index, AnswerMessage(), NOTHING, reason)
+                    yield self._event(index, AnswerMessage(), TextDelta(matched_stop=delta.matched_stop), reason)
         if self.body.includes_usage:
             yield event(self._chunk([], usage=UsageBody.of(total(choices, self.num_choices))))
         yield DONE
@@ -162,9 +164,17 @@ class PreparedChat:
             delta=message,
             logprobs=self._logprobs(delta.logprobs) if delta.logprobs else None,
             finish_reason=reason,
-            **({"token_ids": list(delta.token_ids)} if self.body.return_token_ids and delta.token_ids else {}),
+            **self._vllms(delta.matched_stop if reason else None, delta.token_ids or None),
         )
         return event(self._chunk([choice], **({"usage": None} if self.body.includes_usage else {}), **fields))
+
+    def _vllms(self, matched_stop: str | None, token_ids: Sequence[int] | None) -> dict[str, Any]:
+        """The fields of a choice that vLLM adds to OpenAI's; None for one that is left out."""
+        stop = {"stop_reason": matched_stop} if matched_stop else {}
+        return {
+            **stop,
+            **({"token_ids": list(token_ids)} if self.body.return_token_ids and token_ids is not None else {}),
+        }
 
     def _chunk(self, choices: list[ChunkChoice], **fields: Any) -> ChatChunk:
         return ChatChunk(
@@ -177,4 +187,5 @@ class PreparedChat:
         )
 
     def _logprobs(self, entries: Sequence[Logprobs]) -> ChoiceLogprobs | None:
-        return chat_logprobs(entries, self.served.service.token_bytes) if self.body.logprobs else None
+        name_of = as_token_ids if self.body.return_tokens_as_token_ids else self.served.service.token_bytes
+        return chat_logprobs(entries, name_of) if self.body.logprobs else None

@@ -78,6 +78,10 @@ class ChatRequest(SamplingFields):
     tools: list[ToolBody] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    # Without effect: this model writes no reasoning, its cache finds beginnings by itself, and keys name clients.
+    include_reasoning: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
@@ -108,10 +112,13 @@ class AnswerMessage(AnswerBody):
 
 
 class ChatChoice(AnswerBody):
+    """stop_reason: vLLM's; the stop string that ended it, left out for another end."""
+
     index: int
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: str | None
+    stop_reason: str | None = None
     token_ids: list[int] | None = None
 
 
@@ -131,6 +138,7 @@ class ChunkChoice(AnswerBody):
     delta: AnswerMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: str | None
+    stop_reason: str | None = None
     token_ids: list[int] | None = None
 
 

@@ -27,10 +27,13 @@ class CompletionLogprobs(AnswerBody):
 
 
 class CompletionChoice(AnswerBody):
+    """stop_reason: vLLM's; the stop string that ended it, left out for another end."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    stop_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None

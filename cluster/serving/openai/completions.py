@@ -16,8 +16,18 @@ from cluster.serving.openai.completion_schema import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from cluster.serving.openai.generation import Call, Choice, best, collect, generate, nothing, total, variants
-from cluster.serving.openai.logprobs import completion_logprobs
+from cluster.serving.openai.generation import (
+    Call,
+    Choice,
+    best,
+    collect,
+    generate,
+    nothing,
+    total,
+    variants,
+    with_stop_strings,
+)
+from cluster.serving.openai.logprobs import as_token_ids, completion_logprobs
 from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
 from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.served import Served
@@ -37,7 +47,7 @@ def router(served: Served) -> APIRouter:
         served.check_model(body.model)
         body.check()
         _check(body)
-        call = Call(request_id=f"cmpl-{request.state.request_id}", client=request.state.client)
+        call = Call(request_id=f"cmpl-{body.request_id or request.state.request_id}", client=request.state.client)
         completion = await _prepared(served, body, call)
         if body.stream:
             return await begun(completion.stream(), call.request_id)
@@ -74,14 +84,15 @@ async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Co
         logprobs=0 if ranked and body.logprobs is None else body.logprobs,
     )
     numbers = body.logprobs if body.echo else None
-    if num_each > 1 or body.return_token_ids or body.echo or body.prompt_logprobs is not None:  # tokenized once
-        prompts = [await _tokenized(served, prompt, call) for prompt in prompts]
+    if num_each > 1 or body.echo or body.needs_token_ids:  # tokenized once
+        prompts = [await _tokenized(served, prompt, body, call) for prompt in prompts]
     tops = [num for num in (numbers, body.prompt_logprobs) if num is not None]
     scored = await score(served.service, prompts, call, max(tops)) if tops else ()
     asked = [(prompt, each) for prompt in prompts for each in variants(params, num_each)]
+    deltas = nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call)
     return _Completion(
         served=served, body=body, call=call, created=int(served.now_s()), prompts=prompts, num_each=num_each,
-        deltas=nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call),
+        deltas=with_stop_strings(deltas) if body.include_stop_str_in_output else deltas,
         scored=scored, echoes=await _echoes(served, body, prompts, call),
     )  # fmt: skip
 
@@ -91,16 +102,16 @@ async def _echoes(served: Served, body: CompletionRequest, prompts: Sequence[Pro
     if not body.echo:
         return ()
     given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    if isinstance(given[0], str):
+    if isinstance(given[0], str) and body.truncate_prompt_tokens is None:
         return [text for text in given if isinstance(text, str)]
     ids = [list(prompt.token_ids or ()) for prompt in prompts]
     return [await served.service.detokenize(one, skip_special_tokens=False, client=call.client) for one in ids]
 
 
-async def _tokenized(served: Served, prompt: Prompt, call: Call) -> Prompt:
+async def _tokenized(served: Served, prompt: Prompt, body: CompletionRequest, call: Call) -> Prompt:
     if prompt.token_ids is not None:
-        return prompt
-    return Prompt(token_ids=await served.service.tokenize(prompt, call.client))
+        return Prompt(token_ids=body.truncated(list(prompt.token_ids)))
+    return Prompt(token_ids=body.truncated(await served.service.tokenize(prompt, call.client)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +167,7 @@ class _Completion:
 
     def _choice(self, place: int, prompt: int, piece: Choice, *, begins: bool, offset: int) -> CompletionChoice:
         """A choice, or a piece of one. begins: the first piece, which the echo stands before."""
-        ids: dict[str, Any] = {}
+        ids: dict[str, Any] = {"stop_reason": piece.matched_stop} if piece.matched_stop else {}
         if self.body.return_token_ids:
             ids["token_ids"] = piece.token_ids
             if begins:
@@ -173,7 +184,8 @@ class _Completion:
         if echo:
             scored = self.scored[prompt].top(self.body.logprobs or 0)
             entries, token_ids = [None, *scored.entries, *entries], [*scored.token_ids, *token_ids]
-        return completion_logprobs(entries, token_ids, self.served.service.token_bytes, offset)
+        name_of = as_token_ids if self.body.return_tokens_as_token_ids else None
+        return completion_logprobs(entries, token_ids, self.served.service.token_bytes, offset, name_of)
 
     def _body(self, choices: list[CompletionChoice], **fields: Any) -> CompletionAnswer:
         return CompletionAnswer(

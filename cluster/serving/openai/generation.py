@@ -109,6 +109,15 @@ async def generate(
             yield each
 
 
+async def with_stop_strings(
+    deltas: AsyncGenerator[tuple[int, TextDelta], None],
+) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    """Yields the same deltas; an answer that a stop string ended ends with it."""
+    async with aclosing(deltas):
+        async for index, delta in deltas:
+            yield index, replace(delta, text=delta.text + delta.matched_stop) if delta.matched_stop else delta
+
+
 def _leader(asked: Sequence[tuple[Prompt, SamplingParams]], index: int) -> int:
     """The answer whose prompt an answer waits for: its own index for none."""
     prompt = asked[index][0]

@@ -11,6 +11,11 @@ LOWEST = -9999.0  # in place of minus infinity, which JSON does not have. Source
 TokenText = Callable[[int], bytes]  # a token's bytes
 
 
+def as_token_ids(token_id: int) -> bytes:
+    """A `TokenText` for clients that want a token's id in place of its text, which may be no text alone."""
+    return f"token_id:{token_id}".encode()
+
+
 def chat_logprobs(entries: Sequence[Logprobs], text_of: TokenText) -> ChoiceLogprobs:
     return ChoiceLogprobs(
         content=[
@@ -29,17 +34,21 @@ def _token(token_id: int, logprob: float, text_of: TokenText) -> TopLogprob:
 
 
 def completion_logprobs(
-    entries: Sequence[Logprobs | None], token_ids: Sequence[int], text_of: TokenText, first_offset: int
+    entries: Sequence[Logprobs | None],
+    token_ids: Sequence[int],
+    text_of: TokenText,
+    first_offset: int,
+    name_of: TokenText | None = None,
 ) -> CompletionLogprobs:
     """entries: of each token; None for the first of a prompt, which nothing precedes.
-    first_offset: the characters of the text before the first token.
+    first_offset: the characters of the text before the first token.  name_of: in place of tokens' texts.
     """
-    tokens = [_text(token_id, text_of) for token_id in token_ids]
-    offsets = list(accumulate((len(token) for token in tokens[:-1]), initial=first_offset)) if tokens else []
+    texts, named = [_text(token_id, text_of) for token_id in token_ids], name_of or text_of
+    offsets = list(accumulate((len(text) for text in texts[:-1]), initial=first_offset)) if texts else []
     return CompletionLogprobs(
-        tokens=tokens,
+        tokens=texts if name_of is None else [_text(token_id, name_of) for token_id in token_ids],
         token_logprobs=[None if entry is None else max(entry.logprob, LOWEST) for entry in entries],
-        top_logprobs=[None if entry is None else _top(entry, text_of) for entry in entries],
+        top_logprobs=[None if entry is None else _top(entry, named) for entry in entries],
         text_offset=offsets,
     )
 
