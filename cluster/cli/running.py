@@ -129,11 +129,12 @@ def _running(args: argparse.Namespace) -> "RunningCluster":
     address = find_address(args.ray_address if args.ray_address != "auto" else None)
     with Working("looking for a Ray …"):
         found = find_ray(address)
-    from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
-
     late = f"the Ray at {found} takes no connection in {CONNECT_TIMEOUT_S:g} s: {TRY_ANOTHER}"
-    with Working(f"connecting to the Ray at {found} …"), terminal.bounded(CONNECT_TIMEOUT_S, late):
-        return RunningCluster(found)
+    with Working(f"connecting to the Ray at {found} …"):
+        from cluster.runtime.operate import RunningCluster  # ray loads with it and reads the environment
+
+        with terminal.bounded(CONNECT_TIMEOUT_S, late):
+            return RunningCluster(found)
 
 
 @contextmanager

@@ -120,8 +120,10 @@ def _settled(metrics_url: str, before: "ExpertCounts") -> "ExpertCounts":
 @contextmanager
 def _served(args: argparse.Namespace, model: str) -> Iterator["ServedCluster"]:
     """Serves a cluster while it is open, and shows its start and stop. SIGTERM and a closed terminal act as Ctrl-C."""
-    from cluster.console import LoadProgress, Working  # torch and ray load with these: not for --help
-    from cluster.runtime.start.served import ServedCluster
+    from cluster.console import LoadProgress, Working  # rich loads with it, torch and ray with the next: not for --help
+
+    with Working("loading torch and Ray …"):
+        from cluster.runtime.start.served import ServedCluster
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

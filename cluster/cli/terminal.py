@@ -69,7 +69,9 @@ def bounded(seconds: float, message: str) -> Iterator[None]:
 
     def end() -> None:
         with suppress(OSError):
-            os.write(shown, f"moe-cluster: {message}\n".encode("ascii", "backslashreplace"))
+            # on a terminal a line may be drawn, and the cursor hidden (`console.Working`)
+            wiped = "\r\x1b[2K\x1b[?25h" if os.isatty(shown) else ""
+            os.write(shown, f"{wiped}moe-cluster: {message}\n".encode("ascii", "backslashreplace"))
         os._exit(2)
 
     timer = threading.Timer(seconds, end)

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from serving_fakes import EchoBackend, byte_ids, write_tokenizer
 
 from cluster import LLM, SamplingParams
+from cluster.conversation import ToolCall
 from cluster.errors import InvalidRequest
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.tools.forced import forced_calls
 from cluster.serving.tools.hermes import Arguments, CallBegins, HermesReader, Text
+from cluster.serving.tools.whole import read_calls
 from cluster.types import SequenceUpdate
 
 
@@ -90,6 +92,16 @@ def test_what_is_read_does_not_depend_on_the_cuts(parts, cuts):
     places = sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
     pieces = [text[first:last] for first, last in itertools.pairwise(places)]
     assert read(*pieces) == read(*text) == read(text)
+
+
+def test_whole_calls_have_objects_and_what_is_cut_off_or_too_deep_stays_text():
+    """An answer of a batch must not end the others by its depth."""
+    call = '<tool_call>{"name": "f", "arguments": %s}</tool_call>'
+    assert read_calls("a " + call % '{"x": [1]}') == ("a", (ToolCall(name="f", arguments={"x": [1]}, id="call_0"),))
+    assert read_calls(call[:-13] % '{"x": "cut')[1] == ()
+    content, calls = read_calls(call % ('{"x": ' + "[" * 100_000))
+    assert calls == ()
+    assert "[[[[" in content
 
 
 def test_arguments_come_while_they_are_written():

@@ -41,7 +41,7 @@ class WholeCalls:
             return
         try:
             read = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             read = None
         if isinstance(read, dict):
             yield ToolCall(name=call.name, arguments=read, id=f"call_{call.number}")
