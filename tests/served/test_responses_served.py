@@ -1,7 +1,10 @@
 """`/v1/responses` of the served application, with OpenAI's own client: two ingresses, one store."""
 
+import time
+
 import openai
 import pytest
+from pydantic import BaseModel
 
 pytestmark = pytest.mark.ray
 
@@ -57,3 +60,38 @@ def test_a_cancel_reaches_the_ingress_that_runs_it(client):
     assert client.responses.cancel(response.id).status == "cancelled"
     with pytest.raises(openai.BadRequestError, match="background"):
         client.responses.cancel(client.responses.create(**ASK).id)
+
+
+class City(BaseModel):
+    name: str
+    is_large: bool
+
+
+def test_an_answer_is_parsed_and_a_tools_answer_goes_back(client):
+    """Both by grammars: the demo's model knows neither cities nor tools."""
+    plain = {**ASK, "max_output_tokens": 200, "extra_body": {"repetition_penalty": 1.0}}
+    parsed = client.responses.parse(**plain, text_format=City).output_parsed
+    assert isinstance(parsed, City)
+    tool = {"type": "function", "name": "weather", "strict": True, "parameters": City.model_json_schema()}
+    first = client.responses.create(**plain, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    [call] = first.output
+    assert call.name == "weather"
+    City.model_validate_json(call.arguments)
+    answer = [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"}]
+    second = client.responses.create(**ASK | {"input": answer}, previous_response_id=first.id, tools=[tool])
+    whole = [{"role": "user", "content": ASK["input"]}, *first.output, *answer]
+    assert second.output_text == client.responses.create(**ASK | {"input": whole}, tools=[tool]).output_text
+
+
+def test_responses_are_kept_again_after_the_stores_death(client, ray_cluster):
+    """And meanwhile they are answered."""
+    lost = client.responses.create(**ASK)
+    [name] = [one["name"] for one in ray_cluster.util.list_named_actors(True) if one["name"].endswith(":responses")]
+    ray_cluster.kill(ray_cluster.get_actor(name, namespace="moe-cluster"), no_restart=False)
+    deadline = time.monotonic() + 60
+    while not (response := client.responses.create(**ASK)).store:
+        assert response.output_text == lost.output_text
+        assert time.monotonic() < deadline
+    assert client.responses.retrieve(response.id) == response
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(lost.id)

@@ -9,7 +9,7 @@ from http_tools import Front
 from serving_fakes import IM_END, EchoBackend, byte_ids, write_tokenizer
 
 from cluster.errors import NotFound, Overloaded, Unavailable
-from cluster.serving.openai.responses.background import MAX_TRIES, REPORT_S, Responses
+from cluster.serving.openai.responses.background import MAX_OF_CLIENT, MAX_TRIES, REPORT_S, Responses
 from cluster.serving.openai.responses.store import (
     LOST_S,
     RECORD_BYTES,
@@ -363,3 +363,18 @@ def test_a_server_that_keeps_none_says_so(tokenizer):
         assert (await front.get(f"{PATH}/resp_1")).status_code == 404
 
     asyncio.run(run())
+
+
+def test_one_client_does_not_take_all_places_of_the_background(tokenizer):
+    async def scenario(front, client, store):
+        for _ in range(MAX_OF_CLIENT):
+            await begin(client)
+        refused = await client.post(PATH, json={"input": "hi", "background": True})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        async with front.client(peer="192.0.2.8") as other:
+            await begin(other)
+        front.service.admission.drain()
+        refused = await client.post(PATH, json={"input": "hi", "background": True})
+        assert refused.status_code == 503
+
+    play(tokenizer, scenario, WAIT)

@@ -28,7 +28,7 @@ from cluster.serving.openai.responses.store import (
 )
 
 START_S = 30.0  # for the store's process to come up
-ANSWER_S = 5.0
+ANSWER_S = 10.0
 CONCURRENCY = 10_000  # questions at a time; each that follows a stream is one
 
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.errors import ClusterError, Overloaded
-from cluster.serving.openai.responses.body import ENDED, ResponseBody
+from cluster.serving.openai.responses.response_body import ENDED, ResponseBody
 from cluster.serving.openai.responses.store import NoStore, Progress, ResponseStore, StoredResponse
 
 log = logging.getLogger(__name__)
 
 REPORT_S = 0.25  # between two reports: a cancel takes as long to come through
-MAX_RUNNING = 256  # in the background of one process
+MAX_RUNNING, MAX_OF_CLIENT = 256, 64  # in the background of one process, waiting ones too
 MAX_TRIES = 600  # of one that finds the cluster full, and of reports after an end
 RETRY_S = 5.0
 
@@ -56,6 +56,10 @@ class BackgroundResponse:
     @property
     def response_id(self) -> str:
         return self._stored.response_id
+
+    @property
+    def client(self) -> str:
+        return self._stored.client
 
     @property
     def ended(self) -> bool:
@@ -116,6 +120,7 @@ class Responses:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reporting: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
+        self._reports = True  # the last report reached the store
         self._context = contextvars.copy_context()  # tasks of a call's own context would end with the call
 
     async def keep(self, stored: StoredResponse) -> bool:
@@ -133,8 +138,9 @@ class Responses:
 
     async def begin(self, response: BackgroundResponse) -> None:
         """Runs a response in the background. Raises Overloaded, Unavailable."""
-        if len(self._running) >= MAX_RUNNING:
-            raise Overloaded.later(f"{MAX_RUNNING} responses run in the background, as many as may", RETRY_S)
+        of_client = sum(other.client == response.client for other in self._running.values())
+        if len(self._running) >= MAX_RUNNING or of_client >= MAX_OF_CLIENT:
+            raise Overloaded.later("as many responses run in the background as may", RETRY_S)
         response.store_id = await self.store.put(response.whole())
         self._running[response.response_id] = response
         self._runs[response.response_id] = self._task(self._run(response))
@@ -175,8 +181,11 @@ class Responses:
             responses = list(self._running.values())
             try:
                 await self._report_once(responses)
+                self._reports = True
             except ClusterError as error:
-                log.warning("the store does not know of %d running responses: %s", len(responses), error)
+                if self._reports:
+                    log.warning("the store does not learn of %d responses: %s", len(responses), error)
+                self._reports = False
             for response in responses:
                 if response.ended:
                     response.num_reports_after_end += 1
@@ -198,8 +207,8 @@ class Responses:
                 self._runs[response.response_id].cancel()
 
     def _forget(self, response: BackgroundResponse) -> None:
-        del self._running[response.response_id]
-        del self._runs[response.response_id]
+        self._running.pop(response.response_id, None)
+        self._runs.pop(response.response_id, None)
 
     def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work, context=self._context.copy())

@@ -10,14 +10,15 @@ from typing import Any
 
 from fastapi.responses import Response
 
+from cluster.errors import Unavailable
 from cluster.serving.openai.chat import PreparedChat, prepared
 from cluster.serving.openai.chat_schema import ChatRequest
 from cluster.serving.openai.generation import Call
 from cluster.serving.openai.responses.background import BackgroundResponse
-from cluster.serving.openai.responses.body import begin
 from cluster.serving.openai.responses.history import conversation
 from cluster.serving.openai.responses.items import to_chat
 from cluster.serving.openai.responses.making import Making
+from cluster.serving.openai.responses.response_body import begin
 from cluster.serving.openai.responses.schema import ITEMS, ResponseRequest
 from cluster.serving.openai.responses.store import StoredResponse
 from cluster.serving.openai.responses.truncation import cut_to_fit
@@ -98,6 +99,9 @@ class Creation:
         yield making.last_event()
 
     async def in_background(self, chat: PreparedChat, *, stream: bool) -> Response:
+        """Raises ClusterError for what would fail at once."""
+        if self.served.service.admission.draining:
+            raise Unavailable("this server is shutting down, send the request to another one")
         await chat.check()
         making = self.making
         making.announce()

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from cluster.errors import InvalidRequest, NotFound
-from cluster.serving.openai.responses.body import as_stored
+from cluster.serving.openai.responses.response_body import as_stored
 from cluster.serving.openai.responses.schema import CallItem, Item, MessageItem, ResponseRequest
 from cluster.serving.openai.responses.store import ResponseStore
 from cluster.serving.openai.responses.writing import new_id

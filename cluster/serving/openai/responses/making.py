@@ -7,7 +7,7 @@ from cluster.serving.openai.chat import PreparedChat
 from cluster.serving.openai.generation import Choice
 from cluster.serving.openai.logprobs import chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
-from cluster.serving.openai.responses.body import ResponseBody, ResponseUsage
+from cluster.serving.openai.responses.response_body import ResponseBody, ResponseUsage
 from cluster.serving.openai.responses.writing import Json, OutputWriter, event_text, last_event
 
 

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest, NotFound
-from cluster.serving.openai.base_schema import AnswerBody
+from cluster.serving.openai.body import AnswerBody
 from cluster.serving.openai.generation import Call
-from cluster.serving.openai.responses.body import ResponseBody, as_stored
 from cluster.serving.openai.responses.creating import create
 from cluster.serving.openai.responses.items import in_these_words
+from cluster.serving.openai.responses.response_body import ResponseBody, as_stored
 from cluster.serving.openai.responses.schema import ResponseRequest
 from cluster.serving.openai.responses.store import ResponseStore
 from cluster.serving.openai.responses.writing import error_event, last_event

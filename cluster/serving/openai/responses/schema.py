@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter
 
 from cluster.errors import InvalidRequest
-from cluster.serving.openai.base_schema import GenerationFields, RequestBody
+from cluster.serving.openai.base_schema import GenerationFields
+from cluster.serving.openai.body import RequestBody
 from cluster.serving.openai.errors import BadBody
 from cluster.types import MAX_TOP_LOGPROBS
 

@@ -18,7 +18,7 @@ from cluster.errors import NotFound, Overloaded
 from cluster.evolving import evolving
 
 FOLLOW_S = 10.0  # in which a question for more events is answered, with or without
-LOST_S = 15.0  # a running response of which nothing is heard for so long has lost its process
+LOST_S = 30.0  # a running response of which nothing is heard for so long has lost its process
 RETRY_S = 5.0
 RECORD_BYTES = 2000  # of a response beside its texts, about
 _ID = "response_id"

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.serving.openai.chat_schema import AnswerMessage
 from cluster.serving.openai.errors import body_of
-from cluster.serving.openai.responses.body import ENDED, ResponseBody
+from cluster.serving.openai.responses.response_body import ENDED, ResponseBody
 
 Json = dict[str, Any]
 _LAST = {"completed": "response.completed", "failed": "response.failed"}  # any other end: response.incomplete

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, ReplicaUnavailable
-from cluster.serving.openai.base_schema import AnswerBody
+from cluster.serving.openai.body import AnswerBody
 from cluster.serving.openai.errors import body_of
 from cluster.serving.openai.responses.schema import ResponseRequest
 from cluster.serving.openai.responses.store import StoredResponse
