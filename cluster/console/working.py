@@ -92,6 +92,7 @@ def _first(pieces: Iterator[Piece]) -> Iterator[Piece]:
 def _stderr() -> TextIO:
     """A stream to where stderr goes now, whatever it is redirected to meanwhile (`terminal.bounded`)."""
     try:
-        return os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding, errors="replace")
+        err = sys.stderr
+        return os.fdopen(os.dup(err.fileno()), "w", encoding=err.encoding, errors=err.errors)
     except (AttributeError, OSError, ValueError):  # another object, as in tests, or closed
         return sys.stderr

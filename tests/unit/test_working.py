@@ -1,6 +1,9 @@
 """The progress that commands show: a spinner on a terminal, plain lines with NO_COLOR, news alone in a pipe."""
 
 import io
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -115,3 +118,19 @@ def test_the_doctor_shows_that_it_works_and_prints_the_same(terminal, monkeypatc
     monkeypatch.setattr("cluster.doctor.examine", examine)
     assert cli.main(["doctor", "--json"]) == 0
     assert capsys.readouterr().out.startswith('{\n  "can_serve": true')
+
+
+def test_a_locale_without_the_characters_gets_others():
+    """Through a real descriptor: the stream is one of its own, whatever stderr becomes meanwhile."""
+    program = (
+        "from cluster.cli import terminal\nfrom cluster.console import Working\n"
+        "def work():\n    with Working('x', delay_s=9) as working, terminal.bounded(60, 'late'):\n"
+        "        working.say('rolling …')\n    return 0\nterminal.run(work)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"rolling ...\n")
