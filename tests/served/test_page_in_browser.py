@@ -241,6 +241,25 @@ def test_dark_mode_follows_the_system_and_the_button_goes_before(visit):
     assert ground(page) < 120
 
 
+def test_an_answer_can_be_stopped_and_a_new_chat_knows_nothing_of_it(visit):
+    page = visit()
+    bodies = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if "completions" in request.url else None)
+    page.get_by_label("Message").fill(QUESTION)
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="New chat").click()
+    playwright.expect(page.locator(".turn")).to_have_count(0)
+    playwright.expect(page.get_by_role("button", name="Send")).to_be_visible()
+    assert "copies compute" in ask(page)
+    assert [len(body["messages"]) for body in bodies] == [1, 1]
+    page.route("**/v1/chat/completions", lambda route: None)  # no answer comes
+    page.get_by_label("Message").fill(QUESTION)
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Stop").press("Enter")
+    playwright.expect(page.locator(".turn.assistant .note").last).to_contain_text("Stopped.")
+    playwright.expect(page.get_by_label("Message")).to_be_focused()
+
+
 def test_an_answer_is_text_whatever_stands_in_it(visit):
     page = visit()
     evil = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> **stars**"

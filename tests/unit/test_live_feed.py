@@ -51,13 +51,13 @@ def reading(at, first=0, second=0, **more):
 class FakeSource:
     """Gives readings half a second apart, each with one more token; `failures` first."""
 
-    def __init__(self, failures=0):
-        self.failures, self.num_read = failures, 0
+    def __init__(self, failures=0, error=None):
+        self.failures, self.error, self.num_read = failures, error or Unavailable("no word"), 0
 
     async def read(self):
         self.num_read += 1
         if self.num_read <= self.failures:
-            raise Unavailable("no word")
+            raise self.error
         return reading(0.5 * self.num_read, first=self.num_read)
 
 
@@ -119,8 +119,8 @@ def test_a_slow_watcher_gets_the_latest_frame_and_no_queue():
 
 
 def test_a_reading_that_fails_is_made_again(monkeypatch):
-    frame = asyncio.run(feed_of(FakeSource(failures=3)).now())
-    assert frame.number == 4
+    assert asyncio.run(feed_of(FakeSource(failures=3)).now()).number == 4
+    assert asyncio.run(feed_of(FakeSource(failures=2, error=IndexError("a shard of another model"))).now()).number == 3
     monkeypatch.setattr("cluster.serving.live.feed.FIRST_FRAME_S", 0.05)
     with pytest.raises(Unavailable):
         asyncio.run(feed_of(FakeSource(failures=10**9)).now())

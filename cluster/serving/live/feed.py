@@ -103,6 +103,8 @@ class LiveFeed:
                     self._latest = await self._frame(number)
                 except ClusterError as error:
                     log.info("no frame of the cluster: %s", error)
+                except Exception:  # the top of a loop: the next reading may fit together again
+                    log.exception("a frame of the cluster failed")
                 else:
                     news, self._news = self._news, asyncio.Event()
                     news.set()

@@ -31,6 +31,7 @@ export class Chat {
 
   clear() {
     this.running?.abort();
+    this.finish();
     this.turns = [];
     for (const turn of this.log.querySelectorAll(".turn")) turn.remove();
     byId("welcome").hidden = false;
@@ -52,6 +53,7 @@ export class Chat {
       if (!stream.signal.aborted) this.failed(error, answer);
     }
     answer.node.removeAttribute("aria-busy");
+    if (this.running !== stream) return; // a new chat has begun meanwhile
     // A question without an answer is not part of the conversation: a template may want turns to alternate.
     this.turns = answer.text ? [...this.turns, { role: "assistant", content: answer.text }] : before;
     this.end(stream, answer);
@@ -68,15 +70,18 @@ export class Chat {
   }
 
   end(stream, answer) {
-    if (this.running !== stream) return;
     const stopped = stream.signal.aborted ? "Stopped. " : "";
     setText(answer.note, stopped + answer.note.textContent);
     announce(`${stopped}Answer: ${answer.text || answer.note.textContent}`);
-    this.running = null;
     const focused = document.activeElement === byId("stop");
+    this.finish();
+    if (focused) this.question.focus();
+  }
+
+  finish() {
+    this.running = null;
     byId("send").hidden = false;
     byId("stop").hidden = true;
-    if (focused) this.question.focus();
   }
 
   async read(stream, answer) {

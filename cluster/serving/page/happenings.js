@@ -13,9 +13,9 @@ export class Happenings {
 
   /** events: oldest first. New faults are said to screen readers. */
   show(events) {
-    const newest = events.at(-1)?.number ?? 0;
+    const newest = events.at(-1)?.at ?? 0;
     if (this.last !== null) {
-      const fresh = events.filter((event) => event.number > this.last && event.kind !== "move");
+      const fresh = events.filter((event) => event.at > this.last && event.kind !== "move");
       if (fresh.length) announce(fresh.map((event) => event.text).join(". "));
     }
     this.last = newest;
