@@ -13,8 +13,8 @@ export class Admin {
       this.scale("expert_shards", "Expert shards", (picture) => picture.target_shards),
       this.scale("attention_replicas", "Attention replicas", (picture) => picture.replicas.length),
     ];
-    const rebalance = element("button", { type: "button", onclick: () => this.rebalance() }, "Rebalance");
-    byId("admin-actions").append(rebalance, ...this.scales.map((scale) => scale.form));
+    this.rebalancing = element("button", { type: "button", onclick: () => this.rebalance() }, "Rebalance");
+    byId("admin-actions").append(this.rebalancing, ...this.scales.map((scale) => scale.form));
     byId("admin").append(this.give, this.result);
   }
 
@@ -42,7 +42,7 @@ export class Admin {
       else kill.disabled = picture.shards.find((shard) => shard.id === id).state !== "up";
     }
     const dense = picture.num_experts === 0;
-    this.scales[0].form.hidden = dense;
+    this.scales[0].form.hidden = this.rebalancing.hidden = dense;
     for (const scale of this.scales) scale.show(picture);
   }
 

@@ -7,6 +7,8 @@ import { Load } from "./load.js";
 const LABEL_PX = 26; // for the layers' numbers, left
 const AXIS_PX = 18; // for the experts' numbers, below
 const WORDS_MS = 2000; // between two changes of the words
+const FRAME_S = 1 / 30; // at least, between two drawings of fading light
+const ROUND_PX = 7; // from here on corners are seen
 
 export class Heatmap {
   /** now: seconds of a steady clock. */
@@ -83,12 +85,14 @@ export class Heatmap {
   }
 
   animate() {
-    if (this.frame) return;
+    if (this.still.matches) this.draw(); // no fading between two beats
+    if (this.frame || this.still.matches) return;
     const step = () => {
       this.frame = 0;
-      const left = this.load.fade(this.now());
-      this.draw();
-      if (left && !this.still.matches && !document.hidden) this.frame = requestAnimationFrame(step);
+      const due = this.now() - this.load.litAt >= FRAME_S;
+      const left = due ? this.load.fade(this.now()) : true;
+      if (due) this.draw();
+      if (left && !document.hidden) this.frame = requestAnimationFrame(step);
     };
     this.frame = requestAnimationFrame(step);
   }
@@ -133,9 +137,12 @@ export class Heatmap {
     context.fillStyle = this.mode === "shards"
       ? shardColour(this.theme, owners[0] ?? 0, 0.25 + 0.75 * share)
       : this.colours[value > 0 ? Math.max(5, Math.round(share * (this.colours.length - 1))) : 0];
-    context.beginPath();
-    context.roundRect(x, y, width, height, Math.min(3, width / 4));
-    context.fill();
+    if (width < ROUND_PX) context.fillRect(x, y, width, height);
+    else {
+      context.beginPath();
+      context.roundRect(x, y, width, height, Math.min(3, width / 4));
+      context.fill();
+    }
     const ink = this.style.color;
     if (owners.length > 1) this.dot(x + width - 2.5, y + 2.5, Math.min(1.6, width / 4), ink);
     if (!owners.some((shard) => this.up.has(shard))) this.cross(x, y, width, height);

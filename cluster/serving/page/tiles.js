@@ -14,7 +14,7 @@ const TILES = [
   ["imbalance", "Imbalance", "", (beat) => beat.imbalance, (value) => value.toFixed(2), ({ copies }) => copies],
 ];
 
-const p95 = (latency) => `median · 95 % in ${seconds(latency?.p95)}`;
+const p95 = (latency) => `median; p95 ${seconds(latency?.p95)}`;
 const sum = (figures, name) => figures?.shards.reduce((total, shard) => total + shard[name], 0);
 
 export class Tiles {
@@ -31,15 +31,17 @@ export class Tiles {
       svg.setAttribute("aria-hidden", "true");
       svg.append(line);
       const figure = element("p", { class: "figure" }, number, unit ? element("span", { class: "unit" }, ` ${unit}`) : "");
-      byId("tiles").append(element("li", { class: "tile", "data-tile": name }, element("h3", {}, label), figure, note, svg));
-      return { number, note, line, value, format, below, values: [] };
+      const tile = element("li", { class: "tile", "data-tile": name }, element("h3", {}, label), figure, note, svg);
+      byId("tiles").append(tile);
+      return { tile, number, note, line, value, format, below, values: [] };
     });
   }
 
   /** picture: the cluster's. */
   cluster(picture) {
     const { num_copied: copied, num_experts: experts } = picture;
-    this.copies = !experts ? "dense model" : copied ? `${count(copied)} experts have copies` : "one copy of each expert";
+    for (const { tile } of this.tiles) tile.hidden = !experts && ["rows", "imbalance"].includes(tile.dataset.tile);
+    this.copies = copied ? `${count(copied)} experts have copies` : "one copy of each expert";
   }
 
   beat(beat) {
