@@ -97,6 +97,36 @@ def test_a_score_is_the_cosine_of_two_embeddings(tokenizer):
     np.testing.assert_allclose([each["score"] for each in answer["data"]], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("path", "names"), [("/v1/score", ("queries", "documents")), ("/score", ("data_1", "data_2"))])
+def test_vllms_other_names_of_a_scores_texts(tokenizer, path, names):
+    _, expected = post(tokenizer, "/score", {"text_1": "!", "text_2": ["!", "a"]})
+    _, answer = post(tokenizer, path, dict(zip(names, ("!", ["!", "a"]), strict=True)))
+    assert answer["data"] == expected["data"]
+
+
+def test_documents_come_with_the_best_first(tokenizer):
+    """By the scores above: "!" is like itself, "a" less so."""
+    a, b = np.array([3, 4, 0]), np.array([3, 4, 64])
+    _, answer = post(tokenizer, "/v1/rerank", {"query": "!", "documents": ["a", "!"]})
+    assert [(one["index"], one["document"]["text"]) for one in answer["results"]] == [(1, "!"), (0, "a")]
+    expected = [1.0, a @ b / np.linalg.norm(a) / np.linalg.norm(b)]
+    np.testing.assert_allclose([one["relevance_score"] for one in answer["results"]], expected, rtol=1e-6)
+    few = {"query": "!", "documents": ["a", "!"], "top_n": 1, "return_documents": False}
+    [best] = post(tokenizer, "/rerank", few)[1]["results"]
+    assert (best["index"], best["document"]) == (1, None)
+
+
+@pytest.mark.parametrize("field", ["use_activation", "normalize"])
+def test_numbers_come_as_the_model_gives_them(tokenizer, field):
+    """Of "!", token 0: [3, 4, 0] by the fake engine, and its logits."""
+    body = {"input": "!", field: False}
+    np.testing.assert_allclose(post(tokenizer, "/v1/embeddings", body)[1]["data"][0]["embedding"], [3, 4, 0])
+    np.testing.assert_allclose(post(tokenizer, "/pooling", body)[1]["data"][0]["data"], [3, 4, 0])
+    logits = post(tokenizer, "/pooling", body, SEQUENCE)[1]["data"][0]["data"]
+    assert post(tokenizer, "/classify", body, SEQUENCE)[1]["data"][0]["probs"] == logits
+    assert sum(logits) != pytest.approx(1)
+
+
 def test_a_head_with_one_label_scores_both_texts_together(tokenizer):
     one = Numbers.of(np.array([1.0]))
     backend = NumbersBackend(SequenceUpdate(request_id="a", numbers=one, finish_reason="stop"))
@@ -124,6 +154,11 @@ def test_a_head_with_one_label_scores_both_texts_together(tokenizer):
         ("/pooling", {"input": "a", "task": "token_classify"}, "head for next tokens"),
         ("/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2"),
         ("/score", {"text_1": [], "text_2": []}, "text_1 has 0"),
+        ("/score", {"text_1": "a"}, "queries and documents"),
+        ("/score", {"text_1": "a", "text_2": "a", "queries": "a"}, "queries and documents"),
+        ("/score", {}, "queries and documents"),
+        ("/rerank", {"query": "a", "documents": []}, "text_1 has 0"),
+        ("/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
         ("/tokenize", {}, "exactly one"),
         ("/tokenize", {"prompt": "a", "messages": []}, "both"),
         ("/tokenize", {"messages": []}, "messages has 0"),

@@ -1,14 +1,21 @@
-"""`/classify` and `/score`: labels of prompts, and how well two texts go together."""
+"""`/classify`, `/score` and `/rerank`: labels of prompts, and how well texts go together."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from fastapi import APIRouter, Request
 
 from cluster.errors import InvalidRequest
+from cluster.outcome import Computed
 from cluster.serving.openai.prompts import MAX_PROMPTS
 from cluster.serving.openai.result_schema import (
+    ActivatedRequest,
     ClassAnswer,
     ClassData,
-    InputRequest,
+    RerankAnswer,
+    RerankDocument,
+    RerankRequest,
+    RerankResult,
     ScoreAnswer,
     ScoreData,
     ScoreRequest,
@@ -23,39 +30,63 @@ def router(served: Served) -> APIRouter:
     routes, head = APIRouter(tags=["classes"]), served.service.info.head
 
     @routes.post("/classify")
-    async def classify(body: InputRequest, request: Request) -> ClassAnswer:
+    async def classify(body: ActivatedRequest, request: Request) -> ClassAnswer:
         call = ResultCall(served, request, "classify")
         computed = await call.compute(body, "label_logits")
         data = []
         for index, one in enumerate(computed):
             logits = one.numbers.array()
-            probs = probabilities(logits, head.activation).tolist()
+            probs = (probabilities(logits, head.activation) if body.activated else logits).tolist()
             label = head.labels[int(logits.argmax())]
             data.append(ClassData(index=index, label=label, probs=probs, num_classes=len(probs)))
         return ClassAnswer(data=data, **call.answered(computed))
 
-    @routes.post("/score")
-    async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
+    async def scored(call: ResultCall, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], Sequence[Computed]]:
         """A head with one label scores both texts, one behind the other; any other model compares their embeddings."""
-        call, pairs = ResultCall(served, request, "score"), _pairs(body)
-        served.check_model(body.model)
         if head.kind == "sequence_classification" and len(head.labels) == 1:
             computed = await call.compute_each([Prompt(text=first + second) for first, second in pairs], "label_logits")
-            scores = [float(1 / (1 + np.exp(-one.numbers.array().astype(np.float64)[0]))) for one in computed]
-        else:
-            texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-            computed = await call.compute_each([Prompt(text=text) for text in texts], "last_hidden_state")
-            of_text = dict(zip(texts, vectors(computed, None), strict=True))
-            scores = [float(of_text[first] @ of_text[second]) for first, second in pairs]
+            return [float(1 / (1 + np.exp(-one.numbers.array().astype(np.float64)[0]))) for one in computed], computed
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        computed = await call.compute_each([Prompt(text=text) for text in texts], "last_hidden_state")
+        of_text = dict(zip(texts, vectors(computed, True), strict=True))
+        return [float(of_text[first] @ of_text[second]) for first, second in pairs], computed
+
+    @routes.post("/v1/score", include_in_schema=False)
+    @routes.post("/score")
+    async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
+        call, pairs = ResultCall(served, request, "score"), _pairs(body)
+        served.check_model(body.model)
+        scores, computed = await scored(call, pairs)
         data = [ScoreData(index=index, score=one) for index, one in enumerate(scores)]
         return ScoreAnswer(data=data, **call.answered(computed))
+
+    @routes.post("/v2/rerank", include_in_schema=False)
+    @routes.post("/v1/rerank", include_in_schema=False)
+    @routes.post("/rerank")
+    async def rerank(body: RerankRequest, request: Request) -> RerankAnswer:
+        """The documents by their scores with the query, as `/score` makes them, best first."""
+        call = ResultCall(served, request, "rerank")
+        pairs = _pairs(ScoreRequest(queries=body.query, documents=body.documents))
+        served.check_model(body.model)
+        scores, computed = await scored(call, pairs)
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
+        shown = body.return_documents is not False
+        results = [
+            RerankResult(
+                index=index, relevance_score=scores[index],
+                document=RerankDocument(text=body.documents[index]) if shown else None,
+            )
+            for index in order
+        ]  # fmt: skip
+        answered = call.answered(computed)
+        return RerankAnswer(id=answered["id"], model=answered["model"], usage=answered["usage"], results=results)
 
     return routes
 
 
 def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
     """Raises InvalidRequest."""
-    first, second = ([one] if isinstance(one, str) else one for one in (body.text_1, body.text_2))
+    first, second = ([one] if isinstance(one, str) else one for one in body.sides())
     if len(first) == 1:
         first = first * len(second)
     if len(first) != len(second) or not 1 <= len(first) <= MAX_PROMPTS:

@@ -44,7 +44,7 @@ def router(served: Served) -> APIRouter:
         computed = await call.compute(body, wants)
         data = [
             EmbeddingData(index=index, embedding=_encoded(vector, body.encoding_format))
-            for index, vector in enumerate(vectors(computed, body.normalize))
+            for index, vector in enumerate(vectors(computed, body.activated))
         ]
         return EmbeddingAnswer(data=data, **call.answered(computed))
 
@@ -53,21 +53,21 @@ def router(served: Served) -> APIRouter:
         task = body.task or TASKS.get(head.kind, "embed")
         call = ResultCall(served, request, "pool")
         computed = await call.compute(body, WANTS[task])
-        arrays = [_pooled(one, task, head, body.normalize) for one in computed]
+        arrays = [_pooled(one, task, head, body.activated) for one in computed]
         data = [PoolingData(index=i, data=_encoded(array, body.encoding_format)) for i, array in enumerate(arrays)]
         return PoolingAnswer(data=data, **call.answered(computed))
 
     return routes
 
 
-def _pooled(computed: Computed, task: Task, head: Head, normalize: bool | None) -> np.ndarray:
+def _pooled(computed: Computed, task: Task, head: Head, activated: bool) -> np.ndarray:
     """The task's numbers of a prompt: [H], [T, H], [L] or [T, L]."""
     array = computed.numbers.array()
+    if not activated:
+        return array
     if task in ("classify", "token_classify"):
         rows = np.atleast_2d(array)
         return np.stack([probabilities(row, head.activation) for row in rows]).reshape(array.shape)
-    if normalize is False:
-        return array
     return unit_vector(array) if array.ndim == 1 else np.stack([unit_vector(row) for row in array])
 
 

@@ -1,7 +1,10 @@
 """The bodies of calls whose answers are numbers. Sources: OpenAI's API reference (embeddings), vLLM's (the others)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from cluster.errors import InvalidRequest
 from cluster.serving.openai.base_schema import AnswerBody, RequestBody
 from cluster.serving.openai.prompts import Prompts
 
@@ -15,29 +18,65 @@ class InputRequest(RequestBody):
     user: str | None = None  # without effect
 
 
-class EmbeddingRequest(InputRequest):
-    """pooling: ours; the last token's hidden state, or all tokens' mean.  normalize: to a length of one."""
+class ActivatedRequest(InputRequest):
+    """use_activation: false for the numbers as the model gives them, in place of vectors of length one, or of
+    probabilities.  normalize: vLLM's older word for the same."""
+
+    normalize: bool | None = None
+    use_activation: bool | None = None
+
+    @property
+    def activated(self) -> bool:
+        return self.normalize is not False and self.use_activation is not False
+
+
+class EmbeddingRequest(ActivatedRequest):
+    """pooling: ours; the last token's hidden state, or all tokens' mean."""
 
     encoding_format: Encoding | None = None
     dimensions: int | None = None
     pooling: Literal["last", "mean"] | None = None
-    normalize: bool | None = None
 
 
-class PoolingRequest(InputRequest):
+class PoolingRequest(ActivatedRequest):
     """task: by default the head's: classify, token_classify, else embed."""
 
     encoding_format: Encoding | None = None
     task: Task | None = None
-    normalize: bool | None = None
+
+
+Texts = str | list[str]
 
 
 class ScoreRequest(RequestBody):
-    """One text against each of several, or two lists of one length."""
+    """One text against each of several, or two lists of one length: under one of three pairs of names, all vLLM's."""
 
     model: str | None = None
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    documents: Texts | None = None
+    data_1: Texts | None = None
+    data_2: Texts | None = None
+    user: str | None = None  # without effect
+
+    def sides(self) -> tuple[Texts, Texts]:
+        """Raises InvalidRequest."""
+        pairs = ((self.text_1, self.text_2), (self.queries, self.documents), (self.data_1, self.data_2))
+        given = [(first, second) for first, second in pairs if first is not None or second is not None]
+        if len(given) == 1 and given[0][0] is not None and given[0][1] is not None:
+            return given[0][0], given[0][1]
+        raise InvalidRequest("text_1 and text_2, or queries and documents, or data_1 and data_2 are needed", "text_1")
+
+
+class RerankRequest(RequestBody):
+    """top_n: of the documents, 0 for all.  return_documents: without them a result has an index alone."""
+
+    model: str | None = None
+    query: str
+    documents: list[str]
+    top_n: Annotated[int, Field(ge=0)] = 0
+    return_documents: bool | None = None
     user: str | None = None  # without effect
 
 
@@ -74,6 +113,25 @@ class ScoreData(AnswerBody):
     object: str = "score"
     index: int
     score: float
+
+
+class RerankDocument(AnswerBody):
+    text: str
+
+
+class RerankResult(AnswerBody):
+    index: int
+    document: RerankDocument | None
+    relevance_score: float
+
+
+class RerankAnswer(AnswerBody):
+    """results: the best first."""
+
+    id: str
+    model: str
+    usage: PromptUsage
+    results: list[RerankResult]
 
 
 class ResultAnswer(AnswerBody):
