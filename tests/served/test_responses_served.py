@@ -4,7 +4,8 @@ import time
 
 import openai
 import pytest
-from pydantic import BaseModel
+
+from cluster.runtime.names import NAMESPACE, responses_name, shard_group
 
 pytestmark = pytest.mark.ray
 
@@ -62,32 +63,11 @@ def test_a_cancel_reaches_the_ingress_that_runs_it(client):
         client.responses.cancel(client.responses.create(**ASK).id)
 
 
-class City(BaseModel):
-    name: str
-    is_large: bool
-
-
-def test_an_answer_is_parsed_and_a_tools_answer_goes_back(client):
-    """Both by grammars: the demo's model knows neither cities nor tools."""
-    plain = {**ASK, "max_output_tokens": 200, "extra_body": {"repetition_penalty": 1.0}}
-    parsed = client.responses.parse(**plain, text_format=City).output_parsed
-    assert isinstance(parsed, City)
-    tool = {"type": "function", "name": "weather", "strict": True, "parameters": City.model_json_schema()}
-    first = client.responses.create(**plain, tools=[tool], tool_choice="required", parallel_tool_calls=False)
-    [call] = first.output
-    assert call.name == "weather"
-    City.model_validate_json(call.arguments)
-    answer = [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"}]
-    second = client.responses.create(**ASK | {"input": answer}, previous_response_id=first.id, tools=[tool])
-    whole = [{"role": "user", "content": ASK["input"]}, *first.output, *answer]
-    assert second.output_text == client.responses.create(**ASK | {"input": whole}, tools=[tool]).output_text
-
-
-def test_responses_are_kept_again_after_the_stores_death(client, ray_cluster):
+def test_responses_are_kept_again_after_the_stores_death(client, served, ray_cluster):
     """And meanwhile they are answered."""
     lost = client.responses.create(**ASK)
-    [name] = [one["name"] for one in ray_cluster.util.list_named_actors(True) if one["name"].endswith(":responses")]
-    ray_cluster.kill(ray_cluster.get_actor(name, namespace="moe-cluster"), no_restart=False)
+    store = ray_cluster.get_actor(responses_name(shard_group(served.config)), namespace=NAMESPACE)
+    ray_cluster.kill(store, no_restart=False)
     deadline = time.monotonic() + 60
     while not (response := client.responses.create(**ASK)).store:
         assert response.output_text == lost.output_text

@@ -96,6 +96,18 @@ def test_bytes_are_given_back():
     asyncio.run(run())
 
 
+def test_a_response_that_grows_takes_the_room_of_the_oldest():
+    async def run():
+        store = KeptResponses(StoreLimits(max_bytes=100_000))
+        await store.put(stored("a", 30_000))
+        await store.put(stored("b", 30_000))
+        await store.put(stored("c", running=True, events=()))
+        await store.report([Progress(response_id="c", response="r" * 20_000, events=("e" * 30_000,))])
+        return store
+
+    assert kept(asyncio.run(run()), *"abc") == "-bc"
+
+
 def test_running_responses_are_kept_before_others_and_refuse_more_of_them():
     async def run():
         store = KeptResponses(StoreLimits(max_responses=2))
