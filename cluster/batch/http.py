@@ -1,6 +1,7 @@
 """Answers requests at a server that speaks OpenAI's HTTP API: a cluster's own, or another one's."""
 
 import argparse
+import os
 import ssl
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -92,4 +93,7 @@ def _context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLCon
 
 
 def _short(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):  # its own text speaks of ssl:default, also without TLS
+        cause = error.os_error
+        return os.strerror(cause.errno) if (cause.errno or 0) > 0 else cause.strerror or str(cause)
     return " ".join(str(error).split())[:200] or type(error).__name__

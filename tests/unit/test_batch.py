@@ -268,4 +268,5 @@ def test_input_and_output_are_two_files(tmp_path, capsys):
 def test_no_server_is_one_line_and_exit_code_1(tmp_path, capsys):
     source = written(tmp_path / "in", request("a"))
     assert cli.main(["batch", str(source), str(tmp_path / "out"), "--address", "127.0.0.1:1", "--patience-s", "0"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("moe-cluster: no answer from http://127.0.0.1:1")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("moe-cluster: no answer from http://127.0.0.1:1: Connection refused, for ")
