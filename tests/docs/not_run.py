@@ -58,10 +58,10 @@ def _chart_renders(example: Example) -> None:
     assert set(words[4::2]) <= {"-f"}, "only -f is checked"
     files = words[5::2]
     given = [yaml.safe_load((ROOT / file).read_text()) for file in files if file != "my-values.yaml"]
-    mine = [yaml.safe_load(one.text) for one in examples("helm/moe-cluster/README.md") if one.language == "yaml"]
-    for own in [{"service": {"type": "LoadBalancer"}}] if given else mine:
+    shown = [yaml.safe_load(one.text) for one in examples("helm/moe-cluster/README.md") if one.language == "yaml"]
+    for mine in [{"service": {"type": "LoadBalancer"}}] if given else shown:
         values: dict[str, object] = {}
-        for each in (*given, own):
+        for each in (*given, mine):
             values = _merged(values, each)
         assert any_helm().lint(values) == []
         assert any_helm().render(values, name=words[2])
