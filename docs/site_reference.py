@@ -24,6 +24,7 @@ the answer's parts."""
 COMMANDS_HEAD = """# Options of the commands
 
 What `moe-cluster COMMAND --help` prints. [Commands](../commands.md) has them in one table."""
+BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
 Json = dict[str, Any]
 
 
@@ -38,6 +39,7 @@ def _document() -> Json:
     """The OpenAPI document of a server; its calls are described, not made, so that no model is needed."""
     served = MagicMock()
     served.service.info.model_id, served.service.info.max_model_len = "MODEL", 1
+    served.model_names = ("the served model's names",)
     served.now_s.return_value = 0.0
     return make_api(served).openapi()
 
@@ -87,8 +89,12 @@ def _kind(field: Json) -> str:
         return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "array":
         return f"list of {_kind(field.get('items', {}))}"
-    bounds = [f"{sign} {field[key]:g}" for key, sign in (("minimum", "≥"), ("maximum", "≤")) if key in field]
+    bounds = [f"{sign} {_number(field[key])}" for key, sign in BOUNDS if key in field]
     return ", ".join([field.get("type", "any"), *bounds])
+
+
+def _number(bound: float) -> str:
+    return f"{int(bound):,}" if float(bound).is_integer() else f"{bound:g}"
 
 
 def commands_page(parser: argparse.ArgumentParser) -> str:
