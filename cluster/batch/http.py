@@ -95,5 +95,6 @@ def _context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLCon
 def _short(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):  # its own text speaks of ssl:default, also without TLS
         cause = error.os_error
-        return os.strerror(cause.errno) if (cause.errno or 0) > 0 else cause.strerror or str(cause)
+        number = cause.errno or 0  # negative where no address is known for a name
+        return os.strerror(number) if number > 0 else cause.strerror or str(cause)
     return " ".join(str(error).split())[:200] or type(error).__name__
