@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import ssl
 import sys
 import threading
 import time
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster.chaos.traffic import Question, Reply, ask_all, make_questions
+from cluster.chaos.http import HttpAsker
+from cluster.chaos.traffic import Asker, Question, Reply, ask_all, make_questions
 from cluster.client import options
 from cluster.client.grpc_client import Client
 from cluster.drawing import moves
@@ -63,6 +65,7 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
+    parser.add_argument("--http", default="", metavar="URL", help="ask there, over HTTP (default: ask over gRPC)")
     parser.add_argument(
         "--requests", type=int, default=300, metavar="N", help="streams at least (default: %(default)s)"
     )
@@ -106,12 +109,19 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
         outcome = unleash(
             cluster, client, requests=args.requests, faults=args.faults, kinds=kinds, concurrency=args.concurrency,
             seed=args.seed, recovery_timeout_s=args.recovery_timeout, console=Console(stderr=True),
+            asker=_http_asker(args) if args.http else client,
         )  # fmt: skip
         dtype = client.model_info().dtype
     _print(outcome, dtype)
     if args.json:
         args.json.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
     return 0 if outcome.lossless else 1
+
+
+def _http_asker(args: argparse.Namespace) -> HttpAsker:
+    """Raises SetupError."""
+    tls = ssl.create_default_context(cafile=args.tls_ca)
+    return HttpAsker(args.http, key=options.api_key(args.api_key_file), tls=tls)
 
 
 def possible_kinds(kinds: tuple[str, ...], cluster: "RunningCluster") -> tuple[str, ...]:
@@ -135,14 +145,17 @@ def unleash(
     seed: int = 0,
     recovery_timeout_s: float = 120.0,
     console: Console | None = None,
+    asker: Asker | None = None,
 ) -> Outcome:
     """First all questions in peace, then again under faults, until both numbers are reached.
 
+    asker: asks them; None: the client.
     Raises ClusterError when the cluster does not recover.
     """
     from cluster.chaos.faults import Recovery, inject, wait_whole
 
     questions = make_questions(min(_DISTINCT, requests), client.model_info().vocab_size, seed)
+    asker = asker or client
     num_replicas = sum(replica.engine is not None for replica in cluster.status().replicas)
     wait_whole(cluster, num_replicas, recovery_timeout_s)
     rng = random.Random(seed)
@@ -150,12 +163,12 @@ def unleash(
     console = console or Console(quiet=True)
     with Progress(console=console, disable=not moves(console)) as progress:
         quiet_task = progress.add_task("without faults", total=len(questions))
-        quiet = ask_all(client, questions, concurrency, lambda _: progress.update(quiet_task, advance=1))
+        quiet = ask_all(asker, questions, concurrency, lambda _: progress.update(quiet_task, advance=1))
         if wrong := [reply.error for reply in quiet if reply.error]:
             raise ClusterError(f"requests fail without any fault: {wrong[0]}")
         request_task = progress.add_task("under faults", total=requests)
         fault_task = progress.add_task("faults", total=faults)
-        traffic = _Traffic(client, questions, concurrency, lambda: progress.update(request_task, advance=1))
+        traffic = _Traffic(asker, questions, concurrency, lambda: progress.update(request_task, advance=1))
         started = time.monotonic()
         traffic.start()
         try:
@@ -199,7 +212,7 @@ class _Traffic:
     """Asks the questions again and again until it is stopped."""
 
     def __init__(
-        self, client: Client, questions: Sequence[Question], concurrency: int, on_reply: Callable[[], None]
+        self, client: Asker, questions: Sequence[Question], concurrency: int, on_reply: Callable[[], None]
     ) -> None:
         self._client, self._questions, self._on_reply = client, questions, on_reply
         self._lock = threading.Lock()

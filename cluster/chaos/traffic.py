@@ -3,11 +3,11 @@
 import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
-from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
@@ -15,6 +15,31 @@ _OUTPUT_TOKENS = (8, 32, 96)
 _PROMPT_TOKENS = (1, 7, 40)
 _STOP = ("the", "qu")  # of a model with random weights some answers have one
 LOGPROB_TOLERANCE = 1e-3  # float32 sums in another order
+
+
+class Chosen(Protocol):
+    """A chosen token's log-probability."""
+
+    @property
+    def logprob(self) -> float: ...
+
+
+class Piece(Protocol):
+    """A piece of an answer."""
+
+    @property
+    def token_ids(self) -> Iterable[int]: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def logprobs(self) -> Iterable[Chosen]: ...
+
+
+class Asker(Protocol):
+    """A client of the server: over gRPC (`cluster.client`) or HTTP (`http`)."""
+
+    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterable[Piece]:
+        """Yields the pieces of an answer. Raises ClusterError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +92,7 @@ def make_questions(count: int, vocab_size: int, seed: int) -> list[Question]:
 
 
 def ask_all(
-    client: Client, questions: Sequence[Question], concurrency: int, on_reply: Callable[[Reply], None] = lambda _: None
+    client: Asker, questions: Sequence[Question], concurrency: int, on_reply: Callable[[Reply], None] = lambda _: None
 ) -> list[Reply]:
     """Asks all, `concurrency` at a time; replies in the order of the questions."""
 
@@ -80,7 +105,7 @@ def ask_all(
         return list(pool.map(one, questions))
 
 
-def _ask(client: Client, question: Question) -> Reply:
+def _ask(client: Asker, question: Question) -> Reply:
     arrivals, text, error = [time.monotonic()], "", ""
     token_ids: list[int] = []
     logprobs: list[float] = []

@@ -17,7 +17,7 @@ from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
 
-INSIDE = re.compile(r"Traceback|\.py\b|site-packages|/home/|/tmp/|0x[0-9a-f]{6}|127\.0\.0\.1|object at")
+INSIDE = re.compile(r"Traceback|\.py\b|site-packages|/home/|/tmp/|0x[0-9a-f]{6}|object at")
 STATUSES = (200, 400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 CHECKS = {
     # A value may be of its type and range and yet fit no model, no context or no other field.
@@ -37,9 +37,13 @@ class Backend(NumbersBackend):
         return self.tokens.generate(request) if request.wants == "tokens" else super().generate(request)
 
     def answer(self, request):
-        if request.wants != "token_logprobs":
+        ids = request.prompt_token_ids
+        if request.wants == "token_logprobs":
+            rows = [[-1.0, 1.0, token, -1.0] for token in ids[1:]]
+        elif request.wants == "hidden_states":
+            rows = [[1.0, token, 0.0, 0.0] for token in ids]
+        else:
             return super().answer(request)
-        rows = [[-1.0, 1.0, token, -1.0] for token in request.prompt_token_ids[1:]]
         numbers = Numbers.of(np.array(rows, dtype=np.float32).reshape(-1, 4))
         return SequenceUpdate(request_id=request.request_id, numbers=numbers, finish_reason="stop")
 

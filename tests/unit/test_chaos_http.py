@@ -1,0 +1,78 @@
+"""The client of `moe-cluster chaos --http`: what it reads however a stream is cut, and that it takes no half answer."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from cluster.chaos.http import HttpAsker
+from cluster.errors import ClusterError, SetupError, Unavailable
+from cluster.types import SAMPLING_DEFAULTS, SamplingParams
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=2, logprobs=1, stop=("x",)).with_defaults(SAMPLING_DEFAULTS)
+
+
+def event(text, token_id, logprobs=None):
+    choice = {"index": 0, "text": text, "token_ids": [token_id], "logprobs": logprobs, "finish_reason": None}
+    return f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
+
+
+FIRST, SECOND, DONE = event("é", 7, {"token_logprobs": [-0.5]}), event("b", 8), b"data: [DONE]\n\n"
+
+
+@contextmanager
+def server(pieces, status=200):
+    """Answers with the pieces, each sent by itself. Yields its URL and the bodies that came."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(status)
+            self.end_headers()
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{one.server_port}", bodies
+        one.shutdown()
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_stream_is_the_same_however_it_is_cut(size):
+    whole = FIRST + SECOND + DONE
+    with server([whole[at : at + size] for at in range(0, len(whole), size)]) as (url, bodies):
+        pieces = list(HttpAsker(url).stream((1, 2), PARAMS))
+    assert [(piece.text, piece.token_ids) for piece in pieces] == [("é", (7,)), ("b", (8,))]
+    assert [entry.logprob for piece in pieces for entry in piece.logprobs] == [-0.5]
+    [body] = bodies
+    assert (body["prompt"], body["stop"], body["logprobs"], body["temperature"]) == ([1, 2], ["x"], 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "kind", "word"),
+    [
+        ([FIRST], 200, Unavailable, "without"),
+        ([FIRST[:-9]], 200, Unavailable, "broke off"),
+        ([FIRST, b'data: {"error": {"message": "a shard is gone"}}\n\n'], 200, ClusterError, "a shard is gone"),
+        ([b'{"error": {"message": "full"}}'], 429, ClusterError, "429: .*full"),
+        ([b"\xff\xfe\n"], 200, Unavailable, "broke off"),
+    ],
+)
+def test_half_an_answer_is_an_error(pieces, status, kind, word):
+    with server(pieces, status) as (url, _), pytest.raises(kind, match=word):
+        list(HttpAsker(url).stream((1, 2), PARAMS))
+
+
+def test_nobody_there_and_no_address():
+    with pytest.raises(Unavailable, match="broke off"):
+        list(HttpAsker("http://127.0.0.1:1").stream((1,), PARAMS))
+    with pytest.raises(SetupError, match="http://HOST:PORT"):
+        HttpAsker("127.0.0.1:8000")
