@@ -1,12 +1,15 @@
 """The served cluster's HAProxy, and Serve's manager of it, killed under clients that try again after UNAVAILABLE."""
 
+import json
 import os
 import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import grpc
 import pytest
@@ -14,9 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served_tools import wait_until
 from test_listening import family
 
+from cluster.chaos.http import HttpAsker
+from cluster.errors import Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.process_identity import parent_of
+from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 pytestmark = [pytest.mark.ray]
 
@@ -149,3 +155,58 @@ def test_a_killed_ingress_leaves_no_gap(served, caller):
     assert caller.codes.keys() <= {"OK", "UNAVAILABLE", "CANCELLED"}
     assert caller.codes.total() - caller.codes["OK"] <= 1
     os.write(1, f"ingress killed: {caller.longest_s:.3f} s without an answer, {dict(caller.codes)}\n".encode())
+
+
+@pytest.mark.slow
+def test_a_killed_ingress_ends_its_own_http_streams_alone(served):
+    """Its clients see that their streams are not whole; calls of which nothing has come yet go to another ingress."""
+    asker, before = HttpAsker(served.http_url), ingresses()
+    assert len(before) == 2
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=900).with_defaults(SAMPLING_DEFAULTS)
+    begun, outcomes = threading.Barrier(9, timeout=60), Counter()
+
+    def stream():
+        num_tokens = 0
+        try:
+            for piece in asker.stream([1, 2, 3], params):
+                if not num_tokens:
+                    begun.wait()
+                num_tokens += len(piece.token_ids)
+            outcomes["whole" if num_tokens == 900 else "short"] += 1
+        except Unavailable:
+            outcomes["broken"] += 1
+
+    def whole_answers():
+        """Answers that are not streamed: nothing of them is sent before their end."""
+        body = {"prompt": [1, 2, 3], "max_tokens": 60, "temperature": 0, "ignore_eos": True, "user": "u" * 20_000}
+        request = Request(
+            f"{served.http_url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urlopen(request, timeout=120) as answer:
+            return answer.status
+
+    threads = [threading.Thread(target=stream) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(whole_answers) for _ in range(12)]
+        time.sleep(0.3)
+        os.kill(before[0], signal.SIGKILL)
+        assert {answer.result(120) for answer in answers} == {200}
+    for thread in threads:
+        thread.join(120)
+    assert set(outcomes) <= {"whole", "broken"}
+    assert outcomes.total() == 8
+    assert outcomes["broken"] < 8
+    wait_until(lambda: len(set(ingresses()) - {before[0]}) == 2, "another ingress", 60)
+    os.write(1, f"ingress killed under HTTP streams: {dict(outcomes)}\n".encode())
+
+
+@pytest.mark.slow
+def test_odd_bytes_in_a_header_that_serve_reads_are_no_error(served):
+    for value in ("\xff\xfe", "a\xe4"):
+        headers = {"x-request-id": value, "traceparent": value, "content-type": "application/json"}
+        body = json.dumps({"prompt": [1, 2], "max_tokens": 1}).encode()
+        with urlopen(Request(f"{served.http_url}/v1/completions", body, headers), timeout=60) as answer:
+            assert answer.status == 200
