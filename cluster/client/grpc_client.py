@@ -185,6 +185,8 @@ class Client:
             "DNS resolution failed" in details or "errors resolving" in details
         ):
             return Unavailable(f"no host is known for {self.address}: give --address HOST:PORT, as 127.0.0.1:9000")
+        if code == grpc.StatusCode.UNIMPLEMENTED and "http2 header with status" in details:
+            return ClusterError(f"{self.address} speaks HTTP, not gRPC: give --address the port of gRPC")
         if code == grpc.StatusCode.UNAUTHENTICATED and not self._has_key:
             details += " (of this command: set $MOE_CLUSTER_API_KEY, or give --api-key-file)"
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -10,6 +10,8 @@ import pytest
 from served_tools import samples, scrape
 
 from cluster import cli
+from cluster.client.grpc_client import Client
+from cluster.errors import ClusterError
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
@@ -134,6 +136,11 @@ def test_questions_about_the_server(client, served):
             assert answer.status == 200
     with urlopen(served.http_url + "/metrics", timeout=10) as answer:
         assert "moecluster_requests_total" in answer.read().decode()
+
+
+def test_a_client_of_the_other_port_is_told_so(served):
+    with Client(served.http_url.removeprefix("http://")) as client, pytest.raises(ClusterError, match="speaks HTTP"):
+        client.model_info()
 
 
 def test_a_client_that_leaves_frees_its_place(served):

@@ -14,6 +14,7 @@ from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.openai import gate
 from cluster.serving.openai.chat_schema import ChatRequest
 from cluster.serving.openai.completion_schema import CompletionRequest
+from cluster.serving.openai.messages_schema import MessagesRequest
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
 from cluster.version import __version__
@@ -120,7 +121,10 @@ def test_bad_bodies_are_refused_with_a_reason(tokenizer, body, headers, status, 
 
 
 def test_the_table_of_fields_has_those_of_the_bodies():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text().partition("## Fields")[2]
+    whole = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text()
+    page, messages = (whole.partition(f"\n## {title}")[2].partition("\n## ")[0] for title in ("Fields", "Messages"))
+    found = re.findall(r"^\| (`.*?`) \|", messages, flags=re.MULTILINE)
+    assert {name for names in found for name in re.findall(r"`(\w+)`", names)} == set(MessagesRequest.model_fields)
     rows = re.findall(r"^\| (`.*?`) \| (\w+) \|", page, flags=re.MULTILINE)
     listed = {(name, of) for names, of in rows for name in re.findall(r"`(\w+)`", names)}
     chat, completions = set(ChatRequest.model_fields), set(CompletionRequest.model_fields)

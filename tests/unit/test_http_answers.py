@@ -132,6 +132,18 @@ def test_a_completion_as_a_stream_with_log_probabilities_and_echo(tokenizer):
     assert shown[1]["top_logprobs"] == [{"b": -float(B)}]
 
 
+def test_a_streams_offsets_count_the_text_that_a_stop_string_holds_back(tokenizer):
+    """In "abcc" each token has one character; "ab" is not sent before "c", which shows that "abx" does not come."""
+    asked = {"prompt": "abcc", "max_tokens": 4, "stop": "abx", "logprobs": 0, "stream": True}
+    for echo, backend in ((False, EchoBackend()), (True, Scorer())):
+        *pieces, _ = answer(Front(tokenizer, backend), COMPLETIONS, echo=echo, **asked)
+        choices = [piece["choices"][0] for piece in pieces]
+        assert "".join(one["text"] for one in choices) == ("abccabcc" if echo else "abcc")
+        assert len(choices) > 2
+        offsets = [offset for one in choices for offset in one["logprobs"]["text_offset"]]
+        assert offsets == list(range(8 if echo else 4))
+
+
 def test_the_best_of_several_is_that_with_the_highest_mean(tokenizer):
     """Two candidates: means -2 (of -1 and -3) and -1.5 (of one token)."""
 
@@ -181,6 +193,11 @@ def test_an_echo_has_the_prompts_log_probabilities(tokenizer):
     }
     assert made["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
     assert "echo" in refusal(Front(tokenizer), COMPLETIONS, prompt="ab", max_tokens=0)["message"]
+    *_, last, _ = answer(
+        Front(tokenizer), COMPLETIONS, prompt="ab", max_tokens=0, echo=True, stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+    )  # fmt: skip
+    assert last["usage"] == made["usage"]
 
 
 @pytest.mark.parametrize(("path", "prompt"), [(COMPLETIONS, {"prompt": "ab"}), (CHAT, {"messages": MESSAGES})])
@@ -194,6 +211,14 @@ def test_prompt_logprobs(tokenizer, path, prompt):
             str(C): {"logprob": -0.25, "rank": 1, "decoded_token": "c"},
         }
     assert "stream" in refusal(Front(tokenizer), path, prompt_logprobs=1, stream=True, **prompt)["message"]
+
+
+@pytest.mark.parametrize(("field", "given", "taken"), [("seed", -1, 2**63 - 1), ("top_p", 0, 1e-9)])
+def test_the_ends_of_openais_ranges_are_taken(tokenizer, field, given, taken):
+    front = Front(tokenizer)
+    answer(front, CHAT, messages=MESSAGES, max_tokens=1, **{field: given})
+    assert getattr(front.backend.requests[0].params, field) == taken
+    assert refusal(front, CHAT, messages=MESSAGES, seed=2**63)["param"] == "seed"
 
 
 def test_minus_infinity_is_a_number_in_json(tokenizer):

@@ -81,6 +81,7 @@ def test_a_stream_has_anthropics_events(tokenizer):
         "message_stop",
     ]  # fmt: skip
     assert events[0]["message"]["content"] == []
+    assert events[0]["message"]["usage"] == {"input_tokens": NUM_PROMPT_TOKENS, "output_tokens": 0}
     assert events[1] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
     assert "".join(body["delta"]["text"] for body in events[2:8]) == "Hello!"
     assert events[-2]["usage"] == {"input_tokens": NUM_PROMPT_TOKENS, "output_tokens": 7}
@@ -117,6 +118,20 @@ def test_bad_bodies_are_refused_in_anthropics_shape(tokenizer, body, status, kin
 def test_a_full_server_is_refused_in_anthropics_shape(tokenizer):
     response = asyncio.run(Front(tokenizer, room=0).post(PATH, HELLO))
     assert (response.status_code, response.json()["error"]["type"]) == (429, "rate_limit_error")
+
+
+def test_another_servers_answer_is_taken_as_a_turn(tokenizer):
+    """A client sends all fields of an answer back, also those that are null."""
+    text = {"type": "text", "text": "Well.", "citations": None}
+    call = {"type": "tool_use", "id": "t1", "name": "add", "input": {}, "caller": {"type": "direct"}}
+    turns = [
+        {"role": "assistant", "content": [text, call]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "3"}]},
+    ]
+    body = HELLO | {"messages": [*HELLO["messages"], *turns], "thinking": {"type": "disabled"},
+                    "cache_control": {"type": "ephemeral"}}  # fmt: skip
+    response = asyncio.run(Front(tokenizer, says("Hello!"), max_model_len=400).post(PATH, body))
+    assert response.status_code == 200, response.text
 
 
 def test_tools_and_their_answers_become_the_templates_turns():

@@ -159,7 +159,7 @@ def test_a_head_with_one_label_scores_both_texts_together(tokenizer):
         ("/score", {}, "queries and documents"),
         ("/rerank", {"query": "a", "documents": []}, "text_1 has 0"),
         ("/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
-        ("/tokenize", {}, "exactly one"),
+        ("/tokenize", {}, "prompt and messages are both missing"),
         ("/tokenize", {"prompt": "a", "messages": []}, "both"),
         ("/tokenize", {"messages": []}, "messages has 0"),
         ("/detokenize", {"tokens": [300]}, "vocabulary"),
@@ -172,6 +172,21 @@ def test_bad_bodies_are_refused(tokenizer, path, body, word):
     assert status == 400
     assert word in answer["error"]["message"]
     assert backend.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/embeddings", {"input": ""}, "input"),
+        ("/pooling", {"input": [300]}, "input"),
+        ("/detokenize", {"tokens": [300]}, "tokens"),
+        ("/score", {"text_1": "a", "text_2": ""}, None),
+        ("/v1/completions", {"prompt": [300]}, "prompt"),
+    ],
+)
+def test_a_bad_prompt_is_refused_by_the_name_that_the_call_has_for_it(tokenizer, path, body, param):
+    status, answer = post(tokenizer, path, body)
+    assert (status, answer["error"]["param"]) == (400, param)
 
 
 def test_the_first_failure_ends_a_call_of_many(tokenizer):

@@ -248,24 +248,31 @@ def test_fields_of_http_requests_ask_for_a_form(tokenizer, fields, constraint, p
 
 
 @pytest.mark.parametrize(
-    ("fields", "word"),
+    ("fields", "param", "word"),
     [
-        ({"guided_regex": "(?=a)"}, "look-around"),
-        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex and guided_choice"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "no schema"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"structured_outputs": {"jsn": {}}}, "jsn"),
-        ({"structured_outputs": {"json": 7}}, "7"),
-        ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
-        ({"tool_choice": "required"}, "tools is empty"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "no function 'f'"),
+        ({"guided_regex": "(?=a)"}, "guided_regex", "guided_regex cannot be used: invalid regex"),
+        ({"guided_choice": []}, "guided_choice", "guided_choice is ()"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "guided_regex and guided_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "response_format", "no schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "x"}}}},
+         "response_format", "response_format cannot be used"),
+        ({"response_format": {"type": "xml"}}, "response_format", "xml"),
+        ({"structured_outputs": {"jsn": {}}}, "structured_outputs", "jsn"),
+        ({"structured_outputs": {"json": 7}}, "structured_outputs", "structured_outputs.json is 7"),
+        ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "tool_choice", "another form"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}],
+          "tool_choice": "required"}, "tools", "tools cannot be used"),
+        ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice",
+         "no function 'f'"),
     ],
-)
-def test_a_form_that_cannot_be_is_refused_over_http(tokenizer, fields, word):
+)  # fmt: skip
+def test_a_form_that_cannot_be_is_refused_by_its_fields_name(tokenizer, fields, param, word):
     served = front(tokenizer)
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
     response = asyncio.run(served.post("/v1/chat/completions", body))
     assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
     assert word in response.json()["error"]["message"]
     assert not served.backend.requests
 

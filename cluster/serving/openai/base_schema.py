@@ -1,7 +1,7 @@
 """Fields that several calls have, and how they become the parameters of a generation."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,10 +16,15 @@ from cluster.types import MAX_TOP_LOGPROBS, SamplingParams, Usage
 
 MAX_ID_DIGITS = 10
 MAX_CHOICES = 128  # OpenAI's limit for n
+LOWEST_SEED = -(2**63)  # OpenAI's
+SMALLEST_TOP_P = 1e-9  # the likeliest token alone, which OpenAI's API has 0 for
 
 
 class StreamOptions(RequestBody):
+    """include_obfuscation: true is refused: events are not padded here."""
+
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class GenerationFields(RequestBody):
@@ -82,12 +87,12 @@ class SamplingFields(GenerationFields, FormFields, VllmFields):
         return SamplingParams(
             temperature=self.temperature,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's word for all
-            top_p=self.top_p,
+            top_p=SMALLEST_TOP_P if self.top_p == 0 else self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
+            seed=_seed(self.seed),
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
             stop=self.stop or (),
@@ -97,6 +102,11 @@ class SamplingFields(GenerationFields, FormFields, VllmFields):
             logit_bias=_biases(self.logit_bias or {}),
             structured_outputs=form or self.form(),
         )
+
+
+def _seed(given: int | None) -> int | None:
+    """OpenAI's seeds may be below zero; others that are out of range are refused later."""
+    return given if given is None or not LOWEST_SEED <= given < 0 else given - LOWEST_SEED
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:

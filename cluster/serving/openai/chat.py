@@ -20,13 +20,14 @@ from cluster.serving.openai.chat_schema import (
     ChunkChoice,
 )
 from cluster.serving.openai.conversations import to_conversation
+from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants, with_stop_strings
 from cluster.serving.openai.logprobs import as_token_ids, chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import DONE, STREAMED, begun, event
-from cluster.serving.openai.tool_reader import chosen_form
+from cluster.serving.openai.tool_reader import chosen_form, form_field
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs, SamplingParams, TextDelta
 
@@ -41,10 +42,11 @@ def router(served: Served) -> APIRouter:
         served.check_model(body.model)
         body.check()
         call = Call(request_id=f"chatcmpl-{body.request_id or request.state.request_id}", client=request.state.client)
-        chat = await prepared(served, body, call)
-        if body.stream:
-            return await begun(chat.stream(), call.request_id)
-        answer = await chat.answer()
+        with naming(form_field(body)):
+            chat = await prepared(served, body, call)
+            if body.stream:
+                return await begun(chat.stream(), call.request_id)
+            answer = await chat.answer()
         return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
     return routes

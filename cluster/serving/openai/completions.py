@@ -16,6 +16,7 @@ from cluster.serving.openai.completion_schema import (
     CompletionLogprobs,
     CompletionRequest,
 )
+from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import (
     Call,
     Choice,
@@ -27,7 +28,7 @@ from cluster.serving.openai.generation import (
     variants,
     with_stop_strings,
 )
-from cluster.serving.openai.logprobs import as_token_ids, completion_logprobs
+from cluster.serving.openai.logprobs import as_token_ids, completion_logprobs, token_text
 from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
 from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.served import Served
@@ -48,10 +49,11 @@ def router(served: Served) -> APIRouter:
         body.check()
         _check(body)
         call = Call(request_id=f"cmpl-{body.request_id or request.state.request_id}", client=request.state.client)
-        completion = await _prepared(served, body, call)
-        if body.stream:
-            return await begun(completion.stream(), call.request_id)
-        answer = await completion.answer()
+        with naming(body.form_field):
+            completion = await _prepared(served, body, call)
+            if body.stream:
+                return await begun(completion.stream(), call.request_id)
+            answer = await completion.answer()
         return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
     return routes
@@ -131,9 +133,7 @@ class _Completion:
     async def answer(self) -> CompletionAnswer:
         """Raises ClusterError."""
         every = await collect(self.deltas, len(self.prompts) * self.num_each)
-        usage, num_kept, shown = total(every, self.num_each), self.body.n or 1, list[CompletionChoice]()
-        if self.body.max_tokens == 0:
-            usage = Usage(prompt_tokens=sum(len(list(p.token_ids or ())) for p in self.prompts), completion_tokens=0)
+        usage, num_kept, shown = self._usage(every), self.body.n or 1, list[CompletionChoice]()
         for index in range(len(self.prompts)):
             choices = every[index * self.num_each : (index + 1) * self.num_each]
             kept = best(choices, num_kept) if self.num_each > num_kept else choices
@@ -144,19 +144,30 @@ class _Completion:
         """Yields events: of each choice its pieces, the last with the reason of its end; then the usage, if asked
         for."""
         choices = [Choice() for _ in range(len(self.prompts) * self.num_each)]
+        offsets = [0] * len(choices)  # not of the text: some of it may be held back, while a stop string may come
         usage: dict[str, Any] = {"usage": None} if self.body.includes_usage else {}
         async with aclosing(self.deltas):
             async for index, delta in self.deltas:
                 prompt, piece = index // self.num_each, Choice()
                 piece.add(delta)
-                begins, offset = not choices[index].token_ids, len(choices[index].text)
+                begins = not choices[index].token_ids
                 choices[index].add(delta)
-                echo = self.echoes[prompt] if self.echoes else ""
-                shown = self._choice(index, prompt, piece, begins=begins, offset=0 if begins else len(echo) + offset)
+                shown = self._choice(index, prompt, piece, begins=begins, offset=offsets[index])
+                offsets[index] += self._num_chars(prompt, piece, begins=begins)
                 yield event(self._body([shown], **usage))
         if self.body.includes_usage:
-            yield event(self._body([], usage=UsageBody.of(total(choices, self.num_each))))
+            yield event(self._body([], usage=UsageBody.of(self._usage(choices))))
         yield DONE
+
+    def _usage(self, choices: Sequence[Choice]) -> Usage:
+        if self.body.max_tokens == 0:  # no engine counted the prompt
+            return Usage(prompt_tokens=sum(len(list(p.token_ids or ())) for p in self.prompts), completion_tokens=0)
+        return total(choices, self.num_each)
+
+    def _num_chars(self, prompt: int, piece: Choice, *, begins: bool) -> int:
+        """Of a piece's tokens, with those of the echo before the first one, as `text_offset` counts them."""
+        echoed = self.scored[prompt].token_ids if begins and self.echoes and self.scored else ()
+        return sum(len(token_text(each, self.served.service.token_bytes)) for each in (*echoed, *piece.token_ids))
 
     def _whole(self, place: int, prompt: int, choice: Choice) -> CompletionChoice:
         shown = self._choice(place, prompt, choice, begins=True, offset=0)

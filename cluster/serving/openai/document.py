@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from cluster.sampling_limits import LIMITS
+from cluster.serving.openai.base_schema import LOWEST_SEED
 from cluster.serving.openai.errors import ANTHROPIC_PATH, AnthropicError, OpenAIError
 
 Json = dict[str, Any]
@@ -36,7 +37,8 @@ _EXAMPLES: Mapping[str, Json] = {
     "/v1/completions": {"prompt": "Experts are", "max_tokens": 16},
 }
 _UNCHECKED = ("HTTPValidationError", "ValidationError")  # FastAPI's own errors, which never leave the gate
-_LOWEST = {"top_k": -1, "max_tokens": 0}  # here: all, and an echo alone
+# Here: all, an echo alone, the likeliest token, a seed as OpenAI has it.
+_LOWEST = {"top_k": -1, "max_tokens": 0, "top_p": 0, "seed": LOWEST_SEED}
 
 
 def describe(api: FastAPI, keyless: Callable[[str], bool], model_names: Sequence[str]) -> None:
@@ -116,7 +118,8 @@ def _add_ranges(fields: Mapping[str, Any]) -> None:
     """Writes the ranges of sampling parameters, which are checked after the types, into a body's fields."""
     for limits in LIMITS:
         for kind in _kinds(fields.get(limits.name, {}), "number", "integer"):
-            kind.setdefault("exclusiveMinimum" if limits.above else "minimum", _LOWEST.get(limits.name, limits.low))
+            above = limits.above and limits.name not in _LOWEST
+            kind.setdefault("exclusiveMinimum" if above else "minimum", _LOWEST.get(limits.name, limits.low))
             kind.setdefault("maximum", limits.high)
 
 

@@ -27,6 +27,9 @@ _ANTHROPIC_TYPES = {
 }  # fmt: skip
 _NOT_FOUND_CODES = {"model": "model_not_found", "previous_response_id": "previous_response_not_found"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+_PROMPT_PARAMS = {
+    "/v1/embeddings": "input", "/pooling": "input", "/classify": "input", "/detokenize": "tokens", "/score": None,
+}  # fmt: skip
 _PARAMS = {"text": "prompt", "token_ids": "prompt", "chat": "messages", "request": None, "": None}
 
 
@@ -98,10 +101,10 @@ def response_to(error: Exception, request_id: str = "", path: str = "") -> Respo
         headers["retry-after"] = str(ceil(error.retry_after_s))
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
-    return _response(status, body_of(error, request_id), path, headers)
+    return _response(status, body_of(error, request_id, path), path, headers)
 
 
-def body_of(error: Exception, request_id: str = "") -> dict[str, Any]:
+def body_of(error: Exception, request_id: str = "", path: str = "") -> dict[str, Any]:
     """An error as a JSON object.
 
     One that is not written for clients goes to the log, and the client gets the request's id to ask after it.
@@ -112,6 +115,7 @@ def body_of(error: Exception, request_id: str = "") -> dict[str, Any]:
     param = (error.field or None) if isinstance(error, InvalidRequest) else None
     if not isinstance(error, BadBody):
         param = _PARAMS.get(param or "", param)
+        param = _PROMPT_PARAMS.get(path, param) if param == "prompt" else param
     code = _NOT_FOUND_CODES.get(param or "") if isinstance(error, NotFound) else None
     return _body(error.http_status, str(error), param, code)
 

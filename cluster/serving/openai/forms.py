@@ -1,12 +1,15 @@
 """The fields with which HTTP requests ask for a form of the answer: OpenAI's `response_format`, and vLLM's."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from cluster.errors import InvalidRequest
 from cluster.serving.openai.body import RequestBody
-from cluster.structured import StructuredOutputsParams
+from cluster.structured import FIELD, StructuredOutputsParams
 
 _GUIDED = {
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
@@ -50,6 +53,12 @@ class FormFields(BaseModel):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
+    @property
+    def form_field(self) -> str:
+        """Returns the name of the field that asks for the form; `structured_outputs` for none."""
+        names = ("response_format", *_GUIDED)
+        return next((name for name in names if getattr(self, name) not in (None, False)), FIELD)
+
     def form(self) -> StructuredOutputsParams | None:
         """The form that the answer must have, None for any. Raises InvalidRequest, also for several forms at once."""
         found: dict[str, StructuredOutputsParams] = {}
@@ -69,3 +78,14 @@ class FormFields(BaseModel):
         if len(found) > 1:
             raise InvalidRequest(f"{' and '.join(found)} ask for a form each: give one", next(iter(found)))
         return next(iter(found.values()), None)
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Gives a refusal of a form the name of the field that asked for it: a client may know no `structured_outputs`."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field != FIELD or field == FIELD:
+            raise
+        raise InvalidRequest(re.sub(rf"^{FIELD}(\.\w+)?", field, str(error)), field) from error

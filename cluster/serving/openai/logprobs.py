@@ -43,10 +43,10 @@ def completion_logprobs(
     """entries: of each token; None for the first of a prompt, which nothing precedes.
     first_offset: the characters of the text before the first token.  name_of: in place of tokens' texts.
     """
-    texts, named = [_text(token_id, text_of) for token_id in token_ids], name_of or text_of
+    texts, named = [token_text(token_id, text_of) for token_id in token_ids], name_of or text_of
     offsets = list(accumulate((len(text) for text in texts[:-1]), initial=first_offset)) if texts else []
     return CompletionLogprobs(
-        tokens=texts if name_of is None else [_text(token_id, name_of) for token_id in token_ids],
+        tokens=texts if name_of is None else [token_text(token_id, name_of) for token_id in token_ids],
         token_logprobs=[None if entry is None else max(entry.logprob, LOWEST) for entry in entries],
         top_logprobs=[None if entry is None else _top(entry, named) for entry in entries],
         text_offset=offsets,
@@ -55,9 +55,9 @@ def completion_logprobs(
 
 def _top(entry: Logprobs, text_of: TokenText) -> dict[str, float]:
     """The likeliest tokens, and the chosen one where it is not among them. Two with one text share an entry."""
-    found = {_text(token_id, text_of): max(logprob, LOWEST) for token_id, logprob in reversed(entry.top)}
-    return {**found, _text(entry.token_id, text_of): max(entry.logprob, LOWEST)}
+    found = {token_text(token_id, text_of): max(logprob, LOWEST) for token_id, logprob in reversed(entry.top)}
+    return {**found, token_text(entry.token_id, text_of): max(entry.logprob, LOWEST)}
 
 
-def _text(token_id: int, text_of: TokenText) -> str:
+def token_text(token_id: int, text_of: TokenText) -> str:
     return text_of(token_id).decode(errors="replace")

@@ -24,6 +24,7 @@ from cluster.serving.openai.chat_schema import (
 )
 from cluster.serving.openai.conversations import to_conversation
 from cluster.serving.openai.errors import anthropic_body
+from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import Call, Choice, collect
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.messages_schema import (
@@ -59,10 +60,11 @@ def router(served: Served) -> APIRouter:
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         served.check_model(body.model)
         call = Call(request_id=f"msg_{request.state.request_id}", client=request.state.client)
-        chat = await prepared(served, _to_chat(body), call)
-        if body.stream:
-            return await begun(_stream(chat), call.request_id, _error_event)
-        return Response((await _answer(chat)).model_dump_json(), media_type="application/json")
+        with naming("tools"):
+            chat = await prepared(served, _to_chat(body), call)
+            if body.stream:
+                return await begun(_stream(chat), call.request_id, _error_event)
+            return Response((await _answer(chat)).model_dump_json(), media_type="application/json")
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountTokensRequest, request: Request) -> TokenCount:
@@ -83,6 +85,7 @@ def _to_chat(body: MessagesRequest) -> ChatRequest:
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
+        return_token_ids=body.stream,  # a stream's first event has the number of the prompt's tokens
     )
 
 
@@ -255,14 +258,14 @@ async def _stream(chat: PreparedChat) -> AsyncGenerator[str, None]:
 
 
 def _started(chat: PreparedChat) -> dict[str, Any]:
-    """The message before its first token; its usage comes with the last event."""
+    """The message before its first token; the number of its own tokens comes with the last event."""
     empty = MessageAnswer(
         id=chat.call.request_id,
         model=chat.served.service.info.model_id,
         content=[],
         stop_reason=None,
         stop_sequence=None,
-        usage=MessagesUsage(),
+        usage=MessagesUsage(input_tokens=len(chat.prompt_token_ids or ())),
     )
     return empty.model_dump()
 

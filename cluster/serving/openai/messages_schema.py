@@ -15,18 +15,22 @@ class CacheControl(RequestBody):
 
 
 class TextBlock(RequestBody):
+    """citations: without effect; another server's answer may come back with them."""
+
     type: Literal["text"]
     text: str
+    citations: list[Any] | None = None
     cache_control: CacheControl | None = None
 
 
 class ToolUseBlock(RequestBody):
-    """A tool that the assistant called."""
+    """A tool that the assistant called. caller: without effect, as citations."""
 
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, Any]
+    caller: dict[str, Any] | None = None
     cache_control: CacheControl | None = None
 
 
@@ -62,14 +66,20 @@ class ToolChoice(RequestBody):
     disable_parallel_tool_use: bool | None = None
 
 
+class NoThinking(RequestBody):
+    type: Literal["disabled"]
+
+
 class CountTokensRequest(RequestBody):
-    """The prompt's part of a request."""
+    """The prompt's part of a request. thinking: no more than that there is none.  cache_control: without effect."""
 
     model: str
     messages: list[Turn]
     system: str | list[TextBlock] | None = None
     tools: list[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
+    thinking: NoThinking | None = None
+    cache_control: CacheControl | None = None
 
 
 class MessagesRequest(CountTokensRequest):

@@ -32,6 +32,8 @@ class TokenizeRequest(RequestBody):
 
     def to_prompt(self) -> Prompt:
         """Raises InvalidRequest."""
+        if self.messages is None and self.prompt is None:
+            raise InvalidRequest("prompt and messages are both missing, one of them is needed", "prompt")
         if self.messages is None:
             return Prompt(text=self.prompt)
         if self.prompt is not None:

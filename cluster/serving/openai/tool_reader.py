@@ -49,6 +49,11 @@ def chosen_form(body: ChatRequest) -> StructuredOutputsParams | None:
     return _choice(body).form([tool.model_dump(exclude_none=True) for tool in body.tools or ()], body.form())
 
 
+def form_field(body: ChatRequest) -> str:
+    """Returns the name of the field that asks for the answer's form."""
+    return "tools" if _choice(body).mode == "required" else body.form_field
+
+
 def _choice(body: ChatRequest) -> ToolChoice:
     given: Any = body.tool_choice
     if isinstance(given, NamedTool):
