@@ -3,11 +3,14 @@
 import pytest
 
 from cluster.chaos.command import KINDS, unleash
+from cluster.chaos.http import HttpAsker
 from cluster.client.grpc_client import Client
 from cluster.errors import SetupError
 from cluster.runtime.operate import RunningCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+HTTP_KINDS = ("kill-replica", "kill-shard", "kill-controller", "end-replica", "stop-replica", "cut-streams")
 
 
 @pytest.fixture
@@ -23,6 +26,16 @@ def test_no_request_is_lost_and_no_answer_changes_whatever_breaks(cluster, serve
     assert (outcome.failed, outcome.different) == (0, 0)
     assert sum(outcome.faults.values()) == len(KINDS)
     assert cluster.scale_experts(2)  # as it was
+
+
+@pytest.mark.slow
+def test_over_http_too_no_answer_is_lost_or_changed(cluster, served):
+    asker = HttpAsker(served.http_url)
+    with Client(f"127.0.0.1:{served.grpc_port}") as client:
+        outcome = unleash(cluster, client, requests=40, faults=12, kinds=HTTP_KINDS, concurrency=4, seed=2, asker=asker)
+    assert outcome.errors == ()
+    assert (outcome.failed, outcome.different) == (0, 0)
+    assert sum(outcome.faults.values()) == 12
 
 
 def test_what_cannot_be_is_refused(cluster):

@@ -2,17 +2,30 @@
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.chaos.http import HttpAsker
+from cluster.errors import ClusterError
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
+from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 pytestmark = pytest.mark.ray
 
 LENGTHS = (5, 1200)  # tokens of two streams, which HAProxy gives to two ingresses
+
+PARAMS = SamplingParams(temperature=0.0, ignore_eos=True).with_defaults(SAMPLING_DEFAULTS)
+
+
+def begun(asker, stack, max_tokens):
+    """The rest of a stream over HTTP, whose first token is there; it raises if it ends without its end."""
+    call = asker.stream([1, 2, 3], replace(PARAMS, max_tokens=max_tokens))
+    assert len(next(call).token_ids) == 1
+    return stack.enter_context(ThreadPoolExecutor(1)).submit(list, call)
 
 
 def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(served_for_good):
@@ -35,6 +48,8 @@ def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(ser
         watch = health_pb2_grpc.HealthStub(connect(0)).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         streams = [start(max_tokens) for max_tokens in LENGTHS]
+        asker = HttpAsker(served_for_good.http_url)
+        over_http = [begun(asker, stack, max_tokens) for max_tokens in LENGTHS]
 
         served_for_good.drain()  # returns when no request runs any more
 
@@ -44,6 +59,11 @@ def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(ser
             pieces = [first, *rest.result(timeout=60)]  # its last piece was on its way
             assert sum(len(piece.token_ids) for piece in pieces) == max_tokens
             assert pieces[-1].finish_reason == pb.FINISH_REASON_LENGTH
+        for rest, max_tokens in zip(over_http, LENGTHS, strict=True):
+            assert sum(len(piece.token_ids) for piece in rest.result(timeout=60)) == max_tokens - 1
+        for _ in range(4):
+            with pytest.raises(ClusterError, match=r"^503: .*shutting down"):
+                next(asker.stream([1, 2, 3], PARAMS))
         stub = inference_pb2_grpc.InferenceServiceStub(connect(1))
         for _ in range(4):  # every ingress refuses
             with pytest.raises(grpc.RpcError) as raised:
