@@ -87,7 +87,7 @@ NUMBERS = {"POST /v1/embeddings", "POST /pooling", "POST /score"}
 @pytest.mark.parametrize(
     ("max_examples", "seed", "head", "answered"),
     [
-        (5, 1, Head(), GENERATIONS | NUMBERS),
+        (5, 1, Head(), GENERATIONS | NUMBERS - {"POST /score"}),  # one of three pairs of fields: seldom in five bodies
         pytest.param(100, 2, Head(), GENERATIONS | NUMBERS, marks=pytest.mark.slow),
         pytest.param(50, 3, SEQUENCE, NUMBERS | {"POST /classify"}, marks=pytest.mark.slow),
     ],

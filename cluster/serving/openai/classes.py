@@ -6,7 +6,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 
 from cluster.errors import InvalidRequest
-from cluster.outcome import Computed
+from cluster.outcome import Computed, Head
 from cluster.serving.openai.prompts import MAX_PROMPTS
 from cluster.serving.openai.result_schema import (
     ActivatedRequest,
@@ -41,22 +41,12 @@ def router(served: Served) -> APIRouter:
             data.append(ClassData(index=index, label=label, probs=probs, num_classes=len(probs)))
         return ClassAnswer(data=data, **call.answered(computed))
 
-    async def scored(call: ResultCall, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], Sequence[Computed]]:
-        """A head with one label scores both texts, one behind the other; any other model compares their embeddings."""
-        if head.kind == "sequence_classification" and len(head.labels) == 1:
-            computed = await call.compute_each([Prompt(text=first + second) for first, second in pairs], "label_logits")
-            return [float(1 / (1 + np.exp(-one.numbers.array().astype(np.float64)[0]))) for one in computed], computed
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        computed = await call.compute_each([Prompt(text=text) for text in texts], "last_hidden_state")
-        of_text = dict(zip(texts, vectors(computed, True), strict=True))
-        return [float(of_text[first] @ of_text[second]) for first, second in pairs], computed
-
     @routes.post("/v1/score", include_in_schema=False)
     @routes.post("/score")
     async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
         call, pairs = ResultCall(served, request, "score"), _pairs(body)
         served.check_model(body.model)
-        scores, computed = await scored(call, pairs)
+        scores, computed = await _scored(call, head, pairs)
         data = [ScoreData(index=index, score=one) for index, one in enumerate(scores)]
         return ScoreAnswer(data=data, **call.answered(computed))
 
@@ -68,7 +58,7 @@ def router(served: Served) -> APIRouter:
         call = ResultCall(served, request, "rerank")
         pairs = _pairs(ScoreRequest(queries=body.query, documents=body.documents))
         served.check_model(body.model)
-        scores, computed = await scored(call, pairs)
+        scores, computed = await _scored(call, head, pairs)
         order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
         shown = body.return_documents is not False
         results = [
@@ -82,6 +72,19 @@ def router(served: Served) -> APIRouter:
         return RerankAnswer(id=answered["id"], model=answered["model"], usage=answered["usage"], results=results)
 
     return routes
+
+
+async def _scored(
+    call: ResultCall, head: Head, pairs: Sequence[tuple[str, str]]
+) -> tuple[list[float], Sequence[Computed]]:
+    """A head with one label scores both texts, one behind the other; any other model compares their embeddings."""
+    if head.kind == "sequence_classification" and len(head.labels) == 1:
+        computed = await call.compute_each([Prompt(text=first + second) for first, second in pairs], "label_logits")
+        return [float(1 / (1 + np.exp(-one.numbers.array().astype(np.float64)[0]))) for one in computed], computed
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    computed = await call.compute_each([Prompt(text=text) for text in texts], "last_hidden_state")
+    of_text = dict(zip(texts, vectors(computed, True), strict=True))
+    return [float(of_text[first] @ of_text[second]) for first, second in pairs], computed
 
 
 def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
