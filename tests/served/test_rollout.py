@@ -8,6 +8,7 @@ from next_version import VERSION, write_next_version
 from ray import serve
 
 import cluster as this_version
+from cluster.chaos.http import HttpAsker
 from cluster.chaos.traffic import ask_all, make_questions
 from cluster.client.grpc_client import Client
 from cluster.runtime.names import APPLICATION
@@ -44,7 +45,7 @@ def roll_out(config, cluster):
 
 def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_for_good, next_version):
     """Attention replicas, the ingress, the controller, shards and their number change while streams run; more streams
-    than the new replicas have places for start a third one."""
+    than the new replicas have places for start a third one. They come over gRPC and HTTP in turn."""
     with Client(f"127.0.0.1:{served_for_good.grpc_port}") as client, RunningCluster() as cluster:
         questions = make_questions(NUM_QUESTIONS, client.model_info().vocab_size, seed=3)
         quiet = ask_all(client, questions, concurrency=4)
@@ -53,9 +54,9 @@ def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_fo
         )
         rolled = threading.Thread(target=roll_out, args=(config, cluster))
         rolled.start()
-        rounds = []
+        rounds, askers = [], (client, HttpAsker(served_for_good.http_url))
         while rolled.is_alive() or len(cluster.status().shards) < 3 or len(cluster.status().replicas) < 3:
-            rounds.append(ask_all(client, questions, concurrency=8))
+            rounds.append(ask_all(askers[len(rounds) % 2], questions, concurrency=8))
         rolled.join()
         assert cluster.status().versions == (VERSION,)
         cluster.scale_experts(2)  # as it was
