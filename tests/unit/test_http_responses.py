@@ -225,6 +225,8 @@ def test_items_become_the_templates_turns():
         ({"input": "hi", "text": {"verbosity": "low"}}, "text", "verbosity"),
         ({"input": "hi", "text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "text",
          "structured_outputs"),
+        ({"input": "hi", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "x"}}}}, "text",
+         "text cannot be used"),
     ],
 )  # fmt: skip
 def test_bad_bodies_are_refused_by_the_fields_name(tokenizer, body, field, word):

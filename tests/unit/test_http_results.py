@@ -181,6 +181,7 @@ def test_bad_bodies_are_refused(tokenizer, path, body, word):
         ("/pooling", {"input": [300]}, "input"),
         ("/detokenize", {"tokens": [300]}, "tokens"),
         ("/score", {"text_1": "a", "text_2": ""}, None),
+        ("/v1/rerank", {"query": "a", "documents": [""]}, None),
         ("/v1/completions", {"prompt": [300]}, "prompt"),
     ],
 )

@@ -207,6 +207,15 @@ def test_a_second_call_is_left_out_where_one_is_wanted(tokenizer):
     assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
 
 
+def test_a_required_call_that_is_cut_off_is_no_content(tokenizer):
+    cut = front(tokenizer, ANSWER[ANSWER.index("<tool_call>") :][:8])
+    required, free = (
+        asyncio.run(cut.post("/v1/chat/completions", asked(tool_choice=choice))).json()["choices"][0]["message"]
+        for choice in ("required", "auto")
+    )
+    assert (required["content"], free["content"]) == ("", "<tool_ca")
+
+
 @pytest.mark.parametrize(
     ("choice", "reason"),
     [("required", "tool_calls"), ({"type": "function", "function": {"name": "point"}}, "stop")],

@@ -56,6 +56,8 @@ class CallReader:
     def _pieces(self, events: list[Event]) -> Iterable[str | CallPiece]:
         for event in events:
             if isinstance(event, Text):
+                if self._choice.mode == "required":  # it must be calls: the rest of one that was cut off
+                    continue
                 self._texts.append(event.text)
                 yield event.text
             elif event.number and not self._choice.several:

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from cluster.errors import Unavailable
 from cluster.serving.openai.chat import PreparedChat, prepared
 from cluster.serving.openai.chat_schema import ChatRequest
+from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import Call
 from cluster.serving.openai.responses.background import BackgroundResponse
 from cluster.serving.openai.responses.history import conversation
@@ -25,6 +26,7 @@ from cluster.serving.openai.responses.truncation import cut_to_fit
 from cluster.serving.openai.responses.writing import error_event
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import begun
+from cluster.serving.openai.tool_reader import form_field
 
 JSON = "application/json"
 
@@ -43,12 +45,8 @@ async def create(served: Served, body: ResponseRequest, call: Call) -> Response:
     )
     making = Making(response, served.now_s, streams=bool(body.stream))
     creation = Creation(served=served, call=call, asked=asked, items=json.dumps(items), making=making)
-    chat = await prepared(served, asked, call)
-    if body.background:
-        return await creation.in_background(chat, stream=bool(body.stream))
-    if body.stream:
-        return await begun(creation.stream(chat), call.request_id, error_event)
-    return await creation.whole(chat)
+    with naming(form_field(asked)):
+        return await creation.answer(stream=bool(body.stream))
 
 
 async def _chat(served: Served, body: ResponseRequest, items: list[dict[str, Any]], client: str) -> ChatRequest:
@@ -68,6 +66,15 @@ class Creation:
     asked: ChatRequest
     items: str
     making: Making
+
+    async def answer(self, *, stream: bool) -> Response:
+        """Raises ClusterError."""
+        chat = await prepared(self.served, self.asked, self.call)
+        if self.making.response.background:
+            return await self.in_background(chat, stream=stream)
+        if stream:
+            return await begun(self.stream(chat), self.call.request_id, error_event)
+        return await self.whole(chat)
 
     async def whole(self, chat: PreparedChat) -> Response:
         async with aclosing(self.making.run(chat)) as events:

@@ -15,6 +15,7 @@ from cluster.serving.openai.chat_schema import (
     NamedTool,
     ToolBody,
 )
+from cluster.serving.openai.errors import BadBody
 from cluster.serving.openai.forms import NamedSchema
 from cluster.serving.openai.forms import ObjectFormat as ChatObjectFormat
 from cluster.serving.openai.forms import SchemaFormat as ChatSchemaFormat
@@ -32,7 +33,10 @@ from cluster.serving.openai.responses.schema import (
     SchemaFormat,
 )
 
-_NAMES = {"messages": "input", "chat": "input", "max_tokens": "max_output_tokens"}  # a chat's, and this API's
+# A chat's names, and this API's.
+_NAMES = {
+    "messages": "input", "chat": "input", "max_tokens": "max_output_tokens", "response_format": "text",
+}  # fmt: skip
 
 
 def to_chat(body: ResponseRequest, items: Sequence[Item]) -> ChatRequest:
@@ -108,4 +112,4 @@ def in_these_words() -> Iterator[None]:
         if name is None:
             raise
         subject, _, rest = str(error).partition(" ")
-        raise InvalidRequest(f"{name} {rest}" if subject == error.field else f"{name}: {error}", name) from error
+        raise BadBody(f"{name} {rest}" if subject == error.field else f"{name}: {error}", name) from error
