@@ -97,14 +97,16 @@ def test_the_object_store_fits_into_shared_memory(shape, role):
 
 @pytest.mark.parametrize(("shape", "role"), PODS)
 def test_what_is_mounted_is_there_and_the_model_read_only_unless_it_is_the_hubs_cache(shape, role):
-    pod = rendered(shape, {"apiKeys": {"enabled": True, "existingSecret": "keys"}}).pods[role]
+    keys = {"apiKeys": {"enabled": True, "existingSecret": "keys"}, "adminKeys": {"existingSecret": "admins"}}
+    pod = rendered(shape, keys).pods[role]
     volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
     for found in (*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]):
         assert {mount["name"] for mount in found["volumeMounts"]} <= volumes
     model = [mount for mount in container(pod)["volumeMounts"] if mount["name"] == "model"]
     source = values_of(shape).get("model", {}).get("source", {})
     assert [mount["readOnly"] for mount in model] == ["huggingFace" not in source] * bool(source)
-    assert ("/etc/moe-cluster/api-keys" in mounts(container(pod))) == (role == "ingress")
+    for kind in ("api-keys", "admin-keys"):
+        assert (f"/etc/moe-cluster/{kind}" in mounts(container(pod))) == (role == "ingress")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -20,9 +20,10 @@ from cluster.runtime.start.application import GRPC_SERVICERS
 KNOWN = {field.name for field in fields(ClusterConfig)}
 SET_BY_THE_CHART = {
     "model", "metrics_host", "ingress_resource", "attention_resource", "expert_resource", "api_keys_file",
+    "admin_keys_file",
 }  # fmt: skip
 KINDS = {int: "integer", float: "number", bool: "boolean", str: "string", Mapping: "object"}
-KEYS = {"apiKeys": {"enabled": True, "existingSecret": "keys"}}
+KEYS = {"apiKeys": {"enabled": True, "existingSecret": "keys"}, "adminKeys": {"existingSecret": "admins"}}
 
 
 def arguments(objects):

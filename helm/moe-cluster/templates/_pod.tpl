@@ -101,6 +101,11 @@ spec:
           mountPath: /etc/moe-cluster/api-keys
           readOnly: true
         {{- end }}
+        {{- if and $values.adminKeys.existingSecret (eq .name "ingress") }}
+        - name: admin-keys
+          mountPath: /etc/moe-cluster/admin-keys
+          readOnly: true
+        {{- end }}
         {{- with $values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -118,6 +123,12 @@ spec:
     - name: api-keys
       secret:
         secretName: {{ include "moe-cluster.apiKeysSecret" $root }}
+        defaultMode: 0440
+    {{- end }}
+    {{- if and $values.adminKeys.existingSecret (eq .name "ingress") }}
+    - name: admin-keys
+      secret:
+        secretName: {{ $values.adminKeys.existingSecret }}
         defaultMode: 0440
     {{- end }}
     {{- with $values.extraVolumes }}

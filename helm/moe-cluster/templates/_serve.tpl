@@ -23,6 +23,9 @@
 {{- if .Values.apiKeys.enabled }}
 {{- $_ := set $args "api_keys_file" (printf "/etc/moe-cluster/api-keys/%s" .Values.apiKeys.key) }}
 {{- end }}
+{{- if .Values.adminKeys.existingSecret }}
+{{- $_ := set $args "admin_keys_file" (printf "/etc/moe-cluster/admin-keys/%s" .Values.adminKeys.key) }}
+{{- end }}
 {{- range $key, $value := .Values.cluster }}
 {{- if not (or (kindIs "invalid" $value) (hasKey $args $key)) }}
 {{- $_ := set $args $key $value }}
