@@ -123,6 +123,7 @@ def test_examples_of_data_are_read(example):
     assert yaml.safe_load(text) if example.language == "yaml" else json.loads(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ALONE, ids=lambda one: one.id)
 def test_a_command_that_needs_no_server_runs(example, machine):
     check(example, machine)
