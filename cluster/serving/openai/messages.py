@@ -40,7 +40,7 @@ from cluster.serving.openai.messages_schema import (
     Turn,
 )
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import STREAMED, begun, event
+from cluster.serving.openai.sse import STREAMED, begun, event, event_text
 from cluster.serving.text.prompts import Prompt
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -275,4 +275,4 @@ def _event(kind: str, **fields: Any) -> str:
 
 
 def _error_event(error: Exception, request_id: str) -> str:
-    return f"event: error\ndata: {json.dumps(anthropic_body(error, request_id), ensure_ascii=False)}\n\n"
+    return event_text(json.dumps(anthropic_body(error, request_id)), "error")

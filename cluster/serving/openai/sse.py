@@ -12,6 +12,8 @@ from starlette.types import Receive, Scope, Send
 from cluster.serving.openai.errors import body_of
 
 DONE = "data: [DONE]\n\n"
+# Characters inside of JSON's texts where some clients end a line (httpx, and Python's splitlines).
+_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 MEDIA_TYPE = "text/event-stream; charset=utf-8"
 # For a route's `responses`: with `stream` its answer is of this kind.
 _ONE = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}
@@ -23,8 +25,13 @@ def event(data: BaseModel, name: str = "") -> str:
 
     name: of its kind, for APIs that give one.
     """
+    return event_text(data.model_dump_json(exclude_unset=True), name)
+
+
+def event_text(data: str, name: str = "") -> str:
+    """As `event`, of an object that is JSON in one line already."""
     kind = f"event: {name}\n" if name else ""
-    return f"{kind}data: {data.model_dump_json(exclude_unset=True)}\n\n"
+    return f"{kind}data: {data if data.isascii() else data.translate(_BREAKS)}\n\n"
 
 
 class EventStream(Response):
@@ -50,7 +57,7 @@ class EventStream(Response):
 
 def error_event(error: Exception, request_id: str) -> str:
     """The event that ends a broken stream, in OpenAI's shape."""
-    return f"data: {json.dumps(body_of(error, request_id), ensure_ascii=False)}\n\n"
+    return event_text(json.dumps(body_of(error, request_id)))
 
 
 async def begun(

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cluster.serving.openai import sse
 from cluster.serving.openai.chat_schema import AnswerMessage
 from cluster.serving.openai.errors import body_of
 from cluster.serving.openai.responses.response_body import ENDED, ResponseBody
@@ -18,7 +19,7 @@ _LAST = {"completed": "response.completed", "failed": "response.failed"}  # any 
 
 def event_text(event: Mapping[str, Any]) -> str:
     """One server-sent event."""
-    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return sse.event_text(json.dumps(event, ensure_ascii=False, separators=(",", ":")), event["type"])
 
 
 def last_event(response: ResponseBody, sequence_number: int) -> str:
