@@ -53,7 +53,15 @@ from cluster.runtime.start.offline import RayExperts
 class Greedy:
     def ready(self): pass
 
-greedy = Greedy.options(num_cpus=ray.available_resources()["CPU"] - 1).remote()
+def free_cpus():
+    # when nothing comes free any more: what `one` had takes its time
+    seen = []
+    while len(seen) < 10 or len(set(seen[-10:])) > 1:
+        seen.append(ray.available_resources()["CPU"])
+        time.sleep(0.3)
+    return seen[-1]
+
+greedy = Greedy.options(num_cpus=free_cpus() - 1).remote()
 ray.get(greedy.ready.remote())
 config = ClusterConfig(model=sys.argv[1], dtype="float32", device="cpu", expert_shards=3, spare_processes=False)
 try:
