@@ -89,7 +89,7 @@ SCORE = {"POST /score"}  # takes one of three pairs of fields: seldom a whole on
     ("max_examples", "seed", "head", "answered"),
     [
         (5, 1, Head(), GENERATIONS | NUMBERS),
-        pytest.param(60, 2, Head(), GENERATIONS | NUMBERS | SCORE, marks=pytest.mark.slow),
+        pytest.param(100, 2, Head(), GENERATIONS | NUMBERS | SCORE, marks=pytest.mark.slow),
         pytest.param(30, 3, SEQUENCE, NUMBERS | {"POST /classify"}, marks=pytest.mark.slow),
     ],
 )
