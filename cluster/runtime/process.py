@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
@@ -67,6 +68,23 @@ def actor_environment(group: str, threads: int, log_format: str = "") -> dict[st
             **MALLOC_ENVIRONMENT,
             **({LOG_FORMAT: log_format} if log_format else {}),
         }
+    }
+
+
+def shared_actor_options(group: str, resource: str) -> dict[str, Any]:
+    """Ray's options for an actor of which a group has one, made by whichever process needs it first.
+
+    It outlives its maker, and is not in its placement group, with which it would die.
+    """
+    return {
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "resources": share_of(resource),
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(None),
+        "runtime_env": actor_environment(group, 1),
     }
 
 

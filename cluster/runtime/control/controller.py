@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.errors import SetupError
@@ -35,7 +34,7 @@ from cluster.runtime.control.spares import SpareProcesses
 from cluster.runtime.control.state import ClusterState
 from cluster.runtime.control.supervision import ShardSupervision
 from cluster.runtime.names import NAMESPACE, controller_name
-from cluster.runtime.process import actor_environment, prepare_process, process_info, share_of
+from cluster.runtime.process import prepare_process, process_info, shared_actor_options
 from cluster.runtime.ray_private.core import by_name
 from cluster.runtime.workers.protocol import LEASE_S, LONG_POLL_S, Membership
 from cluster.status import ClusterStatus, ProcessInfo
@@ -282,16 +281,8 @@ def get_controller(group: str, config: ClusterConfig, *, collect_metrics: bool =
         .options(
             name=controller_name(group),
             namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            resources=share_of(config.ingress_resource),
-            max_restarts=-1,
-            max_task_retries=0,
             max_concurrency=1000,
-            # Not in the placement group of the replica that happens to make it, with which it would die.
-            scheduling_strategy=PlacementGroupSchedulingStrategy(None),
-            runtime_env=actor_environment(group, 1),
+            **shared_actor_options(group, config.ingress_resource),
         )
         .remote(group, config, collect_metrics=collect_metrics)
     )

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Unavailable
 from cluster.runtime.front.response_store import ResponseStoreActor
 from cluster.runtime.names import NAMESPACE, responses_name, shard_group
-from cluster.runtime.process import actor_environment, share_of
+from cluster.runtime.process import shared_actor_options
 from cluster.runtime.ray_private.core import by_name
 from cluster.serving.openai.responses.store import (
     FOLLOW_S,
@@ -100,15 +99,8 @@ def _store_actor(config: ClusterConfig) -> Any:
         .options(
             name=responses_name(group),
             namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            resources=share_of(config.ingress_resource),
-            max_restarts=-1,
-            max_task_retries=0,
             max_concurrency=CONCURRENCY,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not in a group of an ingress's
-            runtime_env=actor_environment(group, 1),
+            **shared_actor_options(group, config.ingress_resource),
         )
         .remote(group)
     )
