@@ -5,12 +5,12 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 from cluster.bench.checkpoint import read_config
-from cluster.bench.http_streams import HttpStreams
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
 from cluster.bench.sampling import SAMPLINGS
@@ -20,6 +20,7 @@ from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.checkpoint.model_files import complete_directory
 from cluster.client import options
+from cluster.client.http_streams import HttpStreams
 from cluster.config import ModelConfig
 from cluster.drawing import bars
 from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
@@ -29,7 +30,15 @@ _READY_S = 10.0
 _MAX_THREADS = 1000  # streams of an open loop at a time
 TURNS = 4  # of each front
 
-Stream = Callable[[list[int], SamplingParams], Iterable[int]]  # the number of tokens of each piece of an answer
+
+class Piece(Protocol):
+    """Of an answer."""
+
+    @property
+    def token_ids(self) -> Collection[int]: ...
+
+
+Stream = Callable[[list[int], SamplingParams], Iterable[Piece]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +89,12 @@ def measure_server(args: argparse.Namespace) -> int:
         raise SetupError(f"--rate is {args.rate}, more than 0 is needed")
     if args.offline is not None:
         offline = _offline_spec(args)
-    http = None if args.http is None else HttpStreams(args.http, options.api_key(args.api_key_file))
+    http = None if args.http is None else HttpStreams(args.http, key=options.api_key(args.api_key_file))
     with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         vocab_size = client.model_info().vocab_size
-        fronts: list[Stream] = [
-            lambda prompt, params: (len(piece.token_ids) for piece in client.stream(prompt, params))
-        ]
-        if http is not None:
-            fronts.append(http.stream)
+        fronts: list[Stream] = [client.stream, *([http.stream] if http is not None else [])]
         before = _server_bytes(args.server_pid)
         with bars() as progress:
             task = progress.add_task("requests", total=args.requests * len(fronts))
@@ -213,8 +218,8 @@ def _time_stream(front: Stream, prompt: list[int], params: SamplingParams) -> St
     started = time.perf_counter()
     arrivals: list[float] = []
     try:
-        for num_tokens in front(prompt, params):
-            arrivals += [time.perf_counter() - started] * num_tokens
+        for piece in front(prompt, params):
+            arrivals += [time.perf_counter() - started] * len(piece.token_ids)
     except Overloaded:
         return StreamTiming(arrivals_s=(), refused_s=time.perf_counter() - started)
     except ClusterError as error:

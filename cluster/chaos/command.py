@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster.chaos.http import HttpAsker
 from cluster.chaos.traffic import Asker, Question, Reply, ask_all, make_questions
 from cluster.client import options
 from cluster.client.grpc_client import Client
+from cluster.client.http_streams import HttpStreams
 from cluster.drawing import moves
 from cluster.errors import ClusterError, SetupError, Unavailable
 
@@ -118,10 +118,10 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     return 0 if outcome.lossless else 1
 
 
-def _http_asker(args: argparse.Namespace) -> HttpAsker:
+def _http_asker(args: argparse.Namespace) -> HttpStreams:
     """Raises SetupError."""
     tls = ssl.create_default_context(cafile=args.tls_ca)
-    return HttpAsker(args.http, key=options.api_key(args.api_key_file), tls=tls)
+    return HttpStreams(args.http, key=options.api_key(args.api_key_file), tls=tls)
 
 
 def possible_kinds(kinds: tuple[str, ...], cluster: "RunningCluster") -> tuple[str, ...]:

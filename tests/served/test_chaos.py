@@ -3,8 +3,8 @@
 import pytest
 
 from cluster.chaos.command import KINDS, QUICK_KINDS, unleash
-from cluster.chaos.http import HttpAsker
 from cluster.client.grpc_client import Client
+from cluster.client.http_streams import HttpStreams
 from cluster.errors import SetupError
 from cluster.runtime.operate import RunningCluster
 
@@ -31,7 +31,7 @@ def test_no_request_is_lost_and_no_answer_changes_whatever_breaks(cluster, serve
 
 @pytest.mark.slow
 def test_over_http_too_no_answer_is_lost_or_changed(cluster, served):
-    asker = HttpAsker(served.http_url)
+    asker = HttpStreams(served.http_url)
     with Client(f"127.0.0.1:{served.grpc_port}") as client:
         outcome = unleash(cluster, client, requests=20, faults=6, kinds=HTTP_KINDS, concurrency=4, seed=2, asker=asker)
     assert outcome.errors == ()

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.chaos.http import HttpAsker
+from cluster.client.http_streams import HttpStreams
 from cluster.errors import ClusterError
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
@@ -48,7 +48,7 @@ def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(ser
         watch = health_pb2_grpc.HealthStub(connect(0)).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         streams = [start(max_tokens) for max_tokens in LENGTHS]
-        asker = HttpAsker(served_for_good.http_url)
+        asker = HttpStreams(served_for_good.http_url)
         over_http = [begun(asker, stack, max_tokens) for max_tokens in LENGTHS]
 
         served_for_good.drain()  # returns when no request runs any more
@@ -62,7 +62,7 @@ def test_a_draining_server_finishes_its_streams_refuses_new_ones_and_says_so(ser
         for rest, max_tokens in zip(over_http, LENGTHS, strict=True):
             assert sum(len(piece.token_ids) for piece in rest.result(timeout=60)) == max_tokens - 1
         for _ in range(4):
-            with pytest.raises(ClusterError, match=r"^503: .*shutting down"):
+            with pytest.raises(ClusterError, match=r"^HTTP 503: .*shutting down"):
                 next(asker.stream([1, 2, 3], PARAMS))
         stub = inference_pb2_grpc.InferenceServiceStub(connect(1))
         for _ in range(4):  # every ingress refuses

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served_tools import wait_until
 from test_listening import family
 
-from cluster.chaos.http import HttpAsker
+from cluster.client.http_streams import HttpStreams
 from cluster.errors import Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
@@ -160,7 +160,7 @@ def test_a_killed_ingress_leaves_no_gap(served, caller):
 @pytest.mark.slow
 def test_a_killed_ingress_ends_its_own_http_streams_alone(served):
     """Its clients see that their streams are not whole; calls of which nothing has come yet go to another ingress."""
-    asker, before = HttpAsker(served.http_url), ingresses()
+    asker, before = HttpStreams(served.http_url), ingresses()
     assert len(before) == 2
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=900).with_defaults(SAMPLING_DEFAULTS)
     begun, outcomes = threading.Barrier(9, timeout=60), Counter()

@@ -8,9 +8,9 @@ from next_version import VERSION, write_next_version
 from ray import serve
 
 import cluster as this_version
-from cluster.chaos.http import HttpAsker
 from cluster.chaos.traffic import ask_all, make_questions
 from cluster.client.grpc_client import Client
+from cluster.client.http_streams import HttpStreams
 from cluster.runtime.names import APPLICATION
 from cluster.runtime.operate import RunningCluster
 from cluster.runtime.start.application import build_application
@@ -54,7 +54,7 @@ def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_fo
         )
         rolled = threading.Thread(target=roll_out, args=(config, cluster))
         rolled.start()
-        rounds, askers = [], (client, HttpAsker(served_for_good.http_url))
+        rounds, askers = [], (client, HttpStreams(served_for_good.http_url))
         while rolled.is_alive() or len(cluster.status().shards) < 3 or len(cluster.status().replicas) < 3:
             rounds.append(ask_all(askers[len(rounds) % 2], questions, concurrency=8))
         rolled.join()

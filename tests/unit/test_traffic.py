@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from cluster.bench.http_streams import HttpStreams
 from cluster.bench.traffic import StreamTiming, summarize
 from cluster.cli import main
+from cluster.client.http_streams import HttpStreams
 from cluster.errors import ClusterError, Overloaded, Unavailable
 from cluster.types import SamplingParams
 
@@ -61,7 +61,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if kind in (1, 2):
             self.answer(429 if kind == 1 else 400, b'{"error": {"message": "no"}}', {"retry-after": "7"})
             return
-        events = [{"choices": [{"token_ids": ids}]} for ids in ([5, 6], [], [7])]
+        events = [{"choices": [{"text": "", "logprobs": None, "token_ids": ids}]} for ids in ([5, 6], [], [7])]
         lines = ["data: " + json.dumps(event) for event in events]
         lines.append({3: 'data: {"error": {"message": "it broke"}}', 4: ""}.get(kind, "data: [DONE]"))
         self.answer(200, "\n\n".join(lines).encode() + b"\n\n", {})
@@ -90,7 +90,7 @@ def server():
 def test_http_streams_count_tokens_and_use_a_connection_again(server):
     streams = HttpStreams(f"127.0.0.1:{server.server_port}")
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, seed=4)
-    assert [list(streams.stream([0, 8], params)) for _ in range(3)] == [[2, 0, 1]] * 3
+    assert [[len(piece.token_ids) for piece in streams.stream([0, 8], params)] for _ in range(3)] == [[2, 0, 1]] * 3
     assert len(server.connections) == 1
     asked = {"prompt": [0, 8], "stream": True, "return_token_ids": True}
     assert server.bodies[0] == asked | {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "seed": 4}

@@ -1,4 +1,4 @@
-"""The client of `moe-cluster chaos --http`: what it reads however a stream is cut, and that it takes no half answer."""
+"""The client of `moe-cluster chaos --http`, and of the bench: what it reads however a stream is cut; no half answer."""
 
 import json
 import threading
@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from cluster.chaos.http import HttpAsker
+from cluster.client.http_streams import HttpStreams
 from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
@@ -49,7 +49,7 @@ def server(pieces, status=200):
 def test_a_stream_is_the_same_however_it_is_cut(size):
     whole = FIRST + SECOND + DONE
     with server([whole[at : at + size] for at in range(0, len(whole), size)]) as (url, bodies):
-        pieces = list(HttpAsker(url).stream((1, 2), PARAMS))
+        pieces = list(HttpStreams(url).stream((1, 2), PARAMS))
     assert [(piece.text, piece.token_ids) for piece in pieces] == [("é", (7,)), ("b", (8,))]
     assert [entry.logprob for piece in pieces for entry in piece.logprobs] == [-0.5]
     [body] = bodies
@@ -68,11 +68,11 @@ def test_a_stream_is_the_same_however_it_is_cut(size):
 )
 def test_half_an_answer_is_an_error(pieces, status, kind, word):
     with server(pieces, status) as (url, _), pytest.raises(kind, match=word):
-        list(HttpAsker(url).stream((1, 2), PARAMS))
+        list(HttpStreams(url).stream((1, 2), PARAMS))
 
 
 def test_nobody_there_and_no_address():
     with pytest.raises(Unavailable, match="broke off"):
-        list(HttpAsker("http://127.0.0.1:1").stream((1,), PARAMS))
+        list(HttpStreams("http://127.0.0.1:1").stream((1,), PARAMS))
     with pytest.raises(SetupError, match="http://HOST:PORT"):
-        HttpAsker("127.0.0.1:8000")
+        HttpStreams("ftp://127.0.0.1")
