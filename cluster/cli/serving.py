@@ -19,6 +19,7 @@ from cluster.cli.arguments import (
     serve_options,
 )
 from cluster.cli.sampling import print_stream
+from cluster.errors import SetupError
 
 if TYPE_CHECKING:
     from cluster.client.grpc_client import Client
@@ -74,16 +75,22 @@ def _demo(args: argparse.Namespace) -> int:
 
     print("serving the package's demo model: qwen2_moe, 64 routed experts in each of 3 layers, 4 for each token")
     with _served(args, DEMO) as cluster:
-        status = cluster.status()
-        print_cluster(cluster)
+        status = print_cluster(cluster)
         print_placement(status)
+        if not status.metrics_addresses:
+            raise SetupError(
+                "no node serves metrics, of which the demo draws its experts: the controller's log tells why"
+            )
         metrics_url, address = status.metrics_addresses[0], f"127.0.0.1:{cluster.grpc_port}"
         with Client(address) as client:
             for question in DEMO_QUESTIONS:
                 _ask(client, question, metrics_url)
         print_metrics(read_url(metrics_url, timeout_s=10.0), DEMO_METRICS)
         if args.keep:
-            _wait_for_interrupt(f"running; try: moe-cluster chat --address {address}\nCtrl-C stops.")
+            page = f"open {cluster.http_url}/ in a browser, or " if cluster.http_url else ""
+            _wait_for_interrupt(f"running: {page}try: moe-cluster chat --address {address}\nCtrl-C stops.")
+        else:
+            print("\nto chat on its page, or to call it over HTTP or gRPC: moe-cluster demo --keep")
     return 0
 
 

@@ -12,11 +12,13 @@ from rich.text import Text
 
 from cluster.console.base import OutputConsole, ranges
 from cluster.console.experts import bar
+from cluster.console.working import Working
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
 from cluster.status import ClusterStatus, ProcessInfo
 
-STATS_TIMEOUT_S = 5.0  # the controller asks engines for their figures every 2 s
+FIGURES_TIMEOUT_S = 20.0  # the controller asks engines every 2 s, and makes each node's metrics server after its start
+FIGURES_POLL_S = 0.2
 
 
 class Served(Protocol):
@@ -28,23 +30,34 @@ class Served(Protocol):
     def status(self) -> ClusterStatus: ...
 
 
-def print_cluster(cluster: Served) -> None:
-    """Prints the cluster's addresses and the size of its caches."""
-    status = cluster.status()
-    deadline = time.monotonic() + STATS_TIMEOUT_S
-    while not (cache := describe_cache(status)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        status = cluster.status()
+def print_cluster(cluster: Served, sleep: Callable[[float], None] = time.sleep) -> ClusterStatus:
+    """Prints the cluster's addresses and the size of its caches, and returns its status with these.
+
+    Blocks until the controller knows them, for FIGURES_TIMEOUT_S at most.
+    """
     print(f"gRPC     {cluster.grpc_address}   moecluster.v1.InferenceService, grpc.health.v1.Health, reflection")
     if cluster.http_url:
         print(f"HTTP     {cluster.http_url}/v1   OpenAI's API")
         print(f"page     {cluster.http_url}/     a chat, and the cluster live")
-    for address in status.metrics_addresses:
+    with Working("waiting for the first figures …"):
+        status = _with_figures(cluster.status, sleep)
+    for address in status.metrics_addresses or ("none yet: the controller's log tells why",):
         print(f"metrics  {address}")
     if status.dense:
         print("experts  none: the model is dense, attention replicas alone serve it")
-    if cache:
+    if cache := describe_cache(status):
         print(f"cache    {cache}")
+    return status
+
+
+def _with_figures(read: Callable[[], ClusterStatus], sleep: Callable[[float], None]) -> ClusterStatus:
+    """The first status that has both the metrics' addresses and the caches' sizes, or the last one in time."""
+    for _ in range(round(FIGURES_TIMEOUT_S / FIGURES_POLL_S)):
+        status = read()
+        if status.metrics_addresses and describe_cache(status):
+            return status
+        sleep(FIGURES_POLL_S)
+    return read()
 
 
 def describe_cache(status: ClusterStatus) -> str:

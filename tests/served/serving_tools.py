@@ -47,7 +47,7 @@ class Serving:
 
         wait_until(ready, timeout_s)
         [self.grpc_port] = re.findall(r"gRPC     127.0.0.1:(\d+)", self.out.read_text())
-        [self.metrics] = re.findall(r"metrics  (\S+)", self.out.read_text())
+        [self.metrics] = re.findall(r"metrics  (http\S+)", self.out.read_text())
         [self.folder] = [Path(words[-1]) for words in keepers() if words[-2] == str(self.process.pid)]
         return self
 
