@@ -1,12 +1,34 @@
-"""Shared by the tests of the served application: its metrics as numbers, waiting for a condition."""
+"""Shared by the tests of the served application: what they ask it, its metrics as numbers, waiting for a condition."""
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.client.direct import read_url
+
+MESSAGES = [{"role": "user", "content": "Which experts answered?"}]
+GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}  # for OpenAI's client
+
+
+class Compact(BaseModel):
+    """Without white space between JSON's signs: a model of random weights likes it."""
+
+    model_config = ConfigDict(json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
+
+
+class Step(Compact):
+    expert: Annotated[int, Field(ge=0, le=63)]
+    verdict: Literal["busy", "idle", "gone"]
+
+
+class Report(Compact):
+    """Of a layer: at most four of its experts."""
+
+    layer: Annotated[int, Field(ge=0, le=23)]
+    steps: Annotated[list[Step], Field(min_length=1, max_length=4)]
 
 
 def samples(served: Any) -> list[Any]:

@@ -2,54 +2,17 @@
 
 import asyncio
 import json
-from typing import Annotated, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
-
-from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.pb.moecluster.v1 import inference_pb2_grpc
+import served_tools
+from served_tools import MESSAGES, Report
 
 pytestmark = pytest.mark.ray
 
 MODEL = "demo-moe"
-MESSAGES = [{"role": "user", "content": "Which experts answered?"}]
-GREEDY = {"model": MODEL, "temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
+GREEDY = {"model": MODEL, **served_tools.GREEDY}
 RANDOM = {"model": MODEL, "temperature": 1, "seed": 4, "max_tokens": 700}
-
-
-class Compact(BaseModel):
-    """Without white space between JSON's signs: a model of random weights likes it."""
-
-    model_config = ConfigDict(json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
-
-
-class Step(Compact):
-    expert: Annotated[int, Field(ge=0, le=63)]
-    verdict: Literal["busy", "idle", "gone"]
-
-
-class Report(Compact):
-    """Of a layer: at most four of its experts."""
-
-    layer: Annotated[int, Field(ge=0, le=23)]
-    steps: Annotated[list[Step], Field(min_length=1, max_length=4)]
-
-
-@pytest.fixture
-def client(served):
-    with openai.OpenAI(base_url=f"{served.http_url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def expected(channel):
-    """Over gRPC: the text of the conversation's next twelve tokens."""
-    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=MESSAGES[0]["content"])])
-    params = pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=12, ignore_eos=True)
-    request = pb.GenerateRequest(chat=chat, sampling_params=params)
-    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(request).text
 
 
 def test_an_async_client_streams_many_chats_at_once(served, expected):
@@ -64,7 +27,7 @@ def test_an_async_client_streams_many_chats_at_once(served, expected):
         async with openai.AsyncOpenAI(base_url=f"{served.http_url}/v1", api_key="any", max_retries=0) as client:
             return await asyncio.gather(*(one(client) for _ in range(8)))
 
-    assert asyncio.run(many()) == [expected] * 8
+    assert asyncio.run(many()) == [expected.text] * 8
 
 
 def test_the_helper_for_streams_gathers_the_whole_answer(client):

@@ -1,29 +1,23 @@
 """`/v1/responses` of the served application, with OpenAI's own client: two ingresses, one store."""
 
+import json
 import time
 
 import openai
 import pytest
+from served_tools import GREEDY, MESSAGES, Report
 
 from cluster.runtime.names import NAMESPACE, responses_name, shard_group
 
 pytestmark = pytest.mark.ray
 
-GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
-ASK = {"model": "demo-moe", "input": "Which experts answered?", "max_output_tokens": 12, **GREEDY}
+ASK = {"model": "demo-moe", "input": MESSAGES[0]["content"], "max_output_tokens": 12, **GREEDY}
+RANDOM = {"model": "demo-moe", "input": ASK["input"], "temperature": 1, "max_output_tokens": 700}
 NUM_CALLS = 8  # HAProxy gives them to both ingresses
 
 
-@pytest.fixture
-def client(served):
-    with openai.OpenAI(base_url=f"{served.http_url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
 def test_a_response_is_the_chats_answer_and_every_ingress_finds_it(client):
-    chat = client.chat.completions.create(
-        model="demo-moe", messages=[{"role": "user", "content": ASK["input"]}], max_tokens=12, **GREEDY
-    )
+    chat = client.chat.completions.create(model="demo-moe", messages=MESSAGES, max_tokens=12, **GREEDY)
     response = client.responses.create(**ASK)
     assert response.output_text == chat.choices[0].message.content
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
@@ -44,6 +38,31 @@ def test_a_response_goes_on_with_the_one_before(client):
     for _ in range(NUM_CALLS // 2):
         found = client.responses.create(**ASK | {"input": "And which copies?"}, previous_response_id=first.id)
         assert (found.output_text, found.usage) == (expected.output_text, expected.usage)
+
+
+def test_an_answer_is_parsed_into_a_model(client):
+    parsed = client.responses.parse(text_format=Report, **RANDOM).output_parsed
+    assert isinstance(parsed, Report)
+    with client.responses.stream(text_format=Report, store=False, **RANDOM) as stream:
+        final = stream.get_final_response()
+    assert final.output_parsed == Report.model_validate_json(final.output_text)
+
+
+def test_a_tool_is_called_and_its_answer_read(client):
+    """At any ingress: the second call names the first, and is answered as the whole conversation is."""
+    tool = openai.pydantic_function_tool(Report, name="report")["function"]
+    tools = [{"type": "function", **tool}]
+    first = client.responses.parse(tools=tools, tool_choice="required", parallel_tool_calls=False, **RANDOM)
+    [call] = first.output
+    assert (call.type, call.name, first.status) == ("function_call", "report", "completed")
+    assert Report.model_validate(call.parsed_arguments) == Report.model_validate_json(call.arguments)
+    answer = {"type": "function_call_output", "call_id": call.call_id, "output": json.dumps({"ok": True})}
+    item = {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments}
+    whole = client.responses.create(**ASK | {"input": [*MESSAGES, item, answer]}, tools=tools, store=False)
+    for _ in range(2):
+        second = client.responses.create(**ASK | {"input": [answer]}, tools=tools, previous_response_id=first.id)
+        assert (second.output_text, second.usage) == (whole.output_text, whole.usage)
+    assert second.usage.input_tokens > first.usage.input_tokens
 
 
 def test_a_stream_in_the_background_is_read_again_from_anywhere(client):

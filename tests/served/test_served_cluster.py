@@ -10,15 +10,9 @@ from served_tools import samples, scrape, wait_until
 
 from cluster import LLM, SamplingParams
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.runtime.names import NAMESPACE, controller_name
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture
-def stub(channel):
-    return inference_pb2_grpc.InferenceServiceStub(channel)
 
 
 def greedy(max_tokens):

@@ -14,7 +14,6 @@ from served_tools import scrape, wait_until
 
 from cluster import LLM, SamplingParams
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.ray
 
@@ -23,11 +22,6 @@ SERVICE = "moecluster.v1.InferenceService"
 
 def greedy(max_tokens, **more):
     return pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=max_tokens, ignore_eos=True, **more)
-
-
-@pytest.fixture
-def stub(channel):
-    return inference_pb2_grpc.InferenceServiceStub(channel)
 
 
 @pytest.fixture(scope="module")

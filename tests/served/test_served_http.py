@@ -7,34 +7,14 @@ from urllib.request import Request, urlopen
 import numpy as np
 import openai
 import pytest
-from served_tools import samples, scrape
+from served_tools import GREEDY, MESSAGES, samples, scrape
 
 from cluster import cli
 from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.ray
-
-MESSAGES = [{"role": "user", "content": "Which experts answered?"}]
-GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
-
-
-@pytest.fixture
-def client(served):
-    with openai.OpenAI(base_url=f"{served.http_url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def expected(channel):
-    """The same conversation's answer over gRPC."""
-    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=MESSAGES[0]["content"])])
-    params = pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=12, ignore_eos=True)
-    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(
-        pb.GenerateRequest(chat=chat, sampling_params=params)
-    )
 
 
 def test_a_chat_has_the_answer_that_grpc_gives(client, expected):
@@ -101,10 +81,10 @@ def test_completions_of_several_prompts(client, served):
     assert all(len(choice.logprobs.tokens) == 4 for choice in answer.choices)
 
 
-def test_an_echo_has_the_log_probabilities_that_grpc_gives(client, channel):
+def test_an_echo_has_the_log_probabilities_that_grpc_gives(client, stub):
     """And a prompt's likeliest tokens are those that an answer's first token has after it."""
     prompt = list(range(10, 40))
-    score = inference_pb2_grpc.InferenceServiceStub(channel).Score(pb.ScoreRequest(token_ids=pb.TokenIds(ids=prompt)))
+    score = stub.Score(pb.ScoreRequest(token_ids=pb.TokenIds(ids=prompt)))
     ask = {"model": "demo-moe", "max_tokens": 1, "logprobs": 3, **GREEDY}
     [echoed] = client.completions.create(prompt=prompt, echo=True, **ask).choices
     [cut] = client.completions.create(prompt=prompt[:20], **ask).choices
@@ -192,7 +172,7 @@ def _prefill_tokens(served):
     return sum(s.value for s in samples(served) if s.name == name and s.labels["phase"] == "prefill")
 
 
-def test_a_batch_over_http_takes_every_kind_of_request(served, channel, tmp_path):
+def test_a_batch_over_http_takes_every_kind_of_request(served, stub, tmp_path):
     """Vectors are those that gRPC gives; calls and forms are by their schemas; a refusal harms no other line."""
     schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
@@ -216,7 +196,7 @@ def test_a_batch_over_http_takes_every_kind_of_request(served, channel, tmp_path
     assert cli.main(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--address", served.http_url]) == 1
     found = {one["custom_id"]: one["response"] for one in map(json.loads, (tmp_path / "out").read_text().splitlines())}
     assert {name: one["status_code"] for name, one in found.items()} == dict.fromkeys(bodies, 200) | {"refused": 400}
-    expected = inference_pb2_grpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(text="hello"))
+    expected = stub.Embed(pb.EmbedRequest(text="hello"))
     assert found["vector"]["body"]["data"][0]["embedding"] == pytest.approx(list(expected.embedding), abs=1e-5)
     [call] = found["called"]["body"]["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"])["x"] in (1, 2)

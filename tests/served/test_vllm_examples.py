@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from urllib.request import Request, urlopen
 
 import jsonschema
-import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,12 +44,6 @@ class Car(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
     brand: Annotated[str, Field(max_length=12)]
     car_type: Literal["sedan", "SUV", "Truck", "Coupe"]
-
-
-@pytest.fixture
-def client(served):
-    with openai.OpenAI(base_url=f"{served.http_url}/v1", api_key="-", max_retries=0) as client:
-        yield client
 
 
 def ask(client, text, **fields):
