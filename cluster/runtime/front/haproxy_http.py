@@ -3,6 +3,9 @@
 With TLS the port takes both: calls by TLS, and /-/healthz in plain text, since KubeRay's operator and load balancers
 ask in no other way. A front of bytes looks at a connection's beginning, and hands it with its address to one of two
 Unix sockets in our private folder.
+
+After a reload, clients keep their connections to the HAProxy that leaves. It knows only the ingresses of its time, so
+it hands a call that still comes to its successor, over a third socket. (HTTP/2 has a frame that sends clients away.)
 """
 
 import json
@@ -31,6 +34,7 @@ FRONT = r"\g<1>"  # the frontend's own line
 # A call whose body fits the buffer can go to another ingress; HAProxy holds such a body until it is whole.
 BUFFER_BYTES, HEADER_BYTES = 64 << 10, 8 << 10
 REQUEST_S, IDLE_S = 60, 300  # for a call to come, and between two of a connection
+AGAIN = "again"  # the socket where the newest HAProxy takes its predecessors' calls
 HELLO_S = 10  # in which a connection shows whether it speaks TLS
 # Serve's own headers, with which a client could change how Serve treats its call.
 SERVES_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id",
@@ -55,7 +59,8 @@ def adapted_http(config: str, folder: Path, *, host: str = "", tls: str = "") ->
     Raises ValueError when Serve's differs from the known one.
     """
     listen = rf"\g<1>\g<2>{host}\g<4>" if host else r"\g<1>\g<2>\g<3>\g<4>"
-    rules = [f"errorfile {name}" for name in _own_answers(folder)]
+    rules = [f"bind unix@{folder / AGAIN} accept-proxy name {AGAIN}"]
+    rules += [f"errorfile {name}" for name in _own_answers(folder)]
     rules += [f"timeout http-request {REQUEST_S}s", f"timeout http-keep-alive {IDLE_S}s"]
     rules.append("http-request set-header x-forwarded-for %[src]")
     rules += [f"http-request del-header {name}" for name in SERVES_HEADERS]
@@ -64,25 +69,28 @@ def adapted_http(config: str, folder: Path, *, host: str = "", tls: str = "") ->
     rules.append(f"{answer} unless {{ method {' '.join(METHODS)} }}")
     too_large = f"{{ req.hdr_val(content-length) gt {BUFFER_BYTES - HEADER_BYTES} }}"
     rules.append(f"http-request wait-for-body time {REQUEST_S}s unless {too_large}")
+    first = f"!{{ so_name {AGAIN} }}"  # a call comes from its client, not from another HAProxy
+    rules.append(f"use_backend http_again if {{ stopping }} {first}")
     config = replaced(
         config,
         r"^(frontend http_frontend\n)(\s+bind )(\S+)(:\d+)\n",
         (_both(listen, folder, tls) if tls else f"{listen}\n") + "".join(f"    {rule}\n" for rule in rules),
     )
-    config = replaced(
-        config,
-        r"^    http-request return .* if routes$",
-        f"    http-request return status 403 errorfile {folder / FORBIDDEN} if routes"
-        + (f"\n    http-request return status 403 errorfile {folder / TLS_ONLY} if !{{ ssl_fc }}" if tls else ""),
+    refusals = f"    http-request return status 403 errorfile {folder / FORBIDDEN} if routes"
+    if tls:
+        refusals += f"\n    http-request return status 403 errorfile {folder / TLS_ONLY} if !{{ ssl_fc }} {first}"
+    config = replaced(config, r"^    http-request return .* if routes$", refusals)
+    errors = "".join(f"    errorfile {status} {folder / UNDELIVERED}\n" for status in (502, 503, 504))
+    again = (
+        f"backend http_again\n    http-reuse never\n{errors}    server {AGAIN} unix@{folder / AGAIN} send-proxy-v2\n"
     )
     config = replaced(
         config,
         r"^(backend default_backend\n)    http-request return .*$",
-        rf"\g<1>    http-request return status 503 errorfile {folder / STARTING}",
+        rf"{again}\g<1>    http-request return status 503 errorfile {folder / STARTING}",
     )
     # A call that a dead ingress had in hand goes to another one while nothing was sent back: an answer depends on
     # nothing but its request. After one on a connection that is used again HAProxy (2.8) would close the client's.
-    errors = "".join(f"    errorfile {status} {folder / UNDELIVERED}\n" for status in (502, 503, 504))
     config = replaced(
         config,
         r"^(backend (?!default_)\S+\n    log global\n    # Enable HTTP connection reuse.*\n)    http-reuse always$",
