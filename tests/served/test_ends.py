@@ -56,7 +56,7 @@ def run(*arguments):
 
 
 def requests_of(server):
-    with urlopen(server.metrics, timeout=10) as response:
+    with urlopen(server.metrics, timeout=60) as response:
         lines = response.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("moecluster_requests_total{"))
 

@@ -141,7 +141,7 @@ def test_a_killed_ingress_leaves_no_gap(served, caller):
 
     def is_followed():
         with suppress(grpc.RpcError):  # counted by the caller
-            states.add(health.Check(health_pb2.HealthCheckRequest(), timeout=20).status)
+            states.add(health.Check(health_pb2.HealthCheckRequest(), timeout=60).status)
         return len(set(ingresses()) - {before[0]}) == 2
 
     os.kill(before[0], signal.SIGKILL)

@@ -178,7 +178,7 @@ def is_haproxy(pid):
         return Path(f"/proc/{pid}/exe").readlink().name == "haproxy"
 
 
-def until(condition, timeout_s=20):
+def until(condition, timeout_s=60):
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -187,7 +187,7 @@ def until(condition, timeout_s=20):
 
 
 def await_port(process, port):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read().decode()
         with suppress(OSError):

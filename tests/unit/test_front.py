@@ -40,7 +40,7 @@ def server():
 
 def check(channel):
     try:
-        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
     except grpc.RpcError as error:
         return error.code().name
     return "OK"
@@ -48,7 +48,7 @@ def check(channel):
 
 def watch(channel):
     try:
-        return len(list(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)))
+        return len(list(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)))
     except grpc.RpcError as error:
         return error.code().name
 
@@ -69,11 +69,11 @@ def test_a_health_call_of_many_bytes_is_refused_before_it_reaches_an_ingress(tmp
         for size in (4096, 1_000_000):
             large = health_pb2.HealthCheckRequest(service="x" * size)
             with pytest.raises(grpc.RpcError) as caught:
-                health_pb2_grpc.HealthStub(channel).Check(large, timeout=20)
+                health_pb2_grpc.HealthStub(channel).Check(large, timeout=60)
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert "too many bytes" in caught.value.details()
         small = health_pb2.HealthCheckRequest(service="x" * 1000)
-        assert health_pb2_grpc.HealthStub(channel).Check(small, timeout=20) == SERVING
+        assert health_pb2_grpc.HealthStub(channel).Check(small, timeout=60) == SERVING
         assert check(channel) == "OK"
 
 

@@ -60,7 +60,7 @@ class Caller:
         answered = time.monotonic()
         while not self._ended.is_set():
             try:
-                health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+                health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
                 code, now = "OK", time.monotonic()
                 self.longest_s, answered = max(self.longest_s, now - answered), now
             except grpc.RpcError as error:

@@ -230,7 +230,7 @@ def flooding_server():
     started = queue.SimpleQueue()
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
-    port, stop = started.get(timeout=20)
+    port, stop = started.get(timeout=60)
     try:
         yield port, written
     finally:
@@ -258,8 +258,8 @@ def test_behind_haproxy_clients_that_do_not_read_stop_no_other_stream_and_no_hea
         until_still(written)
         for number in range(STALLED, STALLED + 4):
             channel = connect(number)
-            reading = channel.unary_stream("/test.Test/Flood")(b"read", timeout=20)
+            reading = channel.unary_stream("/test.Test/Flood")(b"read", timeout=60)
             assert [next(reading) for _ in range(300)] == [MESSAGE] * 300
             health = health_pb2_grpc.HealthStub(channel)
-            assert health.Check(health_pb2.HealthCheckRequest(), timeout=20).status == 1
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == 1
         assert all(call.is_active() for call in unread)
