@@ -137,7 +137,7 @@ TABLE = (
     NotRun(
         r"moe-cluster demo",
         "is run by another test",
-        "tests/served/test_cli.py::test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it",
+        "tests/served/test_demo.py::test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it",
     ),
     NotRun(r"moe-cluster bench .*", "measures for minutes, or on a GPU", is_parsed),
     NotRun(

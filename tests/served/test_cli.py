@@ -6,21 +6,16 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import grpc
 import pexpect
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from served_tools import check_health_reflection_and_streaming
 
 from cluster.cli import main, terminal
 from cluster.console import print_status
-from cluster.pb.moecluster.v1 import inference_pb2 as pb
-from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.ray
 
@@ -82,8 +77,8 @@ def refused(done, *named):
         assert text in last
 
 
-def test_a_directory_that_is_none_is_refused(tmp_path):
-    refused(run("serve", tmp_path / "nothing"), "nothing is not a directory")
+def test_a_directory_that_is_none_is_refused(tmp_path, capsys):
+    refused(run_here(capsys, "serve", tmp_path / "nothing"), "nothing is not a directory")
 
 
 def test_another_architecture_is_refused(broken, capsys):
@@ -128,9 +123,10 @@ def test_a_ray_that_is_not_there_is_named_at_once(demo_checkpoint):
     refused(done, "no Ray answers at 127.0.0.1:1")
 
 
-def test_a_port_in_use_is_refused(served, demo_checkpoint):
-    refused(run("serve", demo_checkpoint, "--grpc-port", served.grpc_port), f"grpc port {served.grpc_port} is taken")
-    taken = run("serve", demo_checkpoint, "--grpc-port", 0, "--http-port", served.http_port)
+def test_a_port_in_use_is_refused(served, demo_checkpoint, capsys):
+    taken = run_here(capsys, "serve", demo_checkpoint, "--grpc-port", served.grpc_port)
+    refused(taken, f"grpc port {served.grpc_port} is taken")
+    taken = run_here(capsys, "serve", demo_checkpoint, "--grpc-port", 0, "--http-port", served.http_port)
     refused(taken, f"http port {served.http_port} is taken")
 
 
@@ -251,72 +247,8 @@ def test_without_a_server_generate_says_how_to_start_one():
     )
 
 
-def test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it():
-    """With Serve's own proxy in front, where the session's cluster has HAProxy, and with a dead http_proxy around."""
-    surroundings = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
-    dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1")
-    demo = subprocess.Popen(
-        [*COMMAND, "demo", "--keep", "--proxy", "serve", "--max-num-seqs", "2", "--max-waiting", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=surroundings | dead,
-    )
-    out = ""
-    for line in demo.stdout:
-        out += line
-        if "Ctrl-C stops" in line:
-            break
-    for text in ("gRPC     127.0.0.1:", "metrics  http://127.0.0.1:", "0-31", "32-63", "assistant:"):
-        assert text in out
-    assert "Other copies compute its rows at once." in out
-    assert 'moecluster_requests_total{outcome="stop"} 2.0' in out
-    [port] = re.findall(r"gRPC     127.0.0.1:(\d+)", out)
-    check_health_reflection_and_streaming(f"127.0.0.1:{port}")
-    check_a_refused_stream_hears_when_to_come_again(f"127.0.0.1:{port}")
-    demo.send_signal(signal.SIGINT)
-    rest, err = demo.communicate(timeout=90)
-    assert demo.returncode == 0, err
-    assert "stopped" in rest
-    assert "Traceback" not in out + rest + err
-
-
-def check_a_refused_stream_hears_when_to_come_again(address):
-    """The engine has room for two."""
-    with grpc.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        params = pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-        calls = [stub.GenerateStream(pb.GenerateStreamRequest(text="a", sampling_params=params)) for _ in range(8)]
-        refused = []
-        for call in calls:
-            try:
-                next(call)
-            except grpc.RpcError as error:
-                refused.append((error.code().name, dict(error.trailing_metadata()).get("grpc-retry-pushback-ms")))
-        for call in calls:
-            call.cancel()
-    assert refused
-    assert {code for code, _ in refused} == {"RESOURCE_EXHAUSTED"}
-    assert all(100 <= int(hint) <= 60_000 for _, hint in refused)
-
-
 def test_health_reflection_and_streaming_work_behind_haproxy_too(served):
     check_health_reflection_and_streaming(f"127.0.0.1:{served.grpc_port}")
-
-
-def check_health_reflection_and_streaming(address):
-    with grpc.insecure_channel(address) as channel:
-        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-        assert health.status == health_pb2.HealthCheckResponse.SERVING
-        listing = reflection_pb2.ServerReflectionRequest(list_services="")
-        [answer] = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([listing]))
-        names = {service.name for service in answer.list_services_response.service}
-        assert {"moecluster.v1.InferenceService", "grpc.health.v1.Health"} <= names
-        params = pb.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        pieces = list(stub.GenerateStream(pb.GenerateStreamRequest(text="hello", sampling_params=params)))
-        assert sum(len(piece.token_ids) for piece in pieces) == 20
-        assert len(pieces) > 2
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_starts(demo_checkpoint, tmp_path, capsys):

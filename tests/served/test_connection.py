@@ -37,7 +37,7 @@ def test_150_streams_of_a_connection_are_answered_or_refused_at_once_beside_a_he
     """With Serve's own setting, 100, the health call would wait until a stream ends."""
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     before = refused(served)
-    params = pb.SamplingParams(max_tokens=400, ignore_eos=True, temperature=0)
+    params = pb.SamplingParams(max_tokens=200, ignore_eos=True, temperature=0)
     request = pb.GenerateStreamRequest(text="Hello", sampling_params=params)
     calls = [stub.GenerateStream(request, timeout=60) for _ in range(STREAMS)]
     with ThreadPoolExecutor(STREAMS) as pool:

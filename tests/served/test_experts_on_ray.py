@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from served_tools import plasma_objects, wait_until
 
+from cluster import LLM, SamplingParams
 from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, SetupError
 from cluster.metrics import DispatchMetrics, new_registry
@@ -55,3 +57,17 @@ def test_a_damaged_slice_is_named_when_its_shard_loads(ray_cluster, config, tmp_
 def test_a_connected_ray_is_left_as_it_is(ray_cluster):
     start_ray(num_cpus=1).stop()
     assert ray_cluster.is_initialized()
+
+
+def test_the_object_store_does_not_grow_where_rows_go_through_it(ray_cluster, demo_checkpoint):
+    """1,000 requests over Ray calls, without prefix caching: every eighth prompt is 500 tokens long, and its batches,
+    some 430 rows of 256 bytes for each shard, are over the 100 KB from which Ray uses its store."""
+    with LLM(
+        demo_checkpoint, num_expert_shards=2, transport="ray", kv_cache_bytes=1 << 22, enable_prefix_caching=False
+    ) as llm:
+        prompts = [list(range(500)) if index % 8 == 0 else [index] for index in range(1000)]
+        params = SamplingParams(temperature=0, max_tokens=1)
+        llm.generate(prompts[:16], params)
+        before = plasma_objects(ray_cluster)
+        assert sum(len(output.token_ids) for output in llm.generate(prompts, params)) == 1000
+        wait_until(lambda: plasma_objects(ray_cluster) <= before, f"the store has no more than {before} objects")

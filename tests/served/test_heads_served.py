@@ -16,7 +16,7 @@ from cluster.types import SamplingParams
 sys.path.append(str(Path(__file__).parents[1] / "parity"))
 from head_tools import LABELS, write
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 YARN = '{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}'
 PROMPTS = [[5, 9, 200, 17, 3], [(7 * step) % 200 + 5 for step in range(400)]]

@@ -36,6 +36,12 @@ def ask(served, params, request_id="", begun=None):
     return token_ids
 
 
+def ask_together(served, seeds):
+    """The answers of bystanders with no poisoned request beside them."""
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        return list(pool.map(lambda seed: ask(served, bystander(seed)), seeds))
+
+
 def engines():
     with RunningCluster() as cluster:
         return {part.process for part in cluster.parts() if part.role == "replica"}
@@ -56,7 +62,7 @@ def beside(served, seeds, poisoned_params, request_id):
 
 def test_a_request_that_raises_ends_alone_and_its_bystanders_stream_on(served):
     seeds = [1, 2, 3, 4]
-    expected = [ask(served, bystander(seed)) for seed in seeds]
+    expected = ask_together(served, seeds)
     before = engines()
     answers, error = beside(served, seeds, poisoned(poison.RAISES), "poisoned-1")
     assert answers == expected
@@ -67,7 +73,7 @@ def test_a_request_that_raises_ends_alone_and_its_bystanders_stream_on(served):
 @pytest.mark.slow
 def test_a_request_that_ends_its_engine_ends_two_and_its_bystanders_go_on_with_the_same_tokens(served):
     seeds = [1, 2, 3, 4]
-    expected = [ask(served, bystander(seed)) for seed in seeds]
+    expected = ask_together(served, seeds)
     before = engines()
     answers, error = beside(served, seeds, poisoned(poison.KILLS), "poisoned-2")
     assert answers == expected

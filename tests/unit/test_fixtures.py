@@ -1,25 +1,33 @@
 """A test file runs alone, and beside any other: it names the modules of its fixtures, and the shared Ray."""
 
 import ast
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-FILES = {path: ast.parse(path.read_text()) for path in Path(__file__).parents[1].rglob("*.py")}
-TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
-OF_THE_SHARED_RAY = {"ray_cluster", "application", "served", "served_for_good"}  # in conftest.py
+TEST_FILES = list(Path(__file__).parents[1].rglob("test_*.py"))
+OF_THE_APPLICATION = {"application", "served", "served_for_good", "channel"}  # in conftest.py
+OF_THE_SHARED_RAY = {"ray_cluster"} | OF_THE_APPLICATION
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def named(path: Path) -> set[str]:
     """The modules of a file's `pytest_plugins`."""
-    assigned = [node for node in FILES[path].body if isinstance(node, ast.Assign)]
+    if "pytest_plugins" not in path.read_text():
+        return set()  # to parse all files takes seconds of each process that collects tests
+    assigned = [node for node in parsed(path).body if isinstance(node, ast.Assign)]
     found = [node.value for node in assigned if ast.unparse(node.targets[0]) == "pytest_plugins"]
     return {name for value in found for name in ast.literal_eval(value)}
 
 
 def functions(path: Path) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.walk(FILES[path]) if isinstance(node, ast.FunctionDef)}
+    return {node.name: node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)}
 
 
 def fixtures(path: Path) -> set[str]:
@@ -47,22 +55,33 @@ def test_each_file_names_the_module_of_its_fixtures(module: str) -> None:
 
 
 def test_each_file_that_shares_the_ray_has_its_mark() -> None:
-    """Without it, two processes would start a Ray each."""
+    """Without it, two processes would start a Ray each, and two of them the application."""
     pytest.importorskip("xdist")
-    from two_processes import shares_ray
+    from three_processes import APPLICATION, shared
 
     users = [path for path in TEST_FILES if taken(path) & OF_THE_SHARED_RAY]
     assert len(users) > 10
-    assert sorted(path.name for path in users if not shares_ray(path)) == []
+    assert sorted(path.name for path in users if not shared(path)) == []
+    of_the_application = [path for path in users if taken(path) & OF_THE_APPLICATION]
+    assert len(users) > len(of_the_application) > 10
+    assert sorted(path.name for path in of_the_application if shared(path) != APPLICATION) == []
 
 
-def test_files_that_share_the_ray_are_first_as_they_are_and_then_those_of_the_most_tests() -> None:
+def test_files_that_share_something_are_first_then_those_of_long_timeouts_and_of_most_tests() -> None:
     pytest.importorskip("xdist")
-    from two_processes import pytest_collection_modifyitems as put_in_order
+    from three_processes import APPLICATION, RAY, shared
+    from three_processes import pytest_collection_modifyitems as put_in_order
 
-    shared = sorted(path for path in TEST_FILES if "pytest.mark.ray" in path.read_text())[:2]
-    others = sorted(path for path in TEST_FILES if "pytest.mark.ray" not in path.read_text())[:2]
-    places = [others[0], shared[1], others[1], others[1], shared[0], shared[0]]
-    items = [SimpleNamespace(path=path) for path in places]
+    def some(of: str, number: int) -> list[Path]:
+        return sorted(path for path in TEST_FILES if shared(path) == of)[:number]
+
+    served, (ray,), (long, many, few) = some(APPLICATION, 2), some(RAY, 1), some("", 3)
+    places = [few, served[1], many, long, many, ray, served[0], served[1]]
+    marks = {long: SimpleNamespace(args=(900,))}
+
+    def item(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(path=path, get_closest_marker=lambda name: marks.get(path))
+
+    items = [item(path) for path in places]
     put_in_order(items)
-    assert [item.path for item in items] == [shared[1], shared[0], shared[0], others[1], others[1], others[0]]
+    assert [item.path for item in items] == [served[1], served[0], served[1], ray, long, many, many, few]
