@@ -11,6 +11,8 @@ from cluster.errors import InvalidRequest
 FIELD = "structured_outputs"
 MAX_CHARS = 1 << 16  # of a schema, a pattern or a grammar: one with 2,000 properties has fewer
 MAX_CHOICES = 4096
+ONE_SPACE = " "
+SPACE_OR_LINE = r" |\n {0,8}"  # as `json.dumps` writes, with and without an indent
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 Constraint = tuple[Kind, str]  # on the wire: "json" with a schema, "choice" with a list of texts, both as JSON
@@ -71,7 +73,7 @@ class StructuredOutputsParams:
     def constraint(self) -> Constraint:
         """Returns the form as an engine takes it."""
         if self.json_object:
-            return "json", '{"type":"object"}'
+            return "json", _schema({"type": "object"})
         if self.json is not None:
             return "json", str(self.json)
         if self.choice is not None:
@@ -79,11 +81,26 @@ class StructuredOutputsParams:
         return ("regex", self.regex) if self.regex is not None else ("grammar", self.grammar or "")
 
 
+def with_white_space(schema: Mapping[str, Any], pattern: str) -> Mapping[str, Any]:
+    """A schema that allows no more white space between two of JSON's signs than the pattern, or none there.
+
+    Without a bound a small model writes white space until `max_tokens`. Of the demo's model, asked at temperature 1 for
+    an object of four members, 12 of 12 answers went on to 200 tokens with 32 characters, and none with SPACE_OR_LINE.
+    A schema whose `x-guidance` has an option for it keeps that.
+    """
+    options = schema.get("x-guidance", {})
+    if not isinstance(options, Mapping) or "whitespace_flexible" in options:  # a pattern would go before it
+        return schema
+    return {**schema, "x-guidance": {"whitespace_pattern": pattern, **options}}
+
+
 def _schema(given: Any) -> str:
-    """The schema's text."""
+    """The schema's text, which bounds white space: an engine of another version keeps to the same form."""
     field = f"{FIELD}.json"
     try:
         schema = json.loads(inputs.text(given, field)) if isinstance(given, str) else given
+        if isinstance(schema, Mapping):
+            schema = with_white_space(schema, SPACE_OR_LINE)
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError:

@@ -13,7 +13,6 @@ from cluster.structured import FIELD, Constraint
 MAX_LEXER_STATES = 20_000  # of one sequence, up to 2 kB each: a pattern like ".*a.{20}" makes a million of them
 MAX_ROW_ITEMS = 20_000  # of a parser: an object with 2,000 optional properties has 8,000 after its brace
 MAX_REASON_CHARS = 400
-_SPACE = r"[ \t\n\r]{1,32}"
 _QUOTED, _PLACE = re.compile(r"\s*\d+ \|"), re.compile(r"^at \d+\(\d+\): ")
 # Of the tokens whose bytes fit, llguidance would leave only the one that its tokenizer takes where a text is certain.
 _EXACT = '%llguidance {"no_forcing": true}\n'
@@ -30,7 +29,7 @@ def grammar_of(constraint: Constraint) -> str:
     kind, text = constraint
     match kind:
         case "json":
-            lark = f"{_EXACT}start: %json {_bounded(text)}"
+            lark = f"{_EXACT}start: %json {text}"
         case "regex":
             message = LLMatcher.validate_grammar(LLMatcher.grammar_from_regex(text), limits=limits())
             if message:
@@ -69,12 +68,3 @@ def _lark(text: str) -> str:
     except Exception as error:
         raise InvalidRequest(f"{FIELD}.grammar cannot be read: {type(error).__name__}: {error}", FIELD) from error
     return lark if "%llguidance" in lark else f"{lark}\n{_EXACT}"
-
-
-def _bounded(schema: str) -> str:
-    """A schema with bounded white space between its signs: small models are fond of endless white space."""
-    parts = json.loads(schema)
-    options = parts.get("x-guidance", {})
-    if isinstance(options, dict) and "whitespace_flexible" not in options:  # a pattern would go before it
-        parts["x-guidance"] = {"whitespace_pattern": _SPACE, **options}
-    return json.dumps(parts, ensure_ascii=False)

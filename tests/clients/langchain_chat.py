@@ -9,7 +9,7 @@ import sys
 from langchain_core.messages import ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 URL, MODEL, EXPECTED = sys.argv[1:]
 MESSAGE = "Which experts answered?"
@@ -21,7 +21,6 @@ forced = ChatOpenAI(**SERVER, temperature=1, seed=3, max_tokens=600)
 class Report(BaseModel):
     """About one layer."""
 
-    model_config = ConfigDict(json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
     layer: int = Field(ge=0, le=23)
     busy: bool
 

@@ -8,7 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from cluster.client.direct import read_url
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -18,18 +18,12 @@ MESSAGES = [{"role": "user", "content": "Which experts answered?"}]
 GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}  # for OpenAI's client
 
 
-class Compact(BaseModel):
-    """Without white space between JSON's signs: a model of random weights likes it."""
-
-    model_config = ConfigDict(json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
-
-
-class Step(Compact):
+class Step(BaseModel):
     expert: Annotated[int, Field(ge=0, le=63)]
     verdict: Literal["busy", "idle", "gone"]
 
 
-class Report(Compact):
+class Report(BaseModel):
     """Of a layer: at most four of its experts."""
 
     layer: Annotated[int, Field(ge=0, le=23)]

@@ -25,7 +25,6 @@ LISTS = {
     },
     "required": ["names", "count"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
 }
 TOOL = {"type": "function", "function": {"name": "note", "parameters": LISTS}}
 
@@ -70,7 +69,6 @@ EXPERT = {
     "properties": {"expert": {"type": "integer", "minimum": 0, "maximum": 63}, "why": {"enum": ["busy", "idle"]}},
     "required": ["expert", "why"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
 }
 EXPERT_TOOL = {"type": "function", "function": {"name": "move", "parameters": EXPERT}}
 

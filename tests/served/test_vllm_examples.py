@@ -41,7 +41,7 @@ TOOL = {
 
 
 class Car(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
+    model_config = ConfigDict(extra="forbid")
     brand: Annotated[str, Field(max_length=12)]
     car_type: Literal["sedan", "SUV", "Truck", "Coupe"]
 

@@ -1,9 +1,11 @@
 """The model of the package answers its questions, and its experts keep to topics: on the files as they are shipped."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +56,29 @@ def test_it_gives_the_answer_to_a_question_of_each_pair_that_it_was_trained_with
 def test_it_gives_the_answer_to_every_question_that_it_was_trained_with(llm):
     asked = [(text, pair.answer) for pair in PAIRS for wording in pair.wordings for text in texts.expanded(wording)]
     assert share_right(llm, asked) >= 0.95
+
+
+def test_json_that_it_has_no_idea_of_comes_to_an_end(llm):
+    """It would write white space until max_tokens, were that allowed: it was trained with text alone."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+            "home": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}},
+        },
+        "required": ["name", "age", "tags", "home"],
+        "additionalProperties": False,
+    }
+    schema["properties"]["home"]["additionalProperties"] = False
+    asked = [
+        SamplingParams(temperature=1, seed=seed, max_tokens=200, structured_outputs={"json": schema})
+        for seed in range(12)
+    ]
+    for output in llm.generate(["Give me JSON about a shard."] * 12, asked):
+        assert output.finish_reason == "stop", output.text
+        jsonschema.validate(json.loads(output.text), schema)
 
 
 def test_it_answers_as_many_other_wordings_as_its_card_says(llm):

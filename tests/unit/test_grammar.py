@@ -199,14 +199,56 @@ def test_a_schema_is_the_same_as_an_object_and_as_its_text():
     assert StructuredOutputsParams(json=schema) == StructuredOutputsParams(json=json.dumps(schema))
 
 
-@pytest.mark.parametrize(("options", "most"), [({}, 32), ({"x-guidance": {"whitespace_flexible": False}}, 0)])
-def test_white_space_in_json_is_bounded(grammars, vocabulary, options, most):
-    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"], **options}
-    tokens, _ = vocabulary
-    state = begin(grammars, [tokens.index(b"{")], json=schema)
-    for _ in range(most):
-        state.accept(tokens.index(b" "))
-    assert not bits(state.mask(), len(tokens))[tokens.index(b" ")]
+DEEP = {"a": 1, "b": [1, {"c": [2]}], "d": {}}
+WRITTEN = {
+    "compact": {"separators": (",", ":")}, "plain": {}, "indent 0": {"indent": 0}, "indent 1": {"indent": 1},
+    "indent 2": {"indent": 2},
+}  # fmt: skip
+OTHERWISE = {
+    "two spaces": '{"a":  1}',
+    "two lines": '{\n\n"a": 1}',
+    "a far indent": '{\n         "a": 1}',
+    "a tab": '{\t"a": 1}',
+    "a space before a line": '{ \n"a": 1}',
+    "a line behind it": '{"a": 1}\n',
+    "a space before it": ' {"a": 1}',
+}
+
+
+def possible(grammars, vocabulary, text, **form):
+    """Whether a text, byte by byte, is an answer."""
+    state = begin(grammars, **form)
+    for byte in text.encode():
+        token_id = vocabulary[0].index(bytes([byte]))
+        if not bits(state.mask(), len(vocabulary[0]))[token_id]:
+            return False
+        state.accept(token_id)
+    return bool(bits(state.mask(), len(vocabulary[0]))[vocabulary[1]])
+
+
+@pytest.mark.parametrize("form", [{"json_object": True}, {"json": {"type": "object"}}], ids=["any object", "a schema"])
+def test_json_has_the_white_space_that_pythons_writer_gives_it_and_no_more(grammars, vocabulary, form):
+    """An indent of two spaces is four levels of this object deep: 8 spaces."""
+    for options in WRITTEN.values():
+        assert possible(grammars, vocabulary, json.dumps(DEEP, **options), **form), options
+    for name, text in OTHERWISE.items():
+        assert not possible(grammars, vocabulary, text, **form), name
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "allowed"),
+    [
+        ({"whitespace_flexible": False}, '{"a":1}', True),
+        ({"whitespace_flexible": False}, '{"a": 1}', False),
+        ({"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}, '{"a": 1,"b":2}', True),
+        ({"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}, '{ "a": 1}', False),
+        ({"whitespace_pattern": "[ \\t\\n]{1,20}"}, '{"a":\t\n  1}', True),
+        ({"whitespace_flexible": True}, "{" + " " * 99 + "}", True),
+    ],
+)
+def test_a_schema_has_its_own_rule_for_white_space(grammars, vocabulary, options, text, allowed):
+    schema = {"type": "object", "x-guidance": options}
+    assert possible(grammars, vocabulary, text, json=schema) == allowed
 
 
 def test_a_model_without_a_tokenizer_says_so(grammars):

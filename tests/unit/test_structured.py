@@ -41,7 +41,6 @@ PERSON = {
     },
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
 }
 
 
@@ -72,7 +71,6 @@ def _nested(inner):
 @settings(max_examples=15, deadline=None)
 @given(schema=st.recursive(LEAVES, _nested, max_leaves=4), seed=st.integers(0, 2**30))
 def test_answers_validate_against_their_schema(llm, schema, seed):
-    schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
     [output] = ask(llm, seed=seed, json=schema)
     assert output.finish_reason == "stop"
     jsonschema.validate(json.loads(output.text), schema)

@@ -6,10 +6,9 @@ from typing import Any
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
-from cluster.structured import StructuredOutputsParams
+from cluster.structured import ONE_SPACE, StructuredOutputsParams, with_white_space
 
 ANY_OBJECT = {"type": "object"}
-ONE_SPACE = {"whitespace_pattern": " "}  # between JSON's signs, or none: a small model would fill the answer with it
 
 
 def forced_calls(
@@ -52,4 +51,4 @@ def _function(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def _of_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """A function's arguments are an object, though its schema may not say so."""
     kind = {} if "type" in schema or "$ref" in schema else ANY_OBJECT
-    return {"x-guidance": ONE_SPACE, **schema, **kind}
+    return with_white_space({**schema, **kind}, ONE_SPACE)
