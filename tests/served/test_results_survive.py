@@ -22,10 +22,15 @@ def processes(cluster):
     return {part.process for part in cluster.parts() if part.role in ("shard", "replica")}
 
 
-@pytest.mark.parametrize("kind", ["kill-replica", "stop-replica", "kill-shard"])
-def test_scores_go_on_elsewhere_when_their_engine_dies(served, demo_checkpoint, kind):
+@pytest.fixture(scope="module")
+def expected(demo_checkpoint):
+    """Each prompt's log probabilities, of one process."""
     with LLM(demo_checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
-        expected = [found.logprobs.tolist() for found in llm.prompt_logprobs(PROMPTS)]
+        return [found.logprobs.tolist() for found in llm.prompt_logprobs(PROMPTS)]
+
+
+@pytest.mark.parametrize("kind", ["kill-replica", "stop-replica", "kill-shard"])
+def test_scores_go_on_elsewhere_when_their_engine_dies(served, expected, kind):
     over, answers, faults = threading.Event(), [], []
 
     def ask(number):
