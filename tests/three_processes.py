@@ -33,7 +33,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @cache
 def shared(path: Path) -> str:
-    """What the tests of the file share with other files, empty for nothing."""
+    """Returns the name of the group of files that the file belongs to; an empty one for a file on its own."""
     text = path.read_text()
     if RAY not in text:
         return ""
