@@ -1,6 +1,8 @@
 """Bodies that are made to cost time and memory."""
 
 import asyncio
+import json
+import threading
 
 import pytest
 from http_tools import Front
@@ -8,7 +10,7 @@ from pydantic import ValidationError
 from serving_fakes import write_tokenizer
 from test_http import CHAT, scope_of
 
-from cluster.serving.openai import gate
+from cluster.serving.openai import body_route, gate
 from cluster.serving.openai.chat_schema import ChatRequest
 from cluster.serving.openai.completion_schema import CompletionRequest
 from cluster.serving.openai.messages_schema import MessagesRequest
@@ -103,3 +105,72 @@ def test_a_form_that_takes_long_to_refuse_holds_up_no_other_request(tokenizer):
         assert len(answered) > 5
 
     asyncio.run(run())
+
+
+def post_text(front, path, text):
+    async def run():
+        async with front.client() as client:
+            return await client.post(path, content=text, headers={"content-type": "application/json"})
+
+    return asyncio.run(run())
+
+
+CALLS = {"/v1/completions": {"prompt": "a"}, CHAT: {"messages": [{"role": "user", "content": "a"}]}}
+FAULTS = ["7", '{"a"', "[" * 9000, "{}", '{"prompt": {}}', '{"strange": 1}', '{"messages": [{"role": 1}]}']
+
+
+@pytest.mark.parametrize("path", CALLS)
+@pytest.mark.parametrize("text", [None, *FAULTS], ids=lambda text: str(text)[:20])
+def test_a_large_body_is_answered_as_a_small_one(tokenizer, path, text):
+    """It is the same body, with white space behind it."""
+    text = json.dumps(CALLS[path] | {"max_tokens": 1}) if text is None else text
+    small, large = (
+        post_text(Front(tokenizer, max_request_bytes=1 << 20), path, text + end)
+        for end in ("", " " * body_route.LARGE_BYTES)
+    )
+    assert large.status_code == small.status_code
+    if small.status_code != 200:
+        assert large.json() == small.json()
+    else:
+        assert large.json()["choices"] == small.json()["choices"]
+
+
+def test_a_stream_goes_on_while_a_large_body_is_read(tokenizer, monkeypatch):
+    """The body is read once the stream has ended: on the event loop that would be never."""
+    ended, read, in_time = threading.Event(), body_route.read_body, []
+
+    def late(body, field):
+        in_time.append(ended.wait(30))
+        return read(body, field)
+
+    monkeypatch.setattr(body_route, "read_body", late)
+
+    async def run():
+        front = Front(tokenizer, max_request_bytes=1 << 20)
+        async with front.client() as client:
+            text = json.dumps({"prompt": "a", "max_tokens": 1}) + " " * body_route.LARGE_BYTES
+            headers = {"content-type": "application/json"}
+            large = asyncio.create_task(client.post("/v1/completions", content=text, headers=headers))
+            await asyncio.sleep(0)
+            stream = await front.post("/v1/completions", {"prompt": "a", "max_tokens": 3, "stream": True})
+            assert stream.text.endswith("data: [DONE]\n\n")
+            ended.set()
+            assert (await large).status_code == 200
+
+    asyncio.run(run())
+    assert in_time == [True]
+
+
+def test_of_too_many_items_none_is_looked_at(tokenizer):
+    turns = [{"role": "user", "content": "a"}] * 9000
+    front = Front(tokenizer, max_request_bytes=1 << 20)
+    for path, body, words in (
+        ("/v1/responses", {"input": turns}, "input has 9000 items, at most 8192 are allowed"),
+        (
+            "/v1/messages",
+            {"messages": turns, "max_tokens": 1, "model": "tiny"},
+            "messages has 9000 messages, 1 to 2048",
+        ),
+    ):
+        refused = asyncio.run(front.post(path, body))
+        assert (refused.status_code, words in refused.json()["error"]["message"]) == (400, True)

@@ -27,6 +27,7 @@ from cluster.serving.openai.errors import add_handlers, response_to
 from cluster.serving.openai.gate import Gate
 from cluster.serving.openai.responses import routes as responses
 from cluster.serving.openai.served import Served
+from cluster.serving.text.lane import Lane
 from cluster.version import __version__
 
 ROUTERS = (
@@ -49,6 +50,7 @@ KEYLESS = status.KEYLESS | page.KEYLESS
 def make_api(served: Served) -> FastAPI:
     """The routes without the gate. Its pages of documentation would load scripts from elsewhere: there are none."""
     api = FastAPI(title="moe-cluster", version=__version__, docs_url=None, redoc_url=None)
+    api.state.large_bodies = Lane("large bodies", served.service.limits.max_waiting_inputs)
     for router in ROUTERS:
         api.include_router(router(served))
     add_handlers(api)

@@ -37,9 +37,9 @@ class RequestBody(BaseModel):
     @classmethod
     def _with_one_stranger(cls, given: Any) -> Any:
         """Keeps the first of many unknown fields, which the error then names."""
-        if not isinstance(given, dict) or len(given) <= len(cls.model_fields) + 1:
+        if not isinstance(given, dict) or len(given) <= len(cls.__pydantic_fields__) + 1:
             return given
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = {field.alias or name for name, field in cls.__pydantic_fields__.items()}
         stranger = next(name for name in given if name not in known)
         return {name: value for name, value in given.items() if name in known or name == stranger}
 

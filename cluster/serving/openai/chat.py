@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
 from cluster.serving.openai.base_schema import UsageBody
+from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.chat_schema import (
     AnswerMessage,
     ChatAnswer,
@@ -35,7 +36,7 @@ NOTHING = TextDelta()
 
 
 def router(served: Served) -> APIRouter:
-    routes = APIRouter(tags=["chat"])
+    routes = APIRouter(tags=["chat"], route_class=BodyRoute)
 
     @routes.post("/v1/chat/completions", response_model=ChatAnswer, responses=STREAMED)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:

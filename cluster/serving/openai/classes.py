@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 
 from cluster.errors import InvalidRequest
 from cluster.outcome import Computed, Head
+from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.prompts import MAX_PROMPTS
 from cluster.serving.openai.result_schema import (
     ActivatedRequest,
@@ -27,7 +28,7 @@ from cluster.serving.text.prompts import Prompt
 
 
 def router(served: Served) -> APIRouter:
-    routes, head = APIRouter(tags=["classes"]), served.service.info.head
+    routes, head = APIRouter(tags=["classes"], route_class=BodyRoute), served.service.info.head
 
     @routes.post("/classify")
     async def classify(body: ActivatedRequest, request: Request) -> ClassAnswer:

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
 from cluster.serving.openai.base_schema import UsageBody
+from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.completion_schema import (
     CompletionAnswer,
     CompletionChoice,
@@ -41,7 +42,7 @@ MAX_SEQUENCES = 2048  # of one call: prompts times choices
 
 
 def router(served: Served) -> APIRouter:
-    routes = APIRouter(tags=["completions"])
+    routes = APIRouter(tags=["completions"], route_class=BodyRoute)
 
     @routes.post("/v1/completions", response_model=CompletionAnswer, responses=STREAMED)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:

@@ -13,10 +13,15 @@ MAX_OBJECTS = 1024  # tools, and documents
 _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's other words; templates know none of them
 
 
+def check_length(num_messages: int) -> None:
+    """Raises InvalidRequest for a conversation that has none, or too many."""
+    if not 1 <= num_messages <= MAX_MESSAGES:
+        raise InvalidRequest(f"messages has {num_messages} messages, 1 to {MAX_MESSAGES} are allowed", "messages")
+
+
 def to_conversation(body: ChatRequest) -> Conversation:
     """Raises InvalidRequest."""
-    if not 1 <= len(body.messages) <= MAX_MESSAGES:
-        raise InvalidRequest(f"messages has {len(body.messages)} messages, 1 to {MAX_MESSAGES} are allowed", "messages")
+    check_length(len(body.messages))
     tools = None if body.tool_choice == "none" else body.tools
     for name, objects in (("tools", tools), ("documents", body.documents)):
         if objects is not None and len(objects) > MAX_OBJECTS:

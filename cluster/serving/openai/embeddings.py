@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 
 from cluster.errors import InvalidRequest
 from cluster.outcome import Computed, Head, HeadKind, Wants
+from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.result_schema import (
     EmbeddingAnswer,
     EmbeddingData,
@@ -33,7 +34,7 @@ TASKS: Mapping[HeadKind, Task] = {"sequence_classification": "classify", "token_
 
 
 def router(served: Served) -> APIRouter:
-    routes, head = APIRouter(tags=["embeddings"]), served.service.info.head
+    routes, head = APIRouter(tags=["embeddings"], route_class=BodyRoute), served.service.info.head
 
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingAnswer:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 
 from cluster.errors import InvalidRequest
 from cluster.serving.openai.base_schema import AnswerBody
+from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.chat import PreparedChat, prepared
 from cluster.serving.openai.chat_schema import (
     AnswerMessage,
@@ -22,7 +23,7 @@ from cluster.serving.openai.chat_schema import (
     NamedTool,
     ToolBody,
 )
-from cluster.serving.openai.conversations import to_conversation
+from cluster.serving.openai.conversations import check_length, to_conversation
 from cluster.serving.openai.errors import anthropic_body
 from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import Call, Choice, collect
@@ -54,7 +55,7 @@ class StreamEvent(AnswerBody):
 
 
 def router(served: Served) -> APIRouter:
-    routes = APIRouter(tags=["messages"])
+    routes = APIRouter(tags=["messages"], route_class=BodyRoute)
 
     @routes.post("/v1/messages", response_model=MessageAnswer, responses=STREAMED)
     async def create_message(body: MessagesRequest, request: Request) -> Response:
@@ -91,6 +92,7 @@ def _to_chat(body: MessagesRequest) -> ChatRequest:
 
 def _prompt_fields(body: CountTokensRequest) -> dict[str, Any]:
     messages = [] if body.system is None else [MessageBody(role="system", content=_text(body.system))]
+    check_length(len(body.messages))  # before each becomes one message or more
     for index, turn in enumerate(body.messages):
         messages += _turns(turn, f"messages[{index}]")
     tools = [

@@ -13,7 +13,7 @@ def to_prompts(given: Prompts, field: str) -> list[Prompt]:
     if isinstance(given, str):
         return [Prompt(text=given)]
     if given and isinstance(given[0], int):
-        return [Prompt(token_ids=[one for one in given if isinstance(one, int)])]
+        return [Prompt(token_ids=given)]  # a body's model has looked at each
     if not 1 <= len(given) <= MAX_PROMPTS:
         raise InvalidRequest(f"{field} has {len(given)} prompts, 1 to {MAX_PROMPTS} are allowed", field)
     return [Prompt(text=one) if isinstance(one, str) else Prompt(token_ids=one) for one in given

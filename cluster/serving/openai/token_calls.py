@@ -8,6 +8,7 @@ from pydantic import ConfigDict
 
 from cluster.errors import InvalidRequest
 from cluster.serving.openai.base_schema import AnswerBody, RequestBody
+from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.chat_schema import ChatRequest, MessageBody, ToolBody
 from cluster.serving.openai.conversations import to_conversation
 from cluster.serving.openai.served import Served
@@ -80,7 +81,7 @@ class DetokenizeAnswer(AnswerBody):
 
 
 def router(served: Served) -> APIRouter:
-    routes, service = APIRouter(tags=["tokens"]), served.service
+    routes, service = APIRouter(tags=["tokens"], route_class=BodyRoute), served.service
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:

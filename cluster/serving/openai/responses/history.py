@@ -15,6 +15,9 @@ from cluster.serving.openai.responses.writing import new_id
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}
 
 
+MAX_ITEMS = 8192  # of one call's input: several calls of tools become one message, and of these 2,048 are allowed
+
+
 class PreviousNotFound(NotFound):
     """A call that names a previous response which is not here; with the status that OpenAI's server has for it."""
 
@@ -24,6 +27,8 @@ class PreviousNotFound(NotFound):
 async def conversation(body: ResponseRequest, store: ResponseStore, client: str) -> list[dict[str, Any]]:
     """Returns the items as JSON, oldest first. Raises InvalidRequest."""
     given = body.input if isinstance(body.input, list) else [MessageItem(role="user", content=body.input)]
+    if len(given) > MAX_ITEMS:
+        raise InvalidRequest(f"input has {len(given)} items, at most {MAX_ITEMS} are allowed", "input")
     before = []
     if body.previous_response_id is not None:
         before = await _until(body.previous_response_id, store, client)

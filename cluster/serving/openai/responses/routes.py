@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest, NotFound
 from cluster.serving.openai.body import AnswerBody
+from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.generation import Call
 from cluster.serving.openai.responses.creating import create
 from cluster.serving.openai.responses.items import in_these_words
@@ -39,7 +40,7 @@ class ItemList(AnswerBody):
 
 
 def router(served: Served) -> APIRouter:
-    routes = APIRouter(tags=["responses"], prefix=PATH)
+    routes = APIRouter(tags=["responses"], route_class=BodyRoute, prefix=PATH)
 
     @routes.post("", response_model=ResponseBody, responses=STREAMED)
     async def create_response(body: ResponseRequest, request: Request) -> Response:
