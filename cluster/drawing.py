@@ -1,7 +1,8 @@
 """Consoles and bars on stderr, for all that draws there. Knows nothing that is drawn."""
 
 import os
-from typing import IO
+import re
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
@@ -18,6 +19,16 @@ class OutputConsole(Console):
         super().__init__(stderr=stderr, highlight=highlight, file=file)
         if not self.is_terminal and not os.environ.get("COLUMNS"):
             self.width = UNBROKEN
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, but a drawing in a pipe or a file has no spaces at its lines' ends."""
+        if self.is_terminal or all(isinstance(each, str) for each in objects):  # texts stay as they are
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
+        self.file.flush()
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError

@@ -69,8 +69,10 @@ def _add_folders(parser: argparse.ArgumentParser, source: str, help_text: str) -
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from cluster.checkpoint.writing.convert import convert
-    from cluster.console import CountProgress
+    from cluster.console import CountProgress, Working
+
+    with Working("loading torch …"):
+        from cluster.checkpoint.writing.convert import convert
 
     with CountProgress(f"writing {args.out}") as bar:
         written = convert(
@@ -86,8 +88,10 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _upcycle(args: argparse.Namespace) -> int:
-    from cluster.checkpoint.writing.upcycle import Recipe, upcycle
-    from cluster.console import CountProgress
+    from cluster.console import CountProgress, Working
+
+    with Working("loading torch …"):
+        from cluster.checkpoint.writing.upcycle import Recipe, upcycle
 
     recipe = Recipe(
         experts=args.experts,

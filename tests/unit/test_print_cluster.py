@@ -1,8 +1,10 @@
-"""The addresses that `serve` and `demo` print come from a status that has them all."""
+"""Addresses that `serve` and `demo` print come from a status that has them all; tables in a pipe are not padded."""
 
 import pytest
 
-from cluster.console import print_cluster
+from cluster.console import print_cluster, print_placement, print_status
+from cluster.console.offline import print_findings
+from cluster.doctor import Finding
 from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus
 from cluster.types import EngineStats
 
@@ -51,3 +53,13 @@ def test_a_cluster_whose_metrics_never_come_is_printed_without_them(capsys):
     out = capsys.readouterr().out
     assert "metrics  none yet: the controller's log tells why\n" in out
     assert "cache    128 tokens " in out
+
+
+def test_no_line_of_a_table_ends_with_spaces_in_a_pipe(capsys):
+    print_findings([Finding("Ray", "2.49", ""), Finding("kernels", "not built", "build them: pip install -e .")])
+    print_placement(status(8, METRICS))
+    print_status(status(8, METRICS))
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) > 10
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert any("build them" in line for line in lines)
