@@ -5,9 +5,8 @@ from pathlib import Path
 
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.bench.serve_arguments import add_serve_arguments, listed_samplings
-from cluster.bench.spec import PLAIN
 from cluster.checkpoint.made.published import SHAPES
-from cluster.kernels.quantization import quantizations
+from cluster.config.quantization import PLAIN, QUANTIZATIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +185,7 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         help=f"how every system chooses tokens, one after another in turns (default: greedy): {listed_samplings()}",
     )  # fmt: skip
     parser.add_argument(
-        "--quantization", type=_names(PLAIN, *quantizations()), default=(PLAIN,), metavar="NAMES",
+        "--quantization", type=_names(PLAIN, *QUANTIZATIONS), default=(PLAIN,), metavar="NAMES",
         help="weights of this package's systems, rounded while they are loaded; each name is a system of its own "
         f"(default: {PLAIN}, as the checkpoint has them): int8; int4, with groups of 128 inputs, int4-32, int4-64, "
         "each also with -zeros; with +lm_head the last layer's too",

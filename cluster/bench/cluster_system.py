@@ -23,6 +23,7 @@ class ClusterSystem:
         self._llm = LLM(
             spec.model_dir,
             dtype=spec.dtype,
+            quantization=spec.quantization,
             num_expert_shards=spec.num_shards if spec.split else 1,
             transport=transport,
             kv_cache_bytes=kv_cache_bytes(config, spec.dtype, workload),

@@ -13,12 +13,13 @@ from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
 from cluster.bench.sampling import find_samplings
-from cluster.bench.spec import PLAIN, SystemSpec
+from cluster.bench.spec import SystemSpec
 from cluster.bench.systems import check_comparison, check_shards
 from cluster.bench.throughput import Workload, measure_in_turns
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
 from cluster.checkpoint.model_files import complete_directory
 from cluster.config import ModelConfig
+from cluster.config.quantization import PLAIN
 from cluster.drawing import bars
 from cluster.errors import ClusterError, SetupError
 
@@ -86,7 +87,7 @@ def _specs(args: argparse.Namespace, model_dir: Path, dtype: str, config: ModelC
             num_shards=args.shards,
             python=_python(args, kind),
             variables=tuple(args.vllm_env) if kind == "vllm" else (),
-            quantization="" if name == PLAIN else name,
+            quantization=name,
         )
         for kind in (*args.compare, *args.transports)
         for name in (args.quantization if kind in args.transports else (PLAIN,))

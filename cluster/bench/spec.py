@@ -7,10 +7,9 @@ from typing import Literal
 from cluster.bench.throughput import Workload
 from cluster.config import ModelConfig
 from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
-from cluster.kernels.quantization import VARIABLE
+from cluster.config.quantization import PLAIN
 
 FOREIGN = {"vllm": "vllm", "llama.cpp": "llama_cpp"}  # systems in environments of their own, and what they import
-PLAIN = "plain"  # of quantizations: the checkpoint's own weights
 _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
 
 
@@ -20,7 +19,7 @@ class SystemSpec:
 
     dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
     gpus_per_shard: None is one on a machine with GPUs.  cuda_graphs: None is the configuration's default.
-    quantization: of this package's weights, a name of `quantizations`; "" for those of the checkpoint.
+    quantization: of this package's weights, PLAIN or of QUANTIZATIONS.
     python, variables: the interpreter that has vLLM or llama.cpp, and variables for its process.
     """
 
@@ -30,7 +29,7 @@ class SystemSpec:
     num_shards: int
     gpus_per_shard: float | None = None
     cuda_graphs: bool | None = None
-    quantization: str = ""
+    quantization: str = PLAIN
     python: str = ""
     variables: tuple[tuple[str, str], ...] = ()
 
@@ -43,7 +42,7 @@ class SystemSpec:
     def name(self) -> str:
         where = f"{self.kind}, {self.num_shards} shards" if self.split else self.kind
         graphs = {None: "", True: ", CUDA graphs", False: ", no graphs"}[self.cuda_graphs]
-        return where + graphs + (f", {self.quantization}" if self.quantization else "")
+        return where + graphs + ("" if self.quantization == PLAIN else f", {self.quantization}")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -52,8 +51,7 @@ class SystemSpec:
         if self.kind in FOREIGN:
             return {}  # they have allocators of their own
         threads = SHARED_CORES_ENVIRONMENT if self.split else {}
-        weights = {VARIABLE: self.quantization} if self.quantization else {}
-        return {**MALLOC_ENVIRONMENT, **threads, **weights}
+        return {**MALLOC_ENVIRONMENT, **threads}
 
 
 def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:

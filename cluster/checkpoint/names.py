@@ -14,6 +14,7 @@ from cluster.config import DTYPE_BYTES, ModelConfig
 from cluster.config.architectures.architecture import Shapes
 from cluster.config.architectures.heads import head_shapes
 from cluster.config.architectures.registry import architecture_of
+from cluster.config.quantization import PLAIN, QUANTIZATIONS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old exports store these beside the weights. They are computed from the config: dropping them changes nothing.
@@ -77,9 +78,16 @@ def is_harmless(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in HARMLESS)
 
 
-def dense_bytes(config: ModelConfig, dtype: str) -> int:
+def dense_bytes(config: ModelConfig, dtype: str, quantization: str = PLAIN) -> int:
     """Bytes of an attention replica's weights."""
-    return sum(math.prod(shape) for shape in dense_shapes(config).values()) * DTYPE_BYTES[dtype]
+    rounded = QUANTIZATIONS.get(quantization)
+    num_bytes = 0
+    for name, shape in dense_shapes(config).items():
+        if rounded is not None and len(shape) == 2 and rounded.takes(name.split(".")[-2]):
+            num_bytes += rounded.matrix_bytes(*shape)
+        else:
+            num_bytes += math.prod(shape) * DTYPE_BYTES[dtype]
+    return num_bytes
 
 
 def _all_shapes(config: ModelConfig, *, with_experts: bool) -> Shapes:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cluster.checkpoint.names import dense_bytes
 from cluster.config import DTYPE_BYTES, ModelConfig
+from cluster.config.quantization import PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,8 +12,8 @@ class ModelSizes:
     """num_parameters: of the whole model, shared embeddings counted once.  num_active_parameters: of these, those that
     one token is multiplied with: all but the routed experts that it is not sent to.
 
-    dense_bytes: what each attention replica holds, in `dtype`.  expert_bytes: one routed expert of one layer, 0 for a
-    dense model.  kv_bytes_per_token: of a token's keys and values in all layers.
+    dense_bytes: what each attention replica holds, rounded or in `dtype`.  expert_bytes: one routed expert of one
+    layer, likewise; 0 for a dense model.  kv_bytes_per_token: of a token's keys and values in all layers.
     sliding: of the layers with a window, its tokens and the bytes of one of these; the cache keeps no older ones.
     """
 
@@ -25,16 +26,18 @@ class ModelSizes:
     sliding: tuple[tuple[int, int], ...] = ()
 
 
-def sizes_of(config: ModelConfig, dtype: str) -> ModelSizes:
-    """dtype: the one to compute in, a key of DTYPE_BYTES."""
+def sizes_of(
+    config: ModelConfig, dtype: str, *, quantization: str = PLAIN, expert_quantization: str = PLAIN
+) -> ModelSizes:
+    """dtype: the one to compute in, a key of DTYPE_BYTES.  The others: PLAIN, or of QUANTIZATIONS."""
     item_bytes, num_layers = DTYPE_BYTES[dtype], len(config.sparse_layers)
     of_dense, of_expert = dense_bytes(config, dtype), config.expert_bytes(dtype)
     return ModelSizes(
         dtype=dtype,
         num_parameters=(of_dense + num_layers * config.num_experts * of_expert) // item_bytes,
         num_active_parameters=(of_dense + num_layers * config.num_experts_per_tok * of_expert) // item_bytes,
-        dense_bytes=of_dense,
-        expert_bytes=of_expert,
+        dense_bytes=dense_bytes(config, dtype, quantization),
+        expert_bytes=config.expert_bytes(dtype, expert_quantization),
         kv_bytes_per_token=config.kv_bytes_per_token(dtype),
         sliding=tuple(
             (group.window, config.kv_bytes_per_token(dtype, len(group.layer_ids)))

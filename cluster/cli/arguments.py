@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # as `add_subparsers` makes them
 
 OPTIONS = (  # fields of ClusterConfig; the rest has no option
-    "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "device", "transport",
-    "kv_cache_bytes", "memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "rope_scaling",
-    "max_waiting", "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s",
-    "metrics_port", "log_format",
+    "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "quantization",
+    "expert_quantization", "device", "transport", "kv_cache_bytes", "memory_utilization", "max_num_seqs",
+    "max_num_batched_tokens", "max_model_len", "rope_scaling", "max_waiting", "gpus_per_attention_replica",
+    "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port", "log_format",
 )  # fmt: skip
 SECURITY_OPTIONS = ("api_keys_file", "admin_keys_file", "max_streams_per_client")
 UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_port": "PORT", "_file": "FILE"}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SEQUENCES = 8  # windows at a time, offline; through a server half as many calls at a time
 TOKENS = 16384  # of all windows at a time, offline, unless one has more: their keys and values take memory
-OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling")
+OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling", "quantization", "expert_quantization")
 
 
 def add_commands(commands: Commands) -> None:
@@ -53,7 +53,8 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--kv-cache-bytes", type=byte_size, metavar="BYTES", help="offline (default: what the windows need)"
     )
-    add_options(command, "rope_scaling")
+    add_options(command, "rope_scaling", "quantization", "expert_quantization")
+    command.set_defaults(quantization=None)
     options.add_arguments(command, address=None)
 
 
@@ -79,6 +80,7 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
     from cluster.checkpoint.info import max_model_len, resolve_dtype
     from cluster.checkpoint.opening import open_checkpoint
     from cluster.config import EngineConfig
+    from cluster.config.quantization import PLAIN
     from cluster.console import CountProgress
     from cluster.llm import LLM
     from cluster.perplexity import Windows, perplexity
@@ -104,6 +106,8 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
             max_model_len=windows.context,
             kv_cache_bytes=args.kv_cache_bytes or needed * (batch + 1),
             rope_scaling=args.rope_scaling,
+            quantization=args.quantization or PLAIN,
+            expert_quantization=args.expert_quantization,
             enable_prefix_caching=False,
         )
     with llm, CountProgress("tokens", "tokens") as bar:

@@ -31,7 +31,7 @@ def add_commands(commands: Commands) -> None:
     )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(plan, "max_model_len", "rope_scaling")
+    add_options(plan, "max_model_len", "rope_scaling", "quantization", "expert_quantization")
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
 
@@ -54,7 +54,13 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.engine.preflight import check_for_plan
     from cluster.experts.placement import num_shards_for, plan_evenly
 
-    engine = EngineConfig(dtype=args.dtype, rope_scaling=args.rope_scaling, max_model_len=args.max_model_len)
+    engine = EngineConfig(
+        dtype=args.dtype,
+        rope_scaling=args.rope_scaling,
+        max_model_len=args.max_model_len,
+        quantization=args.quantization,
+        expert_quantization=args.expert_quantization,
+    )
     with asking(args.model):
         model = pinned(args.model)
     directory = model_directory(model)  # shows what it downloads
@@ -64,7 +70,12 @@ def _plan(args: argparse.Namespace) -> int:
     plan = Plan(
         config=config,
         placement=placement,
-        sizes=sizes_of(config, resolve_dtype(args.dtype, config)),
+        sizes=sizes_of(
+            config,
+            resolve_dtype(args.dtype, config),
+            quantization=engine.quantization,
+            expert_quantization=engine.of_experts,
+        ),
         context_tokens=max_model_len(config, engine),
         download_bytes=_download_bytes(args.model, model, placement),
         has_tokenizer=has_vocabulary(directory),

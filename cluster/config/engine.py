@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.config.model import DTYPES
 from cluster.config.options import check, option
+from cluster.config.quantization import PLAIN, QUANTIZATIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +14,15 @@ class EngineConfig:
     """Raises SetupError for values that cannot work."""
 
     dtype: str = option("auto", "float32, bfloat16, float16, or auto: the checkpoint's", choices=("auto", *DTYPES))
+    quantization: str = option(
+        PLAIN,
+        "rounds weights while they are loaded, on CPUs: int8; int4 with groups of 128 inputs, or of 32 or 64 (int4-32) "
+        "and with a zero for each group (int4-32-zeros); the last layer too (int4+lm_head); none: as they are",
+        choices=(PLAIN, *QUANTIZATIONS),
+    )
+    expert_quantization: str | None = option(
+        None, "the same for the routed experts; unset: as quantization", choices=(PLAIN, *QUANTIZATIONS)
+    )
     device: str = option("auto", "cpu, cuda, or auto: cuda where a process has one", choices=("auto", "cpu", "cuda"))
     block_size: int = option(16, "tokens in a block of the KV cache", least=1)
     kv_cache_bytes: int | None = option(
@@ -51,3 +61,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def of_experts(self) -> str:
+        """The quantization of the routed experts."""
+        return self.quantization if self.expert_quantization is None else self.expert_quantization

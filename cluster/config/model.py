@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config.json_keys import shown
+from cluster.config.quantization import PLAIN, QUANTIZATIONS
 from cluster.config.rope import RopeConfig
 from cluster.errors import CheckpointError
 from cluster.outcome import Head
@@ -143,9 +144,15 @@ class ModelConfig:
             for window in sorted(set(windows), key=lambda window: -1 if window is None else window)
         )
 
-    def expert_bytes(self, dtype: str) -> int:
+    def expert_bytes(self, dtype: str, quantization: str = PLAIN) -> int:
         """Bytes of one routed expert's three matrices; 0 for a dense model."""
-        return 0 if self.moe is None else 3 * self.hidden_size * self.moe.moe_intermediate_size * DTYPE_BYTES[dtype]
+        if self.moe is None:
+            return 0
+        hidden, intermediate = self.hidden_size, self.moe.moe_intermediate_size
+        if quantization == PLAIN:
+            return 3 * hidden * intermediate * DTYPE_BYTES[dtype]
+        rounded = QUANTIZATIONS[quantization]
+        return rounded.matrix_bytes(2 * intermediate, hidden) + rounded.matrix_bytes(hidden, intermediate)
 
     def kv_bytes_per_token(self, dtype: str, num_layers: int | None = None) -> int:
         """Bytes that one token's keys and values take over so many layers, by default over all."""

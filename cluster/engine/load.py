@@ -13,6 +13,7 @@ from cluster.checkpoint.opening import open_checkpoint
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import read_tokenizer
 from cluster.config import EngineConfig, ModelConfig
+from cluster.config.quantization import quantization_on
 from cluster.config.resources import available_memory
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.block_pool import BlockPool
@@ -28,7 +29,6 @@ from cluster.experts.routing import FixedPlan
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.grammar.grammars import Grammars
-from cluster.kernels.quantization import chosen_quantization
 from cluster.metrics import DispatchMetrics, EngineMetrics
 from cluster.model.kv_cache import KVCache, check_block_fits, num_kv_blocks
 from cluster.model.registry import load_model
@@ -81,7 +81,7 @@ def load_engine(
     check_block_fits(reader.config, config, dtype)
     model = load_model(
         reader, dtype=torch_dtype(dtype), device=device, progress=progress,
-        quantization=chosen_quantization(device.type),
+        quantization=quantization_on(config.quantization, device.type),
     )  # fmt: skip
     wait_for_experts()
     splits = remote_experts and reader.config.moe is not None
@@ -161,12 +161,11 @@ def local_experts(
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     device, num_experts = resolve_device(config.device), reader.config.num_experts
+    quantization = quantization_on(config.of_experts, device.type)
     plan = plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
     reader.fetch(checkpoint_shapes(reader.config).keys() - dense_shapes(reader.config).keys(), progress)
     shards = {}
     for shard_id, experts in enumerate(plan.slices):
-        shards[shard_id] = ExpertShard(
-            shard_id, reader.config, dtype=dtype, device=device, quantization=chosen_quantization(device.type)
-        )
+        shards[shard_id] = ExpertShard(shard_id, reader.config, dtype=dtype, device=device, quantization=quantization)
         shards[shard_id].load(reader, experts, progress)
     return ExpertDispatcher(LocalTransport(shards), FixedPlan(plan), metrics)

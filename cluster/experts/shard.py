@@ -13,10 +13,10 @@ from torch import Tensor
 from cluster.checkpoint.names import expert_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
+from cluster.config.quantization import Quantization
 from cluster.errors import ShardUnavailable
 from cluster.kernels import gpu
 from cluster.kernels.experts import ExpertWeights, no_experts
-from cluster.kernels.quantization import Quantization
 from cluster.kernels.weights import Parts, Weight, WeightLoader
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.config.quantization import Quantization
 from cluster.kernels import gpu, native_products
 from cluster.kernels.grouping import group_pairs
 from cluster.kernels.native import library
 from cluster.kernels.native.library import Native
-from cluster.kernels.quantization import Quantization
 from cluster.kernels.quantized import quantized_weight
 from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
 

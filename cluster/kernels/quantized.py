@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.config.quantization import GROUP_SIZES, Quantization, RowLayout
 from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
-from cluster.kernels.quantization import GROUP_SIZES, Quantization
-from cluster.kernels.rounding import Numbers, RowLayout, dequantize, pack, quantize, unpack
+from cluster.kernels.rounding import Numbers, dequantize, pack, quantize, unpack
 from cluster.kernels.weights import Parts, TwoProducts, split_rows
 
 
@@ -77,8 +77,7 @@ def quantized_weight(
     num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype
 ) -> QuantizedWeight:
     """dtype: of the checkpoint's matrix."""
-    layout = RowLayout(quantization.num_bits, num_inputs, quantization.group_size, quantization.has_zeros)
-    return QuantizedWeight(num_outputs, layout, dtype)
+    return QuantizedWeight(num_outputs, quantization.layout(num_inputs), dtype)
 
 
 def fill_rows(rows: Tensor, matrix: Tensor, layout: RowLayout) -> None:

@@ -5,17 +5,13 @@ With 8 bits a row has one scale; with 4 bits each group of 32, 64 or 128 inputs 
 symmetric. N: outputs, K: inputs, G: groups of a row.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels.quantization import GROUP_SIZES
-
-_CHUNK = {8: 64, 4: 128}  # inputs in 64 bytes
-_HEAD_BYTES, _ALIGNMENT = 8, 16
+from cluster.config.quantization import CHUNK_INPUTS, GROUP_SIZES, HEAD_BYTES, RowLayout
 
 
 class Numbers(NamedTuple):
@@ -29,34 +25,6 @@ class Numbers(NamedTuple):
     factors: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowLayout:
-    """Where the bytes of a row lie. group_size, has_zeros: of 4 bits."""
-
-    num_bits: int
-    num_inputs: int
-    group_size: int = 0
-    has_zeros: bool = False
-
-    @property
-    def num_chunks(self) -> int:
-        return -(-self.num_inputs // _CHUNK[self.num_bits])
-
-    @property
-    def num_groups(self) -> int:
-        """That have a scale, those past the inputs included: as many as 16 sums of 32 inputs make full."""
-        return -(-4 * self.num_chunks // 16) * 16 * 32 // self.group_size if self.group_size else 0
-
-    @property
-    def weights_at(self) -> int:
-        end = _HEAD_BYTES + self.num_groups * (3 if self.has_zeros else 2)
-        return -(-end // _ALIGNMENT) * _ALIGNMENT
-
-    @property
-    def row_bytes(self) -> int:
-        return self.weights_at + 64 * self.num_chunks
 
 
 def quantize(matrix: Tensor, layout: RowLayout) -> Numbers:
@@ -106,7 +74,7 @@ def pack(numbers: Numbers, layout: RowLayout) -> Tensor:
     num_rows, num_inputs = numbers.numbers.shape
     rows = torch.zeros(num_rows, layout.row_bytes, dtype=torch.uint8)
     rows[:, :4] = numbers.factors.contiguous().unsqueeze(1).view(torch.uint8)
-    weights = F.pad(numbers.numbers, (0, layout.num_chunks * _CHUNK[layout.num_bits] - num_inputs))
+    weights = F.pad(numbers.numbers, (0, layout.num_chunks * CHUNK_INPUTS[layout.num_bits] - num_inputs))
     if layout.num_bits == 8:
         rows[:, layout.weights_at :] = weights.contiguous().view(torch.uint8)
         return rows
@@ -114,8 +82,8 @@ def pack(numbers: Numbers, layout: RowLayout) -> Tensor:
     rows[:, 4] = GROUP_SIZES.index(layout.group_size)
     rows[:, 5] = layout.has_zeros
     spare = layout.num_groups - numbers.scales.shape[1]
-    end = _HEAD_BYTES + 2 * layout.num_groups
-    rows[:, _HEAD_BYTES:end] = F.pad(numbers.scales, (0, spare)).contiguous().view(torch.uint8)
+    end = HEAD_BYTES + 2 * layout.num_groups
+    rows[:, HEAD_BYTES:end] = F.pad(numbers.scales, (0, spare)).contiguous().view(torch.uint8)
     if layout.has_zeros:
         assert numbers.zeros is not None
         rows[:, end : end + layout.num_groups] = F.pad(numbers.zeros, (0, spare)).contiguous().view(torch.uint8)
@@ -137,9 +105,9 @@ def unpack(rows: Tensor, layout: RowLayout) -> Numbers:
     words = weights.view(torch.int16).to(torch.int32).view(len(rows), layout.num_chunks, 4, 1, 8)
     numbers = (words >> torch.arange(0, 16, 4).view(4, 1)) & 15  # chunk, j, p, t
     numbers = torch.where(numbers >= 8, numbers - 16, numbers).to(torch.int8).flatten(1)[:, : layout.num_inputs]
-    end = _HEAD_BYTES + 2 * layout.num_groups
+    end = HEAD_BYTES + 2 * layout.num_groups
     num_groups = -(-layout.num_inputs // layout.group_size)
-    scales = rows[:, _HEAD_BYTES:end].contiguous().view(torch.float16)[:, :num_groups]
+    scales = rows[:, HEAD_BYTES:end].contiguous().view(torch.float16)[:, :num_groups]
     zeros = rows[:, end : end + num_groups].contiguous().view(torch.int8) if layout.has_zeros else None
     return Numbers(numbers, factors, scales, zeros)
 

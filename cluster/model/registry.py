@@ -8,7 +8,7 @@ import torch
 from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
-from cluster.kernels.quantization import Quantization
+from cluster.config.quantization import Quantization
 from cluster.kernels.quantized import quantized_weight
 from cluster.kernels.weights import MakeWeight, WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM

@@ -71,3 +71,24 @@ def test_the_object_store_does_not_grow_where_rows_go_through_it(ray_cluster, de
         before = plasma_objects(ray_cluster)
         assert sum(len(output.token_ids) for output in llm.generate(prompts, params)) == 1000
         wait_until(lambda: plasma_objects(ray_cluster) <= before, f"the store has no more than {before} objects")
+
+
+def test_rounded_shards_answer_as_one_process_does(ray_cluster, demo_checkpoint):
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+    found = []
+    for way in ("stream", "local"):
+        with LLM(
+            demo_checkpoint,
+            dtype="float32",
+            num_expert_shards=2,
+            transport=way,
+            kv_cache_bytes=1 << 22,
+            quantization="int8",
+            expert_quantization="int4-32",
+        ) as llm:
+            found.append(llm.generate(["Which experts answered?", "hello"], params))
+    for split, whole in zip(*found, strict=True):
+        assert split.token_ids == whole.token_ids
+        assert [entry.logprob for entry in split.logprobs] == pytest.approx(
+            [e.logprob for e in whole.logprobs], abs=1e-4
+        )

@@ -9,10 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from native_tools import bounded, each_variant
 
+from cluster.config.quantization import GROUP_SIZES, RowLayout
 from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, Native
 from cluster.kernels.native_products import ExpertPointers
-from cluster.kernels.rounding import GROUP_SIZES, Numbers, RowLayout, pack, quantize, unpack
+from cluster.kernels.rounding import Numbers, pack, quantize, unpack
 
 FORMS = [(8, 0, False)] + [(4, size, has_zeros) for size in (32, 64, 128) for has_zeros in (False, True)]
 each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[0]} bits, {form[1]}, zeros {form[2]}")

@@ -9,9 +9,11 @@ from cluster import LLM, SamplingParams
 from cluster.bench.spec import SystemSpec
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.sizes import sizes_of
+from cluster.config import EngineConfig
+from cluster.config.quantization import QUANTIZATIONS, quantization_on
 from cluster.errors import SetupError
 from cluster.experts.shard import ExpertShard
-from cluster.kernels.quantization import VARIABLE, chosen_quantization, quantizations
 from cluster.model.layers.linear import Linear
 from cluster.model.registry import load_model
 
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("name", "head"), [("int4", False), ("int8+lm_head", True)])
 def test_attention_and_dense_layers_are_rounded_and_no_router(folder, name, head):
     """A weight of the checkpoint is 2 bytes; of 64 inputs a rounded row is 16 or 32 bytes of head and 64 of weights."""
-    model = load_model(CheckpointReader(folder), dtype=torch.bfloat16, device=CPU, quantization=quantizations()[name])
+    model = load_model(CheckpointReader(folder), dtype=torch.bfloat16, device=CPU, quantization=QUANTIZATIONS[name])
     forms = {
         path.removeprefix("model."): type(module.weight).__name__
         for path, module in model.named_modules()
@@ -52,7 +54,7 @@ def test_attention_and_dense_layers_are_rounded_and_no_router(folder, name, head
 def test_a_shard_counts_the_bytes_that_its_rounded_experts_take(folder):
     """int8: 80 rows of 64 inputs in 16 + 64 bytes and 64 rows of 40 inputs in 16 + 64, for one expert."""
     reader = CheckpointReader(folder)
-    shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=quantizations()["int8"])
+    shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=QUANTIZATIONS["int8"])
     shard.load(reader, {0: [3]})
     assert shard.num_bytes == (80 + 64) * (16 + 64)
 
@@ -63,7 +65,7 @@ def test_a_shard_of_rounded_experts_gives_nearly_the_same_rows(folder, name):
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     ids, weights = torch.arange(18).view(9, 2) % 6, torch.full((9, 2), 0.5)
     found = []
-    for quantization in (None, quantizations()[name]):
+    for quantization in (None, QUANTIZATIONS[name]):
         shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=quantization)
         shard.load(reader, {0: [5, 0, 2, 1]})
         shard.load(reader, {0: list(range(6))})  # four move to other places, two are read
@@ -72,35 +74,48 @@ def test_a_shard_of_rounded_experts_gives_nearly_the_same_rows(folder, name):
     assert 0 < error < (0.03 if name == "int8" else 0.2)
 
 
-@pytest.mark.parametrize("name", ["int8+lm_head", "int4-64-zeros"])
-def test_the_environment_chooses_for_an_offline_model(folder, name, monkeypatch):
-    params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
-
-    def best():
-        with LLM(folder, skip_tokenizer=True, kv_cache_bytes=1 << 22, max_model_len=64) as llm:
-            [output] = llm.generate([[1, 2, 3]], params)
-        return dict(output.logprobs[0].top)
-
-    exact = best()
-    monkeypatch.setenv(VARIABLE, name)
-    rounded = best()
-    assert rounded != exact
-    assert len(set(rounded) & set(exact)) >= 2
+def best(folder, **quantized):
+    with LLM(folder, skip_tokenizer=True, kv_cache_bytes=1 << 22, max_model_len=64, **quantized) as llm:
+        [output] = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=1, logprobs=5))
+    return dict(output.logprobs[0].top)
 
 
-def test_a_name_or_a_device_that_cannot_be_is_refused(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert chosen_quantization("cuda") is None
-    monkeypatch.setenv(VARIABLE, "int4")
-    assert chosen_quantization("cpu").group_size == 128
-    with pytest.raises(SetupError, match="on CPUs only"):
-        chosen_quantization("cuda")
-    monkeypatch.setenv(VARIABLE, "int3")
-    with pytest.raises(SetupError, match="int8, int4"):
-        chosen_quantization("cpu")
+def test_an_offline_model_is_rounded_as_asked_its_experts_otherwise(folder):
+    exact = best(folder)
+    found = [
+        best(folder, quantization="int8+lm_head"),
+        best(folder, quantization="int8+lm_head", expert_quantization="none"),
+        best(folder, expert_quantization="int4-64-zeros"),
+    ]
+    assert len({tuple(some.values()) for some in (exact, *found)}) == 4
+    assert all(len(set(some) & set(exact)) >= 2 for some in found)
 
 
-def test_a_measured_system_is_named_and_started_by_its_quantization():
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-32-zeros+lm_head"])
+def test_the_sizes_of_a_plan_are_those_of_the_loaded_weights(folder, name):
+    reader = CheckpointReader(folder)
+    sizes = sizes_of(reader.config, "bfloat16", quantization=name, expert_quantization=name)
+    model = load_model(reader, dtype=torch.bfloat16, device=CPU, quantization=QUANTIZATIONS[name])
+    shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=QUANTIZATIONS[name])
+    shard.load(reader, {0: [3, 4]})
+    assert sizes.expert_bytes == shard.num_bytes // 2
+    linear = [module for module in model.modules() if isinstance(module, Linear)]
+    biases = [module.bias for module in linear if module.bias is not None]
+    plain = [*model.state_dict().values(), *biases]
+    assert sizes.dense_bytes == sum(some.nbytes for some in (*plain, *(module.weight for module in linear)))
+    assert sizes.num_parameters == sizes_of(reader.config, "float32").num_parameters
+
+
+def test_a_name_or_a_device_that_cannot_be_is_refused():
+    assert quantization_on("none", "cuda") is None
+    assert quantization_on("int4", "cpu").group_size == 128
+    with pytest.raises(SetupError, match="on CPUs only, not on cuda"):
+        quantization_on("int4", "cuda")
+    for field in ("quantization", "expert_quantization"):
+        with pytest.raises(SetupError, match=f"{field} is 'int3'.*int8, int4"):
+            EngineConfig(**{field: "int3"})
+
+
+def test_a_measured_system_is_named_by_its_quantization():
     spec = SystemSpec(kind="local", model_dir=Path("m"), dtype="bfloat16", num_shards=1, quantization="int4+lm_head")
     assert spec.name == "local, int4+lm_head"
-    assert spec.environment[VARIABLE] == "int4+lm_head"

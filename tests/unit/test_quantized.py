@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_tools import filled
 
+from cluster.config.quantization import RowLayout
 from cluster.kernels import quantized
 from cluster.kernels.quantized import QuantizedWeight
-from cluster.kernels.rounding import Numbers, RowLayout, dequantize, pack, quantize, unpack
+from cluster.kernels.rounding import Numbers, dequantize, pack, quantize, unpack
 
 LAYOUTS = [(8, 0, False)] + [(4, size, has_zeros) for size in (32, 64, 128) for has_zeros in (False, True)]
 each_layout = pytest.mark.parametrize("form", LAYOUTS, ids=str)

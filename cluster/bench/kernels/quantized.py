@@ -9,9 +9,10 @@ from cluster.bench.kernels.case import TORCH, Call, Case
 from cluster.bench.kernels.products import shapes_of
 from cluster.bench.kernels.reading import num_turns
 from cluster.config import ModelConfig
+from cluster.config.quantization import RowLayout
 from cluster.kernels.native.library import Native, native
 from cluster.kernels.native_products import linear_quantized
-from cluster.kernels.rounding import Numbers, RowLayout, pack, quantize
+from cluster.kernels.rounding import Numbers, pack, quantize
 
 _GROUP_SIZE = 128  # as the released GPTQ checkpoints have it
 

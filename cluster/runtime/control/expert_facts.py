@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
-from cluster.engine.load import torch_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +20,8 @@ def read_expert_facts(config: ClusterConfig) -> ExpertFacts:
     """From the checkpoint's configuration and the names of its tensors. Raises SetupError."""
     reader = open_checkpoint(config.model)
     reader.check_names()
-    dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     return ExpertFacts(
         sparse_layers=tuple(reader.config.sparse_layers),
         num_experts=reader.config.num_experts,
-        expert_bytes=reader.config.expert_bytes(str(dtype).removeprefix("torch.")),
+        expert_bytes=reader.config.expert_bytes(resolve_dtype(config.dtype, reader.config), config.of_experts),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from cluster.config.quantization import PLAIN
 from cluster.experts.pulse import Sign
 from cluster.runtime.control.launcher import Launcher
 from cluster.runtime.control.shards import Configured
@@ -63,7 +64,9 @@ class ShardProcess:
         if await self._actor.held.remote() != wanted or not wanted:
             config = self._configured.config
             controller = self._launcher.me()
-            await self._actor.load.remote(config.model, wanted, config.dtype, config.device, controller)
+            # An older shard's `load` does not have it.
+            rounded = {} if config.of_experts == PLAIN else {"quantization": config.of_experts}
+            await self._actor.load.remote(config.model, wanted, config.dtype, config.device, controller, **rounded)
         self.status.process = await self._actor.process.remote()
 
     def up(self) -> None:

@@ -9,6 +9,7 @@ import ray
 import torch
 from torch import Tensor
 
+from cluster.config.quantization import PLAIN
 from cluster.errors import ShardUnavailable
 from cluster.evolving import on_wire
 from cluster.experts.pulse import Pulse, Sign
@@ -61,6 +62,7 @@ class ExpertShardActor:
         dtype: str,
         device: str,
         controller: Any = None,
+        quantization: str = PLAIN,
     ) -> int:
         """As `ShardServer.load`; returns the bytes of the weights. controller: hears how far the load is."""
         server = self._serving()
@@ -68,7 +70,7 @@ class ExpertShardActor:
         def report(total_bytes: int) -> ProgressReport | None:
             return None if controller is None else ProgressReport(controller, f"shard-{server.shard_id}", total_bytes)
 
-        shard = server.load(model_dir, experts, dtype=dtype, device=device, progress=report)
+        shard = server.load(model_dir, experts, dtype=dtype, device=device, quantization=quantization, progress=report)
         if self._streams is None:
             self._streams = StreamServer(
                 _Computer(self, shard.device),

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.opening import open_checkpoint
+from cluster.config.quantization import quantization_on
 from cluster.engine.load import resolve_device, torch_dtype
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
-from cluster.kernels.quantization import chosen_quantization
 from cluster.metrics import ShardMetrics
 from cluster.runtime.workers.rehearsal import Rehearsal
 
@@ -30,7 +30,7 @@ class ShardServer:
         self._metrics = metrics
         self._rehearsal = rehearsal
         self._shard: ExpertShard | None = None
-        self._source = ("", "", "")  # model, dtype and device of the loaded experts
+        self._source = ("", "", "", "")  # model, dtype, device and quantization of the loaded experts
         self._reported: dict[tuple[int, int], int] = {}
         self._computing = threading.Lock()  # a Ray call and the stream's thread may come at once
         threading.Thread(target=self._report, name="loads", daemon=True).start()
@@ -53,25 +53,27 @@ class ShardServer:
         *,
         dtype: str,
         device: str,
+        quantization: str,
         progress: Callable[[int], Callable[[int], None] | None],
     ) -> ExpertShard:
-        """Holds `experts` from now on, while calls go on. Experts that are here, of the same model, dtype and device,
-        are not read again. Raises CheckpointError, SetupError.
+        """Holds `experts` from now on, while calls go on. Experts that are here, of the same model, dtype, device and
+        quantization, are not read again. Raises CheckpointError, SetupError.
 
         model_dir: or a name on the hub; the files with the missing experts are downloaded.
         progress: from the bytes that will be downloaded and read, the callback for each piece of them.
         """
         reader = open_checkpoint(model_dir)
-        if self._shard is None or self._source != (model_dir, dtype, device):
+        source = (model_dir, dtype, device, quantization)
+        if self._shard is None or self._source != source:
             self._shard = None
             shard = ExpertShard(
                 self.shard_id,
                 reader.config,
                 dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
                 device=resolve_device(device),
-                quantization=chosen_quantization(resolve_device(device).type),
+                quantization=quantization_on(quantization, resolve_device(device).type),
             )
-            self._reported, self._source = {}, (model_dir, dtype, device)
+            self._reported, self._source = {}, source
         else:
             shard = self._shard
         self._rehearsal.before_load()
