@@ -11,7 +11,7 @@ from serving_fakes import IM_END, EchoBackend, byte_ids, write_tokenizer
 from cluster.errors import ShardUnavailable
 from cluster.serving.openai.chat_schema import ChatRequest
 from cluster.serving.openai.conversations import to_conversation
-from cluster.serving.openai.messages import _prompt_fields
+from cluster.serving.openai.messages import _object, _prompt_fields
 from cluster.serving.openai.messages_schema import MessagesRequest
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
@@ -213,3 +213,9 @@ def test_anthropics_own_client_reads_all_of_it(tokenizer):
                 await client.messages.create(**HELLO | {"model": "claude"})
 
     asyncio.run(run())
+
+
+def test_arguments_that_are_no_object_are_none():
+    assert _object('{"a": [1]}') == {"a": [1]}
+    for text in ('{"a": ', "[1]", '{"a": ' + "[" * 100_000):
+        assert _object(text) == {}

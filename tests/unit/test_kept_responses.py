@@ -378,9 +378,12 @@ def test_a_server_that_keeps_none_says_so(tokenizer):
 
 
 def test_one_client_does_not_take_all_places_of_the_background(tokenizer):
+    """They come at once: the store has none yet when the last one asks."""
+
     async def scenario(front, client, store):
-        for _ in range(MAX_OF_CLIENT):
-            await begin(client)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(MAX_OF_CLIENT):
+                group.create_task(begin(client))
         refused = await client.post(PATH, json={"input": "hi", "background": True})
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         async with front.client(peer="192.0.2.8") as other:

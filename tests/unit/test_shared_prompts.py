@@ -43,6 +43,20 @@ def test_answers_to_one_prompt_are_a_group(tokenizer):
     assert groups[2] == {""}
 
 
+def test_calls_of_one_name_are_groups_of_their_own(tokenizer):
+    """A proxy may give all its calls the same x-request-id."""
+    backend = EchoBackend()
+    body = {"model": MODEL, "prompt": [5] * 40, "n": 2, "max_tokens": 1}
+
+    async def ask():
+        async with Front(tokenizer, backend).client() as client:
+            for _ in range(2):
+                await client.post("/v1/completions", json=body, headers={"x-request-id": "the-same"})
+
+    asyncio.run(ask())
+    assert len({request.prompt_group for request in backend.requests}) == 2
+
+
 def replica(name):
     return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), max_ongoing_requests=10)
 

@@ -255,7 +255,10 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(HEALTH_INTERVAL_S)
-            await self._look()
+            try:
+                await self._look()
+            except Exception:  # the lease and the health of this ingress hang on the next look
+                log.exception("a look at the cluster failed")
 
     async def _look(self) -> None:
         """Keeps the health current. It is serving once replicas and shards are up, until draining, or until some expert
@@ -266,10 +269,10 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
                 self._controller.renew_lease.remote()
             self._covered = status.serves(self._config.recovery_timeout_s)
             self._status = status
-            self._live.observe(status)
             self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
             if status.draining:
                 self._admission.drain()
+            self._live.observe(status)
         except ray.exceptions.RayError as error:
             log.warning("the expert controller does not answer, the last state stays: %s", error)
         serving = self._covered and not self._admission.draining and await self._replicas.answers()

@@ -1,6 +1,7 @@
 """Several answers at once: the choices of one call, each a sequence of its own. Knows no HTTP."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -89,13 +90,14 @@ async def generate(
     """
     several = len(asked) > 1
     leaders = [_leader(asked, index) for index in range(len(asked))]
+    sizes, group = Counter(leaders), service.new_request_id()  # clients may call two requests the same
     streams = [
         service.stream(
             prompt,
             params,
             request_id=f"{call.request_id}-{index}" if several else call.request_id,
             client=call.client,
-            prompt_group=f"{call.request_id}-{leaders[index]}" if leaders.count(leaders[index]) > 1 else "",
+            prompt_group=f"{group}-{leaders[index]}" if sizes[leaders[index]] > 1 else "",
         )
         for index, (prompt, params) in enumerate(asked)
     ]

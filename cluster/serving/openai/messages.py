@@ -184,7 +184,7 @@ def _object(arguments: str) -> dict[str, Any]:
     """The arguments of a call; an answer that was cut may have half of them, and gives none."""
     try:
         read = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 

@@ -1,5 +1,7 @@
 // Calls this server: the key goes along in a header, errors become one readable line, streams become events.
 
+import { keep as keepInBrowser, kept } from "./storage.js";
+
 const STORED = "moe-cluster-key";
 
 export class Refused extends Error {
@@ -11,14 +13,13 @@ export class Refused extends Error {
 
 export class Api {
   constructor() {
-    this.key = sessionStorage.getItem(STORED) ?? "";
+    this.key = kept("sessionStorage", STORED) ?? "";
   }
 
   /** keep: until the tab is closed; else until the page is. */
   use(key, keep) {
     this.key = key.trim();
-    if (keep && this.key) sessionStorage.setItem(STORED, this.key);
-    else sessionStorage.removeItem(STORED);
+    keepInBrowser("sessionStorage", STORED, keep && this.key ? this.key : null);
   }
 
   /** A response with a good status. Throws Refused, and what `fetch` throws. */

@@ -32,7 +32,7 @@ export class Live {
         this.handlers.state("live");
         this.handlers[event]?.(value);
       }
-      this.again(0);
+      this.again(AGAIN_MS[0]); // a server that stops ends each stream at once
     } catch (error) {
       if (stream.signal.aborted) return;
       this.handlers.state(error);

@@ -1,6 +1,7 @@
 // Light, dark, or as the system has it.
 
 import { byId, setText } from "./dom.js";
+import { keep, kept } from "./storage.js";
 
 const CHOICES = ["system", "light", "dark"];
 const STORED = "moe-cluster-theme";
@@ -10,11 +11,12 @@ export class Theme {
   constructor(onPaint) {
     this.onPaint = onPaint;
     this.system = matchMedia("(prefers-color-scheme: dark)");
-    this.choice = CHOICES.includes(localStorage.getItem(STORED)) ? localStorage.getItem(STORED) : "system";
+    const choice = kept("localStorage", STORED);
+    this.choice = CHOICES.includes(choice) ? choice : "system";
     this.system.addEventListener("change", () => this.paint());
     byId("theme").addEventListener("click", () => {
       this.choice = CHOICES[(CHOICES.indexOf(this.choice) + 1) % CHOICES.length];
-      localStorage.setItem(STORED, this.choice);
+      keep("localStorage", STORED, this.choice);
       this.paint();
     });
     this.paint();

@@ -117,6 +117,7 @@ class Responses:
         self.keeps = store is not None
         self._running: dict[str, BackgroundResponse] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
+        self._beginning: list[str] = []  # clients of those that the store is about to get
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reporting: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
@@ -138,10 +139,14 @@ class Responses:
 
     async def begin(self, response: BackgroundResponse) -> None:
         """Runs a response in the background. Raises Overloaded, Unavailable."""
-        of_client = sum(other.client == response.client for other in self._running.values())
-        if len(self._running) >= MAX_RUNNING or of_client >= MAX_OF_CLIENT:
+        clients = [*self._beginning, *(other.client for other in self._running.values())]
+        if len(clients) >= MAX_RUNNING or clients.count(response.client) >= MAX_OF_CLIENT:
             raise Overloaded.later("as many responses run in the background as may", RETRY_S)
-        response.store_id = await self.store.put(response.whole())
+        self._beginning.append(response.client)
+        try:
+            response.store_id = await self.store.put(response.whole())
+        finally:
+            self._beginning.remove(response.client)
         self._running[response.response_id] = response
         self._runs[response.response_id] = self._task(self._run(response))
         if self._reporting is None or self._reporting.done():
@@ -198,13 +203,20 @@ class Responses:
         reply = await self.store.report([progress for _, progress in news])
         for response, progress in news:
             if reply.store_id != response.store_id:
-                response.store_id = await self.store.put(response.whole())
+                await self._put_again(response)
                 continue
             response.reported(progress)
             if progress.ended:
                 self._forget(response)
             elif response.response_id in reply.stop:
                 self._runs[response.response_id].cancel()
+
+    async def _put_again(self, response: BackgroundResponse) -> None:
+        """To a store that has lost it. Raises Unavailable; where there is no room, the next report tries again."""
+        try:
+            response.store_id = await self.store.put(response.whole())
+        except Overloaded as error:
+            log.warning("the store has no room for response %s: %s", response.response_id, error)
 
     def _forget(self, response: BackgroundResponse) -> None:
         self._running.pop(response.response_id, None)
