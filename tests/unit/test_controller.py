@@ -52,6 +52,19 @@ def test_a_plan_is_given_to_who_asks_once_all_shards_are_up(make):
     virtual_time.run(play)
 
 
+def test_a_failure_that_somebody_notes_is_a_fault_once(make):
+    async def play():
+        controller = make(FakeLauncher())
+        await controller.status()
+        controller.state.note("rebalance failed: no room")
+        for what in ("rebalance failed: rebalance failed: no room", "3 expert shards failed: no GPU"):
+            await controller.note_fault(what)
+        faults = [fault.what for fault in (await controller.status()).faults]
+        assert faults == ["rebalance failed: no room", "3 expert shards failed: no GPU"]
+
+    virtual_time.run(play)
+
+
 def test_a_younger_controller_goes_beyond_the_plan_of_its_callers(make):
     async def play():
         controller = make(FakeLauncher())

@@ -10,7 +10,7 @@ from http_tools import Front
 from serving_fakes import write_tokenizer
 from test_live_feed import FakeSource, feed_of, status
 
-from cluster.errors import InvalidRequest, SetupError, Unavailable
+from cluster.errors import ClusterError, InvalidRequest, SetupError, ShardUnavailable, Unavailable
 from cluster.runtime.front import operations
 from cluster.runtime.front.operations import RayOperations
 from cluster.serving.admission.admission import Admission, AdmissionLimits
@@ -22,15 +22,20 @@ CALLS = [KILL, ("/cluster/rebalance", {}), ("/cluster/scale", {"expert_shards": 
 
 
 class FakeOperations:
-    """Writes the changes down. `slow` ones last until `end`."""
+    """Writes changes and notes down. `slow` ones last until `end`; then they fail with `error`, if there is one."""
 
     def __init__(self):
-        self.made, self.slow, self.end = [], False, asyncio.Event()
+        self.made, self.noted, self.slow, self.end, self.error = [], [], False, asyncio.Event(), None
+
+    async def note(self, what):
+        self.noted.append(what)
 
     async def _make(self, *change):
         self.made.append(change)
         if self.slow:
             await self.end.wait()
+        if self.error is not None:
+            raise self.error
         return f"done {change}"
 
     def kill_shard(self, shard_id):
@@ -188,6 +193,37 @@ def test_a_long_change_goes_on_when_its_caller_has_its_answer(server, monkeypatc
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [
+        (None, []),
+        (Unavailable("shard 2 does not come up"), ["3 attention replicas failed: shard 2 does not come up"]),
+        (OSError("/secret"), ["3 attention replicas failed: see the log of the ingress"]),
+    ],
+)
+def test_a_change_that_fails_after_its_answer_is_shown_to_all_who_watch(server, monkeypatch, error, noted):
+    monkeypatch.setattr("cluster.serving.openai.changes.PATIENCE_S", 0.01)
+
+    async def run():
+        it = server()
+        it.fake.slow, it.fake.error = True, error
+        answer = await it.front.post("/cluster/scale", {"attention_replicas": 3}, headers=bearer(it.admin))
+        assert (answer.status_code, it.fake.noted) == (202, [])
+        it.fake.end.set()
+        for _ in range(10):  # turns of the loop: the change ends, then the note of it is made
+            await asyncio.sleep(0)
+        assert it.fake.noted == noted
+
+    asyncio.run(run())
+
+
+def test_a_change_that_fails_at_once_tells_its_caller_alone(server):
+    it = server()
+    it.fake.error = Unavailable("shard 1 has no process now")
+    answer = asyncio.run(it.front.post(*KILL, headers=bearer(it.admin)))
+    assert (answer.status_code, it.fake.noted) == (503, [])
+
+
 def test_changes_are_in_the_log_with_their_makers_name(server, caplog):
     it = server()
     with caplog.at_level(logging.INFO):
@@ -254,3 +290,22 @@ def test_the_controllers_refusal_is_told_and_its_death_is_to_be_tried_again():
         ask(failed(ValueError("odd")))
     with pytest.raises(Unavailable):
         ask(ray.exceptions.RayActorError())
+    for failure in (ShardUnavailable("shard 1 is gone", 1), ClusterError("rebalance failed: a shard did not load")):
+        with pytest.raises(Unavailable, match=str(failure)):
+            ask(failed(failure))
+
+
+def test_a_note_reaches_the_controller_or_the_log(caplog):
+    noted = []
+
+    class Controller:
+        class note_fault:
+            @staticmethod
+            async def remote(what):
+                noted.append(what)
+
+    asyncio.run(RayOperations(Controller(), status).note("it failed"))
+    assert noted == ["it failed"]
+    for lacking in (SimpleNamespace(), SimpleNamespace(note_fault=Remote(ray.exceptions.RayActorError()))):
+        asyncio.run(RayOperations(lacking, status).note("this too"))
+    assert caplog.text.count("this too") == 2

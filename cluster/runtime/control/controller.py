@@ -145,6 +145,11 @@ class ExpertController:
         """As `PlacementChanges.roll`. Raises SetupError."""
         return await (await self._placement()).roll()
 
+    async def note_fault(self, what: str) -> None:
+        """For those who watch: something that was asked of the cluster failed. Not again what was just noted here."""
+        if not any(fault.what in what for fault in self.state.faults[-1:]):
+            self.state.note(what)
+
     async def report_load(self, name: str, loaded_bytes: int, total_bytes: int) -> None:
         """Takes note of how far a shard's or an attention replica's load is."""
         shards = {f"shard-{shard.shard_id}": shard.status for shard in self.shards}

@@ -1,15 +1,18 @@
 """Changes of the cluster that an ingress makes for an administrator: by the controller, and by Ray."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import ray
 
-from cluster.errors import ClusterError, InvalidRequest, Unavailable
+from cluster.errors import ClusterError, InvalidRequest, SetupError, Unavailable
 from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE
 from cluster.runtime.ray_private.serve import ask_for_replicas
 from cluster.status import ClusterStatus
+
+log = logging.getLogger(__name__)
 
 
 class RayOperations:
@@ -41,6 +44,12 @@ class RayOperations:
         await _answer(asked, "Ray Serve")
         return f"{num_replicas} attention replicas are asked for"
 
+    async def note(self, what: str) -> None:
+        try:
+            await self._controller.note_fault.remote(what)
+        except (AttributeError, ray.exceptions.RayError) as error:  # it is of an older version, or is gone
+            log.warning("not shown to watchers: %s (%s)", what, error)
+
 
 async def _answer(asked: Any, whom: str) -> str:
     """Raises InvalidRequest for a change that cannot be, Unavailable for one that failed."""
@@ -49,8 +58,10 @@ async def _answer(asked: Any, whom: str) -> str:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        if isinstance(cause, ClusterError):
+        if isinstance(cause, (SetupError, InvalidRequest)):
             raise InvalidRequest(reason, "request") from None
+        if isinstance(cause, ClusterError):
+            raise Unavailable(reason) from None
         raise InvalidRequest(f"{whom} refuses it: {reason}", "request") from None
     except ray.exceptions.RayError as error:
         raise Unavailable(f"{whom} is being restarted: try again in a few seconds") from error

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from cluster.errors import ClusterError, Overloaded
@@ -23,13 +23,20 @@ class Operations(Protocol):
 
     async def scale_attention(self, num_replicas: int) -> str: ...
 
+    async def note(self, what: str) -> None:
+        """Shows a failure to all who watch the cluster. Raises nothing."""
+
 
 class ChangeRunner:
-    """Makes changes that go on when their callers have left. For one event loop. patience_s: of a caller."""
+    """Makes changes that go on when their callers have left. For one event loop.
 
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
+    patience_s: of a caller.  note: learns of a failure that its caller does not.
+    """
+
+    def __init__(self, patience_s: float, note: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+        self._patience_s, self._note = patience_s, note
         self._running: set[asyncio.Task[str]] = set()
+        self._notes: set[asyncio.Task[None]] = set()
 
     async def run(self, what: str, caller: str, change: Coroutine[Any, Any, str]) -> str | None:
         """Returns the outcome as a sentence; None when the change still goes on. Raises as it does, and Overloaded.
@@ -44,7 +51,10 @@ class ChangeRunner:
         self._running.add(task)
         task.add_done_callback(lambda done: self._ended(what, done))
         done, _ = await asyncio.wait((task,), timeout=self._patience_s)
-        return task.result() if done else None
+        if done:
+            return task.result()
+        task.add_done_callback(lambda done: self._ended_alone(what, done))
+        return None
 
     def _ended(self, what: str, task: asyncio.Task[str]) -> None:
         self._running.discard(task)
@@ -56,3 +66,11 @@ class ChangeRunner:
             log.warning("%s failed: %s", what, error)
         else:
             log.error("%s failed", what, exc_info=error)
+
+    def _ended_alone(self, what: str, task: asyncio.Task[str]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        reason = str(error) if isinstance(error, ClusterError) else "see the log of the ingress"
+        note = asyncio.create_task(self._note(f"{what} failed: {reason}"))
+        self._notes.add(note)
+        note.add_done_callback(self._notes.discard)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from cluster.errors import Forbidden, InvalidRequest
-from cluster.serving.live.operations import ChangeRunner
+from cluster.serving.live.operations import ChangeRunner, Operations
 from cluster.serving.openai.base_schema import AnswerBody, RequestBody
 from cluster.serving.openai.gate import headers_of
 from cluster.serving.openai.served import Served
@@ -58,9 +58,9 @@ class Rights(AnswerBody):
 class Changes:
     """Makes an administrator's changes, and answers when they are done, or when they take long."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, operations: Operations) -> None:
         self._served = served
-        self._runner = ChangeRunner(PATIENCE_S)
+        self._runner = ChangeRunner(PATIENCE_S, operations.note)
 
     async def make(self, request: Request, what: str, change: Callable[[], Coroutine[Any, Any, str]]) -> JSONResponse:
         """Raises Forbidden, Overloaded, and as the change does."""
@@ -72,9 +72,10 @@ class Changes:
 
 
 def router(served: Served) -> APIRouter:
-    routes, operations, changes = APIRouter(tags=["cluster"]), served.operations, Changes(served)
+    routes, operations = APIRouter(tags=["cluster"]), served.operations
     if operations is None:
         return routes
+    changes = Changes(served, operations)
 
     @routes.get("/cluster/rights")
     async def rights(request: Request) -> Rights:
