@@ -32,7 +32,9 @@ def add_commands(commands: Commands) -> None:
     add_ray_address(top)
     rebalance = add_command(commands, "rebalance", _rebalance, "move experts of a running cluster to where the load is")
     add_ray_address(rebalance)
-    roll = add_command(commands, "roll", _roll, "give controller and shards new processes, as for a new version")
+    roll = add_command(
+        commands, "roll", _roll, "give controller, responses' store and shards new processes, as for a new version"
+    )
     add_ray_address(roll)
     scale = add_command(commands, "scale", _scale, "change how many processes a running cluster has, one at a time")
     scale.add_argument(

@@ -1,7 +1,7 @@
 """Every figure that the cluster exports, and the port that serves them. Only here is prometheus_client known.
 
-`engine`, `experts`: one class a role, made with `definitions`.  `build`: a process's version.  `process`: its registry,
-and the files that it leaves for the node.  `collector`: `/metrics` for all processes of a node.
+`engine`, `experts`, `responses`: one class a role, made with `definitions`.  `build`: a process's version.  `process`:
+its registry, and the files that it leaves for the node.  `collector`: `/metrics` for all processes of a node.
 """
 
 from prometheus_client import CollectorRegistry
@@ -11,6 +11,7 @@ from cluster.metrics.collector import NodeCollector
 from cluster.metrics.engine import EngineMetrics, IngressMetrics
 from cluster.metrics.experts import ControllerMetrics, DispatchMetrics, ShardMetrics
 from cluster.metrics.process import multiprocess_env, new_registry
+from cluster.metrics.responses import ResponseStoreMetrics
 
 __all__ = [
     "CollectorRegistry",
@@ -19,6 +20,7 @@ __all__ = [
     "EngineMetrics",
     "IngressMetrics",
     "NodeCollector",
+    "ResponseStoreMetrics",
     "ShardMetrics",
     "multiprocess_env",
     "new_registry",

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 from cluster.metrics.definitions import Definitions
 from cluster.version import __version__
 
-Role = Literal["ingress", "engine", "shard", "controller"]
+Role = Literal["ingress", "engine", "shard", "controller", "responses"]
 
 
 def report_version(registry: CollectorRegistry, role: Role) -> CollectorRegistry:

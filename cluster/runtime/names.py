@@ -55,6 +55,11 @@ def responses_name(group: str) -> str:
     return f"{group}:responses"
 
 
+def carrier_name(group: str) -> str:
+    """The name of the actor that has those responses while the process that keeps them is replaced."""
+    return f"{group}:responses-carried"
+
+
 def metrics_name(group: str, node_id: str) -> str:
     """The name of the actor that serves the metrics of a node."""
     return f"{group}:metrics-{node_id}"

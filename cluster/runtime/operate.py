@@ -13,6 +13,7 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
+from cluster.runtime.front.shared_responses import replace_store
 from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE, controller_name, group_of_controller
 from cluster.runtime.ray_private.core import reports_to_log
 from cluster.runtime.ray_private.serve import ask_for_replicas
@@ -95,7 +96,8 @@ class RunningCluster:
         return f"{num_replicas} attention replicas are asked for"
 
     def roll(self) -> str:
-        """Gives the controller and each shard a new process, one after the other; blocks. Raises ClusterError."""
+        """Gives the controller, the store of responses and each shard a new process, one after the other; blocks.
+        Raises ClusterError."""
         before = self._ask("process", STATUS_TIMEOUT_S)
         ray.kill(ray.get_actor(controller_name(self.group), namespace=NAMESPACE), no_restart=False)
         deadline = time.monotonic() + CHANGE_TIMEOUT_S
@@ -106,9 +108,12 @@ class RunningCluster:
                     "`moe-cluster status`"
                 )
             time.sleep(WAIT_INTERVAL_S)  # until Ray has restarted it
-        if self.status().dense:
-            return "the controller has a new process"
-        return f"the controller and {self._ask('roll', CHANGE_TIMEOUT_S)}"
+        status = self.status()
+        done = "the controller has a new process" if status.dense else ""
+        replaced = replace_store(status.config) if status.config is not None else ""
+        if not status.dense:
+            done = f"the controller and {self._ask('roll', CHANGE_TIMEOUT_S)}"
+        return f"{done}; {replaced}" if replaced else done
 
     def _has_successor(self, controller: ProcessInfo) -> bool:
         """Whether another controller runs, and has found the shards."""

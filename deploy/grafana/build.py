@@ -213,6 +213,12 @@ CAPACITY = [
           {"shard {{shard_id}}": per_second("moecluster_dispatch_received_bytes_total", "shard_id")}),
     panel("Rows to the shards", "A row is one token at one layer. Uneven: rebalance.", "rowsps",
           {"shard {{shard_id}}": per_second("moecluster_dispatch_rows_total", "shard_id")}),
+    panel("Kept responses", "Of /v1/responses. At stored_responses the oldest go.", "none",
+          {"kept": f"max (moecluster_responses_kept{ONE})", "running": f"max (moecluster_responses_running{ONE})"}),
+    panel("Memory of kept responses", "At stored_responses_bytes the oldest go.", "bytes",
+          {"kept": f"max (moecluster_responses_kept_bytes{ONE})"}),
+    panel("Evicted responses", "By reason. Many for room: raise stored_responses or stored_responses_bytes.", "ops",
+          {"{{reason}}": per_second("moecluster_responses_evicted_total", "reason")}),
 ]  # fmt: skip
 
 

@@ -5,9 +5,10 @@ import time
 
 import openai
 import pytest
-from served_tools import GREEDY, MESSAGES, Report
+from served_tools import GREEDY, MESSAGES, Report, scrape, wait_until
 
-from cluster.runtime.names import NAMESPACE, responses_name, shard_group
+from cluster.runtime.front.shared_responses import replace_store
+from cluster.runtime.names import NAMESPACE, carrier_name, responses_name, shard_group
 
 pytestmark = pytest.mark.ray
 
@@ -80,6 +81,29 @@ def test_a_cancel_reaches_the_ingress_that_runs_it(client):
     assert client.responses.cancel(response.id).status == "cancelled"
     with pytest.raises(openai.BadRequestError, match="background"):
         client.responses.cancel(client.responses.create(**ASK).id)
+
+
+def test_a_new_process_of_the_store_has_all_that_the_old_one_kept(client, served, ray_cluster):
+    """And the response that runs meanwhile goes on: its stream has no gap. The store's metrics show both."""
+    kept = client.responses.create(**ASK)
+    events = iter(client.responses.create(**ASK | {"max_output_tokens": 2000}, stream=True, background=True))
+    response_id = next(events).response.id
+    wait_until(lambda: scrape(served)["moecluster_responses_running"] == 1, "the store counts it")
+    assert scrape(served)["moecluster_responses_kept"] >= 2
+    store = ray_cluster.get_actor(responses_name(shard_group(served.config)), namespace=NAMESPACE)
+    before = ray_cluster.get(store.process.remote())
+    assert replace_store(served.config) == "the store of responses has a new process"
+    assert ray_cluster.get(store.process.remote()) != before
+    for _ in range(NUM_CALLS // 2):
+        assert client.responses.retrieve(kept.id) == kept
+    again = iter(client.responses.retrieve(response_id, stream=True))
+    num_before = client.responses.retrieve(response_id).output_text.count("")
+    numbers = [next(again).sequence_number for _ in range(num_before + 20)]
+    assert numbers == list(range(len(numbers)))
+    assert client.responses.cancel(response_id).status == "cancelled"
+    assert [event.type for event in again][-1] == "response.incomplete"
+    with pytest.raises(ValueError, match="carried"):
+        ray_cluster.get_actor(carrier_name(shard_group(served.config)), namespace=NAMESPACE)
 
 
 def test_responses_are_kept_again_after_the_stores_death(client, served, ray_cluster):

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 
+import openai
 import pytest
 from next_version import VERSION, write_next_version
 from ray import serve
@@ -43,15 +44,28 @@ def roll_out(config, cluster):
     cluster.roll()
 
 
+def ask_for_response(client, **fields):
+    greedy = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
+    return client.responses.create(model="demo-moe", input="Which?", max_output_tokens=600, **greedy, **fields)
+
+
 def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_for_good, next_version):
     """Attention replicas, the ingress, the controller, shards and their number change while streams run; more streams
-    than the new replicas have places for start a third one. They come over gRPC and HTTP in turn."""
-    with Client(f"127.0.0.1:{served_for_good.grpc_port}") as client, RunningCluster() as cluster:
+    than the new replicas have places for start a third one. They come over gRPC and HTTP in turn. Responses that run in
+    the background of the old ingresses end there, and whatever is kept stays.
+    """
+    with (
+        Client(f"127.0.0.1:{served_for_good.grpc_port}") as client,
+        RunningCluster() as cluster,
+        openai.OpenAI(base_url=f"{served_for_good.http_url}/v1", api_key="any") as http,
+    ):
         questions = make_questions(NUM_QUESTIONS, client.model_info().vocab_size, seed=3)
         quiet = ask_all(client, questions, concurrency=4)
         config = replace(
             served_for_good.config, release=VERSION, expert_shards=3, max_num_seqs=2, max_attention_replicas=3
         )
+        kept = ask_for_response(http)
+        begun = [ask_for_response(http, background=True) for _ in range(4)]  # at both ingresses
         rolled = threading.Thread(target=roll_out, args=(config, cluster))
         rolled.start()
         rounds, askers = [], (client, HttpStreams(served_for_good.http_url))
@@ -59,6 +73,9 @@ def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_fo
             rounds.append(ask_all(askers[len(rounds) % 2], questions, concurrency=8))
         rolled.join()
         assert cluster.status().versions == (VERSION,)
+        assert http.responses.retrieve(kept.id) == kept
+        for response in begun:
+            assert http.responses.retrieve(response.id).output_text == kept.output_text
         cluster.scale_experts(2)  # as it was
     replies = [reply for again in rounds for reply in again]
     assert [reply.error for reply in replies if reply.error] == []

@@ -83,6 +83,7 @@ def test_every_documented_metric_exists():
     dispatch.rerouted(0, 1)
     metrics.ShardMetrics(registry, 0)
     metrics.ControllerMetrics(registry)
+    metrics.ResponseStoreMetrics(registry)
     known = {family.name for family in registry.collect()}
     named = {name.removesuffix("_total") for name in re.findall(r"`(moecluster_\w+)", METRICS)}
     assert len(named) > 10

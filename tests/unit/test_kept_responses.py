@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import virtual_time
@@ -9,15 +11,10 @@ from http_tools import Front
 from serving_fakes import IM_END, EchoBackend, byte_ids, write_tokenizer
 
 from cluster.errors import NotFound, Overloaded, Unavailable
+from cluster.runtime.front.ingress import Ingress
 from cluster.serving.openai.responses.background import MAX_OF_CLIENT, MAX_TRIES, REPORT_S, Responses
-from cluster.serving.openai.responses.store import (
-    LOST_S,
-    RECORD_BYTES,
-    KeptResponses,
-    Progress,
-    StoredResponse,
-    StoreLimits,
-)
+from cluster.serving.openai.responses.kept import RECORD_BYTES, KeptResponses
+from cluster.serving.openai.responses.store import LOST_S, Progress, StoredResponse, StoreLimits
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
 
@@ -78,6 +75,62 @@ def test_a_response_goes_when_it_is_old():
     assert kept(store, "a") == "a"
     clock.now_s = 61.0
     assert kept(store, "a") == "-"
+
+
+def test_a_store_counts_what_it_has_and_what_it_let_go():
+    """Two of 1000 bytes and more, one that runs; then 61 s later all but the running one's successor are too old."""
+    clock, reasons = Clock(), []
+    store = KeptResponses(StoreLimits(max_responses=2, max_age_s=60), clock, reasons.append)
+
+    def usage():
+        found = store.usage()
+        return found.num_kept, found.num_running
+
+    for name in "ab":
+        asyncio.run(store.put(stored(name, 1000, running=name == "b")))
+    assert usage() == (2, 1)
+    assert 2 * (RECORD_BYTES + 1000) < store.usage().num_bytes < 2 * (RECORD_BYTES + 1300)
+    asyncio.run(store.put(stored("c")))
+    assert (usage(), reasons) == ((2, 1), ["room"])
+    clock.now_s = LOST_S + 1
+    assert usage() == (2, 0)
+    clock.now_s = 61.0
+    assert (usage(), store.usage().num_bytes, reasons) == ((0, 0), 0, ["room", "age", "age"])
+
+
+def test_a_successor_goes_on_where_the_store_was(monkeypatch):
+    """With each response in a part of its own."""
+    monkeypatch.setattr("cluster.serving.openai.responses.kept.PART_BYTES", 1)
+    clock = Clock()
+    store = KeptResponses(StoreLimits(max_age_s=60), clock)
+
+    async def run():
+        store_id = await store.put(stored("a"))
+        clock.now_s = 50.0
+        await store.put(stored("b", running=True, events=("e0", "e1")))
+        parts = [pickle.loads(pickle.dumps(part)) for part in store.contents()]
+        assert [len(part.responses) for part in parts] == [1, 1]
+        successor = KeptResponses(clock=clock)
+        for part in parts:
+            successor.take(part)
+        assert successor.usage() == store.usage()
+        reply = await successor.report([Progress(response_id="b", response="r", first=2, events=("e2",), ended=True)])
+        assert (reply.store_id, reply.stop) == (store_id, ())
+        page = await successor.follow("b", "me", 0)
+        assert (page.events, page.ended) == (("e0", "e1", "e2"), True)
+        clock.now_s = 61.0
+        with pytest.raises(NotFound):
+            await successor.get("a", "me")
+        assert (await successor.get("b", "me")).response == "r"
+
+    asyncio.run(run())
+
+
+def test_an_empty_store_has_contents_too():
+    [part] = KeptResponses(StoreLimits(max_responses=7)).contents()
+    successor = KeptResponses()
+    successor.take(part)
+    assert (successor.limits.max_responses, successor.usage().num_kept) == (7, 0)
 
 
 def test_bytes_are_given_back():
@@ -291,6 +344,26 @@ def test_a_response_whose_process_is_gone_has_failed(tokenizer):
         assert "is gone" in response.json()["error"]["message"]
 
     play(tokenizer, scenario, WAIT)
+
+
+def test_an_ingress_that_goes_ends_its_background_responses_first(tokenizer):
+    """Serve awaits the class's `__del__`, which here gets an object that has what it reads."""
+
+    async def run():
+        store = KeptResponses(clock=asyncio.get_running_loop().time)
+        backend, responses = Script("Hel", WAIT, "lo"), Responses(store)
+        front = Front(tokenizer, backend, responses=responses, max_model_len=400)
+        async with front.client() as client:
+            begun = await begin(client)
+            going = asyncio.create_task(Ingress.__bases__[0].__del__(SimpleNamespace(_responses=responses)))
+            await asyncio.sleep(2 * LOST_S)
+            assert not going.done()
+            backend.gate.set()
+            await asyncio.wait_for(going, 2 * REPORT_S)
+            ended = await look(client, begun["id"])
+        assert (ended["status"], text_of(ended)) == ("completed", "Hello")
+
+    virtual_time.run(run)
 
 
 class Forgetful:

@@ -25,6 +25,7 @@ from cluster.metrics import (
     EngineMetrics,
     IngressMetrics,
     NodeCollector,
+    ResponseStoreMetrics,
     ShardMetrics,
     multiprocess_env,
     new_registry,
@@ -77,6 +78,10 @@ METRICS = {
     "moecluster_controller_wanted_shards": ("gauge", set()),
     "moecluster_controller_respawns_total": ("counter", {"shard_id"}),
     "moecluster_controller_experts": ("gauge", {"copies"}),
+    "moecluster_responses_kept": ("gauge", set()),
+    "moecluster_responses_kept_bytes": ("gauge", set()),
+    "moecluster_responses_running": ("gauge", set()),
+    "moecluster_responses_evicted_total": ("counter", {"reason"}),
 }
 
 
@@ -122,6 +127,9 @@ def filled(registry: CollectorRegistry) -> CollectorRegistry:
     controller.changed("rebalance", "done", 7)
     controller.respawned(1)
     controller.coverage(zero=1, one=60, more=3)
+    responses = ResponseStoreMetrics(registry)
+    responses.state(kept=3, kept_bytes=9000, running=1)
+    responses.evicted("room")
     return registry
 
 

@@ -27,7 +27,14 @@ from promql import (
 )
 from test_metrics import METRICS
 
-from cluster.metrics import ControllerMetrics, DispatchMetrics, EngineMetrics, IngressMetrics, ShardMetrics
+from cluster.metrics import (
+    ControllerMetrics,
+    DispatchMetrics,
+    EngineMetrics,
+    IngressMetrics,
+    ResponseStoreMetrics,
+    ShardMetrics,
+)
 
 EXPRESSIONS = expressions()
 
@@ -51,6 +58,7 @@ def label_values():
     dispatch, controller = DispatchMetrics(registry, "r"), ControllerMetrics(registry)
     dispatch.returned(0, 0.1, 1)
     ShardMetrics(registry, 0)
+    ResponseStoreMetrics(registry)
     for outcome in ("done", "failed"):
         controller.changed("rebalance", outcome, 1)
     values: dict[tuple[str, str], set[str]] = {}

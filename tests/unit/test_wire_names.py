@@ -21,7 +21,7 @@ from cluster.runtime.front.response_store import ResponseStoreActor
 from cluster.runtime.workers.engine_actor import EngineActor
 from cluster.runtime.workers.protocol import ClusterRecord, Membership
 from cluster.runtime.workers.shard_actor import ExpertShardActor
-from cluster.serving.openai.responses.store import Page, Progress, Reply, StoredResponse, StoreLimits
+from cluster.serving.openai.responses.store import Contents, Page, Progress, Reply, StoredResponse, StoreLimits
 from cluster.status import ClusterStatus, Fault, ProcessInfo, ReplicaStatus, ShardStatus
 from cluster.stream.frames import StreamOffer
 from cluster.types import EngineRequest, EngineStats, Logprobs, SamplingParams, SequenceUpdate
@@ -58,6 +58,7 @@ SINCE = (
     Reply(store_id="s", stop=("a",)),
     Page(events=("e",), num_events=2, ended=True),
     StoreLimits(max_bytes=1, max_responses=2, max_age_s=3.0),
+    Contents(store_id="s", limits=StoreLimits(max_bytes=1), ages_s=(1.0,)),
 )
 FAILURES = (ShardUnavailable("shard 1 died", 1), InvalidRequest("no", "n"))
 ACTORS = (ExpertController, ExpertShardActor, EngineActor)
@@ -80,6 +81,7 @@ NAMES = """
     cluster.runtime.protocol.ReplicaStatus
     cluster.runtime.protocol.ShardStatus
     cluster.runtime.front.response_store.ResponseStoreActor
+    cluster.serving.openai.responses.store.Contents
     cluster.serving.openai.responses.store.Page
     cluster.serving.openai.responses.store.Progress
     cluster.serving.openai.responses.store.Reply

@@ -8,7 +8,7 @@ from cluster.serving.health import HealthState
 from cluster.serving.live.feed import LiveFeed
 from cluster.serving.live.operations import Operations
 from cluster.serving.openai.responses.background import Responses
-from cluster.serving.openai.responses.store import KeptResponses
+from cluster.serving.openai.responses.kept import KeptResponses
 from cluster.serving.service import InferenceService
 
 

@@ -1,27 +1,20 @@
 """Where responses are kept after their calls, and while nobody waits for them. Knows no Ray and no HTTP.
 
 A response is two JSON texts and the events of its stream; what stands in them is the front's business. Only the client
-that made a response gets it back. `ResponseStore` is the seam: `KeptResponses` keeps them in this process, and
+that made a response gets it back. `ResponseStore` is the seam: `kept.KeptResponses` keeps them in this process, and
 `runtime/front/response_store.py` puts one of these into a process that all ingresses ask.
 """
 
-import asyncio
-import sys
-import time
-import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.errors import NotFound, Overloaded
+from cluster.errors import NotFound
 from cluster.evolving import evolving
 
 FOLLOW_S = 10.0  # in which a question for more events is answered, with or without
 LOST_S = 30.0  # a running response of which nothing is heard for so long has lost its process
-RETRY_S = 5.0
-RECORD_BYTES = 2000  # of a response beside its texts, about
-_ID = "response_id"
+ID = "response_id"
 _WIRE = "cluster.serving.openai.responses.store"
 
 
@@ -88,6 +81,17 @@ class Page:
     ended: bool
 
 
+@evolving(_WIRE)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """Some of all that a store has, oldest first, for its successor; ages_s: of each response."""
+
+    store_id: str
+    limits: StoreLimits = StoreLimits()
+    responses: tuple[StoredResponse, ...] = ()
+    ages_s: tuple[float, ...] = ()
+
+
 class ResponseStore(Protocol):
     """Every method may raise Unavailable. NotFound: it is not there, or another client's."""
 
@@ -108,131 +112,6 @@ class ResponseStore(Protocol):
 
     async def report(self, news: Sequence[Progress]) -> Reply:
         """Takes note of running responses: call it for each every few seconds, also without news."""
-
-
-@dataclass(slots=True)
-class _Kept:
-    """One response here, with what changes."""
-
-    stored: StoredResponse
-    made_at: float
-    heard_at: float
-    events: list[str]
-    num_bytes: int
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def tell(self) -> None:
-        """Wakes all that wait for a change."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-
-class KeptResponses:
-    """A `ResponseStore` in this process. Not thread-safe. clock: monotonic seconds."""
-
-    def __init__(self, limits: StoreLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits, self._clock = limits or StoreLimits(), clock
-        self._id = uuid.uuid4().hex
-        self._kept: dict[str, _Kept] = {}  # oldest first
-        self._num_bytes = 0
-
-    async def put(self, stored: StoredResponse) -> str:
-        self._drop(stored.response_id)
-        now, events = self._clock(), list(stored.events or ())
-        num_bytes = RECORD_BYTES + _num_bytes(stored.response, stored.items, *events)
-        self._check_room(num_bytes, running=stored.running)
-        plain = stored if stored.events is None else replace(stored, events=())
-        self._kept[stored.response_id] = _Kept(plain, now, now, events, num_bytes)
-        self._num_bytes += num_bytes
-        self._evict()
-        return self._id
-
-    async def get(self, response_id: str, client: str) -> StoredResponse:
-        return self._now(self._find(response_id, client))
-
-    async def follow(self, response_id: str, client: str, first: int) -> Page:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(FOLLOW_S):
-                while True:
-                    kept = self._find(response_id, client)
-                    if len(kept.events) > first or not self._runs(kept):
-                        break
-                    await kept.changed.wait()
-        kept = self._find(response_id, client)
-        return Page(events=tuple(kept.events[first:]), num_events=len(kept.events), ended=not self._runs(kept))
-
-    async def cancel(self, response_id: str, client: str) -> StoredResponse:
-        kept = self._find(response_id, client)
-        if self._runs(kept):
-            kept.stored = replace(kept.stored, running=False, ending="cancelled")
-            kept.tell()
-        return self._now(kept)
-
-    async def delete(self, response_id: str, client: str) -> None:
-        self._find(response_id, client)
-        self._drop(response_id)
-
-    async def report(self, news: Sequence[Progress]) -> Reply:
-        stop = [each.response_id for each in news if not self._note(each)]
-        self._evict()
-        return Reply(store_id=self._id, stop=tuple(stop))
-
-    def _note(self, news: Progress) -> bool:
-        """Returns whether the response is still wanted. One that was cancelled takes its text, and no more events."""
-        kept = self._kept.get(news.response_id)
-        if kept is None:
-            return False
-        kept.heard_at = self._clock()
-        wanted, more = kept.stored.running, _num_bytes(news.response) - _num_bytes(kept.stored.response)
-        if wanted:
-            more += _num_bytes(*news.events) - _num_bytes(*kept.events[news.first :])
-            kept.events[news.first :] = news.events
-        kept.stored = replace(kept.stored, response=news.response, running=wanted and not news.ended)
-        kept.num_bytes += more
-        self._num_bytes += more
-        if wanted and (news.events or news.ended):
-            kept.tell()
-        return wanted
-
-    def _find(self, response_id: str, client: str) -> _Kept:
-        self._evict()
-        kept = self._kept.get(response_id)
-        if kept is None or kept.stored.client != client:
-            raise NotFound(f"Response with id {response_id[:100]!r} not found: it was never kept, or is gone", _ID)
-        return kept
-
-    def _runs(self, kept: _Kept) -> bool:
-        return kept.stored.running and self._clock() - kept.heard_at <= LOST_S
-
-    def _now(self, kept: _Kept) -> StoredResponse:
-        """A response as it is at this moment."""
-        lost = kept.stored.running and not self._runs(kept)
-        return replace(kept.stored, running=False, ending="lost") if lost else kept.stored
-
-    def _check_room(self, num_bytes: int, *, running: bool) -> None:
-        """Raises Overloaded for one that does not fit in, a running one also for one that does not fit beside the
-        others that run."""
-        others = [kept.num_bytes for kept in self._kept.values() if self._runs(kept)] if running else []
-        limits = self.limits
-        if len(others) >= limits.max_responses or sum(others) + num_bytes > limits.max_bytes:
-            raise Overloaded.later("the store of responses has no room for this one", RETRY_S)
-
-    def _evict(self) -> None:
-        """Drops what is too old or too much: the oldest first, running ones after all others."""
-        limits, now = self.limits, self._clock()
-        while self._kept:
-            victim = next(iter(self._kept.values()))
-            if self._num_bytes > limits.max_bytes or len(self._kept) > limits.max_responses:
-                victim = next((kept for kept in self._kept.values() if not self._runs(kept)), victim)
-            elif now - victim.made_at <= limits.max_age_s:
-                return
-            self._drop(victim.stored.response_id)
-
-    def _drop(self, response_id: str) -> None:
-        kept = self._kept.pop(response_id, None)
-        if kept is not None:
-            self._num_bytes -= kept.num_bytes
-            kept.tell()
 
 
 class NoStore:
@@ -257,9 +136,4 @@ class NoStore:
         raise self._refusal()
 
     def _refusal(self) -> NotFound:
-        return NotFound("this server keeps no responses: stored_responses is 0", _ID)
-
-
-def _num_bytes(*texts: str) -> int:
-    """Of texts as this process holds them."""
-    return sum(map(sys.getsizeof, texts))
+        return NotFound("this server keeps no responses: stored_responses is 0", ID)
