@@ -17,7 +17,7 @@ from cluster.experts.placement import plan_evenly
 from cluster.experts.pulse import Sign
 from cluster.outcome import Numbers
 from cluster.runtime.control.controller import ExpertController
-from cluster.runtime.front.response_store import ResponseStoreActor
+from cluster.runtime.front.response_store import ResponseCarrier, ResponseStoreActor
 from cluster.runtime.workers.engine_actor import EngineActor
 from cluster.runtime.workers.protocol import ClusterRecord, Membership
 from cluster.runtime.workers.shard_actor import ExpertShardActor
@@ -62,7 +62,7 @@ SINCE = (
 )
 FAILURES = (ShardUnavailable("shard 1 died", 1), InvalidRequest("no", "n"))
 ACTORS = (ExpertController, ExpertShardActor, EngineActor)
-ACTORS_SINCE = (ResponseStoreActor,)
+ACTORS_SINCE = (ResponseStoreActor, ResponseCarrier)
 NAMES = """
     cluster.config.cluster.ClusterConfig
     cluster.errors.InvalidRequest
@@ -80,6 +80,7 @@ NAMES = """
     cluster.runtime.protocol.ProcessInfo
     cluster.runtime.protocol.ReplicaStatus
     cluster.runtime.protocol.ShardStatus
+    cluster.runtime.front.response_store.ResponseCarrier
     cluster.runtime.front.response_store.ResponseStoreActor
     cluster.serving.openai.responses.store.Contents
     cluster.serving.openai.responses.store.Page

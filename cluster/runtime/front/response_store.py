@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 10.0  # between two looks for the controller
 MISSES = 2  # looks without a controller, after which there is no cluster
 SHOW_S = 1.0  # between two looks at the metrics
+CARRIED_S = 600.0  # after which nobody comes any more for what is carried
 
 
 @on_wire("cluster.runtime.front.response_store")
@@ -79,6 +80,7 @@ class ResponseStoreActor:
             for part in self._kept.contents():
                 await carrier.add.remote(part)
         except BaseException:
+            ray.kill(carrier)  # else a later process would take up what it has by then
             self._open.set()
             raise
         log.info("%s: %d kept responses are handed over", self._group, self._kept.usage().num_kept)
@@ -126,14 +128,22 @@ class ResponseStoreActor:
 
 @on_wire("cluster.runtime.front.response_store")
 class ResponseCarrier:
-    """Has a store's contents while one process of it follows another."""
+    """Has a store's contents while one process of it follows another, and ends by itself if none does."""
 
     def __init__(self) -> None:
         log_to_ray()
         self._parts: list[Contents] = []
+        self._end: asyncio.Task[None] | None = None
 
     async def clear(self) -> None:
         self._parts.clear()
+        if self._end is None:
+            self._end = asyncio.create_task(self._end_later())
+
+    async def _end_later(self) -> None:
+        await asyncio.sleep(CARRIED_S)
+        log.warning("nobody has come for %d parts of a store's contents: they are lost", len(self._parts))
+        ray.actor.exit_actor()
 
     async def add(self, part: Contents) -> None:
         self._parts.append(part)
