@@ -21,13 +21,14 @@ from cluster.serving.openai.chat_schema import (
     ChunkChoice,
 )
 from cluster.serving.openai.conversations import to_conversation
+from cluster.serving.openai.errors import OpenAIError
 from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants, with_stop_strings
 from cluster.serving.openai.logprobs import as_token_ids, chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import DONE, STREAMED, begun, event
+from cluster.serving.openai.sse import DONE, begun, event, streamed
 from cluster.serving.openai.tool_reader import chosen_form, form_field
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs, SamplingParams, TextDelta
@@ -38,7 +39,9 @@ NOTHING = TextDelta()
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["chat"], route_class=BodyRoute)
 
-    @routes.post("/v1/chat/completions", response_model=ChatAnswer, responses=STREAMED)
+    @routes.post(
+        "/v1/chat/completions", response_model=ChatAnswer, responses=streamed(ChatChunk, OpenAIError, done=True)
+    )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
         body.check()

@@ -17,6 +17,7 @@ from cluster.serving.openai.completion_schema import (
     CompletionLogprobs,
     CompletionRequest,
 )
+from cluster.serving.openai.errors import OpenAIError
 from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import (
     Call,
@@ -33,7 +34,7 @@ from cluster.serving.openai.logprobs import as_token_ids, completion_logprobs, t
 from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
 from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import DONE, STREAMED, begun, event
+from cluster.serving.openai.sse import DONE, begun, event, streamed
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs, TextDelta, Usage
 
@@ -44,7 +45,9 @@ MAX_SEQUENCES = 2048  # of one call: prompts times choices
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["completions"], route_class=BodyRoute)
 
-    @routes.post("/v1/completions", response_model=CompletionAnswer, responses=STREAMED)
+    chunks = streamed(CompletionAnswer, OpenAIError, done=True)
+
+    @routes.post("/v1/completions", response_model=CompletionAnswer, responses=chunks)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
         body.check()

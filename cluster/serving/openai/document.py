@@ -8,10 +8,14 @@ from pydantic.json_schema import models_json_schema
 
 from cluster.sampling_limits import LIMITS
 from cluster.serving.openai.base_schema import LOWEST_SEED
+from cluster.serving.openai.chat_schema import ChatChunk
 from cluster.serving.openai.errors import ANTHROPIC_PATH, AnthropicError, OpenAIError
+from cluster.serving.openai.messages_events import MessageEvent
+from cluster.serving.openai.responses.events import ErrorEvent, ResponseEvent
 
 Json = dict[str, Any]
 
+STREAMED_MODELS = (ChatChunk, MessageEvent, ResponseEvent, ErrorEvent)
 _METHODS = ("get", "post", "put", "delete", "patch")
 _OF_ALL = {
     403: "the caller may not use this address",
@@ -62,11 +66,11 @@ def _complete(document: Json, keyless: Callable[[str], bool], model_names: Seque
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in _UNCHECKED:
         schemas.pop(name, None)
-    _, errors = models_json_schema(
-        [(OpenAIError, "serialization"), (AnthropicError, "serialization")],
+    _, more = models_json_schema(
+        [(model, "serialization") for model in (OpenAIError, AnthropicError, *STREAMED_MODELS)],
         ref_template="#/components/schemas/{model}",
     )
-    schemas.update(errors["$defs"])
+    schemas.update(more["$defs"])
     document["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

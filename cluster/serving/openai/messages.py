@@ -7,10 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict
 
 from cluster.errors import InvalidRequest
-from cluster.serving.openai.base_schema import AnswerBody
 from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.chat import PreparedChat, prepared
 from cluster.serving.openai.chat_schema import (
@@ -24,10 +22,25 @@ from cluster.serving.openai.chat_schema import (
     ToolBody,
 )
 from cluster.serving.openai.conversations import check_length, to_conversation
-from cluster.serving.openai.errors import anthropic_body
+from cluster.serving.openai.errors import AnthropicError, anthropic_body
 from cluster.serving.openai.forms import naming
 from cluster.serving.openai.generation import Call, Choice, collect
 from cluster.serving.openai.message_reader import reader_for
+from cluster.serving.openai.messages_events import (
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
+    InputJsonDelta,
+    MessageDelta,
+    MessageEnd,
+    MessageEvent,
+    MessageStart,
+    MessageStop,
+    OneEvent,
+    StartedText,
+    StartedToolUse,
+    TextDelta,
+)
 from cluster.serving.openai.messages_schema import (
     CountTokensRequest,
     MessageAnswer,
@@ -41,23 +54,16 @@ from cluster.serving.openai.messages_schema import (
     Turn,
 )
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import STREAMED, begun, event, event_text
+from cluster.serving.openai.sse import begun, event_text, streamed
 from cluster.serving.text.prompts import Prompt
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-class StreamEvent(AnswerBody):
-    """An event of a stream; its fields differ by type."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str
-
-
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["messages"], route_class=BodyRoute)
 
-    @routes.post("/v1/messages", response_model=MessageAnswer, responses=STREAMED)
+    @routes.post("/v1/messages", response_model=MessageAnswer, responses=streamed(MessageEvent, AnthropicError))
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         served.check_model(body.model)
         call = Call(request_id=f"msg_{request.state.request_id}", client=request.state.client)
@@ -209,31 +215,30 @@ class _Blocks:
         """Returns the events that a part of the message brings."""
         events: list[str] = []
         if part.content:
-            events += self._begin("text", {"type": "text", "text": ""}) if self._open != "text" else []
-            events.append(self._delta({"type": "text_delta", "text": part.content}))
+            events += self._begin(StartedText()) if self._open != "text" else []
+            events.append(self._delta(TextDelta(text=part.content)))
         for call in part.tool_calls or ():
             function = call.get("function", {})
             if function.get("name"):
                 self.called = True
-                block = {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}}
-                events += self._begin("tool_use", block)
+                events += self._begin(StartedToolUse(id=call["id"], name=function["name"]))
             if function.get("arguments"):
-                events.append(self._delta({"type": "input_json_delta", "partial_json": function["arguments"]}))
+                events.append(self._delta(InputJsonDelta(partial_json=function["arguments"])))
         return events
 
     def end(self) -> list[str]:
         """Returns the events that close the open block."""
-        closing = [_event("content_block_stop", index=self._index)] if self._open else []
+        closing = [_event(ContentBlockStop(index=self._index))] if self._open else []
         self._open = ""
         return closing
 
-    def _begin(self, kind: str, block: dict[str, Any]) -> list[str]:
+    def _begin(self, block: StartedText | StartedToolUse) -> list[str]:
         closing = self.end()
-        self._index, self._open = self._index + 1, kind
-        return [*closing, _event("content_block_start", index=self._index, content_block=block)]
+        self._index, self._open = self._index + 1, block.type
+        return [*closing, _event(ContentBlockStart(index=self._index, content_block=block))]
 
-    def _delta(self, delta: dict[str, Any]) -> str:
-        return _event("content_block_delta", index=self._index, delta=delta)
+    def _delta(self, delta: TextDelta | InputJsonDelta) -> str:
+        return _event(ContentBlockDelta(index=self._index, delta=delta))
 
 
 async def _stream(chat: PreparedChat) -> AsyncGenerator[str, None]:
@@ -243,7 +248,7 @@ async def _stream(chat: PreparedChat) -> AsyncGenerator[str, None]:
         async for _, delta in chat.deltas:
             if not begun_:
                 begun_ = True
-                yield _event("message_start", message=_started(chat))
+                yield _event(MessageStart(message=_started(chat)))
             choice.add(delta)
             parts = reader.read(delta.text)
             if delta.finish_reason is not None:
@@ -254,14 +259,15 @@ async def _stream(chat: PreparedChat) -> AsyncGenerator[str, None]:
     for text in blocks.end():
         yield text
     reason = _stop_reason(choice, called=blocks.called)
-    usage = {"input_tokens": choice.usage.prompt_tokens, "output_tokens": choice.usage.completion_tokens}
-    yield _event("message_delta", delta={"stop_reason": reason, "stop_sequence": choice.matched_stop}, usage=usage)
-    yield _event("message_stop")
+    usage = MessagesUsage(input_tokens=choice.usage.prompt_tokens, output_tokens=choice.usage.completion_tokens)
+    end = MessageEnd(stop_reason=reason, stop_sequence=choice.matched_stop)
+    yield _event(MessageDelta(delta=end, usage=usage))
+    yield _event(MessageStop())
 
 
-def _started(chat: PreparedChat) -> dict[str, Any]:
+def _started(chat: PreparedChat) -> MessageAnswer:
     """The message before its first token; the number of its own tokens comes with the last event."""
-    empty = MessageAnswer(
+    return MessageAnswer(
         id=chat.call.request_id,
         model=chat.served.service.info.model_id,
         content=[],
@@ -269,11 +275,10 @@ def _started(chat: PreparedChat) -> dict[str, Any]:
         stop_sequence=None,
         usage=MessagesUsage(input_tokens=len(chat.prompt_token_ids or ())),
     )
-    return empty.model_dump()
 
 
-def _event(kind: str, **fields: Any) -> str:
-    return event(StreamEvent(type=kind, **fields), kind)
+def _event(data: OneEvent) -> str:
+    return event_text(data.model_dump_json(), data.type)
 
 
 def _error_event(error: Exception, request_id: str) -> str:

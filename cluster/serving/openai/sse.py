@@ -15,9 +15,21 @@ DONE = "data: [DONE]\n\n"
 # Characters inside of JSON's texts where some clients end a line (httpx, and Python's splitlines).
 _BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 MEDIA_TYPE = "text/event-stream; charset=utf-8"
-# For a route's `responses`: with `stream` its answer is of this kind.
-_ONE = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": _ONE}}}}
+
+
+def streamed(data: type[BaseModel], error: type[BaseModel], *, done: bool = False) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: with `stream` its answer is of this kind.
+
+    `itemSchema` is OpenAPI 3.2's word for one event; 3.1 has none, and its readers find the models by their names alone
+    (`document.py` writes them).
+
+    data: a model of an event's data.  error: of the one that ends a broken stream.  done: [DONE] ends a whole one.
+    """
+    refs = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (data, error)]
+    of_json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": refs}}
+    text = {"anyOf": [of_json, {"const": "[DONE]"}]} if done else of_json
+    item = {"type": "object", "properties": {"event": {"type": "string"}, "data": text}, "required": ["data"]}
+    return {200: {"content": {"text/event-stream": {"itemSchema": item}}}}
 
 
 def event(data: BaseModel, name: str = "") -> str:

@@ -12,16 +12,18 @@ from cluster.serving.openai.body import AnswerBody
 from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.generation import Call
 from cluster.serving.openai.responses.creating import create
+from cluster.serving.openai.responses.events import ErrorEvent, ResponseEvent
 from cluster.serving.openai.responses.items import in_these_words
 from cluster.serving.openai.responses.response_body import ResponseBody, as_stored
 from cluster.serving.openai.responses.schema import ResponseRequest
 from cluster.serving.openai.responses.store import ResponseStore
 from cluster.serving.openai.responses.writing import error_event, last_event
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import STREAMED, begun
+from cluster.serving.openai.sse import begun, streamed
 
 JSON = "application/json"
 PATH = "/v1/responses"
+EVENTS = streamed(ResponseEvent, ErrorEvent)
 NOTHING_YET = ": nothing yet\n\n"  # a comment: proxies see that the stream lives
 
 
@@ -42,7 +44,7 @@ class ItemList(AnswerBody):
 def router(served: Served) -> APIRouter:
     routes = APIRouter(tags=["responses"], route_class=BodyRoute, prefix=PATH)
 
-    @routes.post("", response_model=ResponseBody, responses=STREAMED)
+    @routes.post("", response_model=ResponseBody, responses=EVENTS)
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         served.check_model(body.model)
         call = Call(request_id=f"resp_{served.service.new_request_id()}", client=request.state.client)
@@ -56,7 +58,7 @@ def router(served: Served) -> APIRouter:
 def _add_kept(routes: APIRouter, store: ResponseStore) -> None:
     """The calls for a response that is kept."""
 
-    @routes.get("/{response_id}", response_model=ResponseBody, responses=STREAMED)
+    @routes.get("/{response_id}", response_model=ResponseBody, responses=EVENTS)
     async def get_response(
         response_id: str,
         request: Request,
