@@ -8,6 +8,7 @@ from http_tools import MODEL, Front, events
 from serving_fakes import HELLO, IM_END, EchoBackend, byte_ids, write_tokenizer
 
 from cluster.outcome import Numbers
+from cluster.serving.openai import answer_size
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import Logprobs, SequenceUpdate
 
@@ -254,3 +255,13 @@ def test_choices_wait_for_the_first_ones_long_prompt_and_find_it_in_the_cache(to
     made = answer(Front(tokenizer, Backend()), COMPLETIONS, prompt=[A] * num_tokens, n=3, max_tokens=1)
     assert [choice["text"] for choice in made["choices"]] == ["a", "a", "a"]
     assert (seen[0], len(seen)) == (num_before, 3)
+
+
+@pytest.mark.parametrize(("path", "prompt"), [(COMPLETIONS, {"prompt": "ab"}), (CHAT, {"messages": MESSAGES})])
+def test_prompt_logprobs_that_make_an_answer_too_large_are_not_computed(tokenizer, path, prompt, monkeypatch):
+    """Two tokens with 20 likeliest ones each: 42 entries."""
+    monkeypatch.setattr(answer_size, "MAX_ANSWER_BYTES", 42 * answer_size.LOGPROB_BYTES - 1)
+    backend = Scorer()
+    message = refusal(Front(tokenizer, backend), path, prompt_logprobs=20, max_tokens=1, **prompt)["message"]
+    assert "prompt_logprobs: the answer would have more than" in message
+    assert [request.wants for request in backend.requests] == []

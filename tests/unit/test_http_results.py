@@ -11,6 +11,7 @@ from test_results_served import SEQUENCE, TOKENS, NumbersBackend
 
 from cluster.errors import ShardUnavailable
 from cluster.outcome import Head, Numbers
+from cluster.serving.openai import answer_size
 from cluster.serving.openai.results import AT_A_TIME
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
@@ -205,3 +206,15 @@ def test_tokenize_and_detokenize_are_each_others_inverse(tokenizer):
     assert answer["tokens"] == [IM_START, *byte_ids(b"user\n"), HELLO, IM_END, *byte_ids(b"\n")]
     _, text = post(tokenizer, "/detokenize", {"tokens": answer["tokens"]})
     assert text == {"prompt": "<|im_start|>user\nhello<|im_end|>\n"}
+
+
+def test_vectors_of_too_many_tokens_are_refused(tokenizer, monkeypatch):
+    """Two prompts of two tokens with a number for each label, in base64 a quarter of the bytes."""
+    num_numbers = 4 * len(TOKENS.labels)
+    monkeypatch.setattr(answer_size, "MAX_ANSWER_BYTES", num_numbers * answer_size.NUMBER_BYTES - 1)
+    body = {"input": [[1, 5], [1, 0]], "task": "token_classify"}
+    status, refused = post(tokenizer, "/pooling", body, TOKENS)
+    assert (status, refused["error"]["param"]) == (400, "input")
+    assert "encoding_format base64" in refused["error"]["message"]
+    status, answer = post(tokenizer, "/pooling", body | {"encoding_format": "base64"}, TOKENS)
+    assert (status, len(answer["data"])) == (200, 2)

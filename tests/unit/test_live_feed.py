@@ -121,7 +121,7 @@ def test_a_slow_watcher_gets_the_latest_frame_and_no_queue():
 def test_a_reading_that_fails_is_made_again(monkeypatch):
     assert asyncio.run(feed_of(FakeSource(failures=3)).now()).number == 4
     assert asyncio.run(feed_of(FakeSource(failures=2, error=IndexError("a shard of another model"))).now()).number == 3
-    monkeypatch.setattr("cluster.serving.live.feed.FIRST_FRAME_S", 0.05)
+    monkeypatch.setattr("cluster.serving.live.feed.FRAME_S", 0.05)
     with pytest.raises(Unavailable):
         asyncio.run(feed_of(FakeSource(failures=10**9)).now())
 

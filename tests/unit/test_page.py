@@ -72,7 +72,7 @@ def test_a_snapshot_and_a_stream_of_the_cluster(tokenizer, monkeypatch):
     front = Front(tokenizer, live=feed_of(FakeSource()))
     snapshot = asyncio.run(front.get("/cluster")).json()
     assert (snapshot["cluster"]["state"], snapshot["placement"]["num_experts"]) == ("serving", 4)
-    monkeypatch.setattr("cluster.serving.openai.live.MAX_WATCH_S", 0.05)
+    monkeypatch.setattr("cluster.serving.openai.live.MAX_WATCH_S", 0.5)
     stream = asyncio.run(front.get("/cluster/live"))
     assert stream.headers["content-type"].startswith("text/event-stream")
     events = events_of(stream.text)
@@ -88,7 +88,7 @@ def test_a_stream_ends_when_the_server_does(tokenizer):
 
 
 def test_a_cluster_without_word_is_a_readable_error(tokenizer, monkeypatch):
-    monkeypatch.setattr("cluster.serving.live.feed.FIRST_FRAME_S", 0.05)
+    monkeypatch.setattr("cluster.serving.live.feed.FRAME_S", 0.05)
     for path in ("/cluster", "/cluster/live"):
         answer = asyncio.run(Front(tokenizer, live=feed_of(FakeSource(failures=10**9))).get(path))
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")

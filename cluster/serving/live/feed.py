@@ -22,7 +22,7 @@ from cluster.status import ClusterStatus
 log = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
-FIRST_FRAME_S = 10.0
+FRAME_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ class LiveFeed:
         self._events.observe(status, self._wall_clock())
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
-        """The latest frame and each one that is new when the watcher comes back for it. Raises Unavailable when the
-        first does not come."""
+        """The latest frame and each one that is new when the watcher comes back for it. Raises Unavailable when none
+        comes."""
         self.num_watchers += 1
         if self._reader is None:
             self._latest, self._beats = None, BeatMaker()
@@ -85,7 +85,7 @@ class LiveFeed:
 
     async def _newer(self, seen: int) -> Frame:
         try:
-            async with asyncio.timeout(FIRST_FRAME_S):
+            async with asyncio.timeout(FRAME_S):
                 while self._latest is None or self._latest.number <= seen:
                     news = self._news
                     await news.wait()

@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: a conversation's next message, whole or as a stream of deltas."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
+from cluster.serving.openai.answer_size import worded
 from cluster.serving.openai.base_schema import UsageBody
 from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.chat_schema import (
@@ -51,6 +53,8 @@ def router(served: Served) -> APIRouter:
             if body.stream:
                 return await begun(chat.stream(), call.request_id)
             answer = await chat.answer()
+        if body.prompt_logprobs is not None:
+            return await worded(lambda: answer, only_set=True)
         return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
     return routes
@@ -107,7 +111,7 @@ class PreparedChat:
         service, shown = self.served.service, dict[str, Any]()
         if self.body.prompt_logprobs is not None:
             [scored] = await score(service, [self.prompt], self.call, self.body.prompt_logprobs)
-            shown["prompt_logprobs"] = prompt_logprobs(scored, service.token_bytes)
+            shown["prompt_logprobs"] = await asyncio.to_thread(prompt_logprobs, scored, service.token_bytes)
         choices = await collect(self.deltas, self.num_choices)
         if self.prompt_token_ids is not None:
             shown["prompt_token_ids"] = self.prompt_token_ids

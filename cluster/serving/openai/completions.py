@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
+from cluster.serving.openai.answer_size import worded
 from cluster.serving.openai.base_schema import UsageBody
 from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.completion_schema import (
@@ -57,8 +58,10 @@ def router(served: Served) -> APIRouter:
             completion = await _prepared(served, body, call)
             if body.stream:
                 return await begun(completion.stream(), call.request_id)
-            answer = await completion.answer()
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+            choices = await completion.choices()
+        if completion.scored:
+            return await worded(lambda: completion.answer(choices), only_set=True)
+        return Response(completion.answer(choices).model_dump_json(exclude_unset=True), media_type="application/json")
 
     return routes
 
@@ -134,9 +137,12 @@ class _Completion:
     scored: Sequence[PromptTokens]
     echoes: Sequence[str]
 
-    async def answer(self) -> CompletionAnswer:
-        """Raises ClusterError."""
-        every = await collect(self.deltas, len(self.prompts) * self.num_each)
+    async def choices(self) -> list[Choice]:
+        """All choices of each prompt, prompt by prompt. Raises ClusterError."""
+        return await collect(self.deltas, len(self.prompts) * self.num_each)
+
+    def answer(self, every: Sequence[Choice]) -> CompletionAnswer:
+        """every: from `choices`."""
         usage, num_kept, shown = self._usage(every), self.body.n or 1, list[CompletionChoice]()
         for index in range(len(self.prompts)):
             choices = every[index * self.num_each : (index + 1) * self.num_each]

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
 from cluster.outcome import Computed, Head, HeadKind, Wants
+from cluster.serving.openai.answer_size import BASE64_BYTES, NUMBER_BYTES, AnswerSize, worded
 from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.result_schema import (
     EmbeddingAnswer,
@@ -36,27 +38,37 @@ TASKS: Mapping[HeadKind, Task] = {"sequence_classification": "classify", "token_
 def router(served: Served) -> APIRouter:
     routes, head = APIRouter(tags=["embeddings"], route_class=BodyRoute), served.service.info.head
 
-    @routes.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingAnswer:
+    @routes.post("/v1/embeddings", response_model=EmbeddingAnswer)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         if body.dimensions is not None:
             raise InvalidRequest("dimensions: this model's embeddings have one size", "dimensions")
         wants: Wants = "mean_hidden_state" if body.pooling == "mean" else "last_hidden_state"
         call = ResultCall(served, request, "embd")
         computed = await call.compute(body, wants)
-        data = [
-            EmbeddingData(index=index, embedding=_encoded(vector, body.encoding_format))
-            for index, vector in enumerate(vectors(computed, body.activated))
-        ]
-        return EmbeddingAnswer(data=data, **call.answered(computed))
 
-    @routes.post("/pooling")
-    async def pooling(body: PoolingRequest, request: Request) -> PoolingAnswer:
+        def answer() -> EmbeddingAnswer:
+            data = [
+                EmbeddingData(index=index, embedding=_encoded(vector, body.encoding_format))
+                for index, vector in enumerate(vectors(computed, body.activated))
+            ]
+            return EmbeddingAnswer(data=data, **call.answered(computed))
+
+        return await worded(answer)
+
+    @routes.post("/pooling", response_model=PoolingAnswer)
+    async def pooling(body: PoolingRequest, request: Request) -> Response:
         task = body.task or TASKS.get(head.kind, "embed")
         call = ResultCall(served, request, "pool")
-        computed = await call.compute(body, WANTS[task])
-        arrays = [_pooled(one, task, head, body.activated) for one in computed]
-        data = [PoolingData(index=i, data=_encoded(array, body.encoding_format)) for i, array in enumerate(arrays)]
-        return PoolingAnswer(data=data, **call.answered(computed))
+        size = AnswerSize("input", "send fewer tokens in a call, or ask for encoding_format base64")
+        each = BASE64_BYTES if body.encoding_format == "base64" else NUMBER_BYTES
+        computed = await call.compute(body, WANTS[task], lambda one: size.add(one.numbers.array().size * each))
+
+        def answer() -> PoolingAnswer:
+            arrays = [_pooled(one, task, head, body.activated) for one in computed]
+            data = [PoolingData(index=i, data=_encoded(array, body.encoding_format)) for i, array in enumerate(arrays)]
+            return PoolingAnswer(data=data, **call.answered(computed))
+
+        return await worded(answer)
 
     return routes
 

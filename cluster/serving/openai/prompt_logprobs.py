@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from cluster.errors import Unavailable
 from cluster.outcome import Computed
+from cluster.serving.openai.answer_size import LOGPROB_BYTES, AnswerSize
 from cluster.serving.openai.base_schema import PromptLogprob
 from cluster.serving.openai.generation import Call
 from cluster.serving.openai.logprobs import LOWEST, TokenText
@@ -30,15 +31,20 @@ class PromptTokens:
 async def score(service: InferenceService, prompts: Sequence[Prompt], call: Call, num_top: int) -> list[PromptTokens]:
     """Computes each prompt's log-probabilities, with those of the `num_top` likeliest tokens.
 
-    Raises ClusterError, the first that any meets.
+    Raises ClusterError, the first that any meets; InvalidRequest where the answer would be too large.
     """
+
+    size = AnswerSize("prompt_logprobs", "send fewer tokens in a call, or ask for fewer likeliest ones")
+
+    def check(num_tokens: int) -> None:
+        size.add(num_tokens * (1 + num_top) * LOGPROB_BYTES)
 
     async def one(index: int, prompt: Prompt) -> PromptTokens:
         name = f"{call.request_id}-prompt-{index}"
         computed = await service.compute(
-            prompt, "token_logprobs", request_id=name, client=call.client, num_top=max(1, num_top)
+            prompt, "token_logprobs", request_id=name, client=call.client, num_top=max(1, num_top), check=check
         )
-        return _read(computed, num_top)
+        return await asyncio.to_thread(_read, computed, num_top)
 
     tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
     try:

@@ -1,7 +1,7 @@
 """Prompts whose answers are numbers: one call's, at the engine a few at a time. Knows no paths."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from cluster.serving.openai.served import Served
 from cluster.serving.outcomes import unit_vector
 from cluster.serving.text.prompts import Prompt
 
+Check = Callable[[Computed], None]
 AT_A_TIME = 16  # of one call's inputs at the engine: more would leave other clients no room in its queue
 
 
@@ -24,22 +25,27 @@ class ResultCall:
         self._served, self._client = served, request.state.client
         self._request_id = f"{kind}-{request.state.request_id}"
 
-    async def compute(self, body: InputRequest, wants: Wants) -> list[Computed]:
-        """Raises ClusterError."""
+    async def compute(self, body: InputRequest, wants: Wants, check: Check = lambda _: None) -> list[Computed]:
+        """As `compute_each`."""
         self._served.check_model(body.model)
-        return await self.compute_each(to_prompts(body.input, "input"), wants)
+        return await self.compute_each(to_prompts(body.input, "input"), wants, check)
 
-    async def compute_each(self, prompts: Sequence[Prompt], wants: Wants) -> list[Computed]:
-        """Returns all results, in their prompts' order. Raises the first ClusterError, and ends the others."""
+    async def compute_each(
+        self, prompts: Sequence[Prompt], wants: Wants, check: Check = lambda _: None
+    ) -> list[Computed]:
+        """Returns all results, in their prompts' order. Raises the first ClusterError, and ends the others.
+
+        check: sees each result, and may refuse it.
+        """
         results: list[Computed | None] = [None] * len(prompts)
         waiting = iter(enumerate(prompts))
 
         async def worker() -> None:
             for index, prompt in waiting:
                 request_id = f"{self._request_id}-{index}" if len(prompts) > 1 else self._request_id
-                results[index] = await self._served.service.compute(
-                    prompt, wants, request_id=request_id, client=self._client
-                )
+                result = await self._served.service.compute(prompt, wants, request_id=request_id, client=self._client)
+                check(result)
+                results[index] = result
 
         workers = [asyncio.ensure_future(worker()) for _ in prompts[:AT_A_TIME]]
         try:

@@ -1,4 +1,4 @@
-// The figures above all others, each with its last two minutes as a line.
+// The figures above all others, each with its last minute as a line.
 
 import { byId, count, element, seconds, setText } from "./dom.js";
 
