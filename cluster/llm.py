@@ -84,8 +84,7 @@ class LLM(Results, Chats):
         gpus_per_expert_shard: float | None = DEFAULTS["gpus_per_expert_shard"],
     ) -> None:
         model, num_expert_shards, skip_tokenizer = _checked(model_dir, num_expert_shards, skip_tokenizer)
-        if transport not in ("local", *TRANSPORTS):
-            raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
+        _check_transport(transport)
         cluster = ClusterConfig(
             model=pinned(model),
             expert_shards=num_expert_shards,
@@ -266,6 +265,11 @@ class LLM(Results, Chats):
 
     def _next_id(self) -> str:
         return f"llm-{next(self._request_ids)}"
+
+
+def _check_transport(transport: object) -> None:
+    if transport not in ("local", *TRANSPORTS):
+        raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
 
 
 def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: object) -> tuple[str, int, bool]:

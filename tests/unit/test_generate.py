@@ -153,9 +153,10 @@ def test_a_concurrency_that_is_none_is_wrong_usage(capsys):
     assert capsys.readouterr().err.startswith("moe-cluster: --concurrency is 0")
 
 
+SPACES = r'"x-guidance": {"whitespace_pattern": " |\\n {0,8}"}'
 FORMS = {
-    "--json-schema": (["--json-schema", "FILE"], '{"type": "string"}', ("json", '{"type": "string"}')),
-    "--json-object": (["--json-object"], "", ("json", '{"type":"object"}')),
+    "--json-schema": (["--json-schema", "FILE"], '{"type": "string"}', ("json", f'{{"type": "string", {SPACES}}}')),
+    "--json-object": (["--json-object"], "", ("json", f'{{"type": "object", {SPACES}}}')),
     "--regex": (["--regex", "a+"], "", ("regex", "a+")),
     "--choice": (["--choice", "yes", "--choice", "no"], "", ("choice", '["yes", "no"]')),
     "--grammar": (["--grammar", "FILE"], 'start: "a"', ("grammar", 'start: "a"')),

@@ -62,6 +62,7 @@ class ExpertShardActor:
         dtype: str,
         device: str,
         controller: Any = None,
+        *,
         quantization: str = PLAIN,
     ) -> int:
         """As `ShardServer.load`; returns the bytes of the weights. controller: hears how far the load is."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.opening import open_checkpoint
-from cluster.config.quantization import quantization_on
+from cluster.config.quantization import PLAIN, quantization_on
 from cluster.engine.load import resolve_device, torch_dtype
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
@@ -53,8 +53,8 @@ class ShardServer:
         *,
         dtype: str,
         device: str,
-        quantization: str,
         progress: Callable[[int], Callable[[int], None] | None],
+        quantization: str = PLAIN,
     ) -> ExpertShard:
         """Holds `experts` from now on, while calls go on. Experts that are here, of the same model, dtype, device and
         quantization, are not read again. Raises CheckpointError, SetupError.
