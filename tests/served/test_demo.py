@@ -13,7 +13,7 @@ from serving_tools import COMMAND
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_the_demo_shows_its_parts_and_ctrl_c_drains_and_stops_it():
