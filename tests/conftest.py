@@ -20,7 +20,7 @@ from cluster.kernels.native.library import missing_because, variants
 
 LOGICAL_GPUS = 16  # Ray only counts them
 
-pytest_plugins = ["three_processes"] if find_spec("xdist") else []
+pytest_plugins = ["two_processes"] if find_spec("xdist") else []
 
 
 def pytest_configure() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 from urllib.request import urlopen
 
+import httpx2
 import promql_parser
 import pytest
 import yaml
@@ -34,6 +35,7 @@ OWN = {"up", "ALERTS"}  # Prometheus's
 AFTER_THE_EVENT = {
     "moecluster_controller_respawns_total": "a shard died",
     "moecluster_controller_changes_total": "experts were moved, or could not be",
+    "moecluster_responses_evicted_total": "a kept response made room for a newer one",
 }
 
 
@@ -165,6 +167,8 @@ def watch(application: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     watch = Watch(tmp_path_factory.mktemp("prometheus"), urlsplit(served.status().metrics_addresses[0]).netloc)
     try:
         wait_until(lambda: watch.value("up") == 1, "a first scrape")
+        body = {"input": "count me", "max_output_tokens": 1}  # the store of responses starts with the first one
+        httpx2.post(f"{served.http_url}/v1/responses", json=body, timeout=60).raise_for_status()
         with Client(f"127.0.0.1:{served.grpc_port}") as client:
             try:
                 wait_until(lambda: _traffic_is_seen(client, watch), "the rates of traffic")
@@ -179,7 +183,7 @@ def _traffic_is_seen(client: Client, watch: Watch) -> bool:
     """A rate needs two scrapes, and many metrics appear with the first request."""
     for _ in client.stream("count me", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)):
         pass
-    return all(
+    return watch.value("moecluster_responses_kept") is not None and all(
         watch.value(f"sum(rate({metric}[1m]))")
         for metric in ("moecluster_dispatch_rows_total", "moecluster_expert_tokens_total")
     )

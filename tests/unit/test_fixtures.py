@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 TEST_FILES = list(Path(__file__).parents[1].rglob("test_*.py"))
-OF_THE_APPLICATION = {"application", "served", "served_for_good", "channel"}  # in conftest.py
-OF_THE_SHARED_RAY = {"ray_cluster"} | OF_THE_APPLICATION
+OF_THE_SHARED_RAY = {"ray_cluster", "application", "served", "served_for_good", "channel"}  # in conftest.py
 
 
 @cache
@@ -55,28 +54,23 @@ def test_each_file_names_the_module_of_its_fixtures(module: str) -> None:
 
 
 def test_each_file_that_shares_the_ray_has_its_mark() -> None:
-    """Without it, two processes would start a Ray each, and two of them the application."""
+    """Without it, two processes would start a Ray each."""
     pytest.importorskip("xdist")
-    from three_processes import APPLICATION, shared
+    from two_processes import shares_ray
 
     users = [path for path in TEST_FILES if taken(path) & OF_THE_SHARED_RAY]
     assert len(users) > 10
-    assert sorted(path.name for path in users if not shared(path)) == []
-    of_the_application = [path for path in users if taken(path) & OF_THE_APPLICATION]
-    assert len(users) > len(of_the_application) > 10
-    assert sorted(path.name for path in of_the_application if shared(path) != APPLICATION) == []
+    assert sorted(path.name for path in users if not shares_ray(path)) == []
 
 
-def test_files_that_share_something_are_first_then_those_of_long_timeouts_and_of_most_tests() -> None:
+def test_files_that_share_the_ray_are_first_then_those_of_long_timeouts_and_of_most_tests() -> None:
     pytest.importorskip("xdist")
-    from three_processes import APPLICATION, RAY, shared
-    from three_processes import pytest_collection_modifyitems as put_in_order
+    from two_processes import pytest_collection_modifyitems as put_in_order
+    from two_processes import shares_ray
 
-    def some(of: str, number: int) -> list[Path]:
-        return sorted(path for path in TEST_FILES if shared(path) == of)[:number]
-
-    served, (ray,), (long, many, few) = some(APPLICATION, 2), some(RAY, 1), some("", 3)
-    places = [few, served[1], many, long, many, ray, served[0], served[1]]
+    shared = sorted(path for path in TEST_FILES if shares_ray(path))[:2]
+    long, many, few = sorted(path for path in TEST_FILES if not shares_ray(path))[:3]
+    places = [few, shared[1], many, long, many, shared[0], shared[1]]
     marks = {long: SimpleNamespace(args=(900,))}
 
     def item(path: Path) -> SimpleNamespace:
@@ -84,4 +78,4 @@ def test_files_that_share_something_are_first_then_those_of_long_timeouts_and_of
 
     items = [item(path) for path in places]
     put_in_order(items)
-    assert [item.path for item in items] == [served[1], served[0], served[1], ray, long, many, many, few]
+    assert [item.path for item in items] == [shared[1], shared[0], shared[1], long, many, many, few]
