@@ -102,6 +102,7 @@ def test_a_new_process_of_the_store_has_all_that_the_old_one_kept(client, served
     assert numbers == list(range(len(numbers)))
     assert client.responses.cancel(response_id).status == "cancelled"
     assert [event.type for event in again][-1] == "response.incomplete"
+    wait_until(lambda: scrape(served)["moecluster_engine_kv_used_blocks"] == 0, "the cancel has come to its ingress")
     with pytest.raises(ValueError, match="carried"):
         ray_cluster.get_actor(carrier_name(shard_group(served.config)), namespace=NAMESPACE)
 
