@@ -6,9 +6,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import grpc
@@ -54,6 +56,18 @@ def ingress(servicer, port=0):
         yield bound
     finally:
         server.stop(None)
+
+
+@contextmanager
+def http_server(handler):
+    """A server of HTTP in this process; yields its port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def write_config(folder, ports, backend_ports, http=()):

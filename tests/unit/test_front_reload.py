@@ -4,12 +4,12 @@ import ssl
 import threading
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection, HTTPSConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from haproxy_tools import Manager, free_ports, ingress, pid_at, until, write_config
+from haproxy_tools import Manager, free_ports, http_server, ingress, pid_at, until, write_config
 from tls_files import Authority
 
 from cluster.metrics.process import is_running
@@ -50,13 +50,8 @@ def http_ingress():
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_port, go_on
-    finally:
-        server.shutdown()
-        server.server_close()
+    with http_server(Handler) as port:
+        yield port, go_on
 
 
 @pytest.fixture

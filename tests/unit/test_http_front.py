@@ -3,14 +3,13 @@
 import json
 import socket
 import ssl
-import threading
 from contextlib import contextmanager, suppress
 from http.client import HTTPResponse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import httpx2
 import pytest
-from haproxy_tools import free_ports, haproxy, until
+from haproxy_tools import free_ports, haproxy, http_server, until
 from tls_files import Authority
 
 from cluster.runtime.front.tls import GrpcFront
@@ -53,13 +52,8 @@ class Ingress(BaseHTTPRequestHandler):
 @contextmanager
 def ingress(deadly=False):
     handler = type("OneIngress", (Ingress,), {"deadly": deadly})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_port, handler
-    finally:
-        server.shutdown()
-        server.server_close()
+    with http_server(handler) as port:
+        yield port, handler
 
 
 def answered(client, url, **options):
