@@ -20,6 +20,7 @@ from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
 from cluster.checkpoint.model_files import located, pinned
 from cluster.config import DEFAULTS, TRANSPORTS, ClusterConfig, Transport
+from cluster.config.environment import PRODUCTS_ENVIRONMENT
 from cluster.config.resources import available_cpus
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
@@ -113,6 +114,8 @@ class LLM(Results, Chats):
 
     def _load(self, cluster: ClusterConfig, *, local: bool, skip_tokenizer: bool) -> None:
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
+        for name, value in PRODUCTS_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)  # read at the first product
         # torch counts the machine's cores, and knows nothing of a control group's quota.
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         log_kernels()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cluster.bench.throughput import Workload
 from cluster.config import ModelConfig
-from cluster.config.environment import MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
+from cluster.config.environment import MEMORY_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.config.quantization import PLAIN
 
 FOREIGN = {"vllm": "vllm", "llama.cpp": "llama_cpp"}  # systems in environments of their own, and what they import
@@ -51,7 +51,7 @@ class SystemSpec:
         if self.kind in FOREIGN:
             return {}  # they have allocators of their own
         threads = SHARED_CORES_ENVIRONMENT if self.split else {}
-        return {**MALLOC_ENVIRONMENT, **threads}
+        return {**MEMORY_ENVIRONMENT, **threads}
 
 
 def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:

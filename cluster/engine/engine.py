@@ -25,6 +25,7 @@ from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, Runner, ScheduledSequence, StepResult
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.grammar.grammars import Grammars
+from cluster.idle_memory import idle_memory
 from cluster.metrics import EngineMetrics
 from cluster.model.sampler import NoFiniteNumbers, Sampled
 from cluster.types import EngineRequest, EngineStats, FinishReason, SamplingParams, SequenceUpdate
@@ -209,6 +210,7 @@ class Engine:
         computed = [s for i, s in enumerate(batch.scheduled) if i not in result.lost and i not in result.failed]
         num_decode_tokens = sum(s.num_tokens for s in computed if s.samples and s.sequence.num_output_tokens)
         num_prefill_tokens = sum(s.num_tokens for s in computed) - num_decode_tokens
+        idle_memory.worked(num_prefill_tokens + num_decode_tokens)
         self.metrics.step(self.clock() - started, num_prefill_tokens, num_decode_tokens, len(batch.scheduled))
         updates = []
         self._hold(result, batch)

@@ -214,17 +214,16 @@ def experts_by_loop(
     """
     pair_tokens, order, counts = group_pairs(topk_ids, len(gate_up))
     pair_weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)  # [T*K, 1]
-    num_pairs = int(counts.sum())
+    active = [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
+    num_pairs = sum(count for _, count in active)
     pair_tokens = pair_tokens[:num_pairs]
-    # A product of fewer than min_rows takes no less time: the next expert's stand in, and at the end any.
-    spare = gate_up[0].min_rows - 1
+    # Where more rows are wanted than an expert has, those behind it stand in, and at the end any.
+    spare = max((gate_up[0].padded(count) - count for _, count in active), default=0)
     x = hidden_states.index_select(0, F.pad(pair_tokens, (0, spare)))  # [N + spare, H]
     y = torch.empty_like(x)
     start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if not count:
-            continue
-        rows = x[start : start + max(count, 1 + spare)]
+    for expert, count in active:
+        rows = x[start : start + gate_up[0].padded(count)]
         gate, up = gate_up[expert].product(rows).chunk(2, dim=-1)  # [rows, I]
         y[start : start + count] = down[expert].product(F.silu(gate).mul_(up))[:count]
         start += count

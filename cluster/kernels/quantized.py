@@ -25,7 +25,6 @@ class QuantizedWeight(TwoProducts):
     matrix: its rows, [N, row_bytes] uint8.
     """
 
-    min_rows = 1
     torch_rows = sys.maxsize
 
     def __init__(self, num_outputs: int, layout: RowLayout, dtype: torch.dtype) -> None:
@@ -47,6 +46,9 @@ class QuantizedWeight(TwoProducts):
     def settle(self) -> None:
         fill_rows(self.matrix, self._staged, self.layout)
         self._staged = torch.empty(0)
+
+    def padded(self, num_rows: int) -> int:
+        return num_rows
 
     def fill(self, numbers: Numbers) -> None:
         """Takes a matrix that is rounded already, as it is."""

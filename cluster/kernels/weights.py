@@ -24,6 +24,10 @@ from cluster.kernels.native_products import ExpertPointers
 # (2816 x 2048, 2 threads of a Zen 5). Elsewhere its products take ten times as long (`F.linear` with AVX2).
 TORCH_ROWS = 64
 
+# oneDNN compiles a product for each number of rows: 0.5 ms and 0.5 MB for every new one (512 x 256 and 2816 x 2048, one
+# thread of a Zen 5). Experts get another number of rows in each step; rounded up they are few.
+ROW_STEP = 16
+
 Parts = Mapping[str, int]  # matrices one above another: each one's name in the checkpoint without `.weight`, its rows
 
 
@@ -34,9 +38,8 @@ class Weight(Protocol):
     def nbytes(self) -> int:
         """Bytes of memory that it takes when it is filled."""
 
-    @property
-    def min_rows(self) -> int:
-        """A product of fewer rows takes no less time: a caller that has more at hand may give them."""
+    def padded(self, num_rows: int) -> int:
+        """Rows, so many or more, with which a product of num_rows is done soonest."""
 
     @property
     def staging_bytes(self) -> int:
@@ -79,7 +82,6 @@ class TwoProducts(Protocol):
 class PlainWeight(TwoProducts):
     """A tensor as it is. matrix: [N, K], which may be a part of a larger one."""
 
-    min_rows = 1
     staging_bytes = 0
 
     def __init__(self, matrix: Tensor) -> None:
@@ -94,6 +96,9 @@ class PlainWeight(TwoProducts):
 
     def settle(self) -> None:
         """It has its form."""
+
+    def padded(self, num_rows: int) -> int:
+        return num_rows
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, self._matrix, bias)
@@ -118,6 +123,9 @@ class NativeWeight(PlainWeight):
     def empty(cls, num_outputs: int, num_inputs: int, *, dtype: torch.dtype, native: Native) -> Self:
         return cls(torch.empty(num_outputs, num_inputs, dtype=dtype), native)
 
+    def padded(self, num_rows: int) -> int:
+        return num_rows if num_rows < self.torch_rows else _in_steps(num_rows)
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.shape[0] < self.torch_rows:
             return native_products.linear(self._native, x, self.matrix, bias)
@@ -133,7 +141,7 @@ class PackedWeight(TwoProducts):
     """bfloat16 in oneDNN's layout, as large as a plain one."""
 
     # Fewer rows take longer: 0.65, 0.75 and 0.50 ms for 1, 2 and 3, 0.48 for 4 (2816 x 2048, 1 thread of a Zen 4).
-    min_rows = 4
+    _MIN_ROWS = 4
 
     def __init__(self, num_outputs: int, num_inputs: int) -> None:
         self._shape = (num_outputs, num_inputs)
@@ -147,12 +155,19 @@ class PackedWeight(TwoProducts):
     def settle(self) -> None:
         self._matrix = torch.ops.mkldnn._reorder_linear_weight(self._matrix)
 
+    def padded(self, num_rows: int) -> int:
+        return max(num_rows, self._MIN_ROWS) if num_rows < TORCH_ROWS else _in_steps(num_rows)
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         num_rows = x.shape[0]
-        if num_rows < self.min_rows:
-            x = torch.cat((x, x[:1].expand(self.min_rows - num_rows, -1)))
+        if num_rows < self._MIN_ROWS:
+            x = torch.cat((x, x[:1].expand(self._MIN_ROWS - num_rows, -1)))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._matrix, bias, "none", [], "")
         return out[:num_rows]
+
+
+def _in_steps(num_rows: int) -> int:
+    return -(-num_rows // ROW_STEP) * ROW_STEP
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:

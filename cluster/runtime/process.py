@@ -15,7 +15,7 @@ import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.config.environment import DIRECT_ENVIRONMENT, MALLOC_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
+from cluster.config.environment import DIRECT_ENVIRONMENT, MEMORY_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
 from cluster.config.resources import available_cpus
 from cluster.kernels.native.report import log_kernels
 from cluster.logs import LOG_FORMAT
@@ -65,7 +65,7 @@ def actor_environment(group: str, threads: int, log_format: str = "") -> dict[st
             "OMP_NUM_THREADS": str(threads),
             **DIRECT_ENVIRONMENT,
             **SHARED_CORES_ENVIRONMENT,
-            **MALLOC_ENVIRONMENT,
+            **MEMORY_ENVIRONMENT,
             **({LOG_FORMAT: log_format} if log_format else {}),
         }
     }

@@ -1,17 +1,19 @@
 """Fast paths against their plain references, on random shapes."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_tools import paged_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weight_tools import packed, plain
+from weight_tools import filled, packed, plain
 
 from cluster.kernels.experts import experts_by_grouped_mm, experts_by_loop, experts_reference
 from cluster.kernels.paged import PagedBatch, attention_reference, write_kv
 from cluster.kernels.varlen_attention import VarlenAttention
-from cluster.kernels.weights import packs
+from cluster.kernels.weights import PlainWeight, packs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 DEVICES = [
@@ -49,6 +51,36 @@ def test_grouped_experts_are_the_weighted_sum_of_single_ones(
     got = product(*(tensor.to(device) for tensor in (x, ids, weights, gate_up, down)))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.cpu(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+class SteppedWeight(PlainWeight):
+    """Wants rows in steps of 16."""
+
+    seen: ClassVar[set[int]] = set()
+
+    def padded(self, num_rows):
+        return -(-num_rows // 16) * 16
+
+    def product(self, x, bias=None):
+        self.seen.add(x.shape[0])
+        return super().product(x, bias)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 31, 200])
+def test_experts_are_given_as_many_rows_as_their_products_want(num_tokens):
+    """Rows of others stand in, behind the last expert's any; they change no sum."""
+    random = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, 16, generator=random)
+    ids = torch.randint(-1, 5, (num_tokens, 3), generator=random)
+    weights = torch.rand(num_tokens, 3, generator=random)
+    gate_up, down = torch.randn(5, 16, 16, generator=random), torch.randn(5, 16, 8, generator=random)
+    stepped = [[filled(SteppedWeight(torch.empty_like(w)), w) for w in side] for side in (gate_up, down)]
+    SteppedWeight.seen.clear()
+    got = experts_by_loop(x, ids, weights, *stepped)
+    assert SteppedWeight.seen
+    assert all(num_rows % 16 == 0 for num_rows in SteppedWeight.seen)
+    expected = experts_reference(x.double(), ids, weights, gate_up.double(), down.double())
+    torch.testing.assert_close(got, expected.float(), atol=1e-4, rtol=1e-4)
 
 
 needs_packing = pytest.mark.skipif(

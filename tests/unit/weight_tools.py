@@ -23,8 +23,6 @@ def packed(matrix):
 class HalvedWeight(TwoProducts):
     """Half of each number, doubled in the product: a form of its own, read through staging memory in float32."""
 
-    min_rows = 3
-
     def __init__(self, num_outputs, num_inputs):
         self.shape = (num_outputs, num_inputs)
         self.nbytes = 2 * num_outputs * num_inputs
@@ -40,6 +38,9 @@ class HalvedWeight(TwoProducts):
     def settle(self):
         self.halves = (self.halves / 2).bfloat16()
 
+    def padded(self, num_rows):
+        return -(-num_rows // 3) * 3
+
     def product(self, x, bias=None):
         out = F.linear(x.float(), 2 * self.halves.float())
         return (out if bias is None else out + bias).to(x.dtype)
@@ -48,7 +49,6 @@ class HalvedWeight(TwoProducts):
 class ScaledWeight(TwoProducts):
     """8-bit numbers and a scale a row, which the checkpoint has as two tensors: read straight into their place."""
 
-    min_rows = 1
     staging_bytes = 0
 
     def __init__(self, num_outputs, num_inputs):
@@ -64,6 +64,9 @@ class ScaledWeight(TwoProducts):
 
     def settle(self):
         self.is_settled = True
+
+    def padded(self, num_rows):
+        return num_rows
 
     def product(self, x, bias=None):
         assert self.is_settled

@@ -14,6 +14,7 @@ from cluster.engine.load import resolve_device, torch_dtype
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
+from cluster.idle_memory import idle_memory
 from cluster.metrics import ShardMetrics
 from cluster.runtime.workers.rehearsal import Rehearsal
 
@@ -97,6 +98,7 @@ class ShardServer:
         self._rehearsal.before_product()
         with self._computing:
             out = self.shard().forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
+            idle_memory.worked(batch.hidden_states.shape[0])
         self._metrics.computed(time.monotonic() - started, batch.hidden_states.shape[0])
         return out
 
