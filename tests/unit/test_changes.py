@@ -254,11 +254,13 @@ def test_a_change_that_nobody_waits_for_leaves_its_failure_as_a_fault():
     async def play():
         made = await FakeCluster().up()
 
-        async def fail():
-            raise ClusterError("no way")
+        async def fail(error):
+            raise error
 
-        await made.changes.guard(fail())
+        await made.changes.guard(fail(ClusterError("no way")))
         assert made.state.faults[-1].what == "no way"
+        await made.changes.guard(fail(task_error(SetupError("no room")).as_instanceof_cause()))
+        assert made.state.faults[-1].what == "no room"
 
     virtual_time.run(play)
 

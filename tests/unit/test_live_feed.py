@@ -10,10 +10,11 @@ import pytest
 from cluster.errors import Unavailable
 from cluster.experts.placement import PlacementPlan, plan_evenly
 from cluster.serving.live.beat import BeatMaker
-from cluster.serving.live.events import Events, without_paths
+from cluster.serving.live.events import Events
 from cluster.serving.live.feed import LiveFeed
 from cluster.serving.live.figures import FigureMeter, Latency, LinkFigures, quantile
 from cluster.serving.live.picture import cluster_picture
+from cluster.serving.live.public import public
 from cluster.serving.live.reading import Reading
 from cluster.status import ClusterStatus, Fault, ProcessInfo, ReplicaStatus, ShardStatus
 from cluster.types import EngineStats
@@ -163,10 +164,62 @@ def test_events_tell_faults_moves_and_parts_that_come_and_go():
     ]
 
 
-def test_a_watcher_reads_no_paths():
-    assert without_paths("failed: no file /srv/models/a.safetensors here") == "failed: no file … here"
-    failed = cluster_picture(status(failure="cannot read /srv/models/a"), "tiny", ())
-    assert (failed.state, failed.reason) == ("failed", "cannot read …")
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("failed: no file /srv/models/a.safetensors here", "failed: no file … here"),
+        ("no room in /data", "no room in …"),
+        ("cannot read '/srv/my models/a b.bin': no such file", "cannot read '…': no such file"),
+        ("~/models/x, ./x/y and ../z", "… … and …"),
+        ('File "/usr/lib/ray/worker.py", line 3', 'File "…", line 3'),
+        ("models/tiny/a.bin and tiny/model.safetensors", "… and …"),
+        ("cannot reach 10.1.2.3:6379 nor node-7.example:8000", "cannot reach … nor …"),
+        ("Connect call failed ('10.0.0.1', 80)", "Connect call failed ('…', 80)"),
+        ("[fe80::1%eth0]:80, ::1 and 2001:db8::7", "…, … and …"),
+        ("ray::ExpertShard.load() (pid=7, ip=10.0.0.9)", "ray::ExpertShard.load() (pid=7, ip=…)"),
+        ("host ip-10-0-0-7.ec2.internal is away", "host … is away"),
+        ("no answer from gpu3.cluster.local", "no answer from …"),
+        ("https://user:pw@hub.example/x?token=abc is away", "… is away"),
+        ("401 with hf_AbCdEfGhIjKlMnOp and Bearer abc.def", "401 with … and …"),
+        ("api_key='abc', token: xyz", "…, …"),
+        ("actor 3f2b9c0d4e5f60718293a4b5c6d7e8f9 died", "actor … died"),
+        ("two\n  lines", "two lines"),
+    ],
+)
+def test_a_watcher_reads_no_path_no_address_and_no_token(text, shown):
+    assert public(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "shard 0 died",
+        "rebalance: loading on shard 1 (1 of 2)",
+        "add shard 3: 12 experts moved, imbalance 1.40 -> 1.02",
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "shard 1 has model.layers.3.mlp.experts.7.gate_proj.weight of version 2.11.0+cu128",
+        "Qwen/Qwen1.5-MoE-A2.7B-Chat makes 5.4 tokens/s and/or less",
+        "a second copy is needed: add one with --min-copies 2",
+    ],
+)
+def test_a_watcher_reads_plain_reasons_as_they_are(text):
+    assert public(text) == text
+
+
+def test_a_long_reason_is_cut_and_costs_no_more_than_its_length():
+    for text in ("a-" * 10**6, "1." * 10**6, "a/" * 10**6, "a:" * 10**6, "f" * 10**6, "a." * 10**6):
+        assert len(public(text)) <= 240
+
+
+def test_all_texts_of_a_picture_and_its_events_are_public():
+    fault = Fault(at=2.0, what="shard 0 failed at 10.0.0.1:80")
+    failing = status(failure="cannot read /srv/models/a", work="add shard 2: waits for 10.0.0.1:80", faults=(fault,))
+    events = Events()
+    events.observe(status(), 1.0)
+    events.observe(failing, 3.0)
+    assert [event.text for event in events.latest] == ["shard 0 failed at …", "add shard 2: waits for …"]
+    failed = cluster_picture(failing, "tiny", events.latest)
+    assert (failed.state, failed.reason, failed.work) == ("failed", "cannot read …", "add shard 2: waits for …")
 
 
 SCRAPE = """moecluster_time_to_first_token_seconds_bucket{{le="0.1"}} {a}

@@ -14,6 +14,7 @@ from typing import Literal
 
 import ray
 
+from cluster.checkpoint.files import in_one_line
 from cluster.errors import ClusterError, SetupError
 from cluster.experts import eplb
 from cluster.experts.load_meter import Loads
@@ -131,8 +132,9 @@ class PlacementChanges:
         try:
             log.info("%s: %s", self._state.group, await change)
         except ClusterError as error:
-            log.error("%s: %s", self._state.group, error)
-            self._state.note(str(error))
+            reason = str(getattr(error, "cause", None) or error)  # an actor's comes with its traceback
+            log.error("%s: %s", self._state.group, reason)
+            self._state.note(reason)
 
     def _check_experts(self) -> None:
         if not self._facts.num_experts:
@@ -230,7 +232,7 @@ class PlacementChanges:
         except ray.exceptions.RayError as error:
             self._metrics.changed(change.kind, "failed", 0)
             cause = getattr(error, "cause", None) or error
-            text = f"{change} failed: a shard did not load ({cause!r}); the old plan stays"
+            text = f"{change} failed: a shard did not load ({in_one_line(repr(cause))}); the old plan stays"
             self._state.note(text)
             raise ClusterError(text) from error
         finally:

@@ -1,10 +1,9 @@
 """Notes the changes between one status of a cluster and the next: faults, moves, parts that come and go.
 
-Told of every status, whether anyone watches or not, so that a watcher sees the minutes before. Texts lose the paths in
-them: a watcher may be any client of the server.
+Told of every status, whether anyone watches or not, so that a watcher sees the minutes before. A watcher may be any
+client of the server, so all texts are made `public`.
 """
 
-import re
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from typing import Literal
 
 from cluster.experts import eplb
 from cluster.experts.placement import PlacementPlan
+from cluster.serving.live.public import public
 from cluster.status import ClusterStatus
 
 Kind = Literal["fault", "move", "up", "change"]
 MAX_EVENTS = 40
-MAX_TEXT_CHARS = 240
-_PATH = re.compile(r"(?:/[\w.@+-]+){2,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +48,7 @@ class Events:
         faults = [fault for fault in status.faults if fault.at > self._fault_at]
         for fault in faults:
             self._fault_at = max(self._fault_at, fault.at)
-            self._note(fault.at, "fault", without_paths(fault.what))
+            self._note(fault.at, "fault", fault.what)
         up = _parts_up(status)
         before, self._before, was_up, self._up = self._before, status, self._up, up
         if before is None:
@@ -68,11 +66,7 @@ class Events:
 
     def _note(self, at: float, kind: Kind, text: str) -> None:
         self._number += 1
-        self._latest.append(Event(number=self._number, at=at, kind=kind, text=text))
-
-
-def without_paths(text: str) -> str:
-    return _PATH.sub("…", text)[:MAX_TEXT_CHARS]
+        self._latest.append(Event(number=self._number, at=at, kind=kind, text=public(text)))
 
 
 def _parts_up(status: ClusterStatus) -> set[str]:

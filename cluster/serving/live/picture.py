@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.experts.placement import PlacementPlan
-from cluster.serving.live.events import Event, without_paths
+from cluster.serving.live.events import Event
+from cluster.serving.live.public import public
 from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus, ShardStatus
 
 State = Literal["starting", "serving", "uncovered", "draining", "failed"]
@@ -83,10 +84,10 @@ def cluster_picture(status: ClusterStatus, model: str, events: tuple[Event, ...]
     plan = status.plan
     return ClusterPicture(
         state=_state(status),
-        reason=without_paths(status.failure),
+        reason=public(status.failure),
         model=model,
         epoch=status.epoch,
-        work=status.work,
+        work=public(status.work),
         target_shards=status.target_shards,
         num_layers=0 if plan is None else len(plan.layer_ids),
         num_experts=0 if plan is None else plan.num_experts,
