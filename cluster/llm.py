@@ -18,7 +18,8 @@ from cluster import inputs
 from cluster.chatting import Chats
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
-from cluster.checkpoint.model_files import located, pinned
+from cluster.checkpoint.model_files import located, pinned, served_name
+from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
 from cluster.config import DEFAULTS, TRANSPORTS, ClusterConfig, Transport
 from cluster.config.environment import PRODUCTS_ENVIRONMENT
 from cluster.config.resources import available_cpus
@@ -42,6 +43,7 @@ from cluster.serving.text.prompts import OneParams, Prompt, to_params, to_prompt
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.structured import FIELD
 from cluster.types import CompletionOutput, EngineRequest, SamplingParams
+from cluster.working import Working
 
 Output = TypeVar("Output")
 
@@ -121,20 +123,25 @@ class LLM(Results, Chats):
         log_kernels()
         registry = new_registry()
         dispatch_metrics = DispatchMetrics(registry, "llm")
-        model_dir = check_checkpoint(cluster.model, config, cluster.expert_shards, tokenizer=False).model_dir
+        checkpoint = check_checkpoint(cluster.model, config, cluster.expert_shards, tokenizer=False)
+        model_dir = checkpoint.model_dir
         self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
         self.sampling_defaults = read_sampling_defaults(model_dir)
         self.info = model_info(cluster.model, config)
         self._completer = RequestCompleter(self.info, self.sampling_defaults)
-        if not local and self.info.num_experts:
-            self._ray_experts = RayExperts(cluster, dispatch_metrics)
-            self.experts: ExpertDispatcher = self._ray_experts.dispatcher
-        else:
-            self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)
+        remote = not local and bool(self.info.num_experts)
+        checkpoint.fetch((dense_shapes if remote else checkpoint_shapes)(checkpoint.config))  # it shows itself
         try:
-            self.engine: Engine = load_engine(
-                cluster.model, config, self.experts, EngineMetrics(registry, "llm"), remote_experts=not local
-            )
+            with Working(f"loading {served_name(cluster.model)} …"):
+                if remote:
+                    self._ray_experts = RayExperts(cluster, dispatch_metrics)
+                    self.experts: ExpertDispatcher = self._ray_experts.dispatcher
+                else:
+                    self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)
+                metrics = EngineMetrics(registry, "llm")
+                self.engine: Engine = load_engine(
+                    cluster.model, config, self.experts, metrics, remote_experts=not local
+                )
         except BaseException:
             self.close()
             raise

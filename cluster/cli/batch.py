@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from cluster.checkpoint.model_files import located
 from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_options, add_ray_address, byte_size
-from cluster.cli.loading import loading
 from cluster.client import options
 from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
@@ -135,8 +134,7 @@ async def _answerer(args: argparse.Namespace) -> AsyncIterator["Answerer"]:
     from cluster.llm import LLM
 
     given = {name: value for name in OFFLINE_OPTIONS if (value := getattr(args, name)) is not None}
-    with loading(args.model):
-        llm = LLM(args.model, max_num_seqs=args.concurrency, **given)
+    llm = LLM(args.model, max_num_seqs=args.concurrency, **given)
     with llm:
         async with answerer_of(llm) as app:
             yield app

@@ -15,7 +15,7 @@ def parser(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _looking() -> AbstractContextManager[object]:
     """Shows that the command is at work, where rich is there for it."""
     try:
-        from cluster.console.working import Working
+        from cluster.working import Working
     except ImportError:
         return nullcontext()
     return Working("looking at this machine and installation …")

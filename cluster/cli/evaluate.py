@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_options, byte_size
-from cluster.cli.loading import loading
 from cluster.client import options
 from cluster.errors import SetupError
 
@@ -97,19 +96,18 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
     batch = max(1, min(SEQUENCES, TOKENS // windows.context))
     blocks = -(-windows.context // engine.block_size) + 1
     needed = config.kv_bytes_per_token(resolve_dtype(engine.dtype, config)) * engine.block_size * blocks
-    with loading(args.model):
-        llm = LLM(
-            args.model,
-            skip_tokenizer=True,
-            dtype=engine.dtype,
-            device=engine.device,
-            max_model_len=windows.context,
-            kv_cache_bytes=args.kv_cache_bytes or needed * (batch + 1),
-            rope_scaling=args.rope_scaling,
-            quantization=args.quantization or PLAIN,
-            expert_quantization=args.expert_quantization,
-            enable_prefix_caching=False,
-        )
+    llm = LLM(
+        args.model,
+        skip_tokenizer=True,
+        dtype=engine.dtype,
+        device=engine.device,
+        max_model_len=windows.context,
+        kv_cache_bytes=args.kv_cache_bytes or needed * (batch + 1),
+        rope_scaling=args.rope_scaling,
+        quantization=args.quantization or PLAIN,
+        expert_quantization=args.expert_quantization,
+        enable_prefix_caching=False,
+    )
     with llm, CountProgress("tokens", "tokens") as bar:
 
         def score(parts: Sequence[Sequence[int]]) -> "list[NDArray[np.float32]]":

@@ -4,15 +4,9 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from cluster.cli import doctor
 from cluster.cli.arguments import Commands, add_command, add_options
-from cluster.cli.loading import asking
-
-if TYPE_CHECKING:
-    from cluster.experts.placement import PlacementPlan
 
 
 def add_commands(commands: Commands) -> None:
@@ -51,7 +45,7 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.tokenizer_files import has_vocabulary
     from cluster.config import EngineConfig
     from cluster.console import Plan, describe_plan, print_plan
-    from cluster.engine.preflight import check_for_plan
+    from cluster.engine.preflight import check_for_plan, download_bytes
     from cluster.experts.placement import num_shards_for, plan_evenly
 
     engine = EngineConfig(
@@ -61,11 +55,9 @@ def _plan(args: argparse.Namespace) -> int:
         quantization=args.quantization,
         expert_quantization=args.expert_quantization,
     )
-    with asking(args.model):
-        model = pinned(args.model)
-    directory = model_directory(model)  # shows what it downloads
-    with asking(args.model):
-        config = check_for_plan(model, engine, args.shards)
+    model = pinned(args.model)
+    directory = model_directory(model)
+    config = check_for_plan(model, engine, args.shards)
     placement = plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, args.shards))
     plan = Plan(
         config=config,
@@ -77,7 +69,7 @@ def _plan(args: argparse.Namespace) -> int:
             expert_quantization=engine.of_experts,
         ),
         context_tokens=max_model_len(config, engine),
-        download_bytes=_download_bytes(args.model, model, placement),
+        download_bytes=download_bytes(model, placement),
         has_tokenizer=has_vocabulary(directory),
     )
     if args.json:
@@ -85,13 +77,6 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         print_plan(plan)
     return 0
-
-
-def _download_bytes(given: str, model: str, placement: "PlacementPlan") -> "Sequence[int]":
-    from cluster.engine.preflight import download_bytes
-
-    with asking(given):
-        return download_bytes(model, placement)
 
 
 def _ray_env(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from cluster.console.status import (
     render_status,
     watch_status,
 )
-from cluster.console.working import Working, awaited
+from cluster.working import Working, awaited
 
 __all__ = [
     "CountProgress",

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from cluster.console.base import OutputConsole, ranges
 from cluster.console.experts import bar
-from cluster.console.working import Working
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
 from cluster.status import ClusterStatus, ProcessInfo
+from cluster.working import Working
 
 FIGURES_TIMEOUT_S = 20.0  # the controller asks engines every 2 s, and makes each node's metrics server after its start
 FIGURES_POLL_S = 0.2

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from hub_server import EXPERTS, FIRST, NAME, Hub
 
 from cluster.checkpoint.hub.progress import FileProgress, Progress, Stopped
+from cluster.checkpoint.model_files import open_files
 from cluster.checkpoint.names import expert_shapes
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
@@ -173,11 +175,15 @@ def test_lines_come_with_tenths_and_after_some_time(monkeypatch: pytest.MonkeyPa
     assert lines[-1] == "downloading it: 100.0 of 100.0 MB"
 
 
-def test_a_terminal_gets_a_bar_with_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+    def fileno(self) -> int:
+        raise OSError
+
+
+def test_a_terminal_gets_a_bar_with_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     progress = Progress("downloading it", 100_000_000)
@@ -232,3 +238,32 @@ def test_ctrl_c_ends_downloads(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
         reader.fetch(expert_shapes(reader.config, 0, 0))
     assert not (reader.model_dir / EXPERTS[0]).exists()
     assert not list(reader.model_dir.parents[1].rglob("*.incomplete"))
+
+
+def test_a_terminal_sees_that_a_slow_hub_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question waits until it is shown, but those of the download, which has its bar."""
+    terminal = Terminal()
+    monkeypatch.setattr("cluster.checkpoint.hub.progress.ASKING_DELAY_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    shown = f"asking the hub about {NAME}"
+
+    def wait(path: str) -> None:
+        deadline = time.monotonic() + 20
+        while "/api/" in path and shown not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    hub.before_body = wait
+    open_files(NAME)
+    text = terminal.getvalue()
+    assert shown in text
+    assert text.index(shown) < text.index("downloading")
+
+
+def test_a_pipe_hears_nothing_of_questions_to_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.checkpoint.hub.progress.ASKING_DELAY_S", 0.0)
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    hub.before_body = lambda path: time.sleep(0.02)
+    open_files(NAME)
+    assert err.getvalue() == ""

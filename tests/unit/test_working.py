@@ -1,5 +1,6 @@
 """The progress that commands show: a spinner on a terminal, plain lines with NO_COLOR, news alone in a pipe."""
 
+import functools
 import io
 import os
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 from cluster import cli
 from cluster.console import CountProgress, LoadProgress, Working, awaited
 from cluster.doctor import Finding
+from cluster.errors import ClusterError
+from cluster.llm import LLM
 
 
 class Terminal(io.StringIO):
@@ -118,6 +121,19 @@ def test_the_doctor_shows_that_it_works_and_prints_the_same(terminal, monkeypatc
     monkeypatch.setattr("cluster.doctor.examine", examine)
     assert cli.main(["doctor", "--json"]) == 0
     assert capsys.readouterr().out.startswith('{\n  "can_serve": true')
+
+
+def test_an_llm_shows_on_a_terminal_that_it_loads(terminal, monkeypatch):
+    out = terminal()
+
+    def load_engine(*args, **options):
+        wait_for("loading demo …", out)
+        raise ClusterError("no engine")
+
+    monkeypatch.setattr("cluster.llm.Working", functools.partial(Working, delay_s=0))
+    monkeypatch.setattr("cluster.llm.load_engine", load_engine)
+    with pytest.raises(ClusterError, match="no engine"):
+        LLM("demo")
 
 
 def test_a_locale_without_the_characters_gets_others():

@@ -1,4 +1,5 @@
-"""Shows how far downloads are: a bar on a terminal, else a line now and then. Fetches nothing."""
+"""Shows that the hub is asked, on a terminal, and how far downloads are: a bar there, else a line now and then. Fetches
+nothing."""
 
 import io
 import logging
@@ -6,13 +7,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, tqdm
 
+from cluster.checkpoint.hub.name import HubName
+
 log = logging.getLogger(__name__)
 
 TENTH_INTERVAL_S, LINE_INTERVAL_S = 2.0, 15.0  # between two lines: if a tenth more is through, and in any case
+ASKING_DELAY_S = 1.0  # a hub that answers sooner shows nothing
+
+
+def asking(name: HubName) -> AbstractContextManager[object]:
+    """Around questions to the hub. Not around a download, which shows itself."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return nullcontext()
+    from cluster.working import Working  # rich loads with it: not in a server's processes
+
+    return Working(f"asking the hub about {name} …", delay_s=ASKING_DELAY_S)
 
 
 class Stopped(Exception):

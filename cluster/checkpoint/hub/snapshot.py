@@ -32,7 +32,7 @@ from cluster.checkpoint.files import in_one_line
 from cluster.checkpoint.generation import GENERATION_FILE
 from cluster.checkpoint.hub.faults import in_words, no_room
 from cluster.checkpoint.hub.name import HubName, is_commit
-from cluster.checkpoint.hub.progress import FileProgress, Progress, Silent
+from cluster.checkpoint.hub.progress import FileProgress, Progress, Silent, asking
 from cluster.checkpoint.special_tokens import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE
 from cluster.checkpoint.tokenizer_files import MERGES_FILE, VOCAB_FILE
 from cluster.checkpoint.weights import CONFIG_FILE, INDEX_FILE, StoredTensor, read_header
@@ -52,7 +52,7 @@ DOWNLOADS = 4  # at a time
 
 def resolve(name: HubName) -> HubName:
     """The name with the commit that it means now; offline, the commit that it meant last. Raises CheckpointError."""
-    with in_words(name):
+    with asking(name), in_words(name):
         found = resolve_revision(name.repository, revision=name.revision or None).resolved
     if not is_commit(found):
         raise CheckpointError(
@@ -75,7 +75,7 @@ class Snapshot:
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         sizes, config = self._listed(), self._cached_config()
         if sizes is None or config is None:
-            with in_words(name, CONFIG_FILE):
+            with asking(name), in_words(name, CONFIG_FILE):
                 snapshot_download(  # it keeps the hub's list of files in the cache
                     name.repository, revision=name.revision, allow_patterns=[CONFIG_FILE], tqdm_class=Silent,
                     library_name=LIBRARY, library_version=__version__,
@@ -113,7 +113,7 @@ class Snapshot:
         if self._is_local(name):
             return read_header(self.directory / name)
         if name not in self._headers:
-            with in_words(self._name, name):
+            with asking(self._name), in_words(self._name, name):
                 found = HfApi().parse_safetensors_file_metadata(
                     self._name.repository, name, revision=self._name.revision
                 )

@@ -8,9 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.console.working import awaited
 from cluster.conversation import ToolCall
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.working import awaited
 
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
