@@ -138,12 +138,13 @@ class InferenceService:
         timeout_s: float | None = None,
         client: str = "",
         prompt_group: str = "",
+        accepted: bool = False,
     ) -> AsyncGenerator[TextDelta, None]:
         """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence.
 
-        prompt_group: as in EngineRequest.
+        prompt_group: as in EngineRequest.  accepted: as in Admission.
         """
-        with self._begun(request_id, timeout_s, client) as tracked:
+        with self._begun(request_id, timeout_s, client, accepted=accepted) as tracked:
             preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
             request = replace(await self._in_time(preparing, tracked, client), prompt_group=prompt_group)
             async with aclosing(self._run(request, tracked)) as deltas:
@@ -197,11 +198,13 @@ class InferenceService:
         return await self._preparer.detokenize(token_ids, skip_special_tokens=skip_special_tokens, client=client)
 
     @contextmanager
-    def _begun(self, request_id: str, timeout_s: float | None, client: str) -> Iterator[TrackedRequest]:
+    def _begun(
+        self, request_id: str, timeout_s: float | None, client: str, *, accepted: bool = False
+    ) -> Iterator[TrackedRequest]:
         """Tracks a request that admission lets begin, and charges its client with its tokens at its end."""
         with self._tracker.track(self.new_request_id(), request_id, timeout_s) as tracked:
             try:
-                with self.admission.generation(client):
+                with self.admission.generation(client, accepted=accepted):
                     yield tracked
             finally:
                 self.admission.spend(client, tracked.num_tokens)

@@ -37,6 +37,7 @@ class Front:
         )
         if responses is not None:
             served = replace(served, responses=responses)
+        self.responses = served.responses
         self.app = make_app(served)
 
     @asynccontextmanager

@@ -83,6 +83,17 @@ def test_calls_room_streams_and_draining_refuse_each_with_its_status():
         pass  # draining ends no call that asks for no tokens
 
 
+def test_an_accepted_generation_begins_while_draining_where_there_is_room():
+    admission = Admission(room=lambda: 1, clock=TickingClock())
+    admission.drain()
+    with admission.generation("a", accepted=True):
+        assert admission.num_running == 1
+        with pytest.raises(Overloaded, match="full"), admission.generation("b", accepted=True):
+            pass
+    with pytest.raises(Unavailable, match="shutting down"), admission.generation("a"):
+        pass
+
+
 def test_a_front_for_this_machine_only_refuses_other_peers_whatever_their_headers_say():
     admission = Admission(local_only=True)
     assert answer(admission, {"x-forwarded-for": "127.0.0.1"})[0] == 403

@@ -366,6 +366,26 @@ def test_an_ingress_that_goes_ends_its_background_responses_first(tokenizer):
     virtual_time.run(run)
 
 
+def test_a_response_that_was_accepted_begins_while_its_ingress_drains(tokenizer):
+    """It waits for room when that begins, and counts as under way until it has ended."""
+
+    async def scenario(front, client, store):
+        begun = await begin(client)
+        await asyncio.sleep(3.0)
+        ingress = SimpleNamespace(_admission=front.service.admission, _health=front.health, _responses=front.responses)
+        drain = Ingress.__bases__[0].drain
+        assert await drain(ingress) == 1
+        front.backend.gate.set()
+        await asyncio.sleep(3.0)
+        ended = await look(client, begun["id"])
+        assert (ended["status"], text_of(ended)) == ("completed", "Hello")
+        assert await drain(ingress) == 0
+        refused = await client.post(PATH, json={"input": "hi", "background": True})
+        assert refused.status_code == 503
+
+    play(tokenizer, scenario, Overloaded("full", 2.0), "Hello")
+
+
 class Forgetful:
     """A store whose process ends and comes again, empty."""
 

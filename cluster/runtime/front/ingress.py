@@ -250,7 +250,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         """Refuses new requests from now on; returns the number of those under way."""
         self._admission.drain()
         self._health.set(False)
-        return self._admission.num_running
+        return self._admission.num_running + self._responses.num_waiting
 
     async def _keep_looking(self) -> None:
         while True:

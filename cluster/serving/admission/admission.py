@@ -77,7 +77,7 @@ class Admission:
         return self._places.draining
 
     def drain(self) -> None:
-        """Refuses new generations from now on; running ones go on."""
+        """Refuses new generations from now on; running and accepted ones go on."""
         self._places.drain()
 
     def identify(self, metadata: Mapping[str, str], peer: str) -> str:
@@ -151,9 +151,12 @@ class Admission:
             return self._admins.admitted(client.removeprefix(ADMIN))
         return self._keys.admitted(client)
 
-    def generation(self, client: str) -> AbstractContextManager[None]:
-        """Counts a generation while it is open. Raises Unavailable while draining, Overloaded without room."""
-        return self._places.taken(client)
+    def generation(self, client: str, *, accepted: bool = False) -> AbstractContextManager[None]:
+        """Counts a generation while it is open. Raises Unavailable while draining, Overloaded without room.
+
+        accepted: before; draining does not refuse it.
+        """
+        return self._places.taken(client, accepted=accepted)
 
     def spend(self, client: str, num_tokens: int) -> None:
         """Charges a client's key with the tokens of a generation, prompt and answer, once it has ended."""

@@ -30,14 +30,19 @@ class Places:
         return self._by_client.total()
 
     def drain(self) -> None:
-        """Refuses new generations from now on; running ones go on."""
+        """Refuses new generations from now on; running and accepted ones go on."""
         if not self.draining:
             log.info("draining: %d requests are running", self.num_running)
         self.draining = True
 
     @contextmanager
-    def taken(self, client: str) -> Iterator[None]:
-        """Takes a place while it is open. Raises Unavailable, Overloaded."""
+    def taken(self, client: str, *, accepted: bool = False) -> Iterator[None]:
+        """Takes a place while it is open. Raises Unavailable, Overloaded.
+
+        accepted: its client has been told that it will be answered, so draining does not refuse it.
+        """
+        if self.draining and not accepted:
+            raise Unavailable("this server is shutting down, send the request to another one")
         self._check(client)
         self._by_client[client] += 1
         try:
@@ -49,8 +54,6 @@ class Places:
             self._retry_hint.ended(self._clock())
 
     def _check(self, client: str) -> None:
-        if self.draining:
-            raise Unavailable("this server is shutting down, send the request to another one")
         limit = self._max_per_client
         if limit and self._by_client[client] >= limit:
             reason = f"this client has {limit} requests running, as many as it may"

@@ -16,10 +16,14 @@ MAX_UNTAKEN = 64  # deltas of a call that wait for its client
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call's name in logs, and the client that it counts for."""
+    """One call's name in logs, and the client that it counts for.
+
+    accepted: its client has been told that it will be answered: a draining server begins it, too.
+    """
 
     request_id: str
     client: str
+    accepted: bool = False
 
 
 @dataclass(slots=True)
@@ -98,6 +102,7 @@ async def generate(
             request_id=f"{call.request_id}-{index}" if several else call.request_id,
             client=call.client,
             prompt_group=f"{group}-{leaders[index]}" if sizes[leaders[index]] > 1 else "",
+            accepted=call.accepted,
         )
         for index, (prompt, params) in enumerate(asked)
     ]

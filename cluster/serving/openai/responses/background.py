@@ -50,6 +50,7 @@ class BackgroundResponse:
         self._stored = stored
         self._num_sent = 0
         self._changed = asyncio.Event()
+        self.waits = True  # for its place; then admission counts it
         self.store_id = ""
         self.num_reports_after_end = 0
 
@@ -124,6 +125,11 @@ class Responses:
         self._reports = True  # the last report reached the store
         self._context = contextvars.copy_context()  # tasks of a call's own context would end with the call
 
+    @property
+    def num_waiting(self) -> int:
+        """Responses in the background that were accepted and have no place yet."""
+        return sum(response.waits for response in self._running.values())
+
     async def keep(self, stored: StoredResponse) -> bool:
         """Returns whether the store took a response that has ended; it never fails its caller."""
         try:
@@ -162,6 +168,7 @@ class Responses:
         try:
             for remaining in reversed(range(MAX_TRIES)):
                 try:
+                    response.waits = False
                     async with aclosing(response.begin()) as events:
                         async for _ in events:
                             response.tell()
@@ -169,11 +176,13 @@ class Responses:
                 except Overloaded as error:
                     if made.begun or not remaining:
                         raise
+                    response.waits = True
                     await asyncio.sleep(error.retry_after_s)
         except asyncio.CancelledError:
             made.cancel()
         except Exception as error:  # noqa: BLE001 the response has it
             made.fail(error)
+        response.waits = False
         response.tell()
         self._news.set()
 

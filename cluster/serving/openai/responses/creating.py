@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -120,7 +120,8 @@ class Creation:
 
     async def _tries(self) -> AsyncGenerator[str, None]:
         """One try: a chat's answer is read once."""
-        async with aclosing(self.making.run(await prepared(self.served, self.asked, self.call))) as events:
+        chat = await prepared(self.served, self.asked, replace(self.call, accepted=True))
+        async with aclosing(self.making.run(chat)) as events:
             async for text in events:
                 yield text
 
