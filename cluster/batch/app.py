@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, MutableMapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from cluster.batch.run import Reply, reply_of
+from cluster.batch.run import Reply, failure, reply_of
 from cluster.conversation import Json
 from cluster.engine.loop import EngineLoop
 from cluster.errors import ClusterError, Unavailable
@@ -23,6 +24,8 @@ from cluster.serving.openai.served import Served
 from cluster.serving.service import InferenceService
 from cluster.serving.update_queue import UpdateQueue, follow
 from cluster.types import EngineRequest, SequenceUpdate
+
+log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 CLIENT = "batch"
@@ -68,7 +71,7 @@ class AppAnswerer:
         self._app = app
 
     async def answer(self, url: str, body: dict[str, Json]) -> Reply:
-        """Never raises: an application makes an answer of every error."""
+        """Never fails by the application: what that raises is its answer, or a 500 where it gave none."""
         raw = json.dumps(body).encode()
         scope: MutableMapping[str, Any] = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
@@ -86,8 +89,16 @@ class AppAnswerer:
             status = message.get("status", status)
             pieces.extend(message.get("body", b""))
 
-        await self._app(scope, receive, send)
-        return reply_of(status, bytes(pieces))
+        raised: Exception | None = None
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 the boundary; Starlette raises also what it has answered
+            raised = error
+        try:
+            return reply_of(status, bytes(pieces))
+        except Unavailable as error:
+            log.error("a line of a batch failed", exc_info=raised or error)
+            return failure(500, "server_error", "internal error, see the log")
 
 
 @asynccontextmanager

@@ -37,6 +37,11 @@ def reply_of(status: int, raw: bytes, request_id: str = "") -> Reply:
     return Reply(status, body, request_id or (str(body.get("id") or "") if isinstance(body, dict) else ""))
 
 
+def failure(status: int, kind: str, message: str) -> Reply:
+    """The reply to a line that gets no other, in OpenAI's shape."""
+    return Reply(status, {"error": {"message": message, "type": kind, "param": None, "code": None}})
+
+
 class Answerer(Protocol):
     """Answers requests, many at a time."""
 
@@ -108,6 +113,8 @@ async def patient(line: Line, answerer: Answerer, pace: Pace) -> Reply:
             reply = await answerer.answer(line.url, line.body)
         except Unavailable as error:
             reason = str(error)
+        except RecursionError:  # in the writer of JSON, which may go less deep than the reader did
+            return failure(400, "invalid_request_error", "the body is too deep")
         else:
             if reply.status_code not in BUSY:
                 return reply

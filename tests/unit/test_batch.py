@@ -14,6 +14,7 @@ from collections import Counter
 import pytest
 
 from cluster import LLM, SamplingParams, cli
+from cluster.batch.app import AppAnswerer
 from cluster.batch.ledger import Ledger
 from cluster.batch.lines import Fault, count, parse, read
 from cluster.batch.run import Pace, Reply, run
@@ -129,6 +130,50 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(tmp_path
         answered(tmp_path, Model(*[Unavailable("gone")] * 100), *lines, patience_s=3.0)
     assert answers(tmp_path / "out") == []
     assert len(answered(tmp_path, Model(), *lines)) == 5
+
+
+def raising(scope, receive, send):
+    raise RuntimeError("a fault")
+
+
+async def broken(scope, receive, send):
+    """As Starlette does it: the error has its answer, and is raised all the same."""
+    await send({"type": "http.response.start", "status": 500, "headers": []})
+    await send({"type": "http.response.body", "body": b'{"error": {"message": "id 7"}}'})
+    raise RuntimeError("a fault")
+
+
+async def halved(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b'{"id": "x', "more_body": True})
+
+
+@pytest.mark.parametrize(("app", "words"), [(raising, "internal error"), (broken, "id 7"), (halved, "internal error")])
+def test_an_application_that_fails_gives_a_line_an_error_and_the_next_goes_on(tmp_path, app, words):
+    async def some(scope, receive, send):
+        if b"bad" in (await receive())["body"]:
+            await app(scope, receive, send)
+        else:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+    found = answered(tmp_path, AppAnswerer(some), request("a", "bad"), request("b"), concurrency=1)
+    assert [one["response"]["status_code"] for one in found] == [500, 200]
+    assert words in found[0]["response"]["body"]["error"]["message"]
+
+
+def test_a_body_that_is_too_deep_to_be_written_is_an_error_of_its_line(tmp_path):
+    """It can be read, but not with so many calls around."""
+
+    class Deep(Model):
+        async def answer(self, url, body):
+            if body["prompt"] == "deep":
+                raise RecursionError
+            return await super().answer(url, body)
+
+    found = answered(tmp_path, Deep(), request("a", "deep"), request("b"), concurrency=1)
+    assert [one["response"]["status_code"] for one in found] == [400, 200]
+    assert "too deep" in found[0]["response"]["body"]["error"]["message"]
 
 
 def test_half_a_last_line_is_cut_off_and_answered_again(tmp_path):
