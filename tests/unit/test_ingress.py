@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import virtual_time
 from engine_fakes import request
 
 from cluster.errors import ReplicaStopping, ReplicaUnavailable
@@ -82,6 +83,32 @@ def test_a_stream_of_a_host_that_is_gone_ends_with_rays_word_of_its_engine(monke
         assert other.cancelled == ["a"]  # whoever may still run it
 
     asyncio.run(run())
+
+
+def test_a_stream_outlives_a_moment_in_which_ray_cannot_reach_its_engine():
+    """For 10 s, until Ray says that it has died."""
+
+    class Unreachable(Engine):
+        asked = 0
+
+        async def _hold(self):
+            self.asked += 1
+            if asyncio.get_running_loop().time() < 10.0:
+                raise ray.exceptions.ActorUnavailableError("no connection", None)
+            await super()._hold()
+
+    async def run():
+        replicas, engine = replicas_of(SilentResponse(SequenceUpdate(request_id="a", replica="r1"))), Unreachable()
+        replicas.watch({"r1": engine})
+        asking = asyncio.create_task(collect(replicas))
+        await asyncio.sleep(100.0)
+        assert not asking.done()
+        assert engine.asked < 20
+        engine.death.set()
+        with pytest.raises(ReplicaUnavailable, match="gone, with its host"):
+            await asking
+
+    virtual_time.run(run)
 
 
 def test_a_client_that_leaves_cancels_and_is_not_taken_for_a_lost_replica():

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+import ray
+import virtual_time
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from haproxy_tools import Healthz, haproxy
 from ray.serve.generated import serve_pb2_grpc
 from serving_fakes import EchoBackend, make_service, write_tokenizer
 
 from cluster.errors import Overloaded, ReplicaUnavailable
+from cluster.runtime.front import attention_replica
 from cluster.runtime.front.attention_replica import AttentionReplica
 from cluster.runtime.front.relay import relay_cancels
 from cluster.serving.text.prompts import Prompt
@@ -102,6 +105,47 @@ def test_the_replica_ends_an_overflowing_sequence_at_the_engine_once_and_no_othe
 
     asyncio.run(run())
     assert cancelled == [["unread"]]
+
+
+class Unreachable:
+    """An engine that Ray cannot reach for a minute; then it answers once, and dies. `asked`: when."""
+
+    def __init__(self):
+        self.poll, self.asked = SimpleNamespace(remote=self._poll), []
+
+    async def _poll(self, wait_s, received):
+        self.asked.append(asyncio.get_running_loop().time())
+        if self.asked[-1] < 60.0:
+            raise ray.exceptions.ActorUnavailableError("no connection", None)
+        if received:
+            raise ray.exceptions.RayActorError
+        return 1, [update(7)]
+
+
+def test_a_replica_asks_an_engine_that_cannot_be_reached_less_and_less_often(monkeypatch):
+    """At 0, 0.05, 0.15, 0.35, 0.75, 1.55 and 3.15 s, then each 2 s: 28 times until a minute is over; and twice then."""
+
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended
+
+    monkeypatch.setattr(attention_replica.os, "_exit", end)
+    monkeypatch.setattr(attention_replica.os, "kill", lambda pid, sign: None)
+    replica = AttentionReplica.__new__(AttentionReplica)
+    replica.name, replica._lost, replica._engine_pid, replica._record = "r", "", 0, None
+    replica._streams, replica.engine = {}, Unreachable()
+    given = []
+    monkeypatch.setattr(replica, "_share", given.extend)
+
+    async def run():
+        with pytest.raises(Ended):
+            await replica._share_out()
+
+    virtual_time.run(run)
+    assert given == [update(7)]
+    assert len(replica.engine.asked) == 7 + 28 + 2
 
 
 def test_the_client_of_an_ended_stream_gets_a_typed_error_and_the_log_says_so(tmp_path, caplog):

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from cluster.runtime.control.news import News
+from cluster.runtime.deaths import until_dead
 from cluster.runtime.workers.protocol import REPLICA_SILENCE_S
 from cluster.status import ProcessInfo, ReplicaStatus
 
@@ -66,9 +65,7 @@ class Engines:
 
     async def _watch(self, replica: ReplicaStatus, engine: Any) -> None:
         """Forgets an attention replica when its engine dies. Serve replaces it; this is for `status`."""
-        try:
-            await engine.hold.remote()
-        except ray.exceptions.RayActorError:
+        if await until_dead(engine, f"the engine of attention replica {replica.name}"):
             self._note(f"attention replica {replica.name} lost its engine")
         self._known.pop(replica.name, None)
         self._watchers.pop(replica.name, None)

@@ -18,6 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.engine.step_record import make_step_record
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
 from cluster.runtime.control.controller import get_controller
+from cluster.runtime.deaths import Pauses
 from cluster.runtime.front.autoscaling import engine_load
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import actor_environment, num_threads, prepare_process
@@ -121,7 +122,7 @@ class AttentionReplica:
 
     async def _share_out(self) -> None:
         """Asks the engine for each step's message until the engine has died; then ends this process."""
-        received = 0
+        received, pauses = 0, Pauses()
         while not self._lost:
             news = asyncio.ensure_future(_as_future(self.engine.poll.remote(LONG_POLL_S, received)))
             if not (await asyncio.wait([news], timeout=HUNG_S))[0]:
@@ -132,10 +133,12 @@ class AttentionReplica:
                 received, updates = news.result()
             except ray.exceptions.ActorUnavailableError as error:
                 log.info("attention replica %s asks its engine again: %s", self.name, type(error).__name__)
+                await pauses.pause()
             except ray.exceptions.RayError as error:
                 self._lost = f"the engine of attention replica {self.name} is gone"
                 log.error("%s: %s", self._lost, error)
             else:
+                pauses.over()
                 self._share(updates)
         with suppress(ProcessLookupError):
             os.kill(self._engine_pid, signal.SIGKILL)  # Ray cannot end a stopped process

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -25,6 +25,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUnavailable
 from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.control.controller import get_controller
+from cluster.runtime.deaths import until_dead
 from cluster.runtime.front.live import RayLiveSource
 from cluster.runtime.front.node_metrics import scrape_node
 from cluster.runtime.front.operations import RayOperations
@@ -88,8 +89,7 @@ class ServeReplicas:
                 self._watchers[name] = asyncio.create_task(self._await_death(name, engine))
 
     async def _await_death(self, name: str, engine: Any) -> None:
-        with suppress(ray.exceptions.RayActorError):
-            await engine.hold.remote()
+        await until_dead(engine, f"the engine of attention replica {name}")
         await asyncio.sleep(FAREWELL_S)
         del self._watchers[name]
         for response in self._running.pop(name, ()):
