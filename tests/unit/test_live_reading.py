@@ -11,6 +11,7 @@ from test_live_feed import PLAN, process, stats, status
 from cluster.errors import Unavailable
 from cluster.runtime.front import live
 from cluster.runtime.front.live import RayLiveSource
+from cluster.runtime.names import metrics_name
 from cluster.status import ReplicaStatus, ShardStatus
 
 TOKENS = torch.arange(16).reshape(4, 4)  # four layers, of which the second and the last are sparse
@@ -73,6 +74,21 @@ def test_a_shards_successor_is_found_under_its_name(actors):
     assert asyncio.run(source.read()).counters == {}
     actors["shard-0"] = SimpleNamespace(expert_tokens=Method(TOKENS))
     assert list(asyncio.run(source.read()).counters) == [(0, 10)]
+
+
+def test_a_shard_that_was_scaled_away_is_forgotten(actors):
+    """Its handle would stay for ever, and so would that of each process of metrics."""
+    counters, render = Method(TOKENS), Method(b"")
+    actors.update({f"shard-{i}": SimpleNamespace(expert_tokens=counters) for i in range(3)})
+    actors[metrics_name("group", "b")] = SimpleNamespace(render=render)
+    last = ShardStatus(shard_id=2, actor="shard-2", state="up", process=process(12, "b"))
+    now = status(PLAN, shards=(*shards("up", "up"), last), replicas=())
+    source = RayLiveSource("group", lambda: now)
+    asyncio.run(source.read())
+    assert source.known_actors == {"shard-0", "shard-1", "shard-2", metrics_name("group", "b")}
+    now = status(PLAN, shards=shards("up"), replicas=())
+    asyncio.run(source.read())
+    assert source.known_actors == {"shard-0"}
 
 
 def test_an_engine_that_is_busy_keeps_its_last_figures(actors):

@@ -31,10 +31,26 @@ class RayLiveSource:
         status = self._status()
         if status is None:
             raise Unavailable("the expert controller has not answered yet: try again")
+        self._forget_others(status)
         counters, stats, exposition = await asyncio.gather(
             self._counters(status), self._stats(status.replicas), self._exposition(status)
         )
         return Reading(status=status, counters=counters, stats=stats, exposition=exposition, at=time.monotonic())
+
+    @property
+    def known_actors(self) -> frozenset[str]:
+        """The names of those that it has found."""
+        return frozenset(self._actors)
+
+    def _forget_others(self, status: ClusterStatus) -> None:
+        """Lets those actors go that the cluster has no more."""
+        living = {shard.actor for shard in status.shards} | self._collectors(status)
+        self._actors = {name: actor for name, actor in self._actors.items() if name in living}
+
+    def _collectors(self, status: ClusterStatus) -> set[str]:
+        """The names of the actors that collect figures, one a node."""
+        processes = [status.process, *(s.process for s in status.shards), *(r.process for r in status.replicas)]
+        return {metrics_name(self._group, process.node_id) for process in processes if process is not None}
 
     async def _counters(self, status: ClusterStatus) -> Mapping[tuple[int, int], Counts]:
         if status.plan is None:
@@ -60,9 +76,7 @@ class RayLiveSource:
         if now - self._figures_at < FIGURES_PERIOD_S:
             return ""
         self._figures_at = now
-        processes = [status.process, *(s.process for s in status.shards), *(r.process for r in status.replicas)]
-        names = {metrics_name(self._group, process.node_id) for process in processes if process is not None}
-        texts = await asyncio.gather(*(self._ask(name, "render") for name in sorted(names)))
+        texts = await asyncio.gather(*(self._ask(name, "render") for name in sorted(self._collectors(status))))
         return "" if None in texts else b"".join(filter(None, texts)).decode()
 
     async def _ask(self, name: str, method: str) -> Any | None:
