@@ -10,6 +10,7 @@ from serving_fakes import write_tokenizer
 from test_live_feed import FakeSource, feed_of
 
 from cluster.serving.admission.api_keys import ApiKeys, new_key
+from cluster.serving.live.feed import Frame
 from cluster.serving.openai.page import FILES
 from cluster.serving.text.tokenizer import Tokenizer
 
@@ -79,6 +80,18 @@ def test_a_snapshot_and_a_stream_of_the_cluster(tokenizer, monkeypatch):
     assert [name for name, _ in events[:4]] == ["cluster", "placement", "beat", "beat"]
     assert {name for name, _ in events[3:]} == {"beat"}  # the rest has not changed
     assert events[3][1]["tokens"] == [[0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_an_event_of_the_cluster_is_one_line_to_every_client(tokenizer):
+    """A fault's words may have what some clients take for a line's end."""
+
+    class Feed:
+        async def frames(self):
+            yield Frame(number=1, cluster='{"a":"\u2028"}', placement="null", beat="{}")
+
+    front = Front(tokenizer, live=Feed())
+    front.service.admission.drain()
+    assert asyncio.run(front.get("/cluster/live")).text.split("\n\n")[0] == 'event: cluster\ndata: {"a":"\\u2028"}'
 
 
 def test_a_stream_ends_when_the_server_does(tokenizer):

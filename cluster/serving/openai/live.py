@@ -12,7 +12,7 @@ from cluster.serving.live.feed import LiveFeed
 from cluster.serving.live.picture import ClusterPicture, PlacementPicture
 from cluster.serving.openai.base_schema import AnswerBody
 from cluster.serving.openai.served import Served
-from cluster.serving.openai.sse import MEDIA_TYPE, begun
+from cluster.serving.openai.sse import MEDIA_TYPE, begun, event_text
 
 WATCHED = frozenset({"/cluster/live"})
 MAX_WATCH_S = 60.0  # then a watcher comes again, perhaps to a newer process: an ingress ends when its calls have
@@ -51,10 +51,10 @@ async def _events(feed: LiveFeed, served: Served) -> AsyncGenerator[str, None]:
         async for frame in frames:
             if frame.cluster != cluster:
                 cluster = frame.cluster
-                yield f"event: cluster\ndata: {cluster}\n\n"
+                yield event_text(cluster, "cluster")
             if frame.placement != placement:
                 placement = frame.placement
-                yield f"event: placement\ndata: {placement}\n\n"
-            yield f"event: beat\ndata: {frame.beat}\n\n"
+                yield event_text(placement, "placement")
+            yield event_text(frame.beat, "beat")
             if time.monotonic() > until or served.service.admission.draining:
                 return
