@@ -1,6 +1,7 @@
 """Chats and completions over HTTP, on a backend that answers each prompt with its own tokens, then ends."""
 
 import asyncio
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from serving_fakes import HELLO, IM_END, EchoBackend, byte_ids, write_tokenizer
 
 from cluster.outcome import Numbers
 from cluster.serving.openai import answer_size
+from cluster.serving.openai.several import AT_A_TIME
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import Logprobs, SequenceUpdate
 
@@ -212,6 +214,64 @@ def test_prompt_logprobs(tokenizer, path, prompt):
             str(C): {"logprob": -0.25, "rank": 1, "decoded_token": "c"},
         }
     assert "stream" in refusal(Front(tokenizer), path, prompt_logprobs=1, stream=True, **prompt)["message"]
+
+
+def test_many_prompts_are_scored_a_few_at_a_time_and_answered_in_their_order(tokenizer):
+    class Counting(Scorer):
+        running = most = 0
+
+        async def generate(self, request):
+            self.running += 1
+            self.most = max(self.most, self.running)
+            try:
+                for _ in range(3 + request.prompt_token_ids[0] % 5):
+                    await asyncio.sleep(0)
+                async for update in super().generate(request):
+                    yield update
+            finally:
+                self.running -= 1
+
+    backend, prompts = Counting(), [[first, B] for first in range(40)]
+    made = answer(
+        Front(tokenizer, backend), COMPLETIONS, prompt=prompts, max_tokens=0, echo=True, logprobs=0,
+        return_token_ids=True,
+    )  # fmt: skip
+    assert [choice["prompt_token_ids"] for choice in made["choices"]] == prompts
+    assert [choice["logprobs"]["token_logprobs"] for choice in made["choices"]] == [[None, -0.5]] * 40
+    assert backend.most == AT_A_TIME
+
+
+DEEP = json.loads('{"a":' * 70 + "1" + "}" * 70)
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}),
+        ("documents", {"documents": [DEEP]}),
+        ("chat_template_kwargs", {"chat_template_kwargs": {"a": DEEP}}),
+        ("chat_template_kwargs", {"chat_template_kwargs": {"tools": []}}),
+        ("messages", {"messages": [{"role": "user", "content": "a" * 70}], "n": 2}),
+        ("max_completion_tokens", {"max_completion_tokens": 70}),
+        ("max_completion_tokens", {"max_completion_tokens": 0, "max_tokens": 5}),
+        ("max_tokens", {"max_tokens": 70}),
+        ("guided_regex", {"response_format": {"type": "text"}, "guided_regex": "("}),
+        ("guided_regex", {"structured_outputs": {"regex": "a"}, "guided_regex": "b"}),
+        ("guided_json", {"guided_json": "{", "tools": [TOOL], "tool_choice": "required"}),
+        ("structured_outputs", {"structured_outputs": {"a": 1}, "tools": [TOOL], "tool_choice": "required"}),
+    ],
+)
+def test_a_fault_of_a_chat_has_the_fields_name(tokenizer, param, body):
+    refused = refusal(Front(tokenizer), CHAT, **{"messages": MESSAGES, **body})
+    assert refused["param"] == param
+    assert param.split("_")[0] in refused["message"] or param == "messages"
+
+
+def test_a_prompts_numbers_that_are_too_many_are_refused_by_the_field_that_asks_for_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(answer_size, "MAX_ANSWER_BYTES", answer_size.LOGPROB_BYTES)
+    refused = refusal(Front(tokenizer, Scorer()), COMPLETIONS, prompt="ab", max_tokens=0, echo=True, logprobs=2)
+    assert (refused["param"], refused["message"].startswith("logprobs: ")) == ("logprobs", True)
 
 
 @pytest.mark.parametrize(("field", "given", "taken"), [("seed", -1, 2**63 - 1), ("top_p", 0, 1e-9)])

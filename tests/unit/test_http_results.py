@@ -12,7 +12,7 @@ from test_results_served import SEQUENCE, TOKENS, NumbersBackend
 from cluster.errors import ShardUnavailable
 from cluster.outcome import Head, Numbers
 from cluster.serving.openai import answer_size
-from cluster.serving.openai.results import AT_A_TIME
+from cluster.serving.openai.several import AT_A_TIME
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import SequenceUpdate
 
@@ -158,7 +158,7 @@ def test_a_head_with_one_label_scores_both_texts_together(tokenizer):
         ("/score", {"text_1": "a"}, "queries and documents"),
         ("/score", {"text_1": "a", "text_2": "a", "queries": "a"}, "queries and documents"),
         ("/score", {}, "queries and documents"),
-        ("/rerank", {"query": "a", "documents": []}, "text_1 has 0"),
+        ("/rerank", {"query": "a", "documents": []}, "documents has 0"),
         ("/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
         ("/tokenize", {}, "prompt and messages are both missing"),
         ("/tokenize", {"prompt": "a", "messages": []}, "both"),
@@ -189,6 +189,25 @@ def test_bad_bodies_are_refused(tokenizer, path, body, word):
 def test_a_bad_prompt_is_refused_by_the_name_that_the_call_has_for_it(tokenizer, path, body, param):
     status, answer = post(tokenizer, path, body)
     assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"] * 2049}, "documents"),
+        ("/score", {"queries": "a", "documents": []}, "documents"),
+        ("/score", {"queries": ["a", "b"], "documents": ["c"] * 3}, "queries"),
+        ("/score", {"data_1": [], "data_2": "a"}, "data_1"),
+        ("/score", {"text_1": "a"}, "text_2"),
+        ("/score", {"documents": ["a"]}, "queries"),
+        ("/score", {}, "text_1"),
+    ],
+)
+def test_texts_that_do_not_go_together_are_refused_by_their_own_name(tokenizer, path, body, param):
+    status, answer = post(tokenizer, path, body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert param in answer["error"]["message"]
 
 
 def test_the_first_failure_ends_a_call_of_many(tokenizer):

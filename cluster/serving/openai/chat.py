@@ -48,7 +48,7 @@ def router(served: Served) -> APIRouter:
         served.check_model(body.model)
         body.check()
         call = Call(request_id=f"chatcmpl-{body.request_id or request.state.request_id}", client=request.state.client)
-        with naming(form_field(body)):
+        with naming(form_field(body)), naming(body.length_field, "max_tokens"):
             chat = await prepared(served, body, call)
             if body.stream:
                 return await begun(chat.stream(), call.request_id)

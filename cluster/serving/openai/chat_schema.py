@@ -87,6 +87,11 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
+    @property
+    def length_field(self) -> str:
+        """Returns the name of the field that bounds the answer."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
 
 class TopLogprob(AnswerBody):
     token: str

@@ -20,6 +20,7 @@ from cluster.serving.openai.result_schema import (
     ScoreAnswer,
     ScoreData,
     ScoreRequest,
+    Texts,
 )
 from cluster.serving.openai.results import ResultCall, vectors
 from cluster.serving.openai.served import Served
@@ -45,7 +46,7 @@ def router(served: Served) -> APIRouter:
     @routes.post("/v1/score", include_in_schema=False)
     @routes.post("/score")
     async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
-        call, pairs = ResultCall(served, request, "score"), _pairs(body)
+        call, pairs = ResultCall(served, request, "score"), _pairs(*body.sides())
         served.check_model(body.model)
         scores, computed = await _scored(call, head, pairs)
         data = [ScoreData(index=index, score=one) for index, one in enumerate(scores)]
@@ -57,7 +58,7 @@ def router(served: Served) -> APIRouter:
     async def rerank(body: RerankRequest, request: Request) -> RerankAnswer:
         """The documents by their scores with the query, as `/score` makes them, best first."""
         call = ResultCall(served, request, "rerank")
-        pairs = _pairs(ScoreRequest(queries=body.query, documents=body.documents))
+        pairs = _pairs(("query", body.query), ("documents", body.documents))
         served.check_model(body.model)
         scores, computed = await _scored(call, head, pairs)
         order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
@@ -88,15 +89,14 @@ async def _scored(
     return [float(of_text[first] @ of_text[second]) for first, second in pairs], computed
 
 
-def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
-    """Raises InvalidRequest."""
-    first, second = ([one] if isinstance(one, str) else one for one in body.sides())
-    if len(first) == 1:
-        first = first * len(second)
-    if len(first) != len(second) or not 1 <= len(first) <= MAX_PROMPTS:
+def _pairs(*sides: tuple[str, Texts]) -> list[tuple[str, str]]:
+    """sides: the two, each with its name. Raises InvalidRequest."""
+    (name, first), (other, second) = ((name, [one] if isinstance(one, str) else one) for name, one in sides)
+    for each, texts in ((name, first), (other, second)):
+        if not 1 <= len(texts) <= MAX_PROMPTS:
+            raise InvalidRequest(f"{each} has {len(texts)} texts, 1 to {MAX_PROMPTS} are allowed", each)
+    if len(first) not in (1, len(second)):
         raise InvalidRequest(
-            f"text_1 has {len(first)} texts and text_2 {len(second)}: one, or as many as text_2, are needed, "
-            f"at most {MAX_PROMPTS}",
-            "text_1",
+            f"{name} has {len(first)} texts and {other} {len(second)}: one, or as many as {other}, are needed", name
         )
-    return list(zip(first, second, strict=True))
+    return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))

@@ -96,7 +96,8 @@ async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Co
     if num_each > 1 or body.echo or body.needs_token_ids:  # tokenized once
         prompts = [await _tokenized(served, prompt, body, call) for prompt in prompts]
     tops = [num for num in (numbers, body.prompt_logprobs) if num is not None]
-    scored = await score(served.service, prompts, call, max(tops)) if tops else ()
+    param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+    scored = await score(served.service, prompts, call, max(tops), param=param) if tops else ()
     asked = [(prompt, each) for prompt in prompts for each in variants(params, num_each)]
     deltas = nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call)
     return _Completion(

@@ -1,6 +1,9 @@
 """A chat's messages and tools as a conversation for the chat template. Knows no template."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cluster import inputs
@@ -10,6 +13,7 @@ from cluster.serving.openai.chat_schema import CalledTool, ChatRequest, ContentP
 
 MAX_MESSAGES = 2048
 MAX_OBJECTS = 1024  # tools, and documents
+_PARTS = {"tools": "tools", "documents": "documents", "template_kwargs": "chat_template_kwargs"}
 _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's other words; templates know none of them
 
 
@@ -28,14 +32,29 @@ def to_conversation(body: ChatRequest) -> Conversation:
             raise InvalidRequest(f"{name} has {len(objects)} objects, at most {MAX_OBJECTS} are allowed", name)
     open_end = bool(body.continue_final_message)
     begins = body.add_generation_prompt
-    return Conversation(
-        messages=[_turn(message, f"messages[{index}]") for index, message in enumerate(body.messages)],
-        tools=[tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
-        documents=body.documents,
-        add_generation_prompt=not open_end if begins is None else begins,
-        continue_final_message=open_end,
-        template_kwargs=body.chat_template_kwargs or {},
-    )
+    messages = [_turn(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
+    with _naming_parts():
+        return Conversation(
+            messages=messages,
+            tools=[tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
+            documents=body.documents,
+            add_generation_prompt=not open_end if begins is None else begins,
+            continue_final_message=open_end,
+            template_kwargs=body.chat_template_kwargs or {},
+        )
+
+
+@contextmanager
+def _naming_parts() -> Iterator[None]:
+    """Gives a refusal of what a template gets beside the messages the name of its field. Its text begins with it."""
+    try:
+        yield
+    except InvalidRequest as error:
+        part = re.match(r"\w*", str(error))
+        field = _PARTS.get(part.group() if part else "") if error.field == "chat" else None
+        if field is None:
+            raise
+        raise InvalidRequest(re.sub(r"^\w+", field, str(error)), field) from error
 
 
 def _turn(message: MessageBody, where: str) -> dict[str, Any]:

@@ -28,7 +28,8 @@ _ANTHROPIC_TYPES = {
 _NOT_FOUND_CODES = {"model": "model_not_found", "previous_response_id": "previous_response_not_found"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 _PROMPT_PARAMS = {
-    "/v1/embeddings": "input", "/pooling": "input", "/classify": "input", "/detokenize": "tokens",
+    "/v1/chat/completions": "messages", "/v1/embeddings": "input", "/pooling": "input", "/classify": "input",
+    "/detokenize": "tokens",
     **dict.fromkeys(("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank")),
 }  # fmt: skip
 _PARAMS = {"text": "prompt", "token_ids": "prompt", "chat": "messages", "request": None, "": None}

@@ -56,8 +56,9 @@ class FormFields(BaseModel):
     @property
     def form_field(self) -> str:
         """Returns the name of the field that asks for the form; `structured_outputs` for none."""
-        names = ("response_format", *_GUIDED)
-        return next((name for name in names if getattr(self, name) not in (None, False)), FIELD)
+        if isinstance(self.response_format, ObjectFormat | SchemaFormat):
+            return "response_format"
+        return next((name for name in _GUIDED if getattr(self, name) not in (None, False)), FIELD)
 
     def form(self) -> StructuredOutputsParams | None:
         """The form that the answer must have, None for any. Raises InvalidRequest, also for several forms at once."""
@@ -68,24 +69,30 @@ class FormFields(BaseModel):
             case SchemaFormat(json_schema=named):
                 if named.schema_ is None:
                     raise InvalidRequest("response_format.json_schema has no schema", "response_format")
-                found["response_format"] = StructuredOutputsParams(json=named.schema_)
+                with naming("response_format"):
+                    found["response_format"] = StructuredOutputsParams(json=named.schema_)
         if self.structured_outputs is not None:
             found["structured_outputs"] = StructuredOutputsParams.of(self.structured_outputs)
         for name, field in _GUIDED.items():
             value = getattr(self, name)
             if value is not None and value is not False:
-                found[name] = StructuredOutputsParams(**{field: value})
+                with naming(name):
+                    found[name] = StructuredOutputsParams(**{field: value})
         if len(found) > 1:
-            raise InvalidRequest(f"{' and '.join(found)} ask for a form each: give one", next(iter(found)))
+            other = next(name for name in found if name != FIELD)
+            raise InvalidRequest(f"{' and '.join(found)} ask for a form each: give one", other)
         return next(iter(found.values()), None)
 
 
 @contextmanager
-def naming(field: str) -> Iterator[None]:
-    """Gives a refusal of a form the name of the field that asked for it: a client may know no `structured_outputs`."""
+def naming(field: str, of: str = FIELD) -> Iterator[None]:
+    """Gives a refusal the name of the field that asked for it: a client may know no `structured_outputs`.
+
+    of: the name that the refusal has.
+    """
     try:
         yield
     except InvalidRequest as error:
-        if error.field != FIELD or field == FIELD:
+        if error.field != of or field == of:
             raise
-        raise InvalidRequest(re.sub(rf"^{FIELD}(\.\w+)?", field, str(error)), field) from error
+        raise InvalidRequest(re.sub(rf"^{of}(\.\w+)?", field, str(error)), field) from error

@@ -10,6 +10,7 @@ from cluster.serving.openai.answer_size import LOGPROB_BYTES, AnswerSize
 from cluster.serving.openai.base_schema import PromptLogprob
 from cluster.serving.openai.generation import Call
 from cluster.serving.openai.logprobs import LOWEST, TokenText
+from cluster.serving.openai.several import a_few_at_a_time
 from cluster.serving.service import InferenceService
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs
@@ -28,13 +29,16 @@ class PromptTokens:
         return replace(self, entries=tuple(replace(entry, top=entry.top[:num]) for entry in self.entries))
 
 
-async def score(service: InferenceService, prompts: Sequence[Prompt], call: Call, num_top: int) -> list[PromptTokens]:
+async def score(
+    service: InferenceService, prompts: Sequence[Prompt], call: Call, num_top: int, *, param: str = "prompt_logprobs"
+) -> list[PromptTokens]:
     """Computes each prompt's log-probabilities, with those of the `num_top` likeliest tokens.
 
+    param: the field that asks for them.
     Raises ClusterError, the first that any meets; InvalidRequest where the answer would be too large.
     """
 
-    size = AnswerSize("prompt_logprobs", "send fewer tokens in a call, or ask for fewer likeliest ones")
+    size = AnswerSize(param, "send fewer tokens in a call, or ask for fewer likeliest ones")
 
     def check(num_tokens: int) -> None:
         size.add(num_tokens * (1 + num_top) * LOGPROB_BYTES)
@@ -46,13 +50,7 @@ async def score(service: InferenceService, prompts: Sequence[Prompt], call: Call
         )
         return await asyncio.to_thread(_read, computed, num_top)
 
-    tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+    return await a_few_at_a_time(one, prompts)
 
 
 def _read(computed: Computed, num_top: int) -> PromptTokens:

@@ -60,13 +60,16 @@ class ScoreRequest(RequestBody):
     data_2: Texts | None = None
     user: str | None = None  # without effect
 
-    def sides(self) -> tuple[Texts, Texts]:
-        """Raises InvalidRequest."""
-        pairs = ((self.text_1, self.text_2), (self.queries, self.documents), (self.data_1, self.data_2))
-        given = [(first, second) for first, second in pairs if first is not None or second is not None]
-        if len(given) == 1 and given[0][0] is not None and given[0][1] is not None:
-            return given[0][0], given[0][1]
-        raise InvalidRequest("text_1 and text_2, or queries and documents, or data_1 and data_2 are needed", "text_1")
+    def sides(self) -> tuple[tuple[str, Texts], tuple[str, Texts]]:
+        """Returns each side's name and texts. Raises InvalidRequest."""
+        pairs = (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2"))
+        given = [names for names in pairs if any(getattr(self, name) is not None for name in names)] or [pairs[0]]
+        missing = [name for names in given for name in names if getattr(self, name) is None]
+        if len(given) > 1 or missing:
+            wanted = "text_1 and text_2, or queries and documents, or data_1 and data_2 are needed"
+            raise InvalidRequest(wanted, missing[0] if len(given) == 1 else given[1][0])
+        first, second = given[0]
+        return (first, getattr(self, first)), (second, getattr(self, second))
 
 
 class RerankRequest(RequestBody):

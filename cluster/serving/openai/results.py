@@ -1,6 +1,5 @@
 """Prompts whose answers are numbers: one call's, at the engine a few at a time. Knows no paths."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +10,11 @@ from cluster.outcome import Computed, Wants
 from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.result_schema import InputRequest, PromptUsage
 from cluster.serving.openai.served import Served
+from cluster.serving.openai.several import a_few_at_a_time
 from cluster.serving.outcomes import unit_vector
 from cluster.serving.text.prompts import Prompt
 
 Check = Callable[[Computed], None]
-AT_A_TIME = 16  # of one call's inputs at the engine: more would leave other clients no room in its queue
 
 
 class ResultCall:
@@ -37,24 +36,14 @@ class ResultCall:
 
         check: sees each result, and may refuse it.
         """
-        results: list[Computed | None] = [None] * len(prompts)
-        waiting = iter(enumerate(prompts))
 
-        async def worker() -> None:
-            for index, prompt in waiting:
-                request_id = f"{self._request_id}-{index}" if len(prompts) > 1 else self._request_id
-                result = await self._served.service.compute(prompt, wants, request_id=request_id, client=self._client)
-                check(result)
-                results[index] = result
+        async def one(index: int, prompt: Prompt) -> Computed:
+            request_id = f"{self._request_id}-{index}" if len(prompts) > 1 else self._request_id
+            result = await self._served.service.compute(prompt, wants, request_id=request_id, client=self._client)
+            check(result)
+            return result
 
-        workers = [asyncio.ensure_future(worker()) for _ in prompts[:AT_A_TIME]]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for each in workers:
-                each.cancel()
-            await asyncio.wait(workers)
-        return [result for result in results if result is not None]
+        return await a_few_at_a_time(one, prompts)
 
     def answered(self, computed: Sequence[Computed]) -> dict[str, Any]:
         """The fields that all of these answers have."""

@@ -5,7 +5,7 @@ from typing import Any
 from cluster.serving.openai.chat_schema import AnswerMessage, ChatRequest, NamedTool
 from cluster.serving.tools.choice import ToolChoice
 from cluster.serving.tools.reader import CallPiece, CallReader
-from cluster.structured import StructuredOutputsParams
+from cluster.structured import FIELD, StructuredOutputsParams
 from cluster.types import FinishReason
 
 
@@ -51,7 +51,9 @@ def chosen_form(body: ChatRequest) -> StructuredOutputsParams | None:
 
 def form_field(body: ChatRequest) -> str:
     """Returns the name of the field that asks for the answer's form."""
-    return "tools" if _choice(body).mode == "required" else body.form_field
+    given = body.form_field
+    of_calls = given == FIELD and body.structured_outputs is None and _choice(body).mode == "required"
+    return "tools" if of_calls else given
 
 
 def _choice(body: ChatRequest) -> ToolChoice:
