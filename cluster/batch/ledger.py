@@ -16,14 +16,19 @@ from cluster.errors import SetupError
 class Ledger:
     """Use it as a context manager: the file is locked meanwhile. done: ids of the lines that have their answer.
 
-    Raises SetupError for a file that another batch writes to, or that is no batch's.
+    Raises SetupError for a file that another batch writes to, that is no batch's, or that cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.done: set[str] = set()
         self.num_failed = 0
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise SetupError(
+                f"{path} cannot be written ({error.strerror}): choose another file for the answers"
+            ) from error
         try:
             self._lock()
             self._take_up()

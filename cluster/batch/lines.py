@@ -62,6 +62,8 @@ def read(path: Path) -> Iterator[Line]:
 def count(path: Path) -> int:
     """The number of lines that are not empty. Raises SetupError."""
     try:
+        if path.exists() and not path.is_file():
+            raise SetupError(f"{path} is no file that can be read more than once: save its lines in one")
         with path.open("rb") as file:
             return sum(1 for _ in _raw_lines(file))
     except OSError as error:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_options, byte_size
 from cluster.client import options
+from cluster.client.files import read_whole
 from cluster.errors import SetupError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cluster.perplexity import Perplexity
 
 SEQUENCES = 8  # windows at a time, offline; through a server half as many calls at a time
+MAX_TEXT_BYTES = 256 << 20  # all of which is read before anything is computed
 TOKENS = 16384  # of all windows at a time, offline, unless one has more: their keys and values take memory
 OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling", "quantization", "expert_quantization")
 
@@ -88,7 +89,9 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
     checkpoint = open_checkpoint(args.model, args.rope_scaling)
     config = checkpoint.config
     config.head.check_serves("token_logprobs")
-    engine = EngineConfig(dtype=args.dtype or "auto", device=args.device or "auto")
+    engine = EngineConfig(
+        dtype="auto" if args.dtype is None else args.dtype, device="auto" if args.device is None else args.device
+    )
     windows = Windows.of(args.context, args.stride, max_model_len(config, engine))
     token_ids = _given_ids(args)
     if token_ids is None:
@@ -102,9 +105,9 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
         dtype=engine.dtype,
         device=engine.device,
         max_model_len=windows.context,
-        kv_cache_bytes=args.kv_cache_bytes or needed * (batch + 1),
+        kv_cache_bytes=needed * (batch + 1) if args.kv_cache_bytes is None else args.kv_cache_bytes,
         rope_scaling=args.rope_scaling,
-        quantization=args.quantization or PLAIN,
+        quantization=PLAIN if args.quantization is None else args.quantization,
         expert_quantization=args.expert_quantization,
         enable_prefix_caching=False,
     )
@@ -143,7 +146,7 @@ def _served(args: argparse.Namespace) -> "Perplexity":
 
 def _text(path: Path) -> str:
     """Raises SetupError for a file that cannot be read, or that is no text or empty."""
-    raw = _bytes(path)
+    raw = read_whole(path, MAX_TEXT_BYTES)
     text = terminal.utf8(raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff"), f"--text {path}")
     if not text.strip():
         raise SetupError(f"--text {path} is empty: there is nothing to measure")
@@ -154,16 +157,15 @@ def _given_ids(args: argparse.Namespace) -> list[int] | None:
     """Raises SetupError for a file that cannot be read, or that has anything beside ids."""
     if args.token_ids is None:
         return None
-    words = _bytes(args.token_ids).decode("utf-8", "replace").strip().removeprefix("[").removesuffix("]")
+    words = (
+        read_whole(args.token_ids, MAX_TEXT_BYTES)
+        .decode("utf-8", "replace")
+        .strip()
+        .removeprefix("[")
+        .removesuffix("]")
+    )
     found = words.replace(",", " ").split()
     for word in found:
         if not (word.isascii() and word.isdigit() and len(word) < 12):
             raise SetupError(f"--token-ids {args.token_ids}: {word[:40]!r} is no token id, whole numbers are needed")
     return [int(word) for word in found]
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{path} cannot be read: {error.strerror}") from error

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.client.files import read_whole
 from cluster.errors import InvalidRequest, SetupError
 
 if TYPE_CHECKING:  # these take a while to load: not for --help
@@ -79,10 +80,11 @@ def _form_of(args: argparse.Namespace) -> "StructuredOutputsParams | None":
 
 def _content(path: Path, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise SetupError(f"{option}: {path} cannot be read: {reason}") from error
+        return read_whole(path).decode("utf-8")
+    except SetupError as error:
+        raise SetupError(f"{option}: {error}") from error
+    except UnicodeError as error:
+        raise SetupError(f"{option}: {path} cannot be read: it is no text in UTF-8") from error
 
 
 def print_stream(pieces: Iterator["pb.GenerateStreamResponse"]) -> None:

@@ -15,7 +15,9 @@ from contextlib import contextmanager, suppress
 from cluster.errors import SetupError
 
 READER_GONE = 141  # a shell shows this for a command that SIGPIPE has ended
+MAX_COMPLAINT_CHARS = 2000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+_WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # an argument's fault, wherever it is met
 _ASCII = dict(zip("▁▂▃▄▅▆▇█━╸╺", ".:-=+*%#---", strict=True)) | {"…": "...", "\u2013": "-", "\u00d7": "x"}
 
 
@@ -39,7 +41,10 @@ def run(command: Callable[[], int]) -> int:
 def complain(message: object) -> None:
     """Prints one line on stderr, if that is possible."""
     with suppress(OSError, ValueError):
-        print(f"moe-cluster: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        text = " ".join(str(message).split())
+        if len(text) > MAX_COMPLAINT_CHARS:  # it repeats a huge argument; the advice is at its end
+            text = f"{text[: MAX_COMPLAINT_CHARS // 2]} … {text[-MAX_COMPLAINT_CHARS // 2 :]}"
+        print(f"moe-cluster: {text}", file=sys.stderr, flush=True)
 
 
 def utf8(text: str, what: str) -> str:
@@ -118,7 +123,7 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 def _failed(error: OSError) -> int:
     where = f"{error.filename}: " if error.filename else "the output cannot be written: " * (error.errno in _FULL)
     complain(f"{where}{error.strerror or error}")
-    return 1
+    return 2 if error.errno in _WRONG_NAME else 1
 
 
 def _flushed(code: int) -> int:

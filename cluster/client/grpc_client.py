@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import inputs
 from cluster.client.direct import grpc_options
+from cluster.client.files import read_whole
 from cluster.conversation import ChatMessage, Conversation
 from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -52,10 +53,7 @@ class TlsFiles:
         """Raises SetupError."""
         if (self.cert is None) != (self.key is None):
             raise SetupError("a client's certificate and its key belong together: give both --tls-cert and --tls-key")
-        try:
-            ca, key, cert = (None if path is None else path.read_bytes() for path in (self.ca, self.key, self.cert))
-        except OSError as error:
-            raise SetupError(f"{error.filename} cannot be read: {error.strerror}") from error
+        ca, key, cert = (None if path is None else read_whole(path) for path in (self.ca, self.key, self.cert))
         for path, content in ((self.ca, ca), (self.key, key), (self.cert, cert)):
             if content is not None and b"-----BEGIN " not in content:
                 raise SetupError(f"{path} is no PEM file: text with a line -----BEGIN … is needed")

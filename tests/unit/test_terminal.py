@@ -63,6 +63,52 @@ def test_wrong_usage_is_one_line(command, words, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval demo --text /dev/zero",
+        "eval demo --token-ids /dev/zero",
+        f"generate hi --address {DEAD} --tls-ca /dev/zero",
+        f"generate hi --address {DEAD} --json-schema /dev/zero",
+        f"chat --address {DEAD} --tools /dev/zero",
+    ],
+)
+def test_a_file_without_an_end_is_refused(command, capsys, monkeypatch):
+    monkeypatch.setattr("cluster.cli.evaluate.MAX_TEXT_BYTES", 1 << 20)
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert "/dev/zero has more than" in error
+    assert error.count("\n") == 1
+
+
+def test_a_batch_names_files_that_cannot_be_its_own(capsys, tmp_path):
+    """A pipe and a device are read once, or for ever; a folder takes no answers."""
+    given = tmp_path / "in.jsonl"
+    given.write_text("{}\n")
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
+        assert main(["batch", source, str(tmp_path / "out")]) == 2
+        assert "is no file that can be read more than once" in capsys.readouterr().err
+    assert main(["batch", str(given), str(tmp_path)]) == 2
+    assert "cannot be written (Is a directory): choose another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--kv-cache-bytes=0", "--dtype=", "--device=", "--quantization="])
+def test_an_empty_value_is_not_the_default(option, capsys, tmp_path):
+    (tmp_path / "text").write_text("a text")
+    assert main(["eval", "demo", "--text", str(tmp_path / "text"), option]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_huge_argument_is_named_in_short_with_the_advice(capsys):
+    assert main(["plan", "x" * 100_000]) == 2
+    error = capsys.readouterr().err
+    assert len(error) < 2100
+    assert error.startswith("moe-cluster: xxx")
+    assert main(["top", "--interval", "x" * 100_000]) == 2
+    assert capsys.readouterr().err.endswith("see `moe-cluster top --help`\n")
+
+
 def test_a_pipe_gets_whole_lines_unless_it_names_a_width(demo_checkpoint):
     """So that a program can look for words in a line. pytest's readline sets COLUMNS for its children."""
     _, whole, _ = run(f"plan {demo_checkpoint}", surroundings="env -u COLUMNS", streams="| cat")

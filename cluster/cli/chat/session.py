@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from cluster.client.files import read_whole
 from cluster.conversation import ChatMessage, Conversation, Json, ToolCall
 from cluster.errors import ClusterError, InvalidRequest, SetupError
 from cluster.types import SamplingParams
@@ -126,9 +127,9 @@ class Session:
 def tools_in(path: Path) -> list[Mapping[str, Json]]:
     """The functions that a file describes: a list of schemas as in the OpenAI API. Raises SetupError."""
     try:
-        tools = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SetupError(f"--tools: {path} cannot be read: {error.strerror}") from error
+        tools = json.loads(read_whole(path))
+    except SetupError as error:
+        raise SetupError(f"--tools: {error}") from error
     except (ValueError, RecursionError) as error:
         raise SetupError(f"--tools: {path} is no JSON: {error}") from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
