@@ -4,10 +4,10 @@
 # would be mapped anew each time (3 to 9 % of a step on 2 cores).
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 29)}
 
-# oneDNN and torch each keep a product that was compiled for a number of rows, 0.5 MB for two of them, and 1,024 of them
-# before they forget any: after prefills of 1,000 lengths a process had 600 MB of these. A step of the largest prompts
-# needs about 50.
-PRODUCTS_ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+# oneDNN and torch each keep a product that was compiled for a number of rows, 0.5 MB for both, and 1,024 of them before
+# they forget any: prefills of other lengths each, 18 of up to 32 prompts, left 1.1 GB. A step needs at most
+# 2 * ROW_SIZES an octave of rows, and the rows of the dense products.
+PRODUCTS_ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 MEMORY_ENVIRONMENT = {**MALLOC_ENVIRONMENT, **PRODUCTS_ENVIRONMENT}
 

@@ -25,8 +25,8 @@ from cluster.kernels.native_products import ExpertPointers
 TORCH_ROWS = 64
 
 # oneDNN compiles a product for each number of rows: 0.5 ms and 0.5 MB for every new one (512 x 256 and 2816 x 2048, one
-# thread of a Zen 5). Experts get another number of rows in each step; rounded up they are few.
-ROW_STEP = 16
+# thread of a Zen 5). Experts get another number of rows in each step; rounded up to ROW_SIZES an octave they are few.
+ROW_SIZES = 32
 
 Parts = Mapping[str, int]  # matrices one above another: each one's name in the checkpoint without `.weight`, its rows
 
@@ -124,7 +124,7 @@ class NativeWeight(PlainWeight):
         return cls(torch.empty(num_outputs, num_inputs, dtype=dtype), native)
 
     def padded(self, num_rows: int) -> int:
-        return num_rows if num_rows < self.torch_rows else _in_steps(num_rows)
+        return num_rows if num_rows < self.torch_rows else _rounded_up(num_rows)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.shape[0] < self.torch_rows:
@@ -156,7 +156,7 @@ class PackedWeight(TwoProducts):
         self._matrix = torch.ops.mkldnn._reorder_linear_weight(self._matrix)
 
     def padded(self, num_rows: int) -> int:
-        return max(num_rows, self._MIN_ROWS) if num_rows < TORCH_ROWS else _in_steps(num_rows)
+        return max(num_rows, self._MIN_ROWS) if num_rows < TORCH_ROWS else _rounded_up(num_rows)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         num_rows = x.shape[0]
@@ -166,8 +166,9 @@ class PackedWeight(TwoProducts):
         return out[:num_rows]
 
 
-def _in_steps(num_rows: int) -> int:
-    return -(-num_rows // ROW_STEP) * ROW_STEP
+def _rounded_up(num_rows: int) -> int:
+    step = max(1, (1 << num_rows.bit_length() - 1) // ROW_SIZES)
+    return -(-num_rows // step) * step
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:

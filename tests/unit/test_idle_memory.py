@@ -11,7 +11,7 @@ FREES_100_MB = """
 import time
 import torch
 from cluster.config.environment import MEMORY_ENVIRONMENT
-from cluster.idle_memory import LARGE_ROWS, idle_memory
+from cluster.idle_memory import LARGE_ROWS, IdleMemory, give_back
 
 def own_bytes():
     lines = open("/proc/self/status").read().splitlines()
@@ -21,7 +21,7 @@ blocks = [torch.ones(50_000) for _ in range(500)]
 behind = torch.ones(1000)  # keeps the heap's end
 del blocks
 before = own_bytes()
-idle_memory.worked(LARGE_ROWS)
+IdleMemory(give_back, rest_s=0.1).worked(LARGE_ROWS)
 for _ in range(600):
     if own_bytes() < before - 80_000_000:
         print("given back")
@@ -46,14 +46,14 @@ def test_a_step_in_between_puts_it_off():
 
     def sleep(seconds):
         now[0] += seconds
-        if now[0] < 3:
+        if now[0] < 3 * REST_S:
             memory.worked(1)
 
     memory = IdleMemory(lambda: released.append(now[0]), lambda: now[0], sleep)
     memory._thread = object()
     memory.worked(LARGE_ROWS)
     memory.release_when_idle()
-    assert released == [2 + REST_S]
+    assert released == [3 * REST_S]
 
 
 def test_small_steps_start_no_thread():
