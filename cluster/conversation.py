@@ -6,6 +6,7 @@ conversation can travel to the process that renders it.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 from cluster import inputs
@@ -101,10 +102,11 @@ class Conversation:
                 "continue_final_message",
             )
 
-    @property
-    def num_chars(self) -> int:
-        """Returns about how long it is to a template: the characters of its texts, and some for each value."""
-        return _num_chars([self.messages, self.tools, self.documents, self.template_kwargs, self.chat_template])
+    def is_long(self, num_chars: int) -> bool:
+        """Returns whether it has so many characters to a template, about: those of its texts, and some for each value.
+        Looks at no more of it than that."""
+        parts = [self.messages, self.tools, self.documents, self.template_kwargs, self.chat_template]
+        return _is_long(parts, num_chars)
 
 
 def plain_json(value: Any, where: str, depth: int = 0) -> Json:
@@ -182,19 +184,21 @@ def _listed(given: Any, name: str) -> Iterable[Any]:
     return list(given)
 
 
-def _num_chars(value: Json) -> int:
+def _is_long(value: Json, num_chars: int) -> bool:
     """Counts without recursion."""
     waiting: list[Iterator[Json]] = [iter((value,))]
     total = 0
-    while waiting:
+    while waiting and total < num_chars:
         for one in waiting[-1]:
             total += CHARS_A_VALUE + (len(one) if isinstance(one, str) else 0)
             if isinstance(one, Mapping):
-                waiting.append(iter([*one, *one.values()]))
+                waiting.append(chain(one, one.values()))
                 break
             if isinstance(one, list | tuple):
                 waiting.append(iter(one))
                 break
+            if total >= num_chars:
+                break
         else:
             waiting.pop()
-    return total
+    return total >= num_chars

@@ -14,7 +14,7 @@ MAX_TOP_LOGPROBS = 20  # the OpenAI API's limit
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256  # the detokenizer holds back up to this much text while a match is open
 MAX_BIASED_TOKENS = 1024
-MAX_STOP_TOKEN_IDS = 1 << 20  # more than any vocabulary has
+MAX_STOP_TOKEN_IDS = 1 << 18  # more than any served vocabulary has: Qwen2's has 151,936
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ def stop_token_ids(given: Any) -> tuple[int, ...]:
     ids = inputs.token_ids(given, "stop_token_ids", MAX_STOP_TOKEN_IDS)
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} ids", "stop_token_ids")
+    if ids and set(map(type, ids)) == {int} and 0 <= min(ids) and max(ids) < 2**31:
+        return ids  # the usual case, and fast: 2^18 ids take 4 ms, one by one 120
     limits = Limits("stop_token_ids", 0, 2**31 - 1, integer=True)  # of any vocabulary; the model's is known later
     return tuple(int(limits.checked(token_id) or 0) for token_id in ids)
 

@@ -110,6 +110,10 @@ def assistant(**call: str) -> pb.ChatMessage:
         (pb.ChatMessages(messages=[assistant(name="f", arguments="x")]), "of 'f' in chat message 0 is no JSON"),
         (pb.ChatMessages(messages=[assistant(id="c")]), "chat message 0 has a tool call without a name"),
         (
+            pb.ChatMessages(messages=[pb.ChatMessage(role="assistant", tool_calls=[CALL] * 2049)] * 2),
+            "chat has 4098 tool calls, at most 4096 are allowed",
+        ),
+        (
             pb.ChatMessages(messages=[pb.ChatMessage(role="user", tool_calls=[CALL])]),
             "chat message 0 has tool_calls, which only an assistant makes",
         ),

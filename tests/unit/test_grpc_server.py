@@ -7,6 +7,7 @@ over code and details with a unary message or with an exception, and otherwise e
 import asyncio
 import logging
 import pickle
+import threading
 from contextlib import asynccontextmanager, suppress
 
 import grpc
@@ -37,6 +38,7 @@ from cluster.serving.admission.callers import client_of, is_local
 from cluster.serving.grpc.context import MAX_DETAILS_BYTES, MAX_DETAILS_CHARS, StreamFailed, peer_of, set_status
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService
+from cluster.serving.grpc.messages import to_prompt
 from cluster.serving.grpc.registration import SERVICE_NAME, add_inference_service
 from cluster.serving.health import HealthState
 from cluster.serving.service import ServiceLimits
@@ -264,6 +266,34 @@ def test_bad_requests_are_invalid_arguments_with_a_reason(serve):
         assert not served.backend.requests
         code, details = await refusal(served.stub.Detokenize(pb.DetokenizeRequest(token_ids=[300])))
         assert (code, "300 at position 0" in details) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+    serve(scenario)
+
+
+def test_large_requests_are_read_beside_the_event_loop(serve, monkeypatch):
+    """All of at least LARGE_BYTES, here 40: parsed in the thread, and made a prompt there."""
+    threads = []
+
+    def noted(read):
+        def in_thread(*args):
+            threads.append(threading.current_thread() is not threading.main_thread())
+            return read(*args)
+
+        return in_thread
+
+    monkeypatch.setattr("cluster.serving.grpc.calls.LARGE_BYTES", 40)
+    monkeypatch.setattr(GrpcInferenceService, "_parse", noted(GrpcInferenceService._parse))
+    monkeypatch.setattr("cluster.serving.grpc.messages.to_prompt", noted(to_prompt))
+
+    async def scenario(served):
+        for size, beside in ((10, False), (50, True)):
+            threads.clear()
+            ids = pb.TokenIds(ids=[1] * size)
+            await served.stub.Generate(pb.GenerateRequest(token_ids=ids))
+            await collect(served.stub.GenerateStream(pb.GenerateStreamRequest(token_ids=ids)))
+            await served.stub.Tokenize(pb.TokenizeRequest(text="x" * size))
+            await refusal(served.stub.Score(pb.ScoreRequest(token_ids=ids)))  # no scores from this backend
+            assert threads == [beside] * 8
 
     serve(scenario)
 

@@ -101,6 +101,9 @@ def test_a_value_with_one_meaning_is_taken(given, expected):
     ("field", "value", "words"),
     [
         ("stop_token_ids", ["a"], "'a' at position 0"),
+        ("stop_token_ids", [1, -1], "stop_token_ids is -1, it must be at least 0"),
+        ("stop_token_ids", [2**31], "stop_token_ids is 2147483648, it must be"),
+        ("stop_token_ids", [1] * (2**18 + 1), "stop_token_ids has more than 262144 ids"),
         ("stop_token_ids", [1, True], "True at position 1"),
         ("stop_token_ids", [[1]], r"\[1\] at position 0"),
         ("stop_token_ids", b"abc", "b'abc'"),

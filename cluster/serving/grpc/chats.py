@@ -12,6 +12,7 @@ from cluster.pb.moecluster.v1 import inference_pb2 as pb
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 MAX_CHAT_MESSAGES = 2048
 MAX_OBJECTS = 1024  # tools, and documents
+MAX_TOOL_CALLS = 4096  # in all turns; each takes the ingress 15 µs, and its process for templates as long again
 MAX_JSON_CHARS = 1 << 20  # some 10 ms of the ingress's event loop
 
 
@@ -20,6 +21,9 @@ def to_conversation(message: pb.ChatMessages) -> Conversation:
     turns = message.messages
     if not 1 <= len(turns) <= MAX_CHAT_MESSAGES:
         raise InvalidRequest(f"chat has {len(turns)} messages, 1 to {MAX_CHAT_MESSAGES} are allowed", "chat")
+    num_calls = sum(len(turn.tool_calls) for turn in turns)
+    if num_calls > MAX_TOOL_CALLS:
+        raise InvalidRequest(f"chat has {num_calls} tool calls, at most {MAX_TOOL_CALLS} are allowed", "chat")
     _check_json_size(message)
     open_end = message.continue_final_message
     hides_tools = message.tool_choice.mode == pb.TOOL_MODE_NONE

@@ -35,9 +35,10 @@ class GrpcInferenceService(ResultHandlers):
 
         async def answer(message: pb.GenerateRequest, client: str) -> pb.GenerateResponse:
             limit = receive_limit(metadata_of(grpc_context))
+            prompt, params = await self._beside(request, lambda: messages.to_question(message), client)
             output = await self._service.generate(
-                messages.to_prompt(message),
-                messages.to_params(message),
+                prompt,
+                params,
                 request_id=message.request_id or request_id,
                 timeout_s=messages.to_timeout_s(message),
                 client=client,
@@ -54,12 +55,13 @@ class GrpcInferenceService(ResultHandlers):
         request_id = self._service.new_request_id()
         try:
             with self._counted(grpc_context) as client:
-                message = self._parse(request, pb.GenerateStreamRequest)
+                message = await self._beside(request, lambda: self._parse(request, pb.GenerateStreamRequest), client)
                 request_id = message.request_id or request_id
                 first_id = request_id
+                prompt, params = await self._beside(request, lambda: messages.to_question(message), client)
                 stream = self._service.stream(
-                    messages.to_prompt(message),
-                    messages.to_params(message),
+                    prompt,
+                    params,
                     request_id=request_id,
                     timeout_s=messages.to_timeout_s(message),
                     client=client,
@@ -76,7 +78,8 @@ class GrpcInferenceService(ResultHandlers):
 
     async def Tokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.TokenizeResponse:
         async def answer(message: pb.TokenizeRequest, client: str) -> pb.TokenizeResponse:
-            token_ids = await self._service.tokenize(messages.to_prompt(message), client)
+            prompt = await self._beside(request, lambda: messages.to_prompt(message), client)
+            token_ids = await self._service.tokenize(prompt, client)
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=self._service.info.max_model_len)
 
         return await self._answer(request, grpc_context, pb.TokenizeRequest, pb.TokenizeResponse, answer)
@@ -84,7 +87,7 @@ class GrpcInferenceService(ResultHandlers):
     async def Detokenize(self, request: bytes, grpc_context: GrpcContext) -> pb.DetokenizeResponse:
         async def answer(message: pb.DetokenizeRequest, client: str) -> pb.DetokenizeResponse:
             skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
-            ids = tuple(message.token_ids)
+            ids = await self._beside(request, lambda: tuple(message.token_ids), client)
             text = await self._service.detokenize(ids, skip_special_tokens=skip, client=client)
             return pb.DetokenizeResponse(text=text)
 

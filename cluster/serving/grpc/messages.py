@@ -52,6 +52,11 @@ def to_prompt(message: TimedMessage | pb.TokenizeRequest) -> Prompt:
     return Prompt()
 
 
+def to_question(message: GenerateMessage) -> tuple[Prompt, SamplingParams]:
+    """Both at once. Raises InvalidRequest."""
+    return to_prompt(message), to_params(message)
+
+
 def to_params(message: GenerateMessage) -> SamplingParams:
     """With the form of the calls that the request's tool_choice asks for. Raises InvalidRequest."""
     params = to_sampling_params(message.sampling_params)

@@ -84,8 +84,9 @@ class ResultHandlers(GrpcCalls):
 
         async def answer(message: TimedRequest, client: str) -> Response:
             limit = receive_limit(metadata_of(context))
+            prompt = await self._beside(request, lambda: messages.to_prompt(message), client)
             computed = await self._service.compute(
-                messages.to_prompt(message),
+                prompt,
                 rpc.wants(message),
                 request_id=message.request_id or request_id,
                 timeout_s=messages.to_timeout_s(message),

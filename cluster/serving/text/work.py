@@ -50,7 +50,7 @@ class TextWork:
         """Raises as `encode`."""
         if not self._tokenizer.has_chat_template:
             self._tokenizer.render(chat)  # raises: no process is needed to say so
-        small = chat.num_chars < LARGE_CHARS
+        small = not chat.is_long(LARGE_CHARS)
         lane, process = (self._chats, self._renderer) if small else (self._large_chats, self._large_renderer)
         text = str(await lane.run(lambda: process.do(("chat", chat)), client))
         return _ids(await self._do(("rendered", text), len(text), client))
