@@ -7,8 +7,11 @@ import openai
 import pytest
 from served_tools import GREEDY, MESSAGES, Report, scrape, wait_until
 
+from cluster.runtime.front import response_store
 from cluster.runtime.front.shared_responses import replace_store
 from cluster.runtime.names import NAMESPACE, carrier_name, responses_name, shard_group
+from cluster.runtime.process import shared_actor_options
+from cluster.serving.openai.responses.store import StoreLimits
 
 pytestmark = pytest.mark.ray
 
@@ -105,6 +108,37 @@ def test_a_new_process_of_the_store_has_all_that_the_old_one_kept(client, served
     wait_until(lambda: scrape(served)["moecluster_engine_kv_used_blocks"] == 0, "the cancel has come to its ingress")
     with pytest.raises(ValueError, match="carried"):
         ray_cluster.get_actor(carrier_name(shard_group(served.config)), namespace=NAMESPACE)
+
+
+@pytest.mark.slow
+def test_a_store_and_a_carrier_that_nobody_asks_any_more_end(ray_cluster):
+    """Of a group without a controller; and Ray makes no other ones in their place."""
+
+    class Store(response_store.ResponseStoreActor):
+        def __init__(self, group):
+            response_store.LOOK_S = 0.1
+            super().__init__(group)
+
+    class Carrier(response_store.ResponseCarrier):
+        def __init__(self):
+            response_store.CARRIED_S = 0.2
+            super().__init__()
+
+    def start(actor, name, *arguments):
+        options = shared_actor_options("nobody", "") | {"name": name, "namespace": NAMESPACE}
+        return ray_cluster.remote(actor).options(**options).remote(*arguments)
+
+    store, carrier = start(Store, "nobodys-store", "nobody"), start(Carrier, "nobodys-carrier")
+    ray_cluster.get([store.attend.remote(StoreLimits()), carrier.clear.remote()])
+
+    def ended(name):
+        try:
+            ray_cluster.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return True
+        return False
+
+    wait_until(lambda: ended("nobodys-store") and ended("nobodys-carrier"), "both have ended")
 
 
 def test_responses_are_kept_again_after_the_stores_death(client, served, ray_cluster):

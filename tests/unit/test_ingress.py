@@ -10,7 +10,7 @@ from engine_fakes import request
 
 from cluster.errors import ReplicaStopping, ReplicaUnavailable
 from cluster.runtime.front import ingress
-from cluster.runtime.front.ingress import ServeReplicas
+from cluster.runtime.front.ingress import HEALTH_INTERVAL_S, Ingress, ServeReplicas
 from cluster.types import SequenceUpdate
 
 
@@ -124,6 +124,25 @@ def test_a_client_that_leaves_cancels_and_is_not_taken_for_a_lost_replica():
         assert response.cancelled.is_set()
 
     asyncio.run(run())
+
+
+def test_a_look_that_fails_is_not_the_last_one(caplog):
+    """The lease and the health hang on the next one."""
+    looks = []
+
+    async def look():
+        looks.append(asyncio.get_running_loop().time())
+        if len(looks) < 3:
+            raise KeyError("a fault")
+
+    async def run():
+        looking = asyncio.create_task(Ingress.__bases__[0]._keep_looking(SimpleNamespace(_look=look)))
+        await asyncio.sleep(4.25 * HEALTH_INTERVAL_S)
+        looking.cancel()
+
+    virtual_time.run(run)
+    assert looks == [HEALTH_INTERVAL_S * (1 + i) for i in range(4)]
+    assert caplog.text.count("a look at the cluster failed") == 2
 
 
 def test_a_request_that_no_replica_takes_may_go_to_another(monkeypatch):

@@ -399,6 +399,9 @@ class Forgetful:
     def down(self):
         self._store = None
 
+    def set_limits(self, limits):
+        self._store.limits = limits
+
     def __getattr__(self, name):
         if self._store is None:
             raise Unavailable("the store does not answer")
@@ -439,6 +442,32 @@ def test_a_store_that_never_comes_back_is_given_up(tokenizer):
         await front.post(PATH, {"input": "hi", "background": True})
         store.down()
         await asyncio.wait_for(responses.drained(), (MAX_TRIES + 2) * REPORT_S)
+
+    virtual_time.run(run)
+
+
+def test_a_report_that_finds_no_room_is_made_again(tokenizer, caplog):
+    """To a store that has lost the response and is full; its log has the first of many equal faults alone."""
+
+    async def run():
+        store = Forgetful(asyncio.get_running_loop().time)
+        backend = Script("Hel", WAIT, "lo")
+        front = Front(tokenizer, backend, responses=Responses(store), max_model_len=400)
+        async with front.client() as client:
+            begun = await begin(client)
+            store.down()
+            await asyncio.sleep(10.0)
+            assert caplog.text.count("the store does not learn of 1 responses") == 1
+            store.up()
+            store.set_limits(StoreLimits(max_responses=0))
+            await asyncio.sleep(10.0)
+            assert f"no room for response {begun['id']}" in caplog.text
+            assert (await client.get(f"{PATH}/{begun['id']}")).status_code == 404
+            store.set_limits(StoreLimits())
+            await asyncio.sleep(2 * REPORT_S)
+            backend.gate.set()
+            await asyncio.sleep(2 * REPORT_S)
+            assert text_of(await look(client, begun["id"])) == "Hello"
 
     virtual_time.run(run)
 

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 from http_tools import Front
@@ -13,6 +15,8 @@ from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.live.feed import Frame
 from cluster.serving.openai.page import FILES
 from cluster.serving.text.tokenizer import Tokenizer
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node to run the page's modules")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,67 @@ def test_every_import_names_a_file_that_there_is():
     for path, file in FILES.items():
         for name in re.findall(r'from "\./([^"]+)"', file.content.decode()):
             assert f"/page/{name}" in FILES, (path, name)
+
+
+STORAGE = """
+import { keep, kept } from "./storage.mjs";
+const held = new Map();
+const localStorage = {
+  getItem: (name) => held.get(name) ?? null,
+  setItem: (name, value) => held.set(name, value),
+  removeItem: (name) => held.delete(name),
+};
+const found = [];
+globalThis.window = { localStorage };
+keep("localStorage", "a", "1");
+found.push(kept("localStorage", "a"));
+keep("localStorage", "a", null);
+found.push(kept("localStorage", "a"));
+globalThis.window = { get localStorage() { throw new Error("SecurityError"); } };
+keep("localStorage", "a", "1");
+keep("localStorage", "a", null);
+found.push(kept("localStorage", "a"));
+console.log(JSON.stringify(found));
+"""
+AGAIN = """
+import { Live } from "./live.mjs";
+globalThis.document = { hidden: false, addEventListener() {} };
+const waits = [], states = [];
+globalThis.setTimeout = (work, wait) => {
+  if (waits.push(wait) < 9) queueMicrotask(work);
+  else console.log(JSON.stringify({ waits, states }));
+};
+let number = 0;
+async function* events() {
+  number += 1;
+  if (number === 7) yield { event: "beat", data: "{}" };
+  else throw new Error("gone");
+}
+new Live({ events }, { state: (state) => states.push(state.message ?? state), beat() {} }).restart();
+"""
+
+
+def in_node(folder, script):
+    """Runs a script with the modules of the page beside it; returns its line of JSON."""
+    for path, file in FILES.items():
+        if path.endswith(".js"):
+            text = file.content.decode().replace('.js";', '.mjs";')
+            (folder / path.split("/")[-1].replace(".js", ".mjs")).write_text(text)
+    (folder / "script.mjs").write_text(script)
+    command = ["node", "script.mjs"]
+    return json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)
+
+
+@needs_node
+def test_a_browser_that_keeps_nothing_is_no_fault(tmp_path):
+    assert in_node(tmp_path, STORAGE) == ["1", None, None]
+
+
+@needs_node
+def test_the_page_comes_again_later_each_time_until_a_stream_has_begun(tmp_path):
+    found = in_node(tmp_path, AGAIN)
+    assert found["waits"] == [500, 1000, 2000, 4000, 8000, 8000, 500, 500, 1000]
+    assert found["states"] == [*["gone"] * 6, "live", *["gone"] * 2]
 
 
 def test_a_snapshot_and_a_stream_of_the_cluster(tokenizer, monkeypatch):
