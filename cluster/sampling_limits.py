@@ -55,7 +55,7 @@ def stop_token_ids(given: Any) -> tuple[int, ...]:
     ids = inputs.token_ids(given, "stop_token_ids", MAX_STOP_TOKEN_IDS)
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} ids", "stop_token_ids")
-    if ids and set(map(type, ids)) == {int} and 0 <= min(ids) and max(ids) < 2**31:
+    if ids and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < 2**31:
         return ids  # the usual case, and fast: 2^18 ids take 4 ms, one by one 120
     limits = Limits("stop_token_ids", 0, 2**31 - 1, integer=True)  # of any vocabulary; the model's is known later
     return tuple(int(limits.checked(token_id) or 0) for token_id in ids)
