@@ -220,15 +220,16 @@ def experts_by_loop(
     # Where more rows are wanted than an expert has, those behind it stand in, and at the end any.
     spare = max((gate_up[0].padded(count) - count for _, count in active), default=0)
     x = hidden_states.index_select(0, F.pad(pair_tokens, (0, spare)))  # [N + spare, H]
-    y = torch.empty_like(x)
+    out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     start = 0
     for expert, count in active:
         rows = x[start : start + gate_up[0].padded(count)]
         gate, up = gate_up[expert].product(rows).chunk(2, dim=-1)  # [rows, I]
-        y[start : start + count] = down[expert].product(F.silu(gate).mul_(up))[:count]
+        y = down[expert].product(F.silu(gate).mul_(up))[:count]
+        pairs = slice(start, start + count)
+        out.index_add_(0, pair_tokens[pairs], y * pair_weights[pairs])  # the product is float32
         start += count
-    out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-    return out.index_add_(0, pair_tokens, y[:num_pairs] * pair_weights[:num_pairs])  # the product is float32
+    return out
 
 
 def experts_by_grouped_mm(

@@ -137,8 +137,8 @@ def test_two_share_a_ray_and_the_last_one_ends_it(demo_checkpoint):
 def test_without_its_raylet_it_says_so_and_can_be_closed(demo_checkpoint):
     done, report = run(LOST, demo_checkpoint)
     assert done.returncode == 0, done.stderr
-    own, *of_shards = report["niceness"]
-    assert of_shards == [own], "the shard has this process's priority"
+    first, *of_shards = report["niceness"]
+    assert of_shards == [first], "the shard has this process's priority"
     code, words = report["lost"]
     assert code == "UNAVAILABLE"
     assert "the Ray of the expert shards has died: Ray's raylet" in words

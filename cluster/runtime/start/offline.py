@@ -25,8 +25,8 @@ from cluster.runtime.workers.transports import lanes_of, make_transport
 log = logging.getLogger(__name__)
 
 # Ray gives its workers a niceness of 15: beside any other work shards get a 28th of the time that this process gets,
-# which waits for them. Batches of 8 and 32 went from 0.82 and 0.87 of one process's tokens/s to 0.91 and 0.95 on two busy
-# cores.
+# which waits for them. On two busy cores batches of 8 and 32 went from 0.82 and 0.87 of one process's tokens/s to 0.91
+# and 0.95.
 SAME_PRIORITY = {"RAY_worker_niceness": "0"}
 LOOK_INTERVAL_S = 2.0  # between two counts of shards that wait for resources
 ROOM_TIMEOUT_S = 60.0
