@@ -12,13 +12,15 @@ from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_options, byte_size
 from cluster.client import options
 from cluster.client.files import read_whole
+from cluster.config.quantization import PLAIN
 from cluster.errors import SetupError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cluster.perplexity import Perplexity
+    from cluster.config import EngineConfig, ModelConfig
+    from cluster.perplexity import Perplexity, Windows
 
 SEQUENCES = 8  # windows at a time, offline; through a server half as many calls at a time
 MAX_TEXT_BYTES = 256 << 20  # all of which is read before anything is computed
@@ -55,6 +57,12 @@ def add_commands(commands: Commands) -> None:
     )
     add_options(command, "rope_scaling", "quantization", "expert_quantization")
     command.set_defaults(quantization=None)
+    command.add_argument(
+        "--compare",
+        action="store_true",
+        help="offline, with --quantization or --expert-quantization: measure the checkpoint's own weights too, before, "
+        "and print the difference",
+    )
     options.add_arguments(command, address=None)
 
 
@@ -64,39 +72,74 @@ def _eval(args: argparse.Namespace) -> int:
     given = [name for name in OFFLINE_OPTIONS if getattr(args, name) is not None]
     if given and args.address is not None:
         raise SetupError(f"--{given[0].replace('_', '-')} is of an offline model: the server at --address has its own")
-    result = _offline(args) if args.address is None else _served(args)
+    rounded = any(name not in (None, PLAIN) for name in (args.quantization, args.expert_quantization))
+    if args.compare and not rounded:
+        raise SetupError("--compare is of rounded weights: give --quantization or --expert-quantization, offline")
+    results = _offline(args) if args.address is None else [_served(args)]
     if args.json:
-        print(json.dumps(asdict(result), indent=2))
-    else:
+        print(json.dumps(_report(results), indent=2))
+        return 0
+    for name, result in zip(("unquantized: ", "") if args.compare else ("",), results, strict=True):
         print(
-            f"perplexity {result.perplexity:.4f} ({result.token_perplexity:.4f} with each token once): "
+            f"{name}perplexity {result.perplexity:.4f} ({result.token_perplexity:.4f} with each token once): "
             f"{result.num_tokens:,} tokens in {result.num_windows:,} windows of {result.context:,}, stride "
             f"{result.stride:,}"
         )
+    if args.compare:
+        difference = results[1].perplexity - results[0].perplexity
+        print(f"difference {difference:+.4f} ({difference / results[0].perplexity:+.2%})")
     return 0
 
 
-def _offline(args: argparse.Namespace) -> "Perplexity":
-    from cluster.checkpoint.info import max_model_len, resolve_dtype
+def _report(results: "Sequence[Perplexity]") -> dict[str, object]:
+    """results: the one that was asked for is last."""
+    report: dict[str, object] = asdict(results[-1])
+    if len(results) > 1:
+        report["unquantized"] = asdict(results[0])
+        report["difference"] = results[1].perplexity - results[0].perplexity
+    return report
+
+
+def _offline(args: argparse.Namespace) -> "list[Perplexity]":
+    """Of the checkpoint's own weights, if they are to be compared, and of those that were asked for."""
+    from cluster.checkpoint.info import max_model_len
     from cluster.checkpoint.opening import open_checkpoint
-    from cluster.config import EngineConfig
-    from cluster.config.quantization import PLAIN
-    from cluster.console import CountProgress
-    from cluster.llm import LLM
-    from cluster.perplexity import Windows, perplexity
+    from cluster.perplexity import Windows
     from cluster.serving.text.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(args.model, args.rope_scaling)
-    config = checkpoint.config
-    config.head.check_serves("token_logprobs")
-    engine = EngineConfig(
-        dtype="auto" if args.dtype is None else args.dtype, device="auto" if args.device is None else args.device
-    )
-    windows = Windows.of(args.context, args.stride, max_model_len(config, engine))
+    checkpoint.config.head.check_serves("token_logprobs")
+    windows = Windows.of(args.context, args.stride, max_model_len(checkpoint.config, _engine(args)))
     token_ids = _given_ids(args)
     if token_ids is None:
         token_ids = Tokenizer(checkpoint.model_dir).encode(_text(args.text))
-    batch = max(1, min(SEQUENCES, TOKENS // windows.context))
+    asked = (PLAIN if args.quantization is None else args.quantization, args.expert_quantization)
+    forms = [(PLAIN, None), asked] if args.compare else [asked]
+    return [_of_weights(args, checkpoint.config, windows, token_ids, form) for form in forms]
+
+
+def _engine(args: argparse.Namespace) -> "EngineConfig":
+    from cluster.config import EngineConfig
+
+    return EngineConfig(
+        dtype="auto" if args.dtype is None else args.dtype, device="auto" if args.device is None else args.device
+    )
+
+
+def _of_weights(
+    args: argparse.Namespace,
+    config: "ModelConfig",
+    windows: "Windows",
+    token_ids: Sequence[int],
+    form: tuple[str, str | None],
+) -> "Perplexity":
+    """form: the quantization of dense layers and, None for the same, of experts."""
+    from cluster.checkpoint.info import resolve_dtype
+    from cluster.console import CountProgress
+    from cluster.llm import LLM
+    from cluster.perplexity import perplexity
+
+    engine, batch = _engine(args), max(1, min(SEQUENCES, TOKENS // windows.context))
     blocks = -(-windows.context // engine.block_size) + 1
     needed = config.kv_bytes_per_token(resolve_dtype(engine.dtype, config)) * engine.block_size * blocks
     llm = LLM(
@@ -107,8 +150,8 @@ def _offline(args: argparse.Namespace) -> "Perplexity":
         max_model_len=windows.context,
         kv_cache_bytes=needed * (batch + 1) if args.kv_cache_bytes is None else args.kv_cache_bytes,
         rope_scaling=args.rope_scaling,
-        quantization=PLAIN if args.quantization is None else args.quantization,
-        expert_quantization=args.expert_quantization,
+        quantization=form[0],
+        expert_quantization=form[1],
         enable_prefix_caching=False,
     )
     with llm, CountProgress("tokens", "tokens") as bar:

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from configs import config, dense
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cluster import cli
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
+from cluster.config.quantization import QUANTIZATIONS
 from cluster.errors import SetupError
+from cluster.kernels.rounding import dequantize, quantize
 from cluster.perplexity import Windows, perplexity
 
 IDS = [(7 * i * i + 3 * i) % 211 for i in range(90)]
@@ -142,6 +145,34 @@ def test_a_text_is_read_with_the_checkpoints_tokenizer(tmp_path: Path, capsys: p
     assert (int(found[3]), int(found[4])) == (len(ids), -(-len(ids) // 40))
 
 
+def test_the_difference_that_rounding_makes_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By transformers too, the rounded weights written out as a checkpoint of their own."""
+    write_checkpoint(tmp_path / "model", RAW["qwen2, tied"], seed=1)
+    rounded = QUANTIZATIONS["int4-32"]
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            layout = rounded.layout(tensor.shape[1])
+            tensors[name] = dequantize(quantize(tensor, layout), layout).to(tensor.dtype)
+    (tmp_path / "rounded").mkdir()
+    save_file(tensors, tmp_path / "rounded" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "rounded" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    (tmp_path / "ids").write_text(json.dumps(IDS))
+    before, after = (guide(tmp_path / name, IDS, 32, 16)[0] for name in ("model", "rounded"))
+    arguments = ["eval", str(tmp_path / "model"), "--token-ids", str(tmp_path / "ids"), "--context", "32"]
+    arguments += ["--stride", "16", "--device", "cpu", "--dtype", "float32", "--quantization", "int4-32", "--compare"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unquantized"]["perplexity"] == pytest.approx(before, rel=1e-4)
+    assert found["perplexity"] == pytest.approx(after, rel=1e-3)
+    assert found["difference"] == found["perplexity"] - found["unquantized"]["perplexity"]
+    assert cli.main(arguments) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"unquantized: perplexity {found['unquantized']['perplexity']:.4f}")
+    assert second.startswith(f"perplexity {found['perplexity']:.4f}")
+    assert third.startswith(f"difference {found['difference']:+.4f} (")
+
+
 def test_a_model_without_next_tokens_is_refused_before_it_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +203,7 @@ def test_a_model_without_next_tokens_is_refused_before_it_loads(
         (["--token-ids", "{one}"], "one of the two"),
         (["--token-ids", "{one}", "--address", "localhost:1", "--dtype", "float32"], "--dtype is of an offline model"),
         (["{none}", "--token-ids", "{one}"], "none"),
+        (["{model}", "--token-ids", "{one}", "--compare"], "--compare is of rounded weights"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
