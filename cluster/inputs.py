@@ -15,6 +15,7 @@ from cluster.errors import InvalidRequest
 
 MAX_SHOWN_CHARS = 60
 MAX_SHOWN_BITS = 256
+MAX_PORT, MAX_PORT_DIGITS = 65535, 5
 # Python raises these where it cannot turn a value into an int, or cannot iterate over it.
 _REFUSALS = (TypeError, ValueError, OverflowError, RuntimeError, AttributeError)
 
@@ -60,6 +61,11 @@ def number(value: Any, field: str) -> float:
         except _REFUSALS:
             pass
     raise InvalidRequest(f"{field} is {shown(value)}, a number is needed", field)
+
+
+def is_port(text: str) -> bool:
+    """Whether a text is the number of a port that one can connect to."""
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_PORT_DIGITS and 0 < int(text) <= MAX_PORT
 
 
 def truth_value(value: Any, field: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.checkpoint.hub.name import HubName, parse_name
 from cluster.checkpoint.shipped import is_shipped, pinned_name, shipped_directory
 from cluster.checkpoint.weights import LocalFiles, WeightFiles
+from cluster.errors import CheckpointError
 
 
 def hub_name(model: str | os.PathLike[str]) -> HubName | None:
@@ -17,6 +18,10 @@ def hub_name(model: str | os.PathLike[str]) -> HubName | None:
     Raises CheckpointError for a text that is neither.
     """
     text = os.fspath(model)
+    if not text.strip():
+        raise CheckpointError(
+            "the model's name is empty: give a directory (. is the current one), or a name on the hub"
+        )
     return None if os.path.isdir(text) else parse_name(text)
 
 

@@ -44,7 +44,7 @@ def port_or_none(text: str) -> int | None:
     """Reads a port; None for the word none."""
     if text == "none":
         return None
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,25}", text):  # Python reads none of over 4,300 digits
         raise argparse.ArgumentTypeError(f"{shown(text)} is no port: 8000, 0 for a free one, or none")
     return int(text)
 
@@ -52,7 +52,7 @@ def port_or_none(text: str) -> int | None:
 def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON object")

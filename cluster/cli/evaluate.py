@@ -72,6 +72,12 @@ def _eval(args: argparse.Namespace) -> int:
     given = [name for name in OFFLINE_OPTIONS if getattr(args, name) is not None]
     if given and args.address is not None:
         raise SetupError(f"--{given[0].replace('_', '-')} is of an offline model: the server at --address has its own")
+    needless = [name for name in options.SECURITY if getattr(args, name)]
+    if needless and args.address is None:
+        raise SetupError(
+            f"--{needless[0].replace('_', '-')} is of a running server, and {args.model} is computed here: leave it "
+            "out, or give --address in place of a model"
+        )
     rounded = any(name not in (None, PLAIN) for name in (args.quantization, args.expert_quantization))
     if args.compare and not rounded:
         raise SetupError("--compare is of rounded weights: give --quantization or --expert-quantization, offline")

@@ -92,6 +92,9 @@ def _roll(args: argparse.Namespace) -> int:
 def _scale(args: argparse.Namespace) -> int:
     if args.expert_shards is None and args.attention_replicas is None:
         raise SetupError("nothing to change: give --expert-shards, --attention-replicas or both")
+    for option, count in (("expert-shards", args.expert_shards), ("attention-replicas", args.attention_replicas)):
+        if count is not None and count < 1:  # before the other of the two is changed
+            raise SetupError(f"--{option} is {count}, at least 1 is needed")
     with _running(args) as cluster:
         if args.expert_shards is not None:
             with _work_shown(cluster, "scaling expert shards …"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import SetupError
+from cluster.inputs import is_port
 
 if TYPE_CHECKING:
     from cluster.client.grpc_client import Client
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 API_KEY = "MOE_CLUSTER_API_KEY"
 MAX_KEY_FILE_BYTES = 1 << 16
+TARGETS = ("unix:", "unix-abstract:", "vsock:", "dns:", "ipv4:", "ipv6:")  # of gRPC
+SECURITY = ("api_key_file", "tls", "tls_ca", "tls_cert", "tls_key")  # as `add_security_arguments` adds them
 
 
 def add_arguments(parser: argparse.ArgumentParser, address: str | None = DEFAULT_ADDRESS) -> None:
@@ -40,14 +43,24 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
 
 def connect(args: argparse.Namespace) -> "Client":
     """Raises SetupError."""
-    if not args.address.strip() or args.address.lower().startswith(("http://", "https://", "grpc://")):
-        raise SetupError(f"--address is {args.address!r}, HOST:PORT is needed, without http://")
+    _check_address(args.address)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the error, one line, has gRPC's log lines already
     from cluster.client.grpc_client import Client, TlsFiles  # grpc loads with it: not for --help
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
     tls = TlsFiles(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key) if wanted else None
     return Client(args.address, api_key=api_key(args.api_key_file), tls=tls)
+
+
+def _check_address(address: str) -> None:
+    """Raises SetupError. A host alone has gRPC's own port; a target such as unix:/run/x or dns:///x:1 is gRPC's
+    matter."""
+    host, colon, port = address.rpartition(":")
+    alone = not colon or "]" in port or (":" in host and not host.endswith("]"))  # an address of IPv6 has colons
+    target = "/" in address or address.startswith(TARGETS)
+    wrong = address.lower().startswith(("http://", "https://", "grpc://"))
+    if wrong or not address.strip() or not (target or alone or (host.strip() and is_port(port))):
+        raise SetupError(f"--address is {address!r}, HOST:PORT is needed, without http://")
 
 
 def api_key(path: Path | None) -> str:

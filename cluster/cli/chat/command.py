@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cluster.cli import sampling, terminal
 from cluster.cli.arguments import Commands, add_command
 from cluster.client import options
-from cluster.errors import ClusterError, Unavailable
+from cluster.errors import ClusterError, SetupError, Unavailable
 
 if TYPE_CHECKING:
     from cluster.cli.chat.lines import Lines
@@ -44,7 +44,10 @@ def _chat(args: argparse.Namespace) -> int:
     params = sampling.params_of(args)
     session = Session(params, args.system, None if args.tools is None else tools_in(args.tools))
     if args.load is not None:
-        session.load(args.load)
+        try:
+            session.load(args.load)
+        except ClusterError as error:
+            raise SetupError(f"--load: {error}") from error
     with options.connect(args) as client:
         if not client.is_serving(READY_TIMEOUT_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")

@@ -103,24 +103,32 @@ class Session:
             raise
 
     def load(self, path: Path) -> None:
-        """Takes a saved chat, or a list of messages in the form of the OpenAI API. Raises ClusterError, OSError."""
+        """Takes a saved chat, or a list of messages in the form of the OpenAI API. Raises ClusterError."""
         content = _read(path)
         if isinstance(content, list):
             content = {"messages": content}
         if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
             raise SetupError(f"{path} has no list of messages")
+        tools, params = content.get("tools"), content.get("params") or {}
+        if tools is not None and not _are_tools(tools):
+            raise SetupError(f"{path} has no list of tools, as JSON objects")
+        if not isinstance(params, dict):
+            raise SetupError(f"{path} has no object of parameters")
         system, turns = str(content.get("system") or ""), content["messages"]
         if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
             system, turns = str(turns[0].get("content", "")), turns[1:]
-        loaded = Session(replace(self.params), system, content.get("tools"), turns)
+        loaded = Session(replace(self.params), system, tools, turns)
         if turns:
             try:
                 checked = loaded.conversation().messages
             except ClusterError as error:
                 raise SetupError(f"{path}: {error}") from error
             loaded.turns = list(checked[1:] if system else checked)
-        for name, value in (content.get("params") or {}).items():
-            loaded.set_param(name, json.dumps(value))
+        try:
+            for name, value in params.items():
+                loaded.set_param(name, json.dumps(value))
+        except InvalidRequest as error:
+            raise SetupError(f"{path}: {error}") from error
         self.params, self.system, self.tools, self.turns = loaded.params, loaded.system, loaded.tools, loaded.turns
 
 
@@ -132,25 +140,26 @@ def tools_in(path: Path) -> list[Mapping[str, Json]]:
         raise SetupError(f"--tools: {error}") from error
     except (ValueError, RecursionError) as error:
         raise SetupError(f"--tools: {path} is no JSON: {error}") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not _are_tools(tools):
         raise SetupError(f"--tools: {path} has no list of JSON objects")
-    return tools
+    return list(tools)
+
+
+def _are_tools(value: Json) -> bool:
+    return isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
 
 
 def _value(text: str) -> Json:
     """A number, a list, true or false; any other text is itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _read(path: Path) -> Json:
-    """Raises SetupError for a file that is no JSON; OSError."""
-    with path.open("rb") as file:
-        raw = file.read(MAX_FILE_BYTES + 1)
-    if len(raw) > MAX_FILE_BYTES:
-        raise SetupError(f"{path} has more than {MAX_FILE_BYTES >> 20} MiB: it is no saved chat")
+    """Raises SetupError for a file that cannot be read, or is no JSON."""
+    raw = read_whole(path, MAX_FILE_BYTES)
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -160,6 +169,6 @@ def _read(path: Path) -> Json:
 def _is_saved_chat(path: Path) -> bool:
     try:
         content = _read(path)
-    except (ClusterError, OSError):
+    except ClusterError:
         return False
     return isinstance(content, dict) and isinstance(content.get("messages"), list)

@@ -126,7 +126,7 @@ def _show(session: Session, rest: str, say: Callable[[str], None]) -> Next:
 
 
 def _path(text: str, name: str) -> Path:
-    if not text:
+    if text in ("", "-"):  # standard input has the chat's own lines
         raise InvalidRequest(f"/{name} needs a file's name")
     return Path(text).expanduser()
 
