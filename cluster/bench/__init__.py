@@ -1,6 +1,6 @@
 """`moe-cluster bench`: tokens/s of the cluster beside another system on one checkpoint. Knows no Ray.
 
-`arguments`, `command`: the command line.  `session`: one run from start to report.
+`arguments`, `command`, `limits`: the command line.  `session`: one run from start to report.
 `checkpoint`: where the weights come from.  `spec`: which system to measure.  `systems`: builds it, one of
 `cluster_system`, `transformers_system`, `foreign_system`.  `worker`: runs it in a process of its own.
 `throughput`: how to time it.  `sampling`: how it chooses tokens.

@@ -6,7 +6,7 @@ Imports of torch and the cluster happen in `run`, through `session`: `--help` an
 import argparse
 from collections.abc import Sequence
 
-from cluster.errors import SetupError
+from cluster.bench.limits import check_arguments
 
 PARTS = ("throughput", "latency", "kernels", "transport", "serve", "growth", "context", "gpu")
 
@@ -23,8 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises SetupError for arguments that cannot be carried out.
     """
-    if args.json and not args.json.parent.is_dir():
-        raise SetupError(f"--json {args.json}: its directory does not exist")
+    check_arguments(args)
     if args.bench == "transport":
         from cluster.bench.round_trip import measure_round_trips
 

@@ -11,6 +11,7 @@ import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from cluster.bench.report import describe_machine, markdown_table
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.config import read_model_config
 from cluster.drawing import bars
-from cluster.errors import SetupError
+from cluster.errors import ClusterError, SetupError
 
 TINY: dict[str, Any] = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 512, "hidden_size": 64,
@@ -47,7 +48,7 @@ class ContextPoint:
 
 
 def measure_context(args: argparse.Namespace) -> int:
-    """Measures, prints a table. Raises SetupError."""
+    """Measures, prints a table. Raises SetupError, ClusterError."""
     for option, values in (("context", args.context), ("chunk", (args.chunk,))):
         if min(values) < 1:
             raise SetupError(f"--{option} has {min(values)}, numbers from 1 are needed")
@@ -59,8 +60,14 @@ def measure_context(args: argparse.Namespace) -> int:
         task = progress.add_task("contexts", total=sum(args.context))
         for context in args.context:
             progress.update(task, description=f"{context:,} tokens")
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                points.append(pool.submit(measure_one, context, args.window, args.chunk).result())
+            try:
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    points.append(pool.submit(measure_one, context, args.window, args.chunk).result())
+            except BrokenProcessPool as error:
+                raise ClusterError(
+                    f"a context of {context} tokens: its process was ended, most likely for want of memory; ask for "
+                    "fewer tokens"
+                ) from error
             progress.update(task, advance=context)
     config = read_model_config(_raw(max(args.context), args.window))
     slides = f", layers that see {args.window:,} tokens" if args.window else ""

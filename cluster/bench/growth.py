@@ -4,7 +4,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,12 @@ from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_growth
 from cluster.bench.report import describe_machine, markdown_table
 from cluster.bench.spec import SystemSpec
+from cluster.bench.systems import check_shards
 from cluster.bench.throughput import Prompts, System, Workload
 from cluster.bench.worker import RemoteSystem
+from cluster.config import ModelConfig
 from cluster.drawing import bars
+from cluster.errors import SetupError
 
 OUTPUT_TOKENS = 17  # 16 decode steps after the first token
 
@@ -29,7 +32,7 @@ StartSystem = Callable[[SystemSpec, Workload], System]
 def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -> int:
     """Measures, prints a table, draws it where asked to. Raises SetupError."""
     if args.plot:
-        check_plot(args.plot)
+        check_plot()
     points = plan_points(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with bars(*columns) as progress:
@@ -38,8 +41,8 @@ def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -
         for layers, shards in dict.fromkeys((point.layers, point.shards) for point in points):
             progress.update(task, description=f"{layers} layers, {shards} shards: loading")
             model_dir = made_with_progress(args.shapes, layers, args.checkpoint_dir, progress)
-            if layers == max(point.layers for point in points):
-                config = read_config(model_dir)
+            config = read_config(model_dir)
+            _check_points(points, config)
             together = [point for point in points if (point.layers, point.shards) == (layers, shards)]
             for point, step_ms in _measure_system(model_dir, together, args.repeat, start):
                 measured[point] = replace(point, step_ms=step_ms)
@@ -52,6 +55,18 @@ def measure_growth(args: argparse.Namespace, start: StartSystem | None = None) -
     if args.json:
         args.json.write_text(json.dumps([asdict(point) for point in results], indent=2) + "\n")
     return 0
+
+
+def _check_points(points: Sequence[GrowthPoint], config: ModelConfig) -> None:
+    """Raises SetupError for a point that the checkpoint does not allow; those of other depths allow the same."""
+    for point in points:
+        check_shards(point.shards, config)
+    num_tokens = max(point.context for point in points) + OUTPUT_TOKENS
+    if num_tokens > config.context_length:
+        raise SetupError(
+            f"--context makes {num_tokens} tokens with the answer's {OUTPUT_TOKENS}, the checkpoint's context is "
+            f"{config.context_length}"
+        )
 
 
 def _measure_system(

@@ -9,12 +9,10 @@ from cluster.bench.report import Report
 from cluster.errors import SetupError
 
 
-def check_plot(path: Path) -> None:
+def check_plot() -> None:
     """Raises SetupError before anything is measured that could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SetupError("--plot: matplotlib is not installed; pip install 'moe-cluster[bench]' has it")
-    if not path.parent.is_dir():
-        raise SetupError(f"--plot {path}: its directory does not exist")
 
 
 def plot_report(report: Report, path: Path) -> None:

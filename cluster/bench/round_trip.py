@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from cluster.bench.limits import MAX_ROW_BYTES
 from cluster.bench.machine import this_machine
 from cluster.bench.report import describe_machine, markdown_table
 from cluster.errors import SetupError
@@ -34,6 +35,11 @@ def measure_round_trips(args: argparse.Namespace) -> int:
     """Measures, prints a table, returns the exit code. Raises SetupError."""
     if args.shards < 1 or args.repeat < _ROUNDS or args.hidden_size < 1 or not args.rows or args.rows[0] < 1:
         raise SetupError(f"--shards, --rows and --hidden-size must be at least 1, --repeat at least {_ROUNDS}")
+    num_bytes = max(args.rows) * args.hidden_size * torch.bfloat16.itemsize
+    if num_bytes > MAX_ROW_BYTES:
+        raise SetupError(
+            f"--rows and --hidden-size make {num_bytes} bytes, {MAX_ROW_BYTES} are possible: ask for fewer"
+        )
     os.environ["OMP_WAIT_POLICY"] = "passive"
     torch.set_num_threads(1)
     from cluster.runtime.start.echo import echo_transports  # Ray loads with it

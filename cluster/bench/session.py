@@ -43,7 +43,7 @@ def measure_all(
     for kind in args.compare:
         check_comparison(kind, _python(args, kind))
     if args.plot:
-        check_plot(args.plot)
+        check_plot()
     draft = _draft(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with bars(*columns) as progress:

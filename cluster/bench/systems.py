@@ -2,12 +2,15 @@
 
 import importlib.util
 import subprocess
+from collections.abc import Sequence
 
 from cluster.bench.spec import FOREIGN, SystemSpec
 from cluster.bench.throughput import System, Workload
 from cluster.config import ModelConfig
 from cluster.config.resources import available_cpus
 from cluster.errors import SetupError
+
+IMPORT_TIMEOUT_S = 300.0  # vLLM's import takes up to a minute from a cold disk
 
 
 def build_system(spec: SystemSpec, config: ModelConfig, workload: Workload) -> System:
@@ -43,5 +46,17 @@ def check_comparison(kind: str, python: str) -> None:
         option = f"--{kind.removesuffix('.cpp')}-python"
         if not python:
             raise SetupError(f"--compare {kind}: name the Python of an environment that has it with {option}")
-        if subprocess.run([python, "-c", f"import {FOREIGN[kind]}"], capture_output=True).returncode:
+        if _code_of([python, "-c", f"import {FOREIGN[kind]}"], f"{option} {python}"):
             raise SetupError(f"{option} {python}: it cannot import {FOREIGN[kind]}")
+
+
+def _code_of(command: Sequence[str], source: str) -> int:
+    """The exit code of a user's program, which may hang or print without an end. Raises SetupError."""
+    nowhere = subprocess.DEVNULL
+    try:
+        done = subprocess.run(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, timeout=IMPORT_TIMEOUT_S)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{source} cannot be run ({getattr(error, 'strerror', None) or error})") from error
+    except subprocess.TimeoutExpired as error:
+        raise SetupError(f"{source} did not end in {IMPORT_TIMEOUT_S:g} s: is it a Python?") from error
+    return done.returncode

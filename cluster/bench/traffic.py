@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from cluster.bench.checkpoint import read_config
+from cluster.bench.limits import MAX_PROMPT_TOKENS, RATES
 from cluster.bench.machine import process_tree_bytes
 from cluster.bench.report import markdown_table
 from cluster.bench.sampling import SAMPLINGS
@@ -85,8 +86,13 @@ def measure_server(args: argparse.Namespace) -> int:
     ):  # fmt: skip
         if value < 1:
             raise SetupError(f"{option} is {value}, at least 1 is needed")
-    if args.rate is not None and args.rate <= 0:
-        raise SetupError(f"--rate is {args.rate}, more than 0 is needed")
+    if args.rate is not None and not RATES[0] <= args.rate <= RATES[1]:
+        raise SetupError(f"--rate is {args.rate:g}, {RATES[0]:g} to {RATES[1]:g} requests/s are possible")
+    num_tokens = args.requests * args.prompt_tokens
+    if num_tokens > MAX_PROMPT_TOKENS:
+        raise SetupError(
+            f"--requests and --prompt-tokens make {num_tokens} tokens, {MAX_PROMPT_TOKENS} are possible: ask for fewer"
+        )
     if args.offline is not None:
         offline = _offline_spec(args)
     http = None if args.http is None else HttpStreams(args.http, key=options.api_key(args.api_key_file))

@@ -1,6 +1,7 @@
 """Arguments that no command can use: each is refused in one line that names it, with exit code 2, before any work."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -77,3 +78,111 @@ def test_a_chat_that_cannot_be_read_is_wrong_usage(capsys, tmp_path):
 def test_an_offline_model_has_no_use_for_a_servers_options(option, capsys):
     error = refused(capsys, "eval", "demo", "--text", "/nonexistent", option)
     assert f"{option.partition('=')[0]} is of a running server" in error
+
+
+# bench
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Nothing may begin to measure, to write a checkpoint or to start a Ray."""
+
+    def begun(*args, **kwargs):
+        raise AssertionError("it measures")
+
+    for place in (
+        "bench.worker.RemoteSystem.__init__", "bench.context.ProcessPoolExecutor", "bench.kernels.session._measure",
+        "bench.checkpoint.write_checkpoint", "runtime.start.echo.start_ray",
+    ):  # fmt: skip
+        monkeypatch.setattr(f"cluster.{place}", begun)
+
+
+HUGE = str(10**25)
+
+
+@pytest.mark.parametrize(
+    ("part", "option"),
+    [
+        *(("throughput", name) for name in ("batch", "repeat", "layers", "shards", "prompt-tokens", "output-tokens")),
+        *(("kernels", name) for name in ("batch", "context", "threads", "repeat")),
+        *(("transport", name) for name in ("shards", "rows", "hidden-size", "repeat")),
+        *(("growth", name) for name in ("batch", "context", "shards", "repeat", "layers")),
+        *(("context", name) for name in ("context", "chunk", "window")),
+        *(("gpu", name) for name in ("batch", "layers", "prompt-tokens")),
+        *(("serve", name) for name in ("requests", "concurrency", "prompt-tokens", "output-tokens")),
+    ],
+)
+def test_a_bench_without_an_end_is_refused(part, option, capsys, unmeasured):
+    error = refused(capsys, "bench", part, f"--{option}", HUGE)
+    assert f"--{option} has {HUGE}, at most " in error
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "-inf", "0", "1e-300", "1e300"])
+def test_a_rate_that_no_clock_keeps_is_refused(rate, capsys):
+    assert "--rate is " in refused(capsys, "bench", "serve", "--address", DEAD, f"--rate={rate}")
+
+
+def test_traffic_whose_prompts_find_no_room_is_refused(capsys):
+    error = refused(capsys, "bench", "serve", "--address", DEAD, "--requests", "1000000", "--prompt-tokens", "1000")
+    assert "--requests and --prompt-tokens make 1000000000 tokens, " in error
+
+
+def test_rows_that_find_no_room_are_refused(capsys, unmeasured):
+    error = refused(capsys, "bench", "transport", "--rows", "1000000", "--hidden-size", "1000000")
+    assert "--rows and --hidden-size make 2000000000000 bytes, " in error
+
+
+@pytest.mark.parametrize("part", ["throughput", "latency", "kernels", "transport", "growth", "context", "serve"])
+def test_a_result_that_cannot_be_written_is_refused_before_the_bench(part, capsys, tmp_path, unmeasured):
+    (tmp_path / "file").write_text("")
+    for path, words in (
+        ("", "is a directory"), (str(tmp_path), "is a directory"), (f"{tmp_path}/none/x", "does not exist"),
+        (f"{tmp_path}/file/x", "does not exist"), ("x" * 5000, "too long"),
+    ):  # fmt: skip
+        assert words in refused(capsys, "bench", part, f"--json={path}")
+
+
+@pytest.mark.parametrize("part", ["throughput", "growth"])
+def test_a_picture_of_no_known_kind_is_refused_before_the_bench(part, capsys, tmp_path, unmeasured):
+    for path in ("", "picture", "picture.xyz", str(tmp_path), ".png"):
+        assert "--plot " in refused(capsys, "bench", part, f"--plot={path}")
+
+
+@pytest.mark.parametrize(("engine", "option"), [("vllm", "--vllm-python"), ("llama.cpp", "--llama-python")])
+def test_a_python_that_cannot_run_is_refused(engine, option, capsys, tmp_path, unmeasured):
+    for path in ("/none", str(tmp_path), "/dev/zero", "/dev/null"):
+        error = refused(capsys, "bench", "throughput", "--compare", engine, option, path)
+        assert f"{option} {path} cannot be run (" in error
+    assert "it cannot import" in refused(capsys, "bench", "throughput", "--compare", engine, option, "/bin/false")
+
+
+def test_a_depth_that_nothing_takes_is_refused(capsys, unmeasured):
+    for part in ("throughput", "growth"):
+        error = refused(capsys, "bench", part, "--shapes", "demo", "--layers", "2")
+        assert "--layers is not of the demo's checkpoint" in error
+    assert "--layers is of a made checkpoint" in refused(capsys, "bench", "throughput", "/none", "--layers", "2")
+
+
+def test_growth_past_the_checkpoint_is_refused_before_the_first_point(capsys, tmp_path, unmeasured):
+    """The demo's context is 4,096 tokens, and its layers have 64 experts."""
+    command = ["bench", "growth", "--shapes", "demo", "--checkpoint-dir", str(tmp_path)]
+    assert "--shards is 65, 1 to 64" in refused(capsys, *command, "--shards", "1,65")
+    error = refused(capsys, *command, "--context", "64,4090")
+    assert "--context makes 4107 tokens with the answer's 17, the checkpoint's context is 4096" in error
+
+
+def test_a_bench_that_finds_too_little_memory_ends_in_one_line(capsys, monkeypatch):
+    """As torch words it where the kernel refuses; else the kernel ends the process."""
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: 8 bytes")
+
+    def die(*args, **kwargs):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr("cluster.bench.kernels.session._measure", refuse)
+    error = refused(capsys, "bench", "kernels", "--batch", "9", "--context", "7")
+    assert "too little memory for --batch 9 and --context 7" in error
+    monkeypatch.setattr("cluster.bench.context.ProcessPoolExecutor", die)
+    assert main(["bench", "context", "--context", "7"]) == 1
+    assert "a context of 7 tokens: its process was ended, most likely for want of memory" in capsys.readouterr().err

@@ -52,6 +52,11 @@ def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.
     try:
         with torch.inference_mode(), _memory_that_stays():
             measured = _measure(args, config, getattr(torch, dtype), threads, clock)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch has no class for it on CPUs
+            raise
+        batch, context = (",".join(map(str, numbers)) for numbers in (args.batch, args.context))
+        raise SetupError(f"too little memory for --batch {batch} and --context {context}: ask for less") from error
     finally:
         torch.set_num_threads(before)
     report = this_machine(), describe(config, dtype), args.repeat, measured
