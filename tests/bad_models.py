@@ -38,8 +38,12 @@ BAD_MODELS = [
     BadModel("a rotation of a part of each head", "only a full rotation is", {"partial_rotary_factor": 0.5}),
     BadModel("another activation", "hidden_act is 'gelu', only 'silu' is served", {"hidden_act": "gelu"}),
     BadModel(
-        "quantized weights", "quantized checkpoints are not served yet: use the bfloat16 one",
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "weights quantized otherwise", "served are gptq with gptq or gptq_v2, and weights in 16 bits",
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    ),
+    BadModel(
+        "GPTQ with inputs in another order", "quantization_config has desc_act",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}},
     ),
     BadModel(
         "another dtype", "dtype is 'float8_e4m3fn', one of float32, bfloat16, float16, float64 is needed",

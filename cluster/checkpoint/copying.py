@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cluster.checkpoint.files import in_one_line
 from cluster.checkpoint.fused import Shape, Source, fused_shape, lies_transposed, transposed
-from cluster.checkpoint.weights import CONFIG_FILE, ITEM_BYTES, StoredTensor
+from cluster.checkpoint.weights import CONFIG_FILE, ITEM_BYTES, WORD_BYTES, StoredTensor
+from cluster.config.gptq import INTEGERS
 from cluster.errors import CheckpointError
 
 PartnerShape = Callable[[str], Shape | None]
@@ -51,7 +52,7 @@ def copy_tensor(stored: StoredFile, source: Source, destination: Tensor, partner
             destination.copy_(read.mT if part.is_transposed else read)
     except SafetensorError as error:
         raise CheckpointError(f"{stored.path}: {source.name} cannot be read: {in_one_line(error)}") from error
-    return math.prod(destination.shape) * ITEM_BYTES[found.dtype]
+    return math.prod(destination.shape) * (ITEM_BYTES | WORD_BYTES)[found.dtype]
 
 
 def _part(source: Source, found: Shape, destination: Tensor, partner_shape: PartnerShape) -> _Part:
@@ -67,10 +68,11 @@ def _part(source: Source, found: Shape, destination: Tensor, partner_shape: Part
 
 def check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
     """Raises CheckpointError for a dtype that is not read, and for a shape other than `shape`."""
-    if found.dtype not in ITEM_BYTES:
+    served = WORD_BYTES if name.endswith(INTEGERS) else ITEM_BYTES
+    if found.dtype not in served:
         raise CheckpointError(
-            f"{found.path}: {name} has dtype {found.dtype}, {', '.join(ITEM_BYTES)} are served: "
-            "use the bfloat16 checkpoint"
+            f"{found.path}: {name} has dtype {found.dtype}, {', '.join(served)} {'is' if len(served) == 1 else 'are'} "
+            "served: use the bfloat16 checkpoint"
         )
     if found.shape != shape:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from cluster.config import DTYPE_BYTES, ModelConfig
 from cluster.config.architectures.architecture import Shapes
 from cluster.config.architectures.heads import head_shapes
 from cluster.config.architectures.registry import architecture_of
-from cluster.config.quantization import PLAIN, QUANTIZATIONS
+from cluster.config.quantization import PLAIN, QUANTIZATIONS, Quantization
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old exports store these beside the weights. They are computed from the config: dropping them changes nothing.
@@ -57,11 +57,12 @@ def stored_shapes(config: ModelConfig, stored: Collection[str]) -> Shapes:
                     shapes[source.name] = fused_shape(source, shape, config.num_experts)
     if config.tie_word_embeddings and HEAD in stored:
         shapes[HEAD] = shapes.pop(EMBEDDING)
-    return shapes
+    return shapes if config.stored is None else _rounded_shapes(shapes, config.stored)
 
 
 def find_source(name: str, stored: Collection[str], *, tied: bool) -> Source | None:
-    """Finds a tensor of `checkpoint_shapes` among the stored ones; None where it is absent.
+    """Finds a tensor of `checkpoint_shapes` among the stored ones; None where it is absent. Of a matrix that is stored
+    rounded, its numbers.
 
     tied: the embeddings are also the head, and stand under either name.
     """
@@ -69,25 +70,46 @@ def find_source(name: str, stored: Collection[str], *, tied: bool) -> Source | N
         return Source(name)
     if tied and name == EMBEDDING and HEAD in stored:
         return Source(HEAD)
+    if (rounded := f"{name.removesuffix('weight')}qweight") in stored:
+        return Source(rounded)
     source = fused_source(name)
     return source if source is not None and source.name in stored else None
 
 
-def is_harmless(name: str) -> bool:
-    """Whether a stored tensor that the model does not have may stay unread."""
+def is_harmless(name: str, stored: Collection[str] = ()) -> bool:
+    """Whether a stored tensor that the model does not have may stay unread. Layers in GPTQ's form have biases, which
+    are zero where the model has none."""
+    if name.endswith(".bias") and f"{name.removesuffix('bias')}qweight" in stored:
+        return True
     return any(pattern.fullmatch(name) for pattern in HARMLESS)
 
 
 def dense_bytes(config: ModelConfig, dtype: str, quantization: str = PLAIN) -> int:
     """Bytes of an attention replica's weights."""
-    rounded = QUANTIZATIONS.get(quantization)
+    rounded = config.stored or QUANTIZATIONS.get(quantization)
     num_bytes = 0
     for name, shape in dense_shapes(config).items():
-        if rounded is not None and len(shape) == 2 and rounded.takes(name.split(".")[-2]):
+        if rounded is not None and _is_rounded(name, shape, rounded):
             num_bytes += rounded.matrix_bytes(*shape)
         else:
             num_bytes += math.prod(shape) * DTYPE_BYTES[dtype]
     return num_bytes
+
+
+def _is_rounded(name: str, shape: tuple[int, ...], rounded: Quantization) -> bool:
+    return len(shape) == 2 and rounded.takes(name.split(".")[-2])
+
+
+def _rounded_shapes(shapes: Shapes, rounded: Quantization) -> Shapes:
+    """With the tensors that a rounded matrix is stored in."""
+    assert rounded.gptq is not None
+    found: Shapes = {}
+    for name, shape in shapes.items():
+        if not _is_rounded(name, shape, rounded):
+            found[name] = shape
+            continue
+        found |= rounded.gptq.shapes(name.removesuffix(".weight"), shape[0], shape[1])
+    return found
 
 
 def _all_shapes(config: ModelConfig, *, with_experts: bool) -> Shapes:

@@ -12,6 +12,7 @@ from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.pickled import PICKLES
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
+from cluster.errors import CheckpointError
 
 
 class Checkpoint(Protocol):
@@ -63,7 +64,9 @@ def open_pickled(model: str | Path) -> Checkpoint:
 
 
 def bring_here(checkpoint: Checkpoint) -> None:
-    """Fetches what is elsewhere, and checks all of it. Raises CheckpointError."""
+    """Fetches what is elsewhere, and checks all of it. Raises CheckpointError, also for weights that are rounded."""
+    if checkpoint.config.stored is not None:
+        raise CheckpointError(f"{checkpoint.model_dir} has its weights rounded (GPTQ): give the one in 16 bits")
     checkpoint.check_names()
     checkpoint.fetch(checkpoint_shapes(checkpoint.config))
     checkpoint.check_tensors()

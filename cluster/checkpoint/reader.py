@@ -175,7 +175,7 @@ class CheckpointReader:
 
     def _check_names(self, expected: Shapes) -> None:
         missing = [name for name in expected if name not in self.names]
-        extra = sorted(name for name in self.names - expected.keys() if not is_harmless(name))
+        extra = sorted(name for name in self.names - expected.keys() if not is_harmless(name, self.names))
         if missing or extra:
             faults = [f"{some(missing, 'is', 'are')} missing"] if missing else []
             faults += [f"{some(extra, 'is', 'are')} not expected"] if extra else []

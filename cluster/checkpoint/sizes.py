@@ -1,6 +1,6 @@
 """The parameters of a model and the bytes that its processes hold, from its config alone. Reads no file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.checkpoint.names import dense_bytes
 from cluster.config import DTYPE_BYTES, ModelConfig
@@ -31,7 +31,8 @@ def sizes_of(
 ) -> ModelSizes:
     """dtype: the one to compute in, a key of DTYPE_BYTES.  The others: PLAIN, or of QUANTIZATIONS."""
     item_bytes, num_layers = DTYPE_BYTES[dtype], len(config.sparse_layers)
-    of_dense, of_expert = dense_bytes(config, dtype), config.expert_bytes(dtype)
+    plain = replace(config, stored=None)
+    of_dense, of_expert = dense_bytes(plain, dtype), plain.expert_bytes(dtype)
     return ModelSizes(
         dtype=dtype,
         num_parameters=(of_dense + num_layers * config.num_experts * of_expert) // item_bytes,

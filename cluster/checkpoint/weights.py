@@ -17,6 +17,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+WORD_BYTES = {"I32": 4}  # of numbers in a few bits
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 PICKLED = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pth", "*.pt")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config.json_keys import shown
-from cluster.config.quantization import PLAIN, QUANTIZATIONS
+from cluster.config.quantization import PLAIN, QUANTIZATIONS, Quantization
 from cluster.config.rope import RopeConfig
 from cluster.errors import CheckpointError
 from cluster.outcome import Head
@@ -59,6 +59,7 @@ class ModelConfig:
     layer_types: "full_attention" or "sliding_attention" for each layer.
     dtype: of the tensors on disk, as the config says it, a key of DTYPE_BYTES.
     moe: None for a model whose layers are all dense.  head: the layer above the decoder.
+    stored: how the checkpoint has its linear layers rounded; None for plain ones.
     """
 
     model_type: str
@@ -80,6 +81,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None = None
     head: Head = field(default_factory=Head)
+    stored: Quantization | None = None
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -149,9 +151,9 @@ class ModelConfig:
         if self.moe is None:
             return 0
         hidden, intermediate = self.hidden_size, self.moe.moe_intermediate_size
-        if quantization == PLAIN:
+        rounded = self.stored or QUANTIZATIONS.get(quantization)
+        if rounded is None:
             return 3 * hidden * intermediate * DTYPE_BYTES[dtype]
-        rounded = QUANTIZATIONS[quantization]
         return rounded.matrix_bytes(2 * intermediate, hidden) + rounded.matrix_bytes(hidden, intermediate)
 
     def kv_bytes_per_token(self, dtype: str, num_layers: int | None = None) -> int:

@@ -1,9 +1,12 @@
-"""Names the ways in which weights can be rounded while they are loaded, and how their rows lie. Knows no tensors."""
+"""Names the ways in which weights can be rounded while they are loaded, and how their rows lie. Knows no tensors.
+
+A checkpoint may have them rounded already (`gptq.py`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from cluster.config.gptq import KEY, Gptq
 from cluster.errors import SetupError
 
 PLAIN = "none"  # weights as the checkpoint has them
@@ -47,12 +50,14 @@ class Quantization:
     expert stay as they are, and so do embeddings and, unless asked for, the last layer.
 
     num_bits: 8 with a scale a row, or 4 with one a group of group_size inputs.
+    gptq: the form in which a checkpoint has them so; None where they are rounded here.
     """
 
     num_bits: int
     group_size: int = 0
     has_zeros: bool = False
     lm_head: bool = False
+    gptq: Gptq | None = None
 
     def takes(self, layer: str) -> bool:
         """Whether it is meant for a linear layer of this name."""
@@ -77,13 +82,31 @@ def _named() -> dict[str, Quantization]:
 QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType(_named())
 
 
-def quantization_on(name: str, device_type: str) -> Quantization | None:
-    """The one of a name, None for PLAIN. Raises SetupError for a device that has no products for it."""
-    if name == PLAIN:
+def stored_quantization(gptq: Gptq, *, symmetric: bool) -> Quantization:
+    """That of a checkpoint's weights. One scale for all inputs of an output is the same for each group of 128."""
+    return Quantization(num_bits=4, group_size=gptq.group_size or 128, has_zeros=not symmetric, gptq=gptq)
+
+
+def quantization_on(name: str, device_type: str, stored: Quantization | None = None) -> Quantization | None:
+    """The one of a name, None for PLAIN. stored: the checkpoint's, which no other may be put upon.
+
+    Raises SetupError for a device that has no products for it.
+    """
+    check_stored(name, stored)
+    if name == PLAIN and stored is None:
         return None
     if device_type != "cpu":
+        asked = f"quantization is {name!r}: weights are rounded" if stored is None else "a GPTQ checkpoint is computed"
         raise SetupError(
-            f"quantization is {name!r}: weights are rounded on CPUs only, not on {device_type}: set device to cpu, or "
-            "give expert_quantization alone where only the experts are on CPUs"
+            f"{asked} on CPUs only, not on {device_type}: set device to cpu, or give expert_quantization alone where "
+            "only the experts are on CPUs"
         )
-    return QUANTIZATIONS[name]
+    return QUANTIZATIONS[name] if stored is None else stored
+
+
+def check_stored(name: str, stored: Quantization | None) -> None:
+    """Raises SetupError where weights that are rounded already are to be rounded again."""
+    if stored is not None and name != PLAIN:
+        raise SetupError(
+            f"quantization is {name!r}, but the checkpoint has {KEY}: its weights are in {stored.num_bits} bits already"
+        )

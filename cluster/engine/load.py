@@ -81,7 +81,7 @@ def load_engine(
     check_block_fits(reader.config, config, dtype)
     model = load_model(
         reader, dtype=torch_dtype(dtype), device=device, progress=progress,
-        quantization=quantization_on(config.quantization, device.type),
+        quantization=quantization_on(config.quantization, device.type, reader.config.stored),
     )  # fmt: skip
     wait_for_experts()
     splits = remote_experts and reader.config.moe is not None
@@ -161,7 +161,7 @@ def local_experts(
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     device, num_experts = resolve_device(config.device), reader.config.num_experts
-    quantization = quantization_on(config.of_experts, device.type)
+    quantization = quantization_on(config.of_experts, device.type, reader.config.stored)
     plan = plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
     reader.fetch(checkpoint_shapes(reader.config).keys() - dense_shapes(reader.config).keys(), progress)
     shards = {}

@@ -14,6 +14,7 @@ from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, read_tokenizer
 from cluster.checkpoint.weights import holds_weights
 from cluster.config import EngineConfig, ModelConfig
+from cluster.config.quantization import check_stored
 from cluster.experts.placement import PlacementPlan, num_shards_for, plan_evenly
 from cluster.model.kv_cache import check_block_fits
 
@@ -61,6 +62,8 @@ def download_bytes(model: str | Path, plan: PlacementPlan) -> list[int]:
 
 
 def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, num_shards: int) -> None:
+    for name in (engine.quantization, engine.of_experts):
+        check_stored(name, config.stored)
     plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, num_shards))
     check_block_fits(config, engine, resolve_dtype(engine.dtype, config))
     max_model_len(config, engine)

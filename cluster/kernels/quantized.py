@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.config.quantization import GROUP_SIZES, Quantization, RowLayout
+from cluster.config.quantization import GROUP_SIZES, RowLayout
 from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
@@ -73,13 +73,6 @@ class QuantizedWeight(TwoProducts):
             sizes = {"num_bits": self.num_bits, "intermediate_size": down.num_inputs}
             return native_products.swiglu(kernels, x, ExpertPointers([self.matrix], [down.matrix], **sizes))
         return super().swiglu(x, down)
-
-
-def quantized_weight(
-    num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype
-) -> QuantizedWeight:
-    """dtype: of the checkpoint's matrix."""
-    return QuantizedWeight(num_outputs, quantization.layout(num_inputs), dtype)
 
 
 def fill_rows(rows: Tensor, matrix: Tensor, layout: RowLayout) -> None:

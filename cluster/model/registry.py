@@ -9,7 +9,7 @@ from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
 from cluster.config.quantization import Quantization
-from cluster.kernels.quantized import quantized_weight
+from cluster.kernels.gptq import quantized_weight
 from cluster.kernels.weights import MakeWeight, WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
 from cluster.model.layers.linear import Linear

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gptq_tools import MOE, write_pair
 from served_tools import plasma_objects, wait_until
 
 from cluster import LLM, SamplingParams
@@ -71,6 +72,20 @@ def test_the_object_store_does_not_grow_where_rows_go_through_it(ray_cluster, de
         before = plasma_objects(ray_cluster)
         assert sum(len(output.token_ids) for output in llm.generate(prompts, params)) == 1000
         wait_until(lambda: plasma_objects(ray_cluster) <= before, f"the store has no more than {before} objects")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["stream", "ray"])
+def test_shards_of_a_gptq_checkpoint_answer_as_one_process_does(ray_cluster, tmp_path, transport):
+    gptq, plain = write_pair(tmp_path, MOE, sym=False)
+    params = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
+    found = []
+    for model_dir, way in ((gptq, transport), (plain, "local")):
+        with LLM(
+            model_dir, dtype="float32", num_expert_shards=3, transport=way, kv_cache_bytes=1 << 22, skip_tokenizer=True
+        ) as llm:
+            found.append([output.token_ids for output in llm.generate([[5, 9, 17], [1, 2]], params)])
+    assert found[0] == found[1]
 
 
 def test_rounded_shards_answer_as_one_process_does(ray_cluster, demo_checkpoint):

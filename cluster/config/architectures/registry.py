@@ -8,8 +8,10 @@ from cluster.config.architectures.architecture import Architecture
 from cluster.config.architectures.heads import read_head
 from cluster.config.architectures.qwen2 import QWEN2
 from cluster.config.architectures.qwen2_moe import QWEN2_MOE
+from cluster.config.gptq import KEY, read_gptq
 from cluster.config.json_keys import Keys, shown
 from cluster.config.model import ModelConfig
+from cluster.config.quantization import stored_quantization
 from cluster.errors import CheckpointError
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -28,13 +30,13 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"config.json: model_type is {shown(model_type)}, one of {', '.join(sorted(ARCHITECTURES))} is needed"
         )
-    if raw.get("quantization_config"):
-        raise CheckpointError(
-            "config.json has a quantization_config, quantized checkpoints are not served yet: use the bfloat16 one"
-        )
     family, keys = ARCHITECTURES[model_type], Keys(raw, "config.json")
     head = read_head(keys, family.class_name)
-    return replace(family.read(keys), head=head)
+    config = replace(family.read(keys), head=head)
+    if not raw.get(KEY):
+        return config
+    gptq, symmetric = read_gptq(raw)
+    return replace(config, stored=stored_quantization(gptq, symmetric=symmetric))
 
 
 def architecture_of(config: ModelConfig) -> Architecture:

@@ -1,0 +1,135 @@
+"""Checkpoints in GPTQ's form: kept in 4 bits, with the logits of transformers on the numbers that they mean."""
+
+import json
+
+import pytest
+import torch
+from gptq_tools import DENSE, MOE, quantization_config, rounded, write_pair
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cluster import LLM, SamplingParams
+from cluster.checkpoint.sizes import sizes_of
+from cluster.config import read_model_config
+from cluster.config.gptq import Gptq
+from cluster.config.quantization import stored_quantization
+from cluster.errors import CheckpointError, SetupError
+from cluster.kernels.gptq import quantized_weight
+
+PROMPTS = [[5, 9, 17, 33, 120, 7], [1, 2]]
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
+
+
+def offline(model_dir, **options):
+    return LLM(model_dir, dtype="float32", device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22, **options)
+
+
+@pytest.mark.parametrize("raw", [MOE, DENSE], ids=["qwen2_moe", "qwen2"])
+@pytest.mark.parametrize(
+    ("group_size", "sym", "is_v1"), [(32, True, True), (32, False, True), (32, False, False), (-1, True, False)]
+)
+def test_logits_and_tokens_are_those_of_the_numbers_that_it_means(tmp_path, raw, group_size, sym, is_v1):
+    gptq, plain = write_pair(tmp_path, raw, group_size=group_size, sym=sym, is_v1=is_v1)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
+    with offline(gptq, num_expert_shards=2) as llm, offline(plain) as ours, torch.inference_mode():
+        for prompt in PROMPTS:
+            expected = model(torch.tensor([prompt])).logits[0]
+            torch.testing.assert_close(llm.logits(prompt), expected, atol=2e-3, rtol=0)
+        tokens, of_plain = ([o.token_ids for o in each.generate(PROMPTS, GREEDY)] for each in (llm, ours))
+        assert tokens == of_plain
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("is_v1", [True, False])
+def test_a_matrix_is_kept_as_it_is(group_size, sym, is_v1):
+    """Two matrices one above another, bit for bit what the form means, in memory within a tenth of the arithmetic."""
+    num_inputs = 1408 if group_size in (64, 128) else 96
+    draw = torch.Generator().manual_seed(1)
+    parts = {"a": 16, "b": 40}
+    stored = {
+        name: rounded(torch.randn(n, num_inputs, generator=draw), group_size, sym=sym, is_v1=is_v1)
+        for name, n in parts.items()
+    }
+    quantization = stored_quantization(Gptq(max(0, group_size), int(is_v1)), symmetric=sym)
+    weight = quantized_weight(56, num_inputs, quantization=quantization, dtype=torch.float16)
+    staging = torch.empty(weight.staging_bytes, dtype=torch.uint8)
+    targets = weight.targets(parts, staging)
+    assert set(targets) == {f"{name}.{end}" for name in parts for end in ("qweight", "qzeros", "scales", "g_idx")}
+    for name, (tensors, _) in stored.items():
+        for end in ("qweight", "qzeros", "scales", "g_idx"):
+            targets[f"{name}.{end}"].copy_(tensors[end])
+    weight.settle()
+    assert torch.equal(weight.dequantized(), torch.cat([means for _, means in stored.values()]))
+
+
+def test_its_memory_is_that_of_4_bits():
+    """A matrix of Qwen1.5-MoE-A2.7B's shape: 4 bits a number and 2 bytes a group."""
+    quantization = stored_quantization(Gptq(128, 1), symmetric=True)
+    weight = quantized_weight(2816, 2048, quantization=quantization, dtype=torch.float16)
+    assert weight.nbytes <= 1.1 * 2816 * (2048 / 2 + 2048 / 128 * 2)
+
+
+def test_its_sizes_are_those_of_the_model():
+    """Parameters are counted as of the plain model; bytes are what processes hold."""
+    model = {**MOE, "hidden_size": 2048, "moe_intermediate_size": 1408}
+    rounded_one, plain = (
+        sizes_of(read_model_config({**model, **changes}), "float16")
+        for changes in ({"quantization_config": quantization_config()}, {})
+    )
+    assert rounded_one.num_parameters == plain.num_parameters
+    assert rounded_one.num_active_parameters == plain.num_active_parameters
+    assert plain.expert_bytes / 4 < rounded_one.expert_bytes < plain.expert_bytes / 3.5
+    assert rounded_one.dense_bytes < plain.dense_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quant_method": "awq"}, "quant_method 'awq'"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        ({"bits": 3}, "bits 3, GPTQ is served with 4"),
+        ({"bits": None}, "bits is missing"),
+        ({"group_size": 16}, "group_size 16, one of 32, 64, 128 or -1"),
+        ({"group_size": "x"}, "group_size is 'x'"),
+        ({"sym": 3}, "sym is 3"),
+        ({"desc_act": True}, "has desc_act"),
+    ],
+)
+def test_another_form_is_refused(changes, named):
+    with pytest.raises(CheckpointError) as refusal:
+        read_model_config({**MOE, "quantization_config": quantization_config(**changes)})
+    assert named in str(refusal.value)
+    assert "config.json" in str(refusal.value)
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(tmp_path):
+    gptq, _ = write_pair(tmp_path, MOE)
+    with pytest.raises(SetupError, match="its weights are in 4 bits already"):
+        offline(gptq, quantization="int8")
+    with pytest.raises(SetupError, match="its weights are in 4 bits already"):
+        offline(gptq, expert_quantization="int4")
+    file = gptq / "model.safetensors"
+    tensors = load_file(file)
+    layer = "model.layers.0.mlp.experts.1.gate_proj"
+
+    def refused(**changed):
+        save_file(tensors | {f"{layer}.{end}": tensor for end, tensor in changed.items()}, file)
+        with pytest.raises(CheckpointError) as refusal:
+            offline(gptq)
+        assert "\n" not in str(refusal.value)
+        return str(refusal.value)
+
+    assert f"{layer}.g_idx has its inputs in another order (desc_act)" in refused(
+        g_idx=tensors[f"{layer}.g_idx"].flip(0)
+    )
+    assert f"{layer}.qzeros has other zeros" in refused(qzeros=tensors[f"{layer}.qzeros"] + 1)
+    scales = tensors[f"{layer}.scales"].clone()
+    scales[0, 0] = torch.inf
+    assert f"{layer}.scales has numbers that are not finite" in refused(scales=scales)
+    assert "has dtype F32, I32 is served" in refused(qweight=tensors[f"{layer}.qweight"].float())
+    assert "implies [8, 32]" in refused(qweight=tensors[f"{layer}.qweight"][:4])
+    config = json.loads((gptq / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 128
+    (gptq / "config.json").write_text(json.dumps(config))
+    assert "which GPTQ's groups of 128 inputs" in refused()
