@@ -13,6 +13,8 @@ from cluster.evolving import evolving
 Transport = Literal["local", "auto", "stream", "ray"]
 TRANSPORTS: tuple[Transport, ...] = ("auto", "stream", "ray")  # between processes
 LEAST = 1e-4  # of what cannot be zero; Ray knows no smaller fraction of a CPU
+MOST_S = 1e9  # 31 years; Python's waits take 292 years at most
+MOST_REPLICAS = 10_000  # far beyond what a Ray cluster runs
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
@@ -43,12 +45,13 @@ class ClusterConfig(EngineConfig):
         False,
         "serves token ids alone, for a checkpoint without a tokenizer: texts, chats and stop strings are refused",
     )
-    attention_replicas: int = option(1, "processes with the dense weights and a KV cache", least=1)
+    attention_replicas: int = option(1, "processes with the dense weights and a KV cache", least=1, most=MOST_REPLICAS)
     max_attention_replicas: int | None = option(
         None,
         "Serve adds and removes attention replicas up to so many, by waiting sequences and use of the KV caches; "
         "unset: it does not",
         least=1,
+        most=MOST_REPLICAS,
     )
     expert_shards: int = option(2, "processes that share the routed experts; a dense model has none", least=0)
     ingress_replicas: int = option(
@@ -139,13 +142,15 @@ class ClusterConfig(EngineConfig):
         30.0,
         "seconds of silence after which a shard counts as lost; one that computes is not silent, however long it takes",
         least=LEAST,
+        most=MOST_S,
     )
     recovery_timeout_s: float = option(
         60.0,
         "seconds that requests wait for a lost shard's successor; longer than a shard takes to start and to load",
         least=0,
+        most=MOST_S,
     )
-    drain_timeout_s: float = option(30.0, "seconds that a stop waits for running requests", least=0)
+    drain_timeout_s: float = option(30.0, "seconds that a stop waits for running requests", least=0, most=MOST_S)
     metrics_host: str = option("127.0.0.1", "address on which each node serves /metrics")
     metrics_port: int = option(9464, "port of /metrics on each node; 0: a free one", least=0, most=65535)
     log_format: LogFormat = option(

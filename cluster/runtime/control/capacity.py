@@ -18,6 +18,7 @@ def capacities(
     else:
         wanted = len(facts.sparse_layers) * (facts.num_experts * config.min_copies + config.redundant_experts)
         room = -(-wanted // num_shards)
+    room = min(room, len(facts.sparse_layers) * facts.num_experts)  # a shard holds an expert once at most
     return [room] * num_shards + [0] * ((total_shards or num_shards) - num_shards)
 
 
