@@ -42,10 +42,6 @@ BAD_MODELS = [
         {"quantization_config": {"quant_method": "awq", "bits": 4}},
     ),
     BadModel(
-        "GPTQ with inputs in another order", "quantization_config has desc_act",
-        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}},
-    ),
-    BadModel(
         "another dtype", "dtype is 'float8_e4m3fn', one of float32, bfloat16, float16, float64 is needed",
         {"torch_dtype": "float8_e4m3fn"},
     ),

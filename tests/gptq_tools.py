@@ -38,12 +38,16 @@ def words(numbers: np.ndarray) -> torch.Tensor:
 
 
 def rounded(
-    matrix: torch.Tensor, group_size: int, *, sym: bool, is_v1: bool
+    matrix: torch.Tensor, group_size: int, *, sym: bool, is_v1: bool, order: np.ndarray | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The tensors of one layer, and the matrix [N, K] float32 that they mean: (q - zero) * scale, group by group."""
+    """The tensors of one layer, and the matrix [N, K] float32 that they mean: (q - zero) * scale, group by group.
+
+    order: of the inputs, in which they are put into groups; they are stored where they were.
+    """
     num_outputs, num_inputs = matrix.shape
     width = num_inputs if group_size == -1 else group_size
-    weights = matrix.float().numpy().T  # [K, N]
+    order = np.arange(num_inputs) if order is None else order
+    weights = matrix.float().numpy().T[order]  # [K, N]
     q, means = np.zeros(weights.shape, dtype=np.int64), np.zeros(weights.shape, dtype=np.float32)
     scales, zeros = [], []
     for begin in range(0, num_inputs, width):
@@ -57,32 +61,43 @@ def rounded(
         scales.append(scale)
         zeros.append(zero)
     stored_zeros = np.array(zeros) - is_v1  # [G, N]
+    places = np.argsort(order)
+    q, means = q[places], means[places]
     tensors = {
         "qweight": words(q),
         "qzeros": words(stored_zeros.T).T.contiguous(),
         "scales": torch.from_numpy(np.array(scales)),
-        "g_idx": torch.arange(num_inputs, dtype=torch.int32) // width,
+        "g_idx": torch.from_numpy((places // width).astype(np.int32)),
         "bias": torch.zeros(num_outputs, dtype=torch.float16),
     }
     return tensors, torch.from_numpy(means.T.copy())
 
 
 def write_pair(
-    folder: Path, raw: dict[str, Any], *, group_size: int = 32, sym: bool = True, is_v1: bool = True, seed: int = 1
+    folder: Path,
+    raw: dict[str, Any],
+    *,
+    group_size: int = 32,
+    sym: bool = True,
+    is_v1: bool = True,
+    desc_act: bool = False,
 ) -> tuple[Path, Path]:
     """Returns the directories of the checkpoint in GPTQ's form and of the one in float32."""
+    draw = np.random.default_rng(2)
     written, plain, gptq = (folder / name for name in ("written", "plain", "gptq"))
-    write_checkpoint(written, raw, seed=seed)
+    write_checkpoint(written, raw, seed=1)
     of_plain, of_gptq = {}, {}
     for name, tensor in load_file(written / "model.safetensors").items():
         if not name.endswith("proj.weight"):
             of_plain[name] = of_gptq[name] = tensor
             continue
         layer = name.removesuffix(".weight")
-        parts, of_plain[name] = rounded(tensor, group_size, sym=sym, is_v1=is_v1)
+        order = draw.permutation(tensor.shape[1]) if desc_act else None
+        parts, of_plain[name] = rounded(tensor, group_size, sym=sym, is_v1=is_v1, order=order)
         of_gptq |= {f"{layer}.{end}": part for end, part in parts.items() if f"{layer}.{end}" not in of_gptq}
     biases = {name: tensor for name, tensor in of_plain.items() if name.endswith("_proj.bias")}  # those are real
-    method = quantization_config(group_size=group_size, sym=sym, **({} if is_v1 else {"checkpoint_format": "gptq_v2"}))
+    version = {} if is_v1 else {"checkpoint_format": "gptq_v2"}
+    method = quantization_config(group_size=group_size, sym=sym, desc_act=desc_act, **version)
     for path, tensors, changes in ((plain, of_plain, {}), (gptq, of_gptq | biases, {"quantization_config": method})):
         path.mkdir()
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

@@ -23,10 +23,12 @@ INTEGERS = (".qweight", ".qzeros", ".g_idx")
 class Gptq:
     """group_size: inputs that share a scale and a zero; 0 for all inputs of an output.
     zero_shift: added to a stored zero; files of version 1 store it less 1.
+    desc_act: a group's inputs may be any, in an order of each matrix's own.
     """
 
     group_size: int
     zero_shift: int
+    desc_act: bool = False
 
     def num_groups(self, num_inputs: int) -> int:
         return num_inputs // self.group_size if self.group_size else 1
@@ -69,9 +71,5 @@ def read_gptq(raw: Mapping[str, Any]) -> tuple[Gptq, bool]:
         raise CheckpointError(
             f"config.json: {KEY} has group_size {group_size}, one of {served} or {PER_COLUMN} is needed"
         )
-    if keys.flag("desc_act", False):
-        raise CheckpointError(
-            f"config.json: {KEY} has desc_act, inputs in an order of each matrix's own, which is not served: use one "
-            "without it"
-        )
-    return Gptq(max(0, group_size), _FORMATS[stored]), keys.flag("sym", True)
+    desc_act = keys.flag("desc_act", False)
+    return Gptq(max(0, group_size), _FORMATS[stored], desc_act), keys.flag("sym", True)

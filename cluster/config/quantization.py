@@ -63,6 +63,11 @@ class Quantization:
         """Whether it is meant for a linear layer of this name."""
         return self.lm_head if layer == "lm_head" else layer not in _KEPT
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether each matrix has an order of inputs of its own."""
+        return self.gptq is not None and self.gptq.desc_act
+
     def layout(self, num_inputs: int) -> RowLayout:
         return RowLayout(self.num_bits, num_inputs, self.group_size, self.has_zeros)
 

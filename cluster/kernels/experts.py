@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.config.quantization import Quantization
 from cluster.kernels import gpu, native_products
-from cluster.kernels.gptq import quantized_weight
+from cluster.kernels.gptq import ordered_weight, quantized_weight
 from cluster.kernels.grouping import group_pairs
 from cluster.kernels.native import library
 from cluster.kernels.native.library import Native
@@ -170,6 +170,9 @@ def no_experts(
     if device.type == "cuda":
         return StackedExperts(*(torch.empty(0, *shape, dtype=dtype, device=device) for shape in (gate_up, down)))
     if quantization is not None:
+        if quantization.is_ordered:
+            make_ordered = partial(ordered_weight, quantization=quantization)
+            return SeparateExperts(partial(make_ordered, *gate_up), partial(make_ordered, *down))
         make = partial(quantized_weight, quantization=quantization, dtype=dtype)
         kernels = library.native()
         if kernels is not None:

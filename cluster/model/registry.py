@@ -9,7 +9,7 @@ from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
 from cluster.config.quantization import Quantization
-from cluster.kernels.gptq import quantized_weight
+from cluster.kernels.gptq import weight_of
 from cluster.kernels.weights import MakeWeight, WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
 from cluster.model.layers.linear import Linear
@@ -48,7 +48,7 @@ def load_model(
             prefix = path.removesuffix(name)
             make: MakeWeight = weight_maker(dtype, device)
             if quantization is not None and quantization.takes(name):
-                make = partial(quantized_weight, quantization=quantization, dtype=dtype)
+                make = partial(weight_of, quantization=quantization, dtype=dtype)
             module.allocate(make, dtype=dtype, device=device)
             weights.append((module.weight, module.parts(prefix)))
             plain_targets |= module.bias_targets(prefix)
