@@ -125,7 +125,7 @@ class SharedApplication:
                 max_num_batched_tokens=512,
                 max_waiting=16,
                 metrics_port=0,
-                drain_timeout_s=10.0,
+                drain_timeout_s=60.0,  # for what runs in the background of a busy machine, too
             )
             self._cluster = ServedCluster(config, ServeOptions(grpc_port=0))
         return self._cluster
