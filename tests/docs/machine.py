@@ -119,7 +119,9 @@ class Machine:
             )  # fmt: skip
         deadline = time.monotonic() + READY_S
         while "Ctrl-C drains" not in out.read_text():
-            assert self._server.poll() is None, out.read_text()
+            if self._server.poll() is not None:
+                self._server = None  # the next page begins without it
+                raise AssertionError(out.read_text())
             assert time.monotonic() < deadline, f"{text}: not ready in {READY_S} s: {out.read_text()}"
             time.sleep(0.1)
         self._serves = text
