@@ -47,7 +47,7 @@ def roll_out(config, cluster):
 
 def ask_for_response(client, **fields):
     greedy = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
-    return client.responses.create(model="demo-moe", input="Which?", max_output_tokens=600, **greedy, **fields)
+    return client.responses.create(model="demo-moe", input="Which?", max_output_tokens=300, **greedy, **fields)
 
 
 def once_ended(client, response_id):
