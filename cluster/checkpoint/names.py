@@ -76,11 +76,8 @@ def find_source(name: str, stored: Collection[str], *, tied: bool) -> Source | N
     return source if source is not None and source.name in stored else None
 
 
-def is_harmless(name: str, stored: Collection[str] = ()) -> bool:
-    """Whether a stored tensor that the model does not have may stay unread. Layers in GPTQ's form have biases, which
-    are zero where the model has none."""
-    if name.endswith(".bias") and f"{name.removesuffix('bias')}qweight" in stored:
-        return True
+def is_harmless(name: str) -> bool:
+    """Whether a stored tensor that the model does not have may stay unread."""
     return any(pattern.fullmatch(name) for pattern in HARMLESS)
 
 

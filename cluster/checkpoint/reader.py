@@ -78,6 +78,10 @@ class CheckpointReader:
         if given_dtype(raw) is None:
             config = replace(config, dtype=_common_dtype(self._headers()))
         self.config = config
+        # GPTQ's files have a bias for each layer, zero where the model has none.
+        shapes = {} if config.stored is None else stored_shapes(config, self.names)
+        layers = {name.removesuffix("qweight") for name in shapes if name.endswith(".qweight")}
+        self._empty_biases = (self.names & {f"{layer}bias" for layer in layers}) - shapes.keys()
 
     def check_names(self) -> None:
         """Compares the tensors' names with those that the config implies; reads no file.
@@ -101,7 +105,7 @@ class CheckpointReader:
             if partner is not None and lies_transposed(shape, headers[name].shape, partner.shape):
                 shape = transposed(shape)
             check_tensor(name, headers[name], shape)
-        ignored = sorted(self.names - expected.keys())
+        ignored = sorted(self.names - expected.keys() - self._empty_biases)
         if ignored:
             log.warning(
                 "%s: %s not read: the config has what they are computed from",
@@ -140,6 +144,18 @@ class CheckpointReader:
         falls when the file is closed.
         Raises CheckpointError, naming the tensor, for one that is absent, misshapen or of an unserved dtype.
         """
+        biases = {
+            bias: torch.empty(target.shape[1])
+            for name, target in targets.items()
+            if name.endswith(".qweight") and (bias := f"{name.removesuffix('qweight')}bias") in self._empty_biases
+        }
+        num_bytes = self._load({**targets, **biases}, progress)
+        for name, numbers in biases.items():
+            if bool(numbers.any()):
+                raise CheckpointError(f"{self.model_dir}: {name} is not zero, and {CONFIG_FILE} has no such bias")
+        return num_bytes
+
+    def _load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None) -> int:
         wanted: dict[Path, dict[str, list[tuple[Source, Tensor]]]] = {}
         for name, source in self._sources(targets).items():
             stored_name = self._stored[source.name]
@@ -175,7 +191,9 @@ class CheckpointReader:
 
     def _check_names(self, expected: Shapes) -> None:
         missing = [name for name in expected if name not in self.names]
-        extra = sorted(name for name in self.names - expected.keys() if not is_harmless(name, self.names))
+        extra = sorted(
+            name for name in self.names - expected.keys() if not is_harmless(name) and name not in self._empty_biases
+        )
         if missing or extra:
             faults = [f"{some(missing, 'is', 'are')} missing"] if missing else []
             faults += [f"{some(extra, 'is', 'are')} not expected"] if extra else []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config.json_keys import Keys
+from cluster.config.json_keys import Keys, shown
 from cluster.errors import CheckpointError
 
 KEY = "quantization_config"
@@ -58,10 +58,11 @@ def read_gptq(raw: Mapping[str, Any]) -> tuple[Gptq, bool]:
         raise CheckpointError(f"config.json: {KEY} is no object: download it again")
     keys = Keys(given, f"config.json, {KEY}")
     method, stored = given.get("quant_method"), given.get("checkpoint_format") or "gptq"
-    if method != "gptq" or stored not in _FORMATS:
+    if method != "gptq" or not isinstance(stored, str) or stored not in _FORMATS:
         raise CheckpointError(
-            f"config.json: {KEY} has quant_method {method!r} and checkpoint_format {stored!r}: served are gptq with "
-            f"{' or '.join(_FORMATS)}, and weights in 16 bits, which --quantization rounds while they are loaded"
+            f"config.json: {KEY} has quant_method {shown(method)} and checkpoint_format {shown(stored)}: served are "
+            f"gptq with {' or '.join(_FORMATS)}, and weights in 16 bits, which --quantization rounds while they are "
+            "loaded"
         )
     if (bits := keys.count("bits")) != 4:
         raise CheckpointError(f"config.json: {KEY} has bits {bits}, GPTQ is served with 4")

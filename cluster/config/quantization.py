@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from cluster.config.gptq import KEY, Gptq
+from cluster.config.gptq import GROUP_SIZES, KEY, Gptq
 from cluster.errors import SetupError
 
 PLAIN = "none"  # weights as the checkpoint has them
-GROUP_SIZES = (32, 64, 128)
 _KEPT = ("embed_tokens", "gate", "shared_expert_gate", "score", "qa_outputs")
 CHUNK_INPUTS = {8: 64, 4: 128}  # in 64 bytes, by the bits of each
 HEAD_BYTES, _ALIGNMENT = 8, 16

@@ -60,6 +60,7 @@ class OrderedGptqWeight(TwoProducts):
         return found
 
     def settle(self) -> None:
+        self._parts = []
         for layer, tensors in self._stored.items():
             read, order = _read(self._gptq, self._layout, layer, tensors)
             weight = QuantizedWeight(len(read[0]), self._layout, torch.float16)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.config.quantization import GROUP_SIZES, RowLayout
+from cluster.config.gptq import GROUP_SIZES
+from cluster.config.quantization import RowLayout
 from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers

@@ -95,6 +95,7 @@ def test_its_sizes_are_those_of_the_model():
     ("changes", "named"),
     [
         ({"quant_method": "awq"}, "quant_method 'awq'"),
+        ({"checkpoint_format": ["gptq"]}, "checkpoint_format ['gptq']"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
         ({"bits": 3}, "bits 3, GPTQ is served with 4"),
         ({"bits": None}, "bits is missing"),
@@ -133,6 +134,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path):
     scales = tensors[f"{layer}.scales"].clone()
     scales[0, 0] = torch.inf
     assert f"{layer}.scales has numbers that are not finite" in refused(scales=scales)
+    assert f"{layer}.bias is not zero" in refused(bias=torch.ones(32).half())
     assert "has dtype F32, I32 is served" in refused(qweight=tensors[f"{layer}.qweight"].float())
     wrong = torch.zeros_like(tensors[f"{layer}.g_idx"])
     assert f"{layer}.g_idx does not give each group its inputs" in refused(g_idx=wrong)
