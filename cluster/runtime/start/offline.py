@@ -24,10 +24,6 @@ from cluster.runtime.workers.transports import lanes_of, make_transport
 
 log = logging.getLogger(__name__)
 
-# Ray gives its workers a niceness of 15: beside any other work shards get a 28th of the time that this process gets,
-# which waits for them. On two busy cores batches of 8 and 32 went from 0.82 and 0.87 of one process's tokens/s to 0.91
-# and 0.95.
-SAME_PRIORITY = {"RAY_worker_niceness": "0"}
 LOOK_INTERVAL_S = 2.0  # between two counts of shards that wait for resources
 ROOM_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = 5.0
@@ -54,9 +50,7 @@ class RayExperts:
         self._transport: ExpertTransport | None = None
         self._lost = ""
         self._ray = start_ray(
-            num_cpus=config.expert_shards * config.cpus_per_expert_shard,
-            environment=lambda directory: SAME_PRIORITY,
-            on_lost=lambda reason: self._lose(reason),
+            num_cpus=config.expert_shards * config.cpus_per_expert_shard, on_lost=lambda reason: self._lose(reason)
         )
         atexit.register(self.close)  # registered after Ray's handler, so it runs before that
         try:
