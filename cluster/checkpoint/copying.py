@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cluster.checkpoint.files import in_one_line
 from cluster.checkpoint.fused import Shape, Source, fused_shape, lies_transposed, transposed
-from cluster.checkpoint.weights import CONFIG_FILE, ITEM_BYTES, WORD_BYTES, StoredTensor
-from cluster.config.gptq import INTEGERS
+from cluster.checkpoint.weights import ITEM_BYTES, WORD_BYTES, StoredTensor, check_tensor
 from cluster.errors import CheckpointError
 
 PartnerShape = Callable[[str], Shape | None]
@@ -64,18 +63,3 @@ def _part(source: Source, found: Shape, destination: Tensor, partner_shape: Part
     if lies_transposed(shape, found, partner_shape(source.name) if shape[1] == shape[2] else None):
         return _Part(transposed(shape), (source.expert_id, slice(None), span), is_transposed=True)
     return _Part(shape, (source.expert_id, span))
-
-
-def check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Raises CheckpointError for a dtype that is not read, and for a shape other than `shape`."""
-    served = WORD_BYTES if name.endswith(INTEGERS) else ITEM_BYTES
-    if found.dtype not in served:
-        raise CheckpointError(
-            f"{found.path}: {name} has dtype {found.dtype}, {', '.join(served)} {'is' if len(served) == 1 else 'are'} "
-            "served: use the bfloat16 checkpoint"
-        )
-    if found.shape != shape:
-        raise CheckpointError(
-            f"{found.path}: {name} has shape {list(found.shape)}, {CONFIG_FILE} implies {list(shape)}: "
-            "weights and config belong to different models"
-        )

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.checkpoint.made.drawn import DrawnCheckpoint, has_seed
 from cluster.checkpoint.model_files import open_files
 from cluster.checkpoint.names import checkpoint_shapes
-from cluster.checkpoint.pickled import PICKLES
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import ModelConfig
 from cluster.errors import CheckpointError
+
+if TYPE_CHECKING:  # whoever only describes a checkpoint does without torch
+    from torch import Tensor
 
 
 class Checkpoint(Protocol):
@@ -39,7 +39,7 @@ class Checkpoint(Protocol):
     def check_room(self) -> None:
         """Raises CheckpointError where files that are elsewhere would not find room here."""
 
-    def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
+    def load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None = None) -> int:
         """Fills each named tensor's destination; returns bytes read. progress: called with each tensor's bytes.
 
         Raises CheckpointError.
@@ -59,6 +59,8 @@ def open_checkpoint(model: str | Path, rope_scaling: Mapping[str, Any] | None = 
 
 def open_pickled(model: str | Path) -> Checkpoint:
     """As `open_checkpoint`, of weights that are pickled: only where a user asks for it."""
+    from cluster.checkpoint.pickled import PICKLES
+
     files = open_files(model)
     return CheckpointReader(files.directory, files=files, weights=PICKLES)
 

@@ -6,14 +6,9 @@ Knows nothing of modules or devices: `model/` and `experts/` allocate what they 
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from cluster.checkpoint.copying import StoredFile, check_tensor, copy_tensor
 from cluster.checkpoint.files import check_directory, read_json_object, some
 from cluster.checkpoint.fused import Source, is_fused, lies_transposed, partner_of, transposed
 from cluster.checkpoint.hub.name import NAME_FORMS
@@ -28,6 +23,7 @@ from cluster.checkpoint.weights import (
     LocalFiles,
     StoredTensor,
     WeightFiles,
+    check_tensor,
 )
 from cluster.config import ModelConfig, read_model_config
 from cluster.config.architectures.architecture import Shapes
@@ -36,11 +32,14 @@ from cluster.config.model import given_dtype
 from cluster.config.rope import with_rope_scaling
 from cluster.errors import CheckpointError
 
+if TYPE_CHECKING:  # whoever only describes a checkpoint does without torch
+    from torch import Tensor
+
 __all__ = ["CONFIG_FILE", "INDEX_FILE", "SINGLE_FILE", "CheckpointReader", "read_config", "read_json_object"]
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class CheckpointReader:
@@ -132,7 +131,7 @@ class CheckpointReader:
         """Raises CheckpointError where files that are elsewhere would not find room here."""
         self._source.check_room()
 
-    def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
+    def load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None = None) -> int:
         """Copies each named tensor into its destination, cast to the destination's dtype; returns bytes read.
 
         An expert's name finds its part of a fused tensor; the rest of that is not read.
@@ -144,6 +143,8 @@ class CheckpointReader:
         falls when the file is closed.
         Raises CheckpointError, naming the tensor, for one that is absent, misshapen or of an unserved dtype.
         """
+        import torch
+
         biases = {
             bias: torch.empty(target.shape[1])
             for name, target in targets.items()
@@ -155,7 +156,9 @@ class CheckpointReader:
                 raise CheckpointError(f"{self.model_dir}: {name} is not zero, and {CONFIG_FILE} has no such bias")
         return num_bytes
 
-    def _load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None) -> int:
+    def _load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None) -> int:
+        from cluster.checkpoint.copying import StoredFile, copy_tensor
+
         wanted: dict[Path, dict[str, list[tuple[Source, Tensor]]]] = {}
         for name, source in self._sources(targets).items():
             stored_name = self._stored[source.name]
@@ -261,5 +264,7 @@ def _not_in_file(path: Path, names: list[str]) -> CheckpointError:
 
 def _common_dtype(headers: Mapping[str, StoredTensor]) -> str:
     """The smallest dtype that holds every tensor, as in vLLM; float32 where no tensor has a served one."""
-    found = [_DTYPES[dtype] for dtype in sorted({tensor.dtype for tensor in headers.values()}) if dtype in _DTYPES]
-    return str(reduce(torch.promote_types, found, found[0])).removeprefix("torch.") if found else "float32"
+    found = {_DTYPES[tensor.dtype] for tensor in headers.values() if tensor.dtype in _DTYPES}
+    if len(found) == 1:
+        return found.pop()
+    return "float64" if "float64" in found else "float32"  # neither 16-bit dtype holds the other

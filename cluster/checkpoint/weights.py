@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 
 from cluster.checkpoint.files import check_file, in_one_line, is_there, read_json_object, some
+from cluster.config.gptq import INTEGERS
 from cluster.config.json_keys import shown
 from cluster.errors import CheckpointError
 
@@ -154,7 +155,7 @@ def locate_tensors(files: WeightFiles) -> dict[str, Path]:
 
 def read_header(path: Path, open_file: Callable[[Path], Any] | None = None) -> dict[str, StoredTensor]:
     """Lists the tensors of one file; reads none. open_file: of a `Format`. Raises CheckpointError."""
-    with (open_file or open_weights)(path) as file:
+    with open_file(path) if open_file else open_weights(path, "np") as file:
         try:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
             return {name: StoredTensor(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -162,11 +163,14 @@ def read_header(path: Path, open_file: Callable[[Path], Any] | None = None) -> d
             raise CheckpointError(f"{path} has a header that cannot be read ({in_one_line(error)})") from error
 
 
-def open_weights(path: Path) -> Any:
-    """Maps one file, a `safe_open` (whose methods have no annotations). A truncated file fails here."""
+def open_weights(path: Path, framework: str = "pt") -> Any:
+    """Maps one file, a `safe_open` (whose methods have no annotations). A truncated file fails here.
+
+    framework: "pt" loads torch.
+    """
     check_file(path)
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({in_one_line(error)}): download it again"
@@ -228,3 +232,18 @@ def find(files: WeightFiles, patterns: Collection[str]) -> list[str]:
 
 
 SAFETENSORS = Format("safetensors", locate_tensors, lambda files, name: files.header(name), open_weights)
+
+
+def check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Raises CheckpointError for a dtype that is not read, and for a shape other than `shape`."""
+    served = WORD_BYTES if name.endswith(INTEGERS) else ITEM_BYTES
+    if found.dtype not in served:
+        raise CheckpointError(
+            f"{found.path}: {name} has dtype {found.dtype}, {', '.join(served)} {'is' if len(served) == 1 else 'are'} "
+            "served: use the bfloat16 checkpoint"
+        )
+    if found.shape != shape:
+        raise CheckpointError(
+            f"{found.path}: {name} has shape {list(found.shape)}, {CONFIG_FILE} implies {list(shape)}: "
+            "weights and config belong to different models"
+        )

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.block_table import BlockTable
 from cluster.engine.sequence import Sequence
-from cluster.model.kv_cache import most_blocks
+from cluster.model.cache_size import most_blocks
 
 
 class BlockManager:

@@ -30,7 +30,8 @@ from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.grammar.grammars import Grammars
 from cluster.metrics import DispatchMetrics, EngineMetrics
-from cluster.model.kv_cache import KVCache, check_block_fits, num_kv_blocks
+from cluster.model.cache_size import check_block_fits, num_kv_blocks
+from cluster.model.kv_cache import KVCache
 from cluster.model.registry import load_model
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from cluster.checkpoint.weights import holds_weights
 from cluster.config import EngineConfig, ModelConfig
 from cluster.config.quantization import check_stored
 from cluster.experts.placement import PlacementPlan, num_shards_for, plan_evenly
-from cluster.model.kv_cache import check_block_fits
+from cluster.model.cache_size import check_block_fits
 
 
 def check_checkpoint(model: str | Path, engine: EngineConfig, num_shards: int, *, tokenizer: bool = True) -> Checkpoint:

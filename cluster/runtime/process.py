@@ -1,31 +1,24 @@
 """The environment and the first steps of each actor's process."""
 
 import hashlib
-import logging
 import os
 import signal
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.config.environment import DIRECT_ENVIRONMENT, MEMORY_ENVIRONMENT, SHARED_CORES_ENVIRONMENT
-from cluster.config.resources import available_cpus
-from cluster.kernels.native.report import log_kernels
 from cluster.logs import LOG_FORMAT
 from cluster.runtime.names import RAY_FOLDER
 from cluster.runtime.ray_logs import log_to_ray
 from cluster.runtime.ray_private.core import session_folder
 from cluster.status import ProcessInfo
 from cluster.version import __version__
-
-log = logging.getLogger(__name__)
 
 SHARE = 0.001  # of a custom resource, for one process: a node may have any number of them
 
@@ -111,18 +104,9 @@ def metrics_dir(group: str) -> Path:
     return Path(tempfile.gettempdir()) / f"{group}-{hashlib.sha256(session.name.encode()).hexdigest()[:8]}-metrics"
 
 
-def prepare_process(num_threads: int, *, computes: bool = False) -> None:
-    """The first step of every actor's process: sends log lines to Ray's log files, and gives torch its threads.
-
-    computes: with weights; the first line names the kernels then.
-    """
+def prepare_process() -> None:
+    """The first step of every actor's process: sends log lines to Ray's log files."""
     log_to_ray()
-    if computes:
-        log_kernels()
-    warnings.filterwarnings("ignore", message="The given buffer is not writable")  # rows are only read
-    torch.set_num_threads(min(num_threads, available_cpus()))
-    if ray.get_gpu_ids() and not torch.cuda.is_available():
-        log.warning("Ray gave this process GPUs %s, but its torch has no CUDA", ray.get_gpu_ids())
 
 
 def end_at_sigterm() -> None:

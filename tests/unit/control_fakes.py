@@ -65,13 +65,13 @@ class FakeActor:
         if method not in self.METHODS:
             raise AttributeError(method)
 
-        def remote(*args):
-            return unwatched(self._call(method, args))
+        def remote(*args, **options):
+            return unwatched(self._call(method, args, options))
 
         return SimpleNamespace(remote=remote)
 
-    async def _call(self, method, args):
-        answer = unwatched(getattr(self, f"_{method}")(*args))
+    async def _call(self, method, args, options):
+        answer = unwatched(getattr(self, f"_{method}")(*args, **options))
         try:
             await asyncio.wait([answer, self.death], return_when=asyncio.FIRST_COMPLETED)
             if self.death.done():
@@ -127,9 +127,9 @@ class FakeActor:
         await self._answer()
         return self.record
 
-    async def _expert_tokens(self):
+    async def _expert_tokens(self, as_array):
         await self._answer()
-        return self.counters
+        return self.counters.numpy()
 
     def die(self):
         self.launcher.actors.pop(self.name, None)

@@ -168,7 +168,8 @@ class Manager:
 def pid_at(admin_socket):
     """The pid that Serve regards as the running HAProxy's."""
     with suppress(OSError):
-        return int(re.search(r"^Pid: (\d+)$", ask("show info\n", admin_socket), flags=re.MULTILINE)[1])
+        found = re.search(r"^Pid: (\d+)$", ask("show info\n", admin_socket), flags=re.MULTILINE)
+        return int(found[1]) if found else None  # one that hands its sockets over may answer nothing
 
 
 def children_of(pid):

@@ -14,7 +14,7 @@ from cluster.engine import load
 from cluster.engine.fitting import fitting
 from cluster.errors import InvalidRequest, SetupError
 from cluster.llm import LLM
-from cluster.model.kv_cache import MIN_BYTES, UNKNOWN_BYTES, num_kv_blocks
+from cluster.model.cache_size import MIN_BYTES, UNKNOWN_BYTES, num_kv_blocks
 from cluster.runtime.process import num_sharers
 from cluster.types import SamplingParams
 

@@ -27,7 +27,7 @@ def make(monkeypatch):
     def leave():
         raise asyncio.CancelledError  # the task ends, as the process would
 
-    monkeypatch.setattr(module, "prepare_process", lambda num_threads: None)
+    monkeypatch.setattr(module, "prepare_process", lambda: None)
     monkeypatch.setattr(module, "process_info", lambda: PROCESS)
     monkeypatch.setattr(module, "read_expert_facts", lambda config: FACTS)
     monkeypatch.setattr(module.ray.actor, "exit_actor", leave)

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import SetupError
-from cluster.runtime import last_words as module
-from cluster.runtime.last_words import MAX_CHARS, last_words, why_not_started
+from cluster.runtime.last_words import MAX_CHARS, last_words
+from cluster.runtime.start import failure as module
+from cluster.runtime.start.failure import why_not_started
 
 SERVE = "Deploying application moe-cluster failed: Failed to update the deployments ['AttentionReplica']."
 NO_MEMORY = """\

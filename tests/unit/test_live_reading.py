@@ -23,13 +23,18 @@ class Method:
     def __init__(self, answer):
         self.answer, self.asked = answer, 0
 
-    async def remote(self):
+    async def remote(self, as_array=False):
         self.asked += 1
         if isinstance(self.answer, Exception):
             raise self.answer
         if self.answer is None:
             await asyncio.Event().wait()
-        return self.answer
+        return self.answer.numpy() if as_array else self.answer
+
+
+class OlderMethod(Method):
+    async def remote(self):
+        return await super().remote()
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def test_each_living_shards_counters_of_sparse_layers_are_read(actors):
     actors["shard-0"] = SimpleNamespace(expert_tokens=Method(TOKENS))
     actors["shard-1"] = SimpleNamespace(expert_tokens=Method(ray.exceptions.RayActorError()))
     actors["shard-2"] = SimpleNamespace(expert_tokens=Method(None))
-    actors["shard-4"] = SimpleNamespace(expert_tokens=Method(TOKENS))
+    actors["shard-4"] = SimpleNamespace(expert_tokens=OlderMethod(TOKENS))
     now = status(PLAN, shards=shards("up", "up", "up", "up", "loading"), replicas=())
     reading = asyncio.run(RayLiveSource("group", lambda: now).read())
     assert {source: counts.tolist() for source, counts in reading.counters.items()} == {

@@ -1,7 +1,6 @@
 """A machine's resources under control groups, in trees of files like those of real ones."""
 
 import ast
-import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import torch
 import cluster
 from cluster.config.resources import available_cpus, available_memory
 from cluster.llm import LLM
-from cluster.runtime import process
+from cluster.runtime.workers import computing
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    8000 kB\n"
 V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -149,16 +148,9 @@ def test_an_llm_gives_torch_no_more_threads_than_the_quota(demo_checkpoint):
 @pytest.mark.usefixtures("four_threads_and_a_quota_of_three")
 @pytest.mark.parametrize(("asked", "threads"), [(4, 3), (2, 2)])
 def test_an_actor_gives_torch_no_more_threads_than_the_quota(monkeypatch, asked, threads):
-    context = SimpleNamespace(get_actor_name=lambda: "group:shard-0")
-    monkeypatch.setattr(process, "ray", SimpleNamespace(get_runtime_context=lambda: context, get_gpu_ids=list))
-    ours = logging.getLogger("cluster")
-    before = ours.handlers, ours.propagate, ours.level
-    try:
-        process.prepare_process(asked)
-        assert torch.get_num_threads() == threads
-    finally:
-        ours.handlers, ours.propagate = before[:2]
-        ours.setLevel(before[2])
+    monkeypatch.setattr(computing, "ray", SimpleNamespace(get_gpu_ids=list))
+    computing.prepare_to_compute(asked)
+    assert torch.get_num_threads() == threads
 
 
 def test_nobody_counts_cpus_past_the_quota():

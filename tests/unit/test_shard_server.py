@@ -10,7 +10,7 @@ from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
 from cluster.metrics import ShardMetrics, new_registry
-from cluster.runtime.workers import shard_actor
+from cluster.runtime.workers import computing, shard_actor
 from cluster.runtime.workers.protocol import NO_SHARD
 from cluster.runtime.workers.rehearsal import Rehearsal
 from cluster.runtime.workers.shard_actor import ExpertShardActor
@@ -110,7 +110,8 @@ def test_a_load_without_memory_leaves_what_is_here(demo_checkpoint):
 
 @pytest.fixture
 def spare(monkeypatch):
-    monkeypatch.setattr(shard_actor, "prepare_process", lambda num_threads, **options: None)
+    monkeypatch.setattr(shard_actor, "prepare_process", lambda: None)
+    monkeypatch.setattr(computing, "prepare_to_compute", lambda num_threads: None)
     monkeypatch.setattr(shard_actor, "end_at_sigterm", lambda: None)
     return ExpertShardActor(NO_SHARD, 1)
 

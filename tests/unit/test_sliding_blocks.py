@@ -17,7 +17,7 @@ from cluster.engine.block_pool import BlockPool
 from cluster.engine.sequence import Sequence
 from cluster.errors import InvalidRequest
 from cluster.kernels.grouped_attention import GroupedAttention
-from cluster.model.kv_cache import num_kv_blocks
+from cluster.model.cache_size import num_kv_blocks
 from cluster.types import SAMPLING_DEFAULTS, EngineRequest
 
 WINDOW, BLOCK = 8, 4

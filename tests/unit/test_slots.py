@@ -36,7 +36,7 @@ class Engine:
 
 @pytest.fixture
 def new_controller(monkeypatch):
-    monkeypatch.setattr("cluster.runtime.control.controller.prepare_process", lambda num_threads: None)
+    monkeypatch.setattr("cluster.runtime.control.controller.prepare_process", lambda: None)
 
     def make():
         controller = ExpertController("group", ClusterConfig(model="model"), collect_metrics=False)

@@ -3,15 +3,15 @@
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoint.files import read_json_object
 from cluster.checkpoint.reader import CONFIG_FILE, read_config
 from cluster.config.json_keys import Keys
 from cluster.errors import CheckpointError
+
+if TYPE_CHECKING:  # whoever only describes a checkpoint does without torch
+    from torch import Tensor
 
 SEED_KEY = "moe_cluster_random_weights"  # in config.json
 
@@ -39,8 +39,10 @@ class DrawnCheckpoint:
 
     def check_room(self) -> None: ...
 
-    def load(self, targets: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> int:
+    def load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None = None) -> int:
         """Fills each destination. Returns their bytes."""
+        import torch
+
         for name, target in targets.items():
             generator = torch.Generator(target.device).manual_seed(self._seed ^ zlib.crc32(name.encode()))
             with torch.no_grad():

@@ -30,7 +30,7 @@ class NodeMetricsActor:
     """One a node, made by the controller and gone with it."""
 
     def __init__(self, directory: str, host: str, port: int) -> None:
-        prepare_process(1)
+        prepare_process()
         self._collector = NodeCollector(Path(directory), host, port)
         self._port = self._collector.start()
         self._host = host

@@ -60,7 +60,7 @@ class ExpertController:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """launcher: Ray's by default."""
-        prepare_process(1)
+        prepare_process()
         self._clock = clock
         self._collect_metrics, self._lease_s = collect_metrics, lease_s
         self._launcher = launcher or RayLauncher(group)

@@ -14,6 +14,7 @@ from cluster.runtime.control.engines import Engines
 from cluster.runtime.control.expert_facts import ExpertFacts
 from cluster.runtime.control.shards import Shard, Shards
 from cluster.runtime.control.state import ClusterState
+from cluster.runtime.workers.protocol import expert_tokens
 from cluster.status import ReplicaStatus
 
 HALF_LIFE_S = 60.0  # of the loads that placement follows: longer than a burst, shorter than a change of traffic
@@ -72,12 +73,12 @@ class LoadWatch:
             return
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                counters = await shard.handle.expert_tokens.remote()
+                counters = await expert_tokens(shard.handle)
         except (TimeoutError, ray.exceptions.RayError):
             return  # its supervision finds out why
         if counters is not None:
             source = shard.shard_id, shard.status.process
-            self._meter.observe(source, counters[self._layers].numpy(), self._clock())
+            self._meter.observe(source, counters[self._layers], self._clock())
 
     async def _measure_replica(self, replica: ReplicaStatus) -> None:
         if replica.engine is None:

@@ -40,7 +40,7 @@ class AttentionReplica:
     """Owns one engine, which dies with it. Serve makes any number of these."""
 
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        prepare_process(1)
+        prepare_process()
         self.name = serve.get_replica_context().replica_id.unique_id
         group = shard_group(config)
         threads = num_threads(config.cpus_per_attention_replica)

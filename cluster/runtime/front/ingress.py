@@ -158,7 +158,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, replicas: DeploymentHandle
     ) -> None:
-        prepare_process(1)
+        prepare_process()
         request_log.setLevel(logging.INFO if config.log_requests else logging.WARNING)
         self._config = config
         self._controller = get_controller(shard_group(config), config)

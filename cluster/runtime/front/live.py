@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import ray
 
 from cluster.errors import Unavailable
 from cluster.runtime.names import NAMESPACE, metrics_name
+from cluster.runtime.workers.protocol import expert_tokens
 from cluster.serving.live.reading import Counts, Reading
 from cluster.status import ClusterStatus, ReplicaStatus, ShardStatus
 from cluster.types import EngineStats
@@ -57,11 +57,9 @@ class RayLiveSource:
             return {}
         layers = list(status.plan.layer_ids)
         shards = [shard for shard in status.shards if shard.state == "up" and shard.process is not None]
-        counted = await asyncio.gather(*(self._ask(shard.actor, "expert_tokens") for shard in shards))
+        counted = await asyncio.gather(*(self._ask(shard.actor, expert_tokens) for shard in shards))
         return {
-            _source(shard): np.asarray(counts)[layers]
-            for shard, counts in zip(shards, counted, strict=True)
-            if counts is not None
+            _source(shard): counts[layers] for shard, counts in zip(shards, counted, strict=True) if counts is not None
         }
 
     async def _stats(self, replicas: Iterable[ReplicaStatus]) -> Mapping[str, EngineStats]:
@@ -76,20 +74,25 @@ class RayLiveSource:
         if now - self._figures_at < FIGURES_PERIOD_S:
             return ""
         self._figures_at = now
-        texts = await asyncio.gather(*(self._ask(name, "render") for name in sorted(self._collectors(status))))
+        texts = await asyncio.gather(*(self._ask(name, _render) for name in sorted(self._collectors(status))))
         return "" if None in texts else b"".join(filter(None, texts)).decode()
 
-    async def _ask(self, name: str, method: str) -> Any | None:
-        """The answer of a named actor; None where there is none."""
+    async def _ask(self, name: str, ask: Callable[[Any], Awaitable[Any]]) -> Any | None:
+        """The answer of a named actor, which `ask` asks; None where there is none."""
         try:
             actor = self._actors.get(name) or await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
         except ValueError:
             return None  # not made yet, or gone
         self._actors[name] = actor
-        answer = await _answer(getattr(actor, method).remote())
+        answer = await _answer(ask(actor))
         if answer is None:
             self._actors.pop(name, None)  # perhaps dead: another one gets the name
         return answer
+
+
+def _render(collector: Any) -> Awaitable[Any]:
+    asked: Awaitable[Any] = collector.render.remote()
+    return asked
 
 
 async def _answer(asked: Any) -> Any | None:

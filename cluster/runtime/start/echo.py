@@ -11,6 +11,7 @@ from cluster.errors import ShardUnavailable
 from cluster.experts.transport import ExpertBatch, ExpertTransport
 from cluster.runtime.process import prepare_process, process_info
 from cluster.runtime.start.local_ray import start_ray
+from cluster.runtime.workers.computing import prepare_to_compute
 from cluster.runtime.workers.transports import RayOffers, RayTransport, decode, to_bytes
 from cluster.stream.client import StreamTransport
 from cluster.stream.frames import StreamOffer
@@ -23,7 +24,8 @@ class EchoActor:
     """Speaks the protocol of an expert shard, over both carriers."""
 
     def __init__(self) -> None:
-        prepare_process(1)
+        prepare_process()
+        prepare_to_compute(1)
         self.device = torch.device("cpu")
         self._streams = StreamServer(self, host=ray.util.get_node_ip_address(), node=process_info().node_id)
         self._streams.start()

@@ -23,7 +23,6 @@ from cluster.footprint.folders import OwnedFolder
 from cluster.footprint.servers import Server, announce
 from cluster.runtime.front.haproxy import MAX_MESSAGE_BYTES, SERVERS_ENVIRONMENT, free_block, local_environment
 from cluster.runtime.front.tls import GrpcFront
-from cluster.runtime.last_words import why_not_started
 from cluster.runtime.names import APPLICATION, controller_name, shard_group
 from cluster.runtime.start.application import (
     GRPC_SERVICERS,
@@ -34,6 +33,7 @@ from cluster.runtime.start.application import (
     check_gpus,
     resolve_gpus,
 )
+from cluster.runtime.start.failure import why_not_started
 from cluster.runtime.start.groups import STATUS_TIMEOUT_S, OnStatus, StatusReports, close_controller, find_actor
 from cluster.runtime.start.local_ray import start_ray
 from cluster.serving.admission.api_keys import ApiKeys

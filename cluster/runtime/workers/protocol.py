@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cluster.config import ClusterConfig
 from cluster.evolving import evolving
 from cluster.experts.placement import PlacementPlan
@@ -13,6 +15,15 @@ REPLICA_SILENCE_S = 2.5 * LONG_POLL_S  # an engine asks for the plan once a long
 LEASE_S = 60.0  # a controller that nobody has needed for so long takes its shards down; longer than a Serve redeploy
 Slice = Mapping[int, Sequence[int]]  # layer id -> expert ids
 NO_SHARD = -1  # a spare process gives it for its shard's id
+
+
+async def expert_tokens(shard: Any) -> np.ndarray | None:
+    """Asks an `ExpertShardActor` for its `expert_tokens`. Raises RayError."""
+    try:
+        counts = await shard.expert_tokens.remote(as_array=True)
+    except TypeError:  # it is of an older version, and answers with a tensor
+        counts = await shard.expert_tokens.remote()
+    return None if counts is None else np.asarray(counts)
 
 
 @evolving("cluster.runtime.protocol")

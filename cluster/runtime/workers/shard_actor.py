@@ -1,39 +1,42 @@
 """An expert shard's process: a Ray actor around `ShardServer`, which knows no Ray."""
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
-import torch
-from torch import Tensor
 
 from cluster.config.quantization import PLAIN
 from cluster.errors import ShardUnavailable
 from cluster.evolving import on_wire
 from cluster.experts.pulse import Pulse, Sign
-from cluster.experts.transport import ExpertBatch
-from cluster.metrics import ShardMetrics, new_registry, report_version
 from cluster.runtime.process import end_at_sigterm, prepare_process, process_info
 from cluster.runtime.workers.progress import ProgressReport
 from cluster.runtime.workers.protocol import NO_SHARD, ClusterRecord
 from cluster.runtime.workers.rehearsal import Disturbance, Rehearsal
-from cluster.runtime.workers.shard_server import ShardServer
-from cluster.runtime.workers.transports import decode, to_bytes
 from cluster.status import ProcessInfo
-from cluster.stream.frames import StreamOffer
-from cluster.stream.server import StreamServer
+
+if TYPE_CHECKING:  # torch, which those do without that only start this actor
+    from torch import Tensor
+
+    from cluster.runtime.workers.shard_server import ShardServer
+    from cluster.stream.frames import StreamOffer
+    from cluster.stream.server import StreamServer
 
 
-@on_wire("cluster.runtime.actors", former=("_flush_loads",))
+@on_wire("cluster.runtime.actors", former=("_flush_loads", "compute"))
 class ExpertShardActor:
     """`forward` runs one call at a time; the other groups answer beside it. A spare process has no server yet."""
 
     def __init__(self, shard_id: int, num_threads: int) -> None:
         """shard_id: NO_SHARD for a spare process, which becomes a shard later."""
-        prepare_process(num_threads, computes=True)
+        prepare_process()
         end_at_sigterm()
+        from cluster.runtime.workers import computing, shard_carriers
+
+        computing.prepare_to_compute(num_threads)
+        self._carriers = shard_carriers
         self._rehearsal = Rehearsal()
         self._pulse = Pulse()
         self._server: ShardServer | None = None
@@ -46,8 +49,7 @@ class ExpertShardActor:
         """A spare process turns into that shard. NO_SHARD changes nothing: an older controller asks so whether this
         process lives."""
         if shard_id != NO_SHARD:
-            metrics = ShardMetrics(report_version(new_registry(), "shard"), shard_id)
-            self._server = ShardServer(shard_id, metrics, self._rehearsal)
+            self._server = self._carriers.make_server(shard_id, self._rehearsal)
 
     @ray.method(concurrency_group="control")
     def which(self) -> int:
@@ -73,32 +75,15 @@ class ExpertShardActor:
 
         shard = server.load(model_dir, experts, dtype=dtype, device=device, quantization=quantization, progress=report)
         if self._streams is None:
-            self._streams = StreamServer(
-                _Computer(self, shard.device),
-                host=ray.util.get_node_ip_address(),
-                node=process_info().node_id,
-                pulse=self._pulse,
-                steady=server,
-            )
-            self._streams.start()
+            self._streams = self._carriers.start_stream(server, self._pulse)
         return shard.num_bytes
 
     def forward(self, *wire: Any) -> bytes:
         """One `WireBatch` in, the rows' weighted sums [T, H] in their dtype out. Raises ShardUnavailable."""
-        device = self._serving().shard().device
-        waited_s = max(0.0, time.time() - wire[0])  # hosts' clocks may differ
-        self._pulse.begin(on_cpu=device.type == "cpu")
-        try:
-            return to_bytes(self.compute(decode(wire, device), waited_s))
-        finally:
-            self._pulse.end()
-
-    def compute(self, batch: ExpertBatch, waited_s: float) -> Tensor:
-        """As `ShardServer.compute`, whichever carrier brought the rows."""
-        return self._serving().compute(batch, waited_s)
+        return self._carriers.forward(self._serving(), self._pulse, wire)
 
     @ray.method(concurrency_group="control")
-    def stream_offer(self) -> StreamOffer | None:
+    def stream_offer(self) -> "StreamOffer | None":
         """How to reach this shard's stream; None before it is loaded."""
         return None if self._streams is None else self._streams.offer
 
@@ -118,10 +103,14 @@ class ExpertShardActor:
         return {} if shard is None else {i: layer.expert_ids for i, layer in list(shard.layers.items())}
 
     @ray.method(concurrency_group="control")
-    def expert_tokens(self) -> Tensor | None:
-        """[layers, E] int64: rows that each expert has computed here since the start; None before it is loaded."""
+    def expert_tokens(self, as_array: bool = False) -> "np.ndarray | Tensor | None":
+        """[layers, E] int64: rows that each expert has computed here since the start; None before it is loaded.
+
+        as_array: of numpy, for a caller without torch. Older versions ask for a tensor.
+        """
         shard = None if self._server is None else self._server.loaded
-        return None if shard is None else shard.expert_tokens.cpu()
+        counts = None if shard is None else shard.expert_tokens.cpu()
+        return counts.numpy() if counts is not None and as_array else counts
 
     @ray.method(concurrency_group="control")
     def remember(self, record: ClusterRecord) -> None:
@@ -144,19 +133,11 @@ class ExpertShardActor:
         if self._streams is not None:
             self._streams.wake()
 
-    def _serving(self) -> ShardServer:
+    def _serving(self) -> "ShardServer":
         """Raises ShardUnavailable for a spare process: its caller's plan is not of this process."""
         if self._server is None:
             raise ShardUnavailable("this process waits to become a shard", NO_SHARD)
         return self._server
-
-
-class _Computer:
-    """A shard's stream computes with it."""
-
-    def __init__(self, actor: ExpertShardActor, device: torch.device) -> None:
-        self.device = device
-        self.forward = actor.compute
 
 
 SHARD_GROUPS = {"control": 1, "watch": 1, "load": 1}

@@ -1,0 +1,62 @@
+"""Loads an engine in its process and starts its loop. Torch loads with this module."""
+
+import logging
+from typing import Any
+
+import ray
+
+from cluster.checkpoint.names import dense_bytes, dense_shapes
+from cluster.checkpoint.opening import open_checkpoint
+from cluster.config import ClusterConfig
+from cluster.engine.load import load_engine
+from cluster.engine.loop import EngineLoop
+from cluster.engine.step_record import open_step_record
+from cluster.experts.dispatch import ExpertDispatcher
+from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry, report_version
+from cluster.runtime.process import num_sharers, process_info
+from cluster.runtime.workers.computing import prepare_to_compute
+from cluster.runtime.workers.directory import ShardDirectory, take_slot
+from cluster.runtime.workers.progress import ProgressReport
+from cluster.runtime.workers.transports import lanes_of, make_transport
+
+log = logging.getLogger(__name__)
+
+
+def start_engine(
+    config: ClusterConfig, replica: str, controller: Any, num_threads: int, record_path: str
+) -> EngineLoop:
+    """As `EngineActor.__init__`. Blocks until it is loaded and the shards have their experts."""
+    prepare_to_compute(num_threads)
+    registry = report_version(new_registry(), "engine")
+    me = ray.get_runtime_context().current_actor
+    process = take_slot(controller, replica, process_info(), me)
+    place = str(process.slot) if process.slot >= 0 else replica  # in the metrics
+    metrics = DispatchMetrics(registry, place)
+    directory = ShardDirectory(controller, replica, process, me, metrics.plan_epoch)
+    transport = make_transport(config, directory, metrics)
+    experts = ExpertDispatcher(
+        transport,
+        directory,
+        metrics,
+        shard_timeout_s=config.shard_timeout_s,
+        recovery_timeout_s=config.recovery_timeout_s,
+        lanes=lanes_of(transport),
+    )
+    reader = open_checkpoint(config.model)
+    reader.check_names()
+    total = reader.missing_bytes(dense_shapes(reader.config)) + dense_bytes(reader.config, reader.config.dtype)
+    engine = load_engine(
+        config.model,
+        config.engine(),
+        experts,
+        EngineMetrics(registry, place),
+        ProgressReport(controller, replica, total),
+        remote_experts=True,
+        **({"on_step": open_step_record(record_path).write} if record_path else {}),
+        wait_for_experts=directory.wait_ready,
+        num_sharers=num_sharers(config, ray.nodes()),
+    )
+    loop = EngineLoop(engine)
+    loop.start()
+    log.info("engine %s is loaded, %d KV cache blocks", replica, engine.blocks.num_blocks)
+    return loop

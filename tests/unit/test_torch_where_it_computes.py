@@ -1,0 +1,43 @@
+"""Only processes that compute load torch: an engine's, a shard's, an offline one."""
+
+import subprocess
+import sys
+
+from cluster.checkpoint.shipped import shipped_directory
+
+MODULES = [
+    "cluster.app",
+    "cluster.cli.serving",
+    "cluster.cli.running",
+    "cluster.client",
+    "cluster.runtime.control.controller",
+    "cluster.runtime.front.attention_replica",
+    "cluster.runtime.front.ingress",
+    "cluster.runtime.front.node_metrics",
+    "cluster.runtime.front.response_store",
+    "cluster.runtime.front.supervisor",
+    "cluster.runtime.operate",
+    "cluster.runtime.start.served",
+]
+PROGRAM = """
+import importlib, sys
+for name in sys.argv[3:]:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, f"{name} loads torch"
+from cluster.checkpoint.info import model_info
+from cluster.config import ClusterConfig, EngineConfig
+from cluster.engine.preflight import check_checkpoint
+from cluster.runtime.control.expert_facts import read_expert_facts
+for model in sys.argv[1:3]:
+    check_checkpoint(model, EngineConfig(), 2)
+    assert model_info(model, EngineConfig()).num_experts
+    assert read_expert_facts(ClusterConfig(model=model)).num_experts
+    assert "torch" not in sys.modules, f"{model} is described with torch"
+"""
+
+
+def test_fronts_and_the_controller_do_without_torch(demo_checkpoint):
+    models = [str(demo_checkpoint), str(shipped_directory("demo"))]
+    program = [sys.executable, "-c", PROGRAM, *models, *MODULES]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
