@@ -38,8 +38,8 @@ BAD_MODELS = [
     BadModel("a rotation of a part of each head", "only a full rotation is", {"partial_rotary_factor": 0.5}),
     BadModel("another activation", "hidden_act is 'gelu', only 'silu' is served", {"hidden_act": "gelu"}),
     BadModel(
-        "weights quantized otherwise", "served are gptq with gptq or gptq_v2, and weights in 16 bits",
-        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        "weights quantized otherwise", "served are gptq, awq, compressed-tensors, and weights in 16 bits",
+        {"quantization_config": {"quant_method": "bitnet", "bits": 2}},
     ),
     BadModel(
         "another dtype", "dtype is 'float8_e4m3fn', one of float32, bfloat16, float16, float64 is needed",

@@ -1,23 +1,12 @@
 """Small checkpoints in GPTQ's form, packed as AutoGPTQ's QuantLinear.pack does it, and beside each the same model in
 float32, for transformers. Knows nothing of the product's own packing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from configs import config, dense
-from safetensors.torch import load_file, save_file
-
-from cluster.checkpoint.made.synthetic import write_checkpoint
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
-    "num_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 2,
-}  # fmt: skip
-MOE = config(**SIZES)
-DENSE = dense(**{key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")})
+from stored_tools import write_both
 
 
 def quantization_config(**changes: Any) -> dict[str, Any]:
@@ -84,22 +73,11 @@ def write_pair(
 ) -> tuple[Path, Path]:
     """Returns the directories of the checkpoint in GPTQ's form and of the one in float32."""
     draw = np.random.default_rng(2)
-    written, plain, gptq = (folder / name for name in ("written", "plain", "gptq"))
-    write_checkpoint(written, raw, seed=1)
-    of_plain, of_gptq = {}, {}
-    for name, tensor in load_file(written / "model.safetensors").items():
-        if not name.endswith("proj.weight"):
-            of_plain[name] = of_gptq[name] = tensor
-            continue
-        layer = name.removesuffix(".weight")
-        order = draw.permutation(tensor.shape[1]) if desc_act else None
-        parts, of_plain[name] = rounded(tensor, group_size, sym=sym, is_v1=is_v1, order=order)
-        of_gptq |= {f"{layer}.{end}": part for end, part in parts.items() if f"{layer}.{end}" not in of_gptq}
-    biases = {name: tensor for name, tensor in of_plain.items() if name.endswith("_proj.bias")}  # those are real
+
+    def of_layer(layer: str, matrix: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        order = draw.permutation(matrix.shape[1]) if desc_act else None
+        return rounded(matrix, group_size, sym=sym, is_v1=is_v1, order=order)
+
     version = {} if is_v1 else {"checkpoint_format": "gptq_v2"}
     method = quantization_config(group_size=group_size, sym=sym, desc_act=desc_act, **version)
-    for path, tensors, changes in ((plain, of_plain, {}), (gptq, of_gptq | biases, {"quantization_config": method})):
-        path.mkdir()
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "config.json").write_text(json.dumps({**raw, **changes}))
-    return gptq, plain
+    return write_both(folder, raw, method, of_layer)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.checkpoint.files import in_one_line
 from cluster.checkpoint.fused import Shape, Source, fused_shape, lies_transposed, transposed
-from cluster.checkpoint.weights import ITEM_BYTES, WORD_BYTES, StoredTensor, check_tensor
+from cluster.checkpoint.weights import ITEM_BYTES, SIZE_BYTES, WORD_BYTES, StoredTensor, check_tensor
 from cluster.errors import CheckpointError
 
 PartnerShape = Callable[[str], Shape | None]
@@ -51,7 +51,7 @@ def copy_tensor(stored: StoredFile, source: Source, destination: Tensor, partner
             destination.copy_(read.mT if part.is_transposed else read)
     except SafetensorError as error:
         raise CheckpointError(f"{stored.path}: {source.name} cannot be read: {in_one_line(error)}") from error
-    return math.prod(destination.shape) * (ITEM_BYTES | WORD_BYTES)[found.dtype]
+    return math.prod(destination.shape) * (ITEM_BYTES | WORD_BYTES | SIZE_BYTES)[found.dtype]
 
 
 def _part(source: Source, found: Shape, destination: Tensor, partner_shape: PartnerShape) -> _Part:

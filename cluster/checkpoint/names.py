@@ -16,6 +16,7 @@ from cluster.config.architectures.heads import head_shapes
 from cluster.config.architectures.registry import architecture_of
 from cluster.config.quantization import PLAIN, QUANTIZATIONS, Quantization
 
+_NUMBERS = ("qweight", "weight_packed")  # of each `StoredForm`
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old exports store these beside the weights. They are computed from the config: dropping them changes nothing.
 HARMLESS = (
@@ -70,8 +71,9 @@ def find_source(name: str, stored: Collection[str], *, tied: bool) -> Source | N
         return Source(name)
     if tied and name == EMBEDDING and HEAD in stored:
         return Source(HEAD)
-    if (rounded := f"{name.removesuffix('weight')}qweight") in stored:
-        return Source(rounded)
+    for numbers in _NUMBERS:
+        if (rounded := f"{name.removesuffix('weight')}{numbers}") in stored:
+            return Source(rounded)
     source = fused_source(name)
     return source if source is not None and source.name in stored else None
 
@@ -94,18 +96,18 @@ def dense_bytes(config: ModelConfig, dtype: str, quantization: str = PLAIN) -> i
 
 
 def _is_rounded(name: str, shape: tuple[int, ...], rounded: Quantization) -> bool:
-    return len(shape) == 2 and rounded.takes(name.split(".")[-2])
+    return len(shape) == 2 and rounded.takes(name.rpartition(".")[0])
 
 
 def _rounded_shapes(shapes: Shapes, rounded: Quantization) -> Shapes:
     """With the tensors that a rounded matrix is stored in."""
-    assert rounded.gptq is not None
+    assert rounded.form is not None
     found: Shapes = {}
     for name, shape in shapes.items():
         if not _is_rounded(name, shape, rounded):
             found[name] = shape
             continue
-        found |= rounded.gptq.shapes(name.removesuffix(".weight"), shape[0], shape[1])
+        found |= rounded.form.shapes(name.removesuffix(".weight"), shape[0], shape[1])
     return found
 
 

@@ -68,7 +68,7 @@ def open_pickled(model: str | Path) -> Checkpoint:
 def bring_here(checkpoint: Checkpoint) -> None:
     """Fetches what is elsewhere, and checks all of it. Raises CheckpointError, also for weights that are rounded."""
     if checkpoint.config.stored is not None:
-        raise CheckpointError(f"{checkpoint.model_dir} has its weights rounded (GPTQ): give the one in 16 bits")
+        raise CheckpointError(f"{checkpoint.model_dir} has its weights rounded: give the one in 16 bits")
     checkpoint.check_names()
     checkpoint.fetch(checkpoint_shapes(checkpoint.config))
     checkpoint.check_tensors()

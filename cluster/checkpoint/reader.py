@@ -27,6 +27,7 @@ from cluster.checkpoint.weights import (
 )
 from cluster.config import ModelConfig, read_model_config
 from cluster.config.architectures.architecture import Shapes
+from cluster.config.gptq import Gptq
 from cluster.config.json_keys import shown
 from cluster.config.model import given_dtype
 from cluster.config.rope import with_rope_scaling
@@ -78,7 +79,8 @@ class CheckpointReader:
             config = replace(config, dtype=_common_dtype(self._headers()))
         self.config = config
         # GPTQ's files have a bias for each layer, zero where the model has none.
-        shapes = {} if config.stored is None else stored_shapes(config, self.names)
+        has_biases = config.stored is not None and isinstance(config.stored.form, Gptq)
+        shapes = stored_shapes(config, self.names) if has_biases else {}
         layers = {name.removesuffix("qweight") for name in shapes if name.endswith(".qweight")}
         self._empty_biases = (self.names & {f"{layer}bias" for layer in layers}) - shapes.keys()
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 
 from cluster.checkpoint.files import check_file, in_one_line, is_there, read_json_object, some
-from cluster.config.gptq import INTEGERS
 from cluster.config.json_keys import shown
+from cluster.config.stored import INTEGERS, SIZES
 from cluster.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -19,6 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 WORD_BYTES = {"I32": 4}  # of numbers in a few bits
+SIZE_BYTES = {"I64": 8, "I32": 4}  # of a shape that stands beside them
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 PICKLED = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pth", "*.pt")
@@ -236,7 +237,7 @@ SAFETENSORS = Format("safetensors", locate_tensors, lambda files, name: files.he
 
 def check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
     """Raises CheckpointError for a dtype that is not read, and for a shape other than `shape`."""
-    served = WORD_BYTES if name.endswith(INTEGERS) else ITEM_BYTES
+    served = WORD_BYTES if name.endswith(INTEGERS) else SIZE_BYTES if name.endswith(SIZES) else ITEM_BYTES
     if found.dtype not in served:
         raise CheckpointError(
             f"{found.path}: {name} has dtype {found.dtype}, {', '.join(served)} {'is' if len(served) == 1 else 'are'} "

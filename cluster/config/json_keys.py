@@ -59,6 +59,13 @@ class Keys:
             raise self._wrong(key, value, "a list of whole numbers from 0")
         return tuple(values)
 
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of texts; missing is none."""
+        values = self._get(key, [])
+        if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+            raise self._wrong(key, values, "a list of names")
+        return tuple(values)
+
     def has(self, key: str) -> bool:
         return self.raw.get(key) is not None
 

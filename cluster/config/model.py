@@ -124,6 +124,11 @@ class ModelConfig:
         """The layers with routed experts."""
         return () if self.moe is None else self.moe.sparse_layers
 
+    @property
+    def stored_experts(self) -> Quantization | None:
+        """As `stored`, of the routed experts."""
+        return self.stored if self.stored is not None and self.stored.experts else None
+
     def is_sparse(self, layer_id: int) -> bool:
         """Whether a layer has routed experts (else a dense SwiGLU of `intermediate_size`)."""
         return layer_id in self.sparse_layers
@@ -151,7 +156,7 @@ class ModelConfig:
         if self.moe is None:
             return 0
         hidden, intermediate = self.hidden_size, self.moe.moe_intermediate_size
-        rounded = self.stored or QUANTIZATIONS.get(quantization)
+        rounded = self.stored_experts or QUANTIZATIONS.get(quantization)
         if rounded is None:
             return 3 * hidden * intermediate * DTYPE_BYTES[dtype]
         return rounded.matrix_bytes(2 * intermediate, hidden) + rounded.matrix_bytes(hidden, intermediate)

@@ -1,12 +1,12 @@
 """Names the ways in which weights can be rounded while they are loaded, and how their rows lie. Knows no tensors.
 
-A checkpoint may have them rounded already (`gptq.py`)."""
+A checkpoint may have them rounded already (`stored.py`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from cluster.config.gptq import GROUP_SIZES, KEY, Gptq
+from cluster.config.stored import GROUP_SIZES, KEY, StoredForm
 from cluster.errors import SetupError
 
 PLAIN = "none"  # weights as the checkpoint has them
@@ -49,23 +49,30 @@ class Quantization:
     expert stay as they are, and so do embeddings and, unless asked for, the last layer.
 
     num_bits: 8 with a scale a row, or 4 with one a group of group_size inputs.
-    gptq: the form in which a checkpoint has them so; None where they are rounded here.
+    form: in which a checkpoint has them so; None where they are rounded here.  experts: whether routed ones are, too.
     """
 
     num_bits: int
     group_size: int = 0
     has_zeros: bool = False
     lm_head: bool = False
-    gptq: Gptq | None = None
+    form: StoredForm | None = None
+    experts: bool = True
 
     def takes(self, layer: str) -> bool:
-        """Whether it is meant for a linear layer of this name."""
-        return self.lm_head if layer == "lm_head" else layer not in _KEPT
+        """Whether it is meant for the linear layer of this name, with all its dots."""
+        name = layer.rpartition(".")[2]
+        if name in _KEPT or (name == "lm_head" and not self.lm_head):
+            return False
+        return self.form is None or self.form.takes(layer)
 
     @property
     def is_ordered(self) -> bool:
         """Whether each matrix has an order of inputs of its own."""
-        return self.gptq is not None and self.gptq.desc_act
+        return self.form is not None and self.form.is_ordered
+
+    def with_experts(self, experts: bool) -> "Quantization":
+        return replace(self, experts=experts)
 
     def layout(self, num_inputs: int) -> RowLayout:
         return RowLayout(self.num_bits, num_inputs, self.group_size, self.has_zeros)
@@ -86,9 +93,13 @@ def _named() -> dict[str, Quantization]:
 QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType(_named())
 
 
-def stored_quantization(gptq: Gptq, *, symmetric: bool) -> Quantization:
-    """That of a checkpoint's weights. One scale for all inputs of an output is the same for each group of 128."""
-    return Quantization(num_bits=4, group_size=gptq.group_size or 128, has_zeros=not symmetric, gptq=gptq)
+def stored_quantization(form: StoredForm) -> Quantization:
+    """That of a checkpoint's weights. One scale for all inputs of an output is, in 4 bits, the same for each 128."""
+    group_size = (form.group_size or 128) if form.num_bits == 4 else form.group_size
+    return Quantization(
+        num_bits=form.num_bits, group_size=group_size, has_zeros=not form.is_symmetric, lm_head=form.takes("lm_head"),
+        form=form,
+    )  # fmt: skip
 
 
 def quantization_on(name: str, device_type: str, stored: Quantization | None = None) -> Quantization | None:
@@ -100,7 +111,9 @@ def quantization_on(name: str, device_type: str, stored: Quantization | None = N
     if name == PLAIN and stored is None:
         return None
     if device_type != "cpu":
-        asked = f"quantization is {name!r}: weights are rounded" if stored is None else "a GPTQ checkpoint is computed"
+        asked = f"quantization is {name!r}: weights are rounded"
+        if stored is not None and stored.form is not None:
+            asked = f"the checkpoint's weights are in {stored.num_bits} bits ({stored.form.title}): they are computed"
         raise SetupError(
             f"{asked} on CPUs only, not on {device_type}: set device to cpu, or give expert_quantization alone where "
             "only the experts are on CPUs"

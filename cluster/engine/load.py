@@ -162,7 +162,7 @@ def local_experts(
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     device, num_experts = resolve_device(config.device), reader.config.num_experts
-    quantization = quantization_on(config.of_experts, device.type, reader.config.stored)
+    quantization = quantization_on(config.of_experts, device.type, reader.config.stored_experts)
     plan = plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
     reader.fetch(checkpoint_shapes(reader.config).keys() - dense_shapes(reader.config).keys(), progress)
     shards = {}

@@ -62,8 +62,8 @@ def download_bytes(model: str | Path, plan: PlacementPlan) -> list[int]:
 
 
 def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, num_shards: int) -> None:
-    for name in (engine.quantization, engine.of_experts):
-        check_stored(name, config.stored)
+    check_stored(engine.quantization, config.stored)
+    check_stored(engine.of_experts, config.stored_experts)
     plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, num_shards))
     check_block_fits(config, engine, resolve_dtype(engine.dtype, config))
     max_model_len(config, engine)

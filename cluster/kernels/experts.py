@@ -16,10 +16,10 @@ from torch import Tensor
 
 from cluster.config.quantization import Quantization
 from cluster.kernels import gpu, native_products
-from cluster.kernels.gptq import ordered_weight, quantized_weight
 from cluster.kernels.grouping import group_pairs
 from cluster.kernels.native import library
 from cluster.kernels.native.library import Native
+from cluster.kernels.stored import ordered_weight, quantized_weight
 from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.config.gptq import GROUP_SIZES
 from cluster.config.quantization import RowLayout
+from cluster.config.stored import GROUP_SIZES
 from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
@@ -51,9 +51,9 @@ class QuantizedWeight(TwoProducts):
     def padded(self, num_rows: int) -> int:
         return num_rows
 
-    def fill(self, numbers: Numbers) -> None:
-        """Takes a matrix that is rounded already, as it is."""
-        self.matrix.copy_(pack(numbers, self.layout))
+    def fill(self, numbers: Numbers, begin: int = 0) -> None:
+        """Takes a matrix that is rounded already, as it is. begin: the first of its outputs here."""
+        self.matrix[begin : begin + len(numbers.numbers)] = pack(numbers, self.layout)
 
     def dequantized(self) -> Tensor:
         """[N, K] float32."""

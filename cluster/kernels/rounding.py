@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.config.gptq import GROUP_SIZES
 from cluster.config.quantization import CHUNK_INPUTS, HEAD_BYTES, RowLayout
+from cluster.config.stored import GROUP_SIZES
 
 
 class Numbers(NamedTuple):

@@ -9,7 +9,7 @@ from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
 from cluster.config.quantization import Quantization
-from cluster.kernels.gptq import weight_of
+from cluster.kernels.stored import weight_of
 from cluster.kernels.weights import MakeWeight, WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
 from cluster.model.layers.linear import Linear
@@ -47,7 +47,7 @@ def load_model(
             name = path.rpartition(".")[2]
             prefix = path.removesuffix(name)
             make: MakeWeight = weight_maker(dtype, device)
-            if quantization is not None and quantization.takes(name):
+            if quantization is not None and all(map(quantization.takes, module.parts(prefix))):
                 make = partial(weight_of, quantization=quantization, dtype=dtype)
             module.allocate(make, dtype=dtype, device=device)
             weights.append((module.weight, module.parts(prefix)))

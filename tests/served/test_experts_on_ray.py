@@ -1,11 +1,13 @@
 """Expert shards on Ray without an application: their resources, their end, and checkpoints that cannot load."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from gptq_tools import MOE, write_pair
+from gptq_tools import write_pair
 from served_tools import plasma_objects, wait_until
+from stored_tools import MOE, write_awq
 
 from cluster import LLM, SamplingParams
 from cluster.config import ClusterConfig
@@ -75,12 +77,13 @@ def test_the_object_store_does_not_grow_where_rows_go_through_it(ray_cluster, de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["stream", "ray"])
-def test_shards_of_a_gptq_checkpoint_answer_as_one_process_does(ray_cluster, tmp_path, transport):
-    gptq, plain = write_pair(tmp_path, MOE, sym=False)
+@pytest.mark.parametrize(("transport", "write"), [("ray", partial(write_pair, sym=False)), ("stream", write_awq)])
+def test_shards_of_a_rounded_checkpoint_answer_as_one_process_does(ray_cluster, tmp_path, transport, write):
+    """GPTQ's and AWQ's."""
+    stored, plain = write(tmp_path, MOE)
     params = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
     found = []
-    for model_dir, way in ((gptq, transport), (plain, "local")):
+    for model_dir, way in ((stored, transport), (plain, "local")):
         with LLM(
             model_dir, dtype="float32", num_expert_shards=3, transport=way, kv_cache_bytes=1 << 22, skip_tokenizer=True
         ) as llm:

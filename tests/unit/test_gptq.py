@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from gptq_tools import DENSE, MOE, quantization_config, rounded, write_pair
+from gptq_tools import quantization_config, rounded, write_pair
 from safetensors.torch import load_file, save_file
+from stored_tools import DENSE, MOE
 from transformers import AutoModelForCausalLM
 
 from cluster import LLM, SamplingParams
@@ -14,7 +15,7 @@ from cluster.config import read_model_config
 from cluster.config.gptq import Gptq
 from cluster.config.quantization import stored_quantization
 from cluster.errors import CheckpointError, SetupError
-from cluster.kernels.gptq import quantized_weight
+from cluster.kernels.stored import quantized_weight
 
 PROMPTS = [[5, 9, 17, 33, 120, 7], [1, 2]]
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
@@ -59,7 +60,7 @@ def test_a_matrix_is_kept_as_it_is(group_size, sym, is_v1):
         name: rounded(torch.randn(n, num_inputs, generator=draw), group_size, sym=sym, is_v1=is_v1)
         for name, n in parts.items()
     }
-    quantization = stored_quantization(Gptq(max(0, group_size), int(is_v1)), symmetric=sym)
+    quantization = stored_quantization(Gptq(max(0, group_size), int(is_v1), sym))
     weight = quantized_weight(56, num_inputs, quantization=quantization, dtype=torch.float16)
     staging = torch.empty(weight.staging_bytes, dtype=torch.uint8)
     targets = weight.targets(parts, staging)
@@ -73,7 +74,7 @@ def test_a_matrix_is_kept_as_it_is(group_size, sym, is_v1):
 
 def test_its_memory_is_that_of_4_bits():
     """A matrix of Qwen1.5-MoE-A2.7B's shape: 4 bits a number and 2 bytes a group."""
-    quantization = stored_quantization(Gptq(128, 1), symmetric=True)
+    quantization = stored_quantization(Gptq(128, 1))
     weight = quantized_weight(2816, 2048, quantization=quantization, dtype=torch.float16)
     assert weight.nbytes <= 1.1 * 2816 * (2048 / 2 + 2048 / 128 * 2)
 
@@ -94,12 +95,12 @@ def test_its_sizes_are_those_of_the_model():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq'"),
-        ({"checkpoint_format": ["gptq"]}, "checkpoint_format ['gptq']"),
-        ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
-        ({"bits": 3}, "bits 3, GPTQ is served with 4"),
+        ({"quant_method": "bitnet"}, "quant_method is 'bitnet': served are gptq, awq, compressed-tensors"),
+        ({"checkpoint_format": ["gptq"]}, "checkpoint_format is ['gptq']"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin', served are gptq, gptq_v2"),
+        ({"bits": 3}, "bits is 3, GPTQ is served with 4"),
         ({"bits": None}, "bits is missing"),
-        ({"group_size": 16}, "group_size 16, one of 32, 64, 128 or -1"),
+        ({"group_size": 16}, "group_size is 16, one of 32, 64, 128 or -1"),
         ({"group_size": "x"}, "group_size is 'x'"),
         ({"sym": 3}, "sym is 3"),
         ({"desc_act": 1}, "desc_act is 1"),
@@ -133,7 +134,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path):
     assert f"{layer}.qzeros has other zeros" in refused(qzeros=tensors[f"{layer}.qzeros"] + 1)
     scales = tensors[f"{layer}.scales"].clone()
     scales[0, 0] = torch.inf
-    assert f"{layer}.scales has numbers that are not finite" in refused(scales=scales)
+    assert f"{layer} has scales that are not finite" in refused(scales=scales)
     assert f"{layer}.bias is not zero" in refused(bias=torch.ones(32).half())
     assert "has dtype F32, I32 is served" in refused(qweight=tensors[f"{layer}.qweight"].float())
     wrong = torch.zeros_like(tensors[f"{layer}.g_idx"])

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from native_tools import bounded, each_variant
 
-from cluster.config.gptq import GROUP_SIZES
 from cluster.config.quantization import RowLayout
+from cluster.config.stored import GROUP_SIZES
 from cluster.kernels import native_products
 from cluster.kernels.native.library import DTYPES, Native
 from cluster.kernels.native_products import ExpertPointers

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cluster.config.architectures.architecture import Architecture
+from cluster.config.architectures.architecture import Architecture, Shapes
 from cluster.config.architectures.heads import read_head
 from cluster.config.architectures.qwen2 import QWEN2
 from cluster.config.architectures.qwen2_moe import QWEN2_MOE
-from cluster.config.gptq import KEY, read_gptq
 from cluster.config.json_keys import Keys, shown
 from cluster.config.model import ModelConfig
-from cluster.config.quantization import stored_quantization
+from cluster.config.stored_forms import Matrices, read_stored
 from cluster.errors import CheckpointError
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -33,10 +32,22 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     family, keys = ARCHITECTURES[model_type], Keys(raw, "config.json")
     head = read_head(keys, family.class_name)
     config = replace(family.read(keys), head=head)
-    if not raw.get(KEY):
-        return config
-    gptq, symmetric = read_gptq(raw)
-    return replace(config, stored=stored_quantization(gptq, symmetric=symmetric))
+    return replace(config, stored=read_stored(raw, lambda: _matrices(family, config)))
+
+
+def _matrices(family: Architecture, config: ModelConfig) -> Matrices:
+    """The linear layers, `lm_head` apart."""
+    shapes: Shapes = {}
+    for layer_id in range(config.num_hidden_layers):
+        shapes |= family.layer_shapes(config, layer_id)
+        if family.expert_shapes is not None and config.is_sparse(layer_id):
+            for expert_id in range(config.num_experts):
+                shapes |= family.expert_shapes(config, layer_id, expert_id)
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
 
 
 def architecture_of(config: ModelConfig) -> Architecture:

@@ -72,7 +72,7 @@ class ShardServer:
                 reader.config,
                 dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
                 device=resolve_device(device),
-                quantization=quantization_on(quantization, resolve_device(device).type, reader.config.stored),
+                quantization=quantization_on(quantization, resolve_device(device).type, reader.config.stored_experts),
             )
             self._reported, self._source = {}, source
         else:

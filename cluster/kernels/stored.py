@@ -1,0 +1,150 @@
+"""Matrices that a checkpoint has in fewer bits, kept in these bits as they are. Knows no layers and no files.
+
+N: outputs, K: inputs, G: groups of inputs.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cluster.config.quantization import Quantization, RowLayout
+from cluster.config.stored import INTEGERS, SIZES, StoredForm
+from cluster.kernels.quantized import QuantizedWeight
+from cluster.kernels.rounding import Numbers
+from cluster.kernels.unpacking import StoredMatrix, read_matrix
+from cluster.kernels.weights import Parts, TwoProducts, Weight
+
+_ALIGNMENT = 16  # bytes; of each tensor in staging memory
+_MAX_PARTS = 3  # matrices one above another: query, key and value
+
+Stored = dict[str, dict[str, Tensor]]  # by the layer's name, then by the end of the tensor's
+
+
+class StoredWeight(QuantizedWeight):
+    """Its targets are the checkpoint's tensors, each part's in staging memory. `settle` raises CheckpointError for
+    numbers that the form cannot take."""
+
+    def __init__(self, num_outputs: int, layout: RowLayout, form: StoredForm) -> None:
+        super().__init__(num_outputs, layout, torch.float16)
+        self._form = form
+        self.staging_bytes = _staging_bytes(num_outputs, layout.num_inputs, form)
+        self._stored: Stored = {}
+
+    def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
+        found, self._stored = _targets(self._form, self.num_inputs, parts, staging)
+        return found
+
+    def settle(self) -> None:
+        begin = 0
+        for layer, tensors in self._stored.items():
+            read = read_matrix(self._form, layer, tensors, self.num_inputs)
+            self.fill(numbers_of(read, self.layout), begin)
+            begin += len(read.numbers)
+        self._stored = {}
+
+
+class OrderedWeight(TwoProducts):
+    """Of a form that `is_ordered`: each part has its inputs in an order of its own, and a product for itself. As
+    StoredWeight."""
+
+    def __init__(self, num_outputs: int, layout: RowLayout, form: StoredForm) -> None:
+        self._layout, self._form = layout, form
+        self.staging_bytes = _staging_bytes(num_outputs, layout.num_inputs, form)
+        self._stored: Stored = {}
+        self._parts: list[tuple[QuantizedWeight, Tensor]] = []  # and `StoredMatrix.order`
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes + order.nbytes for weight, order in self._parts)
+
+    def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
+        found, self._stored = _targets(self._form, self._layout.num_inputs, parts, staging)
+        return found
+
+    def settle(self) -> None:
+        self._parts = []
+        for layer, tensors in self._stored.items():
+            read = read_matrix(self._form, layer, tensors, self._layout.num_inputs)
+            assert read.order is not None
+            weight = QuantizedWeight(len(read.numbers), self._layout, torch.float16)
+            weight.fill(numbers_of(read, self._layout))
+            self._parts.append((weight, read.order))
+        self._stored = {}
+
+    def padded(self, num_rows: int) -> int:
+        return num_rows
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = torch.cat([weight.product(x.index_select(1, order)) for weight, order in self._parts], dim=1)
+        return out if bias is None else out + bias
+
+
+def _staging_bytes(num_outputs: int, num_inputs: int, form: StoredForm) -> int:
+    """Of so many outputs, however they are divided among so many matrices."""
+
+    def of_matrix(outputs: int) -> int:
+        shapes = form.shapes("", outputs, num_inputs).values()
+        return sum(4 * math.prod(shape) + _ALIGNMENT for shape in shapes)
+
+    return of_matrix(num_outputs) + (_MAX_PARTS - 1) * of_matrix(8)  # as few as a word has
+
+
+def _targets(form: StoredForm, num_inputs: int, parts: Parts, staging: Tensor) -> tuple[dict[str, Tensor], Stored]:
+    """The tensors by their names, and again by their layer and what they are of it."""
+    found, stored, begin = {}, Stored(), 0
+    for layer, num_outputs in parts.items():
+        stored[layer] = {}
+        for name, shape in form.shapes(layer, num_outputs, num_inputs).items():
+            dtype = torch.int32 if name.endswith((*INTEGERS, *SIZES)) else torch.float32
+            tensor = _part(staging, begin, shape, dtype)
+            begin = -(-(begin + tensor.nbytes) // _ALIGNMENT) * _ALIGNMENT
+            found[name] = stored[layer][name.rpartition(".")[2]] = tensor
+    return found, stored
+
+
+def numbers_of(read: StoredMatrix, layout: RowLayout) -> Numbers:
+    """As the rows of `layout` have them."""
+    if layout.num_bits == 8:
+        return Numbers(read.numbers, read.scales.squeeze(1))
+    num_groups = -(-layout.num_inputs // layout.group_size)
+    scales, zeros = read.scales.contiguous(), read.zeros
+    if scales.shape[1] == 1 < num_groups:  # one for all inputs
+        scales = scales.expand(-1, num_groups)
+        zeros = None if zeros is None else zeros.expand(-1, num_groups)
+    factors = _factors(scales)
+    return Numbers(read.numbers, factors, (scales / factors.unsqueeze(1)).half(), zeros)
+
+
+def _part(staging: Tensor, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    num_bytes = dtype.itemsize * torch.Size(shape).numel()
+    return staging[begin : begin + num_bytes].view(dtype).view(shape)
+
+
+def _factors(scales: Tensor) -> Tensor:
+    """Powers of two, one a row of [N, G]: 1 where float16 has the scales as they are."""
+    largest = scales.abs().amax(dim=1)
+    fitting = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp_min(-100))
+    return torch.where((scales.half().float() == scales).all(dim=1), 1.0, fitting)
+
+
+def quantized_weight(
+    num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype
+) -> QuantizedWeight:
+    """dtype: of the checkpoint's matrix, where that is a plain one. Not of one that `is_ordered`."""
+    layout = quantization.layout(num_inputs)
+    if quantization.form is not None:
+        return StoredWeight(num_outputs, layout, quantization.form)
+    return QuantizedWeight(num_outputs, layout, dtype)
+
+
+def ordered_weight(num_outputs: int, num_inputs: int, *, quantization: Quantization) -> OrderedWeight:
+    assert quantization.form is not None
+    return OrderedWeight(num_outputs, quantization.layout(num_inputs), quantization.form)
+
+
+def weight_of(num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype) -> Weight:
+    """One of the two. dtype: as of `quantized_weight`."""
+    if quantization.is_ordered:
+        return ordered_weight(num_outputs, num_inputs, quantization=quantization)
+    return quantized_weight(num_outputs, num_inputs, quantization=quantization, dtype=dtype)
