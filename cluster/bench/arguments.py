@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+from cluster.bench.checkpoint import STORED
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.bench.serve_arguments import add_serve_arguments, listed_samplings
+from cluster.bench.spec import LLAMA_FORMS
 from cluster.checkpoint.made.published import SHAPES
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
 
@@ -185,10 +187,11 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         help=f"how every system chooses tokens, one after another in turns (default: greedy): {listed_samplings()}",
     )  # fmt: skip
     parser.add_argument(
-        "--quantization", type=_names(PLAIN, *QUANTIZATIONS), default=(PLAIN,), metavar="NAMES",
+        "--quantization", type=_names(PLAIN, *QUANTIZATIONS, *STORED), default=(PLAIN,), metavar="NAMES",
         help="weights of this package's systems, rounded while they are loaded; each name is a system of its own "
         f"(default: {PLAIN}, as the checkpoint has them): int8; int4, with groups of 128 inputs, int4-32, int4-64, "
-        "each also with -zeros; with +lm_head the last layer's too",
+        "each also with -zeros; nf4; with +lm_head the last layer's too; or gptq, awq, w8a16: random numbers as such a "
+        "checkpoint has them",
     )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument(
@@ -221,6 +224,10 @@ def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llama-python", default="", metavar="FILE",
         help="the Python of an environment that has llama-cpp-python, gguf, safetensors and torch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--llama-weights", type=_names("bf16", *LLAMA_FORMS), default=("bf16",), metavar="NAMES",
+        help=f"llama.cpp's weights, each a system of its own: bf16, {', '.join(LLAMA_FORMS)} (default: bf16)",
     )  # fmt: skip
     parser.add_argument(
         "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,24 @@ from cluster.checkpoint.made.synthetic import write_checkpoint, write_json
 from cluster.checkpoint.made.tokenizer import write_tokenizer
 from cluster.checkpoint.reader import CONFIG_FILE, read_json_object
 from cluster.config import ModelConfig, read_model_config
+from cluster.config.stored import KEY
 from cluster.errors import SetupError
 
 _SEED = 0
+
+# Forms in which a checkpoint may come rounded, as config.json says it: of GPTQ as the released MoE ones have it.
+STORED: Mapping[str, Mapping[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "w8a16": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel", "symmetric": True}}
+        },
+        "ignore": ["lm_head"],
+    },
+}
 
 
 def default_directory(environ: dict[str, str]) -> Path:
@@ -82,6 +97,22 @@ def made_checkpoint(
         write_tokenizer(path, raw_config["vocab_size"], raw_config["max_position_embeddings"])
 
     return _made(directory / f"{shapes}-{num_layers}-layers-{digest}", write)
+
+
+def stored_checkpoint(model_dir: Path, form: str, directory: Path | None) -> Path:
+    """A checkpoint with the shapes of another and random numbers in a form of STORED; its tensors are drawn.
+
+    directory: as of `made_with_progress`. Raises SetupError where it cannot be written, CheckpointError.
+    """
+    raw_config = {**read_json_object(model_dir / CONFIG_FILE), KEY: STORED[form], SEED_KEY: _SEED}
+    read_model_config(raw_config)
+    digest = hashlib.sha256(json.dumps(raw_config, sort_keys=True).encode()).hexdigest()[:8]
+
+    def write(path: Path) -> None:
+        path.mkdir(parents=True)
+        write_json(path / CONFIG_FILE, raw_config)
+
+    return _made((directory or default_directory(dict(os.environ))) / f"{form}-{digest}", write)
 
 
 def layers_of(shapes: str) -> int:

@@ -2,10 +2,13 @@
 
 import torch
 
+from cluster.bench.checkpoint import read_config
 from cluster.bench.sampling import GREEDY, Sampling
 from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import Prompts, Workload
+from cluster.checkpoint.sizes import sizes_of
 from cluster.config import DEFAULTS, ModelConfig, Transport
+from cluster.config.quantization import PLAIN, QUANTIZATIONS
 from cluster.llm import LLM
 
 
@@ -19,11 +22,12 @@ class ClusterSystem:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
             where = f"{'cuda' if torch.cuda.is_available() else 'cpu'}, {num_threads} threads"
-        self.detail = f"{where}, up to {step_tokens(workload)} tokens a step"
+        weights = f"weights of {_weight_bytes(spec) / 1e9:.2f} GB"
+        self.detail = f"{where}, {weights}, up to {step_tokens(workload)} tokens a step"
         self._llm = LLM(
             spec.model_dir,
             dtype=spec.dtype,
-            quantization=spec.quantization,
+            quantization=spec.quantization if spec.quantization in QUANTIZATIONS else PLAIN,
             num_expert_shards=spec.num_shards if spec.split else 1,
             transport=transport,
             kv_cache_bytes=kv_cache_bytes(config, spec.dtype, workload),
@@ -40,3 +44,10 @@ class ClusterSystem:
 
     def close(self) -> None:
         self._llm.close()
+
+
+def _weight_bytes(spec: SystemSpec) -> int:
+    """What the processes hold together."""
+    config = read_config(spec.model_dir)
+    sizes = sizes_of(config, spec.dtype, quantization=spec.quantization, expert_quantization=spec.quantization)
+    return sizes.dense_bytes + len(config.sparse_layers) * config.num_experts * sizes.expert_bytes

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.bench.sampling import GREEDY, Sampling
 from cluster.bench.spec import SystemSpec
 from cluster.bench.throughput import Prompts, Workload
+from cluster.config.quantization import PLAIN
 from cluster.config.resources import available_cpus
 from cluster.errors import ClusterError
 
@@ -26,6 +27,7 @@ class ForeignSystem:
         options = {
             "model": str(spec.model_dir),
             "dtype": spec.dtype,
+            "weights": "bf16" if spec.quantization == PLAIN else spec.quantization,
             "max_model_len": workload.prompt_tokens + workload.output_tokens,
             "max_num_seqs": workload.batches[-1],
             "num_threads": available_cpus(),

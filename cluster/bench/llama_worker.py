@@ -1,8 +1,10 @@
 """Runs in an environment that has llama-cpp-python, gguf, safetensors and torch, and need not have this package.
 
-Lines in and out as in vllm_worker.py. Writes the checkpoint as a bfloat16 GGUF file once, beside its directory.
+Lines in and out as in vllm_worker.py. Writes the checkpoint as a bfloat16 GGUF file once, beside its directory, and
+from that one with rounded weights, as llama.cpp rounds them.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -31,8 +33,12 @@ def main() -> None:
         partial = file.with_suffix(".partial")
         _write_gguf(model_dir, partial)
         partial.rename(file)
+    weights = options["weights"]
+    if weights != "bf16":
+        file = _rounded(llama_cpp, file, weights)
     model = _Model(llama_cpp, file, options["max_num_seqs"], options["max_model_len"], options["num_threads"])
-    detail = f"llama-cpp-python {llama_cpp.__version__}, bfloat16 GGUF, {model.num_threads} threads"
+    size = f"{file.stat().st_size / 1e9:.2f} GB"
+    detail = f"llama-cpp-python {llama_cpp.__version__}, {weights} GGUF of {size}, {model.num_threads} threads"
     print(json.dumps({"ready": detail}), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
@@ -151,6 +157,19 @@ class _Chooser:
         top = np.argpartition(logits, -num_top)[-num_top:]
         total = logits.max() + np.log(np.exp(logits - logits.max()).sum())
         return [(int(token), float(logits[token] - total)) for token in top]
+
+
+def _rounded(api: Any, file: Path, weights: str) -> Path:
+    """The GGUF file with these weights, beside that in bfloat16."""
+    found = file.with_name(f"{file.name.removesuffix('.bf16.gguf')}.{weights}.gguf")
+    if not found.exists():
+        partial = found.with_suffix(".partial")
+        params = api.llama_model_quantize_default_params()
+        params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{weights.upper()}")
+        if api.llama_model_quantize(str(file).encode(), str(partial).encode(), ctypes.byref(params)):
+            raise RuntimeError(f"{found} could not be written")
+        partial.rename(found)
+    return found
 
 
 def _write_gguf(model_dir: Path, file: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cluster.bench.checkpoint import describe, made_with_progress, read_config
+from cluster.bench.checkpoint import STORED, describe, made_with_progress, read_config, stored_checkpoint
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
@@ -82,7 +82,7 @@ def _specs(args: argparse.Namespace, model_dir: Path, dtype: str, config: ModelC
     specs = [
         SystemSpec(
             kind=kind,
-            model_dir=model_dir,
+            model_dir=stored_checkpoint(model_dir, name, args.checkpoint_dir) if name in STORED else model_dir,
             dtype=dtype,
             num_shards=args.shards,
             python=_python(args, kind),
@@ -90,9 +90,16 @@ def _specs(args: argparse.Namespace, model_dir: Path, dtype: str, config: ModelC
             quantization=name,
         )
         for kind in (*args.compare, *args.transports)
-        for name in (args.quantization if kind in args.transports else (PLAIN,))
+        for name in _forms(args, kind)
     ]
     return [spec for spec in specs if config.num_experts or not spec.split] or [replace(specs[0], kind="local")]
+
+
+def _forms(args: argparse.Namespace, kind: str) -> tuple[str, ...]:
+    """As of `SystemSpec.quantization`."""
+    if kind == "llama.cpp":
+        return tuple(PLAIN if name == "bf16" else name for name in args.llama_weights)
+    return tuple(args.quantization) if kind in args.transports else (PLAIN,)
 
 
 def _python(args: argparse.Namespace, kind: str) -> str:

@@ -10,6 +10,7 @@ from cluster.config.environment import MEMORY_ENVIRONMENT, SHARED_CORES_ENVIRONM
 from cluster.config.quantization import PLAIN
 
 FOREIGN = {"vllm": "vllm", "llama.cpp": "llama_cpp"}  # systems in environments of their own, and what they import
+LLAMA_FORMS = ("q8_0", "q4_0")  # of llama.cpp's files, beside bfloat16
 _BLOCK_TOKENS = 64  # room for any block size of the KV cache up to this
 
 
@@ -19,7 +20,8 @@ class SystemSpec:
 
     dtype: never "auto".  num_shards: expert shards, for carriers; `local` has one.
     gpus_per_shard: None is one on a machine with GPUs.  cuda_graphs: None is the configuration's default.
-    quantization: of this package's weights, PLAIN or of QUANTIZATIONS.
+    quantization: of this package's weights, PLAIN, of QUANTIZATIONS, or a form in which model_dir has them; PLAIN or of
+    LLAMA_FORMS of llama.cpp's.
     python, variables: the interpreter that has vLLM or llama.cpp, and variables for its process.
     """
 

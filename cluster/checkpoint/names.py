@@ -14,7 +14,8 @@ from cluster.config import DTYPE_BYTES, ModelConfig
 from cluster.config.architectures.architecture import Shapes
 from cluster.config.architectures.heads import head_shapes
 from cluster.config.architectures.registry import architecture_of
-from cluster.config.quantization import PLAIN, QUANTIZATIONS, Quantization
+from cluster.config.quantization import NF4_BLOCK, PLAIN, QUANTIZATIONS, Quantization
+from cluster.errors import SetupError
 
 _NUMBERS = ("qweight", "weight_packed")  # of each `StoredForm`
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -93,6 +94,24 @@ def dense_bytes(config: ModelConfig, dtype: str, quantization: str = PLAIN) -> i
         else:
             num_bytes += math.prod(shape) * DTYPE_BYTES[dtype]
     return num_bytes
+
+
+def check_blocks(config: ModelConfig, quantization: str, expert_quantization: str) -> None:
+    """Raises SetupError for matrices that nf4's blocks do not divide."""
+    shapes = {
+        quantization: dense_shapes(config),
+        expert_quantization: expert_shapes(config, config.sparse_layers[0], 0) if config.sparse_layers else {},
+    }
+    if quantization == expert_quantization:
+        shapes = {quantization: checkpoint_shapes(config)}
+    for asked, of_matrices in shapes.items():
+        rounded = QUANTIZATIONS.get(asked)
+        for name, shape in of_matrices.items() if rounded is not None and rounded.is_nf4 else ():
+            if _is_rounded(name, shape, rounded) and shape[1] % NF4_BLOCK:
+                raise SetupError(
+                    f"quantization is {asked!r}: {name} has {shape[1]} inputs, which its blocks of {NF4_BLOCK} do not "
+                    "divide: use int4"
+                )
 
 
 def _is_rounded(name: str, shape: tuple[int, ...], rounded: Quantization) -> bool:

@@ -100,7 +100,7 @@ def _read_weights(keys: Keys, ignored: frozenset[str]) -> Packed:
         ("type", keys.raw.get("type") or "int", ("int",)),
         ("dynamic", keys.raw.get("dynamic") or False, (False,)),
         ("strategy", strategy, ("channel", "group")),
-        ("group_size", size, (0, *(GROUP_SIZES if bits == 4 else ()))),
+        ("group_size", size, (0, *GROUP_SIZES)),
         ("symmetric", is_symmetric, (True, False) if bits == 4 else (True,)),
         ("actorder", keys.raw.get("actorder"), (None, "weight", "static")),
     ]

@@ -13,16 +13,26 @@ PLAIN = "none"  # weights as the checkpoint has them
 _KEPT = ("embed_tokens", "gate", "shared_expert_gate", "score", "qa_outputs")
 CHUNK_INPUTS = {8: 64, 4: 128}  # in 64 bytes, by the bits of each
 HEAD_BYTES, _ALIGNMENT = 8, 16
+NF4_BLOCK, NF4_NESTED = 64, 256  # weights that share a scale, and scales that share one: QLoRA, section 3
 
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """Where the bytes of a row lie. group_size, has_zeros: of 4 bits."""
+    """Where the bytes of a row lie. group_size: 0 with 8 bits for one scale a row.  is_nf4: 4 bits are levels, with
+    scales that are rounded themselves, and group_size is NF4_BLOCK."""
 
     num_bits: int
     num_inputs: int
     group_size: int = 0
     has_zeros: bool = False
+    is_nf4: bool = False
+
+    @property
+    def form(self) -> int:
+        """As the kernels know it: `Form` of native/kernels.h."""
+        if self.num_bits == 8:
+            return 9 if self.group_size else 8
+        return 5 if self.is_nf4 else 4
 
     @property
     def num_chunks(self) -> int:
@@ -31,11 +41,22 @@ class RowLayout:
     @property
     def num_groups(self) -> int:
         """That have a scale, those past the inputs included: as many as 16 sums of 32 inputs make full."""
-        return -(-4 * self.num_chunks // 16) * 16 * 32 // self.group_size if self.group_size else 0
+        if not self.group_size:
+            return 0
+        if self.num_bits == 8:
+            return 2 * self.num_chunks * 32 // self.group_size + 1
+        return -(-4 * self.num_chunks // 16) * 16 * 32 // self.group_size
+
+    @property
+    def num_nested(self) -> int:
+        """Scales of a row's scales in nf4: its blocks may begin in any of those of one."""
+        return -(-2 * self.num_chunks // NF4_NESTED) + 1
 
     @property
     def weights_at(self) -> int:
         end = HEAD_BYTES + self.num_groups * (3 if self.has_zeros else 2)
+        if self.is_nf4:
+            end = HEAD_BYTES + 4 * (1 + self.num_nested) + 2 * self.num_chunks
         return -(-end // _ALIGNMENT) * _ALIGNMENT
 
     @property
@@ -48,7 +69,7 @@ class Quantization:
     """Rounds the weights of attention, dense layers and experts, on the CPU. The router and the gate of the shared
     expert stay as they are, and so do embeddings and, unless asked for, the last layer.
 
-    num_bits: 8 with a scale a row, or 4 with one a group of group_size inputs.
+    num_bits: 8 with a scale a row, or one a group of group_size inputs as 4 have.  is_nf4: as of RowLayout.
     form: in which a checkpoint has them so; None where they are rounded here.  experts: whether routed ones are, too.
     """
 
@@ -56,6 +77,7 @@ class Quantization:
     group_size: int = 0
     has_zeros: bool = False
     lm_head: bool = False
+    is_nf4: bool = False
     form: StoredForm | None = None
     experts: bool = True
 
@@ -75,7 +97,7 @@ class Quantization:
         return replace(self, experts=experts)
 
     def layout(self, num_inputs: int) -> RowLayout:
-        return RowLayout(self.num_bits, num_inputs, self.group_size, self.has_zeros)
+        return RowLayout(self.num_bits, num_inputs, self.group_size, self.has_zeros, self.is_nf4)
 
     def matrix_bytes(self, num_outputs: int, num_inputs: int) -> int:
         return num_outputs * self.layout(num_inputs).row_bytes
@@ -86,10 +108,12 @@ def _named() -> dict[str, Quantization]:
     for size in GROUP_SIZES:
         forms[f"int4-{size}"] = Quantization(num_bits=4, group_size=size)
         forms[f"int4-{size}-zeros"] = Quantization(num_bits=4, group_size=size, has_zeros=True)
+    forms["nf4"] = Quantization(num_bits=4, group_size=NF4_BLOCK, is_nf4=True)
     return forms | {f"{name}+lm_head": replace(form, lm_head=True) for name, form in forms.items()}
 
 
-# int8; int4, with groups of 128, or int4-SIZE; `-zeros` where they are not symmetric; `+lm_head` for the last layer too
+# int8; int4, with groups of 128, or int4-SIZE; `-zeros` where they are not symmetric; nf4; all with `+lm_head` too, for
+# the last layer
 QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType(_named())
 
 

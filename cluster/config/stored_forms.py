@@ -54,8 +54,8 @@ def _checked(found: Quantization, matrices: Matrices) -> Quantization:
         if its != takes:
             rounded, plain = (other, layer) if its else (layer, other)
             raise CheckpointError(
-                f"config.json: {rounded} is in {found.num_bits} bits and {plain} is not: query, key and value, gate and "
-                "up, and all routed experts need to be alike"
+                f"config.json: {rounded} is in {found.num_bits} bits and {plain} is not: query, key and value, gate "
+                "and up, and all routed experts need to be alike"
             )
     return found.with_experts(together.get(_EXPERTS, ("", True))[1])
 

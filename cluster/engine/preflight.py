@@ -7,7 +7,7 @@ from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defa
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.made.drawn import has_seed
 from cluster.checkpoint.model_files import hub_name, open_files
-from cluster.checkpoint.names import dense_shapes, expert_shapes
+from cluster.checkpoint.names import check_blocks, dense_shapes, expert_shapes
 from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.reader import read_config
 from cluster.checkpoint.special_tokens import read_tokenizer_config
@@ -64,6 +64,7 @@ def download_bytes(model: str | Path, plan: PlacementPlan) -> list[int]:
 def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, num_shards: int) -> None:
     check_stored(engine.quantization, config.stored)
     check_stored(engine.of_experts, config.stored_experts)
+    check_blocks(config, engine.quantization, engine.of_experts)
     plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, num_shards))
     check_block_fits(config, engine, resolve_dtype(engine.dtype, config))
     max_model_len(config, engine)

@@ -83,12 +83,12 @@ class SeparateExperts(Generic[W]):
 class NativeForm(Weight, Protocol):
     """A weight that the native kernels multiply with, unless there are torch_rows rows.
 
-    matrix: as of `ExpertPointers`. num_bits: 0 for a tensor. num_inputs: K.
+    matrix: as of `ExpertPointers`. form: 0 for a tensor, or of `RowLayout`. num_inputs: K.
     """
 
     matrix: Tensor
     torch_rows: int
-    num_bits: int
+    form: int
     num_inputs: int
 
 
@@ -111,10 +111,8 @@ class NativeExperts(SeparateExperts[NativeForm]):
     def rearranged(self, places: Sequence[int | None]) -> Self:
         other = super().rearranged(places)
         gate_up, down = ([weight.matrix for weight in side] for side in (other.gate_up, other.down))
-        num_bits, intermediate_size = next(((one.num_bits, one.num_inputs) for one in other.down), (0, 0))
-        other.pointers = native_products.ExpertPointers(
-            gate_up, down, num_bits=num_bits, intermediate_size=intermediate_size
-        )
+        form, intermediate_size = next(((one.form, one.num_inputs) for one in other.down), (0, 0))
+        other.pointers = native_products.ExpertPointers(gate_up, down, form=form, intermediate_size=intermediate_size)
         return other
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

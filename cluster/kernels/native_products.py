@@ -39,16 +39,16 @@ def linear(native: Native, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Te
     return out
 
 
-def linear_quantized(native: Native, x: Tensor, rows: Tensor, bias: Tensor | None, num_bits: int) -> Tensor:
-    """As `linear`, of a matrix in 8 or 4 bits. rows: [N, bytes] uint8, as `rounding.pack` returns them."""
+def linear_quantized(native: Native, x: Tensor, rows: Tensor, bias: Tensor | None, form: int) -> Tensor:
+    """As `linear`, of a matrix in 8 or 4 bits. rows: [N, bytes] uint8, of a `RowLayout` of this form."""
     x, (num_rows, num_inputs) = in_rows(x), x.shape
     num_outputs = rows.shape[0]
     _check(rows.stride(1) == 1 and _is_bias(bias, x.dtype, num_outputs), "a linear layer", x)
     dtype = DTYPES[x.dtype]
     out = x.new_empty(num_rows, num_outputs)
-    scratch = _memory(native.quantized_scratch(dtype, num_bits, num_rows, num_inputs))
+    scratch = _memory(native.quantized_scratch(dtype, form, num_rows, num_inputs))
     native.linear_quantized(
-        dtype, num_bits, x.data_ptr(), x.stride(0), rows.data_ptr(), rows.stride(0),
+        dtype, form, x.data_ptr(), x.stride(0), rows.data_ptr(), rows.stride(0),
         None if bias is None else bias.data_ptr(), out.data_ptr(), num_outputs,
         num_rows, num_outputs, num_inputs, scratch.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -58,19 +58,19 @@ def linear_quantized(native: Native, x: Tensor, rows: Tensor, bias: Tensor | Non
 class ExpertPointers:
     """Where the experts' matrices lie, in the kernel's order. They must be contiguous, and live as long as this.
 
-    num_bits: 8 or 4 where they are rows of bytes, [2I, …] and [H, …], as `rounding.pack` returns them.
+    form: of `RowLayout` where they are rows of bytes, [2I, …] and [H, …]; 0 for matrices.
     intermediate_size: I, which these do not tell.
     """
 
     def __init__(
-        self, gate_up: Sequence[Tensor], down: Sequence[Tensor], *, num_bits: int = 0, intermediate_size: int = 0
+        self, gate_up: Sequence[Tensor], down: Sequence[Tensor], *, form: int = 0, intermediate_size: int = 0
     ) -> None:
         assert all(matrix.is_contiguous() for matrix in (*gate_up, *down))
         self.hidden_size, width = down[0].shape if down else (0, 0)
-        self.num_bits, self.intermediate_size = num_bits, intermediate_size if num_bits else width
+        self.form, self.intermediate_size = form, intermediate_size if form else width
         self.row_bytes = (gate_up[0].shape[1], width) if down else (0, 0)
         self.gate_up, self.down = (torch.tensor([m.data_ptr() for m in side]) for side in (gate_up, down))
-        self.dtype = down[0].dtype if down and not num_bits else None
+        self.dtype = down[0].dtype if down and not form else None
         self._matrices = gate_up, down
 
     def __len__(self) -> int:
@@ -92,17 +92,17 @@ def experts(native: Native, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w
     hidden_size, intermediate_size = weights.hidden_size, weights.intermediate_size
     sizes = num_rows, num_slots, num_experts, hidden_size, intermediate_size
     out = torch.empty(num_rows, hidden_size, dtype=torch.float32, device="cpu")
-    if weights.num_bits:
-        num_bytes = native.experts_quantized_scratch(dtype, weights.num_bits, *sizes)
+    if weights.form:
+        num_bytes = native.experts_quantized_scratch(dtype, weights.form, *sizes)
     else:
         num_bytes = native.experts_scratch(dtype, *sizes)
     scratch = _memory(num_bytes)
     rows = x.data_ptr(), x.stride(0), topk_ids.data_ptr(), topk_weights.data_ptr(), num_rows, num_slots
     gate_up, down = weights.gate_up.data_ptr(), weights.down.data_ptr()
     rest = num_experts, hidden_size, intermediate_size, out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()
-    if weights.num_bits:
+    if weights.form:
         up_bytes, down_bytes = weights.row_bytes
-        native.experts_quantized(dtype, weights.num_bits, *rows, gate_up, up_bytes, down, down_bytes, *rest)
+        native.experts_quantized(dtype, weights.form, *rows, gate_up, up_bytes, down, down_bytes, *rest)
     else:
         native.experts(dtype, *rows, gate_up, down, *rest)
     return out

@@ -30,7 +30,7 @@ class QuantizedWeight(TwoProducts):
 
     def __init__(self, num_outputs: int, layout: RowLayout, dtype: torch.dtype) -> None:
         self.layout = layout
-        self.num_bits, self.num_inputs = layout.num_bits, layout.num_inputs
+        self.form, self.num_inputs = layout.form, layout.num_inputs
         self.matrix = torch.empty(num_outputs, layout.row_bytes, dtype=torch.uint8)
         self.staging_bytes = dtype.itemsize * num_outputs * layout.num_inputs
         self._dtype = dtype
@@ -64,14 +64,14 @@ class QuantizedWeight(TwoProducts):
         if kernels is not None:
             if x.shape[1] != self.num_inputs:
                 raise ValueError(f"rows of {x.shape[1]} inputs do not fit a weight of {self.num_inputs}")
-            return native_products.linear_quantized(kernels, x, self.matrix, bias, self.layout.num_bits)
+            return native_products.linear_quantized(kernels, x, self.matrix, bias, self.form)
         out = F.linear(x.float(), self.dequantized(), None if bias is None else bias.float())
         return out.to(x.dtype)
 
     def swiglu(self, x: Tensor, down: Self) -> Tensor:
         kernels = native()
         if kernels is not None:
-            sizes = {"num_bits": self.num_bits, "intermediate_size": down.num_inputs}
+            sizes = {"form": self.form, "intermediate_size": down.num_inputs}
             return native_products.swiglu(kernels, x, ExpertPointers([self.matrix], [down.matrix], **sizes))
         return super().swiglu(x, down)
 

@@ -1,8 +1,8 @@
 """How matrices are rounded to 8 and 4 bits, and how their rows lie in memory. The plain definition of
 native/quantized_rows.inc and quantize.inc. Knows no products.
 
-With 8 bits a row has one scale; with 4 bits each group of 32, 64 or 128 inputs has one, and a zero where they are not
-symmetric. N: outputs, K: inputs, G: groups of a row.
+With 8 bits a row has one scale, or groups in a matrix that comes so; with 4 bits each group of 32, 64 or 128 inputs has
+one, and a zero where they are not symmetric. N: outputs, K: inputs, G: groups of a row.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Numbers(NamedTuple):
     """A matrix [N, K] is (numbers - zeros) * scales * factors, a group's scale and zero for each of its inputs.
 
     numbers: [N, K] int8, of 4 bits -8 to 7.  scales: [N, G] float16.  zeros: [N, G] int8.  factors: [N] float32.
-    With 8 bits there are neither scales nor zeros. A row of factor NaN was not finite.
+    With 8 bits there are no zeros, and scales in groups alone. A row of factor NaN was not finite.
     """
 
     numbers: Tensor
@@ -76,39 +76,48 @@ def pack(numbers: Numbers, layout: RowLayout) -> Tensor:
     rows = torch.zeros(num_rows, layout.row_bytes, dtype=torch.uint8)
     rows[:, :4] = numbers.factors.contiguous().unsqueeze(1).view(torch.uint8)
     weights = F.pad(numbers.numbers, (0, layout.num_chunks * CHUNK_INPUTS[layout.num_bits] - num_inputs))
+    if layout.group_size:
+        assert numbers.scales is not None
+        rows[:, 4] = GROUP_SIZES.index(layout.group_size)
+        rows[:, 5] = layout.has_zeros
+        spare = layout.num_groups - numbers.scales.shape[1]
+        end = HEAD_BYTES + 2 * layout.num_groups
+        rows[:, HEAD_BYTES:end] = F.pad(numbers.scales, (0, spare)).contiguous().view(torch.uint8)
     if layout.num_bits == 8:
         rows[:, layout.weights_at :] = weights.contiguous().view(torch.uint8)
         return rows
-    assert numbers.scales is not None
-    rows[:, 4] = GROUP_SIZES.index(layout.group_size)
-    rows[:, 5] = layout.has_zeros
-    spare = layout.num_groups - numbers.scales.shape[1]
-    end = HEAD_BYTES + 2 * layout.num_groups
-    rows[:, HEAD_BYTES:end] = F.pad(numbers.scales, (0, spare)).contiguous().view(torch.uint8)
     if layout.has_zeros:
         assert numbers.zeros is not None
         rows[:, end : end + layout.num_groups] = F.pad(numbers.zeros, (0, spare)).contiguous().view(torch.uint8)
-    # Weight 32 j + 8 p + t of a chunk: bits 4 p of word 8 j + t.
-    parts = (weights.to(torch.int32) & 15).reshape(num_rows, layout.num_chunks, 4, 4, 8)  # chunk, j, p, t
-    words = sum(parts[:, :, :, p] << 4 * p for p in range(4))
-    assert isinstance(words, Tensor)
-    halves = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).flatten(1)
-    rows[:, layout.weights_at :] = halves.contiguous().view(torch.uint8)
+    rows[:, layout.weights_at :] = pack_nibbles(weights.view(torch.uint8))
     return rows
+
+
+def pack_nibbles(numbers: Tensor) -> Tensor:
+    """[N, 128 chunks] uint8, their low four bits -> [N, 64 chunks] uint8."""
+    # Weight 32 j + 8 p + t of a chunk: bits 4 p of the 16-bit word 8 j + t.
+    p0, p1, p2, p3 = (numbers & 15).view(len(numbers), -1, 4, 4, 8).unbind(3)  # each [N, chunk, j, t]
+    return torch.stack((p0 | p1 << 4, p2 | p3 << 4), dim=-1).flatten(1)
+
+
+def unpack_nibbles(chunks: Tensor) -> Tensor:
+    """Undoes `pack_nibbles`."""
+    low, high = chunks.reshape(len(chunks), -1, 4, 8, 2).unbind(4)
+    return torch.stack((low & 15, low >> 4, high & 15, high >> 4), dim=3).flatten(1)
 
 
 def unpack(rows: Tensor, layout: RowLayout) -> Numbers:
     """What `pack` was given, its scales and zeros without those past the inputs."""
     factors = rows[:, :4].contiguous().view(torch.float32).squeeze(1)
-    weights = rows[:, layout.weights_at :].contiguous()
+    weights = rows[:, layout.weights_at :]
+    scales = None
+    if layout.group_size:
+        end = HEAD_BYTES + 2 * layout.num_groups
+        num_groups = -(-layout.num_inputs // layout.group_size)
+        scales = rows[:, HEAD_BYTES:end].contiguous().view(torch.float16)[:, :num_groups]
     if layout.num_bits == 8:
-        return Numbers(weights.view(torch.int8)[:, : layout.num_inputs], factors)
-    words = weights.view(torch.int16).to(torch.int32).view(len(rows), layout.num_chunks, 4, 1, 8)
-    numbers = (words >> torch.arange(0, 16, 4).view(4, 1)) & 15  # chunk, j, p, t
-    numbers = torch.where(numbers >= 8, numbers - 16, numbers).to(torch.int8).flatten(1)[:, : layout.num_inputs]
-    end = HEAD_BYTES + 2 * layout.num_groups
-    num_groups = -(-layout.num_inputs // layout.group_size)
-    scales = rows[:, HEAD_BYTES:end].contiguous().view(torch.float16)[:, :num_groups]
+        return Numbers(weights.view(torch.int8)[:, : layout.num_inputs], factors, scales)
+    numbers = ((unpack_nibbles(weights) ^ 8).view(torch.int8) - 8)[:, : layout.num_inputs]
     zeros = rows[:, end : end + num_groups].contiguous().view(torch.int8) if layout.has_zeros else None
     return Numbers(numbers, factors, scales, zeros)
 

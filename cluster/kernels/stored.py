@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cluster.config.quantization import Quantization, RowLayout
 from cluster.config.stored import INTEGERS, SIZES, StoredForm
+from cluster.kernels.nf4 import Nf4Weight
 from cluster.kernels.quantized import QuantizedWeight
 from cluster.kernels.rounding import Numbers
 from cluster.kernels.unpacking import StoredMatrix, read_matrix
@@ -105,7 +106,7 @@ def _targets(form: StoredForm, num_inputs: int, parts: Parts, staging: Tensor) -
 
 def numbers_of(read: StoredMatrix, layout: RowLayout) -> Numbers:
     """As the rows of `layout` have them."""
-    if layout.num_bits == 8:
+    if not layout.group_size:
         return Numbers(read.numbers, read.scales.squeeze(1))
     num_groups = -(-layout.num_inputs // layout.group_size)
     scales, zeros = read.scales.contiguous(), read.zeros
@@ -135,7 +136,7 @@ def quantized_weight(
     layout = quantization.layout(num_inputs)
     if quantization.form is not None:
         return StoredWeight(num_outputs, layout, quantization.form)
-    return QuantizedWeight(num_outputs, layout, dtype)
+    return (Nf4Weight if layout.is_nf4 else QuantizedWeight)(num_outputs, layout, dtype)
 
 
 def ordered_weight(num_outputs: int, num_inputs: int, *, quantization: Quantization) -> OrderedWeight:

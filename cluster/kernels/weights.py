@@ -110,7 +110,7 @@ class NativeWeight(PlainWeight):
     torch_rows: from so many rows on torch's product is faster.
     """
 
-    num_bits = 0
+    form = 0
 
     def __init__(self, matrix: Tensor, native: Native) -> None:
         super().__init__(matrix)

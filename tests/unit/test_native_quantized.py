@@ -7,29 +7,32 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from native_tools import bounded, each_variant
+from native_tools import assert_close, bounded, each_variant, linear
 
 from cluster.config.quantization import RowLayout
 from cluster.config.stored import GROUP_SIZES
 from cluster.kernels import native_products
-from cluster.kernels.native.library import DTYPES, Native
+from cluster.kernels.native.library import DTYPES
 from cluster.kernels.native_products import ExpertPointers
 from cluster.kernels.rounding import Numbers, pack, quantize, unpack
 
 FORMS = [(8, 0, False)] + [(4, size, has_zeros) for size in (32, 64, 128) for has_zeros in (False, True)]
+FORMS, ROUNDED = (
+    FORMS + [(8, size, False) for size in (32, 64, 128)],
+    FORMS,
+)  # what matrices come in, and are rounded to
 each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[0]} bits, {form[1]}, zeros {form[2]}")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def drawn(n: int, layout: RowLayout, seed: int) -> tuple[Numbers, torch.Tensor]:
     """Numbers of every kind that the form can have, GPTQ's zeros from 1 to 16 among them, and the matrix in float64."""
     draw = torch.Generator().manual_seed(seed)
     k, factors = layout.num_inputs, torch.randn(n, generator=draw)
-    if layout.num_bits == 8:
-        q = torch.randint(-127, 128, (n, k), generator=draw).to(torch.int8)
+    low, high = (-128, 128) if layout.num_bits == 8 else (-8, 8)
+    q = torch.randint(low, high, (n, k), generator=draw).to(torch.int8)
+    if not layout.group_size:
         return Numbers(q, factors), q.double() * factors.double().unsqueeze(1)
-    q = torch.randint(-8, 8, (n, k), generator=draw).to(torch.int8)
     num_groups = -(-k // layout.group_size)
     scales = torch.randn(n, num_groups, generator=draw).half()
     zeros = torch.randint(-8, 9, (n, num_groups), generator=draw).to(torch.int8) if layout.has_zeros else None
@@ -41,40 +44,11 @@ def drawn(n: int, layout: RowLayout, seed: int) -> tuple[Numbers, torch.Tensor]:
     return Numbers(q, factors, scales, zeros), matrix
 
 
-def linear(
-    native: Native, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, bits: int, threads: int
-) -> torch.Tensor:
-    """Into memory with guards, from rows that end where their memory ends."""
-    (m, k), n = x.shape, packed.shape[0]
-    rows, check_rows = bounded(tuple(packed.shape), torch.uint8)
-    rows.copy_(packed)
-    out, check = bounded((m, n), x.dtype)
-    scratch, check_scratch = bounded((native.quantized_scratch(DTYPES[x.dtype], bits, m, k),), torch.uint8)
-    native.linear_quantized(
-        DTYPES[x.dtype], bits, x.data_ptr(), x.stride(0), rows.data_ptr(), rows.stride(0),
-        None if bias is None else bias.data_ptr(), out.data_ptr(), n, m, n, k, scratch.data_ptr(), threads,
-    )  # fmt: skip
-    check()
-    check_scratch()
-    check_rows()
-    return out
-
-
-def assert_close(
-    found: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, sizes: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """sizes: [N, K], at least each weight's magnitude, and that of a number and a zero which almost cancel."""
-    exact = x.double() @ matrix.T + (0 if bias is None else bias.double())
-    size = x.double().abs() @ sizes.T + 1
-    bound = ROUNDING[x.dtype] * exact.abs() + (x.shape[1] + 8) * 2**-23 * size
-    assert ((found.double() - exact).abs() <= bound).all()
-
-
 def sizes_of(numbers: Numbers, layout: RowLayout) -> torch.Tensor:
     scales = numbers.factors.double().abs().unsqueeze(1)
     if numbers.scales is not None:
         scales = scales * numbers.scales.double().abs().repeat_interleave(layout.group_size, 1)[:, : layout.num_inputs]
-    return scales.expand(-1, layout.num_inputs) * (127 if layout.num_bits == 8 else 16)
+    return scales.expand(-1, layout.num_inputs) * (128 if layout.num_bits == 8 else 16)
 
 
 @each_variant
@@ -96,7 +70,7 @@ def test_products_are_those_of_float64(native, form, dtype, m, n, k, with_bias, 
     x, bias = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((m, k + 3), (n,)))
     x = x[:, :k]  # with a stride of its own
     used = bias if with_bias else None
-    found = linear(native, x, pack(numbers, layout), used, form[0], threads)
+    found = linear(native, x, pack(numbers, layout), used, layout.form, threads)
     assert_close(found, x, matrix, sizes_of(numbers, layout), used)
 
 
@@ -107,7 +81,7 @@ def test_the_models_sizes(native, form, k) -> None:
     layout = RowLayout(form[0], k, form[1], form[2])
     numbers, matrix = drawn(70, layout, k)
     x = torch.randn(9, k, generator=torch.Generator().manual_seed(k)).bfloat16()
-    found = linear(native, x, pack(numbers, layout), None, form[0], 2)
+    found = linear(native, x, pack(numbers, layout), None, layout.form, 2)
     assert_close(found, x, matrix, sizes_of(numbers, layout), None)
 
 
@@ -122,10 +96,10 @@ def test_each_weight_meets_its_own_input(native, form, dtype) -> None:
     scales = None if numbers.scales is None else 2.0 ** -groups.half()
     numbers = numbers._replace(factors=torch.ones(33), scales=scales)
     expected = numbers.numbers.float()
-    for i in range(200 if form[0] == 4 else 0):
+    for i in range(200 if form[1] else 0):
         zero = 0 if numbers.zeros is None else numbers.zeros[:, i // form[1]]
         expected[:, i] = (expected[:, i] - zero) * numbers.scales[:, i // form[1]]
-    found = linear(native, torch.eye(200, dtype=dtype), pack(numbers, layout), None, form[0], 1)
+    found = linear(native, torch.eye(200, dtype=dtype), pack(numbers, layout), None, layout.form, 1)
     assert torch.equal(found.T, expected.to(dtype))
 
 
@@ -137,9 +111,9 @@ def test_a_row_is_the_same_number_in_every_batch(native, form, dtype) -> None:
     numbers, _ = drawn(75, layout, 5)
     packed = pack(numbers, layout)
     x = torch.randn(130, 300, generator=torch.Generator().manual_seed(5)).to(dtype)
-    whole = linear(native, x, packed, None, form[0], 2)
+    whole = linear(native, x, packed, None, layout.form, 2)
     for rows in (slice(0, 1), slice(3, 5), slice(7, 20), slice(40, 89), slice(2, 130)):
-        assert torch.equal(linear(native, x[rows], packed, None, form[0], 1), whole[rows])
+        assert torch.equal(linear(native, x[rows], packed, None, layout.form, 1), whole[rows])
 
 
 @each_variant
@@ -152,10 +126,10 @@ def test_numbers_that_are_not_finite_stay_in_their_row(native, form, dtype, pois
     numbers.factors[7] = torch.nan
     packed = pack(numbers, layout)
     x = torch.randn(11, 100, generator=torch.Generator().manual_seed(6)).to(dtype)
-    clean = linear(native, x, packed, None, form[0], 1)
+    clean = linear(native, x, packed, None, layout.form, 1)
     assert clean[:, 7].isnan().all()
     x[4, 99] = poison
-    found = linear(native, x, packed, None, form[0], 1)
+    found = linear(native, x, packed, None, layout.form, 1)
     others = [i for i in range(11) if i != 4]
     assert torch.equal(found[others].nan_to_num(nan=123.0), clean[others].nan_to_num(nan=123.0))
     assert not found[4].isfinite().any()
@@ -167,7 +141,7 @@ def test_nothing_to_do(native, form) -> None:
     """No rows at all: nothing is written."""
     layout = RowLayout(form[0], 64, form[1], form[2])
     packed = pack(drawn(3, layout, 1)[0], layout)
-    assert linear(native, torch.empty(0, 64), packed, None, form[0], 2).shape == (0, 3)
+    assert linear(native, torch.empty(0, 64), packed, None, layout.form, 2).shape == (0, 3)
 
 
 @each_variant
@@ -185,7 +159,7 @@ def test_a_step_of_experts_is_its_products_one_by_one(native, form, num_rows) ->
     weights = torch.rand(num_rows, 3, generator=draw)
     pointers = ExpertPointers(
         [pack(numbers, up) for numbers, _ in gate_ups], [pack(numbers, down) for numbers, _ in downs],
-        num_bits=form[0], intermediate_size=inner,
+        form=up.form, intermediate_size=inner,
     )  # fmt: skip
     found = native_products.experts(native, x, ids, weights, pointers).double()
     expected, room = torch.zeros(2, num_rows, hidden, dtype=torch.float64)
@@ -201,7 +175,7 @@ def test_a_step_of_experts_is_its_products_one_by_one(native, form, num_rows) ->
 
 
 @each_variant
-@each_form
+@pytest.mark.parametrize("form", ROUNDED, ids=str)
 @each_dtype
 @settings(max_examples=20, deadline=None)
 @given(

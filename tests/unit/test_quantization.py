@@ -14,6 +14,7 @@ from cluster.config import EngineConfig
 from cluster.config.quantization import QUANTIZATIONS, quantization_on
 from cluster.errors import SetupError
 from cluster.experts.shard import ExpertShard
+from cluster.kernels import nf4
 from cluster.model.layers.linear import Linear
 from cluster.model.registry import load_model
 
@@ -114,6 +115,34 @@ def test_a_name_or_a_device_that_cannot_be_is_refused():
     for field in ("quantization", "expert_quantization"):
         with pytest.raises(SetupError, match=f"{field} is 'int3'.*int8, int4"):
             EngineConfig(**{field: "int3"})
+
+
+def test_nf4_is_loaded_by_its_parts_and_counted(tmp_path):
+    """Query, key and value are rounded each by itself, and a plan counts what is held."""
+    raw = {**RAW, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128, "intermediate_size": 128}
+    write_checkpoint(tmp_path, raw, seed=1)
+    reader = CheckpointReader(tmp_path)
+    sizes = sizes_of(reader.config, "bfloat16", quantization="nf4", expert_quantization="nf4")
+    model = load_model(reader, dtype=torch.bfloat16, device=CPU, quantization=QUANTIZATIONS["nf4"])
+    shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=QUANTIZATIONS["nf4"])
+    shard.load(reader, {0: [3, 4]})
+    assert sizes.expert_bytes == shard.num_bytes // 2
+    names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
+    matrices = {name: torch.empty(64 if "q_" in name else 32, 64) for name in names}
+    reader.load(matrices)
+    expected = torch.cat([nf4.dequantize(nf4.quantize(matrix)) for matrix in matrices.values()])
+    assert torch.equal(model.get_submodule("model.layers.0.self_attn.qkv_proj").weight.dequantized(), expected)
+    exact = best(tmp_path)
+    assert len(set(best(tmp_path, quantization="nf4", expert_quantization="nf4")) & set(exact)) >= 2
+
+
+def test_nf4_wants_whole_blocks(folder):
+    with pytest.raises(
+        SetupError, match=r"shared_expert.down_proj.weight has 80 inputs, which its blocks of 64 do not"
+    ):
+        best(folder, quantization="nf4")
+    with pytest.raises(SetupError, match=r"experts.0.down_proj.weight has 40 inputs.*: use int4"):
+        best(folder, expert_quantization="nf4")
 
 
 def test_a_measured_system_is_named_by_its_quantization():

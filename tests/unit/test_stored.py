@@ -1,8 +1,10 @@
 """Checkpoints in AWQ's and compressed-tensors' forms: kept in their bits, with transformers' logits on the numbers that
-they mean. `stored_tools` packs them number by number; `test_oracles.py` has packing that others wrote."""
+they mean. `stored_tools` packs them number by number; tests/data/packed/ has two layers that GPTQModel packed, and
+`test_oracles.py` those of compressed-tensors itself. GPTQModel 7.7 wants torch 2.14, so it does not install here."""
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +13,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from stored_tools import DENSE, MOE, awq_config, awq_layer, packed_config, packed_layer, write_awq, write_packed
 from transformers import AutoModelForCausalLM
+from weight_tools import settled
 
 from cluster import LLM, SamplingParams
 from cluster.checkpoint.sizes import sizes_of
 from cluster.config import read_model_config
 from cluster.config.awq import Awq
+from cluster.config.gptq import Gptq
 from cluster.config.packed import Packed
 from cluster.config.quantization import quantization_on, stored_quantization
 from cluster.errors import CheckpointError, SetupError
 from cluster.kernels.stored import quantized_weight
 
+GPTQMODEL = Path(__file__).parents[1] / "data" / "packed" / "gptqmodel.safetensors"
 PROMPTS = [[5, 9, 17, 33, 120, 7], [1, 2]]
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
 
@@ -30,6 +35,7 @@ WRITERS = {
     "awq without attention": partial(write_awq, kept=("self_attn", "gate")),
     "awq without experts": partial(write_awq, kept=("experts",)),
     "8 bits": write_packed,
+    "8 bits in groups": partial(write_packed, group_size=32),
     "4 bits": partial(write_packed, num_bits=4, group_size=32),
     "4 bits with zeros": partial(write_packed, num_bits=4, group_size=32, symmetric=False),
     "4 bits, a scale a column": partial(write_packed, num_bits=4),
@@ -59,21 +65,6 @@ def test_a_dense_model_is_read_too(tmp_path, write):
         torch.testing.assert_close(llm.logits(PROMPTS[0]), ours.logits(PROMPTS[0]), atol=2e-3, rtol=0)
 
 
-def settled(form, matrices, tensors):
-    """A weight of matrices one above another, and what each means, filled as a loader does it."""
-    parts = {name: len(matrix) for name, matrix in matrices.items()}
-    num_inputs = next(iter(matrices.values())).shape[1]
-    quantization = stored_quantization(form)
-    weight = quantized_weight(sum(parts.values()), num_inputs, quantization=quantization, dtype=torch.float16)
-    targets = weight.targets(parts, torch.empty(weight.staging_bytes, dtype=torch.uint8))
-    assert set(targets) == {f"{name}.{end}" for name, of_layer in tensors.items() for end in of_layer}
-    for name, of_layer in tensors.items():
-        for end, tensor in of_layer.items():
-            targets[f"{name}.{end}"].copy_(tensor)
-    weight.settle()
-    return weight
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     groups=st.integers(1, 12), size=st.sampled_from([32, 64, 128, -1]), sizes=st.lists(st.integers(1, 6), min_size=1,
@@ -95,8 +86,7 @@ def test_an_awq_matrix_is_kept_as_it_is(groups, size, sizes, seed):
     symmetric=st.booleans(), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_a_packed_matrix_is_kept_as_it_is(bits, groups, size, symmetric, sizes, seed):
-    if bits == 8:
-        size, symmetric = None, True
+    symmetric |= bits == 8
     draw = torch.Generator().manual_seed(seed)
     num_inputs = groups * (size or 13)  # 13 numbers fill no word
     matrices = {f"m{i}": torch.randn(8 * n, num_inputs, generator=draw) for i, n in enumerate(sizes)}
@@ -104,7 +94,24 @@ def test_a_packed_matrix_is_kept_as_it_is(bits, groups, size, symmetric, sizes, 
     form = Packed(bits, size or 0, symmetric)
     weight = settled(form, matrices, {name: tensors for name, (tensors, _) in made.items()})
     expected = torch.cat([means for _, means in made.values()])
-    torch.testing.assert_close(weight.dequantized(), expected, rtol=2**-10 if bits == 4 else 1e-7, atol=1e-6)
+    torch.testing.assert_close(weight.dequantized(), expected, rtol=2**-10 if size or bits == 4 else 1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_shift", [0, 1])
+def test_a_layer_that_gptqmodel_packed_means_the_same(zero_shift):
+    """Version 1 of zeros is version 2 less one in each 4 bits: none of these zeros is 0."""
+    tensors = load_file(GPTQMODEL)
+    layer = {end: tensors[f"gptq.{end}"] for end in ("qweight", "qzeros", "scales", "g_idx")}
+    layer["qzeros"] = layer["qzeros"] - zero_shift * 0x11111111
+    weight = settled(Gptq(32, zero_shift, is_symmetric=False), {"w": tensors["gptq.means"]}, {"w": layer})
+    torch.testing.assert_close(weight.dequantized(), tensors["gptq.means"], rtol=1e-6, atol=0)
+
+
+def test_a_layer_that_gptqmodel_packed_for_awq_means_the_same():
+    tensors = load_file(GPTQMODEL)
+    layer = {end: tensors[f"awq.{end}"] for end in ("qweight", "qzeros", "scales")}
+    weight = settled(Awq(32), {"w": tensors["awq.means"]}, {"w": layer})
+    torch.testing.assert_close(weight.dequantized(), tensors["awq.means"], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from cluster.config.quantization import stored_quantization
+from cluster.kernels.stored import quantized_weight
 from cluster.kernels.weights import PackedWeight, PlainWeight, TwoProducts, WeightLoader
 
 
@@ -18,6 +20,21 @@ def plain(matrix):
 
 def packed(matrix):
     return filled(PackedWeight(*matrix.shape), matrix)
+
+
+def settled(form, matrices, tensors):
+    """A weight of a `StoredForm`, of matrices one above another, filled with their tensors as a loader does it."""
+    parts = {name: len(matrix) for name, matrix in matrices.items()}
+    num_inputs = next(iter(matrices.values())).shape[1]
+    quantization = stored_quantization(form)
+    weight = quantized_weight(sum(parts.values()), num_inputs, quantization=quantization, dtype=torch.float16)
+    targets = weight.targets(parts, torch.empty(weight.staging_bytes, dtype=torch.uint8))
+    assert set(targets) == {f"{name}.{end}" for name, of_layer in tensors.items() for end in of_layer}
+    for name, of_layer in tensors.items():
+        for end, tensor in of_layer.items():
+            targets[f"{name}.{end}"].copy_(tensor)
+    weight.settle()
+    return weight
 
 
 class HalvedWeight(TwoProducts):

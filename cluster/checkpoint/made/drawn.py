@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoint.files import read_json_object
+from cluster.checkpoint.made.drawn_forms import draw_rounded
+from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CONFIG_FILE, read_config
 from cluster.config.json_keys import Keys
 from cluster.errors import CheckpointError
@@ -24,6 +26,7 @@ class DrawnCheckpoint:
         self.model_dir = Path(model_dir)
         raw, self.config = read_config(self.model_dir, rope_scaling)
         self._seed = Keys(raw, f"{self.model_dir}: {CONFIG_FILE}").count(SEED_KEY, at_least=0)
+        self._shapes = checkpoint_shapes(self.config)
 
     def check_names(self) -> None:
         """It has whatever name is asked for."""
@@ -45,11 +48,19 @@ class DrawnCheckpoint:
 
         for name, target in targets.items():
             generator = torch.Generator(target.device).manual_seed(self._seed ^ zlib.crc32(name.encode()))
+            rounded, layer = self.config.stored, name.rpartition(".")[0]
             with torch.no_grad():
-                target.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
+                if rounded is not None and rounded.form is not None and not name.endswith((".weight", ".bias")):
+                    draw_rounded(rounded.form, name, target, generator, self._matrix_shape(layer))
+                else:
+                    target.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
             if progress is not None:
                 progress(target.nbytes)
         return sum(target.nbytes for target in targets.values())
+
+    def _matrix_shape(self, layer: str) -> tuple[int, int]:
+        num_outputs, num_inputs = self._shapes[f"{layer}.weight"]
+        return num_outputs, num_inputs
 
 
 def has_seed(model_dir: str | Path) -> bool:

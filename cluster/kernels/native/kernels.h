@@ -8,6 +8,9 @@ namespace moe {
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Rows of weights in 8 and 4 bits: quantized_rows.inc.
+enum Form : int32_t { kInt4 = 4, kInt8 = 8, kNf4 = 5, kInt8Groups = 9 };
+
 // How a row's token is chosen: cluster/kernels/sampling/rule.py, which sampling/native.py packs. temperature 0 is greedy,
 // top_k 0 keeps all, num_top -1 wants no log-probabilities. first_change: of num_changes ids and counts.
 // mask: the number of the row's mask, -1 for none.
@@ -69,25 +72,25 @@ struct Kernels {
     // The numbers in [0, 1) with which rows of these seeds and positions are drawn, [B] each.
     void (*uniform_numbers)(const int64_t* seeds, const int64_t* positions, double* numbers, int64_t B);
 
-    // As `linear`, of a weight in 8 or 4 bits. w: N rows as quantized_rows.inc describes them, w_stride bytes each; x, bias
-    // and out are of dtype. scratch: quantized_scratch(dtype, bits, M, K) bytes.
-    void (*linear_quantized)(int32_t dtype, int32_t bits, const void* x, int64_t x_stride, const void* w,
+    // As `linear`, of a weight in a Form: N rows of w_stride bytes each; x, bias and out are of dtype.
+    // scratch: quantized_scratch(dtype, form, M, K) bytes.
+    void (*linear_quantized)(int32_t dtype, int32_t form, const void* x, int64_t x_stride, const void* w,
                              int64_t w_stride, const void* bias, void* out, int64_t out_stride, int64_t M, int64_t N,
                              int64_t K, void* scratch, int32_t threads);
-    int64_t (*quantized_scratch)(int32_t dtype, int32_t bits, int64_t M, int64_t K);
+    int64_t (*quantized_scratch)(int32_t dtype, int32_t form, int64_t M, int64_t K);
 
     // Softmax over a row's E logits in float32, then the S largest, of equal ones the first; normalize: their weights add
     // up to 1. logits: [T, E] of dtype; ids, weights: [T, S]. scratch: [threads, E] float32.
     void (*route)(int32_t dtype, const void* logits, int64_t T, int64_t E, int64_t S, int32_t normalize, int64_t* ids,
                   float* weights, float* scratch, int32_t threads);
 
-    // As `experts`, of weights in 8 or 4 bits with rows of up_stride and down_stride bytes. scratch:
-    // experts_quantized_scratch(dtype, bits, T, S, L, H, I) bytes.
-    void (*experts_quantized)(int32_t dtype, int32_t bits, const void* x, int64_t x_stride, const int64_t* ids,
+    // As `experts`, of weights in a Form with rows of up_stride and down_stride bytes. scratch:
+    // experts_quantized_scratch(dtype, form, T, S, L, H, I) bytes.
+    void (*experts_quantized)(int32_t dtype, int32_t form, const void* x, int64_t x_stride, const int64_t* ids,
                               const float* weights, int64_t T, int64_t S, const void* const* gate_up,
                               int64_t up_stride, const void* const* down, int64_t down_stride, int64_t L, int64_t H,
                               int64_t I, float* out, void* scratch, int32_t threads);
-    int64_t (*experts_quantized_scratch)(int32_t dtype, int32_t bits, int64_t T, int64_t S, int64_t L, int64_t H,
+    int64_t (*experts_quantized_scratch)(int32_t dtype, int32_t form, int64_t T, int64_t S, int64_t L, int64_t H,
                                          int64_t I);
 
     // Rounds a matrix of dtype to rows of 8 bits, or of 4 with groups of 32 << shift and zeros where has_zeros is 1.

@@ -39,7 +39,7 @@ struct Serving {
     int64_t num_layers, E, H, I, slot_bytes, num_slots, buffer_bytes, most_rows, most_slots, log_size;
     int64_t up_stride, down_stride;
     int64_t filled, logged, taken;
-    int32_t socket, wake, dtype, bits, least_timeout_ms, threads;
+    int32_t socket, wake, dtype, form, least_timeout_ms, threads;
     int32_t stop;       // set by the other side: come back
     int32_t computing;  // 1 during a product
     Frame answer;       // the last, of which `unsent` bytes are left
@@ -74,8 +74,8 @@ bool is_usual(const Serving& s, const Frame& head) {
 
 void compute(Serving& s, const ServedLayer& layer, const Frame& head, const float* weights, char* rows) {
     const int64_t T = head.rows, S = head.topk, L = layer.num_experts;
-    if (s.bits) {
-        s.kernels->experts_quantized(s.dtype, s.bits, rows, s.H, s.ids, weights, T, S, layer.gate_up, s.up_stride,
+    if (s.form) {
+        s.kernels->experts_quantized(s.dtype, s.form, rows, s.H, s.ids, weights, T, S, layer.gate_up, s.up_stride,
                                      layer.down, s.down_stride, L, s.H, s.I, s.out, s.scratch, s.threads);
     } else {
         s.kernels->experts(s.dtype, rows, s.H, s.ids, weights, T, S, layer.gate_up, layer.down, L, s.H, s.I, s.out,

@@ -48,7 +48,7 @@ class _Serving(ctypes.Structure):
             "filled", "logged", "taken",
         )),
         *((name, c_int32) for name in (
-            "socket", "wake", "dtype", "bits", "least_timeout_ms", "threads", "stop", "computing",
+            "socket", "wake", "dtype", "form", "least_timeout_ms", "threads", "stop", "computing",
         )),
         ("answer", ctypes.c_ubyte * HEAD_BYTES), ("unsent", c_int32),
     ]  # fmt: skip
@@ -84,8 +84,8 @@ class Serving:
                 self._tokens[layer_id].data_ptr(), len(pointers), layer.step.most_pairs,
             )  # fmt: skip
         sizes = MOST_ROWS, MOST_SLOTS, most, first.hidden_size, first.intermediate_size
-        if first.num_bits:
-            scratch_bytes = native.experts_quantized_scratch(DTYPES[dtype], first.num_bits, *sizes)
+        if first.form:
+            scratch_bytes = native.experts_quantized_scratch(DTYPES[dtype], first.form, *sizes)
         else:
             scratch_bytes = native.experts_scratch(DTYPES[dtype], *sizes)
         self._memory = {
@@ -101,7 +101,7 @@ class Serving:
             num_layers=len(table), num_experts=shape[1],
             hidden_size=first.hidden_size, intermediate_size=first.intermediate_size,
             buffer_bytes=BUFFER_BYTES, most_rows=MOST_ROWS, most_slots=MOST_SLOTS, log_size=LOG_SIZE,
-            up_stride=first.row_bytes[0], down_stride=first.row_bytes[1], dtype=DTYPES[dtype], bits=first.num_bits,
+            up_stride=first.row_bytes[0], down_stride=first.row_bytes[1], dtype=DTYPES[dtype], form=first.form,
             **{name: memory.data_ptr() for name, memory in self._memory.items()},
         )  # fmt: skip
 
