@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.config.quantization import HEAD_BYTES, NF4_BLOCK, NF4_NESTED, RowLayout
+from cluster.kernels.native.library import DTYPES, Native, native
 from cluster.kernels.quantized import QuantizedWeight
 from cluster.kernels.rounding import pack_nibbles, unpack_nibbles
 from cluster.kernels.weights import Parts
@@ -70,11 +71,18 @@ def quantize(matrix: Tensor) -> Nf4:
     levels = torch.tensor(LEVELS)
     scaled = (blocks * (1 / largest.clamp_min(1e-38)).unsqueeze(1)).clamp_(-1, 1)
     numbers = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
-    offset = largest.mean()
-    if not bool(largest.isfinite().all()):
-        offset, largest = torch.tensor(torch.nan), torch.zeros_like(largest)
-    scales, nested = _quantize_scales(largest - largest.mean())
-    return Nf4(numbers.view(num_outputs, num_inputs), scales.view(num_outputs, -1), nested, offset)
+    scales, nested, offset = _nested(largest.view(num_outputs, -1))
+    return Nf4(numbers.view(num_outputs, num_inputs), scales, nested, offset)
+
+
+def _nested(largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the blocks' largest magnitudes, [N, B] float32, an Nf4's scales, nested scales and offset."""
+    flat = largest.flatten()
+    offset = flat.mean()
+    if not bool(flat.isfinite().all()):
+        offset, flat = torch.tensor(torch.nan), torch.zeros_like(flat)
+    scales, nested = _quantize_scales(flat - offset.nan_to_num())
+    return scales.view_as(largest), nested, offset
 
 
 def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,21 +108,40 @@ def _dequantized(numbers: Tensor, scales: Tensor) -> Tensor:
 
 def pack(nf4: Nf4, layout: RowLayout) -> Tensor:
     """Returns [N, row_bytes] uint8."""
-    num_rows, num_blocks = nf4.scales.shape
-    rows = torch.zeros(num_rows, layout.row_bytes, dtype=torch.uint8)
-    factor = torch.where(nf4.offset.isnan(), torch.nan, 1.0)
-    rows[:, :4] = factor.view(1).view(torch.uint8)
-    begins = torch.arange(num_rows) * num_blocks  # of each row's blocks among all
-    num_first = NF4_NESTED - begins % NF4_NESTED
-    rows[:, 6:8] = num_first.to(torch.int16).unsqueeze(1).view(torch.uint8)
-    rows[:, 8:12] = nf4.offset.nan_to_num().view(1).view(torch.uint8)
-    which = (begins // NF4_NESTED).unsqueeze(1) + torch.arange(layout.num_nested)
-    scales_at = HEAD_BYTES + 4 * (1 + layout.num_nested)
-    rows[:, 12:scales_at] = nf4.nested[which.clamp_max(len(nf4.nested) - 1)].view(torch.uint8)
-    rows[:, scales_at : scales_at + num_blocks] = nf4.scales
+    rows = torch.zeros(len(nf4.numbers), layout.row_bytes, dtype=torch.uint8)
+    _pack_scales(rows, layout, nf4.scales, nf4.nested, nf4.offset)
     spare = 2 * layout.num_chunks * NF4_BLOCK - layout.num_inputs
     rows[:, layout.weights_at :] = pack_nibbles(F.pad(nf4.numbers, (0, spare)))
     return rows
+
+
+def _pack_scales(rows: Tensor, layout: RowLayout, scales: Tensor, nested: Tensor, offset: Tensor) -> None:
+    """All of the rows but their weights."""
+    num_rows, num_blocks = scales.shape
+    rows[:, : layout.weights_at] = 0
+    rows[:, :4] = torch.where(offset.isnan(), torch.nan, 1.0).view(1).view(torch.uint8)
+    begins = torch.arange(num_rows) * num_blocks  # of each row's blocks among all
+    num_first = NF4_NESTED - begins % NF4_NESTED
+    rows[:, 6:8] = num_first.to(torch.int16).unsqueeze(1).view(torch.uint8)
+    rows[:, 8:12] = offset.nan_to_num().view(1).view(torch.uint8)
+    which = (begins // NF4_NESTED).unsqueeze(1) + torch.arange(layout.num_nested)
+    scales_at = HEAD_BYTES + 4 * (1 + layout.num_nested)
+    rows[:, 12:scales_at] = nested[which.clamp_max(len(nested) - 1)].view(torch.uint8)
+    rows[:, scales_at : scales_at + num_blocks] = scales
+
+
+def fill_rows(rows: Tensor, matrix: Tensor, layout: RowLayout, kernels: Native | None) -> None:
+    """Rounds a matrix [N, K] to its rows, [N, row_bytes] uint8."""
+    if kernels is None:
+        rows.copy_(pack(quantize(matrix), layout))
+        return
+    num_outputs, num_inputs = matrix.shape
+    largest = torch.empty(num_outputs, num_inputs // NF4_BLOCK)
+    kernels.quantize_nf4(
+        DTYPES[matrix.dtype], matrix.data_ptr(), matrix.stride(0), rows[:, layout.weights_at :].data_ptr(),
+        rows.stride(0), largest.data_ptr(), num_outputs, num_inputs, torch.get_num_threads(),
+    )  # fmt: skip
+    _pack_scales(rows, layout, *_nested(largest))
 
 
 def unpacked(rows: Tensor, layout: RowLayout) -> Tensor:
@@ -145,7 +172,7 @@ class Nf4Weight(QuantizedWeight):
     def settle(self) -> None:
         sizes = list(self._parts.values())
         for rows, matrix in zip(self.matrix.split(sizes), self._staged.split(sizes), strict=True):
-            rows.copy_(pack(quantize(matrix), self.layout))
+            fill_rows(rows, matrix, self.layout, native())
         self._staged = torch.empty(0)
 
     def dequantized(self) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from native_tools import assert_close, each_variant, linear
+from native_tools import assert_close, bounded, each_variant, linear
 from weight_tools import filled
 
 from cluster.config.quantization import RowLayout
@@ -57,10 +57,30 @@ def test_each_weight_meets_its_own_input(native):
 
 
 @each_variant
+@each_dtype
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(1, 40), blocks=st.integers(1, 30), exponent=st.integers(-9, 3), seed=st.integers(0, 1000))
+def test_a_row_is_rounded_as_the_plain_definition_has_it(native, dtype, n, blocks, exponent, seed):
+    """Bit by bit; a block of zeros, and ties between two levels, among them."""
+    matrix = torch.randn(n, 64 * blocks + 3, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    matrix[0, :64] = 0
+    levels = torch.tensor(nf4.LEVELS)
+    matrix[-1, 1:16], matrix[-1, 0] = (levels[:-1] + levels[1:]) / 2, 1
+    matrix = matrix.to(dtype)[:, : 64 * blocks]
+    layout = layout_of(64 * blocks)
+    rows, check = bounded((n, layout.row_bytes), torch.uint8)
+    nf4.fill_rows(rows, matrix, layout, native)
+    check()
+    assert torch.equal(rows, pack(nf4.quantize(matrix), layout))
+
+
+@each_variant
 def test_a_matrix_that_is_not_finite_stays_so(native):
     matrix = torch.randn(5, 64)
     matrix[3, 7] = torch.inf
-    rows = pack(nf4.quantize(matrix), layout_of(64))
+    rows = torch.empty(5, layout_of(64).row_bytes, dtype=torch.uint8)
+    nf4.fill_rows(rows, matrix, layout_of(64), native)
+    assert torch.equal(rows[:, :4], pack(nf4.quantize(matrix), layout_of(64))[:, :4])
     assert linear(native, torch.ones(2, 64), rows, None, layout_of(64).form, 1).isnan().all()
     assert nf4.unpacked(rows, layout_of(64)).isnan().all()
 

@@ -75,4 +75,4 @@ def _by_torch(products: Sequence[_TorchProduct], x: Tensor) -> Call:
 
 
 def _by_kernel(kernel: Native, every: Sequence[Tensor], x: Tensor, layout: RowLayout) -> Call:
-    return lambda turn: linear_quantized(kernel, x, every[turn % len(every)], None, layout.num_bits)
+    return lambda turn: linear_quantized(kernel, x, every[turn % len(every)], None, layout.form)

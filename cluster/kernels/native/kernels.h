@@ -107,6 +107,11 @@ struct Kernels {
     void (*rotate_to_cache)(int32_t dtype, void* qkv, int64_t qkv_stride, const void* cos, const void* sin,
                             const int64_t* slots, void* k, void* v, int64_t token_stride, int64_t head_stride,
                             int64_t T, int64_t Q, int64_t KV, int64_t D, int32_t threads);
+
+    // Rounds a matrix of dtype, K a multiple of 64, to levels of nf4. weights: of the first row, its chunks; row_bytes to
+    // the next one's. sizes: [N, K / 64], each block's largest magnitude, NaN where it is not finite.
+    void (*quantize_nf4)(int32_t dtype, const void* w, int64_t w_stride, uint8_t* weights, int64_t row_bytes,
+                         float* sizes, int64_t N, int64_t K, int32_t threads);
 };
 
 }  // namespace moe

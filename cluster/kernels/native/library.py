@@ -73,6 +73,7 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
         (_INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG,
          _LONG, _INT),
     ),
+    ("quantize_nf4", None, (_INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT)),
 )  # fmt: skip
 
 
@@ -100,6 +101,7 @@ class Native:
     quantize: Callable[..., None]
     rms_norm: Callable[..., None]
     rotate_to_cache: Callable[..., None]
+    quantize_nf4: Callable[..., None]
 
     def __init__(self, variant: str, table: int) -> None:
         self.variant, self.table = variant, table
