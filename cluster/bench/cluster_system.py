@@ -47,7 +47,7 @@ class ClusterSystem:
 
 
 def _weight_bytes(spec: SystemSpec) -> int:
-    """What the processes hold together."""
+    """Of all processes together."""
     config = read_config(spec.model_dir)
     sizes = sizes_of(config, spec.dtype, quantization=spec.quantization, expert_quantization=spec.quantization)
     return sizes.dense_bytes + len(config.sparse_layers) * config.num_experts * sizes.expert_bytes

@@ -27,11 +27,12 @@ class ForeignSystem:
         options = {
             "model": str(spec.model_dir),
             "dtype": spec.dtype,
-            "weights": "bf16" if spec.quantization == PLAIN else spec.quantization,
             "max_model_len": workload.prompt_tokens + workload.output_tokens,
             "max_num_seqs": workload.batches[-1],
             "num_threads": available_cpus(),
         }
+        if spec.kind == "llama.cpp":
+            options["weights"] = "bf16" if spec.quantization == PLAIN else spec.quantization
         worker = Path(__file__).with_name(_WORKERS[spec.kind])
         self._process = subprocess.Popen(
             [spec.python, str(worker), json.dumps(options)],

@@ -106,7 +106,9 @@ def check_blocks(config: ModelConfig, quantization: str, expert_quantization: st
         shapes = {quantization: checkpoint_shapes(config)}
     for asked, of_matrices in shapes.items():
         rounded = QUANTIZATIONS.get(asked)
-        for name, shape in of_matrices.items() if rounded is not None and rounded.is_nf4 else ():
+        if rounded is None or not rounded.is_nf4:
+            continue
+        for name, shape in of_matrices.items():
             if _is_rounded(name, shape, rounded) and shape[1] % NF4_BLOCK:
                 raise SetupError(
                     f"quantization is {asked!r}: {name} has {shape[1]} inputs, which its blocks of {NF4_BLOCK} do not "

@@ -171,7 +171,7 @@ class Nf4Weight(QuantizedWeight):
 
     def settle(self) -> None:
         sizes = list(self._parts.values())
-        for rows, matrix in zip(self.matrix.split(sizes), self._staged.split(sizes), strict=True):
+        for rows, matrix in zip(torch.split(self.matrix, sizes), torch.split(self._staged, sizes), strict=True):
             fill_rows(rows, matrix, self.layout, native())
         self._staged = torch.empty(0)
 

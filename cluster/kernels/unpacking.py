@@ -67,10 +67,7 @@ def _read_gptq(form: Gptq, layer: str, tensors: Tensors, num_inputs: int) -> Sto
 
 
 def _read_awq(tensors: Tensors) -> StoredMatrix:
-    numbers, zeros = (
-        _nibbles(tensors[name]).unflatten(1, (-1, 8))[:, :, _OUTPUTS].flatten(1).T - _MIDDLE
-        for name in ("qweight", "qzeros")
-    )
+    numbers, zeros = (_in_order(_nibbles(tensors[name])).T - _MIDDLE for name in ("qweight", "qzeros"))
     return StoredMatrix(numbers, tensors["scales"].T, zeros)
 
 
@@ -86,6 +83,11 @@ def _read_packed(form: Packed, layer: str, tensors: Tensors, num_inputs: int) ->
         return StoredMatrix((words.view(torch.uint8)[:, :num_inputs] ^ 128).view(torch.int8), scales, None)
     zeros = None if form.is_symmetric else _nibbles(tensors["weight_zero_point"].T).T - _MIDDLE
     return StoredMatrix(_nibbles(words)[:, :num_inputs] - _MIDDLE, scales, zeros)
+
+
+def _in_order(numbers: Tensor) -> Tensor:
+    """[M, N], eight outputs as they lie in an int32 -> the same in their own order."""
+    return numbers.view(len(numbers), -1, 8)[:, :, _OUTPUTS].flatten(1)
 
 
 def _nibbles(words: Tensor) -> Tensor:

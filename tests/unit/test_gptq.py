@@ -81,7 +81,8 @@ def test_its_memory_is_that_of_4_bits():
 
 def test_its_sizes_are_those_of_the_model():
     """Parameters are counted as of the plain model; bytes are what processes hold."""
-    model = {**MOE, "hidden_size": 2048, "moe_intermediate_size": 1408}
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 1408}
+    model = {**MOE, **sizes}
     rounded_one, plain = (
         sizes_of(read_model_config({**model, **changes}), "float16")
         for changes in ({"quantization_config": quantization_config()}, {})

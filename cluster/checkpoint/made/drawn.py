@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoint.files import read_json_object
-from cluster.checkpoint.made.drawn_forms import draw_rounded
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CONFIG_FILE, read_config
 from cluster.config.json_keys import Keys
@@ -45,6 +44,8 @@ class DrawnCheckpoint:
     def load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None = None) -> int:
         """Fills each destination. Returns their bytes."""
         import torch
+
+        from cluster.checkpoint.made.drawn_forms import draw_rounded
 
         for name, target in targets.items():
             generator = torch.Generator(target.device).manual_seed(self._seed ^ zlib.crc32(name.encode()))

@@ -21,7 +21,7 @@ NUM_OUTPUTS, NUM_INPUTS, GROUP = 16, 96, 32
 
 
 class Layer:
-    """What the methods want of `self`."""
+    """All that the methods want of `self`."""
 
     bits, maxq, planar, group_size, in_features = 4, 15, False, GROUP, NUM_INPUTS
     pack_factor, pack_dtype_bits, pack_np_math_dtype, pack_np_dtype = 8, 32, np.uint32, np.int32
