@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from cluster.bench.checkpoint import STORED
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.bench.serve_arguments import add_serve_arguments, listed_samplings
 from cluster.bench.spec import LLAMA_FORMS
+from cluster.bench.stored_forms import STORED
 from cluster.checkpoint.made.published import SHAPES
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
 

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
+from cluster.bench.stored_forms import STORED
 from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.checkpoint.made.drawn import SEED_KEY
 from cluster.checkpoint.made.published import SHAPES
@@ -21,20 +22,6 @@ from cluster.config.stored import KEY
 from cluster.errors import SetupError
 
 _SEED = 0
-
-# Forms in which a checkpoint may come rounded, as config.json says it: of GPTQ as the released MoE ones have it.
-STORED: Mapping[str, Mapping[str, Any]] = {
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-    "w8a16": {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel", "symmetric": True}}
-        },
-        "ignore": ["lm_head"],
-    },
-}
 
 
 def default_directory(environ: dict[str, str]) -> Path:

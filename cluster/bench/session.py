@@ -8,12 +8,13 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cluster.bench.checkpoint import STORED, describe, made_with_progress, read_config, stored_checkpoint
+from cluster.bench.checkpoint import describe, made_with_progress, read_config, stored_checkpoint
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
 from cluster.bench.sampling import find_samplings
 from cluster.bench.spec import SystemSpec
+from cluster.bench.stored_forms import STORED
 from cluster.bench.systems import check_comparison, check_shards
 from cluster.bench.throughput import Workload, measure_in_turns
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system

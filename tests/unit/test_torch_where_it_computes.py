@@ -24,6 +24,9 @@ import importlib, sys
 for name in sys.argv[3:]:
     importlib.import_module(name)
     assert "torch" not in sys.modules, f"{name} loads torch"
+from cluster.cli import _parser
+_parser()
+assert "torch" not in sys.modules, "the command line loads torch"
 from cluster.checkpoint.info import model_info
 from cluster.config import ClusterConfig, EngineConfig
 from cluster.engine.preflight import check_checkpoint

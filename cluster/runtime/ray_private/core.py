@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import ray
 
 # Their attributes are replaced while a Ray of ours starts: Ray has no setting for its processes' session, for a SIGTERM
-# handler of ours, for its switch for clusters of desktop systems once ray is imported, nor for where it prints.
+# handler of ours, for its switch for clusters of desktop systems once ray is imported, for the script that starts a
+# worker, nor for where it prints.
 from ray._private import ray_constants, services, utils, worker
 
 # Ray reads its token once a process; a token of ours comes and goes with our Ray.

@@ -27,6 +27,7 @@ from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.front.haproxy import set_environment
 from cluster.runtime.names import NAMESPACE, RAY_FOLDER
 from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, reports_to_log
+from cluster.runtime.start import setup_worker
 from cluster.runtime.start.ray_address import check_address
 from cluster.runtime.start.ray_processes import RayWatch, apart
 
@@ -142,6 +143,7 @@ class LocalRay:
             loopback(),
             private_files(),
             apart(),
+            quick_workers(),
         ):
             ray.init(
                 address="local",
@@ -204,6 +206,17 @@ def _make_token() -> Callable[[], None]:
         AuthenticationTokenLoader.instance().reset_cache()
 
     return forget
+
+
+@contextmanager
+def quick_workers() -> Iterator[None]:
+    """A Ray that starts meanwhile starts its workers by our `setup_worker.py`. Ray has no setting for it."""
+    before = ray_constants.SETUP_WORKER_FILENAME
+    ray_constants.SETUP_WORKER_FILENAME = setup_worker.__file__  # an absolute path stays one when it is joined
+    try:
+        yield
+    finally:
+        ray_constants.SETUP_WORKER_FILENAME = before
 
 
 @contextmanager
