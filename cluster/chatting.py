@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from cluster import inputs
 from cluster.conversation import ChatMessage, Conversation
 from cluster.errors import ClusterError, InvalidRequest
-from cluster.serving.text.prompts import OneParams, Prompt, to_params
+from cluster.serving.text.prompts import OneAdapter, OneParams, Prompt, to_params, with_adapter
 from cluster.serving.tools.choice import ToolChoice
 from cluster.serving.tools.whole import read_calls
 from cluster.structured import StructuredOutputsParams
@@ -41,6 +41,7 @@ class Chats(Answers, Protocol):
         continue_final_message: bool | str = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        adapter: OneAdapter = "",
     ) -> list[CompletionOutput]:
         """Answers a conversation, or several in their order, as the checkpoint's chat template renders them.
 
@@ -69,7 +70,7 @@ class Chats(Answers, Protocol):
             options["add_generation_prompt"] = not continue_final_message
         chats = _conversations(messages, options)
         every = [_with_choice(one, choice, chats[0].tools or ()) for one in to_params(params, len(chats))]
-        prompts = [Prompt(chat=chat) for chat in chats]
+        prompts = with_adapter([Prompt(chat=chat) for chat in chats], adapter)
         if not chats[0].tools:
             return self.answer(prompts, every)
         try:

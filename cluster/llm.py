@@ -14,23 +14,25 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from cluster import inputs
+from cluster.adapting import Adapts
 from cluster.chatting import Chats
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
-from cluster.checkpoint.model_files import located, pinned, served_name
+from cluster.checkpoint.model_files import pinned, served_name
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
-from cluster.config import DEFAULTS, TRANSPORTS, ClusterConfig, Transport
+from cluster.config import DEFAULTS, ClusterConfig, Transport
 from cluster.config.environment import PRODUCTS_ENVIRONMENT
 from cluster.config.resources import available_cpus
+from cluster.engine.adapters import AdapterSetup
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
-from cluster.engine.load import load_engine, local_experts
+from cluster.engine.load import load_engine, local_experts, share_here
 from cluster.engine.preflight import check_checkpoint
-from cluster.errors import Closed, ClusterError, InvalidRequest, SetupError
+from cluster.errors import Closed, ClusterError, InvalidRequest
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.grammar.source import check
 from cluster.kernels.native.report import log_kernels
+from cluster.llm_arguments import check_transport, checked, directories
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.open_answers import Open, OpenAnswer, OpenResult
 from cluster.outcome import Computed, Head, Wants
@@ -39,7 +41,7 @@ from cluster.runtime.start.offline import RayExperts
 from cluster.serving.prepare import RequestCompleter
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText
-from cluster.serving.text.prompts import OneParams, Prompt, to_params, to_prompts
+from cluster.serving.text.prompts import OneAdapter, OneParams, Prompt, to_params, to_prompts
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.structured import FIELD
 from cluster.types import CompletionOutput, EngineRequest, SamplingParams
@@ -47,10 +49,11 @@ from cluster.working import Working
 
 Output = TypeVar("Output")
 
+OWN_ARGUMENTS = ("transport", "skip_tokenizer")  # that are not handed on to a `ClusterConfig` as they are
 QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is refused
 
 
-class LLM(Results, Chats):
+class LLM(Results, Chats, Adapts):
     """A checkpoint ready to generate. Not thread-safe. Close it, or use it as a context manager.
 
     model_dir: its directory, or its name on the Hugging Face hub: "OWNER/NAME", or "OWNER/NAME@REVISION".
@@ -59,6 +62,7 @@ class LLM(Results, Chats):
     the end of the process closes those that are open. "stream" and "ray" name the carrier to them.
     A dense model has no experts to be anywhere: it runs in this process, whatever these two say.
     skip_tokenizer: prompts are token ids only and outputs have no text.
+    lora_adapters: directories by name; `generate` takes the names, `load_adapter` and `unload_adapter` change them.
     The other arguments are fields of `ClusterConfig`, with its defaults.
     Raises SetupError, CheckpointError.
     """
@@ -81,33 +85,22 @@ class LLM(Results, Chats):
         max_num_batched_tokens: int = DEFAULTS["max_num_batched_tokens"],
         max_model_len: int | None = DEFAULTS["max_model_len"],
         rope_scaling: Mapping[str, Any] | None = DEFAULTS["rope_scaling"],
+        lora_adapters: Mapping[str, str | os.PathLike[str]] | None = DEFAULTS["lora_adapters"],
+        max_lora_rank: int = DEFAULTS["max_lora_rank"],
         enable_prefix_caching: bool = DEFAULTS["enable_prefix_caching"],
         cuda_graphs: bool = DEFAULTS["cuda_graphs"],
         cpus_per_expert_shard: float = DEFAULTS["cpus_per_expert_shard"],
         gpus_per_expert_shard: float | None = DEFAULTS["gpus_per_expert_shard"],
     ) -> None:
-        model, num_expert_shards, skip_tokenizer = _checked(model_dir, num_expert_shards, skip_tokenizer)
-        _check_transport(transport)
+        options = {name: value for name, value in locals().items() if name in DEFAULTS and name not in OWN_ARGUMENTS}
+        model, num_expert_shards, skip_tokenizer = checked(model_dir, num_expert_shards, skip_tokenizer)
+        check_transport(transport)
         cluster = ClusterConfig(
             model=pinned(model),
             expert_shards=num_expert_shards,
             transport="auto" if transport == "local" else transport,
             spare_processes=False,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            expert_quantization=expert_quantization,
-            kv_cache_bytes=kv_cache_bytes,
-            memory_utilization=memory_utilization,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            rope_scaling=rope_scaling,
-            enable_prefix_caching=enable_prefix_caching,
-            cuda_graphs=cuda_graphs,
-            cpus_per_expert_shard=cpus_per_expert_shard,
-            gpus_per_expert_shard=gpus_per_expert_shard,
+            **options | {"lora_adapters": directories(lora_adapters)},
         )
         self._request_ids = itertools.count()
         self._ray_experts: RayExperts | None = None
@@ -138,9 +131,15 @@ class LLM(Results, Chats):
                     self.experts: ExpertDispatcher = self._ray_experts.dispatcher
                 else:
                     self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)
+                share = share_here(self.experts) if self._ray_experts is None else self._ray_experts.adapt
                 metrics = EngineMetrics(registry, "llm")
                 self.engine: Engine = load_engine(
-                    cluster.model, config, self.experts, metrics, remote_experts=not local
+                    cluster.model,
+                    config,
+                    self.experts,
+                    metrics,
+                    remote_experts=not local,
+                    adapters=AdapterSetup(share=share),
                 )
         except BaseException:
             self.close()
@@ -150,17 +149,20 @@ class LLM(Results, Chats):
         self,
         prompts: Prompts,
         params: OneParams | Iterable[OneParams] | None = None,
+        *,
+        adapter: OneAdapter = "",
     ) -> list[CompletionOutput]:
         """Answers prompts in their order: texts, token ids in a list, an array or a tensor, or vLLM's
         `{"prompt": …}` and `{"prompt_token_ids": …}`. A lone prompt, `[1, 2, 3]` too, is a list of one.
 
         params: for all, or one for each; a mapping has the fields of SamplingParams.
-        Raises InvalidRequest before anything is computed, Unavailable when experts stay lost, Closed, RequestFailed for
-        a prompt that meets an exception. The others are answered before: the error's `outputs` has their answers in the
-        prompts' order, None for one that failed.
+        adapter: the name of a LoRA adapter, "" for the base alone, or a list with one for each prompt.
+        Raises InvalidRequest before anything is computed (NotFound for an adapter that is not loaded), Unavailable when
+        experts stay lost, Closed, RequestFailed for a prompt that meets an exception. The others are answered before:
+        the error's `outputs` has their answers in the prompts' order, None for one that failed.
         """
         self._check_open()
-        return self.answer(to_prompts(prompts), params)
+        return self.answer(to_prompts(prompts, adapter), params)
 
     def answer(
         self, prompts: list[Prompt], params: OneParams | Iterable[OneParams] | None = None
@@ -175,7 +177,13 @@ class LLM(Results, Chats):
         """One result of numbers for each prompt. Raises as `generate`."""
         self._check_open()
         requests = [
-            self._completer.result(self._token_ids(prompt), wants, field=prompt.field, request_id=self._next_id())
+            self._completer.result(
+                self._token_ids(prompt),
+                wants,
+                field=prompt.field,
+                request_id=self._next_id(),
+                adapter=prompt.adapter,
+            )
             for prompt in prompts
         ]
         return self._run([OpenResult(request) for request in requests])
@@ -257,7 +265,12 @@ class LLM(Results, Chats):
                 raise InvalidRequest(f"{FIELD} needs the tokenizer, which skip_tokenizer left out", FIELD)
             check(params.constraint)
         return self._completer.complete(
-            self._token_ids(prompt), params, field=prompt.field, request_id=self._next_id(), timeout_s=None
+            self._token_ids(prompt),
+            params,
+            field=prompt.field,
+            request_id=self._next_id(),
+            timeout_s=None,
+            adapter=prompt.adapter,
         )
 
     def _token_ids(self, prompt: Prompt) -> Iterable[int]:
@@ -275,21 +288,3 @@ class LLM(Results, Chats):
 
     def _next_id(self) -> str:
         return f"llm-{next(self._request_ids)}"
-
-
-def _check_transport(transport: object) -> None:
-    if transport not in ("local", *TRANSPORTS):
-        raise SetupError(f"transport is {transport!r}, one of local, {', '.join(TRANSPORTS)} is needed")
-
-
-def _checked(model_dir: object, num_expert_shards: object, skip_tokenizer: object) -> tuple[str, int, bool]:
-    if not isinstance(model_dir, str | os.PathLike) or "\0" in os.fspath(model_dir):
-        raise SetupError(f"model_dir is {inputs.shown(model_dir)}, a checkpoint's directory or its name is needed")
-    try:
-        num_shards = inputs.whole_number(num_expert_shards, "num_expert_shards")
-        skip = inputs.truth_value(skip_tokenizer, "skip_tokenizer")
-    except InvalidRequest as error:
-        raise SetupError(str(error)) from None
-    if num_shards < 0:
-        raise SetupError(f"num_expert_shards is {inputs.shown(num_shards)}, at least 0 is needed")
-    return located(model_dir), num_shards, skip

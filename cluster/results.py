@@ -15,7 +15,7 @@ from cluster import inputs
 from cluster.errors import InvalidRequest
 from cluster.outcome import Computed, Head, Wants
 from cluster.serving.outcomes import best_span, probabilities, unit_vector
-from cluster.serving.text.prompts import Prompt, to_prompts
+from cluster.serving.text.prompts import OneAdapter, Prompt, to_prompts, with_adapter
 
 OnePrompt = str | Iterable[int] | Mapping[str, Any]
 _POOLINGS: Mapping[str, Wants] = {"last": "last_hidden_state", "mean": "mean_hidden_state"}
@@ -85,30 +85,33 @@ class Computes(Protocol):
 
 class Results(Computes, Protocol):
     """All calls take prompts as `LLM.generate` does, several at once, and raise as it does; an error's `outputs` are
-    `Computed`, None for a prompt that failed. A prompt may be as long as the context."""
+    `Computed`, None for a prompt that failed. A prompt may be as long as the context.
 
-    def logits(self, token_ids: Iterable[int]) -> Tensor:
+    adapter: as of `LLM.generate`."""
+
+    def logits(self, token_ids: Iterable[int], *, adapter: str = "") -> Tensor:
         """The logits at every position of a prompt: [T, V] float32. Computed in chunks, as a prompt would be.
 
         Raises InvalidRequest, Unavailable, Closed.
         """
         self.head.check_serves("tokens")
-        [computed] = self.compute([Prompt(token_ids=() if token_ids is None else token_ids)], "hidden_states")
+        prompt = Prompt(token_ids=() if token_ids is None else token_ids)
+        [computed] = self.compute(with_adapter([prompt], adapter), "hidden_states")
         return self.logits_of(_tensor(computed))
 
-    def prompt_logprobs(self, prompts: Prompts) -> list[PromptLogprobs]:
+    def prompt_logprobs(self, prompts: Prompts, *, adapter: OneAdapter = "") -> list[PromptLogprobs]:
         """The log-probability of each token of a prompt, given those before it. No more than a chunk's logits are held
         at a time."""
         return [
             PromptLogprobs(prompt_token_ids=computed.prompt_token_ids, logprobs=_tensor(computed))
-            for computed in self.compute(to_prompts(prompts), "token_logprobs")
+            for computed in self.compute(to_prompts(prompts, adapter), "token_logprobs")
         ]
 
-    def classify(self, prompts: Prompts) -> list[Classification]:
+    def classify(self, prompts: Prompts, *, adapter: OneAdapter = "") -> list[Classification]:
         """Labels for whole prompts, by a checkpoint of a `ForSequenceClassification` class: those of a prompt's last
         token that is not the config's pad_token_id."""
         found = []
-        for computed in self.compute(to_prompts(prompts), "label_logits"):
+        for computed in self.compute(to_prompts(prompts, adapter), "label_logits"):
             logits = computed.numbers.array()
             probs = probabilities(logits, self.head.activation)
             found.append(
@@ -121,20 +124,20 @@ class Results(Computes, Protocol):
             )
         return found
 
-    def classify_tokens(self, prompts: Prompts) -> list[TokenClassification]:
+    def classify_tokens(self, prompts: Prompts, *, adapter: OneAdapter = "") -> list[TokenClassification]:
         """Labels for each token, by a checkpoint of a `ForTokenClassification` class."""
         found = []
-        for computed in self.compute(to_prompts(prompts), "token_label_logits"):
+        for computed in self.compute(to_prompts(prompts, adapter), "token_label_logits"):
             logits = _tensor(computed)
             labels = tuple(self.head.labels[i] for i in logits.argmax(dim=-1).tolist())
             found.append(TokenClassification(prompt_token_ids=computed.prompt_token_ids, logits=logits, labels=labels))
         return found
 
-    def answer_spans(self, prompts: Prompts) -> list[AnswerSpan]:
+    def answer_spans(self, prompts: Prompts, *, adapter: OneAdapter = "") -> list[AnswerSpan]:
         """Where an answer stands in a prompt of a question and its context, by a checkpoint of a
         `ForQuestionAnswering` class. The span may lie anywhere in the prompt."""
         found = []
-        for computed in self.compute(to_prompts(prompts), "span_logits"):
+        for computed in self.compute(to_prompts(prompts, adapter), "span_logits"):
             starts, ends = np.ascontiguousarray(computed.numbers.array().T)
             start, end = best_span(starts, ends)
             found.append(
@@ -148,7 +151,9 @@ class Results(Computes, Protocol):
             )
         return found
 
-    def embed(self, prompts: Prompts, *, pooling: str = "last", normalize: bool = True) -> list[Embedding]:
+    def embed(
+        self, prompts: Prompts, *, pooling: str = "last", normalize: bool = True, adapter: OneAdapter = ""
+    ) -> list[Embedding]:
         """A vector for each prompt: the hidden state of its last token after the model's last norm, or all tokens'
         mean. Neither a template nor an EOS is added.
 
@@ -158,7 +163,7 @@ class Results(Computes, Protocol):
             raise InvalidRequest(f"pooling is {inputs.shown(pooling)}, {' or '.join(_POOLINGS)} is needed", "pooling")
         scale = inputs.truth_value(normalize, "normalize")
         found = []
-        for computed in self.compute(to_prompts(prompts), _POOLINGS[pooling]):
+        for computed in self.compute(to_prompts(prompts, adapter), _POOLINGS[pooling]):
             vector = computed.numbers.array()
             vector = unit_vector(vector) if scale else vector
             found.append(Embedding(prompt_token_ids=computed.prompt_token_ids, embedding=torch.from_numpy(vector)))

@@ -84,6 +84,7 @@ class ClusterStatus:
     that is up, 0 if none.  target_shards: as many as were asked for.  work: the change under way, "" for none.
     load: [sparse layers][experts] tokens/s, lately.  imbalance: the slowest shard's share of the load against the mean.
     process: the controller's.  lease_by_renewal: its `renew_lease` keeps the shards; older ones' `status` does.
+    adapters: the names of those that all engines have.  adapters_version: grows with every change of them.
     """
 
     epoch: int
@@ -103,6 +104,8 @@ class ClusterStatus:
     config: ClusterConfig | None = None
     process: ProcessInfo | None = None
     lease_by_renewal: bool = False
+    adapters: tuple[str, ...] = ()
+    adapters_version: float = -1.0
 
     def serves(self, patience_s: float) -> bool:
         """Whether requests are answered: no expert has been without a copy for longer than they wait for one."""

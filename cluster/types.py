@@ -145,6 +145,7 @@ class EngineRequest:
     wants: the kind of its result. An engine of a version that knows no other than tokens brings one token.
     constraint: the form of the answer; `params` has none, since an older version could not read it.
     prompt_group: requests of one group have one prompt, and go to one replica, which computes it once; "" for none.
+    adapter: the name of the LoRA adapter that computes it; "" for the base alone.
     """
 
     request_id: str
@@ -160,6 +161,7 @@ class EngineRequest:
     wants: Wants = "tokens"
     constraint: Constraint | None = None
     prompt_group: str = ""
+    adapter: str = ""
 
     @property
     def called(self) -> str:
@@ -208,6 +210,7 @@ class SequenceUpdate:
     replica: the one that runs it; alone in the first update of an attention replica.
     numbers: the result of a request that wants no tokens, in its last update.
     constrained: the tokens keep to the request's constraint, of which an older version knows nothing.
+    adapter: the one that has computed it, of which an older version knows nothing.
     """
 
     request_id: str
@@ -218,6 +221,7 @@ class SequenceUpdate:
     replica: str = ""
     numbers: Numbers | None = None
     constrained: bool = False
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,13 +105,18 @@ class SharedApplication:
 
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
+        self.admin_key = ""
         self._cluster: Any = None
 
     def running(self) -> Any:
         from cluster.config import ClusterConfig
         from cluster.runtime.start.served import ServedCluster, ServeOptions
+        from cluster.serving.admission.api_keys import new_key
 
         if self._cluster is None:
+            self.admin_key, line = new_key("root")
+            admins = self._model_dir.parent / "admins"
+            admins.write_text(line)
             config = ClusterConfig(
                 model=str(self._model_dir),
                 model_id="demo-moe",
@@ -125,6 +130,7 @@ class SharedApplication:
                 max_num_batched_tokens=512,
                 max_waiting=16,
                 metrics_port=0,
+                admin_keys_file=str(admins),
                 drain_timeout_s=60.0,  # for what runs in the background of a busy machine, too
             )
             self._cluster = ServedCluster(config, ServeOptions(grpc_port=0))

@@ -95,7 +95,11 @@ def measure_server(args: argparse.Namespace) -> int:
         )
     if args.offline is not None:
         offline = _offline_spec(args)
-    http = None if args.http is None else HttpStreams(args.http, key=options.api_key(args.api_key_file))
+    http = (
+        None
+        if args.http is None
+        else HttpStreams(args.http, key=options.api_key(args.api_key_file), adapter=args.adapter)
+    )
     with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
 def _http_asker(args: argparse.Namespace) -> HttpStreams:
     """Raises SetupError."""
     tls = ssl.create_default_context(cafile=args.tls_ca)
-    return HttpStreams(args.http, key=options.api_key(args.api_key_file), tls=tls)
+    return HttpStreams(args.http, key=options.api_key(args.api_key_file), tls=tls, adapter=args.adapter)
 
 
 def possible_kinds(kinds: tuple[str, ...], cluster: "RunningCluster") -> tuple[str, ...]:

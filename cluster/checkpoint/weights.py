@@ -137,7 +137,7 @@ def locate_tensors(files: WeightFiles) -> dict[str, Path]:
     if files.holds("adapter_config.json"):
         raise CheckpointError(
             f"{model_dir} holds an adapter, not a whole model: merge it into its base (peft: merge_and_unload) "
-            "and save that"
+            "and save that, or serve its base with --lora-adapters NAME=PATH"
         )
     if not names:
         raise CheckpointError(f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}: {_advice(files)}")

@@ -85,6 +85,7 @@ def add_cluster_arguments(
         help="the name that clients see, and further ones by which they may ask for the model "
         "(default: the directory's name, or the model's on the hub)",
     )  # fmt: skip
+    add_adapters(parser)
     for name in ("log_requests", "skip_tokenizer"):
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=_doc(name))
     parser.add_argument(
@@ -128,6 +129,29 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Adds options of `ClusterConfig` with its help texts and defaults."""
     for name in names:
         _add_option(parser, name, DEFAULTS[name])
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora-adapters", nargs="+", action=_Adapters, metavar="NAME=PATH",
+        help=_doc("lora_adapters"),
+    )  # fmt: skip
+    add_options(parser, "max_lora_rank", "max_loras")
+
+
+class _Adapters(argparse.Action):
+    """Reads NAME=PATH, several of them, into a mapping."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        found = dict(getattr(namespace, self.dest) or {})
+        for value in values:
+            name, equals, path = value.partition("=")
+            if not equals or not name or not path:
+                raise argparse.ArgumentError(self, f"{shown(value)} is no NAME=PATH")
+            if name in found:
+                raise argparse.ArgumentError(self, f"the name {shown(name)} is there twice")
+            found[name] = str(Path(path).resolve())
+        setattr(namespace, self.dest, found)
 
 
 def add_security_arguments(parser: argparse.ArgumentParser) -> None:

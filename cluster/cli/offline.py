@@ -6,7 +6,7 @@ import shlex
 import sys
 
 from cluster.cli import doctor
-from cluster.cli.arguments import Commands, add_command, add_options
+from cluster.cli.arguments import Commands, add_adapters, add_command, add_options
 
 
 def add_commands(commands: Commands) -> None:
@@ -26,6 +26,7 @@ def add_commands(commands: Commands) -> None:
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     add_options(plan, "max_model_len", "rope_scaling", "quantization", "expert_quantization")
+    add_adapters(plan)
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
 
@@ -45,7 +46,7 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.tokenizer_files import has_vocabulary
     from cluster.config import EngineConfig
     from cluster.console import Plan, describe_plan, print_plan
-    from cluster.engine.preflight import check_for_plan, download_bytes
+    from cluster.engine.preflight import adapter_bytes, check_for_plan, download_bytes
     from cluster.experts.placement import num_shards_for, plan_evenly
 
     engine = EngineConfig(
@@ -54,6 +55,9 @@ def _plan(args: argparse.Namespace) -> int:
         max_model_len=args.max_model_len,
         quantization=args.quantization,
         expert_quantization=args.expert_quantization,
+        lora_adapters=args.lora_adapters,
+        max_lora_rank=args.max_lora_rank,
+        max_loras=args.max_loras,
     )
     model = pinned(args.model)
     directory = model_directory(model)
@@ -71,6 +75,7 @@ def _plan(args: argparse.Namespace) -> int:
         context_tokens=max_model_len(config, engine),
         download_bytes=download_bytes(model, placement),
         has_tokenizer=has_vocabulary(directory),
+        adapter_bytes=adapter_bytes(config, engine),
     )
     if args.json:
         print(json.dumps(describe_plan(plan), indent=2))

@@ -61,13 +61,14 @@ class TlsFiles:
 
 
 class Client:
-    """One connection. Blocking; use it as a context manager. address: "host:port".  tls: None is plain text."""
+    """One connection. Blocking; use it as a context manager. address: "host:port".  tls: None is plain text.
+    adapter: the name of the LoRA adapter that computes its prompts, "" for the model alone."""
 
-    def __init__(self, address: str, *, api_key: str = "", tls: TlsFiles | None = None) -> None:
+    def __init__(self, address: str, *, api_key: str = "", tls: TlsFiles | None = None, adapter: str = "") -> None:
         """Raises SetupError."""
         if not api_key.isascii() or not api_key.isprintable():
             raise SetupError("the API key has characters that no key has: ASCII without spaces is needed")
-        self.address = address
+        self.address, self._adapter = address, adapter
         self._has_key = bool(api_key)
         key = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._metadata = (*key, (RECEIVE_KEY, str(MAX_ANSWER_BYTES)))
@@ -92,6 +93,7 @@ class Client:
         Raises ClusterError with the server's message.
         """
         request = _request(prompt, params, request_id)
+        request.adapter = self._adapter
         call = self._stub.GenerateStream(request, metadata=self._metadata)
         try:
             yield from call
@@ -103,7 +105,7 @@ class Client:
     def score(self, prompt: OnePrompt, *, request_id: str = "") -> pb.ScoreResponse:
         """The log-probability of each token of a prompt after the first. Raises ClusterError with the server's
         message, as the others do."""
-        request = _filled_in(pb.ScoreRequest(request_id=request_id), prompt)
+        request = _filled_in(pb.ScoreRequest(request_id=request_id, adapter=self._adapter), prompt)
         return cast(pb.ScoreResponse, self._ask(self._stub.Score, request))
 
     def embed(
@@ -112,22 +114,24 @@ class Client:
         """A prompt's vector. pooling: "last" or "mean"."""
         if pooling not in _POOLINGS:
             raise InvalidRequest(f"pooling is {inputs.shown(pooling)}, {' or '.join(_POOLINGS)} is needed", "pooling")
-        request = pb.EmbedRequest(request_id=request_id, pooling=_POOLINGS[pooling], normalize=normalize)
+        request = pb.EmbedRequest(
+            request_id=request_id, pooling=_POOLINGS[pooling], normalize=normalize, adapter=self._adapter
+        )
         return cast(pb.EmbedResponse, self._ask(self._stub.Embed, _filled_in(request, prompt)))
 
     def classify(self, prompt: OnePrompt, *, request_id: str = "") -> pb.ClassifyResponse:
         """A prompt's labels."""
-        request = _filled_in(pb.ClassifyRequest(request_id=request_id), prompt)
+        request = _filled_in(pb.ClassifyRequest(request_id=request_id, adapter=self._adapter), prompt)
         return cast(pb.ClassifyResponse, self._ask(self._stub.Classify, request))
 
     def classify_tokens(self, prompt: str | Iterable[int], *, request_id: str = "") -> pb.ClassifyTokensResponse:
         """The labels of a prompt's tokens."""
-        request = _filled_in(pb.ClassifyTokensRequest(request_id=request_id), prompt)
+        request = _filled_in(pb.ClassifyTokensRequest(request_id=request_id, adapter=self._adapter), prompt)
         return cast(pb.ClassifyTokensResponse, self._ask(self._stub.ClassifyTokens, request))
 
     def answer_span(self, prompt: str | Iterable[int], *, request_id: str = "") -> pb.AnswerSpanResponse:
         """Where the answer stands in a prompt of a question and its context."""
-        request = _filled_in(pb.AnswerSpanRequest(request_id=request_id), prompt)
+        request = _filled_in(pb.AnswerSpanRequest(request_id=request_id, adapter=self._adapter), prompt)
         return cast(pb.AnswerSpanResponse, self._ask(self._stub.AnswerSpan, request))
 
     def tokenize(self, text: str) -> list[int]:

@@ -18,11 +18,12 @@ _NO_FIELDS = ("structured_outputs", "logit_bias")  # of a body; none of those th
 
 class HttpStreams:
     """address: "host:port", or a URL.  key: "" for none.  tls: for https, None for the usual authorities.
+    adapter: the name of the LoRA adapter that answers, "" for the model alone.
 
     For several threads; connections are used again. Tries nothing again, and uses no proxy.
     """
 
-    def __init__(self, address: str, *, key: str = "", tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, address: str, *, key: str = "", tls: ssl.SSLContext | None = None, adapter: str = "") -> None:
         """Raises SetupError."""
         try:
             parts = urlsplit(address if "://" in address else f"http://{address}")
@@ -32,12 +33,13 @@ class HttpStreams:
         if parts.scheme not in ("http", "https") or not self._host:
             raise SetupError(f"--http is {address!r}, HOST:PORT or http://HOST:PORT is needed")
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
+        self._model = {"model": adapter} if adapter else {}
         self._idle: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[TextDelta]:
         """Yields the pieces of an answer. Raises ClusterError, also for a stream that ends before its end."""
-        body = {"prompt": list(prompt), "stream": True, "return_token_ids": True, **_given(params)}
+        body = {"prompt": list(prompt), "stream": True, "return_token_ids": True, **self._model, **_given(params)}
         connection, through = self._connection(), False
         try:
             connection.request("POST", "/v1/completions", json.dumps(body), self._headers)

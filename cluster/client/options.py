@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser, address: str | None = DEFAULT
     """address: of the server where none is given; None for no server then."""
     note = "" if address is None else " (default: %(default)s)"
     parser.add_argument("--address", default=address, metavar="HOST:PORT", help=f"gRPC server{note}")
+    parser.add_argument(
+        "--adapter", default="", metavar="NAME", help="of the server's LoRA adapter that answers (default: the model)"
+    )
     add_security_arguments(parser)
 
 
@@ -49,7 +52,7 @@ def connect(args: argparse.Namespace) -> "Client":
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
     tls = TlsFiles(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key) if wanted else None
-    return Client(args.address, api_key=api_key(args.api_key_file), tls=tls)
+    return Client(args.address, api_key=api_key(args.api_key_file), tls=tls, adapter=args.adapter)
 
 
 def _check_address(address: str) -> None:

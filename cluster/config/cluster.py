@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Self
 
 from cluster.config.engine import EngineConfig
+from cluster.config.lora import check_adapters
 from cluster.config.options import check, defaults_of, option, required, typed
 from cluster.errors import SetupError
 from cluster.evolving import evolving
@@ -169,6 +170,7 @@ class ClusterConfig(EngineConfig):
         if not self.model:
             raise SetupError("model is empty: give the directory of a checkpoint, or its name on the hub")
         check(self)
+        check_adapters(self.lora_adapters, self.max_loras)
         for name in ("gpus_per_attention_replica", "gpus_per_expert_shard"):
             gpus = getattr(self, name)
             if gpus and (gpus < LEAST or (gpus > 1 and gpus != int(gpus))):

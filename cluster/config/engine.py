@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.config.lora import MAX_RANK, check_adapters
 from cluster.config.model import DTYPES
 from cluster.config.options import check, option
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
@@ -57,10 +58,17 @@ class EngineConfig:
     cuda_graphs: bool = option(
         True, "on a GPU, decode steps are captured once for each size and replayed, with one launch for many"
     )
+    lora_adapters: Mapping[str, Any] | None = option(
+        None,
+        "LoRA adapters beside the model: the directory of each by the name that requests give as model; unset: none",
+    )
+    max_lora_rank: int = option(64, "the highest rank of an adapter", least=1, most=MAX_RANK)
+    max_loras: int = option(16, "adapters that are loaded at a time; any of them may be in one step", least=1)
     enable_prefix_caching: bool = option(True, "prompts that begin alike share the keys and values of their beginning")
 
     def __post_init__(self) -> None:
         check(self)
+        check_adapters(self.lora_adapters, self.max_loras)
 
     @property
     def of_experts(self) -> str:

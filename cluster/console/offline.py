@@ -1,7 +1,7 @@
 """Draws for commands without a cluster: a plan, a machine's state, an excerpt of metrics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -22,6 +22,7 @@ class Plan:
 
     context_tokens: of prompt and answer together at most.
     download_bytes: of an attention replica, then of each shard; empty for a directory.
+    adapter_bytes: of each LoRA adapter, by name: in every attention replica, and in all shards together.
     """
 
     config: ModelConfig
@@ -30,6 +31,7 @@ class Plan:
     context_tokens: int
     download_bytes: Sequence[int]
     has_tokenizer: bool
+    adapter_bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def print_plan(plan: Plan) -> None:
@@ -71,10 +73,15 @@ def _table(plan: Plan) -> Table:
         title=f"{len(plan.placement.layer_ids) or 'no'} sparse layers, {plan.sizes.dtype}",
     )
     table.add_row("attention replica", "dense weights", "", size(plan.sizes.dense_bytes))
+    for name, (of_replica, _) in plan.adapter_bytes.items():
+        table.add_row("attention replica", f"adapter {name}", "", size(of_replica))
     for shard_id, layers in enumerate(plan.placement.slices):
         num_experts = _num_experts(layers)
         shown = ranges(next(iter(layers.values()), ()))
         table.add_row(f"expert shard {shard_id}", shown, str(num_experts), size(num_experts * plan.sizes.expert_bytes))
+    for name, (_, of_shards) in plan.adapter_bytes.items():
+        if of_shards:
+            table.add_row("all expert shards", f"adapter {name}", "", size(of_shards))
     return table
 
 
@@ -92,6 +99,10 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "parameters": sizes.num_parameters,
         "active_parameters": sizes.num_active_parameters,
         "attention_replica_bytes": sizes.dense_bytes,
+        "adapters": [
+            {"name": name, "attention_replica_bytes": of_replica, "expert_shards_bytes": of_shards}
+            for name, (of_replica, of_shards) in plan.adapter_bytes.items()
+        ],
         "kv_bytes_per_token": sizes.kv_bytes_per_token,
         "sliding_windows": [{"tokens": window, "kv_bytes_per_token": each} for window, each in sizes.sliding],
         "expert_shards": [{"experts": number, "bytes": number * sizes.expert_bytes} for number in shards],

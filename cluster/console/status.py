@@ -113,6 +113,8 @@ def render_status(status: ClusterStatus, before: ClusterStatus | None = None) ->
         parts.append(Text(f"versions {', '.join(status.versions)}: {advice}", style="yellow"))
     if status.work:
         parts.append(Text(f"under way: {status.work}", style="yellow"))
+    if status.adapters:
+        parts.append(Text(f"adapters {', '.join(status.adapters)}"))
     parts.append(_replica_table(status, before))
     if not status.dense:
         parts.append(_shard_table(status))

@@ -13,8 +13,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from cluster.config import EngineConfig
+from cluster.engine.adapters import Adapters
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.compiling import Compiling
+from cluster.engine.early_cancels import EarlyCancels
 from cluster.engine.fitting import fitting
 from cluster.engine.holding import Holding
 from cluster.engine.isolation import OnStep, failure_of, prove, run_isolated
@@ -27,12 +29,11 @@ from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overl
 from cluster.grammar.grammars import Grammars
 from cluster.idle_memory import idle_memory
 from cluster.metrics import EngineMetrics
+from cluster.model.adapters import Adapter
 from cluster.model.sampler import NoFiniteNumbers, Sampled
 from cluster.types import EngineRequest, EngineStats, FinishReason, SamplingParams, SequenceUpdate
 
 log = logging.getLogger(__name__)
-
-MAX_CANCELLED_EARLY = 1024  # ids kept of cancels that found no sequence; most are of finished ones
 
 
 class Engine:
@@ -51,6 +52,7 @@ class Engine:
         seeds: random.Random | None = None,
         on_step: OnStep = lambda _: None,
         grammars: Grammars | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.runner = runner
         self.config = config
@@ -69,11 +71,12 @@ class Engine:
         )
         self.holding = Holding(self.scheduler.running, runner, self.clock)
         self.compiling = Compiling(grammars)
+        self.adapters = adapters or Adapters()
         self.sequences: dict[str, Sequence] = {}
         self.num_generated_tokens = 0
         self._retry_hint = RetryHint(self.clock())
         self._unreturned: list[SequenceUpdate] = []
-        self._cancelled_early: dict[str, None] = {}
+        self._cancelled_early = EarlyCancels()
         self._gathering = Gathering()
 
     @property
@@ -97,18 +100,17 @@ class Engine:
 
     def submit(self, request: EngineRequest) -> None:
         """Queues a request. Raises Overloaded, InvalidRequest, RequestCancelled; then nothing of it is left here."""
-        if request.request_id in self._cancelled_early:
-            del self._cancelled_early[request.request_id]
+        if self._cancelled_early.take(request.request_id):
             raise RequestCancelled("the request was cancelled before it began")
         self._check_unused(request.request_id)
         params = fitting(request, self.max_model_len, self.blocks.max_tokens)
+        adapter = self.adapters.find(request.adapter) if request.adapter else None
         num_queued = self.scheduler.num_queued + len(self.compiling)
         if not request.num_replays and num_queued >= self.config.max_waiting:
             self._make_room(request.client)
         if params.seed is None:
             params = replace(params, seed=self.seeds.getrandbits(63))
-        eos_token_ids = () if params.ignore_eos else self.eos_token_ids
-        sequence = self._add(request, params, frozenset({*params.stop_token_ids, *eos_token_ids}))
+        sequence = self._add(request, params, adapter)
         if request.output_token_ids and (reason := sequence.end()):
             self._end(sequence, reason)  # the earlier attempt got to the end, and its last update was lost
 
@@ -119,10 +121,8 @@ class Engine:
         """
         if sequence := self.sequences.get(request_id):
             self._end(sequence, "cancelled")
-            return
-        self._cancelled_early[request_id] = None
-        if len(self._cancelled_early) > MAX_CANCELLED_EARLY:
-            del self._cancelled_early[next(iter(self._cancelled_early))]
+        else:
+            self._cancelled_early.add(request_id)
 
     def step(self) -> list[SequenceUpdate]:
         """Makes one step and returns its updates, ends of cancelled and expired sequences included. Blocks.
@@ -151,15 +151,16 @@ class Engine:
         if request_id in self.sequences:
             raise InvalidRequest(f"request_id {request_id!r} is in use by a running request", "request_id")
 
-    def _add(self, request: EngineRequest, params: SamplingParams, stop_token_ids: frozenset[int]) -> Sequence:
+    def _add(self, request: EngineRequest, params: SamplingParams, adapter: Adapter | None) -> Sequence:
         """Queues a sequence."""
-        now = self.clock()
+        now, eos_token_ids = self.clock(), () if params.ignore_eos else self.eos_token_ids
         sequence = Sequence(
             request=request,
             params=params,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=frozenset({*params.stop_token_ids, *eos_token_ids}),
             arrived_at=now,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
+            adapter=adapter,
         )
         if request.constraint is None:
             self.scheduler.add(sequence)
@@ -260,6 +261,7 @@ class Engine:
             logprobs=tuple(logprobs for _, logprobs in taken if logprobs is not None),
             finish_reason=sequence.end(),
             constrained=sequence.grammar is not None,
+            adapter=sequence.request.adapter,
         )
         if update.finish_reason:
             self._forget(sequence, update.finish_reason)
@@ -269,7 +271,9 @@ class Engine:
         """Ends a sequence that wants no tokens, with its result."""
         numbers = self._gathering.whole(sequence)
         self._forget(sequence, "stop")
-        return SequenceUpdate(request_id=sequence.request_id, numbers=numbers, finish_reason="stop")
+        return SequenceUpdate(
+            request_id=sequence.request_id, numbers=numbers, finish_reason="stop", adapter=sequence.request.adapter
+        )
 
     def _expire(self) -> None:
         now = self.clock()

@@ -117,8 +117,10 @@ class DecodeGraphs:
         self._refused: set[tuple[int, int]] = set()
 
     def take(self, scheduled: Seq[ScheduledSequence]) -> bool:
-        """Whether the step is one of these: each sequence brings one token."""
-        return len(scheduled) <= self._sizes[-1] and all(s.num_tokens == 1 for s in scheduled)
+        """Whether the step is one of these: each sequence brings one token, and is computed by the base alone."""
+        return len(scheduled) <= self._sizes[-1] and all(
+            s.num_tokens == 1 and s.sequence.adapter is None for s in scheduled
+        )
 
     @torch.inference_mode()
     def run(self, arrays: StepArrays, experts: Experts) -> Tensor | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.checkpoint.adapters import open_adapter
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
@@ -13,8 +14,10 @@ from cluster.checkpoint.opening import open_checkpoint
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import read_tokenizer
 from cluster.config import EngineConfig, ModelConfig
+from cluster.config.lora import AdapterList, AdapterSource
 from cluster.config.quantization import quantization_on
 from cluster.config.resources import available_memory
+from cluster.engine.adapters import Adapters, AdapterSetup, ShareAdapters
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.engine import Engine
@@ -30,7 +33,9 @@ from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.grammar.grammars import Grammars
 from cluster.metrics import DispatchMetrics, EngineMetrics
+from cluster.model.adapters import Adapter, load_adapter
 from cluster.model.cache_size import check_block_fits, num_kv_blocks
+from cluster.model.decoder import CausalLM
 from cluster.model.kv_cache import KVCache
 from cluster.model.registry import load_model
 
@@ -66,12 +71,13 @@ def load_engine(
     on_step: OnStep = lambda _: None,
     wait_for_experts: Callable[[], object] = lambda: None,
     num_sharers: int = 1,
+    adapters: AdapterSetup | None = None,
 ) -> Engine:
     """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError.
 
     model_dir: or a name on the hub.  progress: called with the bytes of each piece that is downloaded or read.
     remote_experts: they are in other processes, so that splitting a step may hide the time of the crossing.
-    on_step: as of `Engine`.
+    on_step: as of `Engine`.  adapters: the LoRA adapters to begin with.
     wait_for_experts: called when the dense weights are loaded. By default the cache is sized by the memory that is free
     then.
     num_sharers: engines that share this free memory, this one included.
@@ -84,15 +90,12 @@ def load_engine(
         reader, dtype=torch_dtype(dtype), device=device, progress=progress,
         quantization=quantization_on(config.quantization, device.type, reader.config.stored),
     )  # fmt: skip
+    loaded = _adapters(model, config, adapters or AdapterSetup())
     wait_for_experts()
-    splits = remote_experts and reader.config.moe is not None
     share, room = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers, free_memory(device)
     num_blocks = num_kv_blocks(reader.config, config, dtype, max_model_len=longest, room_bytes=room, share=share)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
-    runner = ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits))
-    if config.cuda_graphs:
-        inside = experts if not remote_experts and experts.plans.current().num_shards <= 1 else None
-        runner.graphs = decode_graphs(model, cache, runner.attention, inside, max_sequences=config.max_num_seqs)
+    runner = _runner(model, cache, experts, config, remote_experts=remote_experts)
     blocks = _block_manager(reader.config, config, num_blocks)
     _report_cache(cache.num_bytes, blocks.num_blocks * config.block_size, min(longest, blocks.max_tokens), longest)
     return Engine(
@@ -104,7 +107,34 @@ def load_engine(
         metrics=metrics,
         on_step=on_step,
         grammars=_grammars(reader.model_dir, reader.config),
+        adapters=loaded,
     )
+
+
+def _runner(
+    model: CausalLM, cache: KVCache, experts: ExpertDispatcher, config: EngineConfig, *, remote_experts: bool
+) -> ModelRunner:
+    """It replays decode steps as CUDA graphs, where it can."""
+    splits = remote_experts and model.config.moe is not None
+    runner = ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits))
+    if config.cuda_graphs:
+        inside = experts if not remote_experts and experts.plans.current().num_shards <= 1 else None
+        runner.graphs = decode_graphs(model, cache, runner.attention, inside, max_sequences=config.max_num_seqs)
+    return runner
+
+
+def _adapters(model: CausalLM, config: EngineConfig, setup: AdapterSetup) -> Adapters:
+    """Raises CheckpointError."""
+
+    def load(source: AdapterSource) -> Adapter:
+        return load_adapter(model, open_adapter(source.directory, model.config, config.max_lora_rank), source)
+
+    adapters = Adapters(load, setup.share)
+    if setup.given is None:
+        adapters.follow(AdapterList.configured(config.lora_adapters))
+    else:
+        adapters.begin(setup.given)
+    return adapters
 
 
 def _grammars(model_dir: Path, model: ModelConfig) -> Grammars:
@@ -170,3 +200,14 @@ def local_experts(
         shards[shard_id] = ExpertShard(shard_id, reader.config, dtype=dtype, device=device, quantization=quantization)
         shards[shard_id].load(reader, experts, progress)
     return ExpertDispatcher(LocalTransport(shards), FixedPlan(plan), metrics)
+
+
+def share_here(experts: ExpertDispatcher) -> ShareAdapters:
+    """With the shards that `local_experts` has made."""
+
+    def share(wanted: AdapterList) -> None:
+        assert isinstance(experts.transport, LocalTransport)
+        for shard in experts.transport.shards.values():
+            shard.adapt(wanted)
+
+    return share

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Sequence
 
+from cluster.engine.adapters import Adapters
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
 from cluster.errors import ClusterError
@@ -60,6 +61,16 @@ class EngineLoop:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those of its engine."""
+        return self._engine.adapters
+
+    def adapters_in_use(self) -> tuple[int, ...]:
+        """The numbers of its sequences' adapters, also of those that are unloaded."""
+        sequences = list(self._engine.sequences.values())
+        return tuple({s.adapter.source.number for s in sequences if s.adapter is not None})
 
     def stop(self) -> None:
         """Ends the thread after the step under way. Blocks."""

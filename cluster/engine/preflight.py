@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cluster.checkpoint.adapters import open_adapter
 from cluster.checkpoint.chat_template import read_chat_templates
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.info import max_model_len, resolve_dtype
@@ -46,6 +47,18 @@ def check_for_plan(model: str | Path, engine: EngineConfig, num_shards: int) -> 
     return config
 
 
+def adapter_bytes(config: ModelConfig, engine: EngineConfig) -> dict[str, tuple[int, int]]:
+    """Bytes that each of the configured LoRA adapters takes in an attention replica, and in all shards together.
+
+    Raises CheckpointError.
+    """
+    dtype, found = resolve_dtype(engine.dtype, config), {}
+    for name, directory in (engine.lora_adapters or {}).items():
+        adapter = open_adapter(directory, config, engine.max_lora_rank)
+        found[name] = adapter.num_bytes(dtype), adapter.num_bytes(dtype, experts=True)
+    return found
+
+
 def download_bytes(model: str | Path, plan: PlacementPlan) -> list[int]:
     """Bytes of the files that a process has to fetch on a node of its own: an attention replica, then each shard.
 
@@ -67,6 +80,7 @@ def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, nu
     check_blocks(config, engine.quantization, engine.of_experts)
     plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, num_shards))
     check_block_fits(config, engine, resolve_dtype(engine.dtype, config))
+    adapter_bytes(config, engine)
     max_model_len(config, engine)
     read_sampling_defaults(model_dir)
     read_eos_token_ids(model_dir, config)

@@ -17,11 +17,13 @@ from cluster.engine.outcomes import parts_of
 from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, ScheduledSequence, StepResult
 from cluster.engine.step_inputs import StepArrays, to_device
+from cluster.experts.adapted_ids import NO_ADAPTER
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
 from cluster.grammar.masks import MaskThreads, RowMasks
 from cluster.kernels.attention import make_attention
 from cluster.kernels.sampling.rule import Mask, leaves_any
+from cluster.model.adapters import step_adapters
 from cluster.model.decoder import CausalLM, MicroBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.feed_forward import Experts
@@ -131,7 +133,7 @@ class ModelRunner:
         theirs are without meaning, and [0, H] when all are. Raises ClusterError."""
         step = StepExperts(self.experts, len(scheduled))
         try:
-            if self.graphs is not None and self.graphs.take(scheduled):
+            if self.graphs is not None and self.graphs.take(scheduled):  # none of an adapter
                 hidden_states = self.graphs.run(self._arrays(scheduled), self._part(step, 0, scheduled))
                 if hidden_states is not None:
                     return hidden_states, step
@@ -159,19 +161,25 @@ class ModelRunner:
         return hidden_states
 
     def _part(self, step: StepExperts, first: int, scheduled: Seq[ScheduledSequence]) -> Experts:
-        return step.part(first, [s.num_tokens for s in scheduled], self.device)
+        adapters = [s.sequence.adapter for s in scheduled]
+        numbers = None
+        if any(adapter is not None and adapter.has_experts for adapter in adapters):
+            numbers = [a.source.number if a is not None and a.has_experts else NO_ADAPTER for a in adapters]
+        return step.part(first, [s.num_tokens for s in scheduled], self.device, numbers)
 
     def _micro_batch(self, scheduled: Seq[ScheduledSequence], experts: Experts) -> MicroBatch:
         if self.attention.reads_whole_blocks:
             for number, group in enumerate(self.cache.groups):
                 group.clear(self._tails(scheduled, number))
-        token_ids, positions, lengths, batches = self._arrays(scheduled).on(self.device)
+        arrays = self._arrays(scheduled)
+        token_ids, positions, lengths, batches = arrays.on(self.device)
         return MicroBatch(
             token_ids=token_ids,
             positions=positions,
             lengths=lengths,
             attention=[self.attention.plan(batch) for batch in batches],
             experts=experts,
+            adapters=step_adapters([s.sequence.adapter for s in scheduled], arrays.query_lens, self.device),
         )
 
     def _arrays(self, scheduled: Seq[ScheduledSequence]) -> StepArrays:

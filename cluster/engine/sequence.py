@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cluster.engine.block_table import BlockTable
 from cluster.grammar.state import GrammarState
+from cluster.model.adapters import Adapter
 from cluster.model.penalties import PenaltyState
 from cluster.model.sampler import Sampled
 from cluster.outcome import EVERY_ROW
@@ -27,8 +28,9 @@ class Sequence:
     lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
     held: it keeps its blocks and takes part in no step until there is news of that expert.
     stop_token_ids: tokens that end it, the model's EOS ids among them unless ignore_eos.
-    block_salt: names anything but its tokens that its keys and values depend on (an adapter); sequences of different
+    block_salt: names anything but its tokens that its keys and values depend on (its adapter's); sequences of different
     salts share no block.
+    adapter: by which it is computed; None for the base alone.
     grammar: of its constraint, at its last token; set before it is scheduled.
     """
 
@@ -50,9 +52,12 @@ class Sequence:
     lost_since: float | None = None
     held: bool = False
     grammar: GrammarState | None = None
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+        if self.adapter is not None:
+            self.block_salt = self.adapter.salt
 
     @property
     def request_id(self) -> str:

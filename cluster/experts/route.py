@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cluster.experts.adapted_ids import experts_of
 from cluster.experts.placement import PlacementPlan
 from cluster.experts.transport import NOT_HERE
 
@@ -37,11 +38,21 @@ class Route:
         self._num_shards = plan.num_shards
 
     def shards(self, topk_ids: np.ndarray) -> np.ndarray:
-        """Each slot's shard: [T, K] int64, NOT_HERE for an empty slot. topk_ids: [T, K] int64."""
+        """Each slot's shard: [T, K] int64, NOT_HERE for an empty slot. topk_ids: [T, K] int64, with adapters or
+        without."""
+        try:
+            return self._chosen(topk_ids)
+        except IndexError:
+            return self._chosen(experts_of(topk_ids, len(self._copies)))
+
+    def _chosen(self, topk_ids: np.ndarray) -> np.ndarray:
+        """Raises IndexError for an id that no expert has."""
         rows = topk_ids - NOT_HERE
         if self._shards.shape[1] == 1:
             only: np.ndarray = self._shards[:, 0][rows]
             return only
+        if rows.max(initial=0) >= len(self._shards):
+            raise IndexError
         flat = rows.astype(np.int16).ravel()  # numpy sorts 16 bits by radix
         counts = np.bincount(flat, minlength=len(self._shards))  # [1 + E]
         chosen = np.empty(flat.shape, dtype=np.int64)

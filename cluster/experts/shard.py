@@ -13,11 +13,16 @@ from torch import Tensor
 from cluster.checkpoint.names import expert_shapes
 from cluster.checkpoint.opening import Checkpoint
 from cluster.config import ModelConfig
+from cluster.config.lora import AdapterList
 from cluster.config.quantization import Quantization
 from cluster.errors import ShardUnavailable
+from cluster.experts.adapted_ids import experts_of, numbers_of
+from cluster.experts.adapters import AdaptedSlots, ExpertAdapters
 from cluster.kernels import gpu
 from cluster.kernels.experts import ExpertWeights, no_experts
 from cluster.kernels.weights import Parts, Weight, WeightLoader
+
+NO_PLACE = -1  # of an expert that is elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class ExpertShard:
         self._no_experts = no_experts(
             config.hidden_size, config.moe.moe_intermediate_size, dtype=dtype, device=device, quantization=quantization
         )
+        self.adapters = ExpertAdapters(config, dtype=dtype, device=device)
         self.expert_tokens = torch.zeros(
             (config.num_hidden_layers, config.num_experts), dtype=torch.int64, device=device
         )  # rows that each expert has computed here since the start: the load that placement balances
@@ -75,6 +81,7 @@ class ExpertShard:
         has a layer that changes twice meanwhile. Raises CheckpointError for a missing or misshapen tensor, a damaged
         file; the layers before it stay changed.
         """
+        self.adapters.hold({layer_id: sorted({*self._ids(layer_id), *ids}) for layer_id, ids in experts.items()})
         loader = WeightLoader(lambda targets: reader.load(targets, progress), self.device)
         for layer_id, expert_ids in experts.items():
             before = self.layers.get(layer_id)
@@ -82,6 +89,15 @@ class ExpertShard:
                 self.layers[layer_id] = self._changed(layer_id, tuple(expert_ids), before, loader)
         for layer_id in self.layers.keys() - experts.keys():
             del self.layers[layer_id]
+        self.adapters.hold(experts)
+
+    def adapt(self, wanted: AdapterList) -> None:
+        """Holds the adapters' part of its experts from now on, as `ExpertAdapters.follow`. Not beside `load`."""
+        self.adapters.follow(wanted, {layer_id: layer.expert_ids for layer_id, layer in self.layers.items()})
+
+    def _ids(self, layer_id: int) -> tuple[int, ...]:
+        layer = self.layers.get(layer_id)
+        return () if layer is None else layer.expert_ids
 
     def _changed(
         self, layer_id: int, expert_ids: tuple[int, ...], before: LayerSlice | None, loader: WeightLoader
@@ -115,6 +131,8 @@ class ExpertShard:
         if layer is None:
             raise ShardUnavailable(f"shard {self.shard_id} holds no expert of layer {layer_id}", self.shard_id)
         counts = self.expert_tokens.select(0, layer_id)
+        if self.adapters.now and (topk_ids.cpu() > self.config.num_experts).any():
+            return self._adapted(layer_id, hidden_states, topk_ids.cpu(), topk_weights)
         if self.device.type == "cpu":
             local_ids = self._localize_on_cpu(layer_id, layer, topk_ids.numpy(), counts.numpy())
         else:
@@ -126,9 +144,32 @@ class ExpertShard:
             out = layer.weights.forward(hidden_states, local_ids, topk_weights)
         return out.to(hidden_states.dtype)
 
+    def _adapted(self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """As `forward`, of rows of which some have adapters. topk_ids: on the CPU, as `adapted_ids` has them."""
+        layer, num_experts, adapters = self.layers[layer_id], self.config.num_experts, self.adapters.now
+        experts, numbers = experts_of(topk_ids.numpy(), num_experts), numbers_of(topk_ids.numpy(), num_experts)
+        places = self._places(layer_id, layer, experts)
+        changed = adapters.check(experts, numbers, layer_id, self.shard_id)
+        topk_weights = topk_weights.to(self.device)
+        rows, slots = np.nonzero(changed)
+        with torch.inference_mode():
+            others = torch.from_numpy(np.where(changed, NO_PLACE, places)).to(self.device)
+            out = layer.weights.forward(hidden_states, others, topk_weights)
+            at = torch.from_numpy(rows).to(self.device), torch.from_numpy(slots).to(self.device)
+            adapted = AdaptedSlots(rows, experts[changed], numbers[changed], places[changed], topk_weights[at])
+            adapters.compute(layer_id, layer.weights, adapted, hidden_states, out)
+        counted = np.bincount(experts[experts >= 0], minlength=num_experts)
+        self.expert_tokens.select(0, layer_id).add_(torch.from_numpy(counted).to(self.device))
+        return out.to(hidden_states.dtype)
+
     def _places(self, layer_id: int, layer: LayerSlice, topk_ids: np.ndarray) -> np.ndarray:
         """Each slot's place in the layer's weights, -1 for "not here": [T, K]. Raises ShardUnavailable."""
-        places: np.ndarray = layer.places[np.maximum(topk_ids, -1)]
+        try:
+            places: np.ndarray = layer.places[np.maximum(topk_ids, NO_PLACE)]
+        except IndexError:
+            raise ShardUnavailable(
+                f"shard {self.shard_id} does not hold the adapter of a row yet", self.shard_id
+            ) from None
         missing = topk_ids[(places < 0) & (topk_ids >= 0)]
         if missing.size:
             raise ShardUnavailable(
@@ -158,4 +199,5 @@ class ExpertShard:
     def num_bytes(self) -> int:
         """Bytes of the weights that it has."""
         layers = [layer.weights for layer in list(self.layers.values())]
-        return sum(weight.nbytes for layer in layers for weight in (*layer.gate_up, *layer.down))
+        weights = sum(weight.nbytes for layer in layers for weight in (*layer.gate_up, *layer.down))
+        return weights + self.adapters.now.num_bytes

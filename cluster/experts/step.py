@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ShardUnavailable
+from cluster.experts.adapted_ids import adapted, offset_of
 from cluster.experts.direct import DirectFlight
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.legs import DispatchFlight
@@ -35,10 +36,20 @@ class StepExperts:
         self.hung: set[tuple[int, int]] = set()
         self._parts: list[PartExperts] = []
 
-    def part(self, first: int, num_tokens: Sequence[int], device: torch.device) -> "PartExperts":
-        """The experts for a micro-batch: the sequences from number `first` on, each with its number of rows."""
-        self._parts.append(PartExperts(self, first, num_tokens, device))
-        return self._parts[-1]
+    def part(
+        self, first: int, num_tokens: Sequence[int], device: torch.device, adapters: Sequence[int] | None = None
+    ) -> "PartExperts":
+        """The experts for a micro-batch: the sequences from number `first` on, each with its number of rows.
+
+        adapters: the number of each sequence's that changes routed experts, NO_ADAPTER for none; None where all are.
+        """
+        part = PartExperts(self, first, num_tokens, device)
+        if adapters is not None:
+            num_experts = self.dispatcher.plans.current().num_experts
+            offsets = torch.tensor([offset_of(number, num_experts) for number in adapters])
+            part.offsets = offsets.repeat_interleave(torch.tensor(num_tokens)).to(device)
+        self._parts.append(part)
+        return part
 
     def abandon(self) -> None:
         """The step is not finished: nobody will ask for the rows under way."""
@@ -56,6 +67,7 @@ class PartExperts:
         self._num_tokens = num_tokens
         self._device = device
         self._flight: DispatchFlight | DirectFlight | None = None
+        self.offsets: Tensor | None = None  # [T], of the ids of rows with an adapter
 
     @cached_property
     def _owners(self) -> Tensor:
@@ -67,6 +79,8 @@ class PartExperts:
         self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> DispatchFlight | DirectFlight:
         """As `ExpertDispatcher.dispatch`; rows of lost sequences ask for no expert any more."""
+        if self.offsets is not None:
+            topk_ids = adapted(topk_ids, self.offsets)
         if self._step.lost:
             lost = torch.isin(self._owners, torch.tensor(list(self._step.lost), device=self._owners.device))
             topk_ids = topk_ids.masked_fill(lost.unsqueeze(1), NOT_HERE)

@@ -7,6 +7,7 @@ T: tokens of all sequences in a step, H: hidden size, V: vocabulary, L: labels.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,13 @@ from cluster.model.heads import head_layers
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.attention import Attention
 from cluster.model.layers.feed_forward import Experts, FeedForward
+from cluster.model.layers.lora import LayerAdapters
 from cluster.model.layers.norm import RMSNorm
 from cluster.model.layers.rope import RotaryEmbedding
+
+
+class Adapters(Protocol):
+    def layer(self, layer_id: int) -> LayerAdapters: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +34,7 @@ class MicroBatch:
 
     token_ids, positions, lengths: [T] int64; lengths: as of `RotaryEmbedding.forward`.
     attention: of each group of layers, as in the cache.
+    adapters: of its rows at each layer; None where all rows are the base's.
     """
 
     token_ids: Tensor
@@ -35,6 +42,7 @@ class MicroBatch:
     lengths: Tensor
     attention: Sequence[AttentionPlan]
     experts: Experts
+    adapters: Adapters | None = None
 
 
 Residual = tuple[Tensor, Tensor | None]  # [T, H] each: hidden states, and what the next norm is to add to them
@@ -57,11 +65,13 @@ class DecoderLayer(nn.Module):
         cache: tuple[Tensor, Tensor],
         plan: AttentionPlan,
         experts: Experts,
+        *,
+        adapters: LayerAdapters | None = None,
     ) -> Callable[[], Residual]:
         """Computes up to where routed rows are waited for; the result waits and gives what the next layer takes."""
         x, normed = self.input_layernorm(*residual)
-        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rotary, cache, plan))
-        finish = self.mlp.begin(normed, experts)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rotary, cache, plan, adapters))
+        finish = self.mlp.begin(normed, experts, adapters)
         return lambda: (x, finish())
 
 
@@ -102,7 +112,10 @@ class CausalLM(nn.Module):
             assert isinstance(layer, DecoderLayer)
             kv, group = cache.layer(layer_id), cache.group_of[layer_id]
             for i, part in enumerate(micro_batches):
-                finish[i] = layer.begin(finish[i](), rotary[i], kv, part.attention[group], part.experts)
+                adapters = None if part.adapters is None else part.adapters.layer(layer_id)
+                finish[i] = layer.begin(
+                    finish[i](), rotary[i], kv, part.attention[group], part.experts, adapters=adapters
+                )
         rows: list[Tensor] = [self.model.norm(*wait())[1] for wait in finish]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 

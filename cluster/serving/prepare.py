@@ -35,6 +35,7 @@ class RequestCompleter:
         field: str,
         request_id: str,
         timeout_s: float | None = None,
+        adapter: str = "",
     ) -> EngineRequest:
         """Returns the request as an engine takes it; `field` is the prompt's name in a refusal.
 
@@ -51,6 +52,7 @@ class RequestCompleter:
             constraint=params.constraint,
             timeout_s=timeout_s,
             max_tokens_is_default=params.max_tokens is None,
+            adapter=adapter,
         )
 
     def result(
@@ -62,6 +64,7 @@ class RequestCompleter:
         request_id: str,
         timeout_s: float | None = None,
         num_top: int = 0,
+        adapter: str = "",
     ) -> EngineRequest:
         """As `complete`, for a result of numbers. Its prompt may be as long as the context.
 
@@ -77,6 +80,7 @@ class RequestCompleter:
             params=replace(_NO_TOKENS, logprobs=num_top) if num_top else _NO_TOKENS,
             timeout_s=timeout_s,
             wants=wants,
+            adapter=adapter,
         )
 
     def check_serves(self, wants: Wants) -> None:
@@ -151,7 +155,7 @@ class RequestPreparer:
             await self._work.check_constraint(params.constraint, client)
         token_ids = await self._token_ids(prompt, client)
         return self._completer.complete(
-            token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s
+            token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s, adapter=prompt.adapter
         )
 
     async def result(
@@ -159,7 +163,9 @@ class RequestPreparer:
     ) -> EngineRequest:
         """As `prepare`, for a result of numbers."""
         token_ids = await self._token_ids(prompt, client)
-        return self._completer.result(token_ids, wants, field=prompt.field, request_id=request_id, num_top=num_top)
+        return self._completer.result(
+            token_ids, wants, field=prompt.field, request_id=request_id, num_top=num_top, adapter=prompt.adapter
+        )
 
     async def _token_ids(self, prompt: Prompt, client: str) -> Iterable[int]:
         return await self.tokenize(prompt, client) if prompt.token_ids is None else prompt.token_ids

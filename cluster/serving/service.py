@@ -6,7 +6,7 @@ engine's request of a prompt, `tracking` follows it to its end.
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
@@ -34,6 +34,8 @@ from cluster.types import (
     Usage,
 )
 
+MAX_SHOWN = 10  # adapters in a refusal
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLimits:
@@ -51,6 +53,7 @@ class InferenceService:
     tokenizer: None serves token ids alone.  defaults: the checkpoint's generation_config; None fields take
     `SAMPLING_DEFAULTS`.
     admission: lets calls in; by default any.  clock: monotonic seconds.
+    adapters: returns the names of the LoRA adapters that are loaded now.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class InferenceService:
         admission: Admission | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_request_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        adapters: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self.info = info
         self.limits = limits or ServiceLimits()
@@ -75,6 +79,7 @@ class InferenceService:
         self._preparer = RequestPreparer(work, info, defaults)
         self._backend = backend
         self.new_request_id = new_request_id
+        self.adapters = adapters
         self._tracker = RequestTracker(metrics, clock)
 
     async def start(self) -> None:
@@ -168,6 +173,7 @@ class InferenceService:
         num_top: of the likeliest tokens at each position, beside "token_logprobs".
         """
         with self._begun(request_id, timeout_s, client) as tracked:
+            self._check_adapter(prompt)
             preparing = self._preparer.result(
                 prompt, wants, request_id=tracked.request_id, client=client, num_top=num_top
             )
@@ -186,6 +192,7 @@ class InferenceService:
         client: str = "",
     ) -> EngineRequest:
         """Returns the request as an engine takes it. Raises InvalidRequest: field, value and limit; Overloaded."""
+        self._check_adapter(prompt)
         request_id = request_id or self.new_request_id()
         return await self._preparer.prepare(prompt, params, request_id=request_id, timeout_s=timeout_s, client=client)
 
@@ -196,6 +203,12 @@ class InferenceService:
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, client: str = "") -> str:
         """Returns the text of token ids. Raises InvalidRequest for one outside the vocabulary; Overloaded."""
         return await self._preparer.detokenize(token_ids, skip_special_tokens=skip_special_tokens, client=client)
+
+    def _check_adapter(self, prompt: Prompt) -> None:
+        """Raises NotFound."""
+        if prompt.adapter and prompt.adapter not in (names := self.adapters()):
+            known = ", ".join(sorted(names)[:MAX_SHOWN]) or "none"
+            raise NotFound(f"the adapter {prompt.adapter[:100]!r} is not served here; served: {known}", "adapter")
 
     @contextmanager
     def _begun(
@@ -223,11 +236,9 @@ class InferenceService:
     async def _run(self, request: EngineRequest, tracked: TrackedRequest) -> AsyncGenerator[TextDelta, None]:
         """Runs a prepared request; the last delta, and only it, has finish_reason and usage."""
         answer = Answer(self._tokenizer, request.params, self.info.eos_token_ids, tracked.name)
-        updates, constrained = self._backend.generate(request), request.constraint is not None
+        updates = self._backend.generate(request)
         try:
-            while (
-                delta := await self._next_delta(updates, answer, tracked, constrained=constrained)
-            ).finish_reason is None:
+            while (delta := await self._next_delta(updates, answer, tracked, request)).finish_reason is None:
                 if delta.token_ids:
                     yield delta
         finally:
@@ -237,14 +248,13 @@ class InferenceService:
         yield replace(delta, usage=usage)
 
     async def _next_delta(
-        self, updates: UpdateStream, answer: Answer, tracked: TrackedRequest, *, constrained: bool
+        self, updates: UpdateStream, answer: Answer, tracked: TrackedRequest, request: EngineRequest
     ) -> TextDelta:
         update = await self._next_update(updates, tracked)
-        if constrained and update.token_ids and not update.constrained:
-            raise Unavailable(
-                f"request {tracked.name}: its attention replica is of an older version, which knows no "
-                f"{FIELD}: send it again when `moe-cluster roll` is through"
-            )
+        if request.constraint is not None and update.token_ids and not update.constrained:
+            raise _older(tracked, FIELD)
+        if request.adapter != update.adapter and update.token_ids:
+            raise _older(tracked, "adapter")
         delta = answer.add(update)
         self._tracker.tokens(tracked, len(delta.token_ids))
         return delta
@@ -259,9 +269,18 @@ class InferenceService:
         """Runs a prepared request to its result of numbers."""
         updates = self._backend.generate(request)
         try:
-            while (numbers := result_of(await self._next_update(updates, tracked), tracked.name)) is None:
+            while (numbers := result_of(update := await self._next_update(updates, tracked), tracked.name)) is None:
                 pass  # an update without news
+            if request.adapter != update.adapter:
+                raise _older(tracked, "adapter")
         finally:
             await updates.aclose()
         self._tracker.computed(tracked, request.wants)
         return numbers
+
+
+def _older(tracked: TrackedRequest, field: str) -> Unavailable:
+    return Unavailable(
+        f"request {tracked.name}: its attention replica is of an older version, which knows no {field}: send it again "
+        "when `moe-cluster roll` is through"
+    )

@@ -148,6 +148,12 @@ TABLE = (
     NotRun(r"helm install .*", LIVE, _chart_renders),
     NotRun(r"helm test .*", LIVE, _release_has_a_test),
     NotRun(r"kubectl .*", LIVE, _object_is_in_the_release),
+    NotRun(r"moe-cluster \w+ .*--lora-adapters .*", "needs adapters of the user's", is_parsed),
+    NotRun(
+        r"curl \S+/v1/(completions .*\"law\"|(un)?load_lora_adapter ).*",
+        "needs adapters of the user's",
+        "tests/unit/test_adapters_served.py::test_an_admin_key_alone_changes_adapters_by_vllms_calls",
+    ),
     NotRun(r"docker build .*", "needs Docker", _image_is_the_charts),
     NotRun(r"ray start .*", "starts a Ray of several machines", _ray_takes_the_options),
     NotRun(r"serve deploy .*", "needs such a Ray, with GPUs", _serve_takes_the_file),

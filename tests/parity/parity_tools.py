@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from configs import NUM_TOKENS, PROMPTS
@@ -21,6 +22,11 @@ def ask_transformers(model_dir: Path) -> Oracle:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    return ask(model, model_dir)
+
+
+def ask(model: Any, model_dir: Path) -> Oracle:
+    """model: transformers', of the checkpoint, or made of it."""
     logits, token_ids = [], []
     with torch.inference_mode():
         for prompt in PROMPTS:
@@ -30,6 +36,18 @@ def ask_transformers(model_dir: Path) -> Oracle:
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             token_ids.append(ids[len(prompt) :])
     return Oracle(model_dir, logits, token_ids)
+
+
+def ask_peft(model_dir: Path, directory: Path, **config) -> Oracle:
+    """Writes an adapter of random matrices with PEFT, and asks the model that PEFT merges it into."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(len(str(config)))
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    model = get_peft_model(base, LoraConfig(init_lora_weights=False, **config))
+    model.save_pretrained(directory)
+    return ask(model.merge_and_unload().eval(), model_dir)
 
 
 def logprobs_of(prompt: list[int], logits: Tensor) -> Tensor:

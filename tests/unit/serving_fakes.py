@@ -115,6 +115,7 @@ class EchoBackend:
                     logprobs=logprobs,
                     finish_reason=reason if last else None,
                     constrained=request.constraint is not None,
+                    adapter=request.adapter,
                 )
             )
         return updates
@@ -181,6 +182,7 @@ def make_service(
     keys: ApiKeys | None = None,
     admission: Admission | None = None,
     head: Head | None = None,
+    adapters: Sequence[str] = (),
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
     info = ModelInfo(
@@ -192,6 +194,7 @@ def make_service(
         tokenizer=tokenizer,
         info=info,
         defaults=defaults or SamplingParams(temperature=0.7, top_k=20),
+        adapters=lambda: adapters,
         backend=backend,
         metrics=metrics or FakeMetrics(),
         limits=ServiceLimits(max_request_bytes=max_request_bytes, max_waiting_inputs=max_waiting_inputs),

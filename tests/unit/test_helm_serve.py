@@ -75,6 +75,8 @@ def test_the_charts_schema_has_the_fields_types_and_limits():
             expected = {"enum": list(limits.choices)}
         if field.name == "metrics_port":
             expected["minimum"] = 1024
+        if field.name == "lora_adapters":
+            expected["additionalProperties"] = {"type": "string", "minLength": 1}
         assert schema[field.name] == {key: value for key, value in expected.items() if value is not None}, field.name
 
 

@@ -262,7 +262,7 @@ def test_a_shard_is_killed_by_its_actors_name(monkeypatch):
     killed = []
     monkeypatch.setattr(operations.ray, "get_actor", lambda name, namespace: f"actor {name}")
     monkeypatch.setattr(operations.ray, "kill", killed.append)
-    it = RayOperations(None, status)
+    it = RayOperations(None, status, None)
     assert asyncio.run(it.kill_shard(1)) == "shard 1 is killed"
     assert killed == [f"actor {status().shards[1].actor}"]
     with pytest.raises(InvalidRequest, match="there is no shard 2: there are 2"):
@@ -280,7 +280,7 @@ def _nobody(name, namespace):
 def test_the_controllers_refusal_is_told_and_its_death_is_to_be_tried_again():
     def ask(answer):
         controller = SimpleNamespace(rebalance=Remote(answer), scale=Remote(answer))
-        it = RayOperations(controller, status)
+        it = RayOperations(controller, status, None)
         return asyncio.run(it.rebalance()), asyncio.run(it.scale_experts(3))
 
     assert ask("moved") == ("moved ()", "moved (3,)")
@@ -304,8 +304,8 @@ def test_a_note_reaches_the_controller_or_the_log(caplog):
             async def remote(what):
                 noted.append(what)
 
-    asyncio.run(RayOperations(Controller(), status).note("it failed"))
+    asyncio.run(RayOperations(Controller(), status, None).note("it failed"))
     assert noted == ["it failed"]
     for lacking in (SimpleNamespace(), SimpleNamespace(note_fault=Remote(ray.exceptions.RayActorError()))):
-        asyncio.run(RayOperations(lacking, status).note("this too"))
+        asyncio.run(RayOperations(lacking, status, None).note("this too"))
     assert caplog.text.count("this too") == 2

@@ -27,6 +27,7 @@ for name in sys.argv[3:]:
 from cluster.cli import _parser
 _parser()
 assert "torch" not in sys.modules, "the command line loads torch"
+import cluster.checkpoint.adapters
 from cluster.checkpoint.info import model_info
 from cluster.config import ClusterConfig, EngineConfig
 from cluster.engine.preflight import check_checkpoint

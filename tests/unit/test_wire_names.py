@@ -11,6 +11,7 @@ import pytest
 from last_version import ROOT, write_last_version
 
 from cluster.config import ClusterConfig
+from cluster.config.lora import AdapterList, AdapterSource
 from cluster.errors import InvalidRequest, ShardUnavailable
 from cluster.evolving import evolving, sent
 from cluster.experts.placement import plan_evenly
@@ -58,6 +59,7 @@ SINCE = (
     Reply(store_id="s", stop=("a",)),
     Page(events=("e",), num_events=2, ended=True),
     StoreLimits(max_bytes=1, max_responses=2, max_age_s=3.0),
+    AdapterList(version=1.0, adapters=(AdapterSource(name="a", directory="/a", number=3),), next_number=4),
     Contents(store_id="s", limits=StoreLimits(max_bytes=1), ages_s=(1.0,)),
 )
 FAILURES = (ShardUnavailable("shard 1 died", 1), InvalidRequest("no", "n"))
@@ -65,6 +67,8 @@ ACTORS = (ExpertController, ExpertShardActor, EngineActor)
 ACTORS_SINCE = (ResponseStoreActor, ResponseCarrier)
 NAMES = """
     cluster.config.cluster.ClusterConfig
+    cluster.config.lora.AdapterList
+    cluster.config.lora.AdapterSource
     cluster.errors.InvalidRequest
     cluster.errors.ShardUnavailable
     cluster.experts.placement.PlacementPlan

@@ -9,6 +9,7 @@ from cluster.config import ModelConfig
 from cluster.kernels.paged import AttentionPlan
 from cluster.kernels.rotary import rotate_to_cache
 from cluster.model.layers.linear import Linear
+from cluster.model.layers.lora import LayerAdapters
 
 
 class Attention(nn.Module):
@@ -23,10 +24,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(query_width, {"o_proj": config.hidden_size})
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], plan: AttentionPlan
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        adapters: LayerAdapters | None = None,
     ) -> Tensor:
         """x: [T, H]; rotary: cos and sin, each [T, 1, D]; cache: one layer's keys and values, written in place."""
-        q = rotate_to_cache(self.qkv_proj(x), rotary, cache, plan.slot_mapping)  # [T, Q, D]
-        out = plan.attend(q, *cache, scale=self.head_dim**-0.5, window=self.window)
-        projected: Tensor = self.o_proj(out.flatten(1))
+        qkv = self.qkv_proj(x)
+        if adapters is not None:
+            adapters.add("self_attn.qkv_proj", x, qkv)
+        q = rotate_to_cache(qkv, rotary, cache, plan.slot_mapping)  # [T, Q, D]
+        out = plan.attend(q, *cache, scale=self.head_dim**-0.5, window=self.window).flatten(1)
+        projected: Tensor = self.o_proj(out)
+        if adapters is not None:
+            adapters.add("self_attn.o_proj", out, projected)
         return projected

@@ -12,6 +12,7 @@ from cluster.config import MoeConfig
 from cluster.kernels.router import route
 from cluster.model.layers.feed_forward import MLP, Experts
 from cluster.model.layers.linear import Linear
+from cluster.model.layers.lora import LayerAdapters
 
 
 class Router(nn.Module):
@@ -36,11 +37,14 @@ class SparseMoe(nn.Module):
         super().__init__()
         self.layer_id = layer_id
         self.gate = Router(moe, hidden_size)
-        self.shared_expert = MLP(hidden_size, moe.shared_expert_intermediate_size)
+        self.shared_expert = MLP(hidden_size, moe.shared_expert_intermediate_size, "mlp.shared_expert")
         self.shared_expert_gate = Linear(hidden_size, {"shared_expert_gate": 1})
 
-    def begin(self, x: Tensor, experts: Experts) -> Callable[[], Tensor]:
+    def begin(self, x: Tensor, experts: Experts, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
         """As `FeedForward.begin`: sends the routed rows away, then computes the shared expert."""
         flight = experts.dispatch(self.layer_id, x, *self.gate(x))
-        shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)  # [T, H]
+        gate = self.shared_expert_gate(x)
+        if adapters is not None:
+            adapters.add("mlp.shared_expert_gate", x, gate)
+        shared = torch.sigmoid(gate) * self.shared_expert(x, adapters)  # [T, H]
         return lambda: shared + experts.combine(flight)

@@ -19,6 +19,7 @@ from cluster.evolving import on_wire
 from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for
 from cluster.metrics import ControllerMetrics, new_registry, report_version
+from cluster.runtime.control.adapters import AdapterCalls, SharedAdapters
 from cluster.runtime.control.capacity import first_plan
 from cluster.runtime.control.changes import PlacementChanges
 from cluster.runtime.control.collector import NodeCollectors
@@ -46,7 +47,7 @@ REGISTRATION_S = 3.0  # in which the engines that live ask a controller that com
 
 
 @on_wire("cluster.runtime.controller", former=("_actors", "_follow", "_recall", "_register", "_watch_engine"))
-class ExpertController:
+class ExpertController(AdapterCalls):
     """An asyncio actor of the group's name. Every public method may be called at any time."""
 
     def __init__(
@@ -69,6 +70,7 @@ class ExpertController:
         self.shards = Shards()
         self.state = ClusterState(group, config, self.shards, self._metrics, news=news, clock=clock)
         self.engines = Engines(news, self.state.note, clock=clock)
+        self.adapters = SharedAdapters(self.state, self.shards, self.engines)
         self._spares = SpareProcesses(group, self.state, self._launcher)
         self._supervision = ShardSupervision(
             self.state,
@@ -123,9 +125,10 @@ class ExpertController:
         """Follows a redeployed configuration in what can change while shards run. The same one again changes nothing,
         so that a restarted ingress does not undo a scaling by hand."""
         await self._start()
-        if config == self.state.config:
+        if config == (before := self.state.config):
             return
         self.state.follow(config)
+        self._tasks.append(asyncio.create_task(self.adapters.follow(before, config)))
         if self._changes is not None:
             self._tasks.append(asyncio.create_task(self._changes.guard(self._changes.settle())))
 
@@ -179,6 +182,8 @@ class ExpertController:
             config=state.config,
             process=process_info(),
             lease_by_renewal=True,
+            adapters=self.adapters.current.names,
+            adapters_version=self.adapters.current.version,
         )
 
     async def process(self) -> ProcessInfo:
@@ -223,9 +228,11 @@ class ExpertController:
         state = self.state
         try:
             facts = read_expert_facts(state.config)
+            await self.adapters.begin()
             record, actors = await recall(self._launcher)
             if record is not None or self._launcher.restarted():
                 self._slots_known_at = self._clock() + REGISTRATION_S
+                self._tasks.append(asyncio.create_task(self.adapters.recover(REGISTRATION_S)))
             if record is not None:
                 state.resume(record)
                 log.info("%s: goes on from plan epoch %d, %d shards", state.group, record.plan.epoch, record.target)

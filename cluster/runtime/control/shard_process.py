@@ -9,7 +9,9 @@ from typing import Any
 
 import ray
 
+from cluster.config.lora import AdapterList
 from cluster.config.quantization import PLAIN
+from cluster.errors import ClusterError, Unavailable
 from cluster.experts.pulse import Sign
 from cluster.runtime.control.launcher import Launcher
 from cluster.runtime.control.shards import Configured
@@ -36,6 +38,7 @@ class ShardProcess:
         self._configured, self._launcher, self._spares = configured, launcher, spares
         self._actor: Any | None = None
         self._wanted_node = ""
+        self._adapted = AdapterList()
 
     @property
     def shard_id(self) -> int:
@@ -56,7 +59,7 @@ class ShardProcess:
                 self.status.actor, self._actor = spare
             else:
                 self._actor = self._launcher.start_shard(self.name, self.shard_id, place, config)
-        self.status.state = "loading"
+        self.status.state, self._adapted = "loading", AdapterList()
 
     async def load(self, experts: Slice) -> None:
         assert self._actor is not None
@@ -68,6 +71,17 @@ class ShardProcess:
             rounded = {} if config.of_experts == PLAIN else {"quantization": config.of_experts}
             await self._actor.load.remote(config.model, wanted, config.dtype, config.device, controller, **rounded)
         self.status.process = await self._actor.process.remote()
+        await self._adapt()
+
+    async def _adapt(self) -> None:
+        """Gives it the adapters. It comes up without those that it cannot read: their rows alone wait then."""
+        while self._adapted != (wanted := self._configured.adapters):  # they may change meanwhile
+            if wanted.adapters or self._adapted.adapters:
+                try:
+                    await give_shard(self.status.shard_id, self._actor, wanted)
+                except ClusterError as error:
+                    log.error("%s comes up without its part of the adapters: %s", self.name, error)
+            self._adapted = wanted
 
     def up(self) -> None:
         self.handle = self._actor
@@ -124,6 +138,18 @@ class ShardProcess:
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.warning("%s hangs and could not be killed: %r", self.name, error)
         self._launcher.end(self._actor)
+
+
+async def give_shard(shard_id: int, actor: Any, wanted: AdapterList) -> None:
+    """Raises ClusterError; RayActorError where the shard dies."""
+    if not hasattr(actor, "adapt"):
+        raise Unavailable(f"shard {shard_id} is of an older version: `moe-cluster roll` gives it a new process")
+    try:
+        await actor.adapt.remote(wanted)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ClusterError):
+            raise error.cause from None
+        raise Unavailable(f"shard {shard_id} failed: {error.cause!r}") from error
 
 
 async def _as_future(ref: Any) -> Any:

@@ -4,15 +4,20 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from cluster.config import ClusterConfig
+from cluster.config.lora import AdapterList
 from cluster.runtime.workers.protocol import Slice
 from cluster.status import ShardStatus
 
 
 class Configured(Protocol):
-    """Knows the configuration as it is now: a redeployment changes it while shards run."""
+    """Knows the configuration and the adapters as they are now: they change while shards run."""
 
     @property
     def config(self) -> ClusterConfig: ...
+
+    @property
+    def adapters(self) -> AdapterList:
+        """Those that change routed experts."""
 
 
 class Shard(Protocol):

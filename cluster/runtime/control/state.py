@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from cluster.config import ClusterConfig
+from cluster.config.lora import AdapterList
 from cluster.errors import SetupError
 from cluster.experts.placement import PlacementPlan, num_shards_for
 from cluster.metrics import ControllerMetrics
@@ -70,6 +71,7 @@ class ClusterState:
         self._failure: SetupError | None = None
         self._uncovered_since: float | None = None
         self._faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
+        self.adapters = AdapterList()  # that shards hold a part of
 
     @property
     def config(self) -> ClusterConfig:

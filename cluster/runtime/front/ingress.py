@@ -165,6 +165,8 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         self._controller.apply.remote(config)
         self._replicas = ServeReplicas(replicas)
         self._admission = self._make_admission()
+        self._adapters: tuple[str, ...] = ()
+        self._adapters_version = -1.0
         model_dir = model_directory(config.model)
         metrics = IngressMetrics(report_version(new_registry(), "ingress"))
         self._service = InferenceService(
@@ -182,6 +184,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
                 max_request_bytes=config.max_request_bytes, max_waiting_inputs=config.max_waiting_inputs
             ),
             admission=self._admission,
+            adapters=lambda: self._adapters,
         )
         self._responses = Responses(response_store(config))
         self._start = asyncio.create_task(self._service.start())
@@ -209,7 +212,7 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
                 now_s=time.time,
                 aliases=self._config.aliases,
                 live=self._live if page else None,
-                operations=RayOperations(self._controller, lambda: self._status) if page else None,
+                operations=RayOperations(self._controller, lambda: self._status, self._look_twice) if page else None,
                 responses=self._responses,
             )
         )
@@ -260,6 +263,11 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
             except Exception:  # the lease and the health of this ingress hang on the next look
                 log.exception("a look at the cluster failed")
 
+    async def _look_twice(self) -> None:
+        """A look, and the time in which every other ingress looks as well."""
+        await self._look()
+        await asyncio.sleep(2 * HEALTH_INTERVAL_S)
+
     async def _look(self) -> None:
         """Keeps the health current. It is serving once replicas and shards are up, until draining, or until some expert
         has had no copy for longer than its requests wait."""
@@ -269,6 +277,8 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
                 self._controller.renew_lease.remote()
             self._covered = status.serves(self._config.recovery_timeout_s)
             self._status = status
+            if status.adapters_version >= self._adapters_version:  # not of a controller that has just begun
+                self._adapters, self._adapters_version = status.adapters, status.adapters_version
             self._replicas.watch({r.name: r.engine for r in status.replicas if r.engine is not None})
             if status.draining:
                 self._admission.drain()

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
 
-from cluster.errors import ClusterError, InvalidRequest, SetupError, Unavailable
+from cluster.errors import ClusterError, InvalidRequest, NotFound, SetupError, Unavailable
 from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE
 from cluster.runtime.ray_private.serve import ask_for_replicas
 from cluster.status import ClusterStatus
@@ -16,10 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class RayOperations:
-    """As `Operations`. status: as the ingress last read it, None before the first time."""
+    """As `Operations`. status: as the ingress last read it, None before the first time.  look: reads it again."""
 
-    def __init__(self, controller: Any, status: Callable[[], ClusterStatus | None]) -> None:
-        self._controller, self._status = controller, status
+    def __init__(
+        self, controller: Any, status: Callable[[], ClusterStatus | None], look: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._controller, self._status, self._look = controller, status, look
 
     async def kill_shard(self, shard_id: int) -> str:
         status = self._status()
@@ -44,6 +46,16 @@ class RayOperations:
         await _answer(asked, "Ray Serve")
         return f"{num_replicas} attention replicas are asked for"
 
+    async def load_adapter(self, name: str, directory: str, *, in_place: bool) -> str:
+        done = await _answer(self._controller.load_adapter.remote(name, directory, in_place), "the expert controller")
+        await self._look()
+        return done
+
+    async def unload_adapter(self, name: str) -> str:
+        done = await _answer(self._controller.unload_adapter.remote(name), "the expert controller")
+        await self._look()
+        return done
+
     async def note(self, what: str) -> None:
         try:
             await self._controller.note_fault.remote(what)
@@ -58,6 +70,8 @@ async def _answer(asked: Any, whom: str) -> str:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        if isinstance(cause, NotFound):
+            raise NotFound(reason, cause.field) from None
         if isinstance(cause, (SetupError, InvalidRequest)):
             raise InvalidRequest(reason, "request") from None
         if isinstance(cause, ClusterError):

@@ -12,6 +12,7 @@ from cluster.config.resources import available_cpus
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
 from cluster.experts.placement import num_shards_for
+from cluster.runtime.control.adapters import check_free
 from cluster.runtime.front.attention_replica import AttentionReplica
 from cluster.runtime.front.autoscaling import autoscaling_config
 from cluster.runtime.front.ingress import Ingress
@@ -35,6 +36,7 @@ def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterCon
     Returns the configuration with a model that means the same files for ever, and with at most as many shards as it
     can have: none for a dense one.
     """
+    check_free(config, config.lora_adapters or {})
     config = replace(config, model=pinned(config.model))
     texts = tokenizer and not config.skip_tokenizer
     reader = check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=texts)

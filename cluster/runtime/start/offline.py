@@ -9,7 +9,8 @@ from typing import Any
 import ray
 
 from cluster.config import ClusterConfig
-from cluster.errors import SetupError
+from cluster.config.lora import AdapterList
+from cluster.errors import ClusterError, SetupError
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.transport import ExpertTransport
 from cluster.metrics import DispatchMetrics
@@ -73,6 +74,13 @@ class RayExperts:
             recovery_timeout_s=config.recovery_timeout_s,
             lanes=lanes_of(self._transport),
         )
+
+    def adapt(self, wanted: AdapterList) -> None:
+        """Gives all shards the adapters that change their experts. Blocks. Raises ClusterError."""
+        try:
+            ray.get(self._controller.adapt_shards.remote(wanted))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ClusterError) else error from None
 
     def close(self) -> None:
         """Ends the shards, and Ray if this object started it and nothing else here uses it. Safe to call again."""

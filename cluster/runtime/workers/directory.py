@@ -13,6 +13,8 @@ from typing import Any
 
 import ray
 
+from cluster.config import ClusterConfig
+from cluster.config.lora import AdapterList
 from cluster.errors import SetupError, ShardUnavailable, Unavailable
 from cluster.experts.placement import PlacementPlan
 from cluster.runtime.workers.protocol import LONG_POLL_S, Membership
@@ -33,6 +35,19 @@ def take_slot(controller: Any, holder: str, process: ProcessInfo, engine: Any) -
             log.warning("the expert controller is away, %s waits for its slot: %s", holder, error)
             time.sleep(1.0)
     return process
+
+
+def adapter_list(controller: Any, config: ClusterConfig) -> AdapterList:
+    """The adapters that an engine shall have: the configuration's, where the controller is of a version that knows of
+    none. Waits while the controller is away."""
+    while hasattr(controller, "adapter_list"):
+        try:
+            found: AdapterList = ray.get(controller.adapter_list.remote())
+            return found
+        except ray.exceptions.RayActorError as error:
+            log.warning("the expert controller is away, an engine waits for its adapters: %s", error)
+            time.sleep(1.0)
+    return AdapterList.configured(config.lora_adapters)
 
 
 class ShardDirectory:

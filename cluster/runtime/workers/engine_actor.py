@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from cluster.config import ClusterConfig
+from cluster.config.lora import AdapterList
 from cluster.evolving import on_wire
 from cluster.runtime.process import end_at_sigterm, prepare_process
 from cluster.types import EngineRequest, EngineStats, SequenceUpdate
@@ -47,6 +48,21 @@ class EngineActor:
     def cancel(self, request_ids: Sequence[str]) -> None:
         self.loop.cancel(request_ids)
 
+    @ray.method(concurrency_group="adapt")
+    def adapt(self, wanted: AdapterList) -> None:
+        """As `Adapters.follow`, while steps go on."""
+        self.loop.adapters.follow(wanted)
+
+    @ray.method(concurrency_group="adapt")
+    def adapted(self) -> AdapterList:
+        """The adapters that it has."""
+        return self.loop.adapters.current
+
+    @ray.method(concurrency_group="adapt")
+    def adapters_in_use(self) -> tuple[int, ...]:
+        """The numbers of the adapters of running and waiting requests, also of those that are unloaded."""
+        return self.loop.adapters_in_use()
+
     @ray.method(concurrency_group="control")
     def stats(self) -> EngineStats:
         return self.loop.stats()
@@ -57,4 +73,4 @@ class EngineActor:
         return self.loop.poll(timeout_s, received)
 
 
-ENGINE_GROUPS = {"control": 1, "poll": 1, "watch": 1}
+ENGINE_GROUPS = {"control": 1, "poll": 1, "watch": 1, "adapt": 1}

@@ -8,6 +8,7 @@ import ray
 from cluster.checkpoint.names import dense_bytes, dense_shapes
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
+from cluster.engine.adapters import AdapterSetup
 from cluster.engine.load import load_engine
 from cluster.engine.loop import EngineLoop
 from cluster.engine.step_record import open_step_record
@@ -15,7 +16,7 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry, report_version
 from cluster.runtime.process import num_sharers, process_info
 from cluster.runtime.workers.computing import prepare_to_compute
-from cluster.runtime.workers.directory import ShardDirectory, take_slot
+from cluster.runtime.workers.directory import ShardDirectory, adapter_list, take_slot
 from cluster.runtime.workers.progress import ProgressReport
 from cluster.runtime.workers.transports import lanes_of, make_transport
 
@@ -52,10 +53,12 @@ def start_engine(
         EngineMetrics(registry, place),
         ProgressReport(controller, replica, total),
         remote_experts=True,
-        **({"on_step": open_step_record(record_path).write} if record_path else {}),
+        on_step=open_step_record(record_path).write if record_path else lambda _: None,
         wait_for_experts=directory.wait_ready,
         num_sharers=num_sharers(config, ray.nodes()),
+        adapters=AdapterSetup(adapter_list(controller, config)),
     )
+    engine.adapters.begin(adapter_list(controller, config))  # one may have come meanwhile
     loop = EngineLoop(engine)
     loop.start()
     log.info("engine %s is loaded, %d KV cache blocks", replica, engine.blocks.num_blocks)

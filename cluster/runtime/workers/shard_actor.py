@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from cluster.config.lora import AdapterList
 from cluster.config.quantization import PLAIN
 from cluster.errors import ShardUnavailable
 from cluster.evolving import on_wire
@@ -77,6 +78,11 @@ class ExpertShardActor:
         if self._streams is None:
             self._streams = self._carriers.start_stream(server, self._pulse)
         return shard.num_bytes
+
+    @ray.method(concurrency_group="load")
+    def adapt(self, wanted: AdapterList) -> None:
+        """As `ShardServer.adapt`."""
+        self._serving().adapt(wanted)
 
     def forward(self, *wire: Any) -> bytes:
         """One `WireBatch` in, the rows' weighted sums [T, H] in their dtype out. Raises ShardUnavailable."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.opening import open_checkpoint
+from cluster.config.lora import AdapterList
 from cluster.config.quantization import PLAIN, quantization_on
 from cluster.engine.load import resolve_device, torch_dtype
 from cluster.errors import ShardUnavailable
@@ -90,6 +91,12 @@ class ShardServer:
         num_experts = sum(len(ids) for ids in experts.values())
         log.info("shard %d holds %d experts (%d read), %d bytes", self.shard_id, num_experts, missing, shard.num_bytes)
         return shard
+
+    def adapt(self, wanted: AdapterList) -> None:
+        """Holds the adapters' part of its experts from now on, while calls go on. Raises CheckpointError,
+        ShardUnavailable before the first load is through."""
+        self.shard().adapt(wanted)
+        self._metrics.weights_bytes(self.shard().num_bytes)
 
     def compute(self, batch: ExpertBatch, waited_s: float) -> Tensor:
         """[T, H] in the rows' dtype, whichever carrier brought them. Raises ShardUnavailable."""

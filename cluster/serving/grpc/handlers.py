@@ -95,6 +95,6 @@ class GrpcInferenceService(ResultHandlers):
 
     async def GetModelInfo(self, request: bytes, grpc_context: GrpcContext) -> pb.GetModelInfoResponse:
         async def answer(_: pb.GetModelInfoRequest, __: str) -> pb.GetModelInfoResponse:
-            return messages.to_model_info_response(self._service.info)
+            return messages.to_model_info_response(self._service.info, self._service.adapters())
 
         return await self._answer(request, grpc_context, pb.GetModelInfoRequest, pb.GetModelInfoResponse, answer)

@@ -1,5 +1,6 @@
 """Protobuf messages to the project's types and back. Knows no network."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -43,12 +44,13 @@ _HEADS: dict[HeadKind, pb.Head] = {
 def to_prompt(message: TimedMessage | pb.TokenizeRequest) -> Prompt:
     """Raises InvalidRequest when the message has no input, or a conversation that no template takes."""
     field = message.WhichOneof("input")
+    adapter = "" if isinstance(message, pb.TokenizeRequest) else message.adapter
     if field == "text":
-        return Prompt(text=message.text)
+        return Prompt(text=message.text, adapter=adapter)
     if field == "chat" and isinstance(message, _WithChat | pb.TokenizeRequest):
-        return Prompt(chat=to_conversation(message.chat))
+        return Prompt(chat=to_conversation(message.chat), adapter=adapter)
     if field == "token_ids" and not isinstance(message, pb.TokenizeRequest):
-        return Prompt(token_ids=tuple(message.token_ids.ids))
+        return Prompt(token_ids=tuple(message.token_ids.ids), adapter=adapter)
     return Prompt()
 
 
@@ -113,7 +115,7 @@ def to_stream_response(delta: TextDelta, calls: AnswerCalls, request_id: str = "
     )
 
 
-def to_model_info_response(info: ModelInfo) -> pb.GetModelInfoResponse:
+def to_model_info_response(info: ModelInfo, adapters: Iterable[str] = ()) -> pb.GetModelInfoResponse:
     return pb.GetModelInfoResponse(
         model_id=info.model_id,
         vocab_size=info.vocab_size,
@@ -125,6 +127,7 @@ def to_model_info_response(info: ModelInfo) -> pb.GetModelInfoResponse:
         eos_token_ids=info.eos_token_ids,
         head=_HEADS[info.head.kind],
         labels=info.head.labels,
+        adapters=sorted(adapters),
     )
 
 

@@ -23,6 +23,12 @@ class Operations(Protocol):
 
     async def scale_attention(self, num_replicas: int) -> str: ...
 
+    async def load_adapter(self, name: str, directory: str, *, in_place: bool) -> str:
+        """in_place: instead of another adapter of that name."""
+
+    async def unload_adapter(self, name: str) -> str:
+        """Raises NotFound too."""
+
     async def note(self, what: str) -> None:
         """Shows a failure to all who watch the cluster. Raises nothing."""
 

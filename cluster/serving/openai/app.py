@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NotFound
 from cluster.serving.openai import (
+    adapters,
     changes,
     chat,
     classes,
@@ -31,6 +32,7 @@ from cluster.serving.text.lane import Lane
 from cluster.version import __version__
 
 ROUTERS = (
+    adapters.router,
     changes.router,
     chat.router,
     classes.router,
@@ -54,7 +56,7 @@ def make_api(served: Served) -> FastAPI:
     for router in ROUTERS:
         api.include_router(router(served))
     add_handlers(api)
-    describe(api, KEYLESS.__contains__, served.model_names)
+    describe(api, KEYLESS.__contains__, lambda: (*served.model_names, *served.service.adapters()))
     return api
 
 

@@ -44,7 +44,7 @@ class Change(AnswerBody):
     text: str
 
 
-_DONE: dict[int | str, dict[str, Any]] = {200: {"model": Change}, 202: {"model": Change}}
+DONE: dict[int | str, dict[str, Any]] = {200: {"model": Change}, 202: {"model": Change}}
 
 
 class Rights(AnswerBody):
@@ -86,17 +86,17 @@ def router(served: Served) -> APIRouter:
             return Rights(configured=served.service.admission.has_admins, allowed=False, name="")
         return Rights(configured=True, allowed=True, name=name)
 
-    @routes.post("/cluster/kill-shard", responses=_DONE)
+    @routes.post("/cluster/kill-shard", responses=DONE)
     async def kill_shard(request: Request, body: KillShard) -> JSONResponse:
         """Ends a shard's process at once, as a rehearsal of its death. The controller replaces it."""
         return await changes.make(request, f"kill shard {body.shard_id}", lambda: operations.kill_shard(body.shard_id))
 
-    @routes.post("/cluster/rebalance", responses=_DONE)
+    @routes.post("/cluster/rebalance", responses=DONE)
     async def rebalance(request: Request, body: NoFields) -> JSONResponse:
         """Moves experts by the measured load."""
         return await changes.make(request, "rebalance", operations.rebalance)
 
-    @routes.post("/cluster/scale", responses=_DONE)
+    @routes.post("/cluster/scale", responses=DONE)
     async def scale(request: Request, body: Scale) -> JSONResponse:
         """Adds or removes expert shards, or attention replicas, one at a time."""
         shards, replicas = body.expert_shards, body.attention_replicas

@@ -45,7 +45,7 @@ def router(served: Served) -> APIRouter:
         "/v1/chat/completions", response_model=ChatAnswer, responses=streamed(ChatChunk, OpenAIError, done=True)
     )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        served.check_model(body.model)
+        served.adapter_of(body.model)
         body.check()
         call = Call(request_id=f"chatcmpl-{body.request_id or request.state.request_id}", client=request.state.client)
         with naming(form_field(body)), naming(body.length_field, "max_tokens"):
@@ -62,13 +62,13 @@ def router(served: Served) -> APIRouter:
 
 async def prepared(served: Served, body: ChatRequest, call: Call) -> "PreparedChat":
     """Checks a body. Raises ClusterError; nothing runs yet."""
-    params = _params(body)
-    prompt = Prompt(chat=to_conversation(body))
+    params, adapter = _params(body), served.adapter_of(body.model)
+    prompt = Prompt(chat=to_conversation(body), adapter=adapter)
     num_choices = body.n or 1
     prompt_token_ids = None
     if num_choices > 1 or body.needs_token_ids:  # rendered and tokenized once
         prompt_token_ids = body.truncated(await served.service.tokenize(prompt, call.client))
-        prompt = Prompt(token_ids=prompt_token_ids)
+        prompt = Prompt(token_ids=prompt_token_ids, adapter=adapter)
     asked = [(prompt, each) for each in variants(params, num_choices)]
     deltas = generate(served.service, asked, call)
     if body.include_stop_str_in_output:
@@ -119,7 +119,7 @@ class PreparedChat:
             id=self.call.request_id,
             object="chat.completion",
             created=self.created,
-            model=self.served.service.info.model_id,
+            model=self.served.shown_model(self.body.model),
             choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
             usage=UsageBody.of(total(choices, self.num_choices)),
             **shown,
@@ -191,7 +191,7 @@ class PreparedChat:
             id=self.call.request_id,
             object="chat.completion.chunk",
             created=self.created,
-            model=self.served.service.info.model_id,
+            model=self.served.shown_model(self.body.model),
             choices=choices,
             **fields,
         )

@@ -33,7 +33,7 @@ def router(served: Served) -> APIRouter:
 
     @routes.post("/classify")
     async def classify(body: ActivatedRequest, request: Request) -> ClassAnswer:
-        call = ResultCall(served, request, "classify")
+        call = ResultCall(served, request, "classify", body.model)
         computed = await call.compute(body, "label_logits")
         data = []
         for index, one in enumerate(computed):
@@ -46,8 +46,7 @@ def router(served: Served) -> APIRouter:
     @routes.post("/v1/score", include_in_schema=False)
     @routes.post("/score")
     async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
-        call, pairs = ResultCall(served, request, "score"), _pairs(*body.sides())
-        served.check_model(body.model)
+        call, pairs = ResultCall(served, request, "score", body.model), _pairs(*body.sides())
         scores, computed = await _scored(call, head, pairs)
         data = [ScoreData(index=index, score=one) for index, one in enumerate(scores)]
         return ScoreAnswer(data=data, **call.answered(computed))
@@ -57,9 +56,8 @@ def router(served: Served) -> APIRouter:
     @routes.post("/rerank")
     async def rerank(body: RerankRequest, request: Request) -> RerankAnswer:
         """The documents by their scores with the query, as `/score` makes them, best first."""
-        call = ResultCall(served, request, "rerank")
+        call = ResultCall(served, request, "rerank", body.model)
         pairs = _pairs(("query", body.query), ("documents", body.documents))
-        served.check_model(body.model)
         scores, computed = await _scored(call, head, pairs)
         order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
         shown = body.return_documents is not False
@@ -81,10 +79,12 @@ async def _scored(
 ) -> tuple[list[float], Sequence[Computed]]:
     """A head with one label scores both texts, one behind the other; any other model compares their embeddings."""
     if head.kind == "sequence_classification" and len(head.labels) == 1:
-        computed = await call.compute_each([Prompt(text=first + second) for first, second in pairs], "label_logits")
+        computed = await call.compute_each(
+            [Prompt(text=first + second, adapter=call.adapter) for first, second in pairs], "label_logits"
+        )
         return [float(1 / (1 + np.exp(-one.numbers.array().astype(np.float64)[0]))) for one in computed], computed
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    computed = await call.compute_each([Prompt(text=text) for text in texts], "last_hidden_state")
+    computed = await call.compute_each([Prompt(text=text, adapter=call.adapter) for text in texts], "last_hidden_state")
     of_text = dict(zip(texts, vectors(computed, True), strict=True))
     return [float(of_text[first] @ of_text[second]) for first, second in pairs], computed
 

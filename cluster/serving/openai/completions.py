@@ -50,10 +50,14 @@ def router(served: Served) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=CompletionAnswer, responses=chunks)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        served.check_model(body.model)
+        adapter = served.adapter_of(body.model)
         body.check()
         _check(body)
-        call = Call(request_id=f"cmpl-{body.request_id or request.state.request_id}", client=request.state.client)
+        call = Call(
+            request_id=f"cmpl-{body.request_id or request.state.request_id}",
+            client=request.state.client,
+            adapter=adapter,
+        )
         with naming(body.form_field):
             completion = await _prepared(served, body, call)
             if body.stream:
@@ -80,7 +84,7 @@ def _check(body: CompletionRequest) -> None:
 
 
 async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Completion":
-    prompts, num_each = to_prompts(body.prompt, "prompt"), body.best_of or body.n or 1
+    prompts, num_each = to_prompts(body.prompt, "prompt", call.adapter), body.best_of or body.n or 1
     if len(prompts) * num_each > MAX_SEQUENCES:
         raise InvalidRequest(
             f"prompt has {len(prompts)} prompts with {num_each} choices each: "
@@ -120,8 +124,9 @@ async def _echoes(served: Served, body: CompletionRequest, prompts: Sequence[Pro
 
 async def _tokenized(served: Served, prompt: Prompt, body: CompletionRequest, call: Call) -> Prompt:
     if prompt.token_ids is not None:
-        return Prompt(token_ids=body.truncated(list(prompt.token_ids)))
-    return Prompt(token_ids=body.truncated(await served.service.tokenize(prompt, call.client)))
+        return Prompt(token_ids=body.truncated(list(prompt.token_ids)), adapter=prompt.adapter)
+    token_ids = await served.service.tokenize(prompt, call.client)
+    return Prompt(token_ids=body.truncated(token_ids), adapter=prompt.adapter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +219,7 @@ class _Completion:
             id=self.call.request_id,
             object="text_completion",
             created=self.created,
-            model=self.served.service.info.model_id,
+            model=self.served.shown_model(self.body.model),
             choices=choices,
             **fields,
         )

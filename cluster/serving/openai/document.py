@@ -45,10 +45,11 @@ _UNCHECKED = ("HTTPValidationError", "ValidationError")  # FastAPI's own errors,
 _LOWEST = {"top_k": -1, "max_tokens": 0, "top_p": 0, "seed": LOWEST_SEED}
 
 
-def describe(api: FastAPI, keyless: Callable[[str], bool], model_names: Sequence[str]) -> None:
+def describe(api: FastAPI, keyless: Callable[[str], bool], model_names: Callable[[], Sequence[str]]) -> None:
     """Makes an application describe itself with everything that its gate adds.
 
-    keyless: returns whether a path needs no key.  model_names: by which bodies may ask for the model.
+    keyless: returns whether a path needs no key.  model_names: by which bodies may ask for a model now, its first name
+    first.
     """
     plain = api.openapi
 
@@ -56,13 +57,17 @@ def describe(api: FastAPI, keyless: Callable[[str], bool], model_names: Sequence
         made = api.openapi_schema is not None
         document = plain()
         if not made:
-            _complete(document, keyless, model_names)
+            _complete(document, keyless, model_names()[0])
+        schemas = document["components"]["schemas"]
+        for name in _request_schemas(document):
+            for kind in _kinds(schemas[name].get("properties", {}).get("model", {}), "string"):
+                kind["enum"] = list(model_names())
         return document
 
     vars(api)["openapi"] = openapi
 
 
-def _complete(document: Json, keyless: Callable[[str], bool], model_names: Sequence[str]) -> None:
+def _complete(document: Json, keyless: Callable[[str], bool], model_name: str) -> None:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in _UNCHECKED:
         schemas.pop(name, None)
@@ -80,13 +85,11 @@ def _complete(document: Json, keyless: Callable[[str], bool], model_names: Seque
         if needs_key:
             operation["security"] = [{"bearer": []}, {"x-api-key": []}, {}]  # the last: a server without keys
         if path in _EXAMPLES:
-            operation["requestBody"]["content"]["application/json"]["example"] = _with_model(path, model_names[0])
+            operation["requestBody"]["content"]["application/json"]["example"] = _with_model(path, model_name)
         operation["responses"].pop("422", None)
         operation["responses"].update(_failures(path, operation, needs_key))
     for name in _request_schemas(document):
         _add_ranges(schemas[name].get("properties", {}))
-        for kind in _kinds(schemas[name].get("properties", {}).get("model", {}), "string"):
-            kind["enum"] = list(model_names)
 
 
 def _with_model(path: str, name: str) -> Json:

@@ -43,7 +43,7 @@ def router(served: Served) -> APIRouter:
         if body.dimensions is not None:
             raise InvalidRequest("dimensions: this model's embeddings have one size", "dimensions")
         wants: Wants = "mean_hidden_state" if body.pooling == "mean" else "last_hidden_state"
-        call = ResultCall(served, request, "embd")
+        call = ResultCall(served, request, "embd", body.model)
         computed = await call.compute(body, wants)
 
         def answer() -> EmbeddingAnswer:
@@ -58,7 +58,7 @@ def router(served: Served) -> APIRouter:
     @routes.post("/pooling", response_model=PoolingAnswer)
     async def pooling(body: PoolingRequest, request: Request) -> Response:
         task = body.task or TASKS.get(head.kind, "embed")
-        call = ResultCall(served, request, "pool")
+        call = ResultCall(served, request, "pool", body.model)
         size = AnswerSize("input", "send fewer tokens in a call, or ask for encoding_format base64")
         each = BASE64_BYTES if body.encoding_format == "base64" else NUMBER_BYTES
         computed = await call.compute(body, WANTS[task], lambda one: size.add(one.numbers.array().size * each))

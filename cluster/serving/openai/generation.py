@@ -19,11 +19,13 @@ class Call:
     """One call's name in logs, and the client that it counts for.
 
     accepted: its client has been told that it will be answered: a draining server begins it, too.
+    adapter: the name of the one that computes its prompts, "" for the base alone.
     """
 
     request_id: str
     client: str
     accepted: bool = False
+    adapter: str = ""
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ def router(served: Served) -> APIRouter:
 
     @routes.post("/v1/messages", response_model=MessageAnswer, responses=streamed(MessageEvent, AnthropicError))
     async def create_message(body: MessagesRequest, request: Request) -> Response:
-        served.check_model(body.model)
+        served.adapter_of(body.model)
         call = Call(request_id=f"msg_{request.state.request_id}", client=request.state.client)
         with naming("tools"):
             chat = await prepared(served, _to_chat(body), call)
@@ -75,7 +75,7 @@ def router(served: Served) -> APIRouter:
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountTokensRequest, request: Request) -> TokenCount:
-        served.check_model(body.model)
+        served.adapter_of(body.model)
         prompt = Prompt(chat=to_conversation(ChatRequest(**_prompt_fields(body))))
         return TokenCount(input_tokens=len(await served.service.tokenize(prompt, request.state.client)))
 
@@ -178,7 +178,7 @@ async def _answer(chat: PreparedChat) -> MessageAnswer:
         content.append(found)
     return MessageAnswer(
         id=chat.call.request_id,
-        model=chat.served.service.info.model_id,
+        model=chat.served.shown_model(chat.body.model),
         content=content,
         stop_reason=_stop_reason(choice, called=bool(message.tool_calls)),
         stop_sequence=choice.matched_stop,
@@ -269,7 +269,7 @@ def _started(chat: PreparedChat) -> MessageAnswer:
     """The message before its first token; the number of its own tokens comes with the last event."""
     return MessageAnswer(
         id=chat.call.request_id,
-        model=chat.served.service.info.model_id,
+        model=chat.served.shown_model(chat.body.model),
         content=[],
         stop_reason=None,
         stop_sequence=None,

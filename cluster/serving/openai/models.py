@@ -9,11 +9,14 @@ OWNER = "moe-cluster"
 
 
 class ModelBody(AnswerBody):
+    """parent: of an adapter, its base."""
+
     id: str
     object: str = "model"
     created: int
     owned_by: str = OWNER
     root: str
+    parent: str | None = None
     max_model_len: int
 
 
@@ -30,13 +33,17 @@ def router(served: Served) -> APIRouter:
         for name in served.model_names
     }
 
+    def adapted(name: str) -> ModelBody:
+        return ModelBody(id=name, created=since_s, root=name, parent=info.model_id, max_model_len=info.max_model_len)
+
     @routes.get("/v1/models")
     async def list_models() -> ModelList:
-        return ModelList(data=list(models.values()))
+        adapters = [adapted(name) for name in sorted(served.service.adapters()) if name not in models]
+        return ModelList(data=[*models.values(), *adapters])
 
     @routes.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> ModelBody:
-        served.check_model(model_id)
-        return models[model_id]
+        served.adapter_of(model_id)
+        return models.get(model_id) or adapted(model_id)
 
     return routes

@@ -8,13 +8,19 @@ MAX_PROMPTS = 2048  # of one call; OpenAI's limit for embeddings
 Prompts = str | list[str] | list[int] | list[list[int]]
 
 
-def to_prompts(given: Prompts, field: str) -> list[Prompt]:
-    """One prompt, or several. Numbers side by side are one. Raises InvalidRequest, with the field."""
+def to_prompts(given: Prompts, field: str, adapter: str = "") -> list[Prompt]:
+    """One prompt, or several. Numbers side by side are one. adapter: as of `Prompt`.
+
+    Raises InvalidRequest, with the field.
+    """
     if isinstance(given, str):
-        return [Prompt(text=given)]
+        return [Prompt(text=given, adapter=adapter)]
     if given and isinstance(given[0], int):
-        return [Prompt(token_ids=given)]  # a body's model has looked at each
+        return [Prompt(token_ids=given, adapter=adapter)]  # a body's model has looked at each
     if not 1 <= len(given) <= MAX_PROMPTS:
         raise InvalidRequest(f"{field} has {len(given)} prompts, 1 to {MAX_PROMPTS} are allowed", field)
-    return [Prompt(text=one) if isinstance(one, str) else Prompt(token_ids=one) for one in given
-            if not isinstance(one, int)]  # fmt: skip
+    return [
+        Prompt(text=one, adapter=adapter) if isinstance(one, str) else Prompt(token_ids=one, adapter=adapter)
+        for one in given
+        if not isinstance(one, int)
+    ]

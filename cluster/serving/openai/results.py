@@ -20,14 +20,15 @@ Check = Callable[[Computed], None]
 class ResultCall:
     """One call: its id, its client, and how its prompts are computed."""
 
-    def __init__(self, served: Served, request: Request, kind: str) -> None:
-        self._served, self._client = served, request.state.client
+    def __init__(self, served: Served, request: Request, kind: str, model: str | None) -> None:
+        """model: as the body names it. Raises NotFound."""
+        self._served, self._client, self._model = served, request.state.client, model
+        self.adapter = served.adapter_of(model)
         self._request_id = f"{kind}-{request.state.request_id}"
 
     async def compute(self, body: InputRequest, wants: Wants, check: Check = lambda _: None) -> list[Computed]:
         """As `compute_each`."""
-        self._served.check_model(body.model)
-        return await self.compute_each(to_prompts(body.input, "input"), wants, check)
+        return await self.compute_each(to_prompts(body.input, "input", self.adapter), wants, check)
 
     async def compute_each(
         self, prompts: Sequence[Prompt], wants: Wants, check: Check = lambda _: None
@@ -51,7 +52,7 @@ class ResultCall:
         return {
             "id": self._request_id,
             "created": int(self._served.now_s()),
-            "model": self._served.service.info.model_id,
+            "model": self._served.shown_model(self._model),
             "usage": PromptUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
         }
 

@@ -9,7 +9,7 @@ from cluster.serving.live.feed import LiveFeed
 from cluster.serving.live.operations import Operations
 from cluster.serving.openai.responses.background import Responses
 from cluster.serving.openai.responses.kept import KeptResponses
-from cluster.serving.service import InferenceService
+from cluster.serving.service import MAX_SHOWN, InferenceService
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,20 @@ class Served:
         """Returns the name that answers have, then the further ones."""
         return (self.service.info.model_id, *self.aliases)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises NotFound for a model that is not the served one; None asks for any."""
-        if name is not None and name not in self.model_names:
-            model_id = self.service.info.model_id
-            raise NotFound(f"the model {name[:100]!r} is not served here: this server has {model_id!r}", "model")
+    def adapter_of(self, name: str | None) -> str:
+        """The adapter of a name that a body has for its model, "" for the base alone. None asks for the base.
+
+        Raises NotFound for a model that is not served.
+        """
+        if name is None or name in self.model_names:
+            return ""
+        adapters = self.service.adapters()
+        if name in adapters:
+            return name
+        also = f" and the adapters {', '.join(sorted(adapters)[:MAX_SHOWN])}" if adapters else ""
+        model_id = self.service.info.model_id
+        raise NotFound(f"the model {name[:100]!r} is not served here: this server has {model_id!r}{also}", "model")
+
+    def shown_model(self, name: str | None) -> str:
+        """The name that an answer has for its model: an adapter's, or the model's first one."""
+        return name if name is not None and name not in self.model_names else self.service.info.model_id

@@ -85,7 +85,7 @@ def router(served: Served) -> APIRouter:
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
-        served.check_model(body.model)
+        served.adapter_of(body.model)
         ids = await service.tokenize(body.to_prompt(), request.state.client)
         texts = [service.token_bytes(each).decode(errors="replace") for each in ids] if body.return_token_strs else None
         return TokenizeAnswer(count=len(ids), max_model_len=service.info.max_model_len, tokens=ids, token_strs=texts)
@@ -97,7 +97,7 @@ def router(served: Served) -> APIRouter:
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:
-        served.check_model(body.model)
+        served.adapter_of(body.model)
         text = await service.detokenize(body.tokens, skip_special_tokens=False, client=request.state.client)
         return DetokenizeAnswer(prompt=text)
 

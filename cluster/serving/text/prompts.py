@@ -4,7 +4,7 @@ Knows no tokenizer and no model. Every function raises InvalidRequest and nothin
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -14,17 +14,22 @@ from cluster.errors import InvalidRequest
 from cluster.types import SamplingParams
 
 OneParams = SamplingParams | Mapping[str, Any]
+OneAdapter = str | Iterable[str]
 _TEXT, _TOKEN_IDS = "prompt", "prompt_token_ids"  # the keys of vLLM's TextPrompt and TokensPrompt
 _WANTED = "a text, token ids, or a list of these"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """The input of a request: exactly one of a text, token ids or a conversation. Raises InvalidRequest."""
+    """The input of a request: exactly one of a text, token ids or a conversation. Raises InvalidRequest.
+
+    adapter: the name of the one that computes it; "" for the base alone.
+    """
 
     text: str | None = None
     token_ids: Iterable[int] | None = None
     chat: Conversation | None = None
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         values = {"text": self.text, "token_ids": self.token_ids, "chat": self.chat}
@@ -39,11 +44,28 @@ class Prompt:
         return "text" if self.text is not None else "token_ids" if self.token_ids is not None else "chat"
 
 
-def to_prompts(given: Any) -> list[Prompt]:
+def to_prompts(given: Any, adapter: Any = "") -> list[Prompt]:
     """Reads one prompt, or a collection of them: texts, token ids in any list, array or tensor, vLLM's mappings.
 
     Whole numbers side by side are one prompt, as in vLLM; so are the numbers of a one-dimensional array.
+    adapter: as of `with_adapter`.
     """
+    return with_adapter(_to_prompts(given), adapter)
+
+
+def with_adapter(prompts: list[Prompt], given: Any) -> list[Prompt]:
+    """given: the name of the adapter for all, "" for none, or a list with one for each prompt."""
+    if isinstance(given, str) or not inputs.is_series(given):
+        names = [given] * len(prompts)
+    else:
+        names = list(islice(given, len(prompts) + 1))
+    if len(names) != len(prompts):
+        raise InvalidRequest(f"adapter has another number of names than the {len(prompts)} prompts", "adapter")
+    names = ["" if name is None else inputs.text(name, "adapter") for name in names]
+    return [replace(prompt, adapter=name) if name else prompt for prompt, name in zip(prompts, names, strict=True)]
+
+
+def _to_prompts(given: Any) -> list[Prompt]:
     if isinstance(given, str | Mapping):
         return [_to_prompt(given, "prompts")]
     given = inputs.listed(given)

@@ -39,7 +39,7 @@ async def create(served: Served, body: ResponseRequest, call: Call) -> Response:
     response = begin(
         body,
         response_id=call.request_id,
-        model=served.service.info.model_id,
+        model=served.shown_model(body.model),
         created_at=int(served.now_s()),
         store=body.is_stored and served.responses.keeps,
     )

@@ -46,7 +46,7 @@ def router(served: Served) -> APIRouter:
 
     @routes.post("", response_model=ResponseBody, responses=EVENTS)
     async def create_response(body: ResponseRequest, request: Request) -> Response:
-        served.check_model(body.model)
+        served.adapter_of(body.model)
         call = Call(request_id=f"resp_{served.service.new_request_id()}", client=request.state.client)
         with in_these_words():
             return await create(served, body, call)

@@ -1,0 +1,22 @@
+"""LoRA adapters as small files."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def write_adapter(directory: Path, changes: dict[str, tuple[torch.Tensor, torch.Tensor]], **config) -> Path:
+    """An adapter of A [r, K] and B [N, r] by the layers' names. config: of adapter_config.json, beside the least."""
+    directory.mkdir(parents=True)
+    tensors = {
+        f"base_model.model.{name}.lora_{half}.weight": matrix.contiguous()
+        for name, pair in changes.items()
+        for half, matrix in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, directory / "adapter_model.safetensors")
+    targets = sorted({name.rpartition(".")[2] for name in changes})
+    least = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps(least | config))
+    return directory
