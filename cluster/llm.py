@@ -18,11 +18,12 @@ from cluster.adapting import Adapts
 from cluster.chatting import Chats
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.checkpoint.info import model_info
-from cluster.checkpoint.model_files import pinned, served_name
+from cluster.checkpoint.model_files import located, pinned, served_name
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
 from cluster.config import DEFAULTS, ClusterConfig, Transport
 from cluster.config.environment import PRODUCTS_ENVIRONMENT
 from cluster.config.resources import available_cpus
+from cluster.config.speculation import with_model
 from cluster.engine.adapters import AdapterSetup
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
@@ -88,6 +89,7 @@ class LLM(Results, Chats, Adapts):
         lora_adapters: Mapping[str, str | os.PathLike[str]] | None = DEFAULTS["lora_adapters"],
         max_lora_rank: int = DEFAULTS["max_lora_rank"],
         enable_prefix_caching: bool = DEFAULTS["enable_prefix_caching"],
+        speculative_config: Mapping[str, Any] | None = DEFAULTS["speculative_config"],
         cuda_graphs: bool = DEFAULTS["cuda_graphs"],
         cpus_per_expert_shard: float = DEFAULTS["cpus_per_expert_shard"],
         gpus_per_expert_shard: float | None = DEFAULTS["gpus_per_expert_shard"],
@@ -100,14 +102,18 @@ class LLM(Results, Chats, Adapts):
             expert_shards=num_expert_shards,
             transport="auto" if transport == "local" else transport,
             spare_processes=False,
-            **options | {"lora_adapters": directories(lora_adapters)},
+            **options
+            | {
+                "lora_adapters": directories(lora_adapters),
+                "speculative_config": with_model(speculative_config, lambda name: pinned(located(name))),
+            },
         )
-        self._request_ids = itertools.count()
-        self._ray_experts: RayExperts | None = None
-        self._closed = False
         self._load(cluster, local=transport == "local", skip_tokenizer=skip_tokenizer)
 
     def _load(self, cluster: ClusterConfig, *, local: bool, skip_tokenizer: bool) -> None:
+        self._request_ids = itertools.count()
+        self._ray_experts: RayExperts | None = None
+        self._closed = False
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
         for name, value in PRODUCTS_ENVIRONMENT.items():
             os.environ.setdefault(name, value)  # read at the first product

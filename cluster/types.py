@@ -178,6 +178,7 @@ class EngineStats:
     cache holds alone. Each is 0 from a version that does not send it.
     used_blocks: of num_blocks, by the share that is used of the group of layers with the least left.
     at: seconds, wall clock.  held: running sequences that wait for an expert without a living copy.
+    drafted_tokens, accepted_tokens: drafted ahead and tried since its start, and those of them that were right.
     """
 
     running: int
@@ -190,6 +191,8 @@ class EngineStats:
     block_size: int = 0
     max_model_len: int = 0
     cache_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

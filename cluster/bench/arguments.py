@@ -1,7 +1,9 @@
 """The arguments of `moe-cluster bench`. Imports no torch: `--help` answers at once."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.bench.serve_arguments import add_serve_arguments, listed_samplings
@@ -9,6 +11,9 @@ from cluster.bench.spec import LLAMA_FORMS
 from cluster.bench.stored_forms import STORED
 from cluster.checkpoint.made.published import SHAPES
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
+from cluster.config.speculation import read_speculation
+from cluster.errors import SetupError
+from cluster.inputs import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +198,11 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         "each also with -zeros; nf4; with +lm_head the last layer's too; or gptq, awq, w8a16: random numbers as such a "
         "checkpoint has them",
     )  # fmt: skip
+    parser.add_argument(
+        "--speculative-config", type=_drafts, action="append", metavar="JSON",
+        help="of this package's systems, as of `serve`, or none; may be repeated, each is a system of its own "
+        "(default: none)",
+    )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument(
         "--turns", action="store_true",
@@ -240,6 +250,19 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas between are needed") from None
+
+
+def _drafts(text: str) -> dict[str, Any] | None:
+    """Reads a `speculative_config`; None for the word none."""
+    if text == "none":
+        return None
+    try:
+        given = json.loads(text)
+        read_speculation(given if isinstance(given, dict) else {})
+    except (ValueError, RecursionError, SetupError) as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not none or a speculative_config: {error}") from None
+    assert isinstance(given, dict), "an empty one has no method"
+    return given
 
 
 def _variable(text: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from cluster.bench.checkpoint import read_config
 from cluster.bench.sampling import GREEDY, Sampling
 from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
 from cluster.bench.throughput import Prompts, Workload
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.checkpoint.sizes import sizes_of
 from cluster.config import DEFAULTS, ModelConfig, Transport
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
@@ -28,9 +29,10 @@ class ClusterSystem:
             spec.model_dir,
             dtype=spec.dtype,
             quantization=spec.quantization if spec.quantization in QUANTIZATIONS else PLAIN,
+            speculative_config=spec.speculative_config,
             num_expert_shards=spec.num_shards if spec.split else 1,
             transport=transport,
-            kv_cache_bytes=kv_cache_bytes(config, spec.dtype, workload),
+            kv_cache_bytes=sum(kv_cache_bytes(one, spec.dtype, workload) for one in (config, *_drafting(spec))),
             max_num_batched_tokens=step_tokens(workload),
             max_num_seqs=workload.batches[-1],
             skip_tokenizer=True,
@@ -51,3 +53,9 @@ def _weight_bytes(spec: SystemSpec) -> int:
     config = read_config(spec.model_dir)
     sizes = sizes_of(config, spec.dtype, quantization=spec.quantization, expert_quantization=spec.quantization)
     return sizes.dense_bytes + len(config.sparse_layers) * config.num_experts * sizes.expert_bytes
+
+
+def _drafting(spec: SystemSpec) -> list[ModelConfig]:
+    """The model that drafts, if one does: its keys and values take their part of the cache."""
+    model = (spec.speculative_config or {}).get("model")
+    return [] if model is None else [open_checkpoint(model).config]

@@ -89,9 +89,11 @@ def _specs(args: argparse.Namespace, model_dir: Path, dtype: str, config: ModelC
             python=_python(args, kind),
             variables=tuple(args.vllm_env) if kind == "vllm" else (),
             quantization=name,
+            speculative_config=drafts,
         )
         for kind in (*args.compare, *args.transports)
         for name in _forms(args, kind)
+        for drafts in (args.speculative_config or (None,) if kind in args.transports else (None,))
     ]
     return [spec for spec in specs if config.num_experts or not spec.split] or [replace(specs[0], kind="local")]
 

@@ -1,8 +1,9 @@
 """Names the system to measure. Knows no system: `systems` builds them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.bench.throughput import Workload
 from cluster.config import ModelConfig
@@ -22,6 +23,7 @@ class SystemSpec:
     gpus_per_shard: None is one on a machine with GPUs.  cuda_graphs: None is the configuration's default.
     quantization: of this package's weights, PLAIN, of QUANTIZATIONS, or a form in which model_dir has them; PLAIN or of
     LLAMA_FORMS of llama.cpp's.
+    speculative_config: of this package's engine, None for one token a step.
     python, variables: the interpreter that has vLLM or llama.cpp, and variables for its process.
     """
 
@@ -32,6 +34,7 @@ class SystemSpec:
     gpus_per_shard: float | None = None
     cuda_graphs: bool | None = None
     quantization: str = PLAIN
+    speculative_config: Mapping[str, Any] | None = None
     python: str = ""
     variables: tuple[tuple[str, str], ...] = ()
 
@@ -44,7 +47,8 @@ class SystemSpec:
     def name(self) -> str:
         where = f"{self.kind}, {self.num_shards} shards" if self.split else self.kind
         graphs = {None: "", True: ", CUDA graphs", False: ", no graphs"}[self.cuda_graphs]
-        return where + graphs + ("" if self.quantization == PLAIN else f", {self.quantization}")
+        drafts = "" if self.speculative_config is None else f", {self.speculative_config['method']}"
+        return where + graphs + ("" if self.quantization == PLAIN else f", {self.quantization}") + drafts
 
     @property
     def environment(self) -> dict[str, str]:

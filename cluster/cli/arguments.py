@@ -13,6 +13,7 @@ from cluster.checkpoint.model_files import located
 from cluster.config import DEFAULTS, ClusterConfig
 from cluster.config.options import doc_of, type_of
 from cluster.config.resources import available_cpus
+from cluster.config.speculation import with_model
 from cluster.inputs import shown
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # a
 OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "quantization",
     "expert_quantization", "device", "transport", "kv_cache_bytes", "memory_utilization", "max_num_seqs",
-    "max_num_batched_tokens", "max_model_len", "rope_scaling", "max_waiting", "gpus_per_attention_replica",
-    "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port", "log_format",
+    "max_num_batched_tokens", "max_model_len", "rope_scaling", "speculative_config", "max_waiting",
+    "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port",
+    "log_format",
 )  # fmt: skip
 SECURITY_OPTIONS = ("api_keys_file", "admin_keys_file", "max_streams_per_client")
 UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_port": "PORT", "_file": "FILE"}
@@ -111,7 +113,7 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, note: 
     metavar = {float: "X", int: "N"}.get(kind, name.rpartition("_")[2].upper())  # type: ignore[call-overload]
     for ending, unit in UNITS.items():
         metavar = unit if name.endswith(ending) else metavar
-    if name == "rope_scaling":
+    if name in ("rope_scaling", "speculative_config"):
         kind, metavar = json_object, "JSON"
     if name.endswith("_bytes"):
         kind, note = byte_size, f" (8GiB, 512MB …){note}"
@@ -198,6 +200,7 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
     for keys in ("api_keys_file", "admin_keys_file"):
         if given.get(keys):
             given[keys] = str(Path(given[keys]).resolve())
+    given["speculative_config"] = with_model(given.get("speculative_config"), located)
     return ClusterConfig(model=located(model), http_api=args.http_port is not None, **given)
 
 

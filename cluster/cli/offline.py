@@ -25,7 +25,7 @@ def add_commands(commands: Commands) -> None:
     )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(plan, "max_model_len", "rope_scaling", "quantization", "expert_quantization")
+    add_options(plan, "max_model_len", "rope_scaling", "quantization", "expert_quantization", "speculative_config")
     add_adapters(plan)
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
@@ -40,11 +40,13 @@ def add_commands(commands: Commands) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from cluster.checkpoint.draft import check_draft
     from cluster.checkpoint.info import max_model_len, resolve_dtype
-    from cluster.checkpoint.model_files import model_directory, pinned
+    from cluster.checkpoint.model_files import located, model_directory, pinned
     from cluster.checkpoint.sizes import sizes_of
     from cluster.checkpoint.tokenizer_files import has_vocabulary
     from cluster.config import EngineConfig
+    from cluster.config.speculation import with_model
     from cluster.console import Plan, describe_plan, print_plan
     from cluster.engine.preflight import adapter_bytes, check_for_plan, download_bytes
     from cluster.experts.placement import num_shards_for, plan_evenly
@@ -58,17 +60,20 @@ def _plan(args: argparse.Namespace) -> int:
         lora_adapters=args.lora_adapters,
         max_lora_rank=args.max_lora_rank,
         max_loras=args.max_loras,
+        speculative_config=with_model(args.speculative_config, lambda name: pinned(located(name))),
     )
     model = pinned(args.model)
     directory = model_directory(model)
     config = check_for_plan(model, engine, args.shards)
+    draft = check_draft(directory, config, engine)
+    dtype = resolve_dtype(args.dtype, config)
     placement = plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, args.shards))
     plan = Plan(
         config=config,
         placement=placement,
         sizes=sizes_of(
             config,
-            resolve_dtype(args.dtype, config),
+            dtype,
             quantization=engine.quantization,
             expert_quantization=engine.of_experts,
         ),
@@ -76,6 +81,7 @@ def _plan(args: argparse.Namespace) -> int:
         download_bytes=download_bytes(model, placement),
         has_tokenizer=has_vocabulary(directory),
         adapter_bytes=adapter_bytes(config, engine),
+        draft=None if draft is None else sizes_of(draft, dtype, quantization=engine.quantization),
     )
     if args.json:
         print(json.dumps(describe_plan(plan), indent=2))

@@ -171,6 +171,7 @@ class ClusterConfig(EngineConfig):
             raise SetupError("model is empty: give the directory of a checkpoint, or its name on the hub")
         check(self)
         check_adapters(self.lora_adapters, self.max_loras)
+        self.check_speculation()
         for name in ("gpus_per_attention_replica", "gpus_per_expert_shard"):
             gpus = getattr(self, name)
             if gpus and (gpus < LEAST or (gpus > 1 and gpus != int(gpus))):

@@ -8,6 +8,8 @@ from cluster.config.lora import MAX_RANK, check_adapters
 from cluster.config.model import DTYPES
 from cluster.config.options import check, option
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
+from cluster.config.speculation import FIELD, Speculation, read_speculation
+from cluster.errors import SetupError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +67,32 @@ class EngineConfig:
     max_lora_rank: int = option(64, "the highest rank of an adapter", least=1, most=MAX_RANK)
     max_loras: int = option(16, "adapters that are loaded at a time; any of them may be in one step", least=1)
     enable_prefix_caching: bool = option(True, "prompts that begin alike share the keys and values of their beginning")
+    speculative_config: Mapping[str, Any] | None = option(
+        None,
+        "guesses tokens ahead and has several in a step where that is measured to pay, with the same answers; an "
+        "object with vLLM's keys: method (ngram or draft_model), num_speculative_tokens, prompt_lookup_max, "
+        "prompt_lookup_min, model; unset: one token a step",
+    )
 
     def __post_init__(self) -> None:
         check(self)
         check_adapters(self.lora_adapters, self.max_loras)
+        self.check_speculation()
 
     @property
     def of_experts(self) -> str:
         """The quantization of the routed experts."""
         return self.quantization if self.expert_quantization is None else self.expert_quantization
+
+    @property
+    def speculation(self) -> Speculation | None:
+        return read_speculation(self.speculative_config)
+
+    def check_speculation(self) -> None:
+        """Raises SetupError."""
+        speculation = self.speculation
+        if speculation is not None and speculation.num_speculative_tokens >= self.max_num_batched_tokens:
+            raise SetupError(
+                f"{FIELD}: num_speculative_tokens is {speculation.num_speculative_tokens}, less than "
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is needed"
+            )

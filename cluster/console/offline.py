@@ -23,6 +23,7 @@ class Plan:
     context_tokens: of prompt and answer together at most.
     download_bytes: of an attention replica, then of each shard; empty for a directory.
     adapter_bytes: of each LoRA adapter, by name: in every attention replica, and in all shards together.
+    draft: of the model that drafts tokens for it, if there is one.
     """
 
     config: ModelConfig
@@ -32,6 +33,7 @@ class Plan:
     download_bytes: Sequence[int]
     has_tokenizer: bool
     adapter_bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    draft: ModelSizes | None = None
 
 
 def print_plan(plan: Plan) -> None:
@@ -52,6 +54,13 @@ def print_plan(plan: Plan) -> None:
         "--memory-utilization)",
         highlight=False,
     )
+    if plan.draft is not None:
+        console.print(
+            f"draft model: {count(plan.draft.num_parameters)} parameters, {size(plan.draft.dense_bytes)} beside the "
+            f"weights of each attention replica, and {size(plan.draft.kv_bytes_per_token)} a token of its KV cache's "
+            "memory",
+            highlight=False,
+        )
     if any(plan.download_bytes):
         names = ["an attention replica", *(f"expert shard {i}" for i in range(len(plan.download_bytes) - 1))]
         parts = ", ".join(f"{size(of_one)} by {name}" for of_one, name in zip(plan.download_bytes, names, strict=True))
@@ -107,6 +116,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "sliding_windows": [{"tokens": window, "kv_bytes_per_token": each} for window, each in sizes.sliding],
         "expert_shards": [{"experts": number, "bytes": number * sizes.expert_bytes} for number in shards],
         "download_bytes": list(plan.download_bytes),
+        "draft_model": plan.draft
+        and {
+            "parameters": plan.draft.num_parameters,
+            "bytes": plan.draft.dense_bytes,
+            "kv_bytes_per_token": plan.draft.kv_bytes_per_token,
+        },
     }
 
 

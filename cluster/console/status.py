@@ -15,6 +15,7 @@ from cluster.console.experts import bar
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
 from cluster.status import ClusterStatus, ProcessInfo
+from cluster.types import EngineStats
 from cluster.working import Working
 
 FIGURES_TIMEOUT_S = 20.0  # the controller asks engines every 2 s, and makes each node's metrics server after its start
@@ -127,7 +128,9 @@ def render_status(status: ClusterStatus, before: ClusterStatus | None = None) ->
 
 
 def _replica_table(status: ClusterStatus, before: ClusterStatus | None) -> Table:
-    table = Table("attention replica", "slot", "pid", "running", "waiting", "KV cache", "tokens/s", "plan")
+    drafting = any(r.stats is not None and r.stats.drafted_tokens for r in status.replicas)
+    columns = ("attention replica", "slot", "pid", "running", "waiting", "KV cache", "tokens/s", "plan")
+    table = Table(*columns, *(["drafted tokens"] if drafting else []))
     earlier = {} if before is None else {r.name: r.stats for r in before.replicas}
     for replica in status.replicas:
         stats, last = replica.stats, earlier.get(replica.name)
@@ -148,8 +151,15 @@ def _replica_table(status: ClusterStatus, before: ClusterStatus | None) -> Table
             use,
             rate,
             str(replica.epoch),
+            *([_drafts(stats)] if drafting else []),
         )
     return table
+
+
+def _drafts(stats: EngineStats) -> str:
+    """The share of the drafted tokens that were right, of how many."""
+    drafted = stats.drafted_tokens
+    return f"{stats.accepted_tokens / drafted:.0%} right of {drafted:,}" if drafted else ""
 
 
 def _shard_table(status: ClusterStatus) -> Table:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
 
+from cluster.config import EngineConfig, ModelConfig
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.block_table import BlockTable
 from cluster.engine.sequence import Sequence
@@ -183,3 +184,14 @@ class BlockManager:
             before = digests[-1] if index else sequence.block_salt
             digests.append(blake2b(before + array("q", numbers).tobytes(), digest_size=32).digest())
         return digests[index]
+
+
+def make_block_manager(model: ModelConfig, config: EngineConfig, num_blocks: Seq[int]) -> BlockManager:
+    """num_blocks: of each group of layers."""
+    return BlockManager(
+        [BlockPool(count, group.window) for count, group in zip(num_blocks, model.layer_groups, strict=True)],
+        config.block_size,
+        max_step_tokens=config.max_num_batched_tokens,
+        prefix_caching=config.enable_prefix_caching,
+        frequency_length=model.rope.frequency_length,
+    )

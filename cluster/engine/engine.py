@@ -73,7 +73,7 @@ class Engine:
         self.compiling = Compiling(grammars)
         self.adapters = adapters or Adapters()
         self.sequences: dict[str, Sequence] = {}
-        self.num_generated_tokens = 0
+        self.num_generated_tokens = self.num_drafted_tokens = self.num_accepted_tokens = 0
         self._retry_hint = RetryHint(self.clock())
         self._unreturned: list[SequenceUpdate] = []
         self._cancelled_early = EarlyCancels()
@@ -92,6 +92,8 @@ class Engine:
             used_blocks=self.blocks.num_used,
             num_blocks=self.blocks.num_blocks,
             generated_tokens=self.num_generated_tokens,
+            drafted_tokens=self.num_drafted_tokens,
+            accepted_tokens=self.num_accepted_tokens,
             at=time.time(),
             block_size=self.blocks.block_size,
             max_model_len=self.max_model_len,
@@ -102,7 +104,8 @@ class Engine:
         """Queues a request. Raises Overloaded, InvalidRequest, RequestCancelled; then nothing of it is left here."""
         if self._cancelled_early.take(request.request_id):
             raise RequestCancelled("the request was cancelled before it began")
-        self._check_unused(request.request_id)
+        if request.request_id in self.sequences:
+            raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request", "request_id")
         params = fitting(request, self.max_model_len, self.blocks.max_tokens)
         adapter = self.adapters.find(request.adapter) if request.adapter else None
         num_queued = self.scheduler.num_queued + len(self.compiling)
@@ -146,10 +149,6 @@ class Engine:
         num_running, num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         self.metrics.state(num_running, num_held, num_waiting, self.blocks.num_used, self.blocks.num_blocks)
         return updates
-
-    def _check_unused(self, request_id: str) -> None:
-        if request_id in self.sequences:
-            raise InvalidRequest(f"request_id {request_id!r} is in use by a running request", "request_id")
 
     def _add(self, request: EngineRequest, params: SamplingParams, adapter: Adapter | None) -> Sequence:
         """Queues a sequence."""
@@ -208,11 +207,12 @@ class Engine:
                 s.sequence.started = True
                 self.metrics.queue_wait(started - s.sequence.arrived_at)
         result = run_isolated(self.runner, batch, self.on_step)
-        computed = [s for i, s in enumerate(batch.scheduled) if i not in result.lost and i not in result.failed]
-        num_decode_tokens = sum(s.num_tokens for s in computed if s.samples and s.sequence.num_output_tokens)
-        num_prefill_tokens = sum(s.num_tokens for s in computed) - num_decode_tokens
+        num_prefill_tokens, num_decode_tokens = result.num_tokens(batch)
         idle_memory.worked(num_prefill_tokens + num_decode_tokens)
         self.metrics.step(self.clock() - started, num_prefill_tokens, num_decode_tokens, len(batch.scheduled))
+        self.num_drafted_tokens += result.num_drafted
+        self.num_accepted_tokens += result.num_accepted
+        self.metrics.drafted(result.num_drafted, result.num_accepted)
         updates = []
         self._hold(result, batch)
         for i, s in enumerate(batch.scheduled):

@@ -119,7 +119,7 @@ class DecodeGraphs:
     def take(self, scheduled: Seq[ScheduledSequence]) -> bool:
         """Whether the step is one of these: each sequence brings one token, and is computed by the base alone."""
         return len(scheduled) <= self._sizes[-1] and all(
-            s.num_tokens == 1 and s.sequence.adapter is None for s in scheduled
+            s.num_rows == 1 and s.sequence.adapter is None for s in scheduled
         )
 
     @torch.inference_mode()

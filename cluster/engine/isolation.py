@@ -45,6 +45,8 @@ def run_isolated(runner: Runner, batch: Batch, on_step: OnStep) -> StepResult:
         {**first.lost, **_moved(second.lost, middle)},
         first.epoch or second.epoch,
         {**first.failed, **_moved(second.failed, middle)},
+        first.num_drafted + second.num_drafted,
+        first.num_accepted + second.num_accepted,
     )
 
 

@@ -1,7 +1,7 @@
 """Puts an engine together from a checkpoint; with `local_experts`, the whole model in one process."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +18,8 @@ from cluster.config.lora import AdapterList, AdapterSource
 from cluster.config.quantization import quantization_on
 from cluster.config.resources import available_memory
 from cluster.engine.adapters import Adapters, AdapterSetup, ShareAdapters
-from cluster.engine.block_manager import BlockManager
-from cluster.engine.block_pool import BlockPool
+from cluster.engine.block_manager import make_block_manager
+from cluster.engine.draft_loading import load_draft, models_part, with_drafts
 from cluster.engine.engine import Engine
 from cluster.engine.graphs import decode_graphs
 from cluster.engine.isolation import OnStep
@@ -79,8 +79,7 @@ def load_engine(
     remote_experts: they are in other processes, so that splitting a step may hide the time of the crossing.
     on_step: as of `Engine`.  adapters: the LoRA adapters to begin with.
     wait_for_experts: called when the dense weights are loaded. By default the cache is sized by the memory that is free
-    then.
-    num_sharers: engines that share this free memory, this one included.
+    then.  num_sharers: engines that share this free memory, this one included.
     """
     reader = open_checkpoint(model_dir, config.rope_scaling)
     dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
@@ -91,15 +90,17 @@ def load_engine(
         quantization=quantization_on(config.quantization, device.type, reader.config.stored),
     )  # fmt: skip
     loaded = _adapters(model, config, adapters or AdapterSetup())
+    draft = load_draft(config, model, dtype, progress)
     wait_for_experts()
     share, room = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers, free_memory(device)
-    num_blocks = num_kv_blocks(reader.config, config, dtype, max_model_len=longest, room_bytes=room, share=share)
+    limits, part = models_part(config, share, draft)
+    num_blocks = num_kv_blocks(reader.config, limits, dtype, max_model_len=longest, room_bytes=room, share=part)
     cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
     runner = _runner(model, cache, experts, config, remote_experts=remote_experts)
-    blocks = _block_manager(reader.config, config, num_blocks)
+    blocks = make_block_manager(reader.config, config, num_blocks)
     _report_cache(cache.num_bytes, blocks.num_blocks * config.block_size, min(longest, blocks.max_tokens), longest)
     return Engine(
-        runner,
+        with_drafts(runner, config, draft, room_bytes=room, share=share),
         config,
         blocks=blocks,
         eos_token_ids=read_eos_token_ids(reader.model_dir, reader.config),
@@ -142,17 +143,6 @@ def _grammars(model_dir: Path, model: ModelConfig) -> Grammars:
     eos_token_ids = read_eos_token_ids(model_dir, model)
     return Grammars(
         lambda: read_tokenizer(model_dir, read_tokenizer_config(model_dir)), model.vocab_size, eos_token_ids
-    )
-
-
-def _block_manager(model: ModelConfig, config: EngineConfig, num_blocks: Sequence[int]) -> BlockManager:
-    """num_blocks: of each group of layers."""
-    return BlockManager(
-        [BlockPool(count, group.window) for count, group in zip(num_blocks, model.layer_groups, strict=True)],
-        config.block_size,
-        max_step_tokens=config.max_num_batched_tokens,
-        prefix_caching=config.enable_prefix_caching,
-        frequency_length=model.rope.frequency_length,
     )
 
 

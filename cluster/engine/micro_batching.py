@@ -48,10 +48,10 @@ class MicroBatching:
 
 def split_evenly(scheduled: Sequence[ScheduledSequence], parts: int) -> list[Sequence[ScheduledSequence]]:
     """Splits between sequences, in their order, where the tokens are nearest to halves (thirds, …)."""
-    total = sum(s.num_tokens for s in scheduled)
+    total = sum(s.num_rows for s in scheduled)
     cuts, taken = [0], 0
     for i, s in enumerate(scheduled):
-        if len(cuts) < parts and i > cuts[-1] and taken + s.num_tokens / 2 > total * len(cuts) / parts:
+        if len(cuts) < parts and i > cuts[-1] and taken + s.num_rows / 2 > total * len(cuts) / parts:
             cuts.append(i)
-        taken += s.num_tokens
+        taken += s.num_rows
     return [scheduled[a:b] for a, b in zip(cuts, [*cuts[1:], len(scheduled)], strict=True)]

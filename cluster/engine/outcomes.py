@@ -29,7 +29,7 @@ def parts_of(
 
     None for a sequence that wants its last row alone and has not come to it. hidden_states: of all rows of the step.
     """
-    rows = torch.split(hidden_states, [s.num_tokens for s in scheduled])
+    rows = torch.split(hidden_states, [s.num_rows for s in scheduled])
     by_kind: dict[Wants, list[int]] = {}
     for i in chosen:
         sequence = scheduled[i].sequence

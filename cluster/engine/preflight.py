@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cluster.checkpoint.adapters import open_adapter
 from cluster.checkpoint.chat_template import read_chat_templates
+from cluster.checkpoint.draft import check_draft
 from cluster.checkpoint.generation import read_eos_token_ids, read_sampling_defaults
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.made.drawn import has_seed
@@ -82,6 +83,7 @@ def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, nu
     check_block_fits(config, engine, resolve_dtype(engine.dtype, config))
     adapter_bytes(config, engine)
     max_model_len(config, engine)
+    check_draft(model_dir, config, engine)
     read_sampling_defaults(model_dir)
     read_eos_token_ids(model_dir, config)
 

@@ -1,6 +1,8 @@
 """Turns a batch into tensors, the model's step into tokens. Knows no queue and no clock.
 
-T: tokens in the step, B: sequences, V: vocabulary.
+A drafted token is right where the one that is chosen in its place, as without a draft, is the same. So a sequence gets
+the tokens that it would get one at a time, with the same log-probabilities.
+T: rows of the step, B: those that choose a token, V: vocabulary.
 """
 
 import time
@@ -79,14 +81,14 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def run(self, batch: Batch) -> StepResult:
-        """As `Runner.run`, a token at most for a sequence."""
+        """As `Runner.run`, a token for a sequence and one more for each of its draft that is right."""
         grammars = {i: s.sequence.grammar for i, s in enumerate(batch.scheduled) if s.samples and s.sequence.grammar}
         with self.masks.beside(grammars) as masks:
             hidden_states, step = self.forward(batch.scheduled)  # [T, H]
             tokens, failed = self._sample(batch.scheduled, hidden_states, step, masks)
         parts: dict[int, Tensor] = {}
         if len(step.lost) < len(batch.scheduled):
-            failed |= self._non_finite(batch, hidden_states, step)
+            failed |= self._non_finite(batch, hidden_states, step, tokens)
             chosen = [i for i, s in enumerate(batch.scheduled) if not s.sequence.wants_tokens]
             chosen = [i for i in chosen if i not in step.lost and i not in failed]
             if chosen:
@@ -94,38 +96,51 @@ class ModelRunner:
                 failed |= more
         if failed:
             self.check_device()
-        every = [(tokens[i],) if i in tokens and i not in failed else () for i in range(len(batch.scheduled))]
+        every = [tokens[i] if i in tokens and i not in failed else () for i in range(len(batch.scheduled))]
         return StepResult(every, parts, step.lost, step.epoch, failed)
 
-    def _non_finite(self, batch: Batch, hidden_states: Tensor, step: StepExperts) -> dict[int, Exception]:
-        found = non_finite(hidden_states, [s.num_tokens for s in batch.scheduled])
-        return {
-            i: NoFiniteNumbers("a row's hidden state is NaN or infinite")
-            for i in found
-            if i not in step.lost and not batch.scheduled[i].sequence.keeps_non_finite
-        }
+    def _non_finite(
+        self, batch: Batch, hidden_states: Tensor, step: StepExperts, tokens: dict[int, list[Sampled]]
+    ) -> dict[int, Exception]:
+        """The sequences that have failed. Where a row of a draft is not finite, the tokens from there on are taken
+        back: the next step tells whether they belong to the sequence."""
+        sizes: list[int] = []
+        places: list[tuple[int, int]] = []  # of each group of rows: its sequence, and how many of the draft it follows
+        for i, s in enumerate(batch.scheduled):
+            sizes += [s.num_tokens, *[1] * len(s.draft)]
+            places += [(i, j) for j in range(1 + len(s.draft))]
+        failed: dict[int, Exception] = {}
+        for i, j in (places[group] for group in non_finite(hidden_states, sizes)):
+            if i in step.lost or batch.scheduled[i].sequence.keeps_non_finite:
+                continue
+            if j:
+                tokens[i] = tokens.get(i, [])[:j]
+            else:
+                failed[i] = NoFiniteNumbers("a row's hidden state is NaN or infinite")
+        return failed
 
     def _sample(
         self, scheduled: Seq[ScheduledSequence], hidden_states: Tensor, step: StepExperts, masks: RowMasks
-    ) -> tuple[dict[int, Sampled], dict[int, Exception]]:
-        """The next token of each sequence that samples and is not lost, or its exception. hidden_states: [T, H]."""
-        tokens: dict[int, Sampled] = {}
+    ) -> tuple[dict[int, list[Sampled]], dict[int, Exception]]:
+        """The next tokens of each sequence that samples and is not lost, or its exception. hidden_states: [T, H]."""
+        tokens: dict[int, list[Sampled]] = {}
         failed: dict[int, Exception] = {}
-        rows: dict[int, SamplingRow] = {}
+        rows: dict[int, list[SamplingRow]] = {}
         for i, s in enumerate(scheduled):
             if s.samples and i not in step.lost:
                 try:
-                    rows[i] = _sampling_row(s.sequence, masks.of(i))
+                    rows[i] = _sampling_rows(s, masks.of(i))
                 except Exception as error:  # noqa: BLE001 it is this sequence's alone
                     failed[i] = error
         if rows:
-            ends = np.cumsum([s.num_tokens for s in scheduled])[list(rows)] - 1
-            logits = self.model.logits(hidden_states[to_device([ends], self.device)[0]])  # [B, V]
-            for i, chosen in zip(rows, sample(logits, list(rows.values())), strict=True):
-                if isinstance(chosen, Exception):
-                    failed[i] = chosen
-                else:
-                    tokens[i] = chosen
+            stops = np.cumsum([s.num_rows for s in scheduled])
+            places = np.concatenate([np.arange(stops[i] - len(of_one), stops[i]) for i, of_one in rows.items()])
+            logits = self.model.logits(hidden_states[to_device([places], self.device)[0]])  # [B, V]
+            chosen = iter(sample(logits, [row for of_one in rows.values() for row in of_one]))
+            for i, of_one in rows.items():
+                tokens[i], met = right_tokens(scheduled[i].draft, [next(chosen) for _ in of_one])
+                if met is not None:
+                    failed[i] = met
         return tokens, failed
 
     def forward(self, scheduled: Seq[ScheduledSequence]) -> tuple[Tensor, StepExperts]:
@@ -148,7 +163,7 @@ class ModelRunner:
             self.experts.account()
 
     def _forward_in_parts(self, scheduled: Seq[ScheduledSequence], step: StepExperts) -> Tensor:
-        num_tokens = sum(s.num_tokens for s in scheduled)
+        num_tokens = sum(s.num_rows for s in scheduled)
         num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
         started = time.monotonic()
         parts, first = [], 0
@@ -165,7 +180,7 @@ class ModelRunner:
         numbers = None
         if any(adapter is not None and adapter.has_experts for adapter in adapters):
             numbers = [a.source.number if a is not None and a.has_experts else NO_ADAPTER for a in adapters]
-        return step.part(first, [s.num_tokens for s in scheduled], self.device, numbers)
+        return step.part(first, [s.num_rows for s in scheduled], self.device, numbers)
 
     def _micro_batch(self, scheduled: Seq[ScheduledSequence], experts: Experts) -> MicroBatch:
         if self.attention.reads_whole_blocks:
@@ -187,11 +202,12 @@ class ModelRunner:
         return StepArrays.of(scheduled, block_size=self.block_size, padding_blocks=padding_blocks)
 
     def _tails(self, scheduled: Seq[ScheduledSequence], group: int) -> np.ndarray:
-        """The slots behind the tokens of sequences that begin a block, to that block's end."""
+        """The slots behind the tokens of sequences that begin a block, to that block's end, and of those that may have
+        had a draft before: what was wrong of it stands there."""
         tails = [np.empty(0, dtype=np.int64)]
         for s in scheduled:
-            first, stop = s.sequence.num_computed_tokens, s.sequence.num_computed_tokens + s.num_tokens
-            if s.num_tokens > 1 or first % self.block_size == 0:
+            first, stop = s.sequence.num_computed_tokens, s.sequence.num_computed_tokens + s.num_rows
+            if s.num_rows > 1 or first % self.block_size == 0 or s.sequence.drafting.num_drafted:
                 last = s.sequence.block_tables[group].id_of((stop - 1) // self.block_size)
                 tails.append(np.arange((stop - 1) % self.block_size + 1, self.block_size) + last * self.block_size)
         return np.concatenate(tails)
@@ -209,8 +225,27 @@ def non_finite(hidden_states: Tensor, num_tokens: Seq[int]) -> list[int]:
     return [i for i, finite in enumerate(sums.isfinite().tolist()) if not finite]
 
 
-def _sampling_row(sequence: Sequence, allowed: Mask | None) -> SamplingRow:
-    below_minimum = sequence.num_output_tokens < sequence.params.min_tokens
+def right_tokens(draft: Seq[int], chosen: Seq[Sampled | Exception]) -> tuple[list[Sampled], Exception | None]:
+    """Of the tokens chosen after 0, 1, … of a draft, those before which the draft is right. An exception at the first
+    is the sequence's; at a later one its next step meets it, if it comes there."""
+    tokens: list[Sampled] = []
+    for place, token in enumerate(chosen):
+        if isinstance(token, Exception):
+            return tokens, None if tokens else token
+        tokens.append(token)
+        if place < len(draft) and token[0] != draft[place]:
+            break
+    return tokens, None
+
+
+def _sampling_rows(scheduled: ScheduledSequence, allowed: Mask | None) -> list[SamplingRow]:
+    """Of a sequence's last token, and of each of its draft, which a sequence with a grammar has none of."""
+    draft = scheduled.draft
+    return [_sampling_row(scheduled.sequence, draft[:num], allowed) for num in range(1 + len(draft))]
+
+
+def _sampling_row(sequence: Sequence, ahead: tuple[int, ...], allowed: Mask | None) -> SamplingRow:
+    below_minimum = sequence.num_output_tokens + len(ahead) < sequence.params.min_tokens
     if below_minimum and allowed is not None:
         below_minimum = leaves_any(allowed, sequence.stop_token_ids)  # else the grammar has come to its end
     return SamplingRow(
@@ -218,6 +253,7 @@ def _sampling_row(sequence: Sequence, allowed: Mask | None) -> SamplingRow:
         num_prompt_tokens=sequence.num_prompt_tokens,
         params=sequence.params,
         penalties=sequence.penalties,
+        ahead=ahead,
         banned_token_ids=tuple(sequence.stop_token_ids) if below_minimum else (),
         allowed=allowed,
     )

@@ -179,13 +179,13 @@ class Scheduler:
         if num_tokens <= 0:
             return
         part = self._part(sequence, granted + num_tokens)
-        while not self._allocate(part):
+        while (placed := self._allocate(part)) is None:
             victim = self.running[-1]
             step.take_back(victim)
             self._preempt(victim)
             if victim is sequence:
                 return
-        step.give(part)
+        step.give(placed)
 
     def _begin(self, step: "_Step", sequence: Sequence, limit: int) -> bool:
         """Lets a waiting sequence run with up to `limit` tokens; false if it has to wait."""
@@ -193,8 +193,8 @@ class Scheduler:
             return False
         self.planned = sequence
         num_reused = self.blocks.reuse(sequence)
-        part = self._part(sequence, min(sequence.num_uncomputed_tokens, limit))
-        if not self._allocate(part):
+        part = self._allocate(self._part(sequence, min(sequence.num_uncomputed_tokens, limit)))
+        if part is None:
             self.blocks.free(sequence)
             sequence.num_computed_tokens = 0
             return False
@@ -214,9 +214,15 @@ class Scheduler:
         num_after_next = (sequence.params.max_tokens or 1) - sequence.num_output_tokens - 1
         return replace(part, num_ahead=max(0, min(self.num_ahead, num_after_next)))
 
-    def _allocate(self, part: ScheduledSequence) -> bool:
-        num_tokens = part.sequence.num_computed_tokens + part.num_tokens + part.num_ahead
-        return self.blocks.allocate(part.sequence, num_tokens)
+    def _allocate(self, part: ScheduledSequence) -> ScheduledSequence | None:
+        """The part with its blocks, or without tokens ahead where there is room for no more: they are worth no
+        preemption. None: changes nothing."""
+        num_tokens = part.sequence.num_computed_tokens + part.num_tokens
+        if self.blocks.allocate(part.sequence, num_tokens + part.num_ahead):
+            return part
+        if part.num_ahead and self.blocks.allocate(part.sequence, num_tokens):
+            return replace(part, num_ahead=0)
+        return None
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.engine.block_table import BlockTable
+from cluster.engine.drafting import Drafting
 from cluster.grammar.state import GrammarState
 from cluster.model.adapters import Adapter
 from cluster.model.penalties import PenaltyState
@@ -32,6 +33,7 @@ class Sequence:
     salts share no block.
     adapter: by which it is computed; None for the base alone.
     grammar: of its constraint, at its last token; set before it is scheduled.
+    drafting: what is known of the drafts of its next tokens.
     """
 
     request: EngineRequest
@@ -53,6 +55,7 @@ class Sequence:
     held: bool = False
     grammar: GrammarState | None = None
     adapter: Adapter | None = None
+    drafting: Drafting = field(default_factory=Drafting)
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]

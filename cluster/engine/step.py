@@ -20,11 +20,23 @@ class ScheduledSequence:
     """A sequence and how many of its uncomputed tokens this step computes (at least one).
 
     num_ahead: new tokens that the step may bring beside the first one; the cache has room for them.
+    draft: tokens, num_ahead at most, that may come next: the step computes a row for each, and finds how many do.
     """
 
     sequence: Sequence
     num_tokens: int
     num_ahead: int = 0
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft)
+
+    @property
+    def row_token_ids(self) -> list[int]:
+        """The tokens of its rows."""
+        first = self.sequence.num_computed_tokens
+        return [*self.sequence.token_ids[first : first + self.num_tokens], *self.draft]
 
     @property
     def completes(self) -> bool:
@@ -50,6 +62,10 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.scheduled)
 
+    @property
+    def num_rows(self) -> int:
+        return sum(s.num_rows for s in self.scheduled)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -63,6 +79,7 @@ class StepResult:
     counts.  epoch: of the plan that had no copy.
     failed: the exception of each sequence that met one; NoFiniteNumbers where the model's numbers for it are
     NaN or infinite, in any of its rows: its keys and values are then not to be used again.
+    num_drafted, num_accepted: drafted tokens that the step has tried, and those of them that were right.
     """
 
     tokens: Seq[Seq[Sampled]]
@@ -70,6 +87,20 @@ class StepResult:
     lost: Mapping[int, ShardUnavailable] = field(default_factory=dict)
     epoch: int = 0
     failed: Mapping[int, Exception] = field(default_factory=dict)
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    def num_tokens(self, batch: Batch) -> tuple[int, int]:
+        """Tokens that the step computed for good, of prompts and of answers."""
+        prefill = decode = 0
+        for i, s in enumerate(batch.scheduled):
+            if i in self.lost or i in self.failed:
+                continue
+            if s.samples and s.sequence.num_output_tokens:
+                decode += s.num_tokens + max(0, len(self.tokens[i]) - 1)
+            else:
+                prefill += s.num_tokens
+        return prefill, decode
 
 
 class Runner(Protocol):

@@ -27,7 +27,7 @@ class Places:
     def of(cls, scheduled: Seq[ScheduledSequence], group: int, *, block_size: int, padding_block: int) -> "Places":
         """The blocks of the scheduled tokens must be allocated."""
         slots = []
-        stops = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]
+        stops = [s.sequence.num_computed_tokens + s.num_rows for s in scheduled]
         widths = [-(-stop // block_size) for stop in stops]
         tables = np.full((len(scheduled), max(widths)), padding_block, dtype=np.int64)
         for row, (s, stop, width) in enumerate(zip(scheduled, stops, widths, strict=True)):
@@ -55,15 +55,14 @@ class StepArrays:
     def of(cls, scheduled: Seq[ScheduledSequence], *, block_size: int, padding_blocks: Seq[int]) -> "StepArrays":
         """padding_blocks: of each group. The blocks of the scheduled tokens must be allocated."""
         token_ids, positions, lengths = [], [], []
-        context_lens = [s.sequence.num_computed_tokens + s.num_tokens for s in scheduled]
+        context_lens = [s.sequence.num_computed_tokens + s.num_rows for s in scheduled]
         for s, stop in zip(scheduled, context_lens, strict=True):
-            first = s.sequence.num_computed_tokens
-            where = np.arange(first, stop)
-            token_ids.append(np.asarray(s.sequence.token_ids[first:stop]))
+            where = np.arange(s.sequence.num_computed_tokens, stop)
+            token_ids.append(np.asarray(s.row_token_ids))
             positions.append(where)
             lengths.append(np.maximum(where + 1, s.sequence.num_prompt_tokens))
         return cls(
-            query_lens=[s.num_tokens for s in scheduled],
+            query_lens=[s.num_rows for s in scheduled],
             token_ids=np.concatenate(token_ids),
             positions=np.concatenate(positions),
             lengths=np.concatenate(lengths),

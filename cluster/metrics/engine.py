@@ -221,6 +221,17 @@ class _Steps:
             "replica",
             "phase",
         )
+        self.drafted_tokens = define.counter(
+            "moecluster_engine_drafted_tokens_total",
+            "Tokens that were drafted ahead and tried as rows of a step (speculative_config). Still while answers are "
+            "generated: the text does not repeat itself, or drafts were measured not to pay.",
+            "replica",
+        ).labels(replica)
+        self.accepted_tokens = define.counter(
+            "moecluster_engine_accepted_tokens_total",
+            "Drafted tokens that were right, each a step saved for its sequence. Divide by the drafted ones.",
+            "replica",
+        ).labels(replica)
         self.prefill_tokens = tokens.labels(replica, "prefill")
         self.decode_tokens = tokens.labels(replica, "decode")
 
@@ -248,6 +259,11 @@ class EngineMetrics:
         self._steps.sequences.observe(num_seqs)
         self._steps.prefill_tokens.inc(num_prefill_tokens)
         self._steps.decode_tokens.inc(num_decode_tokens)
+
+    def drafted(self, num_tokens: int, num_accepted: int) -> None:
+        """Counts drafted tokens that a step has tried, and those of them that were right."""
+        self._steps.drafted_tokens.inc(num_tokens)
+        self._steps.accepted_tokens.inc(num_accepted)
 
     def reused(self, num_tokens: int) -> None:
         """Counts prompt tokens whose keys and values another sequence left in the cache."""

@@ -42,6 +42,18 @@ class PenaltyState:
             self._memory[1, self._slots[token_id]] += count
         self.num_seen = len(token_ids)
 
+    def ahead(self, token_ids: Sequence[int]) -> tuple[Ids, Ids]:
+        """Copies of ids and counts as they are when these output tokens have followed; all are in the vocabulary."""
+        fresh = [token_id for token_id in dict.fromkeys(token_ids) if token_id not in self._slots]
+        stop = len(self._slots) + len(fresh)
+        slots = dict(zip(fresh, range(len(self._slots), stop), strict=True))
+        memory = np.zeros((2, stop), dtype=np.int32)
+        memory[:, : len(self._slots)] = self._memory[:, : len(self._slots)]
+        memory[0, len(self._slots) :] = fresh
+        for token_id in token_ids:
+            memory[1, slots[token_id] if token_id in slots else self._slots[token_id]] += 1
+        return memory[0], memory[1]
+
     def _append(self, fresh: Sequence[int]) -> None:
         first = len(self._slots)
         stop = first + len(fresh)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.errors import InvalidRequest
 from cluster.kernels.sampling.choose import choose
-from cluster.kernels.sampling.rule import NO_IDS, NONE_LEFT, NOT_FINITE, PLAIN, Chosen, Mask, Rule, bits
+from cluster.kernels.sampling.rule import NO_IDS, NONE_LEFT, NOT_FINITE, PLAIN, Chosen, Ids, Mask, Rule, bits
 from cluster.model.penalties import PenaltyState, check_ids
 from cluster.types import Logprobs, SamplingParams
 
@@ -30,6 +30,7 @@ class SamplingRow:
     """The sampler's view of one sequence.
 
     token_ids: prompt and output so far.  params: every default filled in, the seed too.
+    ahead: output tokens that are taken to follow these, before the row's own.
     banned_token_ids: not to be chosen (the ends of a sequence below min_tokens).  penalties: kept by the sequence.
     allowed: of the sequence's grammar, None for every token.
     """
@@ -38,6 +39,7 @@ class SamplingRow:
     num_prompt_tokens: int
     params: SamplingParams
     penalties: PenaltyState
+    ahead: tuple[int, ...] = ()
     banned_token_ids: tuple[int, ...] = ()
     allowed: Mask | None = None
 
@@ -111,7 +113,7 @@ def rule_of(row: SamplingRow, vocab_size: int) -> Rule:
         if len(banned) >= vocab_size:
             raise _no_token_left()
     assert greedy or params.temperature, "a temperature of 0 is greedy"
-    penalties = penalties_of(row, vocab_size) if params.has_penalties else None
+    ids, counts = penalties_of(row, vocab_size) if params.has_penalties else (NO_IDS, NO_IDS)
     return Rule(
         temperature=0.0 if greedy else params.temperature or 0.0,
         top_k=params.top_k or 0,
@@ -122,18 +124,18 @@ def rule_of(row: SamplingRow, vocab_size: int) -> Rule:
         frequency=params.frequency_penalty or 0.0,
         num_top=-1 if params.logprobs is None else params.logprobs,
         seed=params.seed or 0,
-        position=len(row.token_ids),
-        ids=NO_IDS if penalties is None else penalties.ids,
-        counts=NO_IDS if penalties is None else penalties.counts,
+        position=len(row.token_ids) + len(row.ahead),
+        ids=ids,
+        counts=counts,
         banned=np.array(banned, dtype=np.int32) if banned else NO_IDS,
         allowed=row.allowed,
     )
 
 
-def penalties_of(row: SamplingRow, vocab_size: int) -> PenaltyState:
-    """The row's tokens, with those of the last step."""
+def penalties_of(row: SamplingRow, vocab_size: int) -> tuple[Ids, Ids]:
+    """The row's distinct tokens and how often each is in its output, those of the last step and those ahead too."""
     row.penalties.extend(row.token_ids, row.num_prompt_tokens, vocab_size)
-    return row.penalties
+    return row.penalties.ahead(row.ahead) if row.ahead else (row.penalties.ids, row.penalties.counts)
 
 
 def _tokens(chosen: Chosen, rules: Sequence[Rule]) -> list[Sampled | Exception]:

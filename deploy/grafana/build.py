@@ -203,6 +203,10 @@ CAPACITY = [
     panel("Prompt tokens from the cache", "Share that prefix caching saved.", "percentunit",
           {"share": f"{per_second('moecluster_engine_reused_tokens_total')} / "
            f"{per_second('moecluster_prompt_tokens_total')}"}),
+    panel("Guessed tokens that were right", "Of those that steps tried. Low: the text seldom repeats itself, or the "
+          "draft model is far from the model.", "percentunit",
+          {"{{replica}}": f"{per_second('moecluster_engine_accepted_tokens_total', 'replica')} / "
+           f"{per_second('moecluster_engine_drafted_tokens_total', 'replica')}"}),
     panel("Sequences that ended", "By reason. Many cancelled: clients gave up waiting.", "ops",
           {"{{reason}}": per_second("moecluster_engine_finished_sequences_total", "reason")}),
     panel("Expert weights", "Of each shard. Keep it below its memory with room for batches.", "bytes",

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from configs import NUM_TOKENS, PROMPTS
+from drafters import Told, with_drafts
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import EngineConfig
@@ -90,11 +91,15 @@ def rare_expert(oracle):
 
 @pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("dies_after", [0, 1])
-def test_who_needs_a_lost_expert_waits_and_the_others_go_on(oracle_of, dies_after, num_parts):
+@pytest.mark.parametrize("drafted", [False, True])
+def test_who_needs_a_lost_expert_waits_and_the_others_go_on(oracle_of, dies_after, num_parts, drafted):
+    """With drafts too: some of their tokens are wrong, and may need the expert where their sequence does not."""
     oracle = oracle_of("released key style, 60 experts")
     engine = engine_with(oracle, rare_expert(oracle))
     experts = engine.runner.experts
     engine.runner.micro_batching.choose = lambda num_tokens, num_sequences: min(num_parts, num_sequences)
+    if drafted:
+        with_drafts(engine, Told(zip(PROMPTS, oracle.token_ids, strict=True), wrong=0.3, vocab_size=200))
     answers = {}
     for number in range(len(PROMPTS)):
         submit(engine, str(number), number)

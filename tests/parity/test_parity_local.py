@@ -3,6 +3,7 @@
 import pytest
 import torch
 from configs import NUM_TOKENS, PROMPTS
+from drafters import Told, always
 
 from cluster import LLM, SamplingParams
 
@@ -69,6 +70,16 @@ def test_preempted_sequences_give_the_same(oracle):
         assert tokens(llm) == oracle.token_ids
         assert sum(batch.num_preempted for batch in batches) > 0
         assert llm.engine.blocks.num_used == 0
+
+
+def test_several_tokens_a_step_give_the_same(oracle):
+    """Drafts are the oracle's own tokens, some of them replaced."""
+    drafter = Told(zip(PROMPTS, oracle.token_ids, strict=True), wrong=0.3, vocab_size=200)
+    ngram = {"method": "ngram", "num_speculative_tokens": 3}
+    with llm_for(oracle, num_expert_shards=2, block_size=4, speculative_config=ngram) as llm:
+        payoff = always(llm, drafter)
+        assert tokens(llm) == oracle.token_ids
+        assert sum(payoff.tried) > 10
 
 
 @pytest.mark.gpu

@@ -1,8 +1,8 @@
 """Each cell of the table in docs/models.md: a family, a result, a dtype, a transport, against transformers.
 
-In float32 tokens are equal and numbers within 1e-4. In 16 bits both round: our numbers may be off those of float32 by
-3 times as much as those of transformers in that dtype are; and where greedy tokens part, each must be among the
-other's five likeliest.
+In float32 tokens are equal, those of steps with drafts too, and numbers within 1e-4. In 16 bits both round: our numbers
+may be off those of float32 by 3 times as much as those of transformers in that dtype are; and where greedy tokens part,
+each must be among the other's five likeliest.
 """
 
 import re
@@ -11,6 +11,7 @@ import pytest
 import torch
 from actor_experts import ActorExperts
 from configs import NUM_TOKENS, PROMPTS
+from drafters import Told, with_drafts
 from matrix import CELLS, RESULTS, TOKENS, Reference, cell_id, class_of, raw_config
 from safetensors.torch import load_file, save_file
 
@@ -92,7 +93,12 @@ def test_a_cell(cell, model_dir_of, reference_of, actors, monkeypatch):
         transport=transport,
     ) as model:  # fmt: skip
         if result == TOKENS:
-            check_tokens(model, same_dtype, exactly=dtype == "float32")
+            outputs = check_tokens(model, same_dtype, exactly=dtype == "float32")
+            if dtype == "float32":
+                answers = [output.token_ids for output in outputs]
+                payoff = with_drafts(model.engine, Told(zip(PROMPTS, answers, strict=True), wrong=0.3, vocab_size=200))
+                assert [output.token_ids for output in model.generate(PROMPTS, GREEDY)] == answers
+                assert sum(payoff.tried)
             return
         for prompt, ours in zip(PROMPTS, RESULTS[result].ours(model), strict=True):
             expected, theirs = (RESULTS[result].theirs(reference, prompt) for reference in (exact, same_dtype))
@@ -103,7 +109,8 @@ def test_a_cell(cell, model_dir_of, reference_of, actors, monkeypatch):
 
 
 def check_tokens(model, reference, *, exactly):
-    for prompt, output in zip(PROMPTS, model.generate(PROMPTS, GREEDY), strict=True):
+    outputs = model.generate(PROMPTS, GREEDY)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
         ids = list(prompt)
         for token_id in output.token_ids:
             logits = reference.logits(ids)[-1]
@@ -113,3 +120,4 @@ def check_tokens(model, reference, *, exactly):
                 assert logits.argmax() in model.logits(ids)[-1].topk(5).indices
                 break
             ids.append(token_id)
+    return outputs

@@ -4,6 +4,7 @@ from cluster.config import EngineConfig
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.engine import Engine
+from cluster.engine.runner import right_tokens
 from cluster.engine.step import StepResult
 from cluster.errors import ShardUnavailable
 from cluster.metrics import EngineMetrics, new_registry
@@ -52,6 +53,31 @@ class CountingRunner:
             if s.samples and i not in lost else []
             for i, s in enumerate(batch.scheduled)
         ]  # fmt: skip
+        return StepResult(tokens, {}, lost, self.epoch)
+
+
+class DraftedRunner(CountingRunner):
+    """Counts on, and over a draft as far as it counts on too. `breaks` and `loses`: only with a draft."""
+
+    def __init__(self, breaks=False, loses=False):
+        super().__init__()
+        self.breaks, self.loses, self.drafts = breaks, loses, []
+
+    def run(self, batch):
+        self.steps.append([(s.sequence.request_id, s.num_tokens) for s in batch.scheduled])
+        self.drafts.append([s.draft for s in batch.scheduled])
+        if self.breaks and any(s.draft for s in batch.scheduled):
+            raise RuntimeError("too many rows")
+        lost = {
+            i: ShardUnavailable("shard 1 is gone", 1)
+            for i, s in enumerate(batch.scheduled)
+            if (self.loses and s.draft) or s.sequence.request_id in self.lost
+        }
+        tokens = []
+        for i, s in enumerate(batch.scheduled):
+            after = [s.sequence.token_ids[-1], *s.draft]
+            chosen = [(token + 1, None) for token in after]
+            tokens.append(right_tokens(s.draft, chosen)[0] if s.samples and i not in lost else [])
         return StepResult(tokens, {}, lost, self.epoch)
 
 

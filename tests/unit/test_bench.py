@@ -233,6 +233,16 @@ def test_a_dense_model_is_measured_in_one_process(tmp_path: Path, transports: st
     assert [spec.name for spec in run_one.specs] == ["local"]
 
 
+def test_ways_to_guess_tokens_ahead_are_systems_of_their_own(demo_dir: Path) -> None:
+    run_one, ngram = FakeRun(), '{"method": "ngram"}'
+    args = parse(
+        str(demo_dir), "--transports", "local", "--speculative-config", "none", "--speculative-config", ngram
+    )  # fmt: skip
+    assert measure_all(args, run_one) == 0
+    assert [spec.name for spec in run_one.specs] == ["local", "local, ngram"]
+    assert [spec.speculative_config for spec in run_one.specs] == [None, {"method": "ngram"}]
+
+
 def test_a_system_that_fails_leaves_the_others_figures(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measure_all(parse(str(demo_dir), "--batch", "2"), FakeRun("ray, 2 shards")) == 1
     out = capsys.readouterr().out
@@ -297,7 +307,7 @@ def test_arguments_are_parsed_and_checked(capsys: pytest.CaptureFixture[str]) ->
     args = parse("--batch", "32,1,8,8", "--transports", "ray")
     assert args.batch == (1, 8, 32)
     assert args.transports == ("ray",)
-    for wrong in (["--batch", "1,x"], ["--transports", "pigeon"]):
+    for wrong in (["--batch", "1,x"], ["--speculative-config", '{"method": "x"}'], ["--transports", "pigeon"]):
         with pytest.raises(SystemExit):
             parse(*wrong)
     assert "known are local, stream, ray" in capsys.readouterr().err

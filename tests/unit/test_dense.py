@@ -16,7 +16,8 @@ from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError, Unavailable
 from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for, plan_evenly
-from cluster.status import ClusterStatus
+from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus
+from cluster.types import EngineStats
 
 RAW = DENSE_CONFIGS["no layer sparse"]
 
@@ -72,6 +73,20 @@ def shown(status):
     with console.capture() as captured:
         console.print(render_status(status))
     return captured.get()
+
+
+def test_a_status_shows_the_share_of_guessed_tokens_that_were_right_where_there_are_any():
+    def replica(**counts):
+        stats = EngineStats(running=1, waiting=0, used_blocks=0, num_blocks=1, generated_tokens=0, at=0.0, **counts)
+        process = ProcessInfo(pid=7, node_id="n", gpu_ids=(), version="1", slot=0)
+        return ReplicaStatus(
+            name="r", process=process, engine=None, asked_at=0.0, epoch=1, loaded_bytes=0, total_bytes=0, stats=stats
+        )
+
+    status = status_of(plan_evenly((), 0, 0))
+    assert "right" not in shown(replace(status, replicas=(replica(),)))
+    text = shown(replace(status, replicas=(replica(drafted_tokens=2000, accepted_tokens=1500), replica())))
+    assert "75% right of" in text
 
 
 def test_its_status_shows_no_shards_and_no_placement():

@@ -12,6 +12,7 @@ from cluster.checkpoint.made.published import PUBLISHED
 from cluster.checkpoint.model_files import pinned
 from cluster.checkpoint.names import dense_bytes
 from cluster.config import ClusterConfig, read_model_config
+from cluster.config.speculation import METHODS, Speculation
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 
 FILES = {path.name: path.read_text() for path in config_docs.SERVE_FILES}
@@ -42,6 +43,7 @@ def test_a_name_in_a_comment_is_one_of_a_field_of_serves_schema_or_of_the_api(na
     schema = ServeApplicationSchema.model_fields.keys() | gRPCOptionsSchema.model_fields.keys()
     known = schema | set(pb.GenerateRequest.DESCRIPTOR.fields_by_name) | {f.name for f in fields(ClusterConfig)}
     known |= {"lm_head"}  # of a checkpoint: `quantization` may name it
+    known |= {f.name for f in fields(Speculation)} | set(METHODS)
     text = comments(re.sub(r'python -c "[^"]+"', "", FILES[name]))
     assert set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", text)) - known == set()
 

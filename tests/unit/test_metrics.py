@@ -54,6 +54,8 @@ METRICS = {
     "moecluster_engine_step_tokens_total": ("counter", {"replica", "phase"}),
     "moecluster_engine_reused_tokens_total": ("counter", {"replica"}),
     "moecluster_engine_preemptions_total": ("counter", {"replica"}),
+    "moecluster_engine_drafted_tokens_total": ("counter", {"replica"}),
+    "moecluster_engine_accepted_tokens_total": ("counter", {"replica"}),
     "moecluster_engine_finished_sequences_total": ("counter", {"replica", "reason"}),
     "moecluster_engine_queue_wait_seconds": ("histogram", {"replica"}),
     "moecluster_dispatch_rows_total": ("counter", {"replica", "shard_id"}),

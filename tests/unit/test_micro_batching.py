@@ -48,9 +48,9 @@ def test_what_cannot_gain_is_never_split(enabled, num_tokens, num_sequences):
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=20))
 def test_a_split_keeps_all_sequences_in_order_and_leaves_no_part_empty(lengths):
-    scheduled = [SimpleNamespace(num_tokens=length) for length in lengths]
+    scheduled = [SimpleNamespace(num_rows=length) for length in lengths]
     parts = split_evenly(scheduled, 2)
     assert [s for part in parts for s in part] == scheduled
     assert [len(part) > 0 for part in parts] == [True, True]
-    sums = [sum(s.num_tokens for s in part) for part in parts]
+    sums = [sum(s.num_rows for s in part) for part in parts]
     assert abs(sums[0] - sums[1]) <= 2 * max(lengths)

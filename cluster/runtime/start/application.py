@@ -9,6 +9,7 @@ from ray.serve.config import RequestRouterConfig
 from cluster.checkpoint.model_files import pinned
 from cluster.config import ClusterConfig
 from cluster.config.resources import available_cpus
+from cluster.config.speculation import with_model
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
 from cluster.experts.placement import num_shards_for
@@ -37,7 +38,8 @@ def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterCon
     can have: none for a dense one.
     """
     check_free(config, config.lora_adapters or {})
-    config = replace(config, model=pinned(config.model))
+    drafts = with_model(config.speculative_config, pinned)
+    config = replace(config, model=pinned(config.model), speculative_config=drafts)
     texts = tokenizer and not config.skip_tokenizer
     reader = check_checkpoint(config.model, config.engine(), config.expert_shards, tokenizer=texts)
     return replace(config, expert_shards=num_shards_for(reader.config.num_experts, config.expert_shards))

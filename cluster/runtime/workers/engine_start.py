@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 
+from cluster.checkpoint.draft import draft_bytes
 from cluster.checkpoint.names import dense_bytes, dense_shapes
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
@@ -46,6 +47,7 @@ def start_engine(
     reader = open_checkpoint(config.model)
     reader.check_names()
     total = reader.missing_bytes(dense_shapes(reader.config)) + dense_bytes(reader.config, reader.config.dtype)
+    total += draft_bytes(config.engine())
     engine = load_engine(
         config.model,
         config.engine(),
