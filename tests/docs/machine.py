@@ -23,12 +23,15 @@ MOE = ("MODEL_DIR", "MODEL", "my-finetune", "Qwen/Qwen1.5-MoE-A2.7B-Chat", "mode
 DENSE = ("Qwen2-0.5B", "Qwen/Qwen2-7B-Instruct", "models/Qwen2-7B-Instruct")
 WRITTEN = ("OUT", "out.jsonl")  # a command that names one finds none
 # In the documents' words -> in the test's. A checkpoint's name is a folder with a small random one of its family: a
-# folder goes before a name of the hub. A key is the one that the command before has made. 60 faults take minutes.
+# folder goes before a name of the hub. A key is the one that the command before has made. 60 faults take minutes, and
+# each process that is added is rolled after that.
 INSTEAD = {
     '"/models/': '"models/',
     " /models/": " models/",
     "HOST:9000": "127.0.0.1:9000",
     "--requests 300 --faults 60": "--requests 30 --faults 3",
+    "scale --expert-shards 4": "scale --expert-shards 3",
+    "scale --attention-replicas 3": "scale --attention-replicas 1",
 }
 READY_S, COMMAND_S = 240, 280
 SERVES = re.compile(r"moe-cluster serve\b")

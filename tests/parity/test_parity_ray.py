@@ -1,4 +1,4 @@
-"""The same over Ray calls and over streams, with 1, 2, 3 and 7 shards: seven actors, loaded anew for each case."""
+"""The same over Ray calls and over streams, with 1, 3 and 7 shards: seven actors, loaded anew for each case."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def carry(carrier, actors):
 
 
 @pytest.mark.parametrize("carrier", ["ray", "stream"])
-@pytest.mark.parametrize("num_shards", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3)), 7])
+@pytest.mark.parametrize("num_shards", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)), 7])
 def test_greedy_tokens_through_ray_are_those_of_transformers(moe_oracle, actors, ray_cluster, num_shards, carrier):
     """Mixed lengths, a token budget of 16 (so chunked prompts beside decodes) and room for 12 blocks (preemption)."""
     config = CheckpointReader(moe_oracle.model_dir).config
