@@ -168,7 +168,11 @@ LOG = (
 )
 
 
-@pytest.mark.parametrize("variant", variants())
+FIRST, *OTHERS = variants() or [""]
+
+
+@pytest.mark.skipif(not variants(), reason="the native kernels are not built")
+@pytest.mark.parametrize("variant", [FIRST, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)])
 def test_a_process_names_its_kernels_once(variant):
     assert run(LOG, **{VARIABLE: variant}).stderr == f"INFO kernels: native {variant}\n"
 

@@ -16,11 +16,8 @@ from cluster.kernels.native.library import DTYPES
 from cluster.kernels.native_products import ExpertPointers
 from cluster.kernels.rounding import Numbers, pack, quantize, unpack
 
-FORMS = [(8, 0, False)] + [(4, size, has_zeros) for size in (32, 64, 128) for has_zeros in (False, True)]
-FORMS, ROUNDED = (
-    FORMS + [(8, size, False) for size in (32, 128)],
-    FORMS,
-)  # what matrices come in, and are rounded to
+ROUNDED = [(8, 0, False)] + [(4, size, has_zeros) for size in (32, 64, 128) for has_zeros in (False, True)]
+FORMS = [*ROUNDED, *((8, size, False) for size in (32, 128))]  # the others come with a checkpoint alone
 each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[0]} bits, {form[1]}, zeros {form[2]}")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
