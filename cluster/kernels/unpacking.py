@@ -92,5 +92,6 @@ def _in_order(numbers: Tensor) -> Tensor:
 
 def _nibbles(words: Tensor) -> Tensor:
     """[M, W] int32 -> [M, 8 W] int8, each from 0 to 15, the lowest bits first."""
-    pairs = words.contiguous().view(torch.uint8)
+    # A column counts as contiguous whatever its stride, and then has no view as bytes.
+    pairs = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).view(torch.int8)

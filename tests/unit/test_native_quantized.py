@@ -51,7 +51,7 @@ def sizes_of(numbers: Numbers, layout: RowLayout) -> torch.Tensor:
 @each_variant
 @each_form
 @each_dtype
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)  # for each variant, form and dtype
 @given(
     m=st.sampled_from([1, 2, 3, 5, 6, 7, 8, 9, 13, 17, 48, 49, 97, 100]),
     n=st.integers(1, 140),
@@ -174,7 +174,7 @@ def test_a_step_of_experts_is_its_products_one_by_one(native, form, num_rows) ->
 @each_variant
 @pytest.mark.parametrize("form", ROUNDED, ids=str)
 @each_dtype
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=7, deadline=None)
 @given(
     n=st.integers(1, 40), k=st.integers(1, 300), exponent=st.integers(-20, 10), shift=st.floats(-3, 3),
     seed=st.integers(0, 100), threads=st.integers(1, 3),
