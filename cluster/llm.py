@@ -27,7 +27,7 @@ from cluster.config.speculation import with_model
 from cluster.engine.adapters import AdapterSetup
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
-from cluster.engine.load import load_engine, local_experts, share_here
+from cluster.engine.load import device_of, load_engine, local_experts, share_here
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import Closed, ClusterError, InvalidRequest
 from cluster.experts.dispatch import ExpertDispatcher
@@ -79,6 +79,7 @@ class LLM(Results, Chats, Adapts):
         device: str = DEFAULTS["device"],
         quantization: str = DEFAULTS["quantization"],
         expert_quantization: str | None = DEFAULTS["expert_quantization"],
+        kv_cache_dtype: str = DEFAULTS["kv_cache_dtype"],
         kv_cache_bytes: int | None = DEFAULTS["kv_cache_bytes"],
         memory_utilization: float | None = DEFAULTS["memory_utilization"],
         block_size: int = DEFAULTS["block_size"],
@@ -115,6 +116,7 @@ class LLM(Results, Chats, Adapts):
         self._ray_experts: RayExperts | None = None
         self._closed = False
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
+        device_of(config)  # refuses one that cannot be, before anything loads
         for name, value in PRODUCTS_ENVIRONMENT.items():
             os.environ.setdefault(name, value)  # read at the first product
         # torch counts the machine's cores, and knows nothing of a control group's quota.

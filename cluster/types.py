@@ -179,6 +179,7 @@ class EngineStats:
     used_blocks: of num_blocks, by the share that is used of the group of layers with the least left.
     at: seconds, wall clock.  held: running sequences that wait for an expert without a living copy.
     drafted_tokens, accepted_tokens: drafted ahead and tried since its start, and those of them that were right.
+    kv_cache_dtype: as of `EngineConfig`.
     """
 
     running: int
@@ -193,6 +194,7 @@ class EngineStats:
     cache_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

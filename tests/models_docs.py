@@ -21,8 +21,8 @@ def sizes() -> str:
     """A row for each released model: what `moe-cluster plan` prints."""
     lines = [
         "| model | parameters | active | a replica, float32 | a replica, 16 bits | all shards, float32 | all shards, "
-        "16 bits | KV cache a token, 16 bits |",
-        "| --- " * 8 + "|",
+        "16 bits | KV cache a token, 16 bits | in 8 bits |",
+        "| --- " * 9 + "|",
     ]
     for name, raw in PUBLISHED.items():
         config = read_model_config(raw)
@@ -32,6 +32,7 @@ def sizes() -> str:
         cells = [
             name, count(full.num_parameters), count(full.num_active_parameters) if num_experts else "all",
             size(full.dense_bytes), size(half.dense_bytes), *shards, f"{half.kv_bytes_per_token:,} B",
+            f"{config.kv_bytes_per_token('int8'):,} B",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -23,8 +23,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # a
 
 OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "quantization",
-    "expert_quantization", "device", "transport", "kv_cache_bytes", "memory_utilization", "max_num_seqs",
-    "max_num_batched_tokens", "max_model_len", "rope_scaling", "speculative_config", "max_waiting",
+    "expert_quantization", "kv_cache_dtype", "device", "transport", "kv_cache_bytes", "memory_utilization",
+    "max_num_seqs", "max_num_batched_tokens", "max_model_len", "rope_scaling", "speculative_config", "max_waiting",
     "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port",
     "log_format",
 )  # fmt: skip

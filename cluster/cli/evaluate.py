@@ -2,16 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_options, byte_size
 from cluster.client import options
 from cluster.client.files import read_whole
+from cluster.config.kv_cache import AUTO
 from cluster.config.quantization import PLAIN
 from cluster.errors import SetupError
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 SEQUENCES = 8  # windows at a time, offline; through a server half as many calls at a time
 MAX_TEXT_BYTES = 256 << 20  # all of which is read before anything is computed
 TOKENS = 16384  # of all windows at a time, offline, unless one has more: their keys and values take memory
-OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling", "quantization", "expert_quantization")
+ROUNDINGS = {"quantization": PLAIN, "expert_quantization": None, "kv_cache_dtype": AUTO}  # none, by the fields' names
+OFFLINE_OPTIONS = ("dtype", "device", "kv_cache_bytes", "rope_scaling", *ROUNDINGS)
 
 
 def add_commands(commands: Commands) -> None:
@@ -55,13 +57,13 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--kv-cache-bytes", type=byte_size, metavar="BYTES", help="offline (default: what the windows need)"
     )
-    add_options(command, "rope_scaling", "quantization", "expert_quantization")
-    command.set_defaults(quantization=None)
+    add_options(command, "rope_scaling", *ROUNDINGS)
+    command.set_defaults(**dict.fromkeys(ROUNDINGS))
     command.add_argument(
         "--compare",
         action="store_true",
-        help="offline, with --quantization or --expert-quantization: measure the checkpoint's own weights too, before, "
-        "and print the difference",
+        help="offline, with --quantization, --expert-quantization or --kv-cache-dtype: measure without them too, "
+        "before, and print the difference",
     )
     options.add_arguments(command, address=None)
 
@@ -78,9 +80,10 @@ def _eval(args: argparse.Namespace) -> int:
             f"--{needless[0].replace('_', '-')} is of a running server, and {args.model} is computed here: leave it "
             "out, or give --address in place of a model"
         )
-    rounded = any(name not in (None, PLAIN) for name in (args.quantization, args.expert_quantization))
-    if args.compare and not rounded:
-        raise SetupError("--compare is of rounded weights: give --quantization or --expert-quantization, offline")
+    if args.compare and all(getattr(args, name) in (None, PLAIN, AUTO) for name in ROUNDINGS):
+        raise SetupError(
+            "--compare is of rounded numbers: give --quantization, --expert-quantization or --kv-cache-dtype, offline"
+        )
     results = _offline(args) if args.address is None else [_served(args)]
     if args.json:
         print(json.dumps(_report(results), indent=2))
@@ -107,7 +110,7 @@ def _report(results: "Sequence[Perplexity]") -> dict[str, object]:
 
 
 def _offline(args: argparse.Namespace) -> "list[Perplexity]":
-    """Of the checkpoint's own weights, if they are to be compared, and of those that were asked for."""
+    """Of numbers that nobody rounds, if they are to be compared, and of those that were asked for."""
     from cluster.checkpoint.info import max_model_len
     from cluster.checkpoint.opening import open_checkpoint
     from cluster.perplexity import Windows
@@ -119,35 +122,35 @@ def _offline(args: argparse.Namespace) -> "list[Perplexity]":
     token_ids = _given_ids(args)
     if token_ids is None:
         token_ids = Tokenizer(checkpoint.model_dir).encode(_text(args.text))
-    asked = (PLAIN if args.quantization is None else args.quantization, args.expert_quantization)
-    forms = [(PLAIN, None), asked] if args.compare else [asked]
-    return [_of_weights(args, checkpoint.config, windows, token_ids, form) for form in forms]
+    asked = {name: plain if getattr(args, name) is None else getattr(args, name) for name, plain in ROUNDINGS.items()}
+    forms = [ROUNDINGS, asked] if args.compare else [asked]
+    return [_of_form(args, checkpoint.config, windows, token_ids, form) for form in forms]
 
 
-def _engine(args: argparse.Namespace) -> "EngineConfig":
+def _engine(args: argparse.Namespace, **form: Any) -> "EngineConfig":
     from cluster.config import EngineConfig
 
-    return EngineConfig(
-        dtype="auto" if args.dtype is None else args.dtype, device="auto" if args.device is None else args.device
-    )
+    device = "auto" if args.device is None else args.device
+    return EngineConfig(dtype="auto" if args.dtype is None else args.dtype, device=device, **form)
 
 
-def _of_weights(
+def _of_form(
     args: argparse.Namespace,
     config: "ModelConfig",
     windows: "Windows",
     token_ids: Sequence[int],
-    form: tuple[str, str | None],
+    form: Mapping[str, Any],
 ) -> "Perplexity":
-    """form: the quantization of dense layers and, None for the same, of experts."""
+    """form: as ROUNDINGS."""
     from cluster.checkpoint.info import resolve_dtype
     from cluster.console import CountProgress
     from cluster.llm import LLM
     from cluster.perplexity import perplexity
 
-    engine, batch = _engine(args), max(1, min(SEQUENCES, TOKENS // windows.context))
+    engine, batch = _engine(args, **form), max(1, min(SEQUENCES, TOKENS // windows.context))
     blocks = -(-windows.context // engine.block_size) + 1
-    needed = config.kv_bytes_per_token(resolve_dtype(engine.dtype, config)) * engine.block_size * blocks
+    token_bytes = config.kv_bytes_per_token(engine.cache_dtype(resolve_dtype(engine.dtype, config)))
+    needed = token_bytes * engine.block_size * blocks
     llm = LLM(
         args.model,
         skip_tokenizer=True,
@@ -156,8 +159,7 @@ def _of_weights(
         max_model_len=windows.context,
         kv_cache_bytes=needed * (batch + 1) if args.kv_cache_bytes is None else args.kv_cache_bytes,
         rope_scaling=args.rope_scaling,
-        quantization=form[0],
-        expert_quantization=form[1],
+        **form,
         enable_prefix_caching=False,
     )
     with llm, CountProgress("tokens", "tokens") as bar:

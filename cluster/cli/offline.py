@@ -25,7 +25,8 @@ def add_commands(commands: Commands) -> None:
     )
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(plan, "max_model_len", "rope_scaling", "quantization", "expert_quantization", "speculative_config")
+    add_options(plan, "max_model_len", "rope_scaling", "quantization", "expert_quantization", "kv_cache_dtype")
+    add_options(plan, "speculative_config")
     add_adapters(plan)
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
@@ -61,27 +62,24 @@ def _plan(args: argparse.Namespace) -> int:
         max_lora_rank=args.max_lora_rank,
         max_loras=args.max_loras,
         speculative_config=with_model(args.speculative_config, lambda name: pinned(located(name))),
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     model = pinned(args.model)
     directory = model_directory(model)
     config = check_for_plan(model, engine, args.shards)
     draft = check_draft(directory, config, engine)
     dtype = resolve_dtype(args.dtype, config)
+    rounded = {"quantization": engine.quantization, "cache_dtype": engine.cache_dtype(dtype)}
     placement = plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, args.shards))
     plan = Plan(
         config=config,
         placement=placement,
-        sizes=sizes_of(
-            config,
-            dtype,
-            quantization=engine.quantization,
-            expert_quantization=engine.of_experts,
-        ),
+        sizes=sizes_of(config, dtype, expert_quantization=engine.of_experts, **rounded),
         context_tokens=max_model_len(config, engine),
         download_bytes=download_bytes(model, placement),
         has_tokenizer=has_vocabulary(directory),
         adapter_bytes=adapter_bytes(config, engine),
-        draft=None if draft is None else sizes_of(draft, dtype, quantization=engine.quantization),
+        draft=None if draft is None else sizes_of(draft, dtype, **rounded),
     )
     if args.json:
         print(json.dumps(describe_plan(plan), indent=2))

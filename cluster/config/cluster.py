@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Self
 
 from cluster.config.engine import EngineConfig
+from cluster.config.kv_cache import check_cache_device
 from cluster.config.lora import check_adapters
 from cluster.config.options import check, defaults_of, option, required, typed
 from cluster.errors import SetupError
@@ -178,6 +179,8 @@ class ClusterConfig(EngineConfig):
                 raise SetupError(
                     f"{name} is {gpus}, a part of one GPU (at least {LEAST:g}) or a whole number is needed"
                 )
+        on_gpu = self.device == "cuda" or (self.device == "auto" and self.gpus_per_attention_replica)
+        check_cache_device(self.kv_cache_dtype, "cuda" if on_gpu else self.device)
         if self.expert_shards and self.min_copies > self.expert_shards:
             raise SetupError(
                 f"min_copies is {self.min_copies}, and {self.expert_shards} expert shards can hold "

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.config.kv_cache import AUTO, EIGHT_BITS, check_cache_device
 from cluster.config.lora import MAX_RANK, check_adapters
 from cluster.config.model import DTYPES
 from cluster.config.options import check, option
@@ -25,6 +26,12 @@ class EngineConfig:
     )
     expert_quantization: str | None = option(
         None, "the same for the routed experts; unset: as quantization", choices=(PLAIN, *QUANTIZATIONS)
+    )
+    kv_cache_dtype: str = option(
+        AUTO,
+        "keys and values in 8 bits, on CPUs: int8, or fp8 (e4m3), each token's of a head with a scale of 2 bytes; "
+        "auto: as dtype",
+        choices=(AUTO, *EIGHT_BITS),
     )
     device: str = option("auto", "cpu, cuda, or auto: cuda where a process has one", choices=("auto", "cpu", "cuda"))
     block_size: int = option(16, "tokens in a block of the KV cache", least=1)
@@ -78,6 +85,11 @@ class EngineConfig:
         check(self)
         check_adapters(self.lora_adapters, self.max_loras)
         self.check_speculation()
+        check_cache_device(self.kv_cache_dtype, self.device)
+
+    def cache_dtype(self, dtype: str) -> str:
+        """That of keys and values beside weights in `dtype`: a key of DTYPE_BYTES, or one of EIGHT_BITS."""
+        return dtype if self.kv_cache_dtype == AUTO else self.kv_cache_dtype
 
     @property
     def of_experts(self) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config.json_keys import shown
+from cluster.config.kv_cache import EIGHT_BITS, SCALE_BYTES
 from cluster.config.quantization import PLAIN, QUANTIZATIONS, Quantization
 from cluster.config.rope import RopeConfig
 from cluster.errors import CheckpointError
@@ -162,9 +163,13 @@ class ModelConfig:
         return rounded.matrix_bytes(2 * intermediate, hidden) + rounded.matrix_bytes(hidden, intermediate)
 
     def kv_bytes_per_token(self, dtype: str, num_layers: int | None = None) -> int:
-        """Bytes that one token's keys and values take over so many layers, by default over all."""
+        """Bytes that one token's keys and values take over so many layers, by default over all.
+
+        dtype: of the cache, a key of DTYPE_BYTES or one of EIGHT_BITS.
+        """
         layers = self.num_hidden_layers if num_layers is None else num_layers
-        return 2 * layers * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[dtype]
+        row_bytes = self.head_dim + SCALE_BYTES if dtype in EIGHT_BITS else self.head_dim * DTYPE_BYTES[dtype]
+        return 2 * layers * self.num_key_value_heads * row_bytes
 
 
 def given_dtype(raw: Mapping[str, Any]) -> Any:

@@ -48,9 +48,10 @@ def print_plan(plan: Plan) -> None:
     )
     console.print(_table(plan))
     slides = "".join(f" ({size(each)} of it for the last {window:,} tokens alone)" for window, each in sizes.sliding)
+    rounded = f" in {sizes.cache_dtype}" if sizes.cache_dtype != sizes.dtype else ""
     console.print(
-        f"KV cache: {size(sizes.kv_bytes_per_token)} a token{slides}, for each attention replica beside its weights, "
-        "of 0.9 of the memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, "
+        f"KV cache: {size(sizes.kv_bytes_per_token)} a token{rounded}{slides}, for each attention replica beside its "
+        "weights, of 0.9 of the memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, "
         "--memory-utilization)",
         highlight=False,
     )
@@ -112,6 +113,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             {"name": name, "attention_replica_bytes": of_replica, "expert_shards_bytes": of_shards}
             for name, (of_replica, of_shards) in plan.adapter_bytes.items()
         ],
+        "kv_cache_dtype": sizes.cache_dtype,
         "kv_bytes_per_token": sizes.kv_bytes_per_token,
         "sliding_windows": [{"tokens": window, "kv_bytes_per_token": each} for window, each in sizes.sliding],
         "expert_shards": [{"experts": number, "bytes": number * sizes.expert_bytes} for number in shards],

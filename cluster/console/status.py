@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.config.kv_cache import AUTO
 from cluster.console.base import OutputConsole, ranges
 from cluster.console.experts import bar
 from cluster.errors import ClusterError
@@ -68,7 +69,8 @@ def describe_cache(status: ClusterStatus) -> str:
         return ""
     smallest = min(known, key=lambda stats: stats.num_blocks)
     tokens = smallest.num_blocks * smallest.block_size
-    text = f"{tokens:,} tokens of keys and values in each attention replica"
+    form = "" if smallest.kv_cache_dtype == AUTO else f" in {smallest.kv_cache_dtype}"
+    text = f"{tokens:,} tokens of keys and values{form} in each attention replica"
     if (smallest.cache_tokens or tokens) < smallest.max_model_len:
         text += (
             f"; the context has {smallest.max_model_len:,}: without max_tokens an answer ends where the cache is full"
@@ -142,6 +144,8 @@ def _replica_table(status: ClusterStatus, before: ClusterStatus | None) -> Table
         if last is not None and stats.at > last.at:
             rate = f"{(stats.generated_tokens - last.generated_tokens) / (stats.at - last.at):.1f}"
         use = f"{stats.used_blocks / max(1, stats.num_blocks):.0%}"
+        if stats.kv_cache_dtype != AUTO:
+            use += f" ({stats.kv_cache_dtype})"
         table.add_row(
             replica.name,
             slot,

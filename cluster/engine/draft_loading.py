@@ -23,7 +23,7 @@ from cluster.experts.transport import LocalTransport
 from cluster.metrics import DispatchMetrics, new_registry
 from cluster.model.cache_size import num_kv_blocks
 from cluster.model.decoder import CausalLM
-from cluster.model.kv_cache import KVCache
+from cluster.model.kv_cache import cache_for
 from cluster.model.registry import load_model
 
 
@@ -56,7 +56,7 @@ def load_draft(
         reader, dtype=weight.dtype, device=device, progress=progress,
         quantization=quantization_on(config.quantization, device.type, reader.config.stored),
     )  # fmt: skip
-    part, rest = (one.kv_bytes_per_token(dtype) for one in (reader.config, model.config))
+    part, rest = (one.kv_bytes_per_token(config.cache_dtype(dtype)) for one in (reader.config, model.config))
     return DraftWeights(model=loaded, dtype=dtype, share=part / (part + rest))
 
 
@@ -106,8 +106,7 @@ def _draft_model(
     num_blocks = num_kv_blocks(
         draft.config, limits, draft.dtype, max_model_len=longest, room_bytes=room_bytes, share=share
     )
-    weights_dtype = draft.model.model.norm.weight.dtype
-    cache = KVCache(draft.config, num_blocks, config.block_size, dtype=weights_dtype, device=device)
+    cache = cache_for(draft.config, config, num_blocks, draft.dtype, device)
     plan = plan_evenly((), 0, 0)
     none = ExpertDispatcher(LocalTransport({}), FixedPlan(plan), DispatchMetrics(new_registry(), "draft"))
     runner = ModelRunner(draft.model, cache, none, config.block_size)

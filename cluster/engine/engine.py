@@ -98,6 +98,7 @@ class Engine:
             block_size=self.blocks.block_size,
             max_model_len=self.max_model_len,
             cache_tokens=min(self.blocks.max_tokens, self.max_model_len),
+            kv_cache_dtype=self.config.kv_cache_dtype,
         )
 
     def submit(self, request: EngineRequest) -> None:

@@ -14,11 +14,12 @@ from cluster.checkpoint.opening import open_checkpoint
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import read_tokenizer
 from cluster.config import EngineConfig, ModelConfig
+from cluster.config.kv_cache import AUTO, check_cache_device
 from cluster.config.lora import AdapterList, AdapterSource
 from cluster.config.quantization import quantization_on
 from cluster.config.resources import available_memory
 from cluster.engine.adapters import Adapters, AdapterSetup, ShareAdapters
-from cluster.engine.block_manager import make_block_manager
+from cluster.engine.block_manager import BlockManager, make_block_manager
 from cluster.engine.draft_loading import load_draft, models_part, with_drafts
 from cluster.engine.engine import Engine
 from cluster.engine.graphs import decode_graphs
@@ -36,7 +37,7 @@ from cluster.metrics import DispatchMetrics, EngineMetrics
 from cluster.model.adapters import Adapter, load_adapter
 from cluster.model.cache_size import check_block_fits, num_kv_blocks
 from cluster.model.decoder import CausalLM
-from cluster.model.kv_cache import KVCache
+from cluster.model.kv_cache import KVCache, cache_for
 from cluster.model.registry import load_model
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,13 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def device_of(config: EngineConfig) -> torch.device:
+    """As `resolve_device`. Raises SetupError for one that has no attention over the cache that is asked for, too."""
+    device = resolve_device(config.device)
+    check_cache_device(config.kv_cache_dtype, device.type)
+    return device
 
 
 def load_engine(
@@ -82,7 +90,7 @@ def load_engine(
     then.  num_sharers: engines that share this free memory, this one included.
     """
     reader = open_checkpoint(model_dir, config.rope_scaling)
-    dtype, device = resolve_dtype(config.dtype, reader.config), resolve_device(config.device)
+    dtype, device = resolve_dtype(config.dtype, reader.config), device_of(config)
     longest = max_model_len(reader.config, config)
     check_block_fits(reader.config, config, dtype)
     model = load_model(
@@ -95,10 +103,10 @@ def load_engine(
     share, room = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers, free_memory(device)
     limits, part = models_part(config, share, draft)
     num_blocks = num_kv_blocks(reader.config, limits, dtype, max_model_len=longest, room_bytes=room, share=part)
-    cache = KVCache(reader.config, num_blocks, config.block_size, dtype=torch_dtype(dtype), device=device)
+    cache = cache_for(reader.config, config, num_blocks, dtype, device)
     runner = _runner(model, cache, experts, config, remote_experts=remote_experts)
     blocks = make_block_manager(reader.config, config, num_blocks)
-    _report_cache(cache.num_bytes, blocks.num_blocks * config.block_size, min(longest, blocks.max_tokens), longest)
+    _report_cache(config, cache.num_bytes, blocks, longest)
     return Engine(
         with_drafts(runner, config, draft, room_bytes=room, share=share),
         config,
@@ -154,16 +162,18 @@ def free_memory(device: torch.device) -> int | None:
     return available_memory()
 
 
-def _report_cache(num_bytes: int, num_tokens: int, longest_that_fits: int, longest: int) -> None:
-    cache = f"KV cache: {num_tokens:,} tokens, {num_bytes / 2**20:,.0f} MiB"
-    if longest_that_fits < longest:
+def _report_cache(config: EngineConfig, num_bytes: int, blocks: BlockManager, longest: int) -> None:
+    form = "" if config.kv_cache_dtype == AUTO else f" in {config.kv_cache_dtype}"
+    cache = f"{blocks.num_blocks * config.block_size:,} tokens{form}, {num_bytes / 2**20:,.0f} MiB"
+    if blocks.max_tokens < longest:
         log.warning(
-            "%s; the context has %s: without max_tokens an answer ends where the cache is full (kv_cache_bytes)",
+            "KV cache: %s; the context has %s: without max_tokens an answer ends where the cache is full "
+            "(kv_cache_bytes)",
             cache,
             f"{longest:,}",
         )
     else:
-        log.info("%s", cache)
+        log.info("KV cache: %s", cache)
 
 
 def local_experts(

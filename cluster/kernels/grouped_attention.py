@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.kernels.cache_rows import gather_rows
 from cluster.kernels.long_attention import MAX_KEYS, LongSequence, are_finite
 from cluster.kernels.paged import PagedBatch
 
@@ -22,7 +23,7 @@ MAX_MASK_ENTRIES = 1 << 23  # of one sequence: 2,048 queries over 4,096 tokens
 
 
 class GroupedAttention:
-    """An `AttentionKernel`. row_bytes: of one token's keys in one layer, over all heads."""
+    """An `AttentionKernel`. row_bytes: of a copy of one token's keys in one layer, over all heads."""
 
     reads_whole_blocks = False
 
@@ -118,8 +119,8 @@ class _Group:
     """B sequences, padded to the longest: t queries over C tokens of context each.
 
     query_rows: [B * t] into the T rows, padding repeats a sequence's last.  real: [B * t] bool, None if all are.
-    positions: [B, t] of the queries.  cache_rows: [B * KV * C] into the cache seen as [blocks * S * KV, D], past a
-    sequence's end into the padding block.
+    positions: [B, t] of the queries.  cache_rows: [B * KV * C] into the cache's rows, head by head, past a sequence's
+    end into the padding block.
     causal: nothing is padded and no query has older context, so that a plain causal mask is the right one.
     """
 
@@ -139,7 +140,7 @@ class _Group:
         # Rows of one head each: the copy is [B, KV, C, D] at once, 4 times as fast as picking blocks by an index and
         # better for what follows (0.8 against 4.1 ms, 32 sequences of 96 tokens, 16 heads of 128, 2 threads, Zen 4).
         k, v = (
-            cache.view(-1, head_dim).index_select(0, self.cache_rows).view(self.batch, num_kv_heads, -1, head_dim)
+            gather_rows(cache, self.cache_rows, q.dtype).view(self.batch, num_kv_heads, -1, head_dim)
             for cache in (k_cache, v_cache)
         )
         if self.num_queries == 1:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.kernels.cache_rows import gather_rows
+
 MAX_QUERIES = 2048  # at a time
 MAX_KEYS = 4096  # at a time
 
@@ -45,7 +47,7 @@ class LongSequence:
             tile = _Queries(rows.transpose(0, 1).unsqueeze(0), oldest + row, scale, window)
             sums, log_weight = torch.zeros(1), torch.zeros(1)
             for i, (first, stop) in enumerate(self._pieces(tile)):
-                k, v = (self._gathered(cache, first, stop) for cache in (k_cache, v_cache))
+                k, v = (self._gathered(cache, first, stop, q) for cache in (k_cache, v_cache))
                 part, log_part = tile.attend(k, v, first)
                 if i == 0:
                     sums, log_weight = part.float(), log_part
@@ -64,14 +66,14 @@ class LongSequence:
         for first in range(oldest, tile.first, self.max_keys):
             yield first, min(first + self.max_keys, tile.first)
 
-    def _gathered(self, cache: Tensor, first: int, stop: int) -> Tensor:
-        """[1, KV, P, D]"""
+    def _gathered(self, cache: Tensor, first: int, stop: int, q: Tensor) -> Tensor:
+        """[1, KV, P, D] in q's dtype."""
         tokens = torch.arange(first, stop, device=self.table.device)
         slots = self.table[tokens // self.block_size] * self.block_size + tokens % self.block_size
-        num_kv_heads, head_dim = cache.shape[2:]
+        num_kv_heads = cache.shape[2]
         heads = torch.arange(num_kv_heads, device=slots.device).unsqueeze(1)
         rows = (slots * num_kv_heads + heads).flatten()  # a head's rows one after another: no transposed copy
-        return cache.view(-1, head_dim).index_select(0, rows).view(1, num_kv_heads, -1, head_dim)
+        return gather_rows(cache, rows, q.dtype).view(1, num_kv_heads, -1, q.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)

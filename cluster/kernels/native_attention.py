@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cluster.kernels.grouped_attention import GroupedAttention, GroupedPlan
-from cluster.kernels.native.library import DTYPES, Native
+from cluster.kernels.native.library import CACHE_DTYPES, DTYPES, Native
 from cluster.kernels.native_products import threads_for
 from cluster.kernels.paged import PagedBatch
 
@@ -73,12 +73,12 @@ class NativePlan:
         block_size, num_kv_heads = k_cache.shape[1:3]
         assert k_cache.stride() == v_cache.stride()
         assert k_cache.stride(3) == 1
-        native, dtype = self._kernel.native, DTYPES[q.dtype]
-        threads = threads_for(2 * self._num_tokens * num_kv_heads * head_dim * k_cache.element_size(), 0)
+        native, dtype, stored = self._kernel.native, DTYPES[q.dtype], CACHE_DTYPES[k_cache.dtype]
+        threads = threads_for(2 * self._num_tokens * num_kv_heads * k_cache.stride(2) * k_cache.element_size(), 0)
         lens = self._query_lens.data_ptr(), self._context_lens.data_ptr(), self._num_sequences, self._most_queries
-        scratch = self._kernel.scratch(native.attention_scratch(dtype, *lens, num_heads, head_dim, threads))
+        scratch = self._kernel.scratch(native.attention_scratch(stored, *lens, num_heads, head_dim, threads))
         native.attention(
-            dtype, q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3],
+            dtype, stored, q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3],
             self._tables.data_ptr(), self._tables.stride(0), *lens, num_heads, num_kv_heads, head_dim, block_size,
             scale, window or 0, out.data_ptr(), out.stride(0), scratch.data_ptr(), threads,
         )  # fmt: skip

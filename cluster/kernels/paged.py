@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from cluster.kernels.cache_rows import as_bytes, unpacked, write_rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedBatch:
@@ -66,9 +68,9 @@ class PlansDecode(Protocol):
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-    """Writes new keys and values in place. k_cache, v_cache: [blocks, S, KV, D]; k, v: [T, KV, D]."""
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, v)
+    """Writes new keys and values in place. k_cache, v_cache: [blocks, S, KV, width of a row]; k, v: [T, KV, D]."""
+    write_rows(k_cache, slot_mapping, k)
+    write_rows(v_cache, slot_mapping, v)
 
 
 def attention_reference(
@@ -83,7 +85,10 @@ def attention_reference(
     groups = q.shape[1] // k_cache.shape[2]
     row = 0
     for i, (query_len, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        keys, values = (cache[batch.block_tables[i]].flatten(0, 1) for cache in (k_cache, v_cache))
+        keys, values = (
+            unpacked(as_bytes(cache)[batch.block_tables[i]].flatten(0, 1), cache.dtype, torch.float32)
+            for cache in (k_cache, v_cache)
+        )
         for position in range(context_len - query_len, context_len):
             seen = slice(max(0, position + 1 - (window or context_len)), position + 1)
             k, v = (x[seen].repeat_interleave(groups, dim=1).float() for x in (keys, values))  # [keys, Q, D]

@@ -14,7 +14,7 @@ def num_kv_blocks(
 
     Every group gets the same number, but never more than max_num_seqs sequences of max_model_len tokens can use: where
     a window slides that is less, and the others share what is left.
-    room_bytes: memory that is free once all weights are loaded, None if that is unknown.
+    dtype: that of the weights.  room_bytes: memory that is free once all weights are loaded, None if that is unknown.
     Raises SetupError when kv_cache_bytes has no room for one block.
     """
     check_block_fits(config, engine, dtype)
@@ -22,7 +22,8 @@ def num_kv_blocks(
     if cache_bytes is None:
         cache_bytes = UNKNOWN_BYTES if room_bytes is None else max(MIN_BYTES, int(room_bytes * share))
     groups = config.layer_groups
-    block_bytes = [engine.block_size * config.kv_bytes_per_token(dtype, len(group.layer_ids)) for group in groups]
+    stored = engine.cache_dtype(dtype)
+    block_bytes = [engine.block_size * config.kv_bytes_per_token(stored, len(group.layer_ids)) for group in groups]
     useful = [
         engine.max_num_seqs * most_blocks(group.window, max_model_len, engine.max_num_batched_tokens, engine.block_size)
         for group in groups
@@ -45,9 +46,9 @@ def most_blocks(window: int | None, num_tokens: int, step_tokens: int, block_siz
 
 
 def check_block_fits(config: ModelConfig, engine: EngineConfig, dtype: str) -> int:
-    """Returns the bytes of a block. Raises SetupError if kv_cache_bytes is less."""
+    """Returns the bytes of a block beside weights in `dtype`. Raises SetupError if kv_cache_bytes is less."""
     assert dtype in DTYPE_BYTES
-    block_bytes = engine.block_size * config.kv_bytes_per_token(dtype)
+    block_bytes = engine.block_size * config.kv_bytes_per_token(engine.cache_dtype(dtype))
     if engine.kv_cache_bytes is not None and engine.kv_cache_bytes < block_bytes:
         raise SetupError(
             f"kv_cache_bytes is {engine.kv_cache_bytes}, one block of {engine.block_size} tokens takes {block_bytes}: "

@@ -1,6 +1,7 @@
 """The memory of keys and values, in blocks. Knows no sequences: the block manager counts the blocks.
 
-S: tokens a block, KV: key/value heads, D: head size.
+S: tokens a block, KV: key/value heads, W: elements of a row: a head's numbers, and in 8 bits their scale
+(`cluster/kernels/cache_rows.py`).
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.config import ModelConfig
+from cluster.config import EngineConfig, ModelConfig
+from cluster.kernels.cache_rows import as_bytes, cache_torch_dtype, row_width
 
 
 class CacheGroup:
-    """The blocks of one group of layers. keys, values: [layers, blocks + 1, S, KV, D], allocated once.
+    """The blocks of one group of layers. keys, values: [layers, blocks + 1, S, KV, W], allocated once.
 
     padding_block: the last one. It stays zero, and is read where a sequence has no token. (The padded rows of a CUDA
     graph write there: the attention of graphs reads it for no other row.)
@@ -22,7 +24,7 @@ class CacheGroup:
     def __init__(
         self, shape: tuple[int, int, int], num_blocks: int, num_layers: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """shape: [S, KV, D]."""
+        """shape: [S, KV, W]."""
         self.padding_block = num_blocks
         self.keys = torch.zeros(num_layers, num_blocks + 1, *shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
@@ -33,13 +35,13 @@ class CacheGroup:
         if len(slots):
             index = torch.from_numpy(slots).to(self.keys.device)
             for cache in (self.keys, self.values):
-                cache.flatten(1, 2).index_fill_(1, index, 0)
+                as_bytes(cache).flatten(1, 2).index_fill_(1, index, 0)
 
 
 class KVCache:
     """The memory of all layers, group by group as in `ModelConfig.layer_groups`.
 
-    num_blocks: of each group, or of the only one.  group_of: the number of each layer's group.
+    num_blocks: of each group, or of the only one.  group_of: the number of each layer's group.  dtype: of the cache.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         counts = [num_blocks] if isinstance(num_blocks, int) else num_blocks
-        shape = block_size, config.num_key_value_heads, config.head_dim
+        shape = block_size, config.num_key_value_heads, row_width(config.head_dim, dtype)
         self.groups = tuple(
             CacheGroup(shape, count, len(group.layer_ids), dtype=dtype, device=device)
             for group, count in zip(config.layer_groups, counts, strict=True)
@@ -74,7 +76,15 @@ class KVCache:
         return 2 * sum(sizes)
 
     def layer(self, layer_id: int) -> tuple[Tensor, Tensor]:
-        """Views of one layer's keys and values, each [blocks, S, KV, D]."""
+        """Views of one layer's keys and values, each [blocks, S, KV, W]."""
         number, row = self._places[layer_id]
         group = self.groups[number]
         return group.keys.select(0, row), group.values.select(0, row)
+
+
+def cache_for(
+    model: ModelConfig, engine: EngineConfig, num_blocks: Sequence[int], dtype: str, device: torch.device
+) -> KVCache:
+    """num_blocks: of each group of layers.  dtype: that of the weights."""
+    stored = cache_torch_dtype(engine.cache_dtype(dtype))
+    return KVCache(model, num_blocks, engine.block_size, dtype=stored, device=device)

@@ -154,7 +154,7 @@ def test_the_bytes_of_a_step_are_those_of_its_active_experts() -> None:
 
 
 def test_attention_is_that_of_its_definition() -> None:
-    [case] = attention_cases(SMALL, torch.float32, (3,), (20,), variants())
+    case, *eight = attention_cases(SMALL, torch.float32, (3,), (20,), variants())
     assert case.num_bytes == 2 * 3 * 20 * 2 * 16 * 4
     torch.manual_seed(0)
     paged, caches = make_paged(SMALL, torch.float32, 3, 20, 2)
@@ -168,6 +168,13 @@ def test_attention_is_that_of_its_definition() -> None:
     assert len(found) == 1 + len(variants())
     for one in found[1:]:
         torch.testing.assert_close(one, found[0])
+    for rounded, near in zip(eight, (0.3, 0.03), strict=True):  # e4m3, then whole numbers
+        assert (rounded.unit, len(rounded.ways)) == ("ms", 2 + len(variants()))
+        rows = {way: call(1) for way, call in rounded.ways.items()}
+        assert torch.equal(rows.pop("plain cache"), case.ways[case.chosen](1))
+        for one in rows.values():
+            torch.testing.assert_close(one, rows["torch"])
+            assert 0 < (one - found[0]).abs().max() < near
 
 
 def test_every_way_of_sampling_chooses_the_same_tokens() -> None:
@@ -232,10 +239,10 @@ def test_the_command_measures_a_models_shapes(tmp_path: Path, capsys: pytest.Cap
     assert run(parse(str(tmp_path / "demo"), *arguments, "--json", str(file))) == 0
     out = capsys.readouterr().out
     kernels = ["read", "qkv,", "int8 shared expert, down", "int4 shared expert, down", "experts,", "attention,"]
-    for name in (*kernels, "sampling, greedy", "masks, 32 steps"):
+    for name in (*kernels, "attention in int8,", "sampling, greedy", "masks, 32 steps"):
         assert f"| {name}" in out
     cases = json.loads(file.read_text())["cases"]
-    assert len(cases) == 1 + 5 + 2 * 2 + 1 + 1 + 1 + 1
+    assert len(cases) == 1 + 5 + 2 * 2 + 1 + 3 + 1 + 1
     assert all(0 < seconds < 60 for case in cases for seconds in case["seconds"].values())
 
 

@@ -193,9 +193,9 @@ def test_an_llm_with_a_small_cache_answers_without_max_tokens(demo_checkpoint):
 
 
 def test_the_start_says_what_the_smallest_cache_holds():
-    def replica(num_blocks, context):
+    def replica(num_blocks, context, **changes):
         engine = make_engine(num_blocks=num_blocks, max_model_len=context)
-        return SimpleNamespace(stats=engine.stats())
+        return SimpleNamespace(stats=replace(engine.stats(), **changes))
 
     def shown(*replicas):
         return describe_cache(SimpleNamespace(replicas=replicas))
@@ -203,6 +203,7 @@ def test_the_start_says_what_the_smallest_cache_holds():
     assert shown() == ""
     assert shown(SimpleNamespace(stats=None)) == ""
     assert shown(replica(2000, 8000)) == "8,000 tokens of keys and values in each attention replica"
+    assert shown(replica(2000, 8000, kv_cache_dtype="fp8")).startswith("8,000 tokens of keys and values in fp8 in each")
     assert shown(replica(2000, 8192), replica(1500, 8192)) == (
         "6,000 tokens of keys and values in each attention replica; the context has 8,192: without max_tokens an "
         "answer ends where the cache is full"

@@ -10,7 +10,7 @@ from native_tools import bounded, each_variant
 
 from cluster.kernels.attention import make_attention
 from cluster.kernels.grouped_attention import GroupedAttention
-from cluster.kernels.native.library import DTYPES, Native
+from cluster.kernels.native.library import CACHE_DTYPES, DTYPES, Native
 from cluster.kernels.native_attention import NativeAttention
 from cluster.kernels.paged import PagedBatch, attention_reference
 
@@ -70,11 +70,11 @@ def attention(
     query_lens, tables = torch.tensor(batch.query_lens, dtype=torch.int64), batch.block_tables
     most_queries = min(most_queries, max(batch.query_lens, default=0))
     lens = query_lens.data_ptr(), batch.context_lens_tensor.data_ptr(), len(query_lens), most_queries
-    dtype = DTYPES[q.dtype]
-    num_bytes = native.attention_scratch(dtype, *lens, num_heads, head_dim, threads)
+    dtype, stored = DTYPES[q.dtype], CACHE_DTYPES[cache.dtype]
+    num_bytes = native.attention_scratch(stored, *lens, num_heads, head_dim, threads)
     scratch, check_scratch = bounded((num_bytes,), torch.uint8)
     native.attention(
-        dtype, q.data_ptr(), q.stride(0), cache[0].data_ptr(), cache[1].data_ptr(), *cache.stride()[1:4],
+        dtype, stored, q.data_ptr(), q.stride(0), cache[0].data_ptr(), cache[1].data_ptr(), *cache.stride()[1:4],
         tables.data_ptr(), tables.stride(0), *lens, num_heads, kv_heads, head_dim, block_size, 0.3, window or 0,
         out.data_ptr(), out.stride(0), scratch.data_ptr(), threads,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def test_it_rotates_and_writes_as_torch_does(
     found_cache, check_cache = bounded(tuple(cache.shape), dtype)
     found_cache.copy_(cache)
     native.rotate_to_cache(
-        DTYPES[dtype], guarded.data_ptr(), guarded.stride(0), rotary[0].data_ptr(), rotary[1].data_ptr(),
+        DTYPES[dtype], DTYPES[dtype], guarded.data_ptr(), guarded.stride(0), rotary[0].data_ptr(), rotary[1].data_ptr(),
         slots.data_ptr(), found_cache[0].data_ptr(), found_cache[1].data_ptr(), *cache.stride()[2:4],
         num_rows, *heads, head_dim, threads,
     )  # fmt: skip

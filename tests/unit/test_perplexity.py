@@ -203,7 +203,7 @@ def test_a_model_without_next_tokens_is_refused_before_it_loads(
         (["--token-ids", "{one}"], "one of the two"),
         (["--token-ids", "{one}", "--address", "localhost:1", "--dtype", "float32"], "--dtype is of an offline model"),
         (["{none}", "--token-ids", "{one}"], "none"),
-        (["{model}", "--token-ids", "{one}", "--compare"], "--compare is of rounded weights"),
+        (["{model}", "--token-ids", "{one}", "--compare"], "--compare is of rounded numbers"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(

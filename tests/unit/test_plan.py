@@ -93,6 +93,17 @@ def test_a_dtype_scales_every_byte(planned):
     assert full["kv_bytes_per_token"] == 2 * half["kv_bytes_per_token"]
 
 
+def test_a_cache_in_8_bits_is_counted_with_its_scales(planned, capsys, tmp_path):
+    """2 x 24 layers x 16 heads: 128 numbers in 2 bytes each; in 8 bits 128 and 2 for their scale."""
+    plain, eight = (
+        planned(PUBLISHED["Qwen1.5-MoE-A2.7B"], "--kv-cache-dtype", name)["kv_bytes_per_token"]
+        for name in ("auto", "int8")
+    )
+    assert (plain, eight) == (2 * 24 * 16 * 256, 2 * 24 * 16 * 130)
+    assert main(["plan", str(tmp_path), "--kv-cache-dtype", "fp8"]) == 0
+    assert "KV cache: 99.84 KB a token in fp8" in " ".join(capsys.readouterr().out.split())
+
+
 def test_weights_that_are_there_are_looked_at(tmp_path, capsys):
     """A missing part is named; without any weights the config is enough, and with those of another format it is not."""
     write_demo_checkpoint(tmp_path / "demo")

@@ -11,6 +11,8 @@ from torch import Tensor
 from cluster.bench.kernels.case import TORCH, Call, Case
 from cluster.bench.kernels.reading import num_turns
 from cluster.config import DEFAULTS, ModelConfig
+from cluster.config.kv_cache import EIGHT_BITS
+from cluster.kernels.cache_rows import cache_torch_dtype, packed
 from cluster.kernels.grouped_attention import GroupedAttention
 from cluster.kernels.native.library import Native, native
 from cluster.kernels.native_attention import NativeAttention
@@ -29,8 +31,11 @@ def attention_cases(
     contexts: tuple[int, ...],
     kernels: Mapping[str, Native],
 ) -> Iterator[Case]:
-    """The caches of several layers, visited in turn, each sequence's blocks in any order."""
+    """The caches of several layers, visited in turn, each sequence's blocks in any order; then the same in 8 bits, with
+    the cache in dtype beside them."""
     chosen = native()
+    heads = f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys"
+    now = TORCH if chosen is None else chosen.variant
     for batch in batches:
         for context in contexts:
             row_bytes = config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -44,14 +49,20 @@ def attention_cases(
             q = torch.randn(batch, config.num_attention_heads, config.head_dim, dtype=dtype)
             ways: dict[str, Call] = {TORCH: _step(grouped, paged, q, caches)}
             ways |= {name: _step(NativeAttention(one, grouped), paged, q, caches) for name, one in kernels.items()}
+            size = f"batch {batch}, context {context}"
+            flops = 4.0 * batch * context * config.num_attention_heads * config.head_dim
             yield Case(
-                kernel=f"attention, {config.num_attention_heads} heads, {config.num_key_value_heads} of keys",
-                size=f"batch {batch}, context {context}",
-                ways=ways,
-                num_bytes=float(num_bytes),
-                num_flops=4.0 * batch * context * config.num_attention_heads * config.head_dim,
-                chosen=TORCH if chosen is None else chosen.variant,
+                kernel=f"attention, {heads}", size=size, ways=ways, num_bytes=num_bytes, num_flops=flops, chosen=now
             )
+            for name in EIGHT_BITS:
+                form = cache_torch_dtype(name)
+                rows = [(packed(k, form).view(form), packed(v, form).view(form)) for k, v in caches]
+                eight: dict[str, Call] = {TORCH: _step(grouped, paged, q, rows)}
+                eight |= {way: _step(NativeAttention(one, grouped), paged, q, rows) for way, one in kernels.items()}
+                eight["plain cache"] = ways[now]
+                yield Case(
+                    kernel=f"attention in {name}, {heads}", size=size, ways=eight, num_bytes=0, num_flops=0, chosen=now
+                )
 
 
 def make_paged(

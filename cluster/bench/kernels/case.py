@@ -13,8 +13,9 @@ _FLOPS_A_BYTE = 64  # from here on a product is bound by arithmetic, and shown b
 class Case:
     """One kernel at one size.
 
-    ways: by name, those of torch and a variant's of the native kernels; all read the same number of bytes.
-    num_bytes: that a call must read of weights or cache, 0 where they lie in the processor's caches in use too.
+    ways: by name, those of torch and a variant's of the native kernels.
+    num_bytes: that a call must read of weights or cache, 0 where they lie in the processor's caches in use too, or
+    where the ways read different numbers of them.
     num_flops: of a call, 0 where nobody counts them.
     chosen: the way that this process would take.
     """

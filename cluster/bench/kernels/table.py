@@ -12,7 +12,7 @@ _EXPLAINED = """\
 The fastest of torch's own ways, then each variant of the native kernels that this processor runs, in GB/s of weights or
 keys and values, GFLOP/s or milliseconds. `now`: what this process would take, in milliseconds. `of a read`: its speed
 over that of the fastest plain read of memory, in turns with it. `torch / now`: how many times faster than torch's own.
-The ways take turns; least of {rounds} rounds."""
+`plain cache`: attention over keys and values that are not in 8 bits. The ways take turns; least of {rounds} rounds."""
 
 
 def to_markdown(machine: Machine, shapes: str, rounds: int, measured: Sequence[Measured]) -> str:

@@ -21,7 +21,7 @@ namespace avx512_bf16 { extern const Kernels table; }
 extern "C" {
 
 // Changes with a kernel's arguments: a library of another version is not used.
-int moe_version() { return 3; }
+int moe_version() { return 4; }
 
 // Of a variant's table: a library that was built before a kernel was added is not used either.
 int moe_table_size() { return static_cast<int>(sizeof(moe::Kernels) / sizeof(void*)); }

@@ -6,7 +6,8 @@
 
 namespace moe {
 
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// The last two are of a cache alone: whole numbers of 8 bits, or e4m3, in rows that end with a scale (cache_rows.py).
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kCacheInt8 = 3, kCacheFloat8 = 4 };
 
 // Rows of weights in 8 and 4 bits: quantized_rows.inc.
 enum Form : int32_t { kInt4 = 4, kInt8 = 8, kNf4 = 5, kInt8Groups = 9 };
@@ -38,15 +39,16 @@ struct Kernels {
     int64_t (*read)(const void* data, int64_t num_bytes, int32_t threads);
 
     // Causal attention over a paged cache for the sequences of 1 to most_queries new tokens; it leaves the rows of
-    // others alone. q, out: [rows, Q, D]. k, v: [blocks, S, KV, D] with strides of a block, a token and a head.
+    // others alone. q, out: [rows, Q, D] of dtype. k, v: [blocks, S, KV, ..] of `stored`, dtype or one in 8 bits, with
+    // strides of a block, a token and a head.
     // tables: [B, blocks of the longest]. query_lens, context_lens: [B], new tokens, and all up to the last of them.
-    // window: tokens that one sees, itself among them, 0 for all. scratch: attention_scratch(..) bytes.
-    void (*attention)(int32_t dtype, const void* q, int64_t q_stride, const void* k, const void* v,
+    // window: tokens that one sees, itself among them, 0 for all. scratch: attention_scratch(stored, ..) bytes.
+    void (*attention)(int32_t dtype, int32_t stored, const void* q, int64_t q_stride, const void* k, const void* v,
                       int64_t block_stride, int64_t token_stride, int64_t head_stride, const int64_t* tables,
                       int64_t table_stride, const int64_t* query_lens, const int64_t* context_lens, int64_t B,
                       int64_t most_queries, int64_t Q, int64_t KV, int64_t D, int64_t S, float scale, int64_t window,
                       void* out, int64_t out_stride, void* scratch, int32_t threads);
-    int64_t (*attention_scratch)(int32_t dtype, const int64_t* query_lens, const int64_t* context_lens, int64_t B,
+    int64_t (*attention_scratch)(int32_t stored, const int64_t* query_lens, const int64_t* context_lens, int64_t B,
                                  int64_t most_queries, int64_t Q, int64_t D, int32_t threads);
 
     // out[t] = sum over a row's experts of weights[t, s] * (silu(x · gate) * (x · up)) · down, in float32, in the order of
@@ -103,10 +105,11 @@ struct Kernels {
                      const void* weight, void* sum_out, void* out, int64_t T, int64_t H, float eps, int32_t threads);
 
     // Rotates queries and keys by halves and writes keys and values into a cache. qkv: T rows of Q query heads, rotated
-    // in place, KV of keys and KV of values. cos, sin: [T, D]. k, v: [slots, KV, D] with strides of a slot and a head.
-    void (*rotate_to_cache)(int32_t dtype, void* qkv, int64_t qkv_stride, const void* cos, const void* sin,
-                            const int64_t* slots, void* k, void* v, int64_t token_stride, int64_t head_stride,
-                            int64_t T, int64_t Q, int64_t KV, int64_t D, int32_t threads);
+    // in place, KV of keys and KV of values. cos, sin: [T, D]. k, v: [slots, KV, ..] of `stored`, dtype or one in 8
+    // bits, with strides of a slot and a head; in 8 bits the keys of qkv are written over.
+    void (*rotate_to_cache)(int32_t dtype, int32_t stored, void* qkv, int64_t qkv_stride, const void* cos,
+                            const void* sin, const int64_t* slots, void* k, void* v, int64_t token_stride,
+                            int64_t head_stride, int64_t T, int64_t Q, int64_t KV, int64_t D, int32_t threads);
 
     // Rounds a matrix of dtype, K a multiple of 64, to levels of nf4. weights: of the first row, its chunks; row_bytes to
     // the next one's. sizes: [N, K / 64], each block's largest magnitude, NaN where it is not finite.

@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 VARIABLE = "MOE_CLUSTER_KERNELS"  # in the environment: a variant's name, or "off"
 LIBRARY_VARIABLE = "MOE_CLUSTER_KERNELS_LIBRARY"  # another library's path: one with sanitizers
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "plain")  # the fastest first
-VERSION = 3  # of the kernels' arguments: moe_version() in dispatch.cpp
+VERSION = 4  # of the kernels' arguments: moe_version() in dispatch.cpp
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CACHE_DTYPES = {**DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}  # of keys and values: cache_rows.py
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -34,8 +35,8 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ("read", _LONG, (_POINTER, _LONG, _INT)),
     (
         "attention", None,
-        (_INT, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG,
-         _LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _LONG, _POINTER, _LONG, _POINTER, _INT),
+        (_INT, _INT, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER,
+         _LONG, _LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _LONG, _POINTER, _LONG, _POINTER, _INT),
     ),
     ("attention_scratch", _LONG, (_INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT)),
     (
@@ -70,8 +71,8 @@ _SIGNATURES: Sequence[tuple[str, type | None, Sequence[type]]] = (
     ),
     (
         "rotate_to_cache", None,
-        (_INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG,
-         _LONG, _INT),
+        (_INT, _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG,
+         _LONG, _LONG, _INT),
     ),
     ("quantize_nf4", None, (_INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT)),
 )  # fmt: skip
