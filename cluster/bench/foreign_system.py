@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ class ForeignSystem:
 
     def generate(self, prompts: Prompts, num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
         assert self._process.stdin is not None
-        task = {"prompts": prompts, "num_tokens": num_tokens, "sampling": asdict(sampling)}
+        task = {"prompts": prompts, "num_tokens": num_tokens, "sampling": sampling.settings()}
         print(json.dumps(task), file=self._process.stdin, flush=True)
         counts: list[int] = self._answer()["counts"]
         return counts

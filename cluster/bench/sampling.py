@@ -4,13 +4,15 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.checkpoint.generation import read_sampling_defaults
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 CHECKPOINT = "checkpoint"
+WORDS_FROM = 300  # the first id of `num_words`, which each vocabulary has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,8 @@ class Sampling:
     temperature, top_k, top_p, min_p.
 
     temperature: 0 is greedy.  top_k: 0 keeps all.  logprobs: None for none, else how many of the likeliest tokens'.
+    num_words: of the vocabulary, to which a logit_bias limits answers, so that they repeat themselves; 0 for no limit.
+    Other packages' systems have none.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    num_words: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -43,15 +48,20 @@ class Sampling:
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             logprobs=self.logprobs,
+            logit_bias={WORDS_FROM + i: 100.0 for i in range(self.num_words)},
             max_tokens=num_tokens,
             ignore_eos=True,
         )
         return [replace(shared, seed=seed) for seed in range(num_prompts)]
 
+    def settings(self) -> dict[str, Any]:
+        """As other packages' systems get it."""
+        return {name: value for name, value in asdict(self).items() if name != "num_words"}
+
     def describe(self) -> str:
         """Its name and all that is not the default: `top-p (temperature 1, top_p 0.95)`."""
         parts = [] if self.greedy else [f"temperature {self.temperature:g}"]
-        for name in ("top_p", "top_k", "min_p", "repetition_penalty", "logprobs"):
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty", "logprobs", "num_words"):
             if (value := getattr(self, name)) != getattr(GREEDY, name):
                 parts.append(f"{name} {value:g}")
         return f"{self.name} ({', '.join(parts)})" if parts else self.name
@@ -67,6 +77,7 @@ SAMPLINGS = {
         Sampling(name="temperature", temperature=1.0),
         Sampling(name="top-p", temperature=1.0, top_p=0.95),
         Sampling(name="logprobs", logprobs=5),
+        Sampling(name="repeating", num_words=16),
     )
 }
 

@@ -12,7 +12,7 @@ from cluster.bench.checkpoint import describe, made_with_progress, read_config, 
 from cluster.bench.machine import this_machine
 from cluster.bench.plot import check_plot, plot_report
 from cluster.bench.report import Report, to_json, to_markdown
-from cluster.bench.sampling import find_samplings
+from cluster.bench.sampling import SAMPLINGS, find_samplings
 from cluster.bench.spec import SystemSpec
 from cluster.bench.stored_forms import STORED
 from cluster.bench.systems import check_comparison, check_shards
@@ -43,6 +43,8 @@ def measure_all(
     """
     for kind in args.compare:
         check_comparison(kind, _python(args, kind))
+    if args.compare and any(name in SAMPLINGS and SAMPLINGS[name].num_words for name in args.sampling):
+        raise SetupError("--sampling repeating needs a logit_bias, which the systems of --compare are not given")
     if args.plot:
         check_plot()
     draft = _draft(args)

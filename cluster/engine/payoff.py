@@ -4,11 +4,10 @@ A drafted token costs a row, and brings a token if it is right. The machine, the
 costs; the text decides how many are right.
 """
 
-import statistics
 from collections import deque
 from collections.abc import Sequence
 
-TRIES = 3  # timings that a decision needs, and that it is made from: the middle one
+TRIES = 3  # timings that a decision needs, and that it is made from: the least, since all else that runs adds time
 RETRY_STEPS = 200  # a size at which drafts do not pay has a step with some once in so many that would have tried more
 RETRIES = 2  # then, where the first is not timed: a draft model may have to catch up
 PLAIN_STEPS = 50  # and one at which they pay a step without: what a step takes changes with the contexts
@@ -61,12 +60,12 @@ class Payoff:
         elif plain:
             self._retries = 0
             costs = self._costs.setdefault(num_sequences.bit_length(), deque(maxlen=TRIES))
-            costs.append(max(0.0, seconds / statistics.median(plain) - 1) / num_drafted)
+            costs.append(max(0.0, seconds / min(plain) - 1) / num_drafted)
 
     def cost(self, num_sequences: int) -> float:
         """Of a drafted token, in steps without drafts."""
         costs = self._costs.get(num_sequences.bit_length(), ())
-        return statistics.median(costs) if len(costs) >= TRIES else FIRST_COST
+        return min(costs) if len(costs) >= TRIES else FIRST_COST
 
 
 def best_lengths(chances: Sequence[Chance], cost: float, room: int) -> list[int]:
