@@ -103,7 +103,6 @@ def test_rounded_shards_answer_as_one_process_does(ray_cluster, demo_checkpoint)
             kv_cache_bytes=1 << 22,
             quantization="int8",
             expert_quantization="int4-32",
-            kv_cache_dtype="int8",
         ) as llm:
             found.append(llm.generate(["Which experts answered?", "hello"], params))
     for split, whole in zip(*found, strict=True):
