@@ -20,7 +20,7 @@ from cluster.checkpoint.made.demo import write_demo_checkpoint
 from cluster.footprint.folders import root
 
 MOE = ("MODEL_DIR", "MODEL", "my-finetune", "Qwen/Qwen1.5-MoE-A2.7B-Chat", "models/Qwen1.5-MoE-A2.7B-Chat")
-DENSE = ("Qwen2-0.5B", "Qwen/Qwen2-7B-Instruct", "models/Qwen2-7B-Instruct")
+DENSE = ("Qwen2-0.5B", "Qwen/Qwen1.5-0.5B-Chat", "Qwen/Qwen2-7B-Instruct", "models/Qwen2-7B-Instruct")
 WRITTEN = ("OUT", "out.jsonl")  # a command that names one finds none
 # In the documents' words -> in the test's. A checkpoint's name is a folder with a small random one of its family: a
 # folder goes before a name of the hub. A key is the one that the command before has made. 60 faults take minutes, and

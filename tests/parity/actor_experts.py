@@ -39,5 +39,8 @@ class ActorExperts:
         )
         self.dispatcher = ExpertDispatcher(self._transport, FixedPlan(plan), metrics)
 
+    def adapt(self, wanted):
+        assert not wanted.adapters
+
     def close(self):
         self._transport.close()

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from cluster.runtime.start import local_ray as module
+
 SCRIPT = """
 import json, os, subprocess, sys, tempfile
 from pathlib import Path
@@ -79,3 +81,23 @@ def test_a_ray_of_ours_is_on_loopback_asks_for_its_token_and_is_bounded():
     bounds = {"RAY_ROTATION_MAX_BYTES": "4194304", "RAY_task_events_report_interval_ms": "0"}
     assert report["variables"].items() >= bounds.items()
     assert report["stay"] == []
+
+
+def test_a_raylet_may_take_its_time(monkeypatch):
+    asked = []
+
+    def get_node(gcs_address, node_id):
+        asked.append((gcs_address, node_id))
+        if len(asked) < 3:
+            raise RuntimeError("no such node")
+        return "a node"
+
+    monkeypatch.setattr(module.services, "get_node", get_node)
+    with module.patient():
+        assert module.services.get_node("gcs", "id") == "a node"
+        monkeypatch.setattr(module, "RAYLET_START_S", -1.0)
+        asked.clear()
+        with pytest.raises(RuntimeError, match="no such node"):
+            module.services.get_node("gcs", "id")
+    assert asked == [("gcs", "id")]
+    assert module.services.get_node is get_node

@@ -10,10 +10,12 @@ import os
 import secrets
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -26,7 +28,7 @@ from cluster.private import private_files
 from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.front.haproxy import set_environment
 from cluster.runtime.names import NAMESPACE, RAY_FOLDER
-from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, reports_to_log
+from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, reports_to_log, services
 from cluster.runtime.start import setup_worker
 from cluster.runtime.start.ray_address import check_address
 from cluster.runtime.start.ray_processes import RayWatch, apart
@@ -38,6 +40,7 @@ ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
 # Metrics of Ray's autoscaler and dashboard, which everybody on the machine could read. With a port that does not
 # exist, they log an error at their start and serve none.
 NO_METRICS_PORTS = {"AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
+RAYLET_START_S = 90.0
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -144,6 +147,7 @@ class LocalRay:
             private_files(),
             apart(),
             quick_workers(),
+            patient(),
         ):
             ray.init(
                 address="local",
@@ -217,6 +221,29 @@ def quick_workers() -> Iterator[None]:
         yield
     finally:
         ray_constants.SETUP_WORKER_FILENAME = before
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """A Ray that starts meanwhile has RAYLET_START_S for its raylet. Ray (2.60) gives up after 30 s, without a setting
+    for it: on a machine that is busy with other work they passed."""
+    before = services.get_node
+
+    def get_node(*arguments: Any) -> Any:
+        deadline = time.monotonic() + RAYLET_START_S
+        while True:
+            try:
+                return before(*arguments)
+            except RuntimeError:  # it is not registered yet
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = before
 
 
 @contextmanager
