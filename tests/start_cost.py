@@ -23,8 +23,8 @@ def of_process(folder: Path) -> tuple[float, int]:
     """CPU seconds, and bytes of its own memory (RssAnon)."""
     fields = (folder / "stat").read_text().rpartition(")")[2].split()
     lines = (folder / "status").read_text().splitlines()
-    own = next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
-    return sum(map(int, fields[11:15])) / TICKS, own
+    own_bytes = next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
+    return sum(map(int, fields[11:15])) / TICKS, own_bytes
 
 
 def measure(tree: str, mark: str) -> str:
@@ -34,8 +34,8 @@ def measure(tree: str, mark: str) -> str:
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "out", "w+") as out:
         started = time.monotonic()
         server = subprocess.Popen(command, env=environment, cwd=folder, stdout=out, stderr=out, start_new_session=True)
-        while "Ctrl-C drains" not in (said := Path(out.name).read_text()):
-            assert server.poll() is None, said
+        while "Ctrl-C drains" not in (printed := Path(out.name).read_text()):
+            assert server.poll() is None, printed
             time.sleep(0.05)
         seconds = time.monotonic() - started
         time.sleep(REST_S)
@@ -46,8 +46,8 @@ def measure(tree: str, mark: str) -> str:
                     found.append(of_process(process))
         os.killpg(server.pid, signal.SIGINT)
         server.wait()
-    cpu, own = (sum(each) for each in zip(*found, strict=True))
-    return f"{seconds:.1f} s, {cpu:.1f} s of CPU, {own / 1e6:.0f} MB in {len(found)} processes"
+    cpu, own_bytes = (sum(each) for each in zip(*found, strict=True))
+    return f"{seconds:.1f} s, {cpu:.1f} s of CPU, {own_bytes / 1e6:.0f} MB in {len(found)} processes"
 
 
 def main(trees: list[str]) -> None:
