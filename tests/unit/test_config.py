@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_shapes():
         ({"eos_token_id": [-1]}, "eos_token_id is [-1]"),
         ({"torch_dtype": "int8"}, "dtype is 'int8'"),
         ({"hidden_act": "gelu"}, "only 'silu'"),
-        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm'"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method is 'aqlm'"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused(changes, named):
