@@ -483,6 +483,7 @@ class FakeService:
 
     def __init__(self, admission=None):
         self.admission = admission or Admission()
+        self.adapters = tuple
 
     def new_request_id(self):
         return "r"
