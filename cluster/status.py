@@ -21,6 +21,8 @@ class ProcessInfo:
 
     slot: an engine's place among those that live; its metrics are named by it, and its successor's go on there. -1 for
         none.
+    takes_adapters: whether it answers calls about LoRA adapters. (A handle does not tell: Ray gives it the methods of
+        the caller's version, and an actor that lacks one ends.)
     """
 
     pid: int
@@ -28,6 +30,7 @@ class ProcessInfo:
     gpu_ids: tuple[int, ...]
     version: str = ""
     slot: int = -1
+    takes_adapters: bool = False
 
 
 @evolving("cluster.runtime.protocol")

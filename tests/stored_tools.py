@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from configs import config, dense
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from cluster import LLM, SamplingParams
 from cluster.checkpoint.made.synthetic import write_checkpoint
 
 SIZES: dict[str, Any] = {
@@ -24,7 +26,25 @@ DENSE = dense(**{key: SIZES[key] for key in ("hidden_size", "intermediate_size",
 Layer = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor] | None]
 """From a layer's name and matrix its tensors and the matrix that they mean; None for one that stays plain."""
 
+PROMPTS = [[5, 9, 17, 33, 120, 7], [1, 2]]
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # WQLinear_GEMM.from_linear's order_map: outputs, the lowest bits first
+
+
+def offline(model_dir: Path, **options: Any) -> LLM:
+    return LLM(model_dir, dtype="float32", device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22, **options)
+
+
+def assert_means(stored: Path, plain: Path) -> None:
+    """The rounded checkpoint has transformers' logits on the numbers that it means, and their tokens."""
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
+    with offline(stored, num_expert_shards=2) as llm, offline(plain) as ours, torch.inference_mode():
+        for prompt in PROMPTS:
+            expected = model(torch.tensor([prompt])).logits[0]
+            torch.testing.assert_close(llm.logits(prompt), expected, atol=2e-3, rtol=0)
+        tokens, of_plain = ([o.token_ids for o in each.generate(PROMPTS, GREEDY)] for each in (llm, ours))
+        assert tokens == of_plain
 
 
 def write_both(folder: Path, raw: dict[str, Any], method: dict[str, Any], of_layer: Layer) -> tuple[Path, Path]:

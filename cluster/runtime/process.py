@@ -89,6 +89,7 @@ def process_info() -> ProcessInfo:
         node_id=context.get_node_id(),
         gpu_ids=tuple(ray.get_gpu_ids()),
         version=__version__,
+        takes_adapters=True,
     )
 
 

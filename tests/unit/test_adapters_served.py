@@ -22,6 +22,7 @@ from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.runtime.control.adapters import SharedAdapters
 from cluster.runtime.control.shards import Shards
 from cluster.runtime.front.operations import RayOperations
+from cluster.runtime.workers import directory
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.text.prompts import Prompt
@@ -141,19 +142,24 @@ def test_an_admin_key_alone_changes_adapters_by_vllms_calls(tokenizer, tmp_path)
 
 
 class FakeEngine:
-    """Takes lists, `adapt.remote` and `adapted.remote`; refuses one with a directory that is in `damaged`."""
+    """Takes lists, `adapt.remote` and `adapted.remote`; refuses one with a directory that is in `damaged`.
 
-    def __init__(self, damaged=()):
-        self.list, self.damaged = AdapterList(), damaged
+    is_new: else it has the methods too, as Ray's handle of one of an older version, and nobody may call them.
+    """
+
+    def __init__(self, damaged=(), *, is_new=True):
+        self.list, self.damaged, self.is_new = AdapterList(), damaged, is_new
         self.adapt = SimpleNamespace(remote=self._adapt)
         self.adapted = SimpleNamespace(remote=self._adapted)
 
     async def _adapt(self, wanted):
+        assert self.is_new
         if any(adapter.name in self.damaged for adapter in wanted.adapters):
             raise task_error(CheckpointError("it is damaged there"))
         self.list = wanted
 
     async def _adapted(self):
+        assert self.is_new
         return self.list
 
 
@@ -165,7 +171,10 @@ class Cluster:
         for name in ("a", "b"):
             write_adapter(path / name, {"model.layers.0.self_attn.q_proj": pair()})
         self.engines = [FakeEngine(), second or FakeEngine()]
-        replicas = [SimpleNamespace(name=f"r{i}", engine=engine) for i, engine in enumerate(self.engines)]
+        replicas = [
+            SimpleNamespace(name=f"r{i}", engine=engine, process=SimpleNamespace(takes_adapters=engine.is_new))
+            for i, engine in enumerate(self.engines)
+        ]
         self.known = SimpleNamespace(known=lambda: tuple(replicas))
         self.path, self.noted = path, []
         config = ClusterConfig(model=str(path / "model"), **fields)
@@ -227,10 +236,29 @@ def test_what_cannot_be_loaded_is_refused_before_any_engine_hears_of_it(tmp_path
 
 
 def test_a_replica_of_an_older_version_is_named(tmp_path):
-    it = Cluster(tmp_path, second=SimpleNamespace())
+    it = Cluster(tmp_path, second=FakeEngine(is_new=False))
     with pytest.raises(Unavailable, match="attention replica r1 is of an older version: roll it first"):
         it.load("a")
     assert it.engines[0].list.names == ()
+
+
+def test_an_engine_asks_no_controller_of_an_older_version_for_its_adapters(monkeypatch):
+    """The handle has the method, but that controller would end at the call."""
+    monkeypatch.setattr(directory.ray, "get", lambda answer: answer)
+    config, version = ClusterConfig(model="m", lora_adapters={"a": "/a"}), -1.0
+    new = AdapterList(version=3.0)
+
+    def adapter_list():
+        assert version >= 0
+        return new
+
+    controller = SimpleNamespace(
+        status=SimpleNamespace(remote=lambda: SimpleNamespace(adapters_version=version)),
+        adapter_list=SimpleNamespace(remote=adapter_list),
+    )
+    assert directory.adapter_list(controller, config).names == ("a",)
+    version = 0.0
+    assert directory.adapter_list(controller, config) == new
 
 
 def test_a_redeployed_configuration_changes_what_it_names(tmp_path):

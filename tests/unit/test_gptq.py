@@ -6,23 +6,14 @@ import pytest
 import torch
 from gptq_tools import quantization_config, rounded, write_pair
 from safetensors.torch import load_file, save_file
-from stored_tools import DENSE, MOE
-from transformers import AutoModelForCausalLM
+from stored_tools import DENSE, MOE, assert_means, offline
 
-from cluster import LLM, SamplingParams
 from cluster.checkpoint.sizes import sizes_of
 from cluster.config import read_model_config
 from cluster.config.gptq import Gptq
 from cluster.config.quantization import stored_quantization
 from cluster.errors import CheckpointError, SetupError
 from cluster.kernels.stored import quantized_weight
-
-PROMPTS = [[5, 9, 17, 33, 120, 7], [1, 2]]
-GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
-
-
-def offline(model_dir, **options):
-    return LLM(model_dir, dtype="float32", device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22, **options)
 
 
 @pytest.mark.parametrize("raw", [MOE, DENSE], ids=["qwen2_moe", "qwen2"])
@@ -39,13 +30,7 @@ def offline(model_dir, **options):
 )
 def test_logits_and_tokens_are_those_of_the_numbers_that_it_means(tmp_path, raw, form):
     gptq, plain = write_pair(tmp_path, raw, **form)
-    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
-    with offline(gptq, num_expert_shards=2) as llm, offline(plain) as ours, torch.inference_mode():
-        for prompt in PROMPTS:
-            expected = model(torch.tensor([prompt])).logits[0]
-            torch.testing.assert_close(llm.logits(prompt), expected, atol=2e-3, rtol=0)
-        tokens, of_plain = ([o.token_ids for o in each.generate(PROMPTS, GREEDY)] for each in (llm, ours))
-        assert tokens == of_plain
+    assert_means(gptq, plain)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])

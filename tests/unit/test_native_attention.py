@@ -83,6 +83,24 @@ def attention(
     return out
 
 
+def assert_one_answer(
+    native: Native, q: torch.Tensor, cache: torch.Tensor, batch: PagedBatch, *, window: int | None
+) -> None:
+    """Each query's is the same to the bit on any number of threads, and alone."""
+    whole = attention(native, q, cache, batch, window=window, threads=1)
+    assert torch.equal(attention(native, q, cache, batch, window=window, threads=3), whole)
+    row = 0
+    for i, (new, length) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        for seen in range(length - new + 1, length + 1):
+            alone = dataclasses.replace(
+                batch, query_lens=[1], context_lens=[seen], block_tables=batch.block_tables[i : i + 1],
+                context_lens_tensor=torch.tensor([seen]),
+            )  # fmt: skip
+            found = attention(native, q[row : row + 1], cache, alone, window=window, threads=2)
+            assert torch.equal(found, whole[row : row + 1])
+            row += 1
+
+
 def exact(q: torch.Tensor, cache: torch.Tensor, batch: PagedBatch, window: int | None) -> torch.Tensor:
     """The definition, in float32 throughout."""
     return attention_reference(q.float(), cache[0].float(), cache[1].float(), batch, scale=0.3, window=window)
@@ -127,18 +145,7 @@ def test_a_query_has_one_answer_in_every_batch(native: Native, dtype: torch.dtyp
     """Alone, beside others, on any number of threads, and as the last of several new tokens."""
     lengths = [(3, 700), (1, 0), (1, 300), (2, 255), (4, 2000)]
     q, cache, batch = paged(lengths, Shape(16, 4, 2, 64), dtype, 7, torch.nan)
-    whole = attention(native, q, cache, batch, window=window, threads=1)
-    assert torch.equal(attention(native, q, cache, batch, window=window, threads=3), whole)
-    row = 0
-    for i, (new, old) in enumerate(lengths):
-        for query in range(new):
-            alone = dataclasses.replace(
-                batch, query_lens=[1], context_lens=[old + query + 1], block_tables=batch.block_tables[i : i + 1],
-                context_lens_tensor=torch.tensor([old + query + 1]),
-            )  # fmt: skip
-            found = attention(native, q[row : row + 1], cache, alone, window=window, threads=2)
-            assert torch.equal(found, whole[row : row + 1])
-            row += 1
+    assert_one_answer(native, q, cache, batch, window=window)
 
 
 @each_variant

@@ -1,14 +1,12 @@
 """The native kernels over keys and values in 8 bits, every variant of this machine beside the plain definition."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_tools import bounded, each_variant
 from test_cache_rows import each_form, meant, stored
-from test_native_attention import ROUNDING, Shape, attention, decode, exact, few, paged
+from test_native_attention import ROUNDING, Shape, assert_one_answer, attention, decode, exact, few, paged
 from test_native_rope import step
 
 from cluster.kernels.attention import make_attention
@@ -57,18 +55,7 @@ def test_a_query_has_one_answer_in_every_batch(native: Native, form: torch.dtype
     lengths = [(3, 700), (1, 0), (1, 300), (4, 2000)]
     q, cache, batch = paged(lengths, Shape(16, 4, 2, 64), torch.bfloat16, 7, torch.nan)
     rows = stored(cache, form)
-    whole = attention(native, q, rows, batch, window=window, threads=1)
-    assert torch.equal(attention(native, q, rows, batch, window=window, threads=3), whole)
-    row = 0
-    for i, (new, old) in enumerate(lengths):
-        for query in range(new):
-            alone = dataclasses.replace(
-                batch, query_lens=[1], context_lens=[old + query + 1], block_tables=batch.block_tables[i : i + 1],
-                context_lens_tensor=torch.tensor([old + query + 1]),
-            )  # fmt: skip
-            found = attention(native, q[row : row + 1], rows, alone, window=window, threads=2)
-            assert torch.equal(found, whole[row : row + 1])
-            row += 1
+    assert_one_answer(native, q, rows, batch, window=window)
 
 
 @each_variant

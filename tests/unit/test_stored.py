@@ -11,11 +11,22 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from stored_tools import DENSE, MOE, awq_config, awq_layer, packed_config, packed_layer, write_awq, write_packed
-from transformers import AutoModelForCausalLM
+from stored_tools import (
+    DENSE,
+    GREEDY,
+    MOE,
+    PROMPTS,
+    assert_means,
+    awq_config,
+    awq_layer,
+    offline,
+    packed_config,
+    packed_layer,
+    write_awq,
+    write_packed,
+)
 from weight_tools import settled
 
-from cluster import LLM, SamplingParams
 from cluster.checkpoint.sizes import sizes_of
 from cluster.config import read_model_config
 from cluster.config.awq import Awq
@@ -26,9 +37,6 @@ from cluster.errors import CheckpointError, SetupError
 from cluster.kernels.stored import quantized_weight
 
 GPTQMODEL = Path(__file__).parents[1] / "data" / "packed" / "gptqmodel.safetensors"
-PROMPTS = [[5, 9, 17, 33, 120, 7], [1, 2]]
-GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
-
 WRITERS = {
     "awq": write_awq,
     "awq without attention": partial(write_awq, kept=("self_attn", "gate")),
@@ -38,20 +46,10 @@ WRITERS = {
 }
 
 
-def offline(model_dir, **options):
-    return LLM(model_dir, dtype="float32", device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22, **options)
-
-
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_logits_and_tokens_are_those_of_the_numbers_that_it_means(tmp_path, write):
     stored, plain = write(tmp_path, MOE)
-    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
-    with offline(stored, num_expert_shards=2) as llm, offline(plain) as ours, torch.inference_mode():
-        for prompt in PROMPTS:
-            expected = model(torch.tensor([prompt])).logits[0]
-            torch.testing.assert_close(llm.logits(prompt), expected, atol=2e-3, rtol=0)
-        tokens, of_plain = ([o.token_ids for o in each.generate(PROMPTS, GREEDY)] for each in (llm, ours))
-        assert tokens == of_plain
+    assert_means(stored, plain)
 
 
 @pytest.mark.parametrize("write", [write_awq, write_packed], ids=["awq", "8 bits"])

@@ -164,7 +164,7 @@ class SharedAdapters:
 
     async def _give(self, engine: ReplicaStatus, wanted: AdapterList) -> None:
         """Raises CheckpointError, Unavailable. An engine that starts gets it when it has started."""
-        if hasattr(engine.engine, "adapted") and await list_of(engine) is None:
+        if engine.process.takes_adapters and await list_of(engine) is None:
             self._give_later(engine, wanted)
         else:
             await give(engine, wanted)

@@ -19,7 +19,7 @@ ADAPT_TIMEOUT_S = 120.0  # for an engine to read an adapter: gigabytes from a sl
 async def in_use(replica: ReplicaStatus) -> set[int]:
     """The numbers of the adapters that an engine's requests need; none where it is gone. Raises TimeoutError."""
     engine: Any = replica.engine
-    if not hasattr(engine, "adapters_in_use"):
+    if not replica.process.takes_adapters:
         return set()
     try:
         async with asyncio.timeout(ADAPT_TIMEOUT_S):
@@ -33,7 +33,7 @@ async def give(replica: ReplicaStatus, wanted: AdapterList, timeout_s: float | N
     """An engine that dies over it is no failure: its successor asks for the list. Raises CheckpointError,
     Unavailable."""
     engine: Any = replica.engine
-    if not hasattr(engine, "adapt"):
+    if not replica.process.takes_adapters:
         raise Unavailable(f"attention replica {replica.name} is of an older version: roll it first")
     try:
         async with asyncio.timeout(timeout_s):
@@ -51,7 +51,7 @@ async def give(replica: ReplicaStatus, wanted: AdapterList, timeout_s: float | N
 async def list_of(replica: ReplicaStatus) -> AdapterList | None:
     """The adapters that an engine has; None for one that starts, is gone, or is of an older version."""
     engine: Any = replica.engine
-    if not hasattr(engine, "adapted"):
+    if not replica.process.takes_adapters:
         return None
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):

@@ -142,7 +142,7 @@ class ShardProcess:
 
 async def give_shard(shard_id: int, actor: Any, wanted: AdapterList) -> None:
     """Raises ClusterError; RayActorError where the shard dies."""
-    if not hasattr(actor, "adapt"):
+    if not (await actor.process.remote()).takes_adapters:
         raise Unavailable(f"shard {shard_id} is of an older version: `moe-cluster roll` gives it a new process")
     try:
         await actor.adapt.remote(wanted)

@@ -40,14 +40,15 @@ def take_slot(controller: Any, holder: str, process: ProcessInfo, engine: Any) -
 def adapter_list(controller: Any, config: ClusterConfig) -> AdapterList:
     """The adapters that an engine shall have: the configuration's, where the controller is of a version that knows of
     none. Waits while the controller is away."""
-    while hasattr(controller, "adapter_list"):
+    while True:
         try:
+            if ray.get(controller.status.remote()).adapters_version < 0:
+                return AdapterList.configured(config.lora_adapters)
             found: AdapterList = ray.get(controller.adapter_list.remote())
             return found
         except ray.exceptions.RayActorError as error:
             log.warning("the expert controller is away, an engine waits for its adapters: %s", error)
             time.sleep(1.0)
-    return AdapterList.configured(config.lora_adapters)
 
 
 class ShardDirectory:
