@@ -30,10 +30,14 @@ function showState(pill, state, kind) {
   pill.dataset.kind = kind;
 }
 
+const stateKind = (state, back) => state === "lost" ? "bad" : state === "up" && !back ? "good" : "busy";
 const place = (process) => process
   ? [`node ${process.node}`, `pid ${process.pid}`, ...(process.gpus.length ? [`GPU ${process.gpus.join(", ")}`] : [])]
   : [];
 const loaded = (part) => part.total_bytes ? ` ${Math.round((100 * part.loaded_bytes) / part.total_bytes)} %` : "";
+
+// A shard may be back before anyone saw it go: for so long its card says that it has just come back.
+const BACK_MS = 5000;
 
 export class Processes {
   /** onMark: told the shard that is pointed at, or null.  shardAction: makes the button of a shard. */
@@ -105,13 +109,18 @@ export class Processes {
     node.addEventListener("pointerleave", () => onMark(null));
     node.addEventListener("focusin", () => onMark(shard.id));
     node.addEventListener("focusout", () => onMark(null));
+    let { respawns } = shard;
+    let backUntil = 0;
     const update = (now) => {
+      if (now.respawns > respawns) backUntil = performance.now() + BACK_MS;
+      respawns = now.respawns;
       const beat = this.beats.shards.get(now.id);
       const figures = this.figures.get(now.id);
       const up = now.state === "up";
       swatch.style.background = shardColour(this.theme, now.id);
       setText(name, `Shard ${now.id}`);
-      showState(state, now.state + (up ? "" : loaded(now)), up ? "good" : now.state === "lost" ? "bad" : "busy");
+      const back = up && performance.now() < backUntil;
+      showState(state, back ? "back" : now.state + (up ? "" : loaded(now)), stateKind(now.state, back));
       const memory = figures ? [bytes(figures.bytes)] : [];
       const again = now.respawns ? [`respawned ${now.respawns} ${now.respawns === 1 ? "time" : "times"}`] : [];
       setText(facts, [`${now.num_experts} experts`, ...memory, ...place(now.process), ...again].join(" · "));
