@@ -55,7 +55,8 @@ def unpacked(source, tmp_path_factory):
     """The sdist's contents."""
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(built(source, "sdist", folder)) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+        archive.extractall(folder / "unpacked")
     [contents] = (folder / "unpacked").iterdir()
     return contents
 
