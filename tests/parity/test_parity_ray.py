@@ -83,7 +83,7 @@ def test_greedy_tokens_through_ray_are_those_of_transformers(moe_oracle, actors,
     dispatcher.transport.close()
 
 
-@pytest.mark.parametrize("carrier", ["ray", "stream", "auto"])
+@pytest.mark.parametrize("carrier", ["ray", *(pytest.param(c, marks=pytest.mark.slow) for c in ("stream", "auto"))])
 def test_logits_through_the_controllers_shards_are_those_of_transformers(ray_cluster, oracle_of, carrier):
     oracle = oracle_of("released key style, 60 experts")
     with LLM(

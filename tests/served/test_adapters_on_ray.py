@@ -16,7 +16,7 @@ from cluster.checkpoint.names import checkpoint_shapes
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.runtime.names import NAMESPACE, controller_name
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPT, NUM_TOKENS = list(range(40, 60)), 120
 
@@ -70,7 +70,6 @@ def test_an_adapter_comes_and_goes_while_the_cluster_serves(served, stub, change
         ask(stub, "law")
 
 
-@pytest.mark.slow
 def test_an_adapter_stays_while_processes_die(served, stub, change, law, ray_cluster):
     """A shard, an engine and the controller; their successors have the adapter, and no token is another one."""
     directory, adapted, plain = law

@@ -12,7 +12,7 @@ from cluster.errors import ClusterError
 from cluster.runtime.operate import RunningCluster
 from cluster.types import SamplingParams
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPT = [5, 6, 7]
 
@@ -70,7 +70,6 @@ def test_a_request_that_raises_ends_alone_and_its_bystanders_stream_on(served):
     assert engines() == before
 
 
-@pytest.mark.slow
 def test_a_request_that_ends_its_engine_ends_two_and_its_bystanders_go_on_with_the_same_tokens(served):
     seeds = [1, 2, 3, 4]
     expected = ask_together(served, seeds)

@@ -171,8 +171,8 @@ def test_a_child_process_measures_and_reports(demo_dir: Path, capfd: pytest.Capt
     ("build", "message"),
     [
         (build_killed, "local: its process ended with code -9 .* too little memory"),
-        (build_refused, "local: no such weights"),
-        (build_broken, "local: ZeroDivisionError: by nought"),
+        pytest.param(build_refused, "local: no such weights", marks=pytest.mark.slow),
+        pytest.param(build_broken, "local: ZeroDivisionError: by nought", marks=pytest.mark.slow),
     ],
 )
 def test_a_child_that_fails_says_why(

@@ -170,7 +170,7 @@ def test_generated_conversations_are_rendered_as_transformers_does(
 ) -> None:
     outcomes = []
 
-    @settings(max_examples=200, deadline=None, database=None)
+    @settings(max_examples=80, deadline=None, database=None)
     @given(chats())
     def same(chat: dict[str, Any]) -> None:
         outcomes.append(compare(renderer, oracle, template, chat))

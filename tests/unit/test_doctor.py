@@ -139,7 +139,14 @@ sys.exit(main({arguments!r}))
 """
 
 
-@pytest.mark.parametrize("package", ["grpc", "tokenizers", "packaging", "rich", "jinja2", "google"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "grpc",
+        "rich",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("tokenizers", "packaging", "jinja2", "google")),
+    ],
+)
 def test_it_runs_whatever_package_is_missing(package):
     done = run(BLOCKED.format(package=package, arguments=["doctor"]))
     assert (done.stderr, "Python" in done.stdout) == ("", True)

@@ -25,6 +25,7 @@ def test_the_format_is_ruffs():
     check(BIN / "ruff", "format", "--check", ".")
 
 
+@pytest.mark.slow  # every file of the package anew
 def test_types_are_right_under_mypy_strict():
     check(BIN / "mypy")
 
