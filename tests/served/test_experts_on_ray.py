@@ -1,5 +1,8 @@
 """Expert shards on Ray without an application: their resources, their end, and checkpoints that cannot load."""
 
+import itertools
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -7,9 +10,10 @@ from pathlib import Path
 import pytest
 from gptq_tools import write_pair
 from served_tools import plasma_objects, wait_until
-from stored_tools import MOE, write_awq
+from stored_tools import MOE, write_awq, write_packed
 
 from cluster import LLM, SamplingParams
+from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, SetupError
 from cluster.metrics import DispatchMetrics, new_registry
@@ -76,19 +80,58 @@ def test_the_object_store_does_not_grow_where_rows_go_through_it(ray_cluster, de
         wait_until(lambda: plasma_objects(ray_cluster) <= before, f"the store has no more than {before} objects")
 
 
+NF4 = {"quantization": "nf4", "expert_quantization": "nf4"}
+
+
+def write_plain(folder, raw):
+    """Not rounded yet; inputs in blocks of 64, as nf4 has them."""
+    sizes = dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
+    write_checkpoint(folder / "model", {**raw, **sizes}, seed=1)
+    return folder / "model", folder / "model"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("transport", "write"), [("ray", partial(write_pair, sym=False)), ("stream", write_awq)])
-def test_shards_of_a_rounded_checkpoint_answer_as_one_process_does(ray_cluster, tmp_path, transport, write):
-    """GPTQ's and AWQ's."""
+@pytest.mark.parametrize(
+    ("transport", "write", "options"),
+    [
+        ("ray", partial(write_pair, sym=False), {}),
+        ("stream", write_awq, {}),
+        ("ray", partial(write_packed, num_bits=4, group_size=32), {}),
+        ("ray", write_plain, NF4),
+    ],
+    ids=["gptq", "awq", "w4a16", "nf4"],
+)
+def test_shards_of_a_rounded_checkpoint_answer_as_one_process_does(ray_cluster, tmp_path, transport, write, options):
+    """Also when one of them is killed meanwhile: its successor has its experts in the same form."""
     stored, plain = write(tmp_path, MOE)
-    params = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
-    found = []
-    for model_dir, way in ((stored, transport), (plain, "local")):
-        with LLM(
-            model_dir, dtype="float32", num_expert_shards=3, transport=way, kv_cache_bytes=1 << 22, skip_tokenizer=True
-        ) as llm:
-            found.append([output.token_ids for output in llm.generate([[5, 9, 17], [1, 2]], params)])
-    assert found[0] == found[1]
+    options = {"dtype": "float32", "kv_cache_bytes": 1 << 22, "skip_tokenizer": True, **options}
+
+    def answers(llm):
+        params = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
+        return [output.token_ids for output in llm.generate([[5, 9, 17], [1, 2]], params)]
+
+    with LLM(plain, **options) as llm:
+        expected = answers(llm)
+    with LLM(stored, num_expert_shards=3, transport=transport, **options) as llm:
+        assert answers(llm) == expected
+        kill_in_the_third_step(llm, shards_of(ray_cluster, llm)[1].process.pid)
+        assert answers(llm) == expected
+        assert shards_of(ray_cluster, llm)[1].respawns == 1
+
+
+def shards_of(ray_cluster, llm):
+    return ray_cluster.get(llm._ray_experts._controller.status.remote()).shards
+
+
+def kill_in_the_third_step(llm, pid):
+    run, steps = llm.engine.runner.run, itertools.count(1)
+
+    def killing(batch):
+        if next(steps) == 3:
+            os.kill(pid, signal.SIGKILL)
+        return run(batch)
+
+    llm.engine.runner.run = killing
 
 
 def test_rounded_shards_answer_as_one_process_does(ray_cluster, demo_checkpoint):
