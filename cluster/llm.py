@@ -205,9 +205,10 @@ class LLM(Results, Chats, Adapts):
     def head(self) -> Head:
         return self.info.head
 
-    def logits_of(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V] float32, on the model's device."""
-        return self.engine.runner.logits(hidden_states).float()
+    def logits_of(self, hidden_states: Tensor, adapter: str = "") -> Tensor:
+        """[T, H] -> [T, V] float32, on the model's device, of rows that this adapter computed. Raises NotFound."""
+        found = self.engine.adapters.find(adapter) if adapter else None
+        return self.engine.runner.logits(hidden_states, found).float()
 
     def _run(self, answers: Sequence[Open[Output]]) -> list[Output]:
         """Computes all answers. Raises the first failure, with the outputs of the others."""

@@ -77,7 +77,7 @@ class Computes(Protocol):
 
     def compute(self, prompts: list[Prompt], wants: Wants) -> list[Computed]: ...
 
-    def logits_of(self, hidden_states: Tensor) -> Tensor: ...
+    def logits_of(self, hidden_states: Tensor, adapter: str = "") -> Tensor: ...
 
     @property
     def head(self) -> Head: ...
@@ -95,9 +95,9 @@ class Results(Computes, Protocol):
         Raises InvalidRequest, Unavailable, Closed.
         """
         self.head.check_serves("tokens")
-        prompt = Prompt(token_ids=() if token_ids is None else token_ids)
-        [computed] = self.compute(with_adapter([prompt], adapter), "hidden_states")
-        return self.logits_of(_tensor(computed))
+        [prompt] = with_adapter([Prompt(token_ids=() if token_ids is None else token_ids)], adapter)
+        [computed] = self.compute([prompt], "hidden_states")
+        return self.logits_of(_tensor(computed), prompt.adapter)
 
     def prompt_logprobs(self, prompts: Prompts, *, adapter: OneAdapter = "") -> list[PromptLogprobs]:
         """The log-probability of each token of a prompt, given those before it. No more than a chunk's logits are held

@@ -24,18 +24,25 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_model.safetensors"
 SERVED = (
-    "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, of routed experts too, and shared_expert_gate"
+    "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, of routed experts too, gate, "
+    "shared_expert_gate, embed_tokens and lm_head"
 )
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
+EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_((?P<half>[AB])(\.default)?\.weight|embedding_(?P<side>[AB])(\.default)?)"
+)
+_OF_BASE = re.compile(r"base_model\.model\.(?P<module>(model\.)?embed_tokens|lm_head)\.base_layer\.weight")
 _MODULE = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(shared_expert\.)?(gate|up|down)_proj|mlp\.shared_expert_gate)"
+    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(shared_expert\.)?(gate|up|down)_proj|"
+    r"mlp\.(shared_expert_)?gate)|model\.embed_tokens|lm_head"
 )
 _OF_EXPERT = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """An adapter's part of one linear layer. shape: N and K.  a, b: the stored names of its matrices."""
+    """An adapter's part of one layer. shape: N and K, of embeddings their width and the vocabulary.
+    a, b: the stored names of its matrices."""
 
     shape: tuple[int, int]
     rank: int
@@ -46,7 +53,7 @@ class AdapterModule:
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """modules: by the names of the base's linear layers."""
+    """modules: by the names of the base's layers."""
 
     directory: Path
     modules: Mapping[str, AdapterModule]
@@ -99,8 +106,10 @@ def open_adapter(directory: str | Path, base: ModelConfig, max_rank: int) -> Sto
     if not is_there(path):
         raise CheckpointError(f"{directory} has no {ADAPTER_FILE}: only safetensors weights are read")
     header = read_header(path)
-    pairs = _pairs(header, path)
     shapes = checkpoint_shapes(base)
+    pairs = _pairs(_without_base(header, path, shapes), path)
+    if base.tie_word_embeddings and base.head.generates:
+        _check_not_tied(pairs, path)
     modules = {
         name: _module(name, halves, header, config=config, shapes=shapes) for name, halves in sorted(pairs.items())
     }
@@ -113,6 +122,37 @@ def open_adapter(directory: str | Path, base: ModelConfig, max_rank: int) -> Sto
     return adapter
 
 
+def _full_name(module: str) -> str:
+    """In a checkpoint; that of an adapter whose base was saved without a head lacks the beginning."""
+    return f"model.{module}" if module.startswith(("layers.", "embed_tokens")) else module
+
+
+def _without_base(header: Mapping[str, StoredTensor], path: Path, shapes: Shapes) -> dict[str, StoredTensor]:
+    """Leaves out the base's own matrices, which PEFT saves beside those of embeddings and heads. Raises CheckpointError
+    where they have other sizes than the base's here."""
+    found = dict(header)
+    for stored, tensor in header.items():
+        if match := _OF_BASE.fullmatch(stored):
+            expected = shapes.get(f"{_full_name(match['module'])}.weight")
+            if expected is not None and tensor.shape != expected:
+                raise CheckpointError(
+                    f"{path}: {stored} has shape {list(tensor.shape)}, the base's is {list(expected)}: it is for "
+                    "another base, or one with more tokens"
+                )
+            del found[stored]
+    return found
+
+
+def _check_not_tied(pairs: Collection[str], path: Path) -> None:
+    """Raises CheckpointError where the one matrix that is both embeddings and head would be changed in one of them."""
+    for name in (EMBEDDINGS, HEAD):
+        if name in pairs:
+            raise CheckpointError(
+                f"{path} changes {name}, which in this base is embeddings and head at once: that is not served, merge "
+                "this one into its base (peft: merge_and_unload)"
+            )
+
+
 def _pairs(header: Mapping[str, StoredTensor], path: Path) -> dict[str, dict[str, str]]:
     """The stored names of each module's A and B."""
     found: dict[str, dict[str, str]] = {}
@@ -122,13 +162,10 @@ def _pairs(header: Mapping[str, StoredTensor], path: Path) -> dict[str, dict[str
         if match is None:
             unknown.append(stored)
             continue
-        module = match["module"]
-        if module.startswith("layers."):  # its base was saved without a head
-            module = f"model.{module}"
-        found.setdefault(module, {})[match["half"]] = stored
+        found.setdefault(_full_name(match["module"]), {})[match["half"] or match["side"]] = stored
     if unknown:
         raise CheckpointError(
-            f"{path}: {some(sorted(unknown), 'is', 'are')} no LoRA matrices of a linear layer: only those are served"
+            f"{path}: {some(sorted(unknown), 'is', 'are')} no LoRA matrices of a layer: only those are served"
         )
     if not found:
         raise CheckpointError(f"{path} has no tensors: save the adapter again")
@@ -155,13 +192,16 @@ def _module(
         if tensor.dtype not in ITEM_BYTES:
             raise CheckpointError(f"{a.path}: {name} has dtype {tensor.dtype}, {', '.join(ITEM_BYTES)} are served")
     rank = config.rank_of(name)
-    expected = (rank, base[1]), (base[0], rank)
+    num_outputs, num_inputs = reversed(base) if name == EMBEDDINGS else base
+    expected = (rank, num_inputs), (num_outputs, rank)
     if (a.shape, b.shape) != expected:
         raise CheckpointError(
             f"{a.path}: {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, for rank {rank} the base needs "
             f"{list(expected[0])} and {list(expected[1])}: it is for another base, or another {ADAPTER_CONFIG}"
         )
-    return AdapterModule(shape=(base[0], base[1]), rank=rank, scale=config.scale_of(name), a=halves["A"], b=halves["B"])
+    return AdapterModule(
+        shape=(num_outputs, num_inputs), rank=rank, scale=config.scale_of(name), a=halves["A"], b=halves["B"]
+    )
 
 
 def _check_complete(adapter: StoredAdapter, config: LoraConfig, shapes: Shapes) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cluster.engine.sequence import Sequence
 from cluster.engine.step import ScheduledSequence
+from cluster.model.adapters import head_adapters
 from cluster.model.decoder import CausalLM
 from cluster.model.sampler import NoFiniteNumbers
 from cluster.outcome import Numbers, Wants
@@ -94,10 +95,12 @@ def _logprobs(model: CausalLM, members: _Members) -> Iterable[Tensor]:
     most = max(wanted)
     rows = torch.cat([rows[:size] for (_, rows), size in zip(members, sizes, strict=True)])
     next_tokens = torch.tensor([token for tokens in targets for token in tokens], device=rows.device)
+    owners = [s.sequence.adapter for (s, _), size in zip(members, sizes, strict=True) for _ in range(size)]
     found = [torch.empty(0, 2 + 2 * most, device=rows.device)]
-    for part, tokens in zip(torch.split(rows, LOGIT_ROWS), torch.split(next_tokens, LOGIT_ROWS), strict=True):
-        if len(part):
-            found.append(_of_next(model.logits(part).float(), tokens, most))
+    for first in range(0, len(rows), LOGIT_ROWS):
+        part, of_part = rows[first : first + LOGIT_ROWS], owners[first : first + LOGIT_ROWS]
+        logits = model.logits(part, head_adapters(of_part, [1] * len(part), rows.device))
+        found.append(_of_next(logits.float(), next_tokens[first : first + LOGIT_ROWS], most))
     every = torch.split(torch.cat(found).cpu(), sizes)
     return [_columns(part, num, most) for part, num in zip(every, wanted, strict=True)]
 

@@ -25,7 +25,7 @@ from cluster.experts.step import EverySequenceLost, StepExperts
 from cluster.grammar.masks import MaskThreads, RowMasks
 from cluster.kernels.attention import make_attention
 from cluster.kernels.sampling.rule import Mask, leaves_any
-from cluster.model.adapters import step_adapters
+from cluster.model.adapters import Adapter, head_adapters, step_adapters
 from cluster.model.decoder import CausalLM, MicroBatch
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.feed_forward import Experts
@@ -73,8 +73,9 @@ class ModelRunner:
     def wait_for_news(self, epoch: int, timeout_s: float) -> None:
         self.experts.plans.wait_beyond(epoch, timeout_s)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        return self.model.logits(hidden_states.to(self.device, self.model.model.norm.weight.dtype))
+    def logits(self, hidden_states: Tensor, adapter: Adapter | None = None) -> Tensor:
+        adapters = head_adapters([adapter], [len(hidden_states)], self.device)
+        return self.model.logits(hidden_states.to(self.device, self.model.model.norm.weight.dtype), adapters)
 
     def check_device(self) -> None:
         if self.device.type == "cuda":
@@ -135,7 +136,10 @@ class ModelRunner:
         if rows:
             stops = np.cumsum([s.num_rows for s in scheduled])
             places = np.concatenate([np.arange(stops[i] - len(of_one), stops[i]) for i, of_one in rows.items()])
-            logits = self.model.logits(hidden_states[to_device([places], self.device)[0]])  # [B, V]
+            adapters = head_adapters(
+                [scheduled[i].sequence.adapter for i in rows], list(map(len, rows.values())), self.device
+            )
+            logits = self.model.logits(hidden_states[to_device([places], self.device)[0]], adapters)  # [B, V]
             chosen = iter(sample(logits, [row for of_one in rows.values() for row in of_one]))
             for i, of_one in rows.items():
                 tokens[i], met = right_tokens(scheduled[i].draft, [next(chosen) for _ in of_one])

@@ -17,6 +17,7 @@ from cluster.engine.payoff import Chance
 from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, Runner, StepResult
 from cluster.errors import Unavailable
+from cluster.model.adapters import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,8 @@ class SpeculatingRunner:
     def wait_for_news(self, epoch: int, timeout_s: float) -> None:
         self.runner.wait_for_news(epoch, timeout_s)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        return self.runner.logits(hidden_states)
+    def logits(self, hidden_states: Tensor, adapter: Adapter | None = None) -> Tensor:
+        return self.runner.logits(hidden_states, adapter)
 
     def check_device(self) -> None:
         self.runner.check_device()

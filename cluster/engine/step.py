@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluster.engine.sequence import Sequence
 from cluster.errors import ShardUnavailable
+from cluster.model.adapters import Adapter
 from cluster.model.sampler import Sampled
 
 
@@ -117,8 +118,8 @@ class Runner(Protocol):
     def run(self, batch: Batch) -> StepResult:
         """Computes a step. Blocks. Raises ClusterError, and whatever a bug raises; the step may then be run again."""
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V] in the model's dtype, on its device."""
+    def logits(self, hidden_states: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """[T, H] -> [T, V] in the model's dtype, on its device, of rows that an adapter computed, or the base."""
 
     def has_news(self, epoch: int) -> bool:
         """Whether there is a plan of a higher epoch."""

@@ -1,4 +1,4 @@
-"""Products of low rank beside a weight's: what a LoRA adapter adds to linear layers. Knows no layer and no sequence.
+"""Products of low rank beside a weight's: what a LoRA adapter adds to layers. Knows no layer and no sequence.
 
 M: rows, N: outputs, K: inputs, r: rank, H: hidden size, I: intermediate size.
 """
@@ -56,6 +56,25 @@ class LowRank:
         for part in self._parts:
             out[:, part.outputs] = part.b.product(inner[:, part.ranks])
         return out
+
+
+class LowRankRows:
+    """One adapter's change of an embedding: B A[:, id] for each id.
+
+    a: [r, ids].  b: [outputs, r] with the factor in it.  like: the embedding's rows, for dtype and device.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, like: Tensor, make: MakeWeight) -> None:
+        self._rows = a.T.to(like.device, like.dtype).contiguous()
+        self._b = filled(make, b)
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes + self._b.nbytes
+
+    def product(self, ids: Tensor) -> Tensor:
+        """[M] int64 -> [M, outputs]."""
+        return self._b.product(self._rows[ids])
 
 
 def filled(make: MakeWeight, matrix: Tensor) -> Weight:

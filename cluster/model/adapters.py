@@ -7,13 +7,14 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from cluster.checkpoint.adapters import StoredAdapter
+from cluster.checkpoint.adapters import EMBEDDINGS, HEAD, StoredAdapter
 from cluster.config.lora import AdapterSource
-from cluster.kernels.lora import LowRank
+from cluster.kernels.lora import LowRank, LowRankRows
 from cluster.kernels.weights import weight_maker
 from cluster.model.decoder import CausalLM
 from cluster.model.layers.linear import Linear
 from cluster.model.layers.lora import Changes, LayerAdapters
+from cluster.model.layers.moe import Router
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +24,8 @@ class Adapter:
     source: AdapterSource
     layers: Sequence[Changes]
     has_experts: bool = False
+    embeddings: LowRankRows | None = None
+    head: LowRank | None = None
 
     @property
     def salt(self) -> bytes:
@@ -31,7 +34,8 @@ class Adapter:
 
     @property
     def num_bytes(self) -> int:
-        return sum(change.nbytes for changes in self.layers for change in changes.values())
+        of_layers = [change for changes in self.layers for change in changes.values()]
+        return sum(change.nbytes for change in (*of_layers, self.embeddings, self.head) if change is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,18 @@ class StepAdapters:
     def layer(self, layer_id: int) -> LayerAdapters:
         return LayerAdapters(self.num_rows, [(rows, adapter.layers[layer_id]) for rows, adapter in self.rows])
 
+    def embed(self, token_ids: Tensor, out: Tensor) -> None:
+        """Adds to `out` [T, H], the embeddings of token_ids [T], in place."""
+        for rows, adapter in self.rows:
+            if adapter.embeddings is not None:
+                out.index_add_(0, rows, adapter.embeddings.product(token_ids[rows]))
+
+    def add_logits(self, x: Tensor, out: Tensor) -> None:
+        """Adds to `out` [T, V], the logits of x [T, H], in place."""
+        for rows, adapter in self.rows:
+            if adapter.head is not None:
+                out.index_add_(0, rows, adapter.head.product(x.index_select(0, rows)))
+
 
 def load_adapter(model: CausalLM, stored: StoredAdapter, source: AdapterSource) -> Adapter:
     """Reads the matrices for all layers of a model, in its dtype and on its device. Blocks. Raises CheckpointError."""
@@ -53,7 +69,7 @@ def load_adapter(model: CausalLM, stored: StoredAdapter, source: AdapterSource) 
     for layer_id, layer in enumerate(model.model.layers):
         changes: dict[str, LowRank] = {}
         for path, module in layer.named_modules():
-            if not isinstance(module, Linear):
+            if not isinstance(module, Linear | Router):
                 continue
             prefix = f"model.layers.{layer_id}.{path.removesuffix(path.rpartition('.')[2])}"
             wanted = {f"{prefix}{part}": part for part in module.outputs if f"{prefix}{part}" in stored.modules}
@@ -61,7 +77,13 @@ def load_adapter(model: CausalLM, stored: StoredAdapter, source: AdapterSource) 
                 found = {wanted[full]: pair for full, pair in stored.read(wanted).items()}
                 changes[path] = LowRank(found, module.outputs, make)
         layers.append(changes)
-    return Adapter(source, layers, stored.has_experts)
+    of_words = stored.read([name for name in (EMBEDDINGS, HEAD) if name in stored.modules])
+    embeddings = head = None
+    if EMBEDDINGS in of_words:
+        embeddings = LowRankRows(*of_words[EMBEDDINGS], model.model.embed_tokens.weight, make)
+    if HEAD in of_words:
+        head = LowRank({HEAD: of_words[HEAD]}, {HEAD: model.config.vocab_size}, make)
+    return Adapter(source, layers, stored.has_experts, embeddings, head)
 
 
 def step_adapters(
@@ -77,3 +99,11 @@ def step_adapters(
     if not rows:
         return None
     return StepAdapters(start, [(torch.cat(parts).to(device), adapter) for adapter, parts in rows.items()])
+
+
+def head_adapters(
+    adapters: Sequence[Adapter | None], num_rows: Sequence[int], device: torch.device
+) -> StepAdapters | None:
+    """As `step_adapters`, of those that change the head."""
+    changing = [adapter if adapter is not None and adapter.head is not None else None for adapter in adapters]
+    return step_adapters(changing, num_rows, device) if any(changing) else None

@@ -27,6 +27,14 @@ from cluster.model.layers.rope import RotaryEmbedding
 class Adapters(Protocol):
     def layer(self, layer_id: int) -> LayerAdapters: ...
 
+    def embed(self, token_ids: Tensor, out: Tensor) -> None:
+        """Adds to `out` [T, H], the embeddings of token_ids [T], in place."""
+
+
+class HeadAdapters(Protocol):
+    def add_logits(self, x: Tensor, out: Tensor) -> None:
+        """Adds to `out` [T, V], the logits of x [T, H], in place."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
@@ -34,7 +42,7 @@ class MicroBatch:
 
     token_ids, positions, lengths: [T] int64; lengths: as of `RotaryEmbedding.forward`.
     attention: of each group of layers, as in the cache.
-    adapters: of its rows at each layer; None where all rows are the base's.
+    adapters: of its rows; None where all rows are the base's.
     """
 
     token_ids: Tensor
@@ -107,7 +115,7 @@ class CausalLM(nn.Module):
         """
         dtype = self.model.norm.weight.dtype
         rotary = [self.rotary(part.positions, part.lengths, dtype) for part in micro_batches]
-        finish: list[Callable[[], Residual]] = [partial(self._embed, part.token_ids) for part in micro_batches]
+        finish: list[Callable[[], Residual]] = [partial(self._embed, part) for part in micro_batches]
         for layer_id, layer in enumerate(self.model.layers):
             assert isinstance(layer, DecoderLayer)
             kv, group = cache.layer(layer_id), cache.group_of[layer_id]
@@ -119,16 +127,25 @@ class CausalLM(nn.Module):
         rows: list[Tensor] = [self.model.norm(*wait())[1] for wait in finish]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _embed(self, token_ids: Tensor) -> Residual:
-        return self.model.embed_tokens(token_ids), None
+    def _embed(self, part: MicroBatch) -> Residual:
+        x: Tensor = self.model.embed_tokens(part.token_ids)
+        if part.adapters is not None:
+            part.adapters.embed(part.token_ids, x)
+        return x, None
 
     @torch.inference_mode()
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V] in the model's dtype: those of each row's next token."""
+    def logits(self, hidden_states: Tensor, adapters: HeadAdapters | None = None) -> Tensor:
+        """[T, H] -> [T, V] in the model's dtype: those of each row's next token.
+
+        adapters: that change the head for some of the rows.
+        """
         assert self.config.head.generates
         if not self._head:
             return F.linear(hidden_states, self.model.embed_tokens.weight)
-        return self._apply_head(hidden_states)
+        found = self._apply_head(hidden_states)
+        if adapters is not None:
+            adapters.add_logits(hidden_states, found)
+        return found
 
     @torch.inference_mode()
     def label_logits(self, hidden_states: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from configs import NUM_TOKENS, PROMPTS
 from lora_tools import write_adapter
-from parity_tools import ask, ask_peft
+from parity_tools import ask, ask_peft, logprobs_of
 from transformers import AutoModelForCausalLM
 
 from cluster import LLM, SamplingParams
@@ -27,6 +27,7 @@ ADAPTERS = {
         "rank_pattern": {"o_proj": 3, r"layers\.1\..*down_proj": 5},
         "alpha_pattern": {"self_attn.k_proj": 20},
     },
+    "words": {"r": 3, "lora_alpha": 6, "target_modules": ["embed_tokens", "lm_head"]},
 }
 BASES = ["every second layer sparse, a dense one named", "qwen2, released key style"]
 
@@ -68,19 +69,31 @@ def expected(adapted, *names):
 
 def test_several_adapters_in_a_batch_give_the_tokens_of_their_merged_models(adapted):
     every = ("", *ADAPTERS)
-    assert len({str(tokens) for tokens in expected(adapted, *every).values()}) == 3, "the adapters change nothing"
+    assert len({str(tokens) for tokens in expected(adapted, *every).values()}) == 4, "the adapters change nothing"
     with llm_for(adapted) as llm:
         for name in every:
             for prompt, logits in zip(PROMPTS, adapted[2][name].logits, strict=True):
                 torch.testing.assert_close(llm.logits(prompt, adapter=name), logits, atol=1e-4, rtol=0)
         assert answers(llm, *every) == expected(adapted, *every)
         llm.engine.runner.micro_batching.choose = lambda num_tokens, num_sequences: min(2, num_sequences)
-        assert answers(llm, "wide", "", "narrow") == expected(adapted, *every)
+        assert answers(llm, "wide", "", "words", "narrow") == expected(adapted, *every)
+
+
+def test_probabilities_of_a_prompt_are_those_of_each_adapters_head(adapted_of, monkeypatch):
+    """Of all prompts in one batch, five rows of logits at a time."""
+    monkeypatch.setattr("cluster.engine.outcomes.LOGIT_ROWS", 5)
+    adapted = adapted_of(BASES[1])
+    asked = [(name, number) for number in range(len(PROMPTS)) for name in ("words", "", "narrow")]
+    with llm_for(adapted) as llm:
+        found = llm.prompt_logprobs([PROMPTS[i] for _, i in asked], adapter=[name for name, _ in asked])
+    for (name, i), one in zip(asked, found, strict=True):
+        expected = logprobs_of(PROMPTS[i], adapted[2][name].logits[i])
+        torch.testing.assert_close(one.logprobs, expected, atol=1e-4, rtol=0)
 
 
 def test_chunks_of_7_and_cached_beginnings_keep_adapters_apart(adapted):
     with llm_for(adapted, max_num_batched_tokens=7, block_size=4) as llm:
-        for name in ("narrow", "wide", "narrow"):  # the second time from the cache
+        for name in ("narrow", "wide", "words", "narrow"):  # the second time from the cache
             assert answers(llm, name) == expected(adapted, name)
         assert llm.engine.blocks.num_used == 0
 
@@ -91,7 +104,7 @@ def test_chunks_of_7_and_cached_beginnings_keep_adapters_apart(adapted):
 def test_rows_of_the_base_do_not_change_by_a_bit(adapted_of, base, dtype):
     """Routed experts in float32 apart, which torch rounds by their number, as it does without adapters."""
     adapted = adapted_of(base)
-    names = ["", "wide", "", "narrow"]
+    names = ["", "wide", "", "words"]
     with llm_for(adapted, dtype=dtype) as llm, llm_for(adapted, dtype=dtype, lora_adapters=None) as plain:
         mixed = llm.embed(PROMPTS, adapter=names, normalize=False)
         alone = plain.embed(PROMPTS, normalize=False)
@@ -115,8 +128,8 @@ def test_adapters_come_and_go_while_the_model_runs(adapted_of):
 
 
 def with_experts(base, directory):
-    """An adapter of attention, of all routed experts' gates and downs, and of one expert's up; and its oracle: the
-    arithmetic W + scale · B A on transformers' fused experts."""
+    """An adapter of attention, of the router, of all routed experts' gates and downs, and of one expert's up; and its
+    oracle: the arithmetic W + scale · B A on transformers' router and fused experts."""
     config = json.loads((base.model_dir / "config.json").read_text())
     hidden, inner, draw = config["hidden_size"], config["moe_intermediate_size"], torch.Generator().manual_seed(7)
 
@@ -124,11 +137,12 @@ def with_experts(base, directory):
         return torch.randn(3, num_inputs, generator=draw) / 4, torch.randn(num_outputs, 3, generator=draw) / 4
 
     changes = {"model.layers.1.self_attn.q_proj": pair(hidden, hidden)}
+    changes["model.layers.1.mlp.gate"] = pair(config["num_experts"], hidden)
     for expert in range(config["num_experts"]):  # layer 1 alone has routed ones
         name = f"model.layers.1.mlp.experts.{expert}"
         changes[f"{name}.gate_proj"], changes[f"{name}.down_proj"] = pair(inner, hidden), pair(hidden, inner)
     changes["model.layers.1.mlp.experts.5.up_proj"] = pair(inner, hidden)
-    targets = r".*(layers\.1\.self_attn\.q_proj|experts\.\d+\.(gate|down)_proj|experts\.5\.up_proj)"
+    targets = r".*(layers\.1\.self_attn\.q_proj|mlp\.gate|experts\.\d+\.(gate|down)_proj|experts\.5\.up_proj)"
     write_adapter(directory, changes, r=3, lora_alpha=6, target_modules=targets)
     model = AutoModelForCausalLM.from_pretrained(base.model_dir, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
@@ -137,6 +151,8 @@ def with_experts(base, directory):
             layer, delta = model.model.layers[int(number)], 6 / 3 * (b @ a)
             if path[0] == "self_attn":
                 layer.self_attn.q_proj.weight += delta
+            elif path[-1] == "gate":
+                layer.mlp.gate.weight += delta
             elif path[-1] == "down_proj":
                 layer.mlp.experts.down_proj[int(path[2])] += delta
             else:

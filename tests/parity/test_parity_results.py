@@ -103,7 +103,7 @@ def test_no_more_logits_than_of_a_few_rows_are_held_at_a_time(oracle_of, monkeyp
     monkeypatch.setattr(outcomes, "LOGIT_ROWS", 3)
     with llm_for(oracle) as llm:
         held, logits_of = [], llm.engine.runner.model.logits
-        llm.engine.runner.model.logits = lambda rows: held.append(len(rows)) or logits_of(rows)
+        llm.engine.runner.model.logits = lambda rows, *changes: held.append(len(rows)) or logits_of(rows, *changes)
         for prompt, logits, found in zip(PROMPTS, oracle.logits, llm.prompt_logprobs(PROMPTS), strict=True):
             close(found.logprobs, logprobs_of(prompt, logits))
     assert max(held) == 3

@@ -7,6 +7,7 @@ import pytest
 import torch
 from configs import config, dense
 from lora_tools import write_adapter
+from safetensors.torch import load_file, save_file
 
 from cluster import cli
 from cluster.checkpoint.adapters import open_adapter
@@ -75,8 +76,10 @@ def test_factors_follow_the_patterns_of_names():
         ({Q.format(0): pair(num_inputs=64)}, {}, "for rank 2 the base needs [2, 32] and [32, 2]: it is for "),
         ({Q.format(7): pair()}, {}, "changes model.layers.7.self_attn.q_proj, which the base does not have"),
         ({"model.layers.0.mlp.c_fc": pair()}, {}, "which the base does not have: it is for another base"),
-        ({"lm_head": pair(211)}, {}, "changes lm_head, which is not served: train an adapter for q_proj"),
-        ({"model.layers.0.mlp.gate": pair(4)}, {}, "changes model.layers.0.mlp.gate, which is not served"),
+        ({"lm_head": pair(212)}, {}, "lm_head has lora_A [2, 32] and lora_B [212, 2], for rank 2 the base needs"),
+        ({"model.layers.0.mlp.gate": pair(5)}, {}, "for rank 2 the base needs [2, 32] and [4, 2]"),
+        ({"model.embed_tokens": pair(32, 211), "lm_head": pair(211)}, {"target_modules": ["lm_head"]},
+         "model.embed_tokens is not among"),
         ({Q.format(0): pair(rank=3)}, {"r": 2}, "for rank 2 the base needs [2, 32]"),
         ({Q.format(0): pair(rank=9)}, {"r": 9}, "has rank 9, max_lora_rank is 8: serve with a higher one"),
         ({Q.format(0): pair()}, {}, "model.layers.1.self_attn.q_proj is among the target_modules"),
@@ -86,6 +89,26 @@ def test_factors_follow_the_patterns_of_names():
 def test_an_adapter_for_another_base_is_refused_before_it_is_read(tmp_path, changes, options, part):
     directory = write_adapter(tmp_path / "adapter", changes, **options)
     with pytest.raises(CheckpointError, match=re.escape(part)):
+        open_adapter(directory, BASE, 8)
+
+
+def test_what_no_adapter_may_change_is_refused_by_its_name(tmp_path):
+    """A head of labels; embeddings that are the head too. PEFT saves the base's embeddings beside an adapter's."""
+    labels = read_model_config(config(architectures=["Qwen2MoeForSequenceClassification"], num_hidden_layers=1))
+    directory = write_adapter(tmp_path / "score", {"score": pair(2)})
+    with pytest.raises(CheckpointError, match="changes score, which is not served: train an adapter for q_proj"):
+        open_adapter(directory, labels, 8)
+    tied = read_model_config(config(num_hidden_layers=2, num_experts=4, tie_word_embeddings=True))
+    directory = write_adapter(tmp_path / "words", {"model.embed_tokens": pair(32, 211)})
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens, which in this base is embeddings and head at once"):
+        open_adapter(directory, tied, 8)
+    path = directory / "adapter_model.safetensors"
+    stored = "base_model.model.model.embed_tokens.base_layer.weight"
+    for num_tokens in (211, 212):
+        save_file({**load_file(path), stored: torch.zeros(num_tokens, 32)}, path)
+        if num_tokens == 211:
+            assert list(open_adapter(directory, BASE, 8).modules) == ["model.embed_tokens"]
+    with pytest.raises(CheckpointError, match=r"has shape \[212, 32\], the base's is \[211, 32\]"):
         open_adapter(directory, BASE, 8)
 
 

@@ -4,6 +4,7 @@ T: tokens, H: hidden size, E: routed experts, K: experts a token.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,13 @@ class Router(nn.Module):
         self.num_experts_per_tok = moe.num_experts_per_tok
         self.norm_topk_prob = moe.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
+        self.outputs = {"gate": moe.num_experts}  # as a `Linear` has it, for adapters
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, adapters: LayerAdapters | None = None) -> tuple[Tensor, Tensor]:
         """x: [T, H]. Returns topk_ids [T, K] int64 and topk_weights [T, K] float32; they sum to 1 only if the config
         has norm_topk_prob."""
-        return route(x, self.weight, self.num_experts_per_tok, normalize=self.norm_topk_prob)
+        change = None if adapters is None else partial(adapters.add, "mlp.gate", x)
+        return route(x, self.weight, self.num_experts_per_tok, normalize=self.norm_topk_prob, change=change)
 
 
 class SparseMoe(nn.Module):
@@ -42,7 +45,7 @@ class SparseMoe(nn.Module):
 
     def begin(self, x: Tensor, experts: Experts, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
         """As `FeedForward.begin`: sends the routed rows away, then computes the shared expert."""
-        flight = experts.dispatch(self.layer_id, x, *self.gate(x))
+        flight = experts.dispatch(self.layer_id, x, *self.gate(x, adapters))
         gate = self.shared_expert_gate(x)
         if adapters is not None:
             adapters.add("mlp.shared_expert_gate", x, gate)
