@@ -11,9 +11,12 @@ import re
 import shutil
 
 import pytest
+import torch
+from lora_tools import write_adapter
 from page_tools import QUESTION, Cluster, ask, cielab_lightness, give_key, lit, picture, shard_card
 from serving_tools import Serving, wait_until
 
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.serving.admission.api_keys import new_key
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -147,6 +150,39 @@ def test_an_administrator_rebalances_and_scales(visit, cluster):
     page.get_by_role("dialog").get_by_role("button", name="Scale").click()
     playwright.expect(page.locator(".part.shard")).to_have_count(2, timeout=PATIENCE_MS)
     playwright.expect(page.locator("#events")).to_contain_text("moved from shard 2")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Of the demo's first queries."""
+    size = open_checkpoint("demo").config.hidden_size
+    pair = torch.randn(2, size), torch.randn(size, 2)
+    return write_adapter(tmp_path / "law", {"model.layers.0.self_attn.q_proj": pair}, layers_to_transform=[0])
+
+
+def test_an_administrator_loads_an_adapter_and_unloads_it(visit, cluster, adapter):
+    page = visit()
+    give_key(page, cluster.key)
+    bodies = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if "completions" in request.url else None)
+    page.get_by_label("Adapter", exact=True).fill("law")
+    for directory, result in (("/no/adapter", "is not a directory"), (str(adapter), "The adapter law is loaded")):
+        page.get_by_label("Directory").fill(directory)
+        page.get_by_role("button", name="Load adapter").click()
+        page.get_by_role("dialog").get_by_role("button", name="Load", exact=True).click()
+        playwright.expect(page.locator("#admin-result")).to_contain_text(result, timeout=PATIENCE_MS)
+    playwright.expect(page.locator("#adapters li")).to_contain_text("law", timeout=PATIENCE_MS)
+    page.locator(".sampling summary").click()
+    page.get_by_label("LoRA adapter").select_option("law")
+    ask(page)
+    assert bodies[-1]["model"] == "law"
+    found = axe_playwright.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    page.get_by_role("button", name="Unload law").click()
+    page.get_by_role("dialog").get_by_role("button", name="Unload", exact=True).click()
+    playwright.expect(page.locator("#adapters-part")).to_be_hidden(timeout=PATIENCE_MS)
+    ask(page)
+    assert "model" not in bodies[-1]
 
 
 def test_without_a_key_the_page_is_read_only(visit):

@@ -50,7 +50,7 @@ class ReplicaPicture:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPicture:
     """work: the change under way, "" for none.  target_shards: as many as were asked for.
-    num_copied: experts, over all layers, with more than one copy.
+    num_copied: experts, over all layers, with more than one copy.  adapters: names of the LoRA adapters.
     """
 
     state: State
@@ -65,6 +65,7 @@ class ClusterPicture:
     versions: tuple[str, ...]
     shards: tuple[ShardPicture, ...]
     replicas: tuple[ReplicaPicture, ...]
+    adapters: tuple[str, ...]
     events: tuple[Event, ...]
 
 
@@ -95,6 +96,7 @@ def cluster_picture(status: ClusterStatus, model: str, events: tuple[Event, ...]
         versions=status.versions,
         shards=tuple(_shard(shard, plan, nodes) for shard in status.shards),
         replicas=tuple(_replica(replica, nodes) for replica in status.replicas if replica.engine is not None),
+        adapters=status.adapters,
         events=events,
     )
 

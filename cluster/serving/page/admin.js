@@ -1,5 +1,6 @@
-// Changes of the cluster, for those with an admin key: kill a shard, rebalance, scale. Each asks before it acts.
+// Changes of the cluster, for those with an admin key: kill a shard, rebalance, scale, adapters. Each asks before it acts.
 
+import { Adapters } from "./adapters.js";
 import { announce, byId, element, setText } from "./dom.js";
 
 export class Admin {
@@ -14,7 +15,8 @@ export class Admin {
       this.scale("attention_replicas", "Attention replicas", (picture) => picture.replicas.length),
     ];
     this.rebalancing = element("button", { type: "button", onclick: () => this.rebalance() }, "Rebalance");
-    byId("admin-actions").append(this.rebalancing, ...this.scales.map((scale) => scale.form));
+    this.adapters = new Adapters(this);
+    byId("admin-actions").append(this.rebalancing, ...this.scales.map((scale) => scale.form), this.adapters.form);
     byId("admin").append(this.give, this.result);
   }
 
@@ -31,6 +33,7 @@ export class Admin {
     byId("admin-actions").hidden = !rights.allowed;
     this.give.hidden = rights.allowed || !rights.configured;
     for (const kill of this.kills.values()) kill.hidden = !rights.allowed;
+    this.adapters.allow(rights.allowed);
     setText(byId("admin-text"), words(rights));
   }
 
@@ -44,6 +47,7 @@ export class Admin {
     const dense = picture.num_experts === 0;
     this.scales[0].form.hidden = this.rebalancing.hidden = dense;
     for (const scale of this.scales) scale.show(picture);
+    this.adapters.cluster(picture);
   }
 
   /** The button that kills a shard, seen by administrators. */
@@ -116,6 +120,6 @@ export class Admin {
 
 function words({ configured, allowed, name }) {
   if (allowed) return `You may change this cluster, as ${name}.`;
-  if (configured) return "Read-only. With an admin key you can kill a shard, rebalance and scale from here.";
+  if (configured) return "Read-only. With an admin key you can kill a shard, rebalance, scale and load adapters from here.";
   return "Read-only: this server has no admin keys (--admin-keys-file).";
 }

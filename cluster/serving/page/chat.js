@@ -111,6 +111,7 @@ export class Chat {
     const most = byId("max-tokens").valueAsNumber;
     if (!Number.isNaN(temperature)) body.temperature = temperature;
     if (!Number.isNaN(most)) body.max_tokens = most;
+    if (byId("adapter").value) body.model = byId("adapter").value;
     return body;
   }
 
