@@ -201,7 +201,12 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     parser.add_argument(
         "--speculative-config", type=_drafts, action="append", metavar="JSON",
         help="of this package's systems, as of `serve`, or none; may be repeated, each is a system of its own "
-        "(default: none)",
+        "(default: none). A model of draft_model may be one of --shapes: it is made",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapters", type=_numbers, default=(0,), metavar="NUMBERS",
+        help="LoRA adapters of rank 16 for this package's systems, which the prompts of a batch have in turns; each "
+        "number is a system of its own (default: 0, the base alone)",
     )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument(

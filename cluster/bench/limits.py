@@ -13,6 +13,7 @@ MOST: Mapping[str, int] = {  # by option; far beyond any use, and what a machine
     **dict.fromkeys(("batch", "concurrency"), 1 << 16),  # sequences; streams, each with a thread
     **dict.fromkeys(("shards", "threads"), 1 << 10),  # processes of 200 MB and more; threads of one process
     **dict.fromkeys(("rows", "hidden_size"), 1 << 20),
+    "adapters": 256,  # in memory; served are 16 by default
     "layers": 1 << 10,  # the deepest published models have 126
     "repeat": 100_000,  # all runs are planned before the first
     "requests": 1_000_000,
@@ -30,6 +31,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         largest = max(given, default=0) if isinstance(given, tuple) else given or 0
         if largest > most:
             raise SetupError(f"--{name.replace('_', '-')} has {shown(largest)}, at most {most} is possible")
+    if min(getattr(args, "adapters", None) or (0,)) < 0:
+        raise SetupError(f"--adapters has {min(args.adapters)}, numbers from 0 are needed")
     if args.json is not None:
         check_output("--json", args.json)
     plot = getattr(args, "plot", None)

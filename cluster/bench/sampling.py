@@ -78,6 +78,8 @@ SAMPLINGS = {
         Sampling(name="top-p", temperature=1.0, top_p=0.95),
         Sampling(name="logprobs", logprobs=5),
         Sampling(name="repeating", num_words=16),
+        # All guesses are right: what a draft model brings at most, whatever its random weights say.
+        Sampling(name="one-word", num_words=1),
     )
 }
 

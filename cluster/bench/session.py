@@ -2,9 +2,10 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -18,9 +19,11 @@ from cluster.bench.stored_forms import STORED
 from cluster.bench.systems import check_comparison, check_shards
 from cluster.bench.throughput import Workload, measure_in_turns
 from cluster.bench.worker import RemoteSystem, SystemResult, run_system
+from cluster.checkpoint.made.published import SHAPES
 from cluster.checkpoint.model_files import complete_directory
 from cluster.config import ModelConfig
 from cluster.config.quantization import PLAIN
+from cluster.config.speculation import with_model
 from cluster.drawing import bars
 from cluster.errors import ClusterError, SetupError
 
@@ -43,8 +46,9 @@ def measure_all(
     """
     for kind in args.compare:
         check_comparison(kind, _python(args, kind))
-    if args.compare and any(name in SAMPLINGS and SAMPLINGS[name].num_words for name in args.sampling):
-        raise SetupError("--sampling repeating needs a logit_bias, which the systems of --compare are not given")
+    biased = [name for name in args.sampling if name in SAMPLINGS and SAMPLINGS[name].num_words]
+    if args.compare and biased:
+        raise SetupError(f"--sampling {biased[0]} needs a logit_bias, which the systems of --compare are not given")
     if args.plot:
         check_plot()
     draft = _draft(args)
@@ -57,7 +61,8 @@ def measure_all(
         config = read_config(model_dir)
         workload = replace(_fit(draft, args.shards, config), samplings=find_samplings(args.sampling, model_dir))
         dtype = config.dtype if args.dtype == "auto" else args.dtype
-        specs = _specs(args, model_dir, dtype, config)
+        drafts = [_with_made_model(one, args, progress) for one in args.speculative_config or (None,)]
+        specs = _specs(args, model_dir, dtype, config, drafts=drafts)
         if not config.num_experts and {"stream", "ray"} & set(args.transports):
             progress.console.print("the model is dense, it has no shards to carry rows to: stream and ray are left out")
         if args.turns:
@@ -80,7 +85,24 @@ def measure_all(
     return 1 if failures else 0
 
 
-def _specs(args: argparse.Namespace, model_dir: Path, dtype: str, config: ModelConfig) -> list[SystemSpec]:
+def _with_made_model(
+    given: Mapping[str, Any] | None, args: argparse.Namespace, progress: Progress
+) -> Mapping[str, Any] | None:
+    """A `speculative_config` whose model, if it is one of SHAPES, is made with random weights."""
+    return with_model(
+        given,
+        lambda name: str(made_with_progress(name, None, args.checkpoint_dir, progress)) if name in SHAPES else name,
+    )
+
+
+def _specs(
+    args: argparse.Namespace,
+    model_dir: Path,
+    dtype: str,
+    config: ModelConfig,
+    *,
+    drafts: Sequence[Mapping[str, Any] | None],
+) -> list[SystemSpec]:
     """The systems to measure; the first is the reference. A dense model has no shards to carry rows to."""
     specs = [
         SystemSpec(
@@ -91,11 +113,13 @@ def _specs(args: argparse.Namespace, model_dir: Path, dtype: str, config: ModelC
             python=_python(args, kind),
             variables=tuple(args.vllm_env) if kind == "vllm" else (),
             quantization=name,
-            speculative_config=drafts,
+            speculative_config=guesses,
+            num_adapters=num_adapters,
         )
         for kind in (*args.compare, *args.transports)
         for name in _forms(args, kind)
-        for drafts in (args.speculative_config or (None,) if kind in args.transports else (None,))
+        for guesses in (drafts if kind in args.transports else (None,))
+        for num_adapters in (args.adapters if kind in args.transports else (0,))
     ]
     return [spec for spec in specs if config.num_experts or not spec.split] or [replace(specs[0], kind="local")]
 

@@ -24,6 +24,7 @@ class SystemSpec:
     quantization: of this package's weights, PLAIN, of QUANTIZATIONS, or a form in which model_dir has them; PLAIN or of
     LLAMA_FORMS of llama.cpp's.
     speculative_config: of this package's engine, None for one token a step.
+    num_adapters: LoRA adapters, made for it, that the prompts have in turns; 0 for the base alone.
     python, variables: the interpreter that has vLLM or llama.cpp, and variables for its process.
     """
 
@@ -35,6 +36,7 @@ class SystemSpec:
     cuda_graphs: bool | None = None
     quantization: str = PLAIN
     speculative_config: Mapping[str, Any] | None = None
+    num_adapters: int = 0
     python: str = ""
     variables: tuple[tuple[str, str], ...] = ()
 
@@ -47,8 +49,9 @@ class SystemSpec:
     def name(self) -> str:
         where = f"{self.kind}, {self.num_shards} shards" if self.split else self.kind
         graphs = {None: "", True: ", CUDA graphs", False: ", no graphs"}[self.cuda_graphs]
-        drafts = "" if self.speculative_config is None else f", {self.speculative_config['method']}"
-        return where + graphs + ("" if self.quantization == PLAIN else f", {self.quantization}") + drafts
+        weights = "" if self.quantization == PLAIN else f", {self.quantization}"
+        adapters = f", {self.num_adapters} adapter{'s' * (self.num_adapters > 1)}" if self.num_adapters else ""
+        return where + graphs + weights + _drafts(self.speculative_config) + adapters
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,6 +61,15 @@ class SystemSpec:
             return {}  # they have allocators of their own
         threads = SHARED_CORES_ENVIRONMENT if self.split else {}
         return {**MEMORY_ENVIRONMENT, **threads}
+
+
+def _drafts(config: Mapping[str, Any] | None) -> str:
+    """A system's name tells apart what `--speculative-config` may give several times."""
+    if config is None:
+        return ""
+    model = f" {Path(config['model']).name}" if config.get("model") else ""
+    others = {key: value for key, value in config.items() if key not in ("method", "model")}
+    return f", {config['method']}{model}" + "".join(f", {key} {value}" for key, value in others.items())
 
 
 def kv_cache_bytes(config: ModelConfig, dtype: str, workload: Workload) -> int:

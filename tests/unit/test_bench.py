@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster import LLM, CompletionOutput
 from cluster.bench import add_arguments
 from cluster.bench import checkpoint as bench_checkpoint
 from cluster.bench.checkpoint import default_directory, made_checkpoint, read_config
+from cluster.bench.cluster_system import ClusterSystem
 from cluster.bench.command import PARTS, run
+from cluster.bench.limits import check_arguments
 from cluster.bench.sampling import Sampling
 from cluster.bench.session import measure_all
 from cluster.bench.spec import SystemSpec, kv_cache_bytes, step_tokens
@@ -241,6 +244,51 @@ def test_ways_to_guess_tokens_ahead_are_systems_of_their_own(demo_dir: Path) -> 
     assert measure_all(args, run_one) == 0
     assert [spec.name for spec in run_one.specs] == ["local", "local, ngram"]
     assert [spec.speculative_config for spec in run_one.specs] == [None, {"method": "ngram"}]
+
+
+def test_numbers_of_adapters_are_systems_of_their_own_beside_the_base(demo_dir: Path) -> None:
+    run_one = FakeRun()
+    args = parse(str(demo_dir), "--transports", "local", "--adapters", "0,1,4", "--compare", "transformers")
+    assert measure_all(args, run_one) == 0
+    assert [spec.name for spec in run_one.specs] == ["transformers", "local", "local, 1 adapter", "local, 4 adapters"]
+    with pytest.raises(SetupError, match="--adapters has -1, numbers from 0 are needed"):
+        check_arguments(parse("--adapters=-1,2"))
+
+
+def test_a_batch_with_more_adapters_than_one_is_computed(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all linear layers but the routed experts'; the prompts have them in turns."""
+    spec = dataclasses.replace(SPEC, model_dir=demo_dir, num_adapters=2)
+    system = ClusterSystem(spec, read_config(demo_dir), WORKLOAD, num_threads=1)
+    try:
+        llm = system._llm
+        assert llm.adapters == ("adapter-0", "adapter-1")
+        seen: list[list[str]] = []
+
+        def generate(prompts: Prompts, params: object, *, adapter: list[str]) -> list[CompletionOutput]:
+            seen.append(adapter)
+            return LLM.generate(llm, prompts, params, adapter=adapter)
+
+        monkeypatch.setattr(llm, "generate", generate)
+        assert system.generate([[1, 2], [3], [4]], 3) == [3, 3, 3]
+        assert seen == [["adapter-0", "adapter-1", "adapter-0"]]
+        assert len(llm.engine.adapters.find("adapter-0").layers[0]) == 4  # query to value, output, gate and up, down
+    finally:
+        system.close()
+
+
+def test_a_draft_model_may_be_made(demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_checkpoint, "write_checkpoint", lambda path, raw, **options: path.mkdir())
+    monkeypatch.setattr(bench_checkpoint, "write_tokenizer", lambda *arguments: None)
+    run_one, asked = FakeRun(), '{"method": "draft_model", "model": "qwen1.5-0.5b", "num_speculative_tokens": 3}'
+    args = parse(
+        str(demo_dir), "--transports", "local", "--speculative-config", asked, "--checkpoint-dir", str(tmp_path)
+    )  # fmt: skip
+    assert measure_all(args, run_one) == 0
+    [spec] = run_one.specs
+    assert spec.speculative_config is not None
+    assert Path(spec.speculative_config["model"]).parent == tmp_path
+    assert spec.name.startswith("local, draft_model qwen1.5-0.5b-24-layers-")
+    assert spec.name.endswith(", num_speculative_tokens 3")
 
 
 def test_a_system_that_fails_leaves_the_others_figures(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
