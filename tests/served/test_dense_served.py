@@ -1,5 +1,4 @@
-"""A dense model behind gRPC, its KV cache in 8 bits: attention replicas alone serve it, every command makes sense,
-nothing dies unnoticed."""
+"""A dense model behind gRPC: attention replicas alone serve it, every command makes sense, nothing dies unnoticed."""
 
 import subprocess
 
@@ -26,7 +25,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serving(model_dir, tmp_path_factory):
-    server = Serving(model_dir, tmp_path_factory.mktemp("server"), "--kv-cache-dtype", "int8")
+    server = Serving(model_dir, tmp_path_factory.mktemp("server"))
     yield server.wait_ready()
     server.end()
 
@@ -52,7 +51,7 @@ def run(ray_address):
 
 def test_its_tokens_are_those_of_an_llm(serving, model_dir):
     params = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 20, "ignore_eos": True}
-    with LLM(model_dir, dtype="float32", device="cpu", kv_cache_bytes=4 << 20, kv_cache_dtype="int8") as llm:
+    with LLM(model_dir, dtype="float32", device="cpu", kv_cache_bytes=4 << 20) as llm:
         [expected] = llm.generate(PROMPT, SamplingParams(**params))
     with Client(f"127.0.0.1:{serving.grpc_port}") as client:
         assert client.is_serving(10.0)

@@ -173,7 +173,7 @@ def test_an_administrator_loads_an_adapter_and_unloads_it(visit, cluster, adapte
         playwright.expect(page.locator("#admin-result")).to_contain_text(result, timeout=PATIENCE_MS)
     playwright.expect(page.locator("#adapters li")).to_contain_text("law", timeout=PATIENCE_MS)
     page.locator(".sampling summary").click()
-    page.get_by_label("LoRA adapter").select_option("law")
+    page.get_by_role("combobox", name="LoRA adapter").select_option("law")
     ask(page)
     assert bodies[-1]["model"] == "law"
     found = axe_playwright.Axe().run(page)
