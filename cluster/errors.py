@@ -8,6 +8,7 @@
     │   ├── TooLarge                     INVALID_ARGUMENT    413
     │   ├── WrongMediaType               INVALID_ARGUMENT    415   HTTP only
     │   └── NotFound                     NOT_FOUND           404   what it names is not here
+    ├── Unserved                     UNIMPLEMENTED       501   gRPC only: a call of a protocol that is not answered here
     ├── Unauthenticated              UNAUTHENTICATED     401   no API key, or an unknown one
     ├── Overloaded                   RESOURCE_EXHAUSTED  429
     ├── DeadlineExceeded             DEADLINE_EXCEEDED   504
@@ -89,6 +90,14 @@ class NotFound(InvalidRequest):
 
     grpc_code = "NOT_FOUND"
     http_status = 404
+
+
+class Unserved(ClusterError):
+    """A call of a protocol that this server does not answer, whatever it asks."""
+
+    grpc_code = "UNIMPLEMENTED"
+    http_status = 501
+    public = True
 
 
 class Unauthenticated(ClusterError):

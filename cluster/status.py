@@ -23,6 +23,7 @@ class ProcessInfo:
         none.
     takes_adapters: whether it answers calls about LoRA adapters. (A handle does not tell: Ray gives it the methods of
         the caller's version, and an actor that lacks one ends.)
+    takes_aborts: whether an engine answers `abort`.
     """
 
     pid: int
@@ -31,6 +32,7 @@ class ProcessInfo:
     version: str = ""
     slot: int = -1
     takes_adapters: bool = False
+    takes_aborts: bool = False
 
 
 @evolving("cluster.runtime.protocol")

@@ -1,7 +1,9 @@
 """A checkpoint's facts as the engine's configuration takes them: dtype, context, and the model's description."""
 
 from pathlib import Path
+from typing import Any
 
+from cluster.checkpoint.files import read_json_object
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.model_files import served_name
 from cluster.checkpoint.opening import open_checkpoint
@@ -48,3 +50,16 @@ def model_info(model: str | Path, config: EngineConfig, model_id: str = "") -> M
         eos_token_ids=read_eos_token_ids(reader.model_dir, reader.config),
         head=reader.config.head,
     )
+
+
+def published_config(model_dir: Path) -> dict[str, Any]:
+    """The model_type, the architectures, and the ids of the padding and the first token of a config.json, which may
+    lack each. Raises CheckpointError."""
+    raw = read_json_object(model_dir / "config.json")
+    named = raw.get("architectures")
+    ids = {name: raw.get(name) for name in ("pad_token_id", "bos_token_id")}
+    return {
+        "model_type": str(raw.get("model_type", "")),
+        "architectures": tuple(filter(lambda one: isinstance(one, str), named if isinstance(named, list) else ())),
+        **{name: value if isinstance(value, int) and 0 <= value < 2**31 else None for name, value in ids.items()},
+    }

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.engine.adapters import Adapters
 from cluster.engine.engine import Engine
@@ -14,12 +15,20 @@ from cluster.types import EngineRequest, EngineStats, SequenceUpdate
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Of a client's requests by their names."""
+
+    client: str
+    names: frozenset[str]
+
+
 class EngineLoop:
-    """`submit`, `cancel` and `poll` may be called from any thread; the engine is touched by the loop's alone."""
+    """All but `start` and `stop` may be called from any thread; the engine is touched by the loop's alone."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[EngineRequest | str | Abort | None] = queue.SimpleQueue()
         self._news = threading.Condition()
         self._updates: list[SequenceUpdate] = []
         self._message: list[SequenceUpdate] = []
@@ -40,6 +49,10 @@ class EngineLoop:
         """Ends sequences before the next step."""
         for request_id in request_ids:
             self._inbox.put(request_id)
+
+    def abort(self, client: str, names: Sequence[str]) -> None:
+        """Ends a client's sequences by the names that it gave them, before the next step. Unknown ones are no error."""
+        self._inbox.put(Abort(client, frozenset(names)))
 
     def poll(self, timeout_s: float, received: int) -> tuple[int, list[SequenceUpdate]]:
         """Blocks until there is news; returns a number and the news since the last message.
@@ -104,7 +117,13 @@ class EngineLoop:
         except queue.Empty:
             return True
 
-    def _carry_out(self, command: EngineRequest | str) -> None:
+    def _carry_out(self, command: EngineRequest | str | Abort) -> None:
+        if isinstance(command, Abort):
+            for request_id, sequence in list(self._engine.sequences.items()):
+                request = sequence.request
+                if request.client == command.client and request.name in command.names:
+                    self._engine.cancel(request_id)
+            return
         if isinstance(command, str):
             self._engine.cancel(command)
             return

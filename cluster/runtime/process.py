@@ -90,6 +90,7 @@ def process_info() -> ProcessInfo:
         gpu_ids=tuple(ray.get_gpu_ids()),
         version=__version__,
         takes_adapters=True,
+        takes_aborts=True,
     )
 
 

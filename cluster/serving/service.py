@@ -15,6 +15,7 @@ from cluster.errors import ClusterError, NotFound, Unavailable
 from cluster.outcome import Computed, Numbers, Wants
 from cluster.serving.admission.admission import Admission
 from cluster.serving.backend import GenerationBackend, UpdateStream
+from cluster.serving.model_names import MAX_SHOWN
 from cluster.serving.outcomes import result_of
 from cluster.serving.prepare import RequestPreparer
 from cluster.serving.text.answer import Answer
@@ -33,8 +34,6 @@ from cluster.types import (
     TextDelta,
     Usage,
 )
-
-MAX_SHOWN = 10  # adapters in a refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

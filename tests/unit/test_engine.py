@@ -1,5 +1,7 @@
 """The engine's step on a runner whose tokens can be counted on the fingers (see CountingRunner)."""
 
+from dataclasses import replace
+
 import pytest
 from engine_fakes import EOS, Clock, make_engine, request, run_to_end
 from hypothesis import given, settings
@@ -428,3 +430,20 @@ def test_a_message_that_got_lost_is_given_again_and_a_received_one_is_not():
     assert loop.poll(timeout_s=10, received=0) == first
     assert loop.poll(timeout_s=0, received=first[0]) == (first[0], [])
     loop.stop()
+
+
+def test_an_abort_ends_a_clients_requests_of_these_names_alone():
+    """The names are the clients' own: b's is the same as one of a's, and an attempt may have another id than a name."""
+    loop = EngineLoop(make_engine())
+    named = {"1#1": ("a", "x"), "2": ("a", "x"), "3": ("a", "y"), "4": ("b", "x")}
+    loop.submit([replace(request(i, max_tokens=1), client=client, name=name) for i, (client, name) in named.items()])
+    loop.abort("a", ["x", "none"])
+    loop.start()
+    updates, received = [], 0
+    while len(updates) < 4:
+        received, news = loop.poll(timeout_s=10, received=received)
+        updates += news
+    loop.stop()
+    assert {u.request_id: u.finish_reason for u in updates} == {
+        "1#1": "cancelled", "2": "cancelled", "3": "length", "4": "length",
+    }  # fmt: skip

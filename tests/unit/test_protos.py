@@ -1,5 +1,6 @@
 """The generated code is that of protos/, and importable where it is."""
 
+import json
 import re
 import subprocess
 import sys
@@ -44,3 +45,28 @@ def test_sampling_fields_are_those_of_the_type_and_numbers_are_optional():
     assert [f.name for f in fields(SamplingParams)] == [f.name for f in proto]
     plain = {f.name for f in proto if not f.has_presence}
     assert plain == {"stop", "stop_token_ids", "ignore_eos", "logit_bias"}
+
+
+# Requests with one of these are refused as a whole, so their fields are nobody's business.
+REFUSED = {"vllm.grpc.engine.MultimodalInputs", "vllm.grpc.engine.MediaRefs", "vllm.grpc.engine.KvTransferParams"}
+WITHOUT = {"FlushCache", "StartProfile", "StopProfile"}
+
+
+def test_gateways_protocols_are_as_others_publish_them():
+    """Each rpc and field that is here has the published name, number, type and oneof; and all fields of requests are
+    here, so that none is ignored unseen."""
+    import published_protos
+
+    from cluster.serving.grpc.registration import SERVICES
+
+    published = json.loads(published_protos.PAGE.read_text())
+    ours = published_protos.described(*(service for _, service in SERVICES[1:]))
+    left_out = {path for path in published["rpcs"] if path.rpartition("/")[2] in WITHOUT}
+    assert ours["rpcs"] == {path: rpc for path, rpc in published["rpcs"].items() if path not in left_out}
+    for name, fields in ours["messages"].items():
+        assert fields == {field: published["messages"][name][field] for field in fields}, name
+    requests = [rpc[0] for rpc in ours["rpcs"].values()]
+    while requests:
+        if (name := requests.pop()) not in REFUSED:
+            assert ours["messages"][name] == published["messages"][name], name
+            requests += [kind for _, kind, *_ in ours["messages"][name].values() if isinstance(kind, str)]

@@ -82,7 +82,11 @@ def test_a_host_has_few_streams_of_reflection_at_a_time():
             return listed, details
 
     listed, details = asyncio.run(run())
-    assert listed == [["grpc.reflection.v1alpha.ServerReflection", "moecluster.v1.InferenceService"]] * 32
+    services = [
+        "grpc.reflection.v1alpha.ServerReflection", "inference.GRPCInferenceService", "moecluster.v1.InferenceService",
+        "vllm.grpc.engine.VllmEngine",
+    ]  # fmt: skip
+    assert listed == [services] * 32
     assert "at most 4 calls without a key at a time from one host" in details[0]
     assert "at most 32 calls without a key at a time" in details[1]
 

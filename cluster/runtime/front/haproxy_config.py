@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.runtime.front.haproxy_http import adapted_http, write_http_answers
 from cluster.runtime.front.haproxy_text import replaced
+from cluster.wire import HEALTH_METHODS
 
 NOT_FOR_CLIENTS = "the list of applications is not for clients"
 # HAProxy's own answers to gRPC clients stand in files, because its replies without a body have no content-type, and
@@ -79,7 +80,7 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
 def _health_rules(folder: Path) -> str:
     """Bounds health calls: they need no key, and gRPC would read a message of any size before it checks the caller."""
     return (
-        "    acl is_health path_beg /grpc.health.v1.Health/\n"
+        f"    acl is_health path_beg /grpc.health.v1.Health/ {' '.join(HEALTH_METHODS)}\n"
         f"    http-request wait-for-body time 5s at-least {MAX_HEALTH_BYTES} if is_health\n"
         f"    http-request return status 200 errorfile {folder / TOO_LARGE} "
         f"if is_health {{ req.body_len ge {MAX_HEALTH_BYTES} }}\n"

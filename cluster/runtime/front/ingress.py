@@ -8,8 +8,6 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import partial
-from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -26,6 +24,8 @@ from cluster.errors import ClusterError, Overloaded, ReplicaStopping, ReplicaUna
 from cluster.metrics import IngressMetrics, new_registry, report_version
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.deaths import until_dead
+from cluster.runtime.front.admitting import make_admission
+from cluster.runtime.front.gateways import gateway_view
 from cluster.runtime.front.live import RayLiveSource
 from cluster.runtime.front.node_metrics import scrape_node
 from cluster.runtime.front.operations import RayOperations
@@ -34,11 +34,10 @@ from cluster.runtime.front.shared_responses import response_store
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
 from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
-from cluster.serving.admission.admission import Admission, AdmissionLimits
-from cluster.serving.admission.api_keys import ApiKeys
-from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc.handlers import GrpcInferenceService
 from cluster.serving.grpc.health import GrpcHealthService
+from cluster.serving.grpc.kserve.handlers import KServeService
+from cluster.serving.grpc.vllm.engine import VllmEngineService
 from cluster.serving.health import HealthState
 from cluster.serving.live.feed import LiveFeed
 from cluster.serving.openai.app import make_app, no_api
@@ -152,7 +151,7 @@ class ServeReplicas:
 
 
 @serve.ingress()
-class Ingress(GrpcInferenceService, GrpcHealthService):
+class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealthService):
     """Knows all replicas. Serve makes any number of these."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -164,15 +163,15 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         self._controller = get_controller(shard_group(config), config)
         self._controller.apply.remote(config)
         self._replicas = ServeReplicas(replicas)
-        self._admission = self._make_admission()
+        self._admission = make_admission(config, self._room)
         self._adapters: tuple[str, ...] = ()
         self._adapters_version = -1.0
-        model_dir = model_directory(config.model)
+        model_dir, defaults = model_directory(config.model), read_sampling_defaults(model_directory(config.model))
         metrics = IngressMetrics(report_version(new_registry(), "ingress"))
         self._service = InferenceService(
             tokenizer=None if config.skip_tokenizer else Tokenizer(model_dir),
             info=model_info(config.model, config.engine(), config.model_id),
-            defaults=read_sampling_defaults(model_dir),
+            defaults=defaults,
             backend=ReplayingBackend(
                 self._replicas,
                 max_replays=config.max_replays,
@@ -194,6 +193,9 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
         GrpcInferenceService.__init__(self, self._service, raise_failures=raise_failures)
         GrpcHealthService.__init__(self, self._health, self._admission, raise_failures=raise_failures)
+        view = gateway_view(config, model_dir, defaults, self._health, lambda: self._status)
+        self.open_vllm_engine(view)
+        self.open_kserve(view)
         self._covered = False
         await self._look()  # one that follows a dead one says from its first call on that the cluster serves
         self._watch = asyncio.create_task(self._keep_looking())
@@ -220,26 +222,6 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
     async def __del__(self) -> None:
         """Serve calls it after this ingress's last call, and waits as long as for calls."""
         await self._responses.drained()
-
-    def _make_admission(self) -> Admission:
-        config = self._config
-        return Admission(
-            _keys(config.api_keys_file),
-            AdmissionLimits(
-                max_calls=config.max_ongoing_requests,
-                max_streams_per_client=config.max_streams_per_client,
-                max_watchers=config.max_watchers,
-                keyless=KeylessLimits(
-                    max_calls=config.max_keyless_calls,
-                    max_calls_per_host=config.max_keyless_calls_per_host,
-                    calls_per_minute=config.keyless_calls_per_minute,
-                ),
-            ),
-            admins=_keys(config.admin_keys_file),
-            # Behind HAProxy an ingress listens on all interfaces, and has no TLS.
-            local_only=RAY_SERVE_ENABLE_DIRECT_INGRESS and ip_address(ray.util.get_node_ip_address()).is_loopback,
-            room=self._room,
-        )
 
     def _room(self) -> float:
         """This ingress's share of the sequences that all engines run and queue; infinite before engines are known."""
@@ -289,7 +271,3 @@ class Ingress(GrpcInferenceService, GrpcHealthService):
         if serving != self._health.serving:
             log.info("health: %s", "SERVING" if serving else "NOT_SERVING")
         self._health.set(serving)
-
-
-def _keys(file: str) -> ApiKeys | None:
-    return ApiKeys(Path(file), time.monotonic) if file else None

@@ -18,6 +18,7 @@ from cluster.runtime.ray_private.serve import DEFAULT_GRPC_SERVER_OPTIONS
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.keyless import KeylessLimits
 from cluster.serving.grpc import keyless, registration
+from cluster.serving.grpc.exchange import gated_exchange
 from cluster.serving.grpc.gate import Doorkeeper, gated_stream, gated_unary
 
 REFLECTION = "grpc.reflection."
@@ -39,12 +40,14 @@ def add_inference_service(servicer: Any, server: Any) -> None:
     def make_handler(service_method: str, streaming_type: Any) -> Callable[..., Any]:
         """Rpcs with a stream of requests get our handler around Serve's for one request."""
         kinds = type(streaming_type)
+        method = registration.ingress_method(service_method)
         if streaming_type.name == "STREAM_STREAM":
-            stream = relay_cancels(factory(service_method=service_method, streaming_type=kinds.UNARY_STREAM))
-            return gated_stream(stream, _ingress)
+            stream = relay_cancels(factory(service_method=method, streaming_type=kinds.UNARY_STREAM))
+            around = gated_exchange if service_method in registration.EXCHANGES else gated_stream
+            return around(stream, _ingress)
         if streaming_type.name == "STREAM_UNARY":
-            return gated_unary(factory(service_method=service_method, streaming_type=kinds.UNARY_UNARY), _ingress)
-        handler: Callable[..., Any] = factory(service_method=service_method, streaming_type=streaming_type)
+            return gated_unary(factory(service_method=method, streaming_type=kinds.UNARY_UNARY), _ingress)
+        handler: Callable[..., Any] = factory(service_method=method, streaming_type=streaming_type)
         return handler
 
     server.service_handler_factory = make_handler

@@ -48,6 +48,11 @@ class EngineActor:
     def cancel(self, request_ids: Sequence[str]) -> None:
         self.loop.cancel(request_ids)
 
+    @ray.method(concurrency_group="control")
+    def abort(self, client: str, names: Sequence[str]) -> None:
+        """Ends a client's requests by the names that it gave them."""
+        self.loop.abort(client, names)
+
     @ray.method(concurrency_group="adapt")
     def adapt(self, wanted: AdapterList) -> None:
         """As `Adapters.follow`, while steps go on."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import ClusterError, InvalidRequest
+from cluster.serving.admission.admission import Admission
 from cluster.serving.grpc.answer_size import check_after, receive_limit
 from cluster.serving.grpc.context import GrpcContext, metadata_of, peer_of, set_status
 from cluster.serving.service import InferenceService
@@ -89,3 +90,13 @@ class GrpcCalls:
             return request_type.FromString(request)
         except DecodeError as error:
             raise InvalidRequest(f"the request cannot be read: {error}", "request") from error
+
+
+def may_ask(admission: Admission, context: GrpcContext) -> bool:
+    """Whether a question without a key is answered; sets the status if not."""
+    try:
+        admission.question(metadata_of(context), peer_of(context))
+    except ClusterError as error:
+        set_status(context, error)
+        return False
+    return True

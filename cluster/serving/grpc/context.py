@@ -79,17 +79,20 @@ def set_status(context: GrpcContext, error: Exception, request_id: str = "") -> 
     An error that is not written for clients goes to the log, and the client gets the request's id to ask after it.
     """
     code = error.grpc_code if isinstance(error, ClusterError) else "INTERNAL"
-    if isinstance(error, ClusterError) and error.public:
-        details = str(error)
-    else:
-        log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
-        details = f"internal error, request id {request_id}; see the server's log"
-    details = _truncate(details)
+    details = details_of(error, request_id)
     context.set_code(grpc.StatusCode[code])
     context.set_details(details)
     if isinstance(error, Overloaded):
         context.set_trailing_metadata([retry_hint(error.retry_after_s)])
     return details
+
+
+def details_of(error: Exception, request_id: str = "") -> str:
+    """The details that a client sees of an error, which goes to the log if it is not written for clients."""
+    if isinstance(error, ClusterError) and error.public:
+        return _truncate(str(error))
+    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
+    return _truncate(f"internal error, request id {request_id}; see the server's log")
 
 
 def retry_hint(retry_after_s: float) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import ClusterError
 from cluster.serving.admission.admission import Admission
+from cluster.serving.grpc.calls import may_ask
 from cluster.serving.grpc.context import GrpcContext, StreamFailed, metadata_of, peer_of, set_status
 from cluster.serving.grpc.registration import SERVICE_NAME
 from cluster.serving.health import HealthState
@@ -34,7 +35,7 @@ class GrpcHealthService:
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: GrpcContext
     ) -> health_pb2.HealthCheckResponse:
-        if not self._may_ask(grpc_context):
+        if not may_ask(self._admission, grpc_context):
             return health_pb2.HealthCheckResponse()
         if request.service not in _SERVICES:
             grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
@@ -45,7 +46,7 @@ class GrpcHealthService:
     async def List(
         self, request: health_pb2.HealthListRequest, grpc_context: GrpcContext
     ) -> health_pb2.HealthListResponse:
-        if not self._may_ask(grpc_context):
+        if not may_ask(self._admission, grpc_context):
             return health_pb2.HealthListResponse()
         return health_pb2.HealthListResponse(
             statuses={service: _response(self._health.serving) for service in _SERVICES}
@@ -66,15 +67,6 @@ class GrpcHealthService:
             details = set_status(grpc_context, error)
             if self._raise_failures:
                 raise StreamFailed(details) from None
-
-    def _may_ask(self, context: GrpcContext) -> bool:
-        """Sets the status if not."""
-        try:
-            self._admission.question(metadata_of(context), peer_of(context))
-        except ClusterError as error:
-            set_status(context, error)
-            return False
-        return True
 
 
 def _response(serving: bool) -> health_pb2.HealthCheckResponse:

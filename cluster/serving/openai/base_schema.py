@@ -7,6 +7,7 @@ from pydantic import Field
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
+from cluster.serving.choices import MAX_CHOICES
 from cluster.serving.openai.body import AnswerBody as AnswerBody
 from cluster.serving.openai.body import RequestBody as RequestBody
 from cluster.serving.openai.forms import FormFields
@@ -15,7 +16,6 @@ from cluster.structured import StructuredOutputsParams
 from cluster.types import MAX_TOP_LOGPROBS, SamplingParams, Usage
 
 MAX_ID_DIGITS = 10
-MAX_CHOICES = 128  # OpenAI's limit for n
 LOWEST_SEED = -(2**63)  # OpenAI's
 SMALLEST_TOP_P = 1e-9  # the likeliest token alone, which OpenAI's API has 0 for
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
+from cluster.serving.choices import Call, Choice, collect, generate, total, variants, with_stop_strings
 from cluster.serving.openai.answer_size import worded
 from cluster.serving.openai.base_schema import UsageBody
 from cluster.serving.openai.body_route import BodyRoute
@@ -25,7 +26,6 @@ from cluster.serving.openai.chat_schema import (
 from cluster.serving.openai.conversations import to_conversation
 from cluster.serving.openai.errors import OpenAIError
 from cluster.serving.openai.forms import naming
-from cluster.serving.openai.generation import Call, Choice, collect, generate, total, variants, with_stop_strings
 from cluster.serving.openai.logprobs import as_token_ids, chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score

@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.serving.openai.base_schema import MAX_CHOICES, AnswerBody, PromptLogprobs, SamplingFields, UsageBody
+from cluster.serving.choices import MAX_CHOICES
+from cluster.serving.openai.base_schema import AnswerBody, PromptLogprobs, SamplingFields, UsageBody
 from cluster.serving.openai.prompts import Prompts
 from cluster.types import MAX_TOP_LOGPROBS
 

@@ -9,6 +9,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
+from cluster.serving.choices import (
+    Call,
+    Choice,
+    best,
+    collect,
+    generate,
+    nothing,
+    total,
+    variants,
+    with_stop_strings,
+)
 from cluster.serving.openai.answer_size import worded
 from cluster.serving.openai.base_schema import UsageBody
 from cluster.serving.openai.body_route import BodyRoute
@@ -20,17 +31,6 @@ from cluster.serving.openai.completion_schema import (
 )
 from cluster.serving.openai.errors import OpenAIError
 from cluster.serving.openai.forms import naming
-from cluster.serving.openai.generation import (
-    Call,
-    Choice,
-    best,
-    collect,
-    generate,
-    nothing,
-    total,
-    variants,
-    with_stop_strings,
-)
 from cluster.serving.openai.logprobs import as_token_ids, completion_logprobs, token_text
 from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
 from cluster.serving.openai.prompts import to_prompts

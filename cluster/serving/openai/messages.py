@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
+from cluster.serving.choices import Call, Choice, collect
 from cluster.serving.openai.body_route import BodyRoute
 from cluster.serving.openai.chat import PreparedChat, prepared
 from cluster.serving.openai.chat_schema import (
@@ -24,7 +25,6 @@ from cluster.serving.openai.chat_schema import (
 from cluster.serving.openai.conversations import check_length, to_conversation
 from cluster.serving.openai.errors import AnthropicError, anthropic_body
 from cluster.serving.openai.forms import naming
-from cluster.serving.openai.generation import Call, Choice, collect
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.messages_events import (
     ContentBlockDelta,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from cluster.errors import Unavailable
 from cluster.outcome import Computed
+from cluster.serving.choices import Call
 from cluster.serving.openai.answer_size import LOGPROB_BYTES, AnswerSize
 from cluster.serving.openai.base_schema import PromptLogprob
-from cluster.serving.openai.generation import Call
 from cluster.serving.openai.logprobs import LOWEST, TokenText
 from cluster.serving.openai.several import a_few_at_a_time
 from cluster.serving.service import InferenceService

@@ -3,13 +3,13 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from cluster.errors import NotFound
 from cluster.serving.health import HealthState
 from cluster.serving.live.feed import LiveFeed
 from cluster.serving.live.operations import Operations
+from cluster.serving.model_names import adapter_of
 from cluster.serving.openai.responses.background import Responses
 from cluster.serving.openai.responses.kept import KeptResponses
-from cluster.serving.service import MAX_SHOWN, InferenceService
+from cluster.serving.service import InferenceService
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +41,7 @@ class Served:
 
         Raises NotFound for a model that is not served.
         """
-        if name is None or name in self.model_names:
-            return ""
-        adapters = self.service.adapters()
-        if name in adapters:
-            return name
-        also = f" and the adapters {', '.join(sorted(adapters)[:MAX_SHOWN])}" if adapters else ""
-        model_id = self.service.info.model_id
-        raise NotFound(f"the model {name[:100]!r} is not served here: this server has {model_id!r}{also}", "model")
+        return adapter_of(name, self.model_names, self.service.adapters())
 
     def shown_model(self, name: str | None) -> str:
         """The name that an answer has for its model: an adapter's, or the model's first one."""

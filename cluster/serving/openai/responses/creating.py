@@ -11,10 +11,10 @@ from typing import Any
 from fastapi.responses import Response
 
 from cluster.errors import Unavailable
+from cluster.serving.choices import Call
 from cluster.serving.openai.chat import PreparedChat, prepared
 from cluster.serving.openai.chat_schema import ChatRequest
 from cluster.serving.openai.forms import naming
-from cluster.serving.openai.generation import Call
 from cluster.serving.openai.responses.background import BackgroundResponse
 from cluster.serving.openai.responses.history import conversation
 from cluster.serving.openai.responses.items import to_chat

@@ -3,8 +3,8 @@
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+from cluster.serving.choices import Choice
 from cluster.serving.openai.chat import PreparedChat
-from cluster.serving.openai.generation import Choice
 from cluster.serving.openai.logprobs import chat_logprobs
 from cluster.serving.openai.message_reader import reader_for
 from cluster.serving.openai.responses.response_body import ResponseBody, ResponseUsage

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest, NotFound
+from cluster.serving.choices import Call
 from cluster.serving.openai.body import AnswerBody
 from cluster.serving.openai.body_route import BodyRoute
-from cluster.serving.openai.generation import Call
 from cluster.serving.openai.responses.creating import create
 from cluster.serving.openai.responses.events import ErrorEvent, ResponseEvent
 from cluster.serving.openai.responses.items import in_these_words

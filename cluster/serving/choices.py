@@ -1,4 +1,4 @@
-"""Several answers at once: the choices of one call, each a sequence of its own. Knows no HTTP."""
+"""Several answers at once: the choices of one call, each a sequence of its own. Knows no front."""
 
 import asyncio
 from collections import Counter
@@ -10,6 +10,7 @@ from cluster.serving.service import InferenceService
 from cluster.serving.text.prompts import Prompt
 from cluster.types import FinishReason, Logprobs, SamplingParams, TextDelta, Usage
 
+MAX_CHOICES = 128  # of one prompt; OpenAI's limit for n
 MIN_SHARED_TOKENS = 32  # two blocks of the cache; a shorter prompt is computed sooner than awaited
 MAX_UNTAKEN = 64  # deltas of a call that wait for its client
 
@@ -20,12 +21,16 @@ class Call:
 
     accepted: its client has been told that it will be answered: a draining server begins it, too.
     adapter: the name of the one that computes its prompts, "" for the base alone.
+    one_name: its answers have all its own name, by which they can be aborted; else each has a number, too.
+    timeout_s: its time budget, None for no bound.
     """
 
     request_id: str
     client: str
     accepted: bool = False
     adapter: str = ""
+    one_name: bool = False
+    timeout_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -101,7 +106,8 @@ async def generate(
         service.stream(
             prompt,
             params,
-            request_id=f"{call.request_id}-{index}" if several else call.request_id,
+            request_id=f"{call.request_id}-{index}" if several and not call.one_name else call.request_id,
+            timeout_s=call.timeout_s,
             client=call.client,
             prompt_group=f"{group}-{leaders[index]}" if sizes[leaders[index]] > 1 else "",
             accepted=call.accepted,
