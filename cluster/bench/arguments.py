@@ -191,6 +191,20 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=("greedy",), metavar="NAMES",
         help=f"how every system chooses tokens, one after another in turns (default: greedy): {listed_samplings()}",
     )  # fmt: skip
+    _add_variant_arguments(parser)
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
+    parser.add_argument(
+        "--turns", action="store_true",
+        help="load all systems at once and let them take turns, run by run: fairer where the machine's speed wanders, "
+        "but all must fit into memory",
+    )  # fmt: skip
+    _add_dtype_argument(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
+
+
+def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those whose every value makes a system of its own."""
     parser.add_argument(
         "--quantization", type=_names(PLAIN, *QUANTIZATIONS, *STORED), default=(PLAIN,), metavar="NAMES",
         help="weights of this package's systems, rounded while they are loaded; each name is a system of its own "
@@ -208,15 +222,6 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         help="LoRA adapters of rank 16 for this package's systems, which the prompts of a batch have in turns; each "
         "number is a system of its own (default: 0, the base alone)",
     )  # fmt: skip
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
-    parser.add_argument(
-        "--turns", action="store_true",
-        help="load all systems at once and let them take turns, run by run: fairer where the machine's speed wanders, "
-        "but all must fit into memory",
-    )  # fmt: skip
-    _add_dtype_argument(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it too, as PNG (needs matplotlib)")
 
 
 def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:

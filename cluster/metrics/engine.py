@@ -21,7 +21,7 @@ _WAIT_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 _FINISH_REASONS = ("stop", "length", "cancelled", "error")
 _ERROR_OUTCOMES = (
     "invalid_argument", "not_found", "unauthenticated", "permission_denied", "resource_exhausted", "deadline_exceeded",
-    "unavailable", "internal",
+    "unimplemented", "unavailable", "internal",
 )  # fmt: skip
 _RESULTS = ("Score", "Embed", "Classify", "ClassifyTokens", "AnswerSpan")
 _OUTCOMES = ("stop", "length", "cancelled", *_ERROR_OUTCOMES)

@@ -49,7 +49,7 @@ def check(model_dir: Path, length: int, chunk: int) -> list[int]:
             return result
 
         project = runner.model.logits
-        runner.run, runner.model.logits = watched, lambda hidden: logits.append(project(hidden)) or logits[-1]
+        runner.run, runner.model.logits = watched, lambda hidden, _: logits.append(project(hidden)) or logits[-1]
         params = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
         [output] = llm.generate([prompt], params)
     expected, tokens = ask_transformers(model_dir, prompt)
