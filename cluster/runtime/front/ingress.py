@@ -166,7 +166,8 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
         self._admission = make_admission(config, self._room)
         self._adapters: tuple[str, ...] = ()
         self._adapters_version = -1.0
-        model_dir, defaults = model_directory(config.model), read_sampling_defaults(model_directory(config.model))
+        model_dir = model_directory(config.model)
+        defaults = read_sampling_defaults(model_dir)
         metrics = IngressMetrics(report_version(new_registry(), "ingress"))
         self._service = InferenceService(
             tokenizer=None if config.skip_tokenizer else Tokenizer(model_dir),

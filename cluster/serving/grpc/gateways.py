@@ -26,7 +26,6 @@ class GatewayView:
     """aliases: further names by which clients may ask for the model.
     engines: returns the state of each attention replica's engine, as it was lately.
     max_num_seqs: sequences that one of them runs at a time.
-    kv_cache_dtype: as of `EngineConfig`.
     draining: whether new requests are refused.
     tokenizer_files: returns the tokenizer's files, their texts by their names; none without a tokenizer. Blocks.
     defaults: the checkpoint's generation_config.
