@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
 from cluster.open_answers import Open, OpenAnswer, OpenResult
 from cluster.outcome import Computed, Head, Wants
 from cluster.results import Prompts, Results
-from cluster.runtime.start.offline import RayExperts
 from cluster.serving.prepare import RequestCompleter
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText
@@ -48,10 +47,19 @@ from cluster.structured import FIELD
 from cluster.types import CompletionOutput, EngineRequest, SamplingParams
 from cluster.working import Working
 
+if TYPE_CHECKING:
+    from cluster.runtime.start.offline import RayExperts
+
 Output = TypeVar("Output")
 
 OWN_ARGUMENTS = ("transport", "skip_tokenizer")  # that are not handed on to a `ClusterConfig` as they are
 QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is refused
+
+
+def ray_experts(config: ClusterConfig, metrics: DispatchMetrics) -> "RayExperts":
+    from cluster.runtime.start.offline import RayExperts  # Ray and Ray Serve take a second, and `local` needs neither
+
+    return RayExperts(config, metrics)
 
 
 class LLM(Results, Chats, Adapts):
@@ -135,7 +143,7 @@ class LLM(Results, Chats, Adapts):
         try:
             with Working(f"loading {served_name(cluster.model)} …"):
                 if remote:
-                    self._ray_experts = RayExperts(cluster, dispatch_metrics)
+                    self._ray_experts = ray_experts(cluster, dispatch_metrics)
                     self.experts: ExpertDispatcher = self._ray_experts.dispatcher
                 else:
                     self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
+from torch import nn
 
 from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import Checkpoint
@@ -23,6 +24,16 @@ MODELS: Mapping[str, Callable[[ModelConfig], CausalLM]] = {
 }
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives each parameter of a model on the meta device memory of its own, without values and without gradients.
+
+    `to_empty` does the same with torch's Python references of the meta device, which import sympy: 0.25 s and 35 MB."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(memory, requires_grad=False))
+
+
 def load_model(
     reader: Checkpoint,
     *,
@@ -40,7 +51,7 @@ def load_model(
     reader.fetch(dense_shapes(config), progress)
     with torch.device("meta"):
         model = MODELS[config.model_type](config).to(dtype)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    allocate(model.eval(), device)
     weights, plain_targets = [], model.state_dict()
     for path, module in model.named_modules():
         if isinstance(module, Linear):

@@ -84,7 +84,7 @@ def marks_of(cell):
 def test_a_cell(cell, model_dir_of, reference_of, actors, monkeypatch):
     family, result, dtype, transport = cell
     if transport != "local":
-        monkeypatch.setattr(llm, "RayExperts", lambda cluster, metrics: ActorExperts(actors(), cluster, metrics))
+        monkeypatch.setattr(llm, "ray_experts", lambda cluster, metrics: ActorExperts(actors(), cluster, metrics))
     head = "ForCausalLM" if result == TOKENS else RESULTS[result].head
     model_dir = model_dir_of(family, head)
     exact, same_dtype = reference_of(model_dir, head, "float32"), reference_of(model_dir, head, dtype)

@@ -1,5 +1,6 @@
 """Our program as HAProxy, with the configuration that Serve writes for one gRPC server behind it."""
 
+import csv
 import json
 import os
 import re
@@ -37,19 +38,24 @@ def free_ports(count):
 class Healthz(serve_pb2_grpc.RayServeAPIServiceServicer):
     """Serve's answer to HAProxy's checks of an ingress; the list of applications is for nobody."""
 
+    message = HEALTHY_MESSAGE
+
     def Healthz(self, request, context):
-        return serve_pb2.HealthzResponse(message=HEALTHY_MESSAGE)
+        if self.message != HEALTHY_MESSAGE:  # as Serve's ingresses do
+            context.set_code(grpc.StatusCode.UNAVAILABLE)
+            context.set_details(self.message)
+        return serve_pb2.HealthzResponse(message=self.message)
 
     def ListApplications(self, request, context):
         return serve_pb2.ListApplicationsResponse(application_names=["secret"])
 
 
 @contextmanager
-def ingress(servicer, port=0):
+def ingress(servicer, port=0, healthz=None):
     """A gRPC server of this process with the health service; yields its port."""
     server = grpc.server(ThreadPoolExecutor(300))
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    serve_pb2_grpc.add_RayServeAPIServiceServicer_to_server(Healthz(), server)
+    serve_pb2_grpc.add_RayServeAPIServiceServicer_to_server(healthz or Healthz(), server)
     try:
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         server.start()
@@ -170,6 +176,12 @@ def pid_at(admin_socket):
     with suppress(OSError):
         found = re.search(r"^Pid: (\d+)$", ask("show info\n", admin_socket), flags=re.MULTILINE)
         return int(found[1]) if found else None  # one that hands its sockets over may answer nothing
+
+
+def check_of(admin_socket, server):
+    """How HAProxy's last check of a server ended: "L7OK", "L7RSP" after an answer, "L7TOUT" after none in time."""
+    rows = csv.DictReader(ask("show stat\n", admin_socket).splitlines())
+    return next(row["check_status"] for row in rows if row["svname"] == server)
 
 
 def children_of(pid):

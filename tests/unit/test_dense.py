@@ -52,7 +52,7 @@ def test_offline_it_runs_in_this_process_whatever_the_transport(dense_dir, monke
     def unwanted(*_, **__):
         raise AssertionError("expert shards were started")
 
-    monkeypatch.setattr(llm, "RayExperts", unwanted)
+    monkeypatch.setattr(llm, "ray_experts", unwanted)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     answers = []
     for options in ({}, {"transport": "auto", "num_expert_shards": 3}):

@@ -13,7 +13,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from haproxy_tools import (
+    Healthz,
     Manager,
+    check_of,
     free_ports,
     haproxy_of,
     ingress,
@@ -332,3 +334,18 @@ def test_without_another_manager_it_ends(node):
     time.sleep(1)
     assert is_running(ours, None)
     until(lambda: not is_running(ours, None) and not is_haproxy(haproxy))
+
+
+@pytest.mark.parametrize("message", ["DRAINING", "UNHEALTHY"])
+def test_an_ingress_that_answers_a_check_with_no_is_taken_at_its_word(tmp_path, message):
+    """HAProxy would wait 5 s for a "success", with an open connection, for whose end a draining ingress waits."""
+    answers, manager = Healthz(), Manager()
+    with ingress(Ingress(), healthz=answers) as port:
+        try:
+            manager.start(write_config(tmp_path, free_ports(4), [port]))
+            until(lambda: check_of(tmp_path / "a.sock", "ingress0") == "L7OK")
+            answers.message = message
+            until(lambda: check_of(tmp_path / "a.sock", "ingress0") not in ("L7OK", "* L7OK"))
+            assert check_of(tmp_path / "a.sock", "ingress0").removeprefix("* ") == "L7RSP"
+        finally:
+            manager.kill()

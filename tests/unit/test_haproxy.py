@@ -19,7 +19,7 @@ NODE_ID_CHARS = 56
 CHANGED = (
     r"mode 666|h2\.be\.max-concurrent-streams|log 127\.0\.0\.1:514|bind :|bind \*:|errorfile 50\d|hdr grpc-status 5 |"
     r"if is_list_applications|server fallback .* backup$|timeout connect |"
-    r"return .* if routes$|http-request return status 404 .* not found"  # HTTP
+    r"return .* if routes$|tcp-check expect binary|http-request return status 404 .* not found"  # HTTP
 )
 SOCKET_PATH_CHARS = 97  # HAProxy's limit
 

@@ -21,6 +21,9 @@ ANSWERS = {
 }
 MAX_HEALTH_BYTES = 4096
 CONNECT, RETRIES = "250ms", 8  # the kernel of a living ingress's machine answers within a round trip
+# What an ingress answers a check of HAProxy's, in hexadecimal digits: success, DRAINING, UNHEALTHY.
+SUCCESS, FAILURES = "73756363657373", "445241494E494E47|554E4845414C544859"
+CONCLUSIVE = rf"\g<1>rbinary {SUCCESS}|{FAILURES}\n\g<1>min-recv 0 binary {SUCCESS}"
 SYSLOG = "127.0.0.1:514"  # Serve's default: a line for every request, to whoever listens
 
 
@@ -72,6 +75,9 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
         r"^    (?:use_backend grpc_fallback_backend|http-request return .*) if is_list_applications$",
         f"    http-request return status 200 errorfile {folder / FORBIDDEN} if is_list_applications",
     )
+    # An ingress that drains answers otherwise than with "success", for which HAProxy waits until its next check, 5 s
+    # later. Until then the connection is open, and the ingress waits for its end before it goes.
+    config = replaced(config, rf"^(    tcp-check expect )binary {SUCCESS}$", CONCLUSIVE, times=None)
     # The fallback, Serve's own proxy, ends a refused stream as if it were complete.
     config = re.sub(r"^(    server .* proto h2 check backup)$", r"\g<1> disabled", config, flags=re.MULTILINE)
     return config if has_applications(config) else _refusing(config, folder)

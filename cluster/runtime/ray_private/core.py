@@ -24,6 +24,7 @@ __all__ = [
     "AuthenticationTokenLoader",
     "actor_id",
     "by_name",
+    "end_started",
     "gcs_channel",
     "left_addresses",
     "logs_folder",
@@ -101,6 +102,16 @@ def reports_to_log() -> Callable[[], None]:
 
     worker.print_to_stdstream = note
     return undo
+
+
+def end_started() -> None:
+    """`ray.shutdown`, which kills the processes of a Ray that this process started, but without the second that it
+    gives each of them in turn (2.2 s in all): nothing of a Ray that ends is kept."""
+    node = worker._global_node
+    if node is not None:
+        kill = node.kill_all_processes
+        node.kill_all_processes = lambda **how: kill(**how | {"allow_graceful": False})
+    ray.shutdown()
 
 
 def left_addresses() -> list[str | None]:

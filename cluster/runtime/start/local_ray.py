@@ -28,7 +28,13 @@ from cluster.private import private_files
 from cluster.runtime.bounds import RAY_BOUNDS
 from cluster.runtime.front.haproxy import set_environment
 from cluster.runtime.names import NAMESPACE, RAY_FOLDER
-from cluster.runtime.ray_private.core import AuthenticationTokenLoader, ray_constants, reports_to_log, services
+from cluster.runtime.ray_private.core import (
+    AuthenticationTokenLoader,
+    end_started,
+    ray_constants,
+    reports_to_log,
+    services,
+)
 from cluster.runtime.start import setup_worker
 from cluster.runtime.start.ray_address import check_address
 from cluster.runtime.start.ray_processes import RayWatch, apart
@@ -133,7 +139,7 @@ class LocalRay:
         if self._watch is not None:
             self._watch.stop()
         try:
-            ray.shutdown()
+            end_started()
         finally:
             self._remove()
 
