@@ -1,4 +1,4 @@
-"""Only processes that compute load torch: an engine's, a shard's, an offline one."""
+"""Only processes that compute load torch: an engine's, a shard's, an offline one; none loads what it does not use."""
 
 import subprocess
 import sys
@@ -44,4 +44,21 @@ def test_fronts_and_the_controller_do_without_torch(demo_checkpoint):
     models = [str(demo_checkpoint), str(shipped_directory("demo"))]
     program = [sys.executable, "-c", PROGRAM, *models, *MODULES]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+COMPUTES = """
+import sys
+from cluster import LLM, SamplingParams
+with LLM(sys.argv[1], kv_cache_bytes=1 << 20, skip_tokenizer=True) as llm:
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))
+loaded = {"ray", "fastapi", "grpc", "sympy", "torch._dynamo", "torch._inductor", "transformers"} & set(sys.modules)
+assert not loaded, loaded
+"""
+
+
+def test_a_process_that_computes_loads_no_compiler_and_an_offline_one_no_ray(demo_checkpoint):
+    """torch's compiler is a second of CPU and 150 MB; Ray with Serve another second."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPUTES, str(demo_checkpoint)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
