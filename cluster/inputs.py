@@ -4,8 +4,10 @@ Numbers of NumPy and torch count as numbers; a truth value is no number, and byt
 Every function raises InvalidRequest and nothing else.
 """
 
+import ipaddress
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Set, Sized
 from itertools import islice
 from numbers import Real
@@ -15,6 +17,8 @@ from cluster.errors import InvalidRequest
 
 MAX_SHOWN_CHARS = 60
 MAX_SHOWN_BITS = 256
+MAX_NAME_CHARS = 253  # RFC 1035
+_NAME = re.compile(r"(?!-)[\w-]{1,63}(\.(?!-)[\w-]{1,63})*\.?")  # letters of any language: resolvers know IDNA
 MAX_PORT, MAX_PORT_DIGITS = 65535, 5
 # Python raises these where it cannot turn a value into an int, or cannot iterate over it.
 _REFUSALS = (TypeError, ValueError, OverflowError, RuntimeError, AttributeError)
@@ -66,6 +70,18 @@ def number(value: Any, field: str) -> float:
 def is_port(text: str) -> bool:
     """Whether a text is the number of a port that one can connect to."""
     return text.isascii() and text.isdecimal() and len(text) <= MAX_PORT_DIGITS and 0 < int(text) <= MAX_PORT
+
+
+def is_host(text: str) -> bool:
+    """Whether a text can be the name of a machine or its address; of IPv6 with or without brackets."""
+    bare = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
+    if ":" in bare:
+        try:
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            return False
+        return True
+    return bare is text and len(text) <= MAX_NAME_CHARS and _NAME.fullmatch(text) is not None
 
 
 def truth_value(value: Any, field: str) -> bool:

@@ -6,10 +6,10 @@ with LLM(model_dir, num_expert_shards=3, transport="ray") as llm:
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from cluster.checkpoint.model_files import located, pinned, served_name
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
 from cluster.config import DEFAULTS, ClusterConfig, Transport
 from cluster.config.environment import PRODUCTS_ENVIRONMENT
+from cluster.config.lora import AdapterList
 from cluster.config.resources import available_cpus
 from cluster.config.speculation import with_model
 from cluster.engine.adapters import AdapterSetup
@@ -47,19 +48,10 @@ from cluster.structured import FIELD
 from cluster.types import CompletionOutput, EngineRequest, SamplingParams
 from cluster.working import Working
 
-if TYPE_CHECKING:
-    from cluster.runtime.start.offline import RayExperts
-
 Output = TypeVar("Output")
 
 OWN_ARGUMENTS = ("transport", "skip_tokenizer")  # that are not handed on to a `ClusterConfig` as they are
 QUEUE_LIMIT = 1 << 30  # offline, the caller's list is the queue: nothing is refused
-
-
-def ray_experts(config: ClusterConfig, metrics: DispatchMetrics) -> "RayExperts":
-    from cluster.runtime.start.offline import RayExperts  # Ray and Ray Serve take a second, and `local` needs neither
-
-    return RayExperts(config, metrics)
 
 
 class LLM(Results, Chats, Adapts):
@@ -121,7 +113,7 @@ class LLM(Results, Chats, Adapts):
 
     def _load(self, cluster: ClusterConfig, *, local: bool, skip_tokenizer: bool) -> None:
         self._request_ids = itertools.count()
-        self._ray_experts: RayExperts | None = None
+        self._close_experts: Callable[[], None] = lambda: None
         self._closed = False
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
         device_of(config)  # refuses one that cannot be, before anything loads
@@ -133,21 +125,24 @@ class LLM(Results, Chats, Adapts):
         registry = new_registry()
         dispatch_metrics = DispatchMetrics(registry, "llm")
         checkpoint = check_checkpoint(cluster.model, config, cluster.expert_shards, tokenizer=False)
-        model_dir = checkpoint.model_dir
-        self._tokenizer = None if skip_tokenizer else Tokenizer(model_dir)
-        self.sampling_defaults = read_sampling_defaults(model_dir)
+        self._tokenizer = None if skip_tokenizer else Tokenizer(checkpoint.model_dir)
+        self.sampling_defaults = read_sampling_defaults(checkpoint.model_dir)
         self.info = model_info(cluster.model, config)
         self._completer = RequestCompleter(self.info, self.sampling_defaults)
         remote = not local and bool(self.info.num_experts)
+        share: Callable[[AdapterList], None]
         checkpoint.fetch((dense_shapes if remote else checkpoint_shapes)(checkpoint.config))  # it shows itself
         try:
             with Working(f"loading {served_name(cluster.model)} …"):
                 if remote:
-                    self._ray_experts = ray_experts(cluster, dispatch_metrics)
-                    self.experts: ExpertDispatcher = self._ray_experts.dispatcher
+                    from cluster.runtime.start.offline import RayExperts  # Ray and Ray Serve take a second
+
+                    elsewhere = RayExperts(cluster, dispatch_metrics)
+                    self.experts: ExpertDispatcher = elsewhere.dispatcher
+                    self._close_experts, share = elsewhere.close, elsewhere.adapt
                 else:
                     self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)
-                share = share_here(self.experts) if self._ray_experts is None else self._ray_experts.adapt
+                    share = share_here(self.experts)
                 metrics = EngineMetrics(registry, "llm")
                 self.engine: Engine = load_engine(
                     cluster.model,
@@ -257,9 +252,7 @@ class LLM(Results, Chats, Adapts):
     def close(self) -> None:
         """Takes the shards down; later calls raise Closed. Safe to call again."""
         self._closed = True
-        if self._ray_experts is not None:
-            self._ray_experts.close()
-            self._ray_experts = None
+        self._close_experts()
 
     def __enter__(self) -> Self:
         self._check_open()

@@ -7,13 +7,13 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 import aiohttp
 
 from cluster.batch.run import Reply, reply_of
 from cluster.client.direct import is_direct
 from cluster.client.options import api_key
+from cluster.client.urls import server_url
 from cluster.conversation import Json
 from cluster.errors import SetupError, Unauthenticated, Unavailable
 
@@ -26,14 +26,8 @@ class HttpAnswerer(AbstractAsyncContextManager["HttpAnswerer"]):
 
     def __init__(self, address: str, concurrency: int, *, key: str = "", tls: ssl.SSLContext | None = None) -> None:
         """Raises SetupError."""
-        url = address if "://" in address else f"{'http' if tls is None else 'https'}://{address}"
-        try:
-            parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
-            host, _ = parts.hostname or "", parts.port
-        except ValueError as error:
-            raise SetupError(f"--address is {address!r}: {error}") from None
-        if parts.scheme not in ("http", "https") or not host:
-            raise SetupError(f"--address is {address!r}, HOST:PORT or http://HOST:PORT is needed")
+        parts = server_url(address, "--address", scheme="http" if tls is None else "https")
+        host = parts.hostname or ""
         self._base = parts.geturl()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._concurrency, self._tls, self._direct = concurrency, tls, is_direct(host)

@@ -20,6 +20,7 @@ from cluster.chaos.traffic import Asker, Question, Reply, ask_all, make_question
 from cluster.client import options
 from cluster.client.grpc_client import Client
 from cluster.client.http_streams import HttpStreams
+from cluster.client.urls import server_url
 from cluster.drawing import moves
 from cluster.errors import ClusterError, SetupError, Unavailable
 
@@ -92,6 +93,9 @@ def check(args: argparse.Namespace) -> None:
     """Raises SetupError for arguments that cannot be, before anything is connected."""
     if unknown := set(args.kinds.split(",")) - set(KINDS):
         raise SetupError(f"--kinds has {sorted(unknown)[0]!r}, known are {', '.join(KINDS)}")
+    if args.http:
+        server_url(args.http, "--http")
+    options.check_address(args.address)
     for name, least in (("requests", 1), ("concurrency", 1), ("faults", 0)):
         if getattr(args, name) < least:
             raise SetupError(f"--{name} is {getattr(args, name)}, at least {least} is needed")

@@ -127,7 +127,7 @@ async def _answerer(args: argparse.Namespace) -> AsyncIterator["Answerer"]:
     if args.model is None:
         from cluster.batch.http import make_http_answerer
 
-        async with make_http_answerer(args, args.address or DEFAULT_ADDRESS) as answerer:
+        async with make_http_answerer(args, DEFAULT_ADDRESS if args.address is None else args.address) as answerer:
             yield answerer
         return
     from cluster.batch.app import answerer_of

@@ -7,9 +7,9 @@ import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
-from urllib.parse import urlsplit
 
-from cluster.errors import ClusterError, Overloaded, SetupError, Unavailable
+from cluster.client.urls import server_url
+from cluster.errors import ClusterError, Overloaded, Unavailable
 from cluster.types import Logprobs, SamplingParams, TextDelta
 
 TIMEOUT_S = 600.0  # between two bytes of an answer
@@ -25,13 +25,8 @@ class HttpStreams:
 
     def __init__(self, address: str, *, key: str = "", tls: ssl.SSLContext | None = None, adapter: str = "") -> None:
         """Raises SetupError."""
-        try:
-            parts = urlsplit(address if "://" in address else f"http://{address}")
-            self._host, self._port = parts.hostname or "", parts.port
-        except ValueError as error:
-            raise SetupError(f"--http is {address!r}: {error}") from None
-        if parts.scheme not in ("http", "https") or not self._host:
-            raise SetupError(f"--http is {address!r}, HOST:PORT or http://HOST:PORT is needed")
+        parts = server_url(address, "--http")
+        self._host, self._port = parts.hostname or "", parts.port
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         self._model = {"model": adapter} if adapter else {}
         self._idle: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()

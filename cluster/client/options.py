@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import SetupError
-from cluster.inputs import is_port
+from cluster.inputs import is_host, is_port
 
 if TYPE_CHECKING:
     from cluster.client.grpc_client import Client
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 API_KEY = "MOE_CLUSTER_API_KEY"
 MAX_KEY_FILE_BYTES = 1 << 16
-TARGETS = ("unix:", "unix-abstract:", "vsock:", "dns:", "ipv4:", "ipv6:")  # of gRPC
+TARGETS = ("unix:", "unix-abstract:", "vsock:", "dns:", "ipv4:", "ipv6:", "xds:")  # of gRPC
 SECURITY = ("api_key_file", "tls", "tls_ca", "tls_cert", "tls_key")  # as `add_security_arguments` adds them
 
 
@@ -46,7 +46,7 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
 
 def connect(args: argparse.Namespace) -> "Client":
     """Raises SetupError."""
-    _check_address(args.address)
+    check_address(args.address)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the error, one line, has gRPC's log lines already
     from cluster.client.grpc_client import Client, TlsFiles  # grpc loads with it: not for --help
 
@@ -55,14 +55,13 @@ def connect(args: argparse.Namespace) -> "Client":
     return Client(args.address, api_key=api_key(args.api_key_file), tls=tls, adapter=args.adapter)
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Raises SetupError. A host alone has gRPC's own port; a target such as unix:/run/x or dns:///x:1 is gRPC's
     matter."""
     host, colon, port = address.rpartition(":")
     alone = not colon or "]" in port or (":" in host and not host.endswith("]"))  # an address of IPv6 has colons
-    target = "/" in address or address.startswith(TARGETS)
-    wrong = address.lower().startswith(("http://", "https://", "grpc://"))
-    if wrong or not address.strip() or not (target or alone or (host.strip() and is_port(port))):
+    named = is_host(address) if alone else is_host(host) and is_port(port)
+    if not named and not address.startswith(TARGETS):
         raise SetupError(f"--address is {address!r}, HOST:PORT is needed, without http://")
 
 

@@ -8,7 +8,16 @@ from typing import Any, Literal, Self
 from cluster.config.engine import EngineConfig
 from cluster.config.kv_cache import check_cache_device
 from cluster.config.lora import check_adapters
-from cluster.config.options import check, defaults_of, option, required, typed
+from cluster.config.options import (
+    MOST_BYTES,
+    MOST_CALLS,
+    MOST_MESSAGE_BYTES,
+    check,
+    defaults_of,
+    option,
+    required,
+    typed,
+)
 from cluster.errors import SetupError
 from cluster.evolving import evolving
 
@@ -17,6 +26,8 @@ TRANSPORTS: tuple[Transport, ...] = ("auto", "stream", "ray")  # between process
 LEAST = 1e-4  # of what cannot be zero; Ray knows no smaller fraction of a CPU
 MOST_S = 1e9  # 31 years; Python's waits take 292 years at most
 MOST_REPLICAS = 10_000  # far beyond what a Ray cluster runs
+MOST_CPUS = 8192  # that Linux knows in one machine (NR_CPUS)
+MOST_GPUS = 1024  # in one machine
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
@@ -55,16 +66,24 @@ class ClusterConfig(EngineConfig):
         least=1,
         most=MOST_REPLICAS,
     )
-    expert_shards: int = option(2, "processes that share the routed experts; a dense model has none", least=0)
+    expert_shards: int = option(
+        2, "processes that share the routed experts; a dense model has none", least=0, most=MOST_REPLICAS
+    )
     ingress_replicas: int = option(
-        2, "processes that tokenize, validate and stream; with 2 one that dies leaves no gap", least=1
+        2,
+        "processes that tokenize, validate and stream; with 2 one that dies leaves no gap",
+        least=1,
+        most=MOST_REPLICAS,
     )
     min_copies: int = option(
-        1, "copies of each expert, on different shards; with 2 a lost shard costs no wait", least=1
+        1, "copies of each expert, on different shards; with 2 a lost shard costs no wait", least=1, most=MOST_REPLICAS
     )
-    redundant_experts: int = option(0, "further copies in each layer, of the busiest experts", least=0)
+    redundant_experts: int = option(0, "further copies in each layer, of the busiest experts", least=0, most=MOST_CALLS)
     expert_memory_bytes: int | None = option(
-        None, "memory for the weights of one shard; unset: what min_copies and redundant_experts need", least=0
+        None,
+        "memory for the weights of one shard; unset: what min_copies and redundant_experts need",
+        least=0,
+        most=MOST_BYTES,
     )
     spare_processes: bool = option(
         True,
@@ -72,14 +91,23 @@ class ClusterConfig(EngineConfig):
         "GPUs",
     )
     rebalance_interval_s: float = option(
-        0.0, "seconds between two rebalances by measured load; 0: only `moe-cluster rebalance` rebalances", least=0
+        0.0,
+        "seconds between two rebalances by measured load; 0: only `moe-cluster rebalance` rebalances",
+        least=0,
+        most=MOST_S,
     )
     rebalance_threshold: float = option(
-        1.2, "imbalance (the slowest shard's load over the mean) from which on a rebalance is worth it", least=1
+        1.2,
+        "imbalance (the slowest shard's load over the mean) from which on a rebalance is worth it",
+        least=1,
+        most=MOST_REPLICAS,
     )
-    rebalance_max_moves: int = option(256, "experts that one rebalance loads anew at most", least=1)
+    rebalance_max_moves: int = option(256, "experts that one rebalance loads anew at most", least=1, most=MOST_CALLS)
     max_replays: int = option(
-        5, "times that a request goes on at another attention replica without a new token in between", least=0
+        5,
+        "times that a request goes on at another attention replica without a new token in between",
+        least=0,
+        most=MOST_CALLS,
     )
     transport: Transport = option(
         "auto",
@@ -90,35 +118,51 @@ class ClusterConfig(EngineConfig):
         True, "answers OpenAI's API over HTTP, on Serve's HTTP port, beside gRPC; false: gRPC alone"
     )
     stored_responses: int = option(
-        10_000, "answers of /v1/responses that are kept, the oldest goes for a new one; 0: none is kept", least=0
+        10_000,
+        "answers of /v1/responses that are kept, the oldest goes for a new one; 0: none is kept",
+        least=0,
+        most=MOST_CALLS,
     )
-    stored_responses_bytes: int = option(256 << 20, "bytes of kept responses, in one process for all", least=1 << 20)
-    stored_responses_age_s: float = option(86_400.0, "seconds that a response is kept", least=1)
+    stored_responses_bytes: int = option(
+        256 << 20, "bytes of kept responses, in one process for all", least=1 << 20, most=MOST_BYTES
+    )
+    stored_responses_age_s: float = option(86_400.0, "seconds that a response is kept", least=1, most=MOST_S)
     max_ongoing_requests: int = option(
-        1024, "requests in one ingress process at a time, a further one gets RESOURCE_EXHAUSTED", least=1
+        1024,
+        "requests in one ingress process at a time, a further one gets RESOURCE_EXHAUSTED",
+        least=1,
+        most=MOST_CALLS,
     )
-    max_request_bytes: int = option(1 << 20, "a larger request gets INVALID_ARGUMENT", least=1)
+    max_request_bytes: int = option(1 << 20, "a larger request gets INVALID_ARGUMENT", least=1, most=MOST_MESSAGE_BYTES)
     max_streams_per_client: int = option(
-        0, "requests of one client in one ingress process at a time; 0: any number", least=0
+        0, "requests of one client in one ingress process at a time; 0: any number", least=0, most=MOST_CALLS
     )
     max_waiting_inputs: int = option(
         64,
         "texts, chats and token ids that wait in an ingress process to be tokenized or made text, those from 2,048 and "
         "those from 32,768 characters each; a further one gets RESOURCE_EXHAUSTED",
         least=0,
+        most=MOST_CALLS,
     )
     max_keyless_calls: int = option(
-        256, "calls in one ingress process at a time that need no key and stay open: Health.Watch", least=1
+        256,
+        "calls in one ingress process at a time that need no key and stay open: Health.Watch",
+        least=1,
+        most=MOST_CALLS,
     )
-    max_keyless_calls_per_host: int = option(32, "of these calls, those from one host", least=1)
+    max_keyless_calls_per_host: int = option(32, "of these calls, those from one host", least=1, most=MOST_CALLS)
     keyless_calls_per_minute: int = option(
-        600, "new calls of these from one host, and its calls refused for want of a key, in a minute", least=1
+        600,
+        "new calls of these from one host, and its calls refused for want of a key, in a minute",
+        least=1,
+        most=MOST_CALLS,
     )
     max_unread_bytes: int = option(
         4 << 20,
         "memory for the part of a stream that its client has not read; beyond it the stream ends with "
         "RESOURCE_EXHAUSTED",
         least=1,
+        most=MOST_BYTES,
     )
     api_keys_file: str = option(
         "",
@@ -131,12 +175,12 @@ class ClusterConfig(EngineConfig):
         "may",
     )
     max_watchers: int = option(
-        64, "people at a time who follow the live page at one ingress; 0: there is no page", least=0
+        64, "people at a time who follow the live page at one ingress; 0: there is no page", least=0, most=MOST_CALLS
     )
-    gpus_per_attention_replica: float | None = option(None, _GPUS, least=0)
-    gpus_per_expert_shard: float | None = option(None, _GPUS, least=0)
-    cpus_per_attention_replica: float = option(1.0, _CPUS, least=LEAST)
-    cpus_per_expert_shard: float = option(1.0, _CPUS, least=LEAST)
+    gpus_per_attention_replica: float | None = option(None, _GPUS, least=0, most=MOST_GPUS)
+    gpus_per_expert_shard: float | None = option(None, _GPUS, least=0, most=MOST_GPUS)
+    cpus_per_attention_replica: float = option(1.0, _CPUS, least=LEAST, most=MOST_CPUS)
+    cpus_per_expert_shard: float = option(1.0, _CPUS, least=LEAST, most=MOST_CPUS)
     ingress_resource: str = option("", _RESOURCE.format("ingresses and the controller"))
     attention_resource: str = option("", _RESOURCE.format("attention replicas"))
     expert_resource: str = option("", _RESOURCE.format("expert shards"))

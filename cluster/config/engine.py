@@ -7,7 +7,7 @@ from typing import Any
 from cluster.config.kv_cache import AUTO, EIGHT_BITS, check_cache_device
 from cluster.config.lora import MAX_RANK, check_adapters
 from cluster.config.model import DTYPES
-from cluster.config.options import check, option
+from cluster.config.options import MOST_BYTES, MOST_CALLS, MOST_SEQS, MOST_TOKENS, check, option
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
 from cluster.config.speculation import FIELD, Speculation, read_speculation
 from cluster.errors import SetupError
@@ -34,9 +34,12 @@ class EngineConfig:
         choices=(AUTO, *EIGHT_BITS),
     )
     device: str = option("auto", "cpu, cuda, or auto: cuda where a process has one", choices=("auto", "cpu", "cuda"))
-    block_size: int = option(16, "tokens in a block of the KV cache", least=1)
+    block_size: int = option(16, "tokens in a block of the KV cache", least=1, most=MOST_TOKENS)
     kv_cache_bytes: int | None = option(
-        None, "memory for the keys and values of each attention replica; unset: as memory_utilization says", least=1
+        None,
+        "memory for the keys and values of each attention replica; unset: as memory_utilization says",
+        least=1,
+        most=MOST_BYTES,
     )
     memory_utilization: float | None = option(
         None,
@@ -46,12 +49,12 @@ class EngineConfig:
         least=0.01,
         most=1,
     )
-    max_num_seqs: int = option(64, "sequences in one step of an engine at most", least=1)
+    max_num_seqs: int = option(64, "sequences in one step of an engine at most", least=1, most=MOST_SEQS)
     max_num_batched_tokens: int = option(
-        2048, "tokens in one step at most, decode rows and prefill chunks together", least=1
+        2048, "tokens in one step at most, decode rows and prefill chunks together", least=1, most=MOST_TOKENS
     )
     max_model_len: int | None = option(
-        None, "tokens of prompt and answer together at most; unset: the checkpoint's context", least=1
+        None, "tokens of prompt and answer together at most; unset: the checkpoint's context", least=1, most=MOST_TOKENS
     )
     rope_scaling: Mapping[str, Any] | None = option(
         None,
@@ -63,6 +66,7 @@ class EngineConfig:
         "requests that may queue for an engine, a further one gets RESOURCE_EXHAUSTED; 0: none queues, and answers "
         "keep their latency under any load",
         least=0,
+        most=MOST_CALLS,
     )
     cuda_graphs: bool = option(
         True, "on a GPU, decode steps are captured once for each size and replayed, with one launch for many"
@@ -72,7 +76,9 @@ class EngineConfig:
         "LoRA adapters beside the model: the directory of each by the name that requests give as model; unset: none",
     )
     max_lora_rank: int = option(64, "the highest rank of an adapter", least=1, most=MAX_RANK)
-    max_loras: int = option(16, "adapters that are loaded at a time; any of them may be in one step", least=1)
+    max_loras: int = option(
+        16, "adapters that are loaded at a time; any of them may be in one step", least=1, most=MOST_SEQS
+    )
     enable_prefix_caching: bool = option(True, "prompts that begin alike share the keys and values of their beginning")
     speculative_config: Mapping[str, Any] | None = option(
         None,

@@ -17,6 +17,13 @@ T = TypeVar("T")
 
 _DOC, _LIMITS = "doc", "limits"
 
+# Upper limits: each is beyond any use, and below it nothing overflows.
+MOST_CALLS = 1 << 30  # Ray Serve counts calls in 32 bits, and gets the sum of two such limits at most
+MOST_SEQS = 1 << 16  # rows of a step: the logits of more, with Qwen's vocabulary, take over 40 GB
+MOST_TOKENS = 1 << 24  # the longest known context is 10 M
+MOST_BYTES = 1 << 50  # a million GB
+MOST_MESSAGE_BYTES = (1 << 31) - 1  # gRPC counts a message's bytes in 32 bits
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -17,7 +17,7 @@ from cluster.config import EngineConfig, ModelConfig
 from cluster.config.kv_cache import AUTO, check_cache_device
 from cluster.config.lora import AdapterList, AdapterSource
 from cluster.config.quantization import quantization_on
-from cluster.config.resources import available_memory
+from cluster.config.resources import available_memory, memory_limit
 from cluster.engine.adapters import Adapters, AdapterSetup, ShareAdapters
 from cluster.engine.block_manager import BlockManager, make_block_manager
 from cluster.engine.draft_loading import load_draft, models_part, with_drafts
@@ -35,7 +35,7 @@ from cluster.experts.transport import LocalTransport
 from cluster.grammar.grammars import Grammars
 from cluster.metrics import DispatchMetrics, EngineMetrics
 from cluster.model.adapters import Adapter, load_adapter
-from cluster.model.cache_size import check_block_fits, num_kv_blocks
+from cluster.model.cache_size import check_cache_room, num_kv_blocks
 from cluster.model.decoder import CausalLM
 from cluster.model.kv_cache import KVCache, cache_for
 from cluster.model.registry import load_model
@@ -68,6 +68,11 @@ def device_of(config: EngineConfig) -> torch.device:
     return device
 
 
+def whole_memory(device: torch.device) -> int | None:
+    """Bytes that this process may have of the CPUs' memory, free or not; None for another device's, and if unknown."""
+    return memory_limit() if device.type == "cpu" else None
+
+
 def load_engine(
     model_dir: str | Path,
     config: EngineConfig,
@@ -92,7 +97,7 @@ def load_engine(
     reader = open_checkpoint(model_dir, config.rope_scaling)
     dtype, device = resolve_dtype(config.dtype, reader.config), device_of(config)
     longest = max_model_len(reader.config, config)
-    check_block_fits(reader.config, config, dtype)
+    check_cache_room(reader.config, config, dtype, max_model_len=longest, machine_bytes=whole_memory(device))
     model = load_model(
         reader, dtype=torch_dtype(dtype), device=device, progress=progress,
         quantization=quantization_on(config.quantization, device.type, reader.config.stored),

@@ -36,6 +36,36 @@ def num_kv_blocks(
     return tuple(counts)
 
 
+def check_cache_room(
+    config: ModelConfig,
+    engine: EngineConfig,
+    dtype: str,
+    *,
+    max_model_len: int,
+    machine_bytes: int | None,
+    num: int = 1,
+) -> None:
+    """Raises SetupError where kv_cache_bytes is less than a block, or `num` such caches are more than a whole machine.
+
+    machine_bytes: of memory; None if unknown.
+    """
+    check_block_fits(config, engine, dtype)
+    if engine.kv_cache_bytes is None or machine_bytes is None or not num:
+        return
+    counts = num_kv_blocks(config, engine, dtype, max_model_len=max_model_len, room_bytes=None, share=1.0)
+    stored = engine.cache_dtype(dtype)
+    taken = num * sum(
+        count * engine.block_size * config.kv_bytes_per_token(stored, len(group.layer_ids))
+        for count, group in zip(counts, config.layer_groups, strict=True)
+    )
+    if taken > machine_bytes:
+        caches = "a cache takes" if num == 1 else f"the caches of {num} attention replicas take"
+        raise SetupError(
+            f"kv_cache_bytes is {engine.kv_cache_bytes}: {caches} {taken / 1e9:.3g} GB, and this machine has "
+            f"{machine_bytes / 1e9:.3g} GB: ask for less"
+        )
+
+
 def most_blocks(window: int | None, num_tokens: int, step_tokens: int, block_size: int) -> int:
     """Blocks of one group that a sequence holds at most until it has num_tokens tokens.
 

@@ -88,8 +88,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer]) -> None:
         super().__init__()
-        # Not drawn at random: on the meta device that imports torch's compiler, a second of CPU and 150 MB.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
+        # Without values: to draw them on the meta device imports torch's compiler, a second of CPU and 150 MB.
+        values = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=values)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 import torch
 
 from cluster.errors import ProtocolError
+from cluster.logs import SeldomLog
 from cluster.stream.buffers import ReceiveBuffers
 from cluster.stream.frames import StreamOffer
 from cluster.stream.groups import WaitingRequests
@@ -22,6 +23,7 @@ from cluster.stream.peer import HANDSHAKE_S, Peer, Request, State
 from cluster.stream.sockets import listen, user_of
 
 log = logging.getLogger(__name__)
+seldom = SeldomLog(log)
 
 
 class Callers:
@@ -78,7 +80,7 @@ class Callers:
                 self._accept(key.fileobj)  # type: ignore[arg-type]
         now = time.monotonic()
         for peer in [p for p in self.peers if p.state is State.HELLO and p.deadline <= now]:
-            log.warning("a connection is closed: no handshake in %.0f s", HANDSHAKE_S)
+            seldom.warning("a connection is closed: no handshake in %.0f s", HANDSHAKE_S)
             self.drop(peer)
 
     def attend_to(self, peer: Peer, events: int) -> None:
@@ -92,7 +94,7 @@ class Callers:
                     self._on_request(request)
             self._watch(peer)
         except ProtocolError as error:
-            log.warning("a connection is closed: %s", error)
+            seldom.warning("a connection is closed: %s", error)
             peer.refuse(str(error))
             self.drop(peer)
         except OSError as error:
@@ -158,12 +160,12 @@ class Callers:
         try:
             sock, _ = listener.accept()
             if sock.family == socket.AF_UNIX and (user := user_of(sock)) != os.getuid():
-                log.warning("a connection of another user of this machine (uid %d) is closed", user)
+                seldom.warning("a connection of another user of this machine (uid %d) is closed", user)
                 sock.close()
                 return
             peer = Peer(sock, self._secret, self._buffers, self._device)
         except OSError as error:  # the stranger has gone again, or this process has too many files open
-            log.warning("a connection could not be taken: %s", error)
+            seldom.warning("a connection could not be taken: %s", error)
             return
         self.peers.add(peer)
         self.send(peer, peer.greeting())

@@ -15,8 +15,9 @@ from drafters import Told, with_drafts
 from matrix import CELLS, RESULTS, TOKENS, Reference, cell_id, class_of, raw_config
 from safetensors.torch import load_file, save_file
 
-from cluster import LLM, SamplingParams, llm
+from cluster import LLM, SamplingParams
 from cluster.checkpoint.made.synthetic import write_checkpoint
+from cluster.runtime.start import offline
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -84,7 +85,7 @@ def marks_of(cell):
 def test_a_cell(cell, model_dir_of, reference_of, actors, monkeypatch):
     family, result, dtype, transport = cell
     if transport != "local":
-        monkeypatch.setattr(llm, "ray_experts", lambda cluster, metrics: ActorExperts(actors(), cluster, metrics))
+        monkeypatch.setattr(offline, "RayExperts", lambda cluster, metrics: ActorExperts(actors(), cluster, metrics))
     head = "ForCausalLM" if result == TOKENS else RESULTS[result].head
     model_dir = model_dir_of(family, head)
     exact, same_dtype = reference_of(model_dir, head, "float32"), reference_of(model_dir, head, dtype)

@@ -1,7 +1,8 @@
 """Runs other programs' clients, each in an environment of its own.
 
 `$CLIENTS` is the Python of an environment with the packages of tests/clients/requirements.txt, `$OPENAI_NPM` a folder
-with npm's package openai (CONTRIBUTING.md); `.ci/run` makes both. Without them their tests are skipped.
+with npm's package openai (CONTRIBUTING.md); `.ci/run` makes both. `$VLLM` is the Python of one with vLLM. Without them
+their tests are skipped.
 """
 
 import os
@@ -16,6 +17,7 @@ QUIET = {
     "HF_DATASETS_OFFLINE": "1",
 }  # fmt: skip
 with_clients = pytest.mark.skipif("CLIENTS" not in os.environ, reason="CLIENTS names no Python with the clients")
+with_vllm = pytest.mark.skipif("VLLM" not in os.environ, reason="VLLM names no Python with vLLM")
 with_npm = pytest.mark.skipif(
     "OPENAI_NPM" not in os.environ or shutil.which("node") is None, reason="OPENAI_NPM names no folder of npm's openai"
 )

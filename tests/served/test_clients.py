@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from client_tools import run, with_clients, with_npm
+from client_tools import run, with_clients, with_npm, with_vllm
 
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
@@ -37,6 +37,25 @@ def test_python_clients(arguments, script):
 @with_npm
 def test_openais_client_for_javascript(arguments):
     run("node", SCRIPTS / "chat.mjs", *arguments, OPENAI_NPM=f"{os.environ['OPENAI_NPM']}/")
+
+
+@with_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "path"), [("openai", "completions"), ("openai-chat", "chat/completions")])
+def test_vllms_bench_of_a_server(served, demo_checkpoint, tmp_path, backend, path):
+    """Every request gets all its tokens, 20 of 16, as a stream; a chunk has several or, at an end, none."""
+    run(
+        os.environ["VLLM"], SCRIPTS / "vllm_bench.py", "--backend", backend, "--endpoint", f"/v1/{path}",
+        "--base-url", served.http_url, "--model", "demo-moe", "--tokenizer", demo_checkpoint,
+        "--dataset-name", "random", "--random-input-len", 32, "--random-output-len", 16, "--num-prompts", 20,
+        "--max-concurrency", 4, "--ignore-eos", "--temperature", 0, "--disable-tqdm",
+        "--save-result", "--save-detailed", "--result-dir", tmp_path, "--result-filename", "result.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["completed"], found["failed"]) == (20, 0)
+    assert found["output_lens"] == [16] * 20
+    assert all(ttft > 0 for ttft in found["ttfts"])
+    assert all(0 < len(gaps) < 18 for gaps in found["itls"]), [len(gaps) for gaps in found["itls"]]
 
 
 @with_clients

@@ -12,7 +12,7 @@ import torch
 from cluster.bench.arguments import add_arguments
 from cluster.bench.command import run
 from cluster.bench.kernels import reading
-from cluster.bench.kernels.attention import attention_cases, make_paged
+from cluster.bench.kernels.attention import attention_cases, left_out, make_paged
 from cluster.bench.kernels.case import Case, Measured
 from cluster.bench.kernels.experts import expert_cases, routings
 from cluster.bench.kernels.products import product_cases
@@ -151,6 +151,21 @@ def test_the_bytes_of_a_step_are_those_of_its_active_experts() -> None:
         found = call(2)
         assert isinstance(found, torch.Tensor)
         torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)
+
+
+def test_attention_too_large_to_measure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A2.7B's layer has 8,192 bytes of keys and values a token in bfloat16: 2 x 262,144 tokens take 4.29 GB."""
+    config = read_model_config(A2_7B_CONFIG)
+    line = "attention, batch 2, context 262144 is left out: its keys and values take 4.29 GB, more than 2.15"
+    assert left_out(config, torch.bfloat16, (1, 2), (8, 262144))[-1] == line
+    assert not left_out(config, torch.bfloat16, (1, 2), (8,))
+    file = tmp_path / "kernels.json"
+    arguments = ["--kernels", "attention", "--batch", "2", "--context", "262144", "--threads", "1", "--repeat", "1"]
+    assert run(parse(*arguments, "--json", str(file))) == 0
+    printed = capsys.readouterr()
+    assert line in printed.err
+    assert line in printed.out
+    assert json.loads(file.read_text())["left_out"] == [line]
 
 
 def test_attention_is_that_of_its_definition() -> None:

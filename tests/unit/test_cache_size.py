@@ -1,5 +1,6 @@
 """How large the KV cache is when nobody says, and how long an answer may become in it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from cluster.errors import InvalidRequest, SetupError
 from cluster.llm import LLM
 from cluster.model.cache_size import MIN_BYTES, UNKNOWN_BYTES, num_kv_blocks
 from cluster.runtime.process import num_sharers
+from cluster.runtime.start import application
 from cluster.types import SamplingParams
 
 GIB = 1 << 30
@@ -56,6 +58,30 @@ def test_a_size_below_one_block_is_refused(model_config):
         num_kv_blocks(
             model_config, EngineConfig(kv_cache_bytes=5), "float32", max_model_len=4096, room_bytes=GIB, share=0.5
         )
+
+
+@pytest.mark.parametrize(("replicas", "fits"), [(0, True), (1, True), (3, True), (4, False)])
+def test_caches_that_the_whole_machine_has_no_room_for_are_refused(demo_checkpoint, monkeypatch, replicas, fits):
+    """64 sequences of 4,096 tokens use 256 MiB at most, whatever is asked for beyond; the machine has 1,000 MiB."""
+    monkeypatch.setattr(application, "memory_limit", lambda: 1000 << 20)
+    config = ClusterConfig(model=str(demo_checkpoint), device="cpu", kv_cache_bytes=10**12)
+    with nullcontext() if fits else pytest.raises(SetupError, match=r"kv_cache_bytes is 10{12}: .* 4 .*1\.07 GB"):
+        application.check_memory(config, attention_replicas=replicas)
+
+
+def test_processes_that_the_machine_has_no_room_for_are_refused(demo_checkpoint, monkeypatch):
+    """100 MB each at least."""
+    monkeypatch.setattr(application, "memory_limit", lambda: 10**9)
+    config = ClusterConfig(model=str(demo_checkpoint), device="cpu", expert_shards=5)
+    application.check_memory(config, attention_replicas=3, ingresses=2)
+    with pytest.raises(SetupError, match=r"11 processes are asked for .* this machine has 1 GB"):
+        application.check_memory(config, attention_replicas=4, ingresses=2)
+
+
+def test_an_llm_refuses_a_cache_that_its_machine_has_no_room_for(demo_checkpoint, monkeypatch):
+    monkeypatch.setattr(load, "memory_limit", lambda: 100 << 20)
+    with pytest.raises(SetupError, match=r"kv_cache_bytes is 1000000000000: a cache takes 0\.268 GB"):
+        LLM(demo_checkpoint, device="cpu", skip_tokenizer=True, kv_cache_bytes=10**12)
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -1])

@@ -1,9 +1,12 @@
 """Configurations are read in both key styles, and refused with the key, the value and what is needed."""
 
+from dataclasses import fields
+
 import pytest
 from configs import BASE, config, dense
 
 from cluster.config import ClusterConfig, EngineConfig, read_model_config
+from cluster.config.options import MOST_CALLS, MOST_SEQS, type_of
 from cluster.errors import CheckpointError, SetupError
 
 
@@ -155,3 +158,18 @@ def test_gpus_are_parts_of_one_or_whole(name):
             ClusterConfig(model="m", **{name: value})
     for value in (None, 0, 0.25, 1, 2.0):
         assert getattr(ClusterConfig(model="m", **{name: value}), name) == value
+
+
+NUMBERS = [f.name for f in fields(ClusterConfig) if type_of(ClusterConfig, f.name) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_an_end_at_which_it_still_works(name):
+    """None is read that a later part, Ray's 32 bits say, cannot have; one that cannot be is refused by its name."""
+    for value in (10**25, 1e300):
+        with pytest.raises(SetupError, match=f"^{name} is .*at most|^{name} is .*whole number"):
+            ClusterConfig(model="m", **{name: value})
+
+
+def test_calls_of_all_kinds_together_are_counted_in_32_bits():
+    assert MOST_CALLS + MOST_SEQS + 64 < 1 << 31

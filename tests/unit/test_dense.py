@@ -7,7 +7,7 @@ import pytest
 from configs import DENSE_CONFIGS
 from rich.console import Console
 
-from cluster import LLM, SamplingParams, llm
+from cluster import LLM, SamplingParams
 from cluster.chaos.command import KINDS, possible_kinds, run
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.config import EngineConfig, read_model_config
@@ -16,6 +16,7 @@ from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError, Unavailable
 from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for, plan_evenly
+from cluster.runtime.start import offline
 from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus
 from cluster.types import EngineStats
 
@@ -52,7 +53,7 @@ def test_offline_it_runs_in_this_process_whatever_the_transport(dense_dir, monke
     def unwanted(*_, **__):
         raise AssertionError("expert shards were started")
 
-    monkeypatch.setattr(llm, "ray_experts", unwanted)
+    monkeypatch.setattr(offline, "RayExperts", unwanted)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     answers = []
     for options in ({}, {"transport": "auto", "num_expert_shards": 3}):

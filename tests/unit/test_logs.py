@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pytest
 
-from cluster.logs import LOG_FORMAT, JsonFormatter, make_formatter
+from cluster.logs import LOG_FORMAT, JsonFormatter, SeldomLog, make_formatter
 from cluster.runtime import process
 from cluster.runtime.process import actor_environment
 
@@ -60,3 +60,21 @@ def test_a_process_hands_the_format_down_to_those_it_makes(monkeypatch, tmp_path
     assert actor_environment("g", 1, "json")["env_vars"][LOG_FORMAT] == "json"
     monkeypatch.setenv(LOG_FORMAT, "json")
     assert actor_environment("g", 1)["env_vars"][LOG_FORMAT] == "json"
+
+
+def test_what_clients_cause_is_logged_once_a_minute_with_a_count(caplog):
+    """Three at once, one 59 s later, one at 60 s: the first and the last are written, kinds apart."""
+    now = 0.0
+    seldom = SeldomLog(logging.getLogger("clients"), lambda: now)
+    for name in "abc":
+        seldom.warning("no room for %s", name)
+    seldom.warning("another kind")
+    now = 59.0
+    seldom.warning("no room for %s", "d")
+    now = 60.0
+    seldom.warning("no room for %s", "e")
+    now = 130.0
+    seldom.warning("no room for %s", "f")
+    assert caplog.messages == [
+        "no room for a", "another kind", "no room for e (and 3 more in the 60 s before)", "no room for f",
+    ]  # fmt: skip

@@ -109,9 +109,9 @@ def test_cpus_that_no_process_can_have_are_refused_in_a_line_before_anything_sta
 def test_the_cpus_of_all_processes_together_may_be_more_than_there_are():
     """Processes take turns on the CPUs; a setting for processes that do not start asks for nothing."""
     check_cpus(ClusterConfig(model="m", expert_shards=1000), attention_replicas=1000)
-    check_cpus(ClusterConfig(model="m", cpus_per_attention_replica=100_000.0))
-    with pytest.raises(SetupError, match="cpus_per_expert_shard is 100000, and this machine has"):
-        check_cpus(ClusterConfig(model="m", cpus_per_expert_shard=100_000.0))
+    check_cpus(ClusterConfig(model="m", cpus_per_attention_replica=8_000.0))
+    with pytest.raises(SetupError, match="cpus_per_expert_shard is 8000, and this machine has"):
+        check_cpus(ClusterConfig(model="m", cpus_per_expert_shard=8_000.0))
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -46,6 +46,7 @@ def test_fronts_and_the_controller_do_without_torch(demo_checkpoint):
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
+
 COMPUTES = """
 import sys
 from cluster import LLM, SamplingParams

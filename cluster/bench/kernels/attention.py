@@ -24,6 +24,26 @@ _LAYERS = 32  # so many layers' caches at most, where a batch is small
 Cache = tuple[Tensor, Tensor]
 
 
+def left_out(config: ModelConfig, dtype: torch.dtype, batches: tuple[int, ...], contexts: tuple[int, ...]) -> list[str]:
+    """The cases that `attention_cases` leaves out, each in a sentence that says why."""
+    found = []
+    for batch in batches:
+        for context in contexts:
+            num_bytes, count = _caches(config, dtype, batch, context)
+            if count * num_bytes > _MOST_BYTES:
+                found.append(
+                    f"attention, batch {batch}, context {context} is left out: its keys and values take "
+                    f"{count * num_bytes / 1e9:.3g} GB, more than {_MOST_BYTES / 1e9:.3g}"
+                )
+    return found
+
+
+def _caches(config: ModelConfig, dtype: torch.dtype, batch: int, context: int) -> tuple[int, int]:
+    """The bytes of a layer's keys and values, and the number of layers to visit in turn."""
+    num_bytes = 2 * batch * context * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return num_bytes, min(num_turns(num_bytes), _LAYERS)
+
+
 def attention_cases(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -39,8 +59,7 @@ def attention_cases(
     for batch in batches:
         for context in contexts:
             row_bytes = config.num_key_value_heads * config.head_dim * dtype.itemsize
-            num_bytes = 2 * batch * context * row_bytes
-            count = min(num_turns(num_bytes), _LAYERS)
+            num_bytes, count = _caches(config, dtype, batch, context)
             if count * num_bytes > _MOST_BYTES:
                 continue
             paged, caches = make_paged(config, dtype, batch, context, count)

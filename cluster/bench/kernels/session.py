@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from cluster.bench.checkpoint import describe, read_config
-from cluster.bench.kernels.attention import attention_cases
+from cluster.bench.kernels.attention import attention_cases, left_out
 from cluster.bench.kernels.case import TORCH, Call, Case, Measured
 from cluster.bench.kernels.experts import expert_cases
 from cluster.bench.kernels.masks import mask_cases
@@ -48,6 +49,9 @@ def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.
             raise SetupError(f"{option} has {least}, numbers from 1 are needed")
     config = read_config(model_directory(args.model_dir)) if args.model_dir else read_model_config(A2_7B_CONFIG)
     dtype = config.dtype if args.dtype == "auto" else args.dtype
+    lacks = left_out(config, getattr(torch, dtype), args.batch, args.context) if "attention" in args.kernels else []
+    for line in lacks:
+        print(line, file=sys.stderr)
     before = torch.get_num_threads()
     try:
         with torch.inference_mode(), _memory_that_stays():
@@ -59,7 +63,7 @@ def measure_kernels(args: argparse.Namespace, clock: Callable[[], float] = time.
         raise SetupError(f"too little memory for --batch {batch} and --context {context}: ask for less") from error
     finally:
         torch.set_num_threads(before)
-    report = this_machine(), describe(config, dtype), args.repeat, measured
+    report = this_machine(), describe(config, dtype), args.repeat, measured, lacks
     print(to_markdown(*report), end="")
     if args.json:
         args.json.write_text(to_json(*report))

@@ -15,13 +15,19 @@ over that of the fastest plain read of memory, in turns with it. `torch / now`: 
 `plain cache`: attention over keys and values that are not in 8 bits. The ways take turns; least of {rounds} rounds."""
 
 
-def to_markdown(machine: Machine, shapes: str, rounds: int, measured: Sequence[Measured]) -> str:
+def to_markdown(
+    machine: Machine, shapes: str, rounds: int, measured: Sequence[Measured], left_out: Sequence[str] = ()
+) -> str:
+    """left_out: a sentence for each case that was asked for and not measured."""
     lines = [describe_machine(machine), "", f"Shapes: {shapes}.", "", _EXPLAINED.format(rounds=rounds), ""]
-    return "\n".join([*lines, *markdown_table(_rows(measured))]) + "\n"
+    return "\n".join([*lines, *markdown_table(_rows(measured)), *(["", *left_out] if left_out else [])]) + "\n"
 
 
-def to_json(machine: Machine, shapes: str, rounds: int, measured: Sequence[Measured]) -> str:
-    report = {"machine": asdict(machine), "shapes": shapes, "rounds": rounds, "cases": [asdict(m) for m in measured]}
+def to_json(
+    machine: Machine, shapes: str, rounds: int, measured: Sequence[Measured], left_out: Sequence[str] = ()
+) -> str:
+    cases = [asdict(m) for m in measured]
+    report = {"machine": asdict(machine), "shapes": shapes, "rounds": rounds, "cases": cases, "left_out": left_out}
     return json.dumps(report, indent=2) + "\n"
 
 

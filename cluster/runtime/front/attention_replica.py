@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ClusterConfig
 from cluster.engine.step_record import make_step_record
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
+from cluster.logs import SeldomLog
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.deaths import Pauses
 from cluster.runtime.front.autoscaling import engine_load
@@ -29,6 +30,7 @@ from cluster.serving.update_queue import UpdateQueue, follow
 from cluster.types import EngineRequest, SequenceUpdate
 
 log = logging.getLogger(__name__)
+seldom = SeldomLog(log)
 
 LOST = "the attention replica of this request lost its engine"
 HUNG_S = LONG_POLL_S + 10.0  # a healthy engine answers a poll within LONG_POLL_S; one that takes this long hangs
@@ -117,7 +119,7 @@ class AttentionReplica:
         for update in updates:
             stream = self._streams.get(update.request_id)
             if stream is not None and not stream.put(update) and update.finish_reason is None:
-                log.warning("a stream ends, its client reads too slowly (request id %s here)", update.request_id)
+                seldom.warning("a stream ends, its client reads too slowly (request id %s here)", update.request_id)
                 self._context.run(self.engine.cancel.remote, [update.request_id])
 
     async def _share_out(self) -> None:

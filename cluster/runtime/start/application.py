@@ -6,13 +6,17 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.model_files import pinned
+from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
-from cluster.config.resources import available_cpus
+from cluster.config.resources import available_cpus, memory_limit
 from cluster.config.speculation import with_model
+from cluster.engine.load import resolve_device
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
 from cluster.experts.placement import num_shards_for
+from cluster.model.cache_size import check_cache_room
 from cluster.runtime.control.adapters import check_free
 from cluster.runtime.front.attention_replica import AttentionReplica
 from cluster.runtime.front.autoscaling import autoscaling_config
@@ -25,6 +29,7 @@ GRPC_SERVICERS = [
     "cluster.runtime.proxy.add_inference_service",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
+PROCESS_BYTES = 100_000_000  # all of a server of the demo take 2 GB, shared pages counted once: 115 MB each of 17
 CALLS_BEING_REFUSED = 1024  # at a time, in an ingress
 INGRESS_CPUS = 0.1  # Ray's bookkeeping only; an ingress waits most of the time
 HEALTH_TIMEOUT_S = 10.0  # Serve replaces a replica that is silent for so long; none of its work takes seconds
@@ -56,6 +61,28 @@ def check_cpus(config: ClusterConfig, *, attention_replicas: int = 0) -> None:
             raise SetupError(
                 f"{name} is {getattr(config, name):g}, and this machine has {available} CPUs: ask for fewer"
             )
+
+
+def check_memory(config: ClusterConfig, *, attention_replicas: int = 0, ingresses: int = 0) -> None:
+    """Checks processes and their caches for a Ray of this machine. Raises SetupError for what cannot have room.
+
+    The model's weights are not counted: their files may be in memory once for all.
+    """
+    machine = memory_limit()
+    if machine is None:
+        return
+    processes = config.expert_shards + attention_replicas + ingresses
+    if processes * PROCESS_BYTES > machine:
+        raise SetupError(
+            f"{processes} processes are asked for ({attention_replicas} attention replicas, {config.expert_shards} "
+            f"expert shards, {ingresses} ingresses), of {PROCESS_BYTES / 1e6:.0f} MB each at least, and this machine "
+            f"has {machine / 1e9:.3g} GB: ask for fewer"
+        )
+    engine, model = config.engine(), open_checkpoint(config.model, config.rope_scaling).config
+    check_cache_room(
+        model, engine, resolve_dtype(config.dtype, model), max_model_len=max_model_len(model, engine),
+        machine_bytes=machine if resolve_device(config.device).type == "cpu" else None, num=attention_replicas,
+    )  # fmt: skip
 
 
 def resolve_gpus(config: ClusterConfig) -> ClusterConfig:

@@ -17,7 +17,7 @@ from cluster.metrics import DispatchMetrics
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.names import shard_prefix
 from cluster.runtime.process import process_info
-from cluster.runtime.start.application import check_config, check_cpus, check_gpus, resolve_gpus
+from cluster.runtime.start.application import check_config, check_cpus, check_gpus, check_memory, resolve_gpus
 from cluster.runtime.start.groups import OnStatus, StatusReports, close_controller
 from cluster.runtime.start.local_ray import start_ray
 from cluster.runtime.workers.directory import ShardDirectory
@@ -46,6 +46,7 @@ class RayExperts:
         config = check_config(config, tokenizer=False)
         if not ray.is_initialized():
             check_cpus(config)
+            check_memory(config)
         self._controller: Any = None
         self._directory: ShardDirectory | None = None
         self._transport: ExpertTransport | None = None

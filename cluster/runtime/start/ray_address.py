@@ -8,7 +8,7 @@ import socket
 from contextlib import closing
 
 from cluster.errors import SetupError
-from cluster.inputs import is_port
+from cluster.inputs import is_host, is_port
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
@@ -41,7 +41,7 @@ def find_ray(address: str | None) -> str:
 def check_address(address: str) -> None:
     """Raises SetupError where no Ray answers; Ray itself would try for a minute or two."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
-    if not host or "/" in host or not is_port(port):
+    if not is_host(host) or not is_port(port):
         raise SetupError(f"{address!r} is no address of a Ray: HOST:PORT or auto is needed")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

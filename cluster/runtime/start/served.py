@@ -31,6 +31,7 @@ from cluster.runtime.start.application import (
     check_config,
     check_cpus,
     check_gpus,
+    check_memory,
     resolve_gpus,
 )
 from cluster.runtime.start.failure import why_not_started
@@ -99,6 +100,7 @@ class ServedCluster:
         config = check_config(config)
         if options.ray_address is None and not ray.is_initialized():
             check_cpus(config, attention_replicas=config.attention_replicas)
+            check_memory(config, attention_replicas=config.attention_replicas, ingresses=config.ingress_replicas)
             open_checkpoint(config.model, config.rope_scaling).check_room()
         _check_ingress_files(config)
         options.front_environment()

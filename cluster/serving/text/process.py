@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from cluster.errors import ClusterError, InvalidRequest, Unavailable
+from cluster.logs import SeldomLog
 from cluster.serving.text.worker import LENGTH, RENDER, TOKENIZE, Task, write_frame
 
 log = logging.getLogger(__name__)
+seldom = SeldomLog(log)
 
 MAX_START_S = 60.0  # of a process, on a busy machine
 READ_BYTES = 1 << 20
@@ -86,7 +88,7 @@ class TextProcess:
     def _give_up(self) -> None:
         process = self._process
         self.end()
-        log.warning("the process to %s is gone, with code %s", self._job.does, process and process.returncode)
+        seldom.warning("the process to %s is gone, with code %s", self._job.does, process and process.returncode)
 
     def _started(self) -> "subprocess.Popen[bytes]":
         """The process, ready for a task. Raises EOFError, Unavailable."""

@@ -13,10 +13,12 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.errors import ClusterError, Overloaded
+from cluster.logs import SeldomLog
 from cluster.serving.openai.responses.response_body import ENDED, ResponseBody
 from cluster.serving.openai.responses.store import NoStore, Progress, ResponseStore, StoredResponse
 
 log = logging.getLogger(__name__)
+seldom = SeldomLog(log)
 
 REPORT_S = 0.25  # between two reports: a cancel takes as long to come through
 MAX_RUNNING, MAX_OF_CLIENT = 256, 64  # in the background of one process, waiting ones too
@@ -135,7 +137,7 @@ class Responses:
         try:
             await self.store.put(stored)
         except ClusterError as error:
-            log.warning("response %s is not kept: %s", stored.response_id, error)
+            seldom.warning("response %s is not kept: %s", stored.response_id, error)
             return False
         return True
 
@@ -225,7 +227,7 @@ class Responses:
         try:
             response.store_id = await self.store.put(response.whole())
         except Overloaded as error:
-            log.warning("the store has no room for response %s: %s", response.response_id, error)
+            seldom.warning("the store has no room for response %s: %s", response.response_id, error)
 
     def _forget(self, response: BackgroundResponse) -> None:
         self._running.pop(response.response_id, None)
