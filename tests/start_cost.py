@@ -1,4 +1,5 @@
-"""Prints what a start of `moe-cluster serve` costs: seconds to ready, CPU time and memory of all its processes.
+"""Prints what a start of `moe-cluster serve` costs: seconds to ready, CPU time and memory of all its processes; and the
+seconds of its end by Ctrl-C.
 
 python tests/start_cost.py [TREE …]: source trees with built kernels, which take turns; by default this one. Linux.
 """
@@ -44,10 +45,12 @@ def measure(tree: str, mark: str) -> str:
             with suppress(OSError):
                 if f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
                     found.append(of_process(process))
+        asked = time.monotonic()
         os.killpg(server.pid, signal.SIGINT)
         server.wait()
+        end_s = time.monotonic() - asked
     cpu, own_bytes = (sum(each) for each in zip(*found, strict=True))
-    return f"{seconds:.1f} s, {cpu:.1f} s of CPU, {own_bytes / 1e6:.0f} MB in {len(found)} processes"
+    return f"{seconds:.1f} s, {cpu:.1f} s of CPU, {own_bytes / 1e6:.0f} MB in {len(found)} processes, {end_s:.1f} s to end"
 
 
 def main(trees: list[str]) -> None:
