@@ -103,7 +103,8 @@ def _number(value: Any, name: str, kind: type, limits: Limits) -> float:
     except InvalidRequest as error:
         raise SetupError(str(error)) from None
     if not limits.least <= number <= limits.most or math.isinf(number):
-        upper = "" if limits.most == math.inf else f" and at most {limits.most:g}"
+        most = limits.most if isinstance(limits.most, int) else f"{limits.most:g}"
+        upper = "" if limits.most == math.inf else f" and at most {most}"
         raise SetupError(f"{name} is {inputs.shown(number)}, at least {limits.least:g}{upper} is needed")
     return number
 

@@ -30,6 +30,13 @@ def test_a_port_that_cannot_be_is_refused(port, capsys):
         assert "is no port: 8000" in refused(capsys, "demo", f"--http-port={port}")
 
 
+@pytest.mark.parametrize(("one", "other"), [("grpc", "http"), ("grpc", "metrics"), ("http", "metrics")])
+def test_one_port_for_two_purposes_is_refused(one, other, capsys):
+    ports = {"grpc": 0, "http": 0, "metrics": 0, one: 29000, other: 29000}
+    error = refused(capsys, "serve", "demo", *(f"--{name}-port={port}" for name, port in ports.items()))
+    assert f"{one} port and {other} port are both 29000" in error
+
+
 @pytest.mark.parametrize("shards", ["--expert-shards", "--attention-replicas"])
 def test_no_process_is_no_scale(shards, capsys):
     """Before a cluster is looked for, and before the other half of the change."""

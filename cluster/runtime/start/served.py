@@ -97,7 +97,7 @@ class ServedCluster:
         """
         options = options or ServeOptions()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the caller shows what a user must know
-        config = check_config(config)
+        config = check_config(_with_ports_apart(options, config))
         if options.ray_address is None and not ray.is_initialized():
             check_cpus(config, attention_replicas=config.attention_replicas)
             check_memory(config, attention_replicas=config.attention_replicas, ingresses=config.ingress_replicas)
@@ -208,6 +208,17 @@ def _attempt(what: str, step: Callable[[], None]) -> None:
         step()
     except (ClusterError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         log.warning("while stopping, could not %s: %s", what, error)
+
+
+def _with_ports_apart(options: ServeOptions, config: ClusterConfig) -> ClusterConfig:
+    """Returns the configuration. Raises SetupError where one port is given for two purposes; 0 takes another one each time."""
+    ports = {"grpc port": options.grpc_port, "http port": options.http_port, "metrics port": config.metrics_port}
+    given: dict[int, str] = {}
+    for what, port in ports.items():
+        if port and port in given:
+            raise SetupError(f"{given[port]} and {what} are both {port}: choose two, or 0 for a free one")
+        given[port] = what
+    return config
 
 
 def _free_port(what: str, port: int) -> int:
