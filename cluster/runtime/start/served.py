@@ -211,7 +211,7 @@ def _attempt(what: str, step: Callable[[], None]) -> None:
 
 
 def _with_ports_apart(options: ServeOptions, config: ClusterConfig) -> ClusterConfig:
-    """Returns the configuration. Raises SetupError where one port is given for two purposes; 0 takes another one each time."""
+    """Returns the configuration. Raises SetupError for one port with two purposes; 0 takes another one each time."""
     ports = {"grpc port": options.grpc_port, "http port": options.http_port, "metrics port": config.metrics_port}
     given: dict[int, str] = {}
     for what, port in ports.items():
