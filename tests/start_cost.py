@@ -50,7 +50,9 @@ def measure(tree: str, mark: str) -> str:
         server.wait()
         end_s = time.monotonic() - asked
     cpu, own_bytes = (sum(each) for each in zip(*found, strict=True))
-    return f"{seconds:.1f} s, {cpu:.1f} s of CPU, {own_bytes / 1e6:.0f} MB in {len(found)} processes, {end_s:.1f} s to end"
+    return (
+        f"{seconds:.1f} s, {cpu:.1f} s of CPU, {own_bytes / 1e6:.0f} MB in {len(found)} processes, {end_s:.1f} s to end"
+    )
 
 
 def main(trees: list[str]) -> None:
