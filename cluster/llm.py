@@ -11,7 +11,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import torch
 from torch import Tensor
 
 from cluster.adapting import Adapts
@@ -21,22 +20,20 @@ from cluster.checkpoint.info import model_info
 from cluster.checkpoint.model_files import located, pinned, served_name
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
 from cluster.config import DEFAULTS, ClusterConfig, Transport
-from cluster.config.environment import PRODUCTS_ENVIRONMENT
 from cluster.config.lora import AdapterList
-from cluster.config.resources import available_cpus
 from cluster.config.speculation import with_model
 from cluster.engine.adapters import AdapterSetup
 from cluster.engine.engine import Engine
-from cluster.engine.isolation import failure_of
+from cluster.engine.here import compute_here
 from cluster.engine.load import device_of, load_engine, local_experts, share_here
 from cluster.engine.preflight import check_checkpoint
-from cluster.errors import Closed, ClusterError, InvalidRequest
+from cluster.engine.rank_process import ChildRanks
+from cluster.errors import Closed, InvalidRequest
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.grammar.source import check
-from cluster.kernels.native.report import log_kernels
 from cluster.llm_arguments import check_transport, checked, directories
 from cluster.metrics import DispatchMetrics, EngineMetrics, new_registry
-from cluster.open_answers import Open, OpenAnswer, OpenResult
+from cluster.open_answers import Open, OpenAnswer, OpenResult, complete
 from cluster.outcome import Computed, Head, Wants
 from cluster.results import Prompts, Results
 from cluster.serving.prepare import RequestCompleter
@@ -63,6 +60,7 @@ class LLM(Results, Chats, Adapts):
     the end of the process closes those that are open. "stream" and "ray" name the carrier to them.
     A dense model has no experts to be anywhere: it runs in this process, whatever these two say.
     skip_tokenizer: prompts are token ids only and outputs have no text.
+    tensor_parallel_size: processes that share the dense half, this one and its children; on GPUs each has its own.
     lora_adapters: directories by name; `generate` takes the names, `load_adapter` and `unload_adapter` change them.
     The other arguments are fields of `ClusterConfig`, with its defaults.
     Raises SetupError, CheckpointError.
@@ -87,6 +85,7 @@ class LLM(Results, Chats, Adapts):
         max_num_batched_tokens: int = DEFAULTS["max_num_batched_tokens"],
         max_model_len: int | None = DEFAULTS["max_model_len"],
         rope_scaling: Mapping[str, Any] | None = DEFAULTS["rope_scaling"],
+        tensor_parallel_size: int = DEFAULTS["tensor_parallel_size"],
         lora_adapters: Mapping[str, str | os.PathLike[str]] | None = DEFAULTS["lora_adapters"],
         max_lora_rank: int = DEFAULTS["max_lora_rank"],
         enable_prefix_caching: bool = DEFAULTS["enable_prefix_caching"],
@@ -114,16 +113,13 @@ class LLM(Results, Chats, Adapts):
     def _load(self, cluster: ClusterConfig, *, local: bool, skip_tokenizer: bool) -> None:
         self._request_ids = itertools.count()
         self._close_experts: Callable[[], None] = lambda: None
+        self._ranks: ChildRanks | None = None
         self._closed = False
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
-        device_of(config)  # refuses one that cannot be, before anything loads
-        for name, value in PRODUCTS_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)  # read at the first product
-        # torch counts the machine's cores, and knows nothing of a control group's quota.
-        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
-        log_kernels()
+        on_cuda = device_of(config).type == "cuda"  # refuses one that cannot be, before anything loads
+        num_threads = compute_here(config.tensor_parallel_size)
         registry = new_registry()
-        dispatch_metrics = DispatchMetrics(registry, "llm")
+        dispatch_metrics, metrics = DispatchMetrics(registry, "llm"), EngineMetrics(registry, "llm")
         checkpoint = check_checkpoint(cluster.model, config, cluster.expert_shards, tokenizer=False)
         self._tokenizer = None if skip_tokenizer else Tokenizer(checkpoint.model_dir)
         self.sampling_defaults = read_sampling_defaults(checkpoint.model_dir)
@@ -143,7 +139,8 @@ class LLM(Results, Chats, Adapts):
                 else:
                     self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)
                     share = share_here(self.experts)
-                metrics = EngineMetrics(registry, "llm")
+                if config.tensor_parallel_size > 1:
+                    self._ranks = ChildRanks(cluster.model, config, num_threads=num_threads, on_cuda=on_cuda)
                 self.engine: Engine = load_engine(
                     cluster.model,
                     config,
@@ -151,6 +148,7 @@ class LLM(Results, Chats, Adapts):
                     metrics,
                     remote_experts=not local,
                     adapters=AdapterSetup(share=share),
+                    others=self._ranks,
                 )
         except BaseException:
             self.close()
@@ -219,7 +217,7 @@ class LLM(Results, Chats, Adapts):
         try:
             for answer in answers:
                 self.engine.submit(answer.request)
-            failures = self._complete(open_answers)
+            failures = complete(self.engine, open_answers)
         finally:
             for request_id in open_answers:
                 self.engine.cancel(request_id)
@@ -229,30 +227,13 @@ class LLM(Results, Chats, Adapts):
             raise failures[0]
         return [output for output in outputs if output is not None]
 
-    def _complete(self, open_answers: dict[str, Open[Output]]) -> list[ClusterError]:
-        """Makes steps until every answer has ended, and takes each out then. Returns errors in the order they came."""
-        failures: list[ClusterError] = []
-        while open_answers:
-            for update in self.engine.step():
-                answer = open_answers.get(update.request_id)
-                if answer is None:
-                    continue
-                try:
-                    answer.add(update)
-                    ended = answer.finished is not None
-                except Exception as error:  # noqa: BLE001 it is this answer's alone
-                    failures.append(error if isinstance(error, ClusterError) else failure_of(update.request_id, error))
-                    ended = True
-                if ended:
-                    del open_answers[update.request_id]
-                    if update.finish_reason is None:  # a stop string, of which the engine knows nothing
-                        self.engine.cancel(update.request_id)
-        return failures
-
     def close(self) -> None:
         """Takes the shards down; later calls raise Closed. Safe to call again."""
         self._closed = True
         self._close_experts()
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
 
     def __enter__(self) -> Self:
         self._check_open()

@@ -1,8 +1,11 @@
-"""Answers of an `LLM` that are not whole yet: each takes its sequence's updates in. Knows no engine."""
+"""Answers of an `LLM` that are not whole yet: each takes its sequence's updates in, as the engine's steps give them."""
 
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from cluster.engine.engine import Engine
+from cluster.engine.isolation import failure_of
+from cluster.errors import ClusterError
 from cluster.outcome import Computed
 from cluster.serving.outcomes import result_of
 from cluster.serving.text.answer import Answer
@@ -65,3 +68,24 @@ class OpenResult:
             self.finished = Computed(
                 request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, numbers=numbers
             )
+
+
+def complete(engine: Engine, open_answers: dict[str, Open[Output]]) -> list[ClusterError]:
+    """Makes steps until every answer has ended, and takes each out then. Returns errors in the order they came."""
+    failures: list[ClusterError] = []
+    while open_answers:
+        for update in engine.step():
+            answer = open_answers.get(update.request_id)
+            if answer is None:
+                continue
+            try:
+                answer.add(update)
+                ended = answer.finished is not None
+            except Exception as error:  # noqa: BLE001 it is this answer's alone
+                failures.append(error if isinstance(error, ClusterError) else failure_of(update.request_id, error))
+                ended = True
+            if ended:
+                del open_answers[update.request_id]
+                if update.finish_reason is None:  # a stop string, of which the engine knows nothing
+                    engine.cancel(update.request_id)
+    return failures

@@ -24,6 +24,7 @@ class ProcessInfo:
     takes_adapters: whether it answers calls about LoRA adapters. (A handle does not tell: Ray gives it the methods of
         the caller's version, and an actor that lacks one ends.)
     takes_aborts: whether an engine answers `abort`.
+    rank_pids: of the processes beside an engine's that share its model.
     """
 
     pid: int
@@ -33,6 +34,7 @@ class ProcessInfo:
     slot: int = -1
     takes_adapters: bool = False
     takes_aborts: bool = False
+    rank_pids: tuple[int, ...] = ()
 
 
 @evolving("cluster.runtime.protocol")

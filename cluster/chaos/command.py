@@ -32,11 +32,12 @@ _READY_S = 30.0
 _DISTINCT = 30  # questions; each is asked several times, so that the quiet run before is short
 
 QUICK_KINDS = ("kill-shard", "kill-replica", "kill-controller", "stop-shard", "cut-streams", "damage-frame")
+OF_RANKS = "kill-rank"
 KINDS = (
-    *QUICK_KINDS, "end-shard", "end-replica", "stop-replica", "slow-shard", "refuse-memory", "move-experts",
+    *QUICK_KINDS, OF_RANKS, "end-shard", "end-replica", "stop-replica", "slow-shard", "refuse-memory", "move-experts",
     "rebalance", "scale-experts",
 )  # fmt: skip
-KINDS_OF_DENSE = ("kill-replica", "kill-controller", "end-replica", "stop-replica")
+KINDS_OF_DENSE = ("kill-replica", OF_RANKS, "kill-controller", "end-replica", "stop-replica")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +106,10 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     """Exit code 1 when a request failed or an answer was different. Raises ClusterError."""
     asked = tuple(args.kinds.split(","))
     kinds = possible_kinds(asked, cluster)
-    if left_out := [kind for kind in asked if kind not in kinds]:
+    if left_out := [kind for kind in asked if kind not in (*kinds, OF_RANKS)]:
         print(f"the model is dense, it has no shards: left out {', '.join(left_out)}", file=sys.stderr)
+    if OF_RANKS in asked and OF_RANKS not in kinds:
+        print(f"attention replicas are one process each: left out {OF_RANKS}", file=sys.stderr)
     with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
@@ -129,8 +132,13 @@ def _http_asker(args: argparse.Namespace) -> HttpStreams:
 
 
 def possible_kinds(kinds: tuple[str, ...], cluster: "RunningCluster") -> tuple[str, ...]:
-    """The kinds of faults that a cluster can meet: without shards fewer. Raises SetupError where none is left."""
-    if not cluster.status().dense:
+    """The kinds of faults that a cluster can meet: fewer without shards or ranks. SetupError if none is left."""
+    status = cluster.status()
+    if not any(replica.process.rank_pids for replica in status.replicas):
+        kinds = tuple(kind for kind in kinds if kind != OF_RANKS)
+    if not kinds:
+        raise SetupError(f"attention replicas are one process each: there is no rank for {OF_RANKS}")
+    if not status.dense:
         return kinds
     possible = tuple(kind for kind in kinds if kind in KINDS_OF_DENSE)
     if not possible:

@@ -45,6 +45,10 @@ def kill_replica(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _end(cluster, rng, "replica", signal.SIGKILL)
 
 
+def kill_rank(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _end(cluster, rng, "rank", signal.SIGKILL)
+
+
 def kill_controller(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _end(cluster, rng, "controller", signal.SIGKILL)
 
@@ -104,6 +108,7 @@ def scale_experts(cluster: RunningCluster, rng: random.Random) -> Injected:
 KINDS: dict[str, Fault] = {
     "kill-shard": kill_shard,
     "kill-replica": kill_replica,
+    "kill-rank": kill_rank,
     "kill-controller": kill_controller,
     "end-shard": end_shard,
     "end-replica": end_replica,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluster.checkpoint.files import in_one_line
 from cluster.checkpoint.fused import Shape, Source, fused_shape, lies_transposed, transposed
+from cluster.checkpoint.spans import Span
 from cluster.checkpoint.weights import ITEM_BYTES, SIZE_BYTES, WORD_BYTES, StoredTensor, check_tensor
 from cluster.errors import CheckpointError
 
@@ -37,11 +38,14 @@ class _Part:
     is_transposed: bool = False
 
 
-def copy_tensor(stored: StoredFile, source: Source, destination: Tensor, partner_shape: PartnerShape) -> int:
-    """Fills `destination`, in its dtype; returns the bytes on disk. Raises CheckpointError."""
+def copy_tensor(
+    stored: StoredFile, source: Source, destination: Tensor, partner_shape: PartnerShape, span: Span | None = None
+) -> int:
+    """Fills `destination`, in its dtype; returns the bytes read. span: the part to read. Raises CheckpointError."""
     header = stored.file.get_slice(stored.name)
     found = StoredTensor(stored.path, header.get_dtype(), tuple(header.get_shape()))
-    part = _Part(tuple(destination.shape))
+    shape = tuple(destination.shape)
+    part = _Part(shape) if span is None else _Part(span.whole(shape), span.index(shape))
     if source.expert_id is not None:
         part = _part(source, found.shape, destination, partner_shape)
     check_tensor(source.name, found, part.stored_shape)

@@ -8,6 +8,7 @@ from cluster.checkpoint.made.drawn import DrawnCheckpoint, has_seed
 from cluster.checkpoint.model_files import open_files
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CheckpointReader
+from cluster.checkpoint.spans import Spans
 from cluster.config import ModelConfig
 from cluster.errors import CheckpointError
 
@@ -39,8 +40,14 @@ class Checkpoint(Protocol):
     def check_room(self) -> None:
         """Raises CheckpointError where files that are elsewhere would not find room here."""
 
-    def load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None = None) -> int:
+    def load(
+        self,
+        targets: "Mapping[str, Tensor]",
+        progress: Callable[[int], None] | None = None,
+        spans: Spans | None = None,
+    ) -> int:
         """Fills each named tensor's destination; returns bytes read. progress: called with each tensor's bytes.
+        spans: of the tensors of which only a part is wanted.
 
         Raises CheckpointError.
         """

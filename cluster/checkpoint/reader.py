@@ -14,6 +14,7 @@ from cluster.checkpoint.fused import Source, is_fused, lies_transposed, partner_
 from cluster.checkpoint.hub.name import NAME_FORMS
 from cluster.checkpoint.names import EMBEDDING, HEAD, find_source, is_harmless, stored_shapes
 from cluster.checkpoint.prefixes import published_names
+from cluster.checkpoint.spans import Span, Spans
 from cluster.checkpoint.weights import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -133,10 +134,16 @@ class CheckpointReader:
         """Raises CheckpointError where files that are elsewhere would not find room here."""
         self._source.check_room()
 
-    def load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None = None) -> int:
+    def load(
+        self,
+        targets: "Mapping[str, Tensor]",
+        progress: Callable[[int], None] | None = None,
+        spans: Spans | None = None,
+    ) -> int:
         """Copies each named tensor into its destination, cast to the destination's dtype; returns bytes read.
 
-        An expert's name finds its part of a fused tensor; the rest of that is not read.
+        An expert's name finds its part of a fused tensor; the rest of that is not read, and neither is that of a tensor
+        with a span.
         Mutates the destinations, which may be views and may lie on CUDA; after an error some are filled.
         progress: called after each tensor with its bytes on disk.
         Files are mapped, each once and only those that hold a wanted tensor, and read in the order of their
@@ -152,20 +159,20 @@ class CheckpointReader:
             for name, target in targets.items()
             if name.endswith(".qweight") and (bias := f"{name.removesuffix('qweight')}bias") in self._empty_biases
         }
-        num_bytes = self._load({**targets, **biases}, progress)
+        num_bytes = self._load({**targets, **biases}, progress, spans or {})
         for name, numbers in biases.items():
             if bool(numbers.any()):
                 raise CheckpointError(f"{self.model_dir}: {name} is not zero, and {CONFIG_FILE} has no such bias")
         return num_bytes
 
-    def _load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None) -> int:
+    def _load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None, spans: Spans) -> int:
         from cluster.checkpoint.copying import StoredFile, copy_tensor
 
-        wanted: dict[Path, dict[str, list[tuple[Source, Tensor]]]] = {}
+        wanted: dict[Path, dict[str, list[tuple[Source, Tensor, Span | None]]]] = {}
         for name, source in self._sources(targets).items():
             stored_name = self._stored[source.name]
             of_file = wanted.setdefault(self._files[stored_name], {})
-            of_file.setdefault(stored_name, []).append((source, targets[name]))
+            of_file.setdefault(stored_name, []).append((source, targets[name], spans.get(name)))
         num_bytes = 0
         for path, parts in sorted(wanted.items()):
             self._source.fetch([path.name])
@@ -174,8 +181,9 @@ class CheckpointReader:
                 if len(ordered) < len(parts):
                     raise _not_in_file(path, sorted(parts.keys() - set(ordered)))
                 for name in ordered:
-                    for source, target in sorted(parts[name], key=lambda part: (part[0].expert_id, part[0].half)):
-                        part_bytes = copy_tensor(StoredFile(path, file, name), source, target, self._partner_shape)
+                    stored, wanted_parts = StoredFile(path, file, name), parts[name]
+                    for source, target, span in sorted(wanted_parts, key=lambda one: (one[0].expert_id, one[0].half)):
+                        part_bytes = copy_tensor(stored, source, target, self._partner_shape, span)
                         num_bytes += part_bytes
                         if progress is not None:
                             progress(part_bytes)

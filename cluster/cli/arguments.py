@@ -24,7 +24,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # a
 OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "expert_shards", "attention_replicas", "min_copies", "redundant_experts", "dtype", "quantization",
     "expert_quantization", "kv_cache_dtype", "device", "transport", "kv_cache_bytes", "memory_utilization",
-    "max_num_seqs", "max_num_batched_tokens", "max_model_len", "rope_scaling", "speculative_config", "max_waiting",
+    "max_num_seqs", "max_num_batched_tokens", "max_model_len", "rope_scaling", "tensor_parallel_size",
+    "speculative_config", "max_waiting",
     "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port",
     "log_format",
 )  # fmt: skip
@@ -190,7 +191,7 @@ def cluster_config(args: argparse.Namespace, model: str) -> ClusterConfig:
     given = {name: getattr(args, name) for name in names}
     cores = 1 if args.ray_address else available_cpus()
     for cpus, processes in (
-        ("cpus_per_attention_replica", args.attention_replicas),
+        ("cpus_per_attention_replica", args.attention_replicas * args.tensor_parallel_size),
         ("cpus_per_expert_shard", args.expert_shards),
     ):
         if given[cpus] is None:

@@ -26,7 +26,7 @@ def add_commands(commands: Commands) -> None:
     plan.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: the checkpoint's (default)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     add_options(plan, "max_model_len", "rope_scaling", "quantization", "expert_quantization", "kv_cache_dtype")
-    add_options(plan, "speculative_config")
+    add_options(plan, "tensor_parallel_size", "speculative_config")
     add_adapters(plan)
 
     doctor.parser(add_command(commands, "doctor", doctor.run, "show what this machine and installation have and lack"))
@@ -48,6 +48,7 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.tokenizer_files import has_vocabulary
     from cluster.config import EngineConfig
     from cluster.config.speculation import with_model
+    from cluster.config.tensor_parallel import shares_of
     from cluster.console import Plan, describe_plan, print_plan
     from cluster.engine.preflight import adapter_bytes, check_for_plan, download_bytes
     from cluster.experts.placement import num_shards_for, plan_evenly
@@ -63,6 +64,7 @@ def _plan(args: argparse.Namespace) -> int:
         max_loras=args.max_loras,
         speculative_config=with_model(args.speculative_config, lambda name: pinned(located(name))),
         kv_cache_dtype=args.kv_cache_dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
     )
     model = pinned(args.model)
     directory = model_directory(model)
@@ -80,6 +82,7 @@ def _plan(args: argparse.Namespace) -> int:
         has_tokenizer=has_vocabulary(directory),
         adapter_bytes=adapter_bytes(config, engine),
         draft=None if draft is None else sizes_of(draft, dtype, **rounded),
+        ranks=[sizes_of(share.config, dtype, **rounded) for share in shares_of(config, engine.tensor_parallel_size)],
     )
     if args.json:
         print(json.dumps(describe_plan(plan), indent=2))

@@ -12,6 +12,8 @@ from cluster.config.quantization import PLAIN, QUANTIZATIONS
 from cluster.config.speculation import FIELD, Speculation, read_speculation
 from cluster.errors import SetupError
 
+MOST_RANKS = 1024  # more than any known model has query heads
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -60,6 +62,13 @@ class EngineConfig:
         None,
         "an object in place of the checkpoint's rope_scaling, with the same keys, for another context length; unset: "
         "the checkpoint's",
+    )
+    tensor_parallel_size: int = option(
+        1,
+        "processes that share the dense weights, the keys and values of one attention replica, each with a part of the "
+        "heads, of inner sizes and of the vocabulary; CPUs, GPUs and kv_cache_bytes are of each of them",
+        least=1,
+        most=MOST_RANKS,
     )
     max_waiting: int = option(
         256,

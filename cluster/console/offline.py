@@ -24,6 +24,7 @@ class Plan:
     download_bytes: of an attention replica, then of each shard; empty for a directory.
     adapter_bytes: of each LoRA adapter, by name: in every attention replica, and in all shards together.
     draft: of the model that drafts tokens for it, if there is one.
+    ranks: of the parts of an attention replica's processes, where several share the model.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class Plan:
     has_tokenizer: bool
     adapter_bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     draft: ModelSizes | None = None
+    ranks: Sequence[ModelSizes] = ()
 
 
 def print_plan(plan: Plan) -> None:
@@ -49,9 +51,11 @@ def print_plan(plan: Plan) -> None:
     console.print(_table(plan))
     slides = "".join(f" ({size(each)} of it for the last {window:,} tokens alone)" for window, each in sizes.sliding)
     rounded = f" in {sizes.cache_dtype}" if sizes.cache_dtype != sizes.dtype else ""
+    of_rank = max((part.kv_bytes_per_token for part in plan.ranks), default=0)
+    divided = f", at most {size(of_rank)} of it in a rank," if of_rank else ","
     console.print(
-        f"KV cache: {size(sizes.kv_bytes_per_token)} a token{rounded}{slides}, for each attention replica beside its "
-        "weights, of 0.9 of the memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, "
+        f"KV cache: {size(sizes.kv_bytes_per_token)} a token{rounded}{slides}{divided} for each attention replica "
+        "beside its weights, of 0.9 of the memory that is free on a GPU then, or 0.5 of a machine's (--kv-cache-bytes, "
         "--memory-utilization)",
         highlight=False,
     )
@@ -82,7 +86,10 @@ def _table(plan: Plan) -> Table:
         "weights",
         title=f"{len(plan.placement.layer_ids) or 'no'} sparse layers, {plan.sizes.dtype}",
     )
-    table.add_row("attention replica", "dense weights", "", size(plan.sizes.dense_bytes))
+    for rank, part in enumerate(plan.ranks):
+        table.add_row(f"attention replica, rank {rank}", "dense weights", "", size(part.dense_bytes))
+    if not plan.ranks:
+        table.add_row("attention replica", "dense weights", "", size(plan.sizes.dense_bytes))
     for name, (of_replica, _) in plan.adapter_bytes.items():
         table.add_row("attention replica", f"adapter {name}", "", size(of_replica))
     for shard_id, layers in enumerate(plan.placement.slices):
@@ -118,6 +125,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "sliding_windows": [{"tokens": window, "kv_bytes_per_token": each} for window, each in sizes.sliding],
         "expert_shards": [{"experts": number, "bytes": number * sizes.expert_bytes} for number in shards],
         "download_bytes": list(plan.download_bytes),
+        "ranks": [{"bytes": part.dense_bytes, "kv_bytes_per_token": part.kv_bytes_per_token} for part in plan.ranks],
         "draft_model": plan.draft
         and {
             "parameters": plan.draft.num_parameters,

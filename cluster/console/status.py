@@ -137,8 +137,9 @@ def _replica_table(status: ClusterStatus, before: ClusterStatus | None) -> Table
     for replica in status.replicas:
         stats, last = replica.stats, earlier.get(replica.name)
         slot = "" if replica.process.slot < 0 else str(replica.process.slot)
+        pids = ", ".join(map(str, (replica.process.pid, *replica.process.rank_pids)))
         if stats is None:
-            table.add_row(replica.name, slot, str(replica.process.pid), "", "", "", "", str(replica.epoch))
+            table.add_row(replica.name, slot, pids, "", "", "", "", str(replica.epoch))
             continue
         rate = ""
         if last is not None and stats.at > last.at:
@@ -149,7 +150,7 @@ def _replica_table(status: ClusterStatus, before: ClusterStatus | None) -> Table
         table.add_row(
             replica.name,
             slot,
-            str(replica.process.pid),
+            pids,
             f"{stats.running} ({stats.held} held)" if stats.held else str(stats.running),
             str(stats.waiting),
             use,

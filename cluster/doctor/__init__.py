@@ -127,6 +127,18 @@ def _torch() -> Iterator[Finding]:
     variable = os.environ.get("OMP_NUM_THREADS", "")
     few = bool(variable) and threads < cpus
     yield Finding("torch", found, f"OMP_NUM_THREADS={variable} leaves CPUs idle in an offline `LLM`" if few else "")
+    carriers = _carriers()
+    advice = "" if carriers else "install a torch that is built with gloo: without it tensor_parallel_size is 1"
+    yield Finding("ranks", f"joined by {' and '.join(carriers)}" if carriers else "cannot be joined", advice)
+
+
+def _carriers() -> list[str]:
+    """How torch can join the processes that share a model."""
+    distributed = import_module("torch.distributed")
+    if not distributed.is_available():
+        return []
+    found = {"gloo": distributed.is_gloo_available(), "NCCL": distributed.is_nccl_available()}
+    return [name for name, is_there in found.items() if is_there]
 
 
 def _imported(package: str) -> ModuleType | Finding:

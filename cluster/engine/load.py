@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -10,7 +11,7 @@ from cluster.checkpoint.adapters import open_adapter
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
-from cluster.checkpoint.opening import open_checkpoint
+from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import read_tokenizer
 from cluster.config import EngineConfig, ModelConfig
@@ -18,12 +19,15 @@ from cluster.config.kv_cache import AUTO, check_cache_device
 from cluster.config.lora import AdapterList, AdapterSource
 from cluster.config.quantization import quantization_on
 from cluster.config.resources import available_memory, memory_limit
+from cluster.config.tensor_parallel import check_adaptable, share_of
 from cluster.engine.adapters import Adapters, AdapterSetup, ShareAdapters
 from cluster.engine.block_manager import BlockManager, make_block_manager
 from cluster.engine.draft_loading import load_draft, models_part, with_drafts
 from cluster.engine.engine import Engine
 from cluster.engine.graphs import decode_graphs
+from cluster.engine.group import Group
 from cluster.engine.isolation import OnStep
+from cluster.engine.leader import Leader
 from cluster.engine.micro_batching import MicroBatching
 from cluster.engine.runner import ModelRunner
 from cluster.errors import SetupError
@@ -45,6 +49,13 @@ log = logging.getLogger(__name__)
 # Of what is free once the weights are loaded. A GPU keeps room for a step; a machine for a step, for shards that load
 # what moves to them, for files and for other programs.
 DEFAULT_UTILIZATION = {"cuda": 0.9, "cpu": 0.5}
+
+
+class OtherRanks(Protocol):
+    """The processes of the ranks from 1 on, which load their parts while rank 0 loads its own."""
+
+    def join(self, device: torch.device) -> Group:
+        """Waits until they have loaded them, then joins them. Raises SetupError, CheckpointError, Unavailable."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -85,6 +96,7 @@ def load_engine(
     wait_for_experts: Callable[[], object] = lambda: None,
     num_sharers: int = 1,
     adapters: AdapterSetup | None = None,
+    others: OtherRanks | None = None,
 ) -> Engine:
     """Loads the dense half of a checkpoint and makes its engine. Blocks. Raises CheckpointError, SetupError.
 
@@ -92,26 +104,25 @@ def load_engine(
     remote_experts: they are in other processes, so that splitting a step may hide the time of the crossing.
     on_step: as of `Engine`.  adapters: the LoRA adapters to begin with.
     wait_for_experts: called when the dense weights are loaded. By default the cache is sized by the memory that is free
-    then.  num_sharers: engines that share this free memory, this one included.
+    then.  num_sharers: engines that share this free memory, this one included.  others: the ranks from 1 on.
     """
     reader = open_checkpoint(model_dir, config.rope_scaling)
     dtype, device = resolve_dtype(config.dtype, reader.config), device_of(config)
     longest = max_model_len(reader.config, config)
-    check_cache_room(reader.config, config, dtype, max_model_len=longest, machine_bytes=whole_memory(device))
-    model = load_model(
-        reader, dtype=torch_dtype(dtype), device=device, progress=progress,
-        quantization=quantization_on(config.quantization, device.type, reader.config.stored),
-    )  # fmt: skip
+    model = load_part(reader, config, 0, progress)
     loaded = _adapters(model, config, adapters or AdapterSetup())
     draft = load_draft(config, model, dtype, progress)
     wait_for_experts()
-    share, room = (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / num_sharers, free_memory(device)
+    group = others.join(device) if others else None
+    share, room = memory_share(config, device, num_sharers), free_memory(device)
     limits, part = models_part(config, share, draft)
-    num_blocks = num_kv_blocks(reader.config, limits, dtype, max_model_len=longest, room_bytes=room, share=part)
-    cache = cache_for(reader.config, config, num_blocks, dtype, device)
+    num_blocks = num_kv_blocks(model.config, limits, dtype, max_model_len=longest, room_bytes=room, share=part)
+    num_blocks = group.least(num_blocks) if group else num_blocks
+    cache = cache_for(model.config, config, num_blocks, dtype, device)
     runner = _runner(model, cache, experts, config, remote_experts=remote_experts)
-    blocks = make_block_manager(reader.config, config, num_blocks)
-    _report_cache(config, cache.num_bytes, blocks, longest)
+    if group is not None:
+        runner.leader = model.ranks = Leader(group, reader.config, torch_dtype(dtype))
+    blocks = _reported(make_block_manager(reader.config, config, num_blocks), config, cache.num_bytes, longest)
     return Engine(
         with_drafts(runner, config, draft, room_bytes=room, share=share),
         config,
@@ -125,13 +136,35 @@ def load_engine(
     )
 
 
+def load_part(
+    reader: Checkpoint, config: EngineConfig, rank: int, progress: Callable[[int], None] | None = None
+) -> CausalLM:
+    """Loads a rank's part of the dense half: all of it where there is one rank. Raises CheckpointError, SetupError."""
+    size, device, dtype = config.tensor_parallel_size, device_of(config), resolve_dtype(config.dtype, reader.config)
+    share = share_of(reader.config, rank, size) if size > 1 else None
+    check_cache_room(
+        reader.config if share is None else share.config, config, dtype, num=size,
+        max_model_len=max_model_len(reader.config, config), machine_bytes=whole_memory(device),
+    )  # fmt: skip
+    return load_model(
+        reader, dtype=torch_dtype(dtype), device=device, progress=progress, share=share,
+        quantization=quantization_on(config.quantization, device.type, reader.config.stored),
+    )  # fmt: skip
+
+
+def memory_share(config: EngineConfig, device: torch.device, num_sharers: int) -> float:
+    """Of the memory that is free. Ranks on CPUs share a machine's memory; on GPUs each has its own."""
+    num_ranks = config.tensor_parallel_size if device.type == "cpu" else 1
+    return (config.memory_utilization or DEFAULT_UTILIZATION[device.type]) / (num_sharers * num_ranks)
+
+
 def _runner(
     model: CausalLM, cache: KVCache, experts: ExpertDispatcher, config: EngineConfig, *, remote_experts: bool
 ) -> ModelRunner:
     """It replays decode steps as CUDA graphs, where it can."""
     splits = remote_experts and model.config.moe is not None
     runner = ModelRunner(model, cache, experts, config.block_size, MicroBatching(enabled=splits))
-    if config.cuda_graphs:
+    if config.cuda_graphs and config.tensor_parallel_size == 1:
         inside = experts if not remote_experts and experts.plans.current().num_shards <= 1 else None
         runner.graphs = decode_graphs(model, cache, runner.attention, inside, max_sequences=config.max_num_seqs)
     return runner
@@ -141,6 +174,7 @@ def _adapters(model: CausalLM, config: EngineConfig, setup: AdapterSetup) -> Ada
     """Raises CheckpointError."""
 
     def load(source: AdapterSource) -> Adapter:
+        check_adaptable(config.tensor_parallel_size)
         return load_adapter(model, open_adapter(source.directory, model.config, config.max_lora_rank), source)
 
     adapters = Adapters(load, setup.share)
@@ -167,7 +201,7 @@ def free_memory(device: torch.device) -> int | None:
     return available_memory()
 
 
-def _report_cache(config: EngineConfig, num_bytes: int, blocks: BlockManager, longest: int) -> None:
+def _reported(blocks: BlockManager, config: EngineConfig, num_bytes: int, longest: int) -> BlockManager:
     form = "" if config.kv_cache_dtype == AUTO else f" in {config.kv_cache_dtype}"
     cache = f"{blocks.num_blocks * config.block_size:,} tokens{form}, {num_bytes / 2**20:,.0f} MiB"
     if blocks.max_tokens < longest:
@@ -179,6 +213,7 @@ def _report_cache(config: EngineConfig, num_bytes: int, blocks: BlockManager, lo
         )
     else:
         log.info("KV cache: %s", cache)
+    return blocks
 
 
 def local_experts(

@@ -91,7 +91,7 @@ def _logprobs(model: CausalLM, members: _Members) -> Iterable[Tensor]:
     """Of each row's next token; the prompt's last row has none. [t], or [t, 2 + 2n] with the n likeliest tokens."""
     targets = [_next_tokens(scheduled) for scheduled, _ in members]
     sizes = [len(tokens) for tokens in targets]
-    wanted = [min(s.sequence.request.params.logprobs or 0, model.config.vocab_size) for s, _ in members]
+    wanted = [min(s.sequence.request.params.logprobs or 0, model.vocab_size) for s, _ in members]
     most = max(wanted)
     rows = torch.cat([rows[:size] for (_, rows), size in zip(members, sizes, strict=True)])
     next_tokens = torch.tensor([token for tokens in targets for token in tokens], device=rows.device)

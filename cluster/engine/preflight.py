@@ -17,6 +17,7 @@ from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, re
 from cluster.checkpoint.weights import holds_weights
 from cluster.config import EngineConfig, ModelConfig
 from cluster.config.quantization import check_stored
+from cluster.config.tensor_parallel import check_ranks, share_of
 from cluster.experts.placement import PlacementPlan, num_shards_for, plan_evenly
 from cluster.model.cache_size import check_block_fits
 
@@ -80,7 +81,9 @@ def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, nu
     check_stored(engine.of_experts, config.stored_experts)
     check_blocks(config, engine.quantization, engine.of_experts)
     plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, num_shards))
-    check_block_fits(config, engine, resolve_dtype(engine.dtype, config))
+    check_ranks(config, engine)
+    largest = share_of(config, 0, engine.tensor_parallel_size).config
+    check_block_fits(largest, engine, resolve_dtype(engine.dtype, config))
     adapter_bytes(config, engine)
     max_model_len(config, engine)
     check_draft(model_dir, config, engine)

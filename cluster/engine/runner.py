@@ -14,11 +14,12 @@ from torch import Tensor
 
 from cluster.config.resources import available_cpus
 from cluster.engine.graphs import DecodeGraphs
+from cluster.engine.leader import Leads
 from cluster.engine.micro_batching import MicroBatching, split_evenly
 from cluster.engine.outcomes import parts_of
 from cluster.engine.sequence import Sequence
 from cluster.engine.step import Batch, ScheduledSequence, StepResult
-from cluster.engine.step_inputs import StepArrays, to_device
+from cluster.engine.step_inputs import StepArrays, micro_batch, to_device
 from cluster.experts.adapted_ids import NO_ADAPTER
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.step import EverySequenceLost, StepExperts
@@ -26,7 +27,7 @@ from cluster.grammar.masks import MaskThreads, RowMasks
 from cluster.kernels.attention import make_attention
 from cluster.kernels.sampling.rule import Mask, leaves_any
 from cluster.model.adapters import Adapter, head_adapters, step_adapters
-from cluster.model.decoder import CausalLM, MicroBatch
+from cluster.model.decoder import CausalLM
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers.feed_forward import Experts
 from cluster.model.sampler import NoFiniteNumbers, Sampled, SamplingRow, sample
@@ -38,7 +39,7 @@ class ModelRunner:
     """The `Runner` of a model, with its cache and its experts.
 
     micro_batching: chooses into how many parts a step is split; None for never.
-    graphs: replay the steps that they take, if there are any.
+    graphs: replay the steps that they take, if there are any.  leader: tells each step to the model's other ranks.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ModelRunner:
         self.attention = make_attention(cache.layer(0)[0], model.config.num_attention_heads)
         self.device = model.model.norm.weight.device
         self.graphs: DecodeGraphs | None = None
+        self.leader: Leads | None = None
         self.masks = MaskThreads(min(MASK_THREADS, available_cpus()))
 
     @property
@@ -78,6 +80,8 @@ class ModelRunner:
         return self.model.logits(hidden_states.to(self.device, self.model.model.norm.weight.dtype), adapters)
 
     def check_device(self) -> None:
+        if self.leader is not None:
+            self.leader.check()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -165,14 +169,23 @@ class ModelRunner:
             raise
         finally:
             self.experts.account()
+            if self.leader is not None:
+                self.leader.settle()
 
     def _forward_in_parts(self, scheduled: Seq[ScheduledSequence], step: StepExperts) -> Tensor:
         num_tokens = sum(s.num_rows for s in scheduled)
         num_parts = self.micro_batching.choose(num_tokens, len(scheduled))
         started = time.monotonic()
         parts, first = [], 0
-        for part in split_evenly(scheduled, num_parts):
-            parts.append(self._micro_batch(part, self._part(step, first, part)))
+        split = split_evenly(scheduled, num_parts)
+        arrays = [self._arrays(part) for part in split]
+        tails = [self._clear(part) for part in split]
+        if self.leader is not None:
+            self.leader.begin(arrays, tails)
+        for part, of_part in zip(split, arrays, strict=True):
+            experts = self._part(step, first, part)
+            adapters = step_adapters([s.sequence.adapter for s in part], of_part.query_lens, self.device)
+            parts.append(micro_batch(of_part, self.attention, self.device, experts, adapters))
             first += len(part)
         hidden_states: Tensor = self.model(parts, self.cache)
         if not step.lost:
@@ -186,20 +199,15 @@ class ModelRunner:
             numbers = [a.source.number if a is not None and a.has_experts else NO_ADAPTER for a in adapters]
         return step.part(first, [s.num_rows for s in scheduled], self.device, numbers)
 
-    def _micro_batch(self, scheduled: Seq[ScheduledSequence], experts: Experts) -> MicroBatch:
-        if self.attention.reads_whole_blocks:
-            for number, group in enumerate(self.cache.groups):
-                group.clear(self._tails(scheduled, number))
-        arrays = self._arrays(scheduled)
-        token_ids, positions, lengths, batches = arrays.on(self.device)
-        return MicroBatch(
-            token_ids=token_ids,
-            positions=positions,
-            lengths=lengths,
-            attention=[self.attention.plan(batch) for batch in batches],
-            experts=experts,
-            adapters=step_adapters([s.sequence.adapter for s in scheduled], arrays.query_lens, self.device),
-        )
+    def _clear(self, scheduled: Seq[ScheduledSequence]) -> list[np.ndarray]:
+        """Writes zeros where attention may read past a sequence's end. Returns the slots, of each group of layers."""
+        groups = self.cache.groups
+        if not self.attention.reads_whole_blocks:
+            return [np.empty(0, dtype=np.int64) for _ in groups]
+        tails = [self._tails(scheduled, number) for number in range(len(groups))]
+        for group, slots in zip(groups, tails, strict=True):
+            group.clear(slots)
+        return tails
 
     def _arrays(self, scheduled: Seq[ScheduledSequence]) -> StepArrays:
         padding_blocks = [group.padding_block for group in self.cache.groups]

@@ -1,4 +1,4 @@
-"""A step's tokens as arrays, and their way to the device. Knows sequences; knows no model.
+"""A step's tokens as arrays, and their way to the device. Knows sequences; of the model, what it takes.
 
 T: tokens in the step, B: sequences, n: most blocks of any sequence, S: tokens a block.
 """
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from cluster.engine.step import ScheduledSequence
-from cluster.kernels.paged import PagedBatch
+from cluster.kernels.paged import AttentionKernel, PagedBatch
+from cluster.model.decoder import Adapters, MicroBatch
+from cluster.model.layers.feed_forward import Experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,28 @@ class StepArrays:
             ),
         )
 
+    def arrays(self) -> list[np.ndarray]:
+        """All of them, for another process."""
+        of_groups = [array for places in self.places for array in (places.slots, places.tables)]
+        lens = np.asarray(self.query_lens, dtype=np.int64)
+        return [lens, self.token_ids, self.positions, self.lengths, self.context_lens, *of_groups]
+
+    @classmethod
+    def of_arrays(cls, arrays: Seq[np.ndarray], padding_blocks: Seq[int]) -> "StepArrays":
+        """From what `arrays` gave. padding_blocks: of each group here."""
+        lens, token_ids, positions, lengths, context_lens, *of_groups = arrays
+        return cls(
+            query_lens=lens.tolist(),
+            token_ids=token_ids,
+            positions=positions,
+            lengths=lengths,
+            context_lens=context_lens,
+            places=tuple(
+                Places(slots=slots, tables=tables, padding_block=padding_block)
+                for slots, tables, padding_block in zip(of_groups[::2], of_groups[1::2], padding_blocks, strict=True)
+            ),
+        )
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[PagedBatch]]:
         """Token ids, positions and lengths, each [T], and the places in each group, on the device."""
         arrays = [self.token_ids, self.positions, self.lengths, self.context_lens]
@@ -91,6 +115,25 @@ class StepArrays:
             for places, slots, tables in zip(self.places, of_groups[::2], of_groups[1::2], strict=True)
         ]
         return token_ids, positions, lengths, batches
+
+
+def micro_batch(
+    arrays: StepArrays,
+    attention: AttentionKernel,
+    device: torch.device,
+    experts: Experts | None,
+    adapters: Adapters | None = None,
+) -> MicroBatch:
+    """As the model takes it."""
+    token_ids, positions, lengths, batches = arrays.on(device)
+    return MicroBatch(
+        token_ids=token_ids,
+        positions=positions,
+        lengths=lengths,
+        attention=[attention.plan(batch) for batch in batches],
+        experts=experts,
+        adapters=adapters,
+    )
 
 
 def to_device(arrays: Seq[np.ndarray], device: torch.device) -> list[Tensor]:

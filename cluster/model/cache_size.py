@@ -59,7 +59,7 @@ def check_cache_room(
         for count, group in zip(counts, config.layer_groups, strict=True)
     )
     if taken > machine_bytes:
-        caches = "a cache takes" if num == 1 else f"the caches of {num} attention replicas take"
+        caches = "a cache takes" if num == 1 else f"the caches of {num} processes take"
         raise SetupError(
             f"kv_cache_bytes is {engine.kv_cache_bytes}: {caches} {taken / 1e9:.3g} GB, and this machine has "
             f"{machine_bytes / 1e9:.3g} GB: ask for less"

@@ -22,6 +22,7 @@ from cluster.model.layers.feed_forward import Experts, FeedForward
 from cluster.model.layers.lora import LayerAdapters
 from cluster.model.layers.norm import RMSNorm
 from cluster.model.layers.rope import RotaryEmbedding
+from cluster.model.ranks import Ranks
 
 
 class Adapters(Protocol):
@@ -42,6 +43,7 @@ class MicroBatch:
 
     token_ids, positions, lengths: [T] int64; lengths: as of `RotaryEmbedding.forward`.
     attention: of each group of layers, as in the cache.
+    experts: None at a rank that leaves them to rank 0.
     adapters: of its rows; None where all rows are the base's.
     """
 
@@ -49,7 +51,7 @@ class MicroBatch:
     positions: Tensor
     lengths: Tensor
     attention: Sequence[AttentionPlan]
-    experts: Experts
+    experts: Experts | None
     adapters: Adapters | None = None
 
 
@@ -72,15 +74,21 @@ class DecoderLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor],
         plan: AttentionPlan,
-        experts: Experts,
+        experts: Experts | None,
         *,
         adapters: LayerAdapters | None = None,
+        ranks: Ranks | None = None,
     ) -> Callable[[], Residual]:
-        """Computes up to where routed rows are waited for; the result waits and gives what the next layer takes."""
+        """Computes up to where routed rows are waited for; the result waits and gives what the next layer takes.
+
+        ranks: those among which each half is divided: its parts are added up, with routed rows among them."""
         x, normed = self.input_layernorm(*residual)
-        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rotary, cache, plan, adapters))
+        attended = self.self_attn(normed, rotary, cache, plan, adapters)
+        if ranks is not None:
+            attended = ranks.sum(attended)
+        x, normed = self.post_attention_layernorm(x, attended)
         finish = self.mlp.begin(normed, experts, adapters)
-        return lambda: (x, finish())
+        return (lambda: (x, finish())) if ranks is None else lambda: (x, ranks.sum(finish()))
 
 
 class Decoder(nn.Module):
@@ -96,7 +104,10 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head. `cluster.model.registry.load_model` makes one, and gives it `rotary`."""
+    """A decoder and its head. `cluster.model.registry.load_model` makes one, and gives it `rotary`.
+
+    config: of a rank's part, where `ranks` divide the model.
+    """
 
     rotary: RotaryEmbedding
 
@@ -104,6 +115,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, layers)
+        self.ranks: Ranks | None = None
         self._head = head_layers(config)  # at most one layer
         for name, layer in self._head.items():
             self.add_module(name, layer)
@@ -124,16 +136,30 @@ class CausalLM(nn.Module):
             for i, part in enumerate(micro_batches):
                 adapters = None if part.adapters is None else part.adapters.layer(layer_id)
                 finish[i] = layer.begin(
-                    finish[i](), rotary[i], kv, part.attention[group], part.experts, adapters=adapters
+                    finish[i](), rotary[i], kv, part.attention[group], part.experts, adapters=adapters, ranks=self.ranks
                 )
         rows: list[Tensor] = [self.model.norm(*wait())[1] for wait in finish]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
+    @property
+    def vocab_size(self) -> int:
+        """Of all ranks together."""
+        return self.config.vocab_size if self.ranks is None else self.ranks.share.vocab_size
+
     def _embed(self, part: MicroBatch) -> Residual:
+        if self.ranks is not None:
+            return self._embed_among(self.ranks, part.token_ids), None
         x: Tensor = self.model.embed_tokens(part.token_ids)
         if part.adapters is not None:
             part.adapters.embed(part.token_ids, x)
         return x, None
+
+    def _embed_among(self, ranks: Ranks, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, H]. Each rank has the rows of its tokens, and zeros for all others."""
+        tokens = ranks.share.tokens
+        rows = self.model.embed_tokens((token_ids - tokens.start).clamp(0, len(tokens) - 1))
+        elsewhere = (token_ids < tokens.start) | (token_ids >= tokens.stop)
+        return ranks.sum(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor, adapters: HeadAdapters | None = None) -> Tensor:
@@ -142,12 +168,17 @@ class CausalLM(nn.Module):
         adapters: that change the head for some of the rows.
         """
         assert self.config.head.generates
-        if not self._head:
-            return F.linear(hidden_states, self.model.embed_tokens.weight)
-        found = self._apply_head(hidden_states)
+        if self.ranks is not None:
+            return self.ranks.logits(hidden_states, self._logits)
+        found = self._logits(hidden_states)
         if adapters is not None:
             adapters.add_logits(hidden_states, found)
         return found
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        if not self._head:
+            return F.linear(hidden_states, self.model.embed_tokens.weight)
+        return self._apply_head(hidden_states)
 
     @torch.inference_mode()
     def label_logits(self, hidden_states: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from torch import nn
 
 from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import Checkpoint
+from cluster.checkpoint.spans import spans_of
 from cluster.config import ModelConfig
 from cluster.config.quantization import Quantization
+from cluster.config.tensor_parallel import Share
 from cluster.kernels.stored import weight_of
 from cluster.kernels.weights import MakeWeight, WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
@@ -41,13 +43,16 @@ def load_model(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
     quantization: Quantization | None = None,
+    share: Share | None = None,
 ) -> CausalLM:
     """Reads all but the routed experts, each tensor into its place, or into the memory that its weight is made from.
 
     Downloads their files before, where they are elsewhere. progress: called with the bytes of each piece of both.
+    share: reads a rank's part alone; give the model its `ranks` then.
     Raises CheckpointError.
     """
-    config = reader.config
+    config = reader.config if share is None else share.config
+    spans = {} if share is None else spans_of(share, reader.config)
     reader.fetch(dense_shapes(config), progress)
     with torch.device("meta"):
         model = MODELS[config.model_type](config).to(dtype)
@@ -63,6 +68,6 @@ def load_model(
             module.allocate(make, dtype=dtype, device=device)
             weights.append((module.weight, module.parts(prefix)))
             plain_targets |= module.bias_targets(prefix)
-    WeightLoader(lambda targets: reader.load(targets, progress), device).load(weights, plain_targets)
+    WeightLoader(lambda targets: reader.load(targets, progress, spans), device).load(weights, plain_targets)
     model.rotary = RotaryEmbedding(config.rope, config.head_dim).to(device)  # in float32, whatever the weights are in
     return model

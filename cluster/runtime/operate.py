@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import ray
@@ -30,7 +30,7 @@ CHANGE_TIMEOUT_S = 3600.0  # for experts to move: all shards read weights, one a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A process of the cluster. role: "shard", "replica" (its engine) or "controller"."""
+    """A process of the cluster. role: "shard", "replica" (its engine), "rank" (beside that) or "controller"."""
 
     role: str
     name: str
@@ -151,7 +151,12 @@ class RunningCluster:
             for s in status.shards
             if s.process is not None and s.state == "up"
         ]
-        return found + [Part(role="replica", name=r.name, process=r.process) for r in status.replicas if r.engine]
+        for replica in (r for r in status.replicas if r.engine):
+            found.append(Part(role="replica", name=replica.name, process=replica.process))
+            for rank, pid in enumerate(replica.process.rank_pids, 1):
+                process = replace(replica.process, pid=pid, rank_pids=())
+                found.append(Part(role="rank", name=f"rank {rank} of {replica.name}", process=process))
+        return found
 
     def send_signal(self, process: ProcessInfo, number: signal.Signals) -> None:
         """Signals a process; on another node by a task there. A process that is gone is no error."""

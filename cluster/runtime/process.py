@@ -81,7 +81,7 @@ def shared_actor_options(group: str, resource: str) -> dict[str, Any]:
     }
 
 
-def process_info() -> ProcessInfo:
+def process_info(rank_pids: tuple[int, ...] = ()) -> ProcessInfo:
     """Describes this process, which Ray runs."""
     context = ray.get_runtime_context()
     return ProcessInfo(
@@ -91,6 +91,7 @@ def process_info() -> ProcessInfo:
         version=__version__,
         takes_adapters=True,
         takes_aborts=True,
+        rank_pids=rank_pids,
     )
 
 

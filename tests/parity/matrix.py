@@ -22,7 +22,8 @@ FAMILIES = {
     "qwen2_moe": CONFIGS["released key style, 60 experts"],
 }
 DTYPES = ("float32", "bfloat16", "float16")
-TRANSPORTS = ("local", "stream", "ray")
+RANKS = "2 ranks"  # that share the dense half, with the experts at the first
+TRANSPORTS = ("local", "stream", "ray", RANKS)
 
 
 PAD = 4  # behind a prompt it is padding: the last token before it counts for a sequence's label

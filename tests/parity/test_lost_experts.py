@@ -6,6 +6,7 @@ import pytest
 import torch
 from configs import NUM_TOKENS, PROMPTS
 from drafters import Told, with_drafts
+from rank_tools import ThreadRanks
 
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config import EngineConfig
@@ -50,7 +51,7 @@ class Plans:
         return self.plan.epoch > epoch
 
 
-def engine_with(oracle, rare_expert):
+def engine_with(oracle, rare_expert, num_ranks=1):
     """Shard 0 holds all experts but one of LAYER, shard 1 that one."""
     reader = CheckpointReader(oracle.model_dir)
     config = reader.config
@@ -63,8 +64,12 @@ def engine_with(oracle, rare_expert):
         shards[shard_id].load(reader, experts)
     plans = Plans(PlacementPlan(epoch=1, num_experts=config.num_experts, slices=slices))
     experts = ExpertDispatcher(Mortal(shards), plans, DispatchMetrics(new_registry(), "test"))
-    limits = EngineConfig(dtype="float32", device="cpu", kv_cache_bytes=1 << 22, block_size=4)
-    return load_engine(oracle.model_dir, limits, experts, EngineMetrics(new_registry(), "test"))
+    limits = EngineConfig(
+        dtype="float32", device="cpu", kv_cache_bytes=1 << 22, block_size=4, tensor_parallel_size=num_ranks
+    )
+    others = ThreadRanks(oracle.model_dir, limits) if num_ranks > 1 else None
+    engine = load_engine(oracle.model_dir, limits, experts, EngineMetrics(new_registry(), "test"), others=others)
+    return engine, others
 
 
 def submit(engine, request_id, number):
@@ -79,7 +84,7 @@ def take(engine, answers):
 
 def rare_expert(oracle):
     """An expert of LAYER that prompt 1 needs, its continuation included, and no other does."""
-    engine, asked = engine_with(oracle, 0), []
+    (engine, _), asked = engine_with(oracle, 0), []
     for number in range(len(PROMPTS)):
         engine.runner.experts.transport.asked = set()
         submit(engine, "alone", number)
@@ -89,13 +94,16 @@ def rare_expert(oracle):
     return min(asked[1] - asked[0] - asked[2] - asked[3])
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize(("num_parts", "num_ranks"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("dies_after", [0, 1])
 @pytest.mark.parametrize("drafted", [False, True])
-def test_who_needs_a_lost_expert_waits_and_the_others_go_on(oracle_of, dies_after, num_parts, drafted):
-    """With drafts too: some of their tokens are wrong, and may need the expert where their sequence does not."""
+def test_who_needs_a_lost_expert_waits_and_the_others_go_on(oracle_of, dies_after, num_parts, num_ranks, drafted):
+    """With drafts too: some of their tokens are wrong, and may need the expert where their sequence does not.
+
+    Other ranks of the model hear nothing of it, and finish the step.
+    """
     oracle = oracle_of("released key style, 60 experts")
-    engine = engine_with(oracle, rare_expert(oracle))
+    engine, others = engine_with(oracle, rare_expert(oracle), num_ranks)
     experts = engine.runner.experts
     engine.runner.micro_batching.choose = lambda num_tokens, num_sequences: min(num_parts, num_sequences)
     if drafted:
@@ -120,3 +128,5 @@ def test_who_needs_a_lost_expert_waits_and_the_others_go_on(oracle_of, dies_afte
     assert [answers[str(number)] for number in range(len(PROMPTS))] == oracle.token_ids
     assert answers["begins alike"] == oracle.token_ids[1]
     assert engine.blocks.num_used == 0
+    if others is not None:
+        others.close()

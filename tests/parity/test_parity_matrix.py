@@ -12,10 +12,11 @@ import torch
 from actor_experts import ActorExperts
 from configs import NUM_TOKENS, PROMPTS
 from drafters import Told, with_drafts
-from matrix import CELLS, RESULTS, TOKENS, Reference, cell_id, class_of, raw_config
+from matrix import CELLS, RANKS, RESULTS, TOKENS, Reference, cell_id, class_of, raw_config
+from rank_tools import ThreadRanks
 from safetensors.torch import load_file, save_file
 
-from cluster import LLM, SamplingParams
+from cluster import LLM, SamplingParams, llm
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.runtime.start import offline
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
@@ -73,9 +74,10 @@ def actors(request):
 
 def marks_of(cell):
     """Both dtypes of 16 bits over Ray take as long as all else together."""
-    _, _, dtype, transport = cell
-    over_ray, half = transport != "local", dtype != "float32"
-    return [mark for mark, wanted in ((pytest.mark.ray, over_ray), (pytest.mark.slow, over_ray and half)) if wanted]
+    _, result, dtype, transport = cell
+    over_ray = transport in ("stream", "ray")
+    is_slow = (transport != "local" and dtype != "float32") or (transport == RANKS and result != TOKENS)
+    return [mark for mark, wanted in ((pytest.mark.ray, over_ray), (pytest.mark.slow, is_slow)) if wanted]
 
 
 @pytest.mark.parametrize(
@@ -84,14 +86,15 @@ def marks_of(cell):
 )
 def test_a_cell(cell, model_dir_of, reference_of, actors, monkeypatch):
     family, result, dtype, transport = cell
-    if transport != "local":
+    monkeypatch.setattr(llm, "ChildRanks", ThreadRanks)
+    if transport in ("stream", "ray"):
         monkeypatch.setattr(offline, "RayExperts", lambda cluster, metrics: ActorExperts(actors(), cluster, metrics))
     head = "ForCausalLM" if result == TOKENS else RESULTS[result].head
     model_dir = model_dir_of(family, head)
     exact, same_dtype = reference_of(model_dir, head, "float32"), reference_of(model_dir, head, dtype)
     with LLM(
         model_dir, dtype=dtype, device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22, num_expert_shards=2,
-        transport=transport,
+        transport="local" if transport == RANKS else transport, tensor_parallel_size=2 if transport == RANKS else 1,
     ) as model:  # fmt: skip
         if result == TOKENS:
             outputs = check_tokens(model, same_dtype, exactly=dtype == "float32")

@@ -10,7 +10,7 @@ from cluster.runtime.operate import RunningCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-OTHER_KINDS = tuple(kind for kind in KINDS if kind not in QUICK_KINDS)
+OTHER_KINDS = tuple(kind for kind in KINDS if kind not in (*QUICK_KINDS, "kill-rank"))  # replicas have no ranks here
 HTTP_KINDS = ("kill-replica", "kill-shard", "kill-controller", "end-replica", "stop-replica", "cut-streams")
 
 

@@ -1,5 +1,9 @@
-"""A dense model behind gRPC: attention replicas alone serve it, every command makes sense, nothing dies unnoticed."""
+"""A dense model behind gRPC: attention replicas alone serve it, every command makes sense, nothing dies unnoticed.
 
+Each replica is two ranks that share the model.
+"""
+
+import re
 import subprocess
 
 import pytest
@@ -25,7 +29,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serving(model_dir, tmp_path_factory):
-    server = Serving(model_dir, tmp_path_factory.mktemp("server"))
+    server = Serving(model_dir, tmp_path_factory.mktemp("server"), "--tensor-parallel-size", "2")
     yield server.wait_ready()
     server.end()
 
@@ -66,6 +70,7 @@ def test_what_it_says_of_itself_names_no_shards(serving, run):
     code, status, _ = run("status")
     assert code == 0
     assert "SERVING   dense model" in status
+    assert re.search(r"│ 0 +│ \d+,", status)  # a replica has several processes
     assert "shard" not in status
 
 
@@ -89,6 +94,7 @@ def test_whatever_dies_no_answer_is_lost_or_different(serving, run):
     assert code == 0, report + error
     assert "failed            0\ndifferent         0\n" in report
     assert "kill-replica" in report
+    assert "kill-rank" in report
     assert "shard" not in report
     assert "the model is dense, it has no shards: left out kill-shard, stop-shard, cut-streams" in error
 

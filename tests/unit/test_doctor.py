@@ -54,7 +54,19 @@ def test_what_this_installation_has_is_enough(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "this machine can serve" in out
-    for subject in ("Python", "moe-cluster", "Ray", "torch", "GPU", "CPU", "kernels", "memory", "/tmp", "/dev/shm"):
+    for subject in (
+        "Python",
+        "moe-cluster",
+        "Ray",
+        "torch",
+        "ranks",
+        "GPU",
+        "CPU",
+        "kernels",
+        "memory",
+        "/tmp",
+        "/dev/shm",
+    ):
         assert f" {subject} " in out
 
 

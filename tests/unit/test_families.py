@@ -19,7 +19,7 @@ class Reader:
     def fetch(self, names, progress=None):
         pass
 
-    def load(self, targets, progress=None):
+    def load(self, targets, progress=None, spans=None):
         self.wanted |= {name: tuple(target.shape) for name, target in targets.items()}
 
 

@@ -124,6 +124,14 @@ REFUSED = {
     "two caches": ({"model.cache": {"claimName": "a", "hostPath": "/b"}}, "model.cache"),
     "more shards than GPUs": ({"cluster.expert_shards": 3}, "groups.experts has 2 pods with 1 GPUs"),
     "more replicas than GPUs": ({"cluster.attention_replicas": 2}, "groups.attention has 1 pods with 1 GPUs"),
+    "ranks of a replica on several pods": (
+        {"cluster.tensor_parallel_size": 2, "groups.attention.replicas": 2},
+        "groups.attention has pods with 1 GPUs each, and the 2 ranks of an attention replica are in one pod",
+    ),
+    "more ranks than GPUs": (
+        {"cluster.tensor_parallel_size": 2, "cluster.attention_replicas": 2, "groups.attention.gpus": 2},
+        "groups.attention has 1 pods with 2 GPUs each, 4 ranks of attention replicas",
+    ),
     "an ingress pod without a process": ({"groups.ingress.replicas": 3}, "cluster.ingress_replicas is 2"),
     "more pods than the most": (
         {"autoscaling.enabled": True, "groups.experts.maxReplicas": 1},

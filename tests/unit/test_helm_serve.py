@@ -97,6 +97,11 @@ def test_gpus_of_a_process_follow_its_group_unless_said():
     assert arguments(halves)["gpus_per_expert_shard"] == 0.5
 
 
+def test_the_ranks_of_a_replica_take_a_pods_gpus():
+    found = arguments(rendered("a2.7b", {"cluster.tensor_parallel_size": 4, "groups.attention.gpus": 4}))
+    assert (found["tensor_parallel_size"], found["gpus_per_attention_replica"]) == (4, 1)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_roles_and_groups_agree_on_the_resource_that_steers_them(shape):
     objects = rendered(shape)

@@ -108,7 +108,7 @@ def at_device_index(monkeypatch, num_before):
 STAGES = {
     "finding blocks again": at_method(BlockManager, "reuse", lambda _, sequence: [sequence]),
     "allocating blocks": at_method(BlockManager, "allocate", lambda _, sequence, __: [sequence]),
-    "making tensors": at_method(ModelRunner, "_micro_batch", lambda _, part, __: [s.sequence for s in part]),
+    "making tensors": at_method(ModelRunner, "_arrays", lambda _, part: [s.sequence for s in part]),
     "the model's step": at_method(ModelRunner, "forward", lambda _, scheduled, **__: [s.sequence for s in scheduled]),
     "what the sampler needs": at_method(runner_module, "_sampling_row", lambda sequence, *_: [sequence]),
     "banned ids": at_device_index,

@@ -104,6 +104,23 @@ def test_a_cache_in_8_bits_is_counted_with_its_scales(planned, capsys, tmp_path)
     assert "KV cache: 99.84 KB a token in fp8" in " ".join(capsys.readouterr().out.split())
 
 
+def test_ranks_have_their_parts_of_the_weights_and_of_the_cache(planned, capsys, tmp_path):
+    """Of 14 heads and 2 of keys and values 7 and 1 each; of 4,864 inner features 2,432; of 1,187 x 128 tokens 594 and
+    593 x 128. A layer: 448 x 896 + 448, 2 x (64 x 896 + 64), 896 x 448, 3 x 2432 x 896, 2 x 896; 24 of them; a norm.
+    """
+    plan = planned(PUBLISHED["Qwen2-0.5B"], "--tensor-parallel-size", "2")
+    layers = 24 * (448 * 896 + 448 + 2 * (64 * 896 + 64) + 896 * 448 + 3 * 2432 * 896 + 2 * 896) + 896
+    assert [rank["bytes"] for rank in plan["ranks"]] == [2 * (layers + num * 128 * 896) for num in (594, 593)]
+    assert [rank["kv_bytes_per_token"] for rank in plan["ranks"]] == [6144, 6144]
+    assert planned(PUBLISHED["Qwen2-0.5B"])["ranks"] == []
+    assert main(["plan", str(tmp_path), "--tensor-parallel-size", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "attention replica, rank 1 │ dense weights │ │ 494 MB" in out
+    assert "12.29 KB a token, at most 6.144 KB of it in a rank, for each attention replica" in out
+    assert main(["plan", str(tmp_path), "--tensor-parallel-size", "15"]) == 2
+    assert "tensor_parallel_size is 15, and the model has 14 query heads" in capsys.readouterr().err
+
+
 def test_weights_that_are_there_are_looked_at(tmp_path, capsys):
     """A missing part is named; without any weights the config is enough, and with those of another format it is not."""
     write_demo_checkpoint(tmp_path / "demo")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.checkpoint.files import read_json_object
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CONFIG_FILE, read_config
+from cluster.checkpoint.spans import Spans
 from cluster.config.json_keys import Keys
 from cluster.errors import CheckpointError
 
@@ -41,8 +42,13 @@ class DrawnCheckpoint:
 
     def check_room(self) -> None: ...
 
-    def load(self, targets: "Mapping[str, Tensor]", progress: Callable[[int], None] | None = None) -> int:
-        """Fills each destination. Returns their bytes."""
+    def load(
+        self,
+        targets: "Mapping[str, Tensor]",
+        progress: Callable[[int], None] | None = None,
+        spans: Spans | None = None,
+    ) -> int:
+        """Fills each destination. Returns their bytes. A tensor is drawn whole where only a part of it is wanted."""
         import torch
 
         from cluster.checkpoint.made.drawn_forms import draw_rounded
@@ -54,7 +60,11 @@ class DrawnCheckpoint:
                 if rounded is not None and rounded.form is not None and not name.endswith((".weight", ".bias")):
                     draw_rounded(rounded.form, name, target, generator, self._matrix_shape(layer))
                 else:
-                    target.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
+                    span = spans.get(name) if spans else None
+                    whole = target if span is None else target.new_empty(span.whole(tuple(target.shape)))
+                    whole.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
+                    if span is not None:
+                        target.copy_(whole[span.index(tuple(target.shape))])
             if progress is not None:
                 progress(target.nbytes)
         return sum(target.nbytes for target in targets.values())

@@ -26,8 +26,10 @@ class Experts(Protocol):
 class FeedForward(Protocol):
     """Either kind, dense or with routed experts."""
 
-    def begin(self, x: Tensor, experts: Experts, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
-        """x: [T, H]. Computes up to where routed rows are waited for. Call the result once: it waits, gives [T, H]."""
+    def begin(self, x: Tensor, experts: Experts | None, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
+        """x: [T, H]. Computes up to where routed rows are waited for. Call the result once: it waits, gives [T, H].
+
+        experts: None for the part without routed rows."""
 
 
 class MLP(nn.Module):
@@ -63,7 +65,7 @@ class MLP(nn.Module):
         of_rows.add(self._down, inner, down)
         return out.index_copy_(0, rows, down)
 
-    def begin(self, x: Tensor, experts: Experts, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
+    def begin(self, x: Tensor, experts: Experts | None, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
         """As `FeedForward.begin`, with nothing to wait for."""
         out: Tensor = self(x, adapters)
         return lambda: out

@@ -43,11 +43,11 @@ class SparseMoe(nn.Module):
         self.shared_expert = MLP(hidden_size, moe.shared_expert_intermediate_size, "mlp.shared_expert")
         self.shared_expert_gate = Linear(hidden_size, {"shared_expert_gate": 1})
 
-    def begin(self, x: Tensor, experts: Experts, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
+    def begin(self, x: Tensor, experts: Experts | None, adapters: LayerAdapters | None = None) -> Callable[[], Tensor]:
         """As `FeedForward.begin`: sends the routed rows away, then computes the shared expert."""
-        flight = experts.dispatch(self.layer_id, x, *self.gate(x, adapters))
+        flight = None if experts is None else experts.dispatch(self.layer_id, x, *self.gate(x, adapters))
         gate = self.shared_expert_gate(x)
         if adapters is not None:
             adapters.add("mlp.shared_expert_gate", x, gate)
         shared = torch.sigmoid(gate) * self.shared_expert(x, adapters)  # [T, H]
-        return lambda: shared + experts.combine(flight)
+        return (lambda: shared) if experts is None else lambda: shared + experts.combine(flight)

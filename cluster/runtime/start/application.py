@@ -1,5 +1,6 @@
 """Checks a configuration before anything starts, and builds its Serve application."""
 
+import shutil
 from dataclasses import replace
 
 import ray
@@ -12,7 +13,7 @@ from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
 from cluster.config.resources import available_cpus, memory_limit
 from cluster.config.speculation import with_model
-from cluster.engine.load import resolve_device
+from cluster.config.tensor_parallel import share_of as share_of_rank
 from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError
 from cluster.experts.placement import num_shards_for
@@ -52,15 +53,15 @@ def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterCon
 
 def check_cpus(config: ClusterConfig, *, attention_replicas: int = 0) -> None:
     """Checks CPUs for a Ray of this machine, which does not count the real ones. Raises SetupError."""
-    available = available_cpus()
-    for name, processes in (
-        ("cpus_per_expert_shard", config.expert_shards),
-        ("cpus_per_attention_replica", attention_replicas),
+    available, ranks = available_cpus(), config.tensor_parallel_size
+    for name, processes, at_once in (
+        ("cpus_per_expert_shard", config.expert_shards, 1),
+        ("cpus_per_attention_replica", attention_replicas, ranks),
     ):
-        if processes and getattr(config, name) > available:
-            raise SetupError(
-                f"{name} is {getattr(config, name):g}, and this machine has {available} CPUs: ask for fewer"
-            )
+        cpus = getattr(config, name)
+        if processes and cpus * at_once > available:
+            each = f", for each of {at_once} ranks" if at_once > 1 else ""
+            raise SetupError(f"{name} is {cpus:g}{each}, and this machine has {available} CPUs: ask for fewer")
 
 
 def check_memory(config: ClusterConfig, *, attention_replicas: int = 0, ingresses: int = 0) -> None:
@@ -71,17 +72,22 @@ def check_memory(config: ClusterConfig, *, attention_replicas: int = 0, ingresse
     machine = memory_limit()
     if machine is None:
         return
-    processes = config.expert_shards + attention_replicas + ingresses
+    ranks = config.tensor_parallel_size
+    processes = config.expert_shards + attention_replicas * ranks + ingresses
     if processes * PROCESS_BYTES > machine:
+        each = f" of {ranks} ranks" if ranks > 1 else ""
         raise SetupError(
-            f"{processes} processes are asked for ({attention_replicas} attention replicas, {config.expert_shards} "
-            f"expert shards, {ingresses} ingresses), of {PROCESS_BYTES / 1e6:.0f} MB each at least, and this machine "
-            f"has {machine / 1e9:.3g} GB: ask for fewer"
+            f"{processes} processes are asked for ({attention_replicas} attention replicas{each}, "
+            f"{config.expert_shards} expert shards, {ingresses} ingresses), of {PROCESS_BYTES / 1e6:.0f} MB each at "
+            f"least, and this machine has {machine / 1e9:.3g} GB: ask for fewer"
         )
+    # torch, which would tell exactly, is loaded where it computes alone: engines look again.
+    on_cpus = config.device == "cpu" or (config.device == "auto" and shutil.which("nvidia-smi") is None)
     engine, model = config.engine(), open_checkpoint(config.model, config.rope_scaling).config
     check_cache_room(
-        model, engine, resolve_dtype(config.dtype, model), max_model_len=max_model_len(model, engine),
-        machine_bytes=machine if resolve_device(config.device).type == "cpu" else None, num=attention_replicas,
+        share_of_rank(model, 0, ranks).config, engine, resolve_dtype(config.dtype, model),
+        max_model_len=max_model_len(model, engine), num=attention_replicas * ranks,
+        machine_bytes=machine if on_cpus else None,
     )  # fmt: skip
 
 
@@ -98,11 +104,12 @@ def check_gpus(config: ClusterConfig, *, attention_replicas: int) -> None:
     attention, expert = config.gpus_per_attention_replica or 0, config.gpus_per_expert_shard or 0
     if config.device == "cuda" and not ray.cluster_resources().get("GPU", 0):
         raise SetupError("device is 'cuda', and the Ray cluster has no GPU: use device 'cpu' or 'auto'")
-    asked = attention_replicas * attention + config.expert_shards * expert
+    processes = attention_replicas * config.tensor_parallel_size
+    asked = processes * attention + config.expert_shards * expert
     available = ray.cluster_resources().get("GPU", 0)
     if asked > available:
         raise SetupError(
-            f"{asked:g} GPUs are asked for ({attention_replicas} attention replicas with {attention:g} each, "
+            f"{asked:g} GPUs are asked for ({processes} processes of attention replicas with {attention:g} each, "
             f"{config.expert_shards} expert shards with {expert:g} each), the Ray cluster has {available:g}: ask for "
             "fewer processes, or for fractions of a GPU a process"
         )
@@ -122,7 +129,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         autoscaling_config=None
         if config.max_attention_replicas is None
         else autoscaling_config(config.attention_replicas, config.max_attention_replicas),
-        placement_group_bundles=[bundle],
+        placement_group_bundles=[bundle] * config.tensor_parallel_size,
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         # The engine refuses requests beyond its limits and says why; Serve's queue must not hide requests from it.

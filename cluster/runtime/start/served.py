@@ -249,7 +249,7 @@ def _check_ingress_files(config: ClusterConfig) -> None:
 def _num_cpus(config: ClusterConfig) -> float:
     """The CPUs that a served application asks of Ray."""
     return (
-        config.attention_replicas * config.cpus_per_attention_replica
+        config.attention_replicas * config.tensor_parallel_size * config.cpus_per_attention_replica
         + config.expert_shards * config.cpus_per_expert_shard
         + config.ingress_replicas * INGRESS_CPUS
     )

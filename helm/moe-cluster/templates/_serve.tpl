@@ -81,9 +81,12 @@ applications:
 {{- $attention := .Values.groups.attention }}
 {{- $experts := .Values.groups.experts }}
 {{- $replicas := default .Values.cluster.attention_replicas .Values.cluster.max_attention_replicas }}
+{{- $ranks := int (default 1 .Values.cluster.tensor_parallel_size) }}
+{{- $processes := mul $ranks $replicas }}
+{{- $what := ternary "ranks of attention replicas" "attention replicas" (gt $ranks 1) }}
 {{- $checks := list
-  (dict "name" "attention" "group" $attention "processes" $replicas "key" "gpus_per_attention_replica" "what" "attention replicas")
-  (dict "name" "experts" "group" $experts "processes" .Values.cluster.expert_shards "key" "gpus_per_expert_shard" "what" "expert shards") }}
+  (dict "name" "attention" "group" $attention "processes" $processes "together" $ranks "key" "gpus_per_attention_replica" "what" $what)
+  (dict "name" "experts" "group" $experts "processes" .Values.cluster.expert_shards "together" 1 "key" "gpus_per_expert_shard" "what" "expert shards") }}
 {{- range $checks }}
 {{- $each := float64 (include "moe-cluster.gpusPerProcess" (dict "root" $ "key" .key "group" .group)) }}
 {{- $pods := int .group.replicas }}
@@ -95,6 +98,9 @@ applications:
 {{- $asked := mulf (float64 .processes) $each }}
 {{- if gt $asked (float64 $there) }}
 {{- fail (printf "groups.%s has %d pods with %d GPUs each, %d %s with %v GPUs each need %v: more pods or GPUs, fewer processes, or another cluster.%s" .name $pods $gpus (int .processes) .what $each $asked .key) }}
+{{- end }}
+{{- if and (gt (int .together) 1) (gt (mulf (float64 .together) $each) (float64 $gpus)) }}
+{{- fail (printf "groups.%s has pods with %d GPUs each, and the %d ranks of an attention replica are in one pod, with %v GPUs each: more GPUs a pod, or a smaller cluster.tensor_parallel_size" .name $gpus (int .together) $each) }}
 {{- end }}
 {{- end }}
 {{- end }}

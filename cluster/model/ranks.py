@@ -1,0 +1,25 @@
+"""How a model that is divided among ranks reaches the others (`cluster/config/tensor_parallel.py`). Knows no processes.
+
+All ranks call the same methods in the same order. T: rows, H: hidden size, V: vocabulary, v: a rank's part of it.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.config.tensor_parallel import Share
+
+
+class Ranks(Protocol):
+    """As one of them sees them. Each method blocks, and raises Unavailable where a rank is gone."""
+
+    @property
+    def share(self) -> Share:
+        """This rank's part."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Adds up the ranks' x, alike in shape, in place: the same numbers at each rank, bit for bit."""
+
+    def logits(self, hidden_states: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """[T, H] -> [T, V] at rank 0, which alone has hidden states. part: [T, H] -> [T, v], this rank's."""
