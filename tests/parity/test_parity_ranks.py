@@ -5,12 +5,14 @@ The ranks are threads here, which gloo joins as it does processes; tests/unit/te
 
 import pytest
 import torch
-from configs import CONFIGS, DENSE_CONFIGS, PROMPTS
+from configs import CONFIGS, DENSE_CONFIGS, PROMPTS, config
 from drafters import Told, always
 from rank_tools import ThreadRanks
 from test_parity_local import llm_for, tokens
 
+from cluster import LLM
 from cluster import llm as llm_module
+from cluster.checkpoint.made.synthetic import write_checkpoint
 
 NAMES = [*CONFIGS, *DENSE_CONFIGS]
 DEFAULT = {("released key style, 60 experts", 4), ("qwen2, new key style, tied embeddings, MHA", 2)}
@@ -66,3 +68,18 @@ def test_a_cache_in_8_bits_holds_what_one_process_would_have(oracle_of, kv_cache
     for other in found[1:]:
         for ours, one_process in zip(other, found[0], strict=True):
             assert (ours - one_process).norm() < 0.02 * one_process.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert_quantization", ["int8", "int4", "nf4"])
+def test_experts_in_fewer_bits_give_what_they_give_one_process(tmp_path, expert_quantization):
+    write_checkpoint(tmp_path / "model", config(hidden_size=128, moe_intermediate_size=128, num_experts=8), seed=5)
+    found = []
+    for num_ranks in (1, 2):
+        with LLM(
+            tmp_path / "model", dtype="float32", device="cpu", skip_tokenizer=True, kv_cache_bytes=1 << 22,
+            expert_quantization=expert_quantization, tensor_parallel_size=num_ranks,
+        ) as llm:  # fmt: skip
+            found.append([llm.logits(prompt) for prompt in PROMPTS])
+    for ours, one_process in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, one_process, atol=1e-4, rtol=0)

@@ -28,6 +28,9 @@ from cluster.engine.preflight import check_checkpoint
 from cluster.engine.rank_process import ChildRanks
 from cluster.errors import CheckpointError, SetupError, Unavailable
 
+SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+ROUNDED = config(**dict.fromkeys(SIZES, 128), quantization_config=GPTQ)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
@@ -80,6 +83,7 @@ def test_uneven_inner_sizes_keep_rows_aligned():
         (dense(intermediate_size=3), {"tensor_parallel_size": 4}, "3 inner features .intermediate_size."),
         (config(shared_expert_intermediate_size=2), {"tensor_parallel_size": 3}, "2 inner features .shared"),
         (BASE, {"tensor_parallel_size": 2, "quantization": "int8"}, "quantization 'int8' .* give expert_quantization"),
+        (ROUNDED, {"tensor_parallel_size": 2}, "a checkpoint whose weights are rounded cannot be divided"),
         (BASE, {"tensor_parallel_size": 2, "lora_adapters": {"a": "/a"}}, "LoRA adapters cannot be divided"),
     ],
 )
