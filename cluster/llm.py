@@ -117,7 +117,7 @@ class LLM(Results, Chats, Adapts):
         self._closed = False
         config = replace(cluster.engine(), max_waiting=QUEUE_LIMIT)
         on_cuda = device_of(config).type == "cuda"  # refuses one that cannot be, before anything loads
-        num_threads = compute_here(config.tensor_parallel_size)
+        compute_here()
         registry = new_registry()
         dispatch_metrics, metrics = DispatchMetrics(registry, "llm"), EngineMetrics(registry, "llm")
         checkpoint = check_checkpoint(cluster.model, config, cluster.expert_shards, tokenizer=False)
@@ -140,7 +140,7 @@ class LLM(Results, Chats, Adapts):
                     self.experts = local_experts(cluster.model, config, cluster.expert_shards, dispatch_metrics)
                     share = share_here(self.experts)
                 if config.tensor_parallel_size > 1:
-                    self._ranks = ChildRanks(cluster.model, config, num_threads=num_threads, on_cuda=on_cuda)
+                    self._ranks = ChildRanks(cluster.model, config, on_cuda=on_cuda)
                 self.engine: Engine = load_engine(
                     cluster.model,
                     config,

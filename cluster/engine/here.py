@@ -9,12 +9,10 @@ from cluster.config.resources import available_cpus
 from cluster.kernels.native.report import log_kernels
 
 
-def compute_here(num_ranks: int) -> int:
-    """Gives torch its threads, and logs which kernels there are. Returns the threads of each of num_ranks processes."""
+def compute_here() -> None:
+    """Gives torch its threads, and logs which kernels there are."""
     for name, value in PRODUCTS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # read at the first product
-    num_threads = max(1, available_cpus() // num_ranks)
     # torch counts the machine's cores, and knows nothing of a control group's quota.
-    torch.set_num_threads(min(torch.get_num_threads(), num_threads))
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     log_kernels()
-    return num_threads

@@ -45,11 +45,14 @@ class Order:
 class ChildRanks:
     """The `OtherRanks` of an `LLM`. Close it: that ends the children, as does the end of this process."""
 
-    def __init__(self, model: str, config: EngineConfig, *, num_threads: int, on_cuda: bool) -> None:
-        """Starts them. Raises SetupError where there are fewer GPUs than ranks."""
-        self._size = config.tensor_parallel_size
+    def __init__(self, model: str, config: EngineConfig, *, on_cuda: bool) -> None:
+        """Starts them, and shares this process's threads with them. Raises SetupError where there are fewer GPUs than
+        ranks."""
+        self._size, self._threads_alone = config.tensor_parallel_size, torch.get_num_threads()
+        num_threads = max(1, self._threads_alone // self._size)
         gpus = _gpus(self._size) if on_cuda else []
         self._children: list[subprocess.Popen[bytes]] = []
+        torch.set_num_threads(num_threads)
         for rank in range(1, self._size):
             environment = SHARED_CORES_ENVIRONMENT | MEMORY_ENVIRONMENT | os.environ
             if gpus:
@@ -79,6 +82,8 @@ class ChildRanks:
 
     def close(self) -> None:
         """Safe to call again."""
+        if self._children:
+            torch.set_num_threads(self._threads_alone)
         for child in self._children:
             child.kill()
             child.wait()

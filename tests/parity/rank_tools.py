@@ -14,7 +14,7 @@ from cluster.engine.leader import STOP
 class ThreadRanks:
     """As `ChildRanks`."""
 
-    def __init__(self, model, config, *, num_threads=1, on_cuda=False):
+    def __init__(self, model, config, *, on_cuda=False):
         self._size, self._folder = config.tensor_parallel_size, tempfile.TemporaryDirectory()
         self._meeting, self._group, self.failures = Path(self._folder.name) / "meeting", None, []
         self.ranks = [LoadedRank(str(model), config, rank) for rank in range(1, self._size)]

@@ -143,6 +143,27 @@ def test_ranks_listen_on_loopback_and_a_strangers_bytes_change_nothing(pair):
     assert heard == [[7]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_any_size_are_the_same_bits_at_each_rank(tmp_path, dtype):
+    """Three ranks, with less and more than a piece that is sent at a time."""
+    shapes, found = [(1, 3), (5, 7777), (64, 4096)], {}
+
+    def go(rank):
+        group, draw = Group(tmp_path / "meeting", rank, 3, torch.device("cpu")), torch.Generator().manual_seed(rank)
+        found[rank] = [group.sum(torch.randn(shape, generator=draw).to(dtype)) for shape in shapes]
+
+    threads = [threading.Thread(target=go, args=(rank,), daemon=True) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30.0)
+    draws = [torch.Generator().manual_seed(rank) for rank in range(3)]
+    for place, shape in enumerate(shapes):
+        exact = sum(torch.randn(shape, generator=draw).to(dtype).double() for draw in draws)
+        torch.testing.assert_close(found[0][place], exact.to(dtype))
+        assert all(torch.equal(found[rank][place], found[0][place]) for rank in (1, 2))
+
+
 def test_a_drawn_tensor_is_the_same_in_parts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dense() | {SEED_KEY: 1}))
     checkpoint, name = open_checkpoint(tmp_path), "model.layers.0.mlp.down_proj.weight"
@@ -158,6 +179,7 @@ def test_an_llm_with_ranks_of_its_own_answers_until_one_dies(tmp_path):
     options = {"device": "cpu", "dtype": "float32", "skip_tokenizer": True, "kv_cache_bytes": 1 << 20}
     with LLM(tmp_path / "model", **options) as llm:
         alone = [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
+    threads = torch.get_num_threads()
     with LLM(tmp_path / "model", **options, tensor_parallel_size=2) as llm:
         with pytest.raises(SetupError, match="LoRA adapters cannot be divided among ranks"):
             llm.load_adapter("a", tmp_path)
@@ -168,11 +190,12 @@ def test_an_llm_with_ranks_of_its_own_answers_until_one_dies(tmp_path):
         with pytest.raises(Unavailable, match="a process of a model that 2 share is gone"):
             llm.generate(PROMPTS, GREEDY)
     assert llm._ranks is None
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_load_ends_the_start_with_its_words(tmp_path):
-    ranks = ChildRanks(str(tmp_path / "nothing"), EngineConfig(tensor_parallel_size=2), num_threads=1, on_cuda=False)
+    ranks = ChildRanks(str(tmp_path / "nothing"), EngineConfig(tensor_parallel_size=2), on_cuda=False)
     try:
         with pytest.raises(CheckpointError, match="nothing"):
             ranks.join(torch.device("cpu"))
