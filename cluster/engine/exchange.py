@@ -50,7 +50,7 @@ class Exchange:
         if self._patience_s is not None:
             for _, other in self._others:
                 for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                    other.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(self._patience_s), 0))
+                    other.setsockopt(socket.SOL_SOCKET, option, _timeval(self._patience_s))
 
     def sum(self, x: Tensor) -> None:
         """In place; x: contiguous, alike at all ranks. The ranks' parts are added in their order, in float32."""
@@ -83,6 +83,10 @@ class _Folder:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+
+def _timeval(seconds: float) -> bytes:
+    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
 
 
 def _fill(other: socket.socket, room: memoryview) -> None:

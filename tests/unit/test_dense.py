@@ -110,6 +110,18 @@ def test_chaos_leaves_out_the_faults_of_shards():
         possible_kinds(("kill-shard", "rebalance"), Cluster())
 
 
+def test_chaos_kills_ranks_where_replicas_have_some():
+    class OfRanks:
+        def status(self):
+            process = ProcessInfo(pid=7, node_id="n", gpu_ids=(), rank_pids=(8,))
+            replica = ReplicaStatus(name="r", process=process, engine=None, asked_at=0.0)
+            return replace(status_of(plan_evenly((), 0, 0)), replicas=(replica,))
+
+    assert "kill-rank" in possible_kinds(KINDS, OfRanks())
+    with pytest.raises(SetupError, match="one process each"):
+        possible_kinds(("kill-rank",), Cluster())
+
+
 def test_chaos_says_which_faults_it_leaves_out(monkeypatch, capsys):
     """Before it connects: here to nobody."""
 

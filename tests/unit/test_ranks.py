@@ -23,6 +23,7 @@ from cluster.checkpoint.opening import open_checkpoint
 from cluster.checkpoint.spans import Span, spans_of
 from cluster.config import EngineConfig, read_model_config
 from cluster.config.tensor_parallel import check_ranks, share_of
+from cluster.engine.exchange import Exchange
 from cluster.engine.group import INLINE, Group
 from cluster.engine.preflight import check_checkpoint
 from cluster.engine.rank_process import ChildRanks
@@ -162,6 +163,21 @@ def test_sums_of_any_size_are_the_same_bits_at_each_rank(tmp_path, dtype):
         exact = sum(torch.randn(shape, generator=draw).to(dtype).double() for draw in draws)
         torch.testing.assert_close(found[0][place], exact.to(dtype))
         assert all(torch.equal(found[rank][place], found[0][place]) for rank in (1, 2))
+
+
+def test_a_rank_that_hangs_or_ends_is_missed(tmp_path):
+    """Rank 0 waits for a silent one as long as it has patience for; a closed connection needs none."""
+    first, second = Exchange(tmp_path / "meeting", 0, 2, 0.05), Exchange(tmp_path / "meeting", 1, 2, None)
+    joining = threading.Thread(target=second.connect)
+    joining.start()
+    first.connect()
+    joining.join(10.0)
+    with pytest.raises(TimeoutError, match="sends nothing"):
+        first.sum(torch.ones(3))
+    first.close()
+    with pytest.raises(OSError, match="Broken pipe"):
+        second.sum(torch.ones(3))
+    second.close()
 
 
 def test_a_drawn_tensor_is_the_same_in_parts(tmp_path):
