@@ -15,7 +15,7 @@ from cluster import llm as llm_module
 from cluster.checkpoint.made.synthetic import write_checkpoint
 
 NAMES = [*CONFIGS, *DENSE_CONFIGS]
-DEFAULT = {("released key style, 60 experts", 4), ("qwen2, new key style, tied embeddings, MHA", 2)}
+DEFAULT = [("released key style, 60 experts", 4), ("qwen2, new key style, tied embeddings, MHA", 2)]
 """A case of each family; the others take long."""
 
 # All have 4 query heads, most 2 key/value heads: of 3 or 4 ranks two have a copy of the same one.
