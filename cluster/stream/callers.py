@@ -94,7 +94,8 @@ class Callers:
                     self._on_request(request)
             self._watch(peer)
         except ProtocolError as error:
-            seldom.warning("a connection is closed: %s", error)
+            report = seldom if peer.state is State.HELLO else log  # of a process of ours there are few
+            report.warning("a connection is closed: %s", error)
             peer.refuse(str(error))
             self.drop(peer)
         except OSError as error:

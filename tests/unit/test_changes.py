@@ -10,6 +10,7 @@ import pytest
 import virtual_time
 from control_fakes import CONFIG, FACTS, LOAD_S, FakeCluster, task_error
 
+from cluster.config.options import MOST_BYTES, MOST_CALLS
 from cluster.errors import ClusterError, SetupError
 from cluster.experts.placement import PlacementPlan
 from cluster.runtime.control.capacity import capacities, first_plan, padded, union
@@ -288,7 +289,7 @@ def test_a_change_is_named_with_its_shard():
 
 def test_no_more_copies_are_planned_than_shards_can_hold():
     """4 experts in each of 2 layers on 2 shards: room for 8 in each, however many are asked for."""
-    config = replace(CONFIG, expert_shards=2, expert_memory_bytes=None, redundant_experts=10**25)
+    config = replace(CONFIG, expert_shards=2, expert_memory_bytes=None, redundant_experts=MOST_CALLS)
     assert capacities(config, FACTS, 2) == [8, 8]
     assert first_plan(config, FACTS, 2) == first_plan(replace(config, redundant_experts=4), FACTS, 2)
-    assert capacities(replace(config, expert_memory_bytes=10**25), FACTS, 2, 3) == [8, 8, 0]
+    assert capacities(replace(config, expert_memory_bytes=MOST_BYTES), FACTS, 2, 3) == [8, 8, 0]
