@@ -120,7 +120,8 @@ def test_shards_of_a_rounded_checkpoint_answer_as_one_process_does(ray_cluster, 
 
 
 def shards_of(ray_cluster, llm):
-    return ray_cluster.get(llm._ray_experts._controller.status.remote()).shards
+    experts = llm._close_experts.__self__
+    return ray_cluster.get(experts._controller.status.remote()).shards
 
 
 def kill_in_the_third_step(llm, pid):
