@@ -15,6 +15,7 @@ from torch import Tensor
 # Sent to all, then received from all: what waits in a socket is two pieces at most, less than Linux lets it hold (208
 # KiB), so no two ranks wait for one another.
 PIECE_BYTES = 64 << 10
+JOIN_S = 30.0  # for ranks that all listen when the first of them connects
 _RANK = struct.Struct("<I")
 _TIMEVAL = struct.Struct("@ll")
 
@@ -30,6 +31,7 @@ class Exchange:
         with _Folder(meeting.parent) as folder:
             self._listener.bind(f"{folder}/{meeting.name}-{rank}")
         self._listener.listen(size)
+        self._listener.settimeout(JOIN_S)
         self._others: list[tuple[int, socket.socket]] = []
 
     def connect(self) -> None:
@@ -43,8 +45,9 @@ class Exchange:
                 others[rank] = other
         while len(others) < self._size - 1:
             other, _ = self._listener.accept()
-            [rank] = _RANK.unpack(other.recv(_RANK.size, socket.MSG_WAITALL))
-            others[rank] = other
+            number = bytearray(_RANK.size)
+            _fill(other, memoryview(number))
+            others[_RANK.unpack(number)[0]] = other
         self._listener.close()
         self._others = sorted(others.items())
         if self._patience_s is not None:

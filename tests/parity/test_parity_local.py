@@ -73,10 +73,14 @@ def test_preempted_sequences_give_the_same(oracle):
 
 
 def test_several_tokens_a_step_give_the_same(oracle):
+    check_drafts(oracle, num_expert_shards=2)
+
+
+def check_drafts(oracle, **options):
     """Drafts are the oracle's own tokens, some of them replaced."""
     drafter = Told(zip(PROMPTS, oracle.token_ids, strict=True), wrong=0.3, vocab_size=200)
     ngram = {"method": "ngram", "num_speculative_tokens": 3}
-    with llm_for(oracle, num_expert_shards=2, block_size=4, speculative_config=ngram) as llm:
+    with llm_for(oracle, block_size=4, speculative_config=ngram, **options) as llm:
         payoff = always(llm, drafter)
         assert tokens(llm) == oracle.token_ids
         assert sum(payoff.tried) > 10

@@ -6,9 +6,8 @@ The ranks are threads here, which gloo joins as it does processes; tests/unit/te
 import pytest
 import torch
 from configs import CONFIGS, DENSE_CONFIGS, PROMPTS, config
-from drafters import Told, always
 from rank_tools import ThreadRanks
-from test_parity_local import llm_for, tokens
+from test_parity_local import check_drafts, llm_for, tokens
 
 from cluster import LLM
 from cluster import llm as llm_module
@@ -46,14 +45,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(oracle_of, name, num
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _ in DEFAULT])
 def test_several_tokens_a_step_give_the_same(oracle_of, name):
-    """Drafts are the oracle's own tokens, some of them replaced."""
-    oracle = oracle_of(name)
-    drafter = Told(zip(PROMPTS, oracle.token_ids, strict=True), wrong=0.3, vocab_size=200)
-    ngram = {"method": "ngram", "num_speculative_tokens": 3}
-    with llm_for(oracle, tensor_parallel_size=2, block_size=4, speculative_config=ngram) as llm:
-        payoff = always(llm, drafter)
-        assert tokens(llm) == oracle.token_ids
-        assert sum(payoff.tried) > 10
+    check_drafts(oracle_of(name), tensor_parallel_size=2)
 
 
 @pytest.mark.slow

@@ -165,6 +165,14 @@ def test_sums_of_any_size_are_the_same_bits_at_each_rank(tmp_path, dtype):
         assert all(torch.equal(found[rank][place], found[0][place]) for rank in (1, 2))
 
 
+def test_a_rank_that_ends_while_it_joins_is_missed(tmp_path):
+    first = Exchange(tmp_path / "meeting", 0, 2, None)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second:
+        second.connect(str(tmp_path / "meeting-0"))
+    with pytest.raises(OSError, match="closed"):
+        first.connect()
+
+
 def test_a_rank_that_hangs_or_ends_is_missed(tmp_path):
     """Rank 0 waits for a silent one as long as it has patience for; a closed connection needs none."""
     first, second = Exchange(tmp_path / "meeting", 0, 2, 0.05), Exchange(tmp_path / "meeting", 1, 2, None)

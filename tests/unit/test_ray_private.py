@@ -1,8 +1,13 @@
 """Ray's private names are imported in one room only: when Ray changes one, there is one place to look."""
 
 import ast
+import os
+import select
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+from cluster.runtime.ray_private import core
 from cluster.runtime.ray_private.core import reports_to_log, worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,3 +79,31 @@ def test_what_rays_processes_report_goes_to_the_log_until_it_is_undone(capsys, c
     undo()
     worker.print_to_stdstream(report, ignore_prefix=False)
     assert "(raylet)" in capsys.readouterr().out
+
+
+class Node:
+    """Ray's, of a raylet with a child. `ray.shutdown` kills its processes, and so does the end of this process."""
+
+    def __init__(self):
+        self.raylet = subprocess.Popen(["sh", "-c", "sleep 300 & echo $!; exec sleep 300"], stdout=subprocess.PIPE)
+        self.child, self.hows = int(self.raylet.stdout.readline()), []
+        self.all_processes = {"raylet": [SimpleNamespace(process=self.raylet)]}
+
+    def kill_all_processes(self, **how):
+        self.hows.append(how)
+        self.raylet.kill()
+        self.raylet.wait()
+
+
+def test_a_raylets_children_end_with_it_and_its_pid_is_not_looked_at_later(monkeypatch):
+    node, looked_at, children = Node(), [], core._children
+    monkeypatch.setattr(core.worker, "_global_node", node)
+    monkeypatch.setattr(core, "_children", lambda pid: looked_at.append(pid) or children(pid))
+    monkeypatch.setattr(core.ray, "shutdown", lambda: node.kill_all_processes(check_alive=False, allow_graceful=True))
+    handle = os.pidfd_open(node.child)
+    core.end_started()
+    assert select.select([handle], [], [], 30.0)[0]  # it has ended
+    os.close(handle)
+    node.kill_all_processes(check_alive=False, allow_graceful=True)
+    assert looked_at == [node.raylet.pid]
+    assert node.hows == [{"check_alive": False, "allow_graceful": False}] * 2

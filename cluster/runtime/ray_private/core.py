@@ -116,7 +116,8 @@ def end_started() -> None:
         raylet, kill = started_processes()["raylet"][0].process, node.kill_all_processes
 
         def end(**how: bool) -> None:
-            children = _children(raylet.pid)
+            # Ray calls it again at this process's end, when the pid may be another process's.
+            children = _children(raylet.pid) if raylet.poll() is None else []
             kill(**how | {"allow_graceful": False})
             for handle in children:
                 with suppress(ProcessLookupError):
@@ -129,10 +130,14 @@ def end_started() -> None:
 
 def _children(pid: int) -> list[int]:
     """A handle of each child of a process."""
-    handles = []
+    found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            handles += [os.pidfd_open(int(child)) for child in task.read_text().split()]
+        with suppress(OSError):  # the thread has ended
+            found += task.read_text().split()
+    handles = []
+    for child in found:
+        with suppress(ProcessLookupError):
+            handles.append(os.pidfd_open(int(child)))
     return handles
 
 
