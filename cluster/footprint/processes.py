@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from cluster.process_identity import parent_of
+
 MARK = "MOE_CLUSTER_FOLDER"
 END_TIMEOUT_S = 10.0
 LOOK_INTERVAL_S = 0.02
@@ -23,12 +25,16 @@ def members(folder: Path) -> list[int]:
 
 def end_members(folder: Path, timeout_s: float = END_TIMEOUT_S) -> list[int]:
     """Kills them, and those that they start meanwhile; blocks until there is none. Returns those that are left after
-    the timeout: the kernel keeps a process that waits for a device."""
+    the timeout: the kernel keeps a process that waits for a device.
+
+    Children come before their parents: HAProxy stands deepest, and if an ingress went first, HAProxy would tell clients
+    of a cancel (gRPC's CANCELLED), after which few try again.
+    """
     deadline = time.monotonic() + timeout_s
     while left := members(folder):
         if time.monotonic() > deadline:
             return left
-        for pid in left:
+        for pid in sorted(left, key=_num_ancestors, reverse=True):
             _kill(pid, folder)
         time.sleep(LOOK_INTERVAL_S)
     return []
@@ -42,6 +48,13 @@ def _kill(pid: int, folder: Path) -> None:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
         finally:
             os.close(handle)
+
+
+def _num_ancestors(pid: int) -> int:
+    number = 0
+    while pid := parent_of(pid):
+        number += 1
+    return number
 
 
 def _belongs(pid: int, folder: Path) -> bool:

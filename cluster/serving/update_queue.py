@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, MutableMapping
+from dataclasses import replace
 
 from cluster.errors import Overloaded
 from cluster.types import SequenceUpdate
@@ -85,13 +86,10 @@ def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
     """Joins one sequence's updates, which are in order."""
     if len(updates) == 1:
         return updates[0]
-    last = updates[-1]
-    return SequenceUpdate(
-        request_id=last.request_id,
+    return replace(
+        updates[-1],
         token_ids=tuple(token_id for update in updates for token_id in update.token_ids),
         logprobs=tuple(logprobs for update in updates for logprobs in update.logprobs),
-        finish_reason=last.finish_reason,
-        error=last.error,
-        numbers=last.numbers,
         constrained=any(update.constrained for update in updates),
+        adapter=next((update.adapter for update in updates if update.adapter), ""),  # an end may come without it
     )

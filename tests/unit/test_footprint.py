@@ -9,7 +9,7 @@ import time
 import pytest
 
 from cluster.errors import SetupError
-from cluster.footprint import folders
+from cluster.footprint import folders, processes
 from cluster.footprint.folders import OwnedFolder, clean, root
 from cluster.footprint.processes import MARK, end_members, members
 from cluster.footprint.servers import Server, announce, find_address, servers
@@ -90,6 +90,21 @@ def test_what_a_member_starts_belongs_to_the_folder_in_any_session_and_without_i
     [orphan] = members(tmp_path)
     end_members(tmp_path)
     assert not runs(orphan)
+
+
+def test_children_are_ended_before_their_parents(tmp_path, started, monkeypatch):
+    """HAProxy before the ingresses, or it would tell clients that their streams were cancelled."""
+    script = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); print(flush=True); time.sleep(600)"
+    started(tmp_path, [sys.executable, "-S", "-c", script, sys.executable, "-S", "-c", script, "sleep", "600"])
+    started(tmp_path)
+    wait_until(lambda: len(members(tmp_path)) == 4)
+    ended, kill = [], processes._kill
+    monkeypatch.setattr(
+        processes, "_kill", lambda pid, folder: (ended.append(processes._num_ancestors(pid)), kill(pid, folder))
+    )
+    assert end_members(tmp_path) == []
+    assert ended[0] == ended[3] + 2
+    assert ended == sorted(ended, reverse=True)
 
 
 def test_a_folder_is_for_its_user_alone_and_so_is_what_holds_them_all(base):

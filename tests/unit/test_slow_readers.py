@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import fields
 from types import SimpleNamespace
 
 import grpc
@@ -87,6 +88,21 @@ def test_an_error_of_the_replica_finds_room_in_a_full_queue():
         assert await queue.take() == merge_updates([update(1), lost])
 
     asyncio.run(run())
+
+
+def test_updates_that_are_joined_keep_all_that_they_tell():
+    """Each field of an update, also one that comes later: it is made of two that have it, and of two whose last has."""
+    told = {
+        "request_id": "r", "token_ids": (1,), "logprobs": (Logprobs(1, -1.0),), "finish_reason": "length",
+        "error": OSError(), "replica": "a", "numbers": object(), "constrained": True, "adapter": "law",
+    }  # fmt: skip
+    assert set(told) == {field.name for field in fields(SequenceUpdate)}
+    whole, bare = SequenceUpdate(**told), SequenceUpdate(request_id="r", finish_reason="cancelled")
+    twice = {"token_ids": (1, 1), "logprobs": told["logprobs"] * 2}
+    assert merge_updates([whole, whole]) == SequenceUpdate(**(told | twice))
+    assert merge_updates([SequenceUpdate(request_id="r"), whole]) == whole
+    ended = merge_updates([whole, bare])
+    assert (ended.token_ids, ended.constrained, ended.adapter, ended.finish_reason) == ((1,), True, "law", "cancelled")
 
 
 def test_the_replica_ends_an_overflowing_sequence_at_the_engine_once_and_no_other():
