@@ -92,14 +92,14 @@ def test_an_error_of_the_replica_finds_room_in_a_full_queue():
 
 def test_updates_that_are_joined_keep_all_that_they_tell():
     """Each field of an update, also one that comes later: it is made of two that have it, and of two whose last has."""
-    told = {
+    every = {
         "request_id": "r", "token_ids": (1,), "logprobs": (Logprobs(1, -1.0),), "finish_reason": "length",
         "error": OSError(), "replica": "a", "numbers": object(), "constrained": True, "adapter": "law",
     }  # fmt: skip
-    assert set(told) == {field.name for field in fields(SequenceUpdate)}
-    whole, bare = SequenceUpdate(**told), SequenceUpdate(request_id="r", finish_reason="cancelled")
-    twice = {"token_ids": (1, 1), "logprobs": told["logprobs"] * 2}
-    assert merge_updates([whole, whole]) == SequenceUpdate(**(told | twice))
+    assert set(every) == {field.name for field in fields(SequenceUpdate)}
+    whole, bare = SequenceUpdate(**every), SequenceUpdate(request_id="r", finish_reason="cancelled")
+    twice = {"token_ids": (1, 1), "logprobs": every["logprobs"] * 2}
+    assert merge_updates([whole, whole]) == SequenceUpdate(**(every | twice))
     assert merge_updates([SequenceUpdate(request_id="r"), whole]) == whole
     ended = merge_updates([whole, bare])
     assert (ended.token_ids, ended.constrained, ended.adapter, ended.finish_reason) == ((1,), True, "law", "cancelled")
