@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from cluster.checkpoint.files import check_directory, in_one_line, is_there, read_json_object, some
 from cluster.checkpoint.names import checkpoint_shapes
+from cluster.checkpoint.spans import Cut
 from cluster.checkpoint.weights import ITEM_BYTES, StoredTensor, open_weights, read_header
 from cluster.config import DTYPE_BYTES, ModelConfig
 from cluster.config.architectures.architecture import Shapes
@@ -28,6 +29,7 @@ SERVED = (
     "shared_expert_gate, embed_tokens and lm_head"
 )
 EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
+EVERYTHING: Mapping[str, Cut] = {}
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_((?P<half>[AB])(\.default)?\.weight|embedding_(?P<side>[AB])(\.default)?)"
 )
@@ -73,23 +75,28 @@ class StoredAdapter:
         found = (_OF_EXPERT.fullmatch(name) for name in self.modules)
         return frozenset((int(match["layer"]), int(match["expert"])) for match in found if match is not None)
 
-    def num_bytes(self, dtype: str, *, experts: bool = False) -> int:
-        """Bytes of its matrices in memory: those for attention replicas, or those of all routed experts."""
-        numbers = sum(
-            module.rank * sum(module.shape)
-            for name, module in self.modules.items()
-            if (_OF_EXPERT.fullmatch(name) is not None) == experts
-        )
+    def num_bytes(self, dtype: str, *, experts: bool = False, cuts: Mapping[str, Cut] = EVERYTHING) -> int:
+        """Bytes of its matrices in memory: those for attention replicas, or those of all routed experts. cuts: as of
+        `read`."""
+        numbers = 0
+        for name, module in self.modules.items():
+            if (_OF_EXPERT.fullmatch(name) is not None) == experts:
+                parts = zip(module.shape, _cut(name, cuts), strict=True)
+                numbers += module.rank * sum(len(range(size)[part]) for size, part in parts)
         return numbers * DTYPE_BYTES[dtype]
 
-    def read(self, names: Collection[str]) -> "dict[str, tuple[Tensor, Tensor]]":
-        """The matrices of some modules: A [r, K], and B [N, r] times its factor, in float32. Raises CheckpointError."""
+    def read(self, names: Collection[str], cuts: Mapping[str, Cut] = EVERYTHING) -> "dict[str, tuple[Tensor, Tensor]]":
+        """The matrices of some modules: A [r, K], and B [N, r] times its factor, in float32. Raises CheckpointError.
+
+        cuts: of the base's weights, by their names, of those that are wanted in part: of these A's columns, B's rows.
+        """
         path, found = self.directory / ADAPTER_FILE, {}
         with open_weights(path) as file:
             for name in names:
                 module = self.modules[name]
+                rows, columns = _cut(name, cuts)
                 try:
-                    a, b = (file.get_tensor(half).float() for half in (module.a, module.b))
+                    a, b = file.get_slice(module.a)[:, columns].float(), file.get_slice(module.b)[rows].float()
                 except SafetensorError as error:
                     raise CheckpointError(f"{path}: {name} cannot be read: {in_one_line(error)}") from error
                 found[name] = a, b * module.scale
@@ -120,6 +127,12 @@ def open_adapter(directory: str | Path, base: ModelConfig, max_rank: int) -> Sto
         )
     _check_complete(adapter, config, shapes)
     return adapter
+
+
+def _cut(name: str, cuts: Mapping[str, Cut]) -> Cut:
+    """The outputs and the inputs that are wanted."""
+    rows, columns = cuts.get(f"{name}.weight", (slice(None), slice(None)))
+    return (columns, rows) if name == EMBEDDINGS else (rows, columns)
 
 
 def _full_name(module: str) -> str:

@@ -29,6 +29,9 @@ class Span:
 Spans = Mapping[str, Span]
 """By the tensor's name; of those that are read in part alone."""
 
+Cut = tuple[slice, slice]
+"""The rows and the columns of a matrix that a rank has."""
+
 
 def spans_of(share: Share, config: ModelConfig) -> dict[str, Span]:
     """config: of the whole model."""
@@ -38,6 +41,16 @@ def spans_of(share: Share, config: ModelConfig) -> dict[str, Span]:
         if cut:
             [dim] = cut
             found[name] = Span(dim, _first(name, share), shapes[name][dim])
+    return found
+
+
+def cuts_of(share: Share, config: ModelConfig) -> dict[str, Cut]:
+    """Of the matrices that a rank has a part of. config: of the whole model."""
+    found, shapes = {}, dense_shapes(share.config)
+    for name, span in spans_of(share, config).items():
+        if len(shapes[name]) == 2:
+            rows, columns = (*span.index(shapes[name]), slice(None))[:2]
+            found[name] = rows, columns
     return found
 
 

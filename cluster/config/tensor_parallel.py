@@ -72,8 +72,6 @@ def check_ranks(config: ModelConfig, engine: EngineConfig) -> None:
     least = min((len(range_), what) for range_, what in _divided(config))
     if size > least[0]:
         raise SetupError(f"{FIELD} is {size}, and the model has {least[0]} {least[1]}: {least[0]} ranks can share them")
-    if engine.lora_adapters:
-        check_adaptable(size)
     drafts = engine.speculation is not None and engine.speculation.model is not None
     for is_asked, what, instead in (
         (config.stored is not None, "a checkpoint whose weights are rounded", "use the one in 16 bits"),
@@ -82,12 +80,6 @@ def check_ranks(config: ModelConfig, engine: EngineConfig) -> None:
     ):
         if is_asked:
             raise SetupError(f"{FIELD} is {size}: {what} cannot be divided among ranks: {instead}")
-
-
-def check_adaptable(size: int) -> None:
-    """Raises SetupError where LoRA adapters would have to be divided among ranks."""
-    if size > 1:
-        raise SetupError(f"{FIELD} is {size}: LoRA adapters cannot be divided among ranks: serve them with one rank")
 
 
 def _divided(config: ModelConfig) -> list[tuple[range, str]]:

@@ -91,7 +91,9 @@ def _table(plan: Plan) -> Table:
     if not plan.ranks:
         table.add_row("attention replica", "dense weights", "", size(plan.sizes.dense_bytes))
     for name, (of_replica, _) in plan.adapter_bytes.items():
-        table.add_row("attention replica", f"adapter {name}", "", size(of_replica))
+        table.add_row(
+            f"attention replica{', all ranks' if plan.ranks else ''}", f"adapter {name}", "", size(of_replica)
+        )
     for shard_id, layers in enumerate(plan.placement.slices):
         num_experts = _num_experts(layers)
         shown = ranges(next(iter(layers.values()), ()))

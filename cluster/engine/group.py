@@ -17,6 +17,7 @@ import torch.distributed
 from torch import Tensor
 
 from cluster.engine.exchange import Exchange
+from cluster.engine.words import Watch, Words
 from cluster.errors import Unavailable
 
 _dist: Any = torch.distributed  # its groups have no types
@@ -26,25 +27,30 @@ HOST, LOOPBACK = "127.0.0.1", "lo"
 # which may wait for experts, or for requests, as long as it takes: its end closes their connections.
 PATIENCE_S = 30.0
 FOREVER_S = 86400.0 * 365 * 10
-INLINE = 1024  # numbers of a message's first part: 8 KiB, a step that decodes some ten sequences
+CHANGE_PATIENCE_S = 600.0  # for another rank to read its part of an adapter: gigabytes from a slow disk
 
 
 class Group:
-    """Used by one thread. Every method blocks; each raises Unavailable once a rank is gone, and then all of them do."""
+    """Used by one thread. Every method blocks; each raises Unavailable once a rank is gone, and then all of them do.
+
+    changes: messages beside the steps, which one more thread may use meanwhile.
+    """
 
     def __init__(self, meeting: Path, rank: int, size: int, device: torch.device) -> None:
         """Blocks until all ranks are there, PATIENCE_S at most. meeting: a file, not there yet, in a folder of this
         user's alone, by which the ranks find each other; it is not needed any more then. Raises Unavailable."""
         self.rank, self.size, self.device = rank, size, device
-        self.lost: Unavailable | None = None
+        self._watch = Watch(size)
         self._patience_s = FOREVER_S if rank else PATIENCE_S
         self._sums: Exchange | None = None
         try:
             if device.type == "cpu":
                 self._sums = Exchange(meeting, rank, size, None if rank else PATIENCE_S)
             store = _dist.FileStore(str(meeting), size)
-            self._rows = self._gloo(store, "rows") if device.type == "cpu" else self._nccl(store)
-            self._words = self._gloo(store, "words")
+            self._rows = self._gloo(store, "rows", self._patience_s) if device.type == "cpu" else self._nccl(store)
+            self._words = Words(self._gloo(store, "words", self._patience_s), self._watch)
+            patience_s = FOREVER_S if rank else CHANGE_PATIENCE_S
+            self.changes = Words(self._gloo(store, "changes", patience_s), self._watch)
             if self._sums is not None:
                 self._sums.connect()
         except (RuntimeError, OSError) as error:
@@ -57,7 +63,7 @@ class Group:
         if sums is None:
             self._do(lambda: self._rows.allreduce([x]))
         else:
-            self._guard(lambda: sums.sum(x))
+            self._watch.do(lambda: sums.sum(x))
         return x
 
     def share(self, x: Tensor) -> Tensor:
@@ -81,57 +87,37 @@ class Group:
         numbers = torch.tensor(counts, dtype=torch.int64)
         options = _dist.AllreduceOptions()
         options.reduceOp = _dist.ReduceOp.MIN
-        self._do(lambda: self._words.allreduce([numbers], options))
-        return tuple(numbers.tolist())
+        return tuple(self._words.reduce(numbers, options).tolist())
 
     def tell(self, numbers: np.ndarray) -> None:
-        """Rank 0: gives int64 numbers to the others, which `hear` them."""
-        first = torch.zeros(INLINE, dtype=torch.int64)
-        first[0] = len(numbers)
-        room = min(len(numbers), INLINE - 1)
-        first[1 : room + 1] = torch.from_numpy(numbers[:room])
-        self._do(lambda: self._words.broadcast(first, 0))
-        if len(numbers) > room:
-            rest = torch.from_numpy(np.ascontiguousarray(numbers[room:]))
-            self._do(lambda: self._words.broadcast(rest, 0))
+        """As `Words.tell`, of steps."""
+        self._words.tell(numbers)
 
     def hear(self) -> np.ndarray:
-        """Waits for what rank 0 tells, however long that takes."""
-        first = torch.zeros(INLINE, dtype=torch.int64)
-        self._do(lambda: self._words.broadcast(first, 0))
-        count = int(first[0])
-        found = first[1 : min(count, INLINE - 1) + 1]
-        if count > len(found):
-            rest = torch.empty(count - len(found), dtype=torch.int64)
-            self._do(lambda: self._words.broadcast(rest, 0))
-            found = torch.cat([found, rest])
-        return found.numpy()
+        """As `Words.hear`, of steps."""
+        return self._words.hear()
+
+    @property
+    def lost(self) -> Unavailable | None:
+        """Why nothing can be computed any more."""
+        return self._watch.lost
 
     def check(self) -> None:
         """Raises Unavailable once a rank is gone."""
-        if self.lost is not None:
-            raise self.lost
+        self._watch.check()
 
     def give_up(self, error: BaseException) -> None:
         """The ranks are no longer at the same call: nothing can be computed any more."""
-        self.lost = self.lost or Unavailable(f"{self.size} processes that share a model are out of step: {error}")
+        of_size = f"{self.size} processes that share a model"
+        self._watch.lost = self.lost or Unavailable(f"{of_size} are out of step: {error}")
 
     def _do(self, begin: Callable[[], Any]) -> None:
-        self._guard(lambda: begin().wait())
+        self._watch.do(lambda: begin().wait())
 
-    def _guard(self, work: Callable[[], Any]) -> None:
-        self.check()
-        try:
-            work()
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            self.lost = Unavailable(f"a process of a model that {self.size} share is gone or silent: {reason}")
-            raise self.lost from error
-
-    def _gloo(self, store: Any, name: str) -> Any:
+    def _gloo(self, store: Any, name: str, patience_s: float) -> Any:
         options = _dist.ProcessGroupGloo._Options()
         options._devices = [_dist.ProcessGroupGloo.create_device(hostname=HOST)]
-        options._timeout = timedelta(seconds=self._patience_s)
+        options._timeout = timedelta(seconds=patience_s)
         return _dist.ProcessGroupGloo(_dist.PrefixStore(name, store), self.rank, self.size, options)
 
     def _nccl(self, store: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-from cluster.checkpoint.adapters import open_adapter
 from cluster.checkpoint.generation import read_eos_token_ids
 from cluster.checkpoint.info import max_model_len, resolve_dtype
 from cluster.checkpoint.names import checkpoint_shapes, dense_shapes
@@ -16,10 +15,11 @@ from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import read_tokenizer
 from cluster.config import EngineConfig, ModelConfig
 from cluster.config.kv_cache import AUTO, check_cache_device
-from cluster.config.lora import AdapterList, AdapterSource
+from cluster.config.lora import AdapterList
 from cluster.config.quantization import quantization_on
 from cluster.config.resources import available_memory, memory_limit
-from cluster.config.tensor_parallel import check_adaptable, share_of
+from cluster.config.tensor_parallel import share_of
+from cluster.engine.adapter_loading import adapter_loader, begin_adapters
 from cluster.engine.adapters import Adapters, AdapterSetup, ShareAdapters
 from cluster.engine.block_manager import BlockManager, make_block_manager
 from cluster.engine.draft_loading import load_draft, models_part, with_drafts
@@ -38,7 +38,6 @@ from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.grammar.grammars import Grammars
 from cluster.metrics import DispatchMetrics, EngineMetrics
-from cluster.model.adapters import Adapter, load_adapter
 from cluster.model.cache_size import check_cache_room, num_kv_blocks
 from cluster.model.decoder import CausalLM
 from cluster.model.kv_cache import KVCache, cache_for
@@ -110,18 +109,17 @@ def load_engine(
     dtype, device = resolve_dtype(config.dtype, reader.config), device_of(config)
     longest = max_model_len(reader.config, config)
     model = load_part(reader, config, 0, progress)
-    loaded = _adapters(model, config, adapters or AdapterSetup())
     draft = load_draft(config, model, dtype, progress)
     wait_for_experts()
-    group = others.join(device) if others else None
+    leader = Leader(others.join(device), reader.config, torch_dtype(dtype)) if others else None
+    loaded = _adapters(model, reader.config, config, adapters or AdapterSetup(), leader)
     share, room = memory_share(config, device, num_sharers), free_memory(device)
     limits, part = models_part(config, share, draft)
     num_blocks = num_kv_blocks(model.config, limits, dtype, max_model_len=longest, room_bytes=room, share=part)
-    num_blocks = group.least(num_blocks) if group else num_blocks
+    num_blocks = leader.least(num_blocks) if leader else num_blocks
     cache = cache_for(model.config, config, num_blocks, dtype, device)
     runner = _runner(model, cache, experts, config, remote_experts=remote_experts)
-    if group is not None:
-        runner.leader = model.ranks = Leader(group, reader.config, torch_dtype(dtype))
+    runner.leader = model.ranks = leader
     blocks = _reported(make_block_manager(reader.config, config, num_blocks), config, cache.num_bytes, longest)
     return Engine(
         with_drafts(runner, config, draft, room_bytes=room, share=share),
@@ -170,19 +168,16 @@ def _runner(
     return runner
 
 
-def _adapters(model: CausalLM, config: EngineConfig, setup: AdapterSetup) -> Adapters:
-    """Raises CheckpointError."""
-
-    def load(source: AdapterSource) -> Adapter:
-        check_adaptable(config.tensor_parallel_size)
-        return load_adapter(model, open_adapter(source.directory, model.config, config.max_lora_rank), source)
-
-    adapters = Adapters(load, setup.share)
-    if setup.given is None:
-        adapters.follow(AdapterList.configured(config.lora_adapters))
-    else:
-        adapters.begin(setup.given)
-    return adapters
+def _adapters(
+    model: CausalLM, whole: ModelConfig, config: EngineConfig, setup: AdapterSetup, leader: Leader | None
+) -> Adapters:
+    """Those to begin with, at all ranks. Raises CheckpointError, Unavailable."""
+    load = adapter_loader(model, whole, config)
+    if leader is None:
+        return begin_adapters(load, config, setup)
+    found = begin_adapters(leader.adapters.at_all_ranks(load), config, setup)
+    leader.least([0])  # now the others look how much memory is free
+    return found
 
 
 def _grammars(model_dir: Path, model: ModelConfig) -> Grammars:

@@ -12,12 +12,13 @@ from cluster.checkpoint.model_files import hub_name, open_files
 from cluster.checkpoint.names import check_blocks, dense_shapes, expert_shapes
 from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.reader import read_config
+from cluster.checkpoint.spans import cuts_of
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, read_tokenizer
 from cluster.checkpoint.weights import holds_weights
 from cluster.config import EngineConfig, ModelConfig
 from cluster.config.quantization import check_stored
-from cluster.config.tensor_parallel import check_ranks, share_of
+from cluster.config.tensor_parallel import check_ranks, share_of, shares_of
 from cluster.experts.placement import PlacementPlan, num_shards_for, plan_evenly
 from cluster.model.cache_size import check_block_fits
 
@@ -50,14 +51,16 @@ def check_for_plan(model: str | Path, engine: EngineConfig, num_shards: int) -> 
 
 
 def adapter_bytes(config: ModelConfig, engine: EngineConfig) -> dict[str, tuple[int, int]]:
-    """Bytes that each of the configured LoRA adapters takes in an attention replica, and in all shards together.
-
-    Raises CheckpointError.
+    """Bytes that each of the configured LoRA adapters takes in an attention replica, in all of its ranks together, and
+    in all shards together. Raises CheckpointError.
     """
     dtype, found = resolve_dtype(engine.dtype, config), {}
+    shares = shares_of(config, engine.tensor_parallel_size)
     for name, directory in (engine.lora_adapters or {}).items():
         adapter = open_adapter(directory, config, engine.max_lora_rank)
-        found[name] = adapter.num_bytes(dtype), adapter.num_bytes(dtype, experts=True)
+        of_ranks = [adapter.num_bytes(dtype, cuts=cuts_of(share, config)) for share in shares]
+        dense = sum(of_ranks) if shares else adapter.num_bytes(dtype)
+        found[name] = dense, adapter.num_bytes(dtype, experts=True)
     return found
 
 

@@ -180,12 +180,15 @@ class ModelRunner:
         split = split_evenly(scheduled, num_parts)
         arrays = [self._arrays(part) for part in split]
         tails = [self._clear(part) for part in split]
+        adapters = [
+            step_adapters([s.sequence.adapter for s in part], of_part.query_lens, self.device)
+            for part, of_part in zip(split, arrays, strict=True)
+        ]
         if self.leader is not None:
-            self.leader.begin(arrays, tails)
-        for part, of_part in zip(split, arrays, strict=True):
+            self.leader.begin(arrays, tails, adapters)
+        for part, of_part, changes in zip(split, arrays, adapters, strict=True):
             experts = self._part(step, first, part)
-            adapters = step_adapters([s.sequence.adapter for s in part], of_part.query_lens, self.device)
-            parts.append(micro_batch(of_part, self.attention, self.device, experts, adapters))
+            parts.append(micro_batch(of_part, self.attention, self.device, experts, changes))
             first += len(part)
         hidden_states: Tensor = self.model(parts, self.cache)
         if not step.lost:

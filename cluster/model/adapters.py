@@ -7,7 +7,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from cluster.checkpoint.adapters import EMBEDDINGS, HEAD, StoredAdapter
+from cluster.checkpoint.adapters import EMBEDDINGS, EVERYTHING, HEAD, StoredAdapter
+from cluster.checkpoint.spans import Cut
 from cluster.config.lora import AdapterSource
 from cluster.kernels.lora import LowRank, LowRankRows
 from cluster.kernels.weights import weight_maker
@@ -17,7 +18,7 @@ from cluster.model.layers.lora import Changes, LayerAdapters
 from cluster.model.layers.moe import Router
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """layers: its changes of each layer, without the routed experts: has_experts says whether it changes those too."""
 
@@ -40,10 +41,12 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class StepAdapters:
-    """The adapters of a micro-batch. rows: [M] int64 on the model's device, of each."""
+    """The adapters of a micro-batch. rows: [M] int64 on the model's device, of each.
+    owners: as they were given, with each one's number of rows."""
 
     num_rows: int
     rows: Sequence[tuple[Tensor, Adapter]]
+    owners: Sequence[tuple[Adapter | None, int]]
 
     def layer(self, layer_id: int) -> LayerAdapters:
         return LayerAdapters(self.num_rows, [(rows, adapter.layers[layer_id]) for rows, adapter in self.rows])
@@ -61,8 +64,13 @@ class StepAdapters:
                 out.index_add_(0, rows, adapter.head.product(x.index_select(0, rows)))
 
 
-def load_adapter(model: CausalLM, stored: StoredAdapter, source: AdapterSource) -> Adapter:
-    """Reads the matrices for all layers of a model, in its dtype and on its device. Blocks. Raises CheckpointError."""
+def load_adapter(
+    model: CausalLM, stored: StoredAdapter, source: AdapterSource, cuts: Mapping[str, Cut] = EVERYTHING
+) -> Adapter:
+    """Reads the matrices for all layers of a model, in its dtype and on its device. Blocks. Raises CheckpointError.
+
+    cuts: as of `StoredAdapter.read`, of a model that is a part.
+    """
     norm = model.model.norm.weight
     make = weight_maker(norm.dtype, norm.device)
     layers: list[Mapping[str, LowRank]] = []
@@ -74,10 +82,10 @@ def load_adapter(model: CausalLM, stored: StoredAdapter, source: AdapterSource) 
             prefix = f"model.layers.{layer_id}.{path.removesuffix(path.rpartition('.')[2])}"
             wanted = {f"{prefix}{part}": part for part in module.outputs if f"{prefix}{part}" in stored.modules}
             if wanted:
-                found = {wanted[full]: pair for full, pair in stored.read(wanted).items()}
+                found = {wanted[full]: pair for full, pair in stored.read(wanted, cuts).items()}
                 changes[path] = LowRank(found, module.outputs, make)
         layers.append(changes)
-    of_words = stored.read([name for name in (EMBEDDINGS, HEAD) if name in stored.modules])
+    of_words = stored.read([name for name in (EMBEDDINGS, HEAD) if name in stored.modules], cuts)
     embeddings = head = None
     if EMBEDDINGS in of_words:
         embeddings = LowRankRows(*of_words[EMBEDDINGS], model.model.embed_tokens.weight, make)
@@ -98,7 +106,8 @@ def step_adapters(
         start += count
     if not rows:
         return None
-    return StepAdapters(start, [(torch.cat(parts).to(device), adapter) for adapter, parts in rows.items()])
+    owners = list(zip(adapters, num_tokens, strict=True))
+    return StepAdapters(start, [(torch.cat(parts).to(device), adapter) for adapter, parts in rows.items()], owners)
 
 
 def head_adapters(

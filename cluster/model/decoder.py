@@ -22,7 +22,7 @@ from cluster.model.layers.feed_forward import Experts, FeedForward
 from cluster.model.layers.lora import LayerAdapters
 from cluster.model.layers.norm import RMSNorm
 from cluster.model.layers.rope import RotaryEmbedding
-from cluster.model.ranks import Ranks
+from cluster.model.ranks import HeadAdapters, Ranks
 
 
 class Adapters(Protocol):
@@ -30,11 +30,6 @@ class Adapters(Protocol):
 
     def embed(self, token_ids: Tensor, out: Tensor) -> None:
         """Adds to `out` [T, H], the embeddings of token_ids [T], in place."""
-
-
-class HeadAdapters(Protocol):
-    def add_logits(self, x: Tensor, out: Tensor) -> None:
-        """Adds to `out` [T, V], the logits of x [T, H], in place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,18 +143,21 @@ class CausalLM(nn.Module):
 
     def _embed(self, part: MicroBatch) -> Residual:
         if self.ranks is not None:
-            return self._embed_among(self.ranks, part.token_ids), None
+            return self._embed_among(self.ranks, part), None
         x: Tensor = self.model.embed_tokens(part.token_ids)
         if part.adapters is not None:
             part.adapters.embed(part.token_ids, x)
         return x, None
 
-    def _embed_among(self, ranks: Ranks, token_ids: Tensor) -> Tensor:
-        """[T] -> [T, H]. Each rank has the rows of its tokens, and zeros for all others."""
-        tokens = ranks.share.tokens
-        rows = self.model.embed_tokens((token_ids - tokens.start).clamp(0, len(tokens) - 1))
+    def _embed_among(self, ranks: Ranks, part: MicroBatch) -> Tensor:
+        """[T, H]. Each rank has the rows of its tokens, and zeros for all others."""
+        tokens, token_ids = ranks.share.tokens, part.token_ids
+        places = (token_ids - tokens.start).clamp(0, len(tokens) - 1)
+        x: Tensor = self.model.embed_tokens(places)
+        if part.adapters is not None:
+            part.adapters.embed(places, x)
         elsewhere = (token_ids < tokens.start) | (token_ids >= tokens.stop)
-        return ranks.sum(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
+        return ranks.sum(x.masked_fill_(elsewhere.unsqueeze(1), 0))
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor, adapters: HeadAdapters | None = None) -> Tensor:
@@ -169,16 +167,16 @@ class CausalLM(nn.Module):
         """
         assert self.config.head.generates
         if self.ranks is not None:
-            return self.ranks.logits(hidden_states, self._logits)
-        found = self._logits(hidden_states)
+            return self.ranks.logits(hidden_states, adapters, self._logits)
+        return self._logits(hidden_states, adapters)
+
+    def _logits(self, hidden_states: Tensor, adapters: HeadAdapters | None) -> Tensor:
+        if not self._head:
+            return F.linear(hidden_states, self.model.embed_tokens.weight)
+        found = self._apply_head(hidden_states)
         if adapters is not None:
             adapters.add_logits(hidden_states, found)
         return found
-
-    def _logits(self, hidden_states: Tensor) -> Tensor:
-        if not self._head:
-            return F.linear(hidden_states, self.model.embed_tokens.weight)
-        return self._apply_head(hidden_states)
 
     @torch.inference_mode()
     def label_logits(self, hidden_states: Tensor) -> Tensor:

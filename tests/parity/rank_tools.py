@@ -38,6 +38,7 @@ class ThreadRanks:
     def close(self):
         if self._group is not None:
             self._group.tell(np.array([STOP]))
+            self._group.changes.tell(np.empty(0, dtype=np.int64))
             for thread in self._threads:
                 thread.join(10.0)
         self._folder.cleanup()

@@ -2,17 +2,21 @@
 
 import json
 from functools import cache
+from itertools import count, product
 
 import pytest
 import torch
 from configs import NUM_TOKENS, PROMPTS
 from lora_tools import write_adapter
 from parity_tools import ask, ask_peft, logprobs_of
+from rank_tools import ThreadRanks
 from transformers import AutoModelForCausalLM
 
 from cluster import LLM, SamplingParams
+from cluster import llm as llm_module
 from cluster.checkpoint.opening import open_checkpoint
-from cluster.errors import NotFound
+from cluster.engine import follower
+from cluster.errors import CheckpointError, NotFound
 from cluster.kernels.native.library import native
 
 needs_native = pytest.mark.skipif(native() is None, reason="torch rounds a row in bfloat16 by the number of all")
@@ -127,6 +131,83 @@ def test_adapters_come_and_go_while_the_model_runs(adapted_of):
         assert answers(llm, "") == expected(adapted, "")
 
 
+@pytest.mark.parametrize(
+    ("base", "num_ranks"),
+    [(BASES[0], 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [*product(BASES, (2, 3, 4))][1:])],
+)
+def test_ranks_have_a_part_of_each_adapter(adapted_of, monkeypatch, base, num_ranks):
+    """Of 3 or 4 ranks two have a copy of the same key/value head."""
+    monkeypatch.setattr(llm_module, "ChildRanks", ThreadRanks)
+    adapted, every = adapted_of(base), ("", *ADAPTERS)
+    with llm_for(adapted, tensor_parallel_size=num_ranks, max_num_batched_tokens=24, block_size=4) as llm:
+        for name in every:
+            for prompt, logits in zip(PROMPTS, adapted[2][name].logits, strict=True):
+                torch.testing.assert_close(llm.logits(prompt, adapter=name), logits, atol=1e-4, rtol=0)
+        llm.engine.runner.micro_batching.choose = lambda num_tokens, num_sequences: min(2, num_sequences)
+        assert answers(llm, *every) == expected(adapted, *every)
+        assert answers(llm, "wide", "", "words", "narrow") == expected(adapted, *every)
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """The adapters that the ranks from 1 on have; rank 1 cannot read one with `unreadable` in its name."""
+    made, loader = [], follower.adapter_loader
+
+    class Heard(follower.HeardAdapters):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self._loaded)
+
+    def failing(model, whole, config, rank):
+        load = loader(model, whole, config, rank)
+
+        def load_or_fail(source):
+            if rank == 1 and "unreadable" in source.name:
+                raise CheckpointError("/the/file is not complete")
+            return load(source)
+
+        return load_or_fail
+
+    monkeypatch.setattr(llm_module, "ChildRanks", ThreadRanks)
+    monkeypatch.setattr(follower, "HeardAdapters", Heard)
+    monkeypatch.setattr(follower, "adapter_loader", failing)
+    return made
+
+
+def test_ranks_change_adapters_while_requests_run(adapted_of, heard):
+    """A running sequence keeps the adapter that is replaced; its parts go with it."""
+    adapted, found = adapted_of(BASES[1]), {}
+    with llm_for(adapted, lora_adapters={"mine": adapted[1]["narrow"]}, tensor_parallel_size=3) as llm:
+        run, steps = llm.engine.runner.run, count(1)
+
+        def run_and_change(batch):
+            if next(steps) == 3:
+                llm.load_adapter("mine", adapted[1]["wide"])
+                found["both"] = [len(one) for one in heard]
+            return run(batch)
+
+        llm.engine.runner.run = run_and_change
+        assert answers(llm, "mine")["mine"] == expected(adapted, "narrow")["narrow"]
+        assert answers(llm, "mine")["mine"] == expected(adapted, "wide")["wide"]
+        assert (found["both"], [len(one) for one in heard]) == ([2, 2], [1, 1])
+        llm.unload_adapter("mine")
+        assert answers(llm, "") == expected(adapted, "")
+        assert heard == [{}, {}]
+
+
+def test_an_adapter_that_one_rank_cannot_read_changes_no_rank(adapted_of, heard):
+    adapted = adapted_of(BASES[1])
+    with llm_for(adapted, lora_adapters={"mine": adapted[1]["narrow"]}, tensor_parallel_size=3) as llm:
+        for name in ("unreadable", "unreadable too"):
+            with pytest.raises(CheckpointError, match=r"^rank 1: /the/file is not complete$"):
+                llm.engine.adapters.load(name, str(adapted[1]["wide"]))
+        assert llm.adapters == ("mine",)
+        assert answers(llm, "", "mine") == {**expected(adapted, ""), "mine": adapted[2]["narrow"].token_ids}
+        assert [len(one) for one in heard] == [1, 1]
+        llm.load_adapter("mine", adapted[1]["wide"])  # with the number that the failed one would have had
+        assert answers(llm, "mine")["mine"] == expected(adapted, "wide")["wide"]
+
+
 def with_experts(base, directory):
     """An adapter of attention, of the router, of all routed experts' gates and downs, and of one expert's up; and its
     oracle: the arithmetic W + scale · B A on transformers' router and fused experts."""
@@ -170,10 +251,13 @@ def of_experts(adapted_of, tmp_path_factory):
     return base, {**directories, "experts": directory}, {**oracles, "experts": oracle}
 
 
-@pytest.mark.parametrize("num_shards", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_routed_experts_are_adapted_where_they_are(of_experts, num_shards):
+@pytest.mark.parametrize(("num_shards", "num_ranks"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 1), (2, 2)])
+def test_routed_experts_are_adapted_where_they_are(of_experts, monkeypatch, num_shards, num_ranks):
+    """With ranks, rank 0 alone has the router and its change."""
+    monkeypatch.setattr(llm_module, "ChildRanks", ThreadRanks)
     every = ("experts", "", "narrow")
-    with llm_for(of_experts, num_expert_shards=num_shards, block_size=4) as llm:
+    options = {"num_expert_shards": num_shards, "tensor_parallel_size": num_ranks}
+    with llm_for(of_experts, **options, block_size=4) as llm:
         for prompt, logits in zip(PROMPTS, of_experts[2]["experts"].logits, strict=True):
             torch.testing.assert_close(llm.logits(prompt, adapter="experts"), logits, atol=1e-4, rtol=0)
         for _ in range(2):

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from cluster import cli
 from cluster.checkpoint.adapters import open_adapter
 from cluster.cli.arguments import cluster_config
-from cluster.config import ClusterConfig, read_model_config
+from cluster.config import ClusterConfig, EngineConfig, read_model_config
 from cluster.config.lora import AdapterList, read_lora_config
 from cluster.engine.adapters import Adapters
+from cluster.engine.preflight import adapter_bytes
 from cluster.errors import CheckpointError, NotFound, SetupError
 
 BASE = read_model_config(config(num_hidden_layers=2, num_experts=4))
@@ -110,6 +111,17 @@ def test_what_no_adapter_may_change_is_refused_by_its_name(tmp_path):
             assert list(open_adapter(directory, BASE, 8).modules) == ["model.embed_tokens"]
     with pytest.raises(CheckpointError, match=r"has shape \[212, 32\], the base's is \[211, 32\]"):
         open_adapter(directory, BASE, 8)
+
+
+def test_ranks_have_one_matrix_of_a_layer_in_parts_and_the_other_whole(tmp_path):
+    """Of 2 ranks each has A [2, 32] and B [16, 2] of q_proj, A [2, 16] and B [32, 2] of o_proj: 96 numbers."""
+    o_proj = {"model.layers.0.self_attn.o_proj": pair(), "model.layers.1.self_attn.o_proj": pair()}
+    directory = str(write_adapter(tmp_path / "adapter", of_queries(**o_proj)))
+    found = [
+        adapter_bytes(BASE, EngineConfig(dtype="float32", lora_adapters={"a": directory}, tensor_parallel_size=size))
+        for size in (1, 2)
+    ]
+    assert found == [{"a": (4 * 128 * 4, 0)}, {"a": (2 * 4 * 96 * 4, 0)}]
 
 
 def test_files_that_are_no_adapter_are_refused(tmp_path):

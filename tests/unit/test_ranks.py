@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from configs import BASE, BASE_DENSE, CONFIGS, DENSE_CONFIGS, PROMPTS, config, dense
+from lora_tools import write_adapter
 
 from cluster import LLM, SamplingParams
 from cluster.checkpoint.made.drawn import SEED_KEY
@@ -24,9 +25,10 @@ from cluster.checkpoint.spans import Span, spans_of
 from cluster.config import EngineConfig, read_model_config
 from cluster.config.tensor_parallel import check_ranks, share_of
 from cluster.engine.exchange import Exchange
-from cluster.engine.group import INLINE, Group
+from cluster.engine.group import Group
 from cluster.engine.preflight import check_checkpoint
 from cluster.engine.rank_process import ChildRanks
+from cluster.engine.words import INLINE
 from cluster.errors import CheckpointError, SetupError, Unavailable
 
 SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
@@ -85,7 +87,6 @@ def test_uneven_inner_sizes_keep_rows_aligned():
         (config(shared_expert_intermediate_size=2), {"tensor_parallel_size": 3}, "2 inner features .shared"),
         (BASE, {"tensor_parallel_size": 2, "quantization": "int8"}, "quantization 'int8' .* give expert_quantization"),
         (ROUNDED, {"tensor_parallel_size": 2}, "a checkpoint whose weights are rounded cannot be divided"),
-        (BASE, {"tensor_parallel_size": 2, "lora_adapters": {"a": "/a"}}, "LoRA adapters cannot be divided"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_one_line(raw, options, message):
@@ -200,13 +201,20 @@ def test_a_drawn_tensor_is_the_same_in_parts(tmp_path):
 def test_an_llm_with_ranks_of_its_own_answers_until_one_dies(tmp_path):
     """With a process of gloo; the tokens are those of one process, which parity tests compare with transformers."""
     write_checkpoint(tmp_path / "model", BASE, seed=1)
+    draw, size = torch.Generator().manual_seed(3), BASE["hidden_size"]
+    changes = {f"model.layers.{n}.self_attn.o_proj": torch.randn(2, 2, size, generator=draw) for n in range(3)}
+    pairs = {name: (a, b.T) for name, (a, b) in changes.items()}
+    adapter = write_adapter(tmp_path / "adapter", pairs, layers_to_transform=[0, 1, 2])
     options = {"device": "cpu", "dtype": "float32", "skip_tokenizer": True, "kv_cache_bytes": 1 << 20}
     with LLM(tmp_path / "model", **options) as llm:
         alone = [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
+        llm.load_adapter("a", adapter)
+        adapted = [output.token_ids for output in llm.generate(PROMPTS, GREEDY, adapter="a")]
+    assert adapted != alone
     threads = torch.get_num_threads()
     with LLM(tmp_path / "model", **options, tensor_parallel_size=2) as llm:
-        with pytest.raises(SetupError, match="LoRA adapters cannot be divided among ranks"):
-            llm.load_adapter("a", tmp_path)
+        llm.load_adapter("a", adapter)
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY, adapter="a")] == adapted
         [child] = llm._ranks._children
         assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == alone
         child.kill()

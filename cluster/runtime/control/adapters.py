@@ -21,7 +21,6 @@ from cluster.checkpoint.model_files import served_name
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import ClusterConfig
 from cluster.config.lora import AdapterList, AdapterSource, check_names
-from cluster.config.tensor_parallel import check_adaptable
 from cluster.errors import ClusterError, InvalidRequest, NotFound, SetupError
 from cluster.inputs import shown
 from cluster.runtime.control.engine_adapters import give, in_use, list_of
@@ -213,9 +212,8 @@ def check_free(config: ClusterConfig, names: Iterable[str]) -> None:
 
 def _check(config: ClusterConfig, name: str, directory: str) -> bool:
     """Whether it changes routed experts. Raises SetupError, CheckpointError for an adapter that does not fit the
-    cluster's model, or its ranks."""
+    cluster's model."""
     check_free(config, [name])
-    check_adaptable(config.tensor_parallel_size)
     return open_adapter(directory, open_checkpoint(config.model).config, config.max_lora_rank).has_experts
 
 
