@@ -23,6 +23,7 @@ from cluster.client.http_streams import HttpStreams
 from cluster.client.urls import server_url
 from cluster.drawing import moves
 from cluster.errors import ClusterError, SetupError, Unavailable
+from cluster.inputs import shown
 
 if TYPE_CHECKING:
     from cluster.chaos.faults import Recovery
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 _READY_S = 30.0
 _DISTINCT = 30  # questions; each is asked several times, so that the quiet run before is short
+
+# requests: every answer is kept, to be compared.  concurrency: a thread each.  faults: one takes a second and more.
+BOUNDS = {"requests": (1, 1_000_000), "concurrency": (1, 1024), "faults": (0, 100_000)}
+MAX_RECOVERY_S = 86_400.0
 
 QUICK_KINDS = ("kill-shard", "kill-replica", "kill-controller", "stop-shard", "cut-streams", "damage-frame")
 OF_RANKS = "kill-rank"
@@ -97,9 +102,13 @@ def check(args: argparse.Namespace) -> None:
     if args.http:
         server_url(args.http, "--http")
     options.check_address(args.address)
-    for name, least in (("requests", 1), ("concurrency", 1), ("faults", 0)):
-        if getattr(args, name) < least:
-            raise SetupError(f"--{name} is {getattr(args, name)}, at least {least} is needed")
+    for name, (least, most) in BOUNDS.items():
+        if not least <= (given := getattr(args, name)) <= most:
+            raise SetupError(f"--{name} is {shown(given)}, {least} to {most} is needed")
+    if not 0 < args.recovery_timeout <= MAX_RECOVERY_S:
+        raise SetupError(
+            f"--recovery-timeout is {args.recovery_timeout:g}, above 0 and at most {MAX_RECOVERY_S:g} is needed"
+        )
 
 
 def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:

@@ -13,6 +13,7 @@ from cluster.cli import terminal
 from cluster.cli.arguments import Commands, add_command, add_ray_address
 from cluster.errors import ClusterError, SetupError
 from cluster.footprint.servers import find_address
+from cluster.inputs import shown
 from cluster.runtime.start.ray_address import TRY_ANOTHER, find_ray
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 30.0  # of a Ray that answers: to connect, and to ask for the status, which may take 10 s itself
 MAX_INTERVAL_S = 86_400.0
+MAX_PROCESSES = 4096  # of one kind, that a cluster is scaled to; as over HTTP
 
 
 def add_commands(commands: Commands) -> None:
@@ -93,8 +95,8 @@ def _scale(args: argparse.Namespace) -> int:
     if args.expert_shards is None and args.attention_replicas is None:
         raise SetupError("nothing to change: give --expert-shards, --attention-replicas or both")
     for option, count in (("expert-shards", args.expert_shards), ("attention-replicas", args.attention_replicas)):
-        if count is not None and count < 1:  # before the other of the two is changed
-            raise SetupError(f"--{option} is {count}, at least 1 is needed")
+        if count is not None and not 1 <= count <= MAX_PROCESSES:  # before the other of the two is changed
+            raise SetupError(f"--{option} is {shown(count)}, 1 to {MAX_PROCESSES} is needed")
     with _running(args) as cluster:
         if args.expert_shards is not None:
             with _work_shown(cluster, "scaling expert shards …"):
@@ -122,7 +124,11 @@ def _await_replicas(cluster: "RunningCluster", wanted: int) -> int:
 
 
 def _chaos(args: argparse.Namespace) -> int:
+    from cluster.bench.limits import check_output
+
     chaos.check(args)
+    if args.json is not None:
+        check_output("--json", args.json)
     with _running(args) as cluster:
         return chaos.run(args, cluster)
 

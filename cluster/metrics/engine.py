@@ -46,7 +46,8 @@ class IngressMetrics:
         self._requests = define.counter(
             "moecluster_requests_total",
             "Requests that ended, by outcome: a finish reason (stop, length) or the gRPC code of the error"
-            " in lower case. Alert on the share of unavailable, internal and deadline_exceeded; "
+            " in lower case; a call that ended before it was a request counts by its refusal. Alert on the share of "
+            "unavailable, internal and deadline_exceeded; "
             "resource_exhausted asks for more attention replicas.",
             "outcome",
         )

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from cluster.errors import DeadlineExceeded
 from cluster.serving.service import InferenceService
 from cluster.serving.text.prompts import Prompt
 from cluster.types import FinishReason, Logprobs, SamplingParams, TextDelta, Usage
@@ -31,6 +32,14 @@ class Call:
     adapter: str = ""
     one_name: bool = False
     timeout_s: float | None = None
+
+    def left_s(self, spent_s: float) -> float | None:
+        """The rest of its time budget. Raises DeadlineExceeded where there is none."""
+        if self.timeout_s is not None and spent_s >= self.timeout_s:
+            raise DeadlineExceeded(
+                f"request {self.request_id} did not finish within its time budget of {self.timeout_s:g} s"
+            )
+        return None if self.timeout_s is None else self.timeout_s - spent_s
 
 
 @dataclass(slots=True)
@@ -96,30 +105,35 @@ async def generate(
 ) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """Yields (index, delta) of every answer as they come. The first error ends all; closing it cancels all.
 
-    Of answers to one prompt object the first begins alone, and the others when its prompt is computed: they go to the
-    same replica, and find its keys and values in the cache.
+    As many are made at a time as admission lets one call have, in their order. Of answers to one prompt object the
+    first begins alone, and the others when its prompt is computed: they go to the same replica, and find its keys and
+    values in the cache.
     """
     several = len(asked) > 1
     leaders = [_leader(asked, index) for index in range(len(asked))]
     sizes, group = Counter(leaders), service.new_request_id()  # clients may call two requests the same
-    streams = [
-        service.stream(
+    at_a_time, began_s = service.admission.at_a_time(), service.now_s()
+
+    def stream_of(index: int) -> AsyncGenerator[TextDelta, None]:
+        """Raises DeadlineExceeded."""
+        prompt, params = asked[index]
+        return service.stream(
             prompt,
             params,
             request_id=f"{call.request_id}-{index}" if several and not call.one_name else call.request_id,
-            timeout_s=call.timeout_s,
+            timeout_s=call.left_s(service.now_s() - began_s) if index >= at_a_time else call.timeout_s,
             client=call.client,
             prompt_group=f"{group}-{leaders[index]}" if sizes[leaders[index]] > 1 else "",
             accepted=call.accepted,
+            goes_on=index >= at_a_time,
         )
-        for index, (prompt, params) in enumerate(asked)
-    ]
+
     if not several:
-        async with aclosing(streams[0]):
-            async for delta in streams[0]:
+        async with aclosing(stream_of(0)) as stream:
+            async for delta in stream:
                 yield 0, delta
         return
-    async with aclosing(_merged(streams, leaders)) as deltas:
+    async with aclosing(_merged(stream_of, leaders, at_a_time)) as deltas:
         async for each in deltas:
             yield each
 
@@ -144,34 +158,36 @@ def _leader(asked: Sequence[tuple[Prompt, SamplingParams]], index: int) -> int:
 
 
 async def _merged(
-    streams: Sequence[AsyncGenerator[TextDelta, None]], leaders: Sequence[int]
+    stream_of: Callable[[int], AsyncGenerator[TextDelta, None]], leaders: Sequence[int], at_a_time: int
 ) -> AsyncGenerator[tuple[int, TextDelta], None]:
-    begun = [asyncio.Event() for _ in streams]
-    news: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(MAX_UNTAKEN)
+    begun = [asyncio.Event() for _ in leaders]
+    waiting = iter(range(len(leaders)))  # an answer's leader is taken before it
+    news: asyncio.Queue[tuple[int, TextDelta] | Exception | None] = asyncio.Queue(MAX_UNTAKEN)
 
-    async def pump(index: int, stream: AsyncGenerator[TextDelta, None]) -> None:
+    async def pump() -> None:
         try:
-            if leaders[index] != index:
-                await begun[leaders[index]].wait()
-            async with aclosing(stream):
-                async for delta in stream:
-                    begun[index].set()
-                    await news.put((index, delta))
-            await news.put((index, None))
+            for index in waiting:
+                if leaders[index] != index:
+                    await begun[leaders[index]].wait()
+                async with aclosing(stream_of(index)) as stream:
+                    async for delta in stream:
+                        begun[index].set()
+                        await news.put((index, delta))
+            await news.put(None)
         except Exception as error:  # noqa: BLE001 it is raised where the news are taken
-            await news.put((index, error))
+            await news.put(error)
 
-    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    pumps = [asyncio.create_task(pump()) for _ in leaders[:at_a_time]]
     try:
         running = len(pumps)
         while running:
-            index, one = await news.get()
+            one = await news.get()
             if isinstance(one, Exception):
                 raise one
             if one is None:
                 running -= 1
             else:
-                yield index, one
+                yield one
     finally:
         for each in pumps:
             each.cancel()

@@ -79,6 +79,7 @@ class InferenceService:
         self._backend = backend
         self.new_request_id = new_request_id
         self.adapters = adapters
+        self.now_s = clock
         self._tracker = RequestTracker(metrics, clock)
 
     async def start(self) -> None:
@@ -102,7 +103,8 @@ class InferenceService:
         return {**self._tokenizer.special_tokens, "chat_template": self._tokenizer.chat_template}
 
     def count_refused(self, error: ClusterError) -> None:
-        """Counts a call that ended before it was read: admission refused it."""
+        """Counts a call that ended before it was a request: it was not let in, or its message could not be read. Does
+        nothing where a request of the call ended with this error: that is counted."""
         self._tracker.refused(error)
 
     async def generate(
@@ -143,12 +145,13 @@ class InferenceService:
         client: str = "",
         prompt_group: str = "",
         accepted: bool = False,
+        goes_on: bool = False,
     ) -> AsyncGenerator[TextDelta, None]:
         """Yields the answer piece by piece. Raises as `generate`; closing it cancels the sequence.
 
-        prompt_group: as in EngineRequest.  accepted: as in Admission.
+        prompt_group: as in EngineRequest.  accepted, goes_on: as in Admission.
         """
-        with self._begun(request_id, timeout_s, client, accepted=accepted) as tracked:
+        with self._begun(request_id, timeout_s, client, accepted=accepted, goes_on=goes_on) as tracked:
             preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
             request = replace(await self._in_time(preparing, tracked, client), prompt_group=prompt_group)
             async with aclosing(self._run(request, tracked)) as deltas:
@@ -165,13 +168,14 @@ class InferenceService:
         client: str = "",
         check: Callable[[int], None] = lambda num_tokens: None,
         num_top: int = 0,
+        goes_on: bool = False,
     ) -> Computed:
         """Returns a result of numbers. Raises as `generate`.
 
         check: sees the number of the prompt's tokens before anything is computed, and may refuse them.
-        num_top: of the likeliest tokens at each position, beside "token_logprobs".
+        num_top: of the likeliest tokens at each position, beside "token_logprobs".  goes_on: as in Admission.
         """
-        with self._begun(request_id, timeout_s, client) as tracked:
+        with self._begun(request_id, timeout_s, client, goes_on=goes_on) as tracked:
             self._check_adapter(prompt)
             preparing = self._preparer.result(
                 prompt, wants, request_id=tracked.request_id, client=client, num_top=num_top
@@ -211,12 +215,12 @@ class InferenceService:
 
     @contextmanager
     def _begun(
-        self, request_id: str, timeout_s: float | None, client: str, *, accepted: bool = False
+        self, request_id: str, timeout_s: float | None, client: str, **admitted: bool
     ) -> Iterator[TrackedRequest]:
         """Tracks a request that admission lets begin, and charges its client with its tokens at its end."""
         with self._tracker.track(self.new_request_id(), request_id, timeout_s) as tracked:
             try:
-                with self.admission.generation(client, accepted=accepted):
+                with self.admission.generation(client, **admitted):
                     yield tracked
             finally:
                 self.admission.spend(client, tracked.num_tokens)

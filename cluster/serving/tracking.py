@@ -16,6 +16,7 @@ request_log = logging.getLogger("cluster.requests")
 
 MAX_REQUEST_ID_CHARS = 128
 _LOG_LEVELS = {"internal": logging.WARNING, "unavailable": logging.WARNING}
+_COUNTED = "counted_as_a_request"  # of errors; set here alone
 
 T = TypeVar("T")
 
@@ -87,13 +88,16 @@ class RequestTracker:
         try:
             _check(tracked)
             yield tracked
-        except (asyncio.CancelledError, GeneratorExit, RequestCancelled):
+        except (asyncio.CancelledError, GeneratorExit, RequestCancelled) as error:
+            vars(error)[_COUNTED] = True
             # A request that is closed after its last delta has its outcome already.
             tracked.outcome = tracked.outcome or "cancelled"
             raise
-        except ClusterError as error:
-            tracked.outcome = error.grpc_code.lower()
-            reason = f": {error}"
+        except Exception as error:
+            vars(error)[_COUNTED] = True
+            if isinstance(error, ClusterError):
+                tracked.outcome = error.grpc_code.lower()
+                reason = f": {error}"
             raise
         finally:
             outcome = tracked.outcome or "internal"
@@ -101,7 +105,9 @@ class RequestTracker:
             self._log_end(tracked, outcome, reason)
 
     def refused(self, error: ClusterError) -> None:
-        """Counts a call that ended before it was read."""
+        """Counts a call that ended before it was a request; nothing where a request ended with this error."""
+        if _COUNTED in vars(error):
+            return
         self._metrics.started()
         self._metrics.finished(error.grpc_code.lower())
         log.debug("a call was refused: %s", error)

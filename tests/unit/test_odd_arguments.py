@@ -38,11 +38,11 @@ def test_one_port_for_two_purposes_is_refused(one, other, capsys):
 
 
 @pytest.mark.parametrize("shards", ["--expert-shards", "--attention-replicas"])
-def test_no_process_is_no_scale(shards, capsys):
+def test_no_process_and_too_many_are_no_scale(shards, capsys):
     """Before a cluster is looked for, and before the other half of the change."""
-    for count in ("0", "-1"):
+    for count in ("0", "-1", "4097"):
         error = refused(capsys, "scale", f"{shards}={count}", "--ray-address", DEAD)
-        assert f"{shards} is {count}, at least 1 is needed" in error
+        assert f"{shards} is {count}, 1 to 4096 is needed" in error
 
 
 def test_deep_json_is_refused(capsys):

@@ -81,6 +81,28 @@ def test_a_file_without_an_end_is_refused(command, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--requests 0", "--requests is 0, 1 to 1000000 is needed"),
+        ("--requests 1000001", "--requests is 1000001, 1 to"),
+        (f"--requests {10**400}", "--requests is a whole number of 1329 bits, 1 to"),
+        ("--concurrency 1025", "--concurrency is 1025, 1 to 1024 is needed"),
+        ("--faults -1", "--faults is -1, 0 to 100000 is needed"),
+        ("--faults 100001", "--faults is 100001, 0 to"),
+        ("--recovery-timeout nan", "--recovery-timeout is nan, above 0"),
+        ("--recovery-timeout 1e9", "--recovery-timeout is 1e+09, above 0 and at most 86400"),
+        ("--json /dev/null/figures.json", "--json /dev/null/figures.json: its directory does not exist"),
+    ],
+)
+def test_chaos_takes_no_number_beyond_use_and_no_file_that_cannot_be(given, words, capsys):
+    """Before it looks for a cluster: at its end the figures would be lost."""
+    assert main(["chaos", "--ray-address", DEAD, *given.split()]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
 def test_a_batch_names_files_that_cannot_be_its_own(capsys, tmp_path):
     """A pipe and a device are read once, or for ever; a folder takes no answers."""
     given = tmp_path / "in.jsonl"

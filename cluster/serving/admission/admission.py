@@ -151,12 +151,16 @@ class Admission:
             return self._admins.admitted(client.removeprefix(ADMIN))
         return self._keys.admitted(client)
 
-    def generation(self, client: str, *, accepted: bool = False) -> AbstractContextManager[None]:
+    def at_a_time(self) -> int:
+        """How many generations one call may have at a time; it makes further ones when these have ended."""
+        return self._places.of_a_call()
+
+    def generation(self, client: str, *, accepted: bool = False, goes_on: bool = False) -> AbstractContextManager[None]:
         """Counts a generation while it is open. Raises Unavailable while draining, Overloaded without room.
 
-        accepted: before; draining does not refuse it.
+        accepted: before; draining does not refuse it.  goes_on: it follows one of the same call; nothing refuses it.
         """
-        return self._places.taken(client, accepted=accepted)
+        return self._places.taken(client, accepted=accepted, goes_on=goes_on)
 
     def spend(self, client: str, num_tokens: int) -> None:
         """Charges a client's key with the tokens of a generation, prompt and answer, once it has ended."""

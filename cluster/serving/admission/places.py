@@ -4,11 +4,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isinf
 
 from cluster.engine.retry_hint import RetryHint
 from cluster.errors import Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
+
+UNKNOWN_HALF = 64  # where the room is not known: the sequences that one engine computes at a time by default
 
 
 class Places:
@@ -35,15 +38,24 @@ class Places:
             log.info("draining: %d requests are running", self.num_running)
         self.draining = True
 
+    def of_a_call(self) -> int:
+        """How many generations one call may have at a time: half of all, so that one call of many prompts leaves room
+        for others, and as many as its client may."""
+        room = self._room()
+        half = UNKNOWN_HALF if isinf(room) else max(1, int(room / 2))
+        return min(half, self._max_per_client or half)
+
     @contextmanager
-    def taken(self, client: str, *, accepted: bool = False) -> Iterator[None]:
+    def taken(self, client: str, *, accepted: bool = False, goes_on: bool = False) -> Iterator[None]:
         """Takes a place while it is open. Raises Unavailable, Overloaded.
 
         accepted: its client has been told that it will be answered, so draining does not refuse it.
+        goes_on: it comes after another one of the same call, whose place it takes: nothing refuses it.
         """
-        if self.draining and not accepted:
+        if self.draining and not (accepted or goes_on):
             raise Unavailable("this server is shutting down, send the request to another one")
-        self._check(client)
+        if not goes_on:
+            self._check(client)
         self._by_client[client] += 1
         try:
             yield

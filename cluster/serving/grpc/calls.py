@@ -1,7 +1,7 @@
 """A call's way around its answer: who calls, how many there are, its message, its errors. Knows no rpc."""
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -41,6 +41,10 @@ class GrpcCalls:
             return False
         return True
 
+    def count_refused(self, error: ClusterError) -> None:
+        """Counts a call that `lets_in` let in, and whose message did not come."""
+        self._service.count_refused(error)
+
     async def _answer(
         self,
         request: bytes,
@@ -61,8 +65,8 @@ class GrpcCalls:
                 message = await self._beside(request, lambda: self._parse(request, request_type), client)
                 request_id = getattr(message, "request_id", "") or request_id
                 response = await answer(message, client)
-                check_after(response.ByteSize(), receive_limit(metadata_of(context)))
-                return response
+            check_after(response.ByteSize(), receive_limit(metadata_of(context)))
+            return response
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
             set_status(context, error, request_id)
             return response_type()
@@ -73,14 +77,14 @@ class GrpcCalls:
 
     @contextmanager
     def _counted(self, context: GrpcContext) -> Iterator[str]:
-        """Counts a call while it is open; yields its client. Raises Forbidden, Unauthenticated, Overloaded."""
-        with ExitStack() as counted:
-            try:
-                client = counted.enter_context(self._service.admission.call(metadata_of(context), peer_of(context)))
-            except ClusterError as error:
-                self._service.count_refused(error)
-                raise
-            yield client
+        """Counts a call while it is open, and its refusal; yields its client. Raises Forbidden, Unauthenticated,
+        Overloaded."""
+        try:
+            with self._service.admission.call(metadata_of(context), peer_of(context)) as client:
+                yield client
+        except ClusterError as error:
+            self._service.count_refused(error)
+            raise
 
     def _parse(self, request: bytes, request_type: type[Request]) -> Request:
         limit = self._service.limits.max_request_bytes

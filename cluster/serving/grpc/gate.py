@@ -18,6 +18,9 @@ class Doorkeeper(Protocol):
     def lets_in(self, context: GrpcContext) -> bool:
         """Returns whether a call's message may be read; sets the call's status if not."""
 
+    def count_refused(self, error: ClusterError) -> None:
+        """Counts a call whose message did not come."""
+
 
 Keeper = Callable[[], Doorkeeper | None]  # returns None in a process without one
 
@@ -55,5 +58,7 @@ async def _request(requests: AsyncIterator[bytes], context: Any, keeper: Keeper)
         error: ClusterError = InvalidRequest("the call ended before its message came", "request")
     except TimeoutError:
         error = DeadlineExceeded(f"the call's message did not come within {MESSAGE_TIMEOUT_S:g} s")
+    if doorkeeper is not None:
+        doorkeeper.count_refused(error)
     set_status(context, error)
     return None

@@ -55,7 +55,7 @@ def make_api(served: Served) -> FastAPI:
     api.state.large_bodies = Lane("large bodies", served.service.limits.max_waiting_inputs)
     for router in ROUTERS:
         api.include_router(router(served))
-    add_handlers(api)
+    add_handlers(api, served.service.count_refused)
     describe(api, KEYLESS.__contains__, lambda: (*served.model_names, *served.service.adapters()))
     return api
 

@@ -1,7 +1,7 @@
 """Errors in the shapes that clients read: OpenAI's {"error": {"message", "type", "param", "code"}}, or Anthropic's."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Any
 
@@ -62,21 +62,33 @@ class BadBody(InvalidRequest):
     """A body that a call's model refuses; `field` is one of the body's own."""
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Makes every error of an app leave it in OpenAI's shape."""
+def add_handlers(app: FastAPI, refused: Callable[[ClusterError], None]) -> None:
+    """Makes every error of an app leave it in OpenAI's shape.
+
+    refused: counts a call that ended before it was a request.
+    """
+
+    def count(request: Request, error: Exception) -> None:
+        if request.state.client and isinstance(error, InvalidRequest | Overloaded):  # not for everybody, as /ready is
+            refused(error)
 
     async def cluster_error(request: Request, error: Exception) -> Response:
+        count(request, error)
         return response_to(error, request.state.request_id, request.url.path)
 
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return response_to(_refusal(error), request.state.request_id, request.url.path)
+        refusal = _refusal(error)
+        count(request, refusal)
+        return response_to(refusal, request.state.request_id, request.url.path)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{error.detail}: {request.method} {request.url.path[:200]}" if error.status_code != 400 else (
             "the body is no JSON that can be read"
         )  # fmt: skip
+        if error.status_code == 400:
+            count(request, InvalidRequest(message, "request"))
         body = _body(error.status_code, message)
         headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers
         return _response(error.status_code, body, request.url.path, headers)

@@ -62,7 +62,7 @@ class Gate:
         try:
             with self._admitted(scope) as client:
                 scope.setdefault("state", {}).update(client=client, request_id=request_id)
-                body = await self._body(scope, receive)
+                body = await self._whole_body(scope, receive)
                 await _while_connected(self._app(scope, _replayed(body), answer.send), receive, answer)
         except (RequestCancelled, _Unread) as error:
             log.debug("an answer ended before its end: %s", error)
@@ -90,6 +90,14 @@ class Gate:
                 self._service.count_refused(error)
                 raise
             yield client
+
+    async def _whole_body(self, scope: Scope, receive: Receive) -> bytes:
+        """As `_body`; counts a refusal."""
+        try:
+            return await self._body(scope, receive)
+        except ClusterError as error:
+            self._service.count_refused(error)
+            raise
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises Overloaded, TooLarge, WrongMediaType, SlowRequest, RequestCancelled."""

@@ -43,14 +43,15 @@ async def score(
     def check(num_tokens: int) -> None:
         size.add(num_tokens * (1 + num_top) * LOGPROB_BYTES)
 
-    async def one(index: int, prompt: Prompt) -> PromptTokens:
+    async def one(index: int, prompt: Prompt, goes_on: bool) -> PromptTokens:
         name = f"{call.request_id}-prompt-{index}"
         computed = await service.compute(
-            prompt, "token_logprobs", request_id=name, client=call.client, num_top=max(1, num_top), check=check
-        )
+            prompt, "token_logprobs", request_id=name, client=call.client, num_top=max(1, num_top), check=check,
+            goes_on=goes_on,
+        )  # fmt: skip
         return await asyncio.to_thread(_read, computed, num_top)
 
-    return await a_few_at_a_time(one, prompts)
+    return await a_few_at_a_time(one, prompts, service.admission.at_a_time())
 
 
 def _read(computed: Computed, num_top: int) -> PromptTokens:

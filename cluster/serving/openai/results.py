@@ -38,13 +38,15 @@ class ResultCall:
         check: sees each result, and may refuse it.
         """
 
-        async def one(index: int, prompt: Prompt) -> Computed:
+        service = self._served.service
+
+        async def one(index: int, prompt: Prompt, goes_on: bool) -> Computed:
             request_id = f"{self._request_id}-{index}" if len(prompts) > 1 else self._request_id
-            result = await self._served.service.compute(prompt, wants, request_id=request_id, client=self._client)
+            result = await service.compute(prompt, wants, request_id=request_id, client=self._client, goes_on=goes_on)
             check(result)
             return result
 
-        return await a_few_at_a_time(one, prompts)
+        return await a_few_at_a_time(one, prompts, service.admission.at_a_time())
 
     def answered(self, computed: Sequence[Computed]) -> dict[str, Any]:
         """The fields that all of these answers have."""

@@ -10,19 +10,23 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-async def a_few_at_a_time(work: Callable[[int, Given], Awaitable[Made]], given: Sequence[Given]) -> list[Made]:
+async def a_few_at_a_time(
+    work: Callable[[int, Given, bool], Awaitable[Made]], given: Sequence[Given], most: int
+) -> list[Made]:
     """Returns what `work` makes of each index and input, in their order. Raises the first error, and ends the others.
 
-    given: at least one.
+    work: its last argument tells whether another input has ended for this one, as `goes_on` in Admission.
+    given: at least one.  most: at a time, as admission lets one call have.
     """
+    most = min(most, AT_A_TIME)
     made: dict[int, Made] = {}
     waiting = iter(enumerate(given))
 
     async def worker() -> None:
         for index, one in waiting:
-            made[index] = await work(index, one)
+            made[index] = await work(index, one, index >= most)
 
-    workers = [asyncio.ensure_future(worker()) for _ in given[:AT_A_TIME]]
+    workers = [asyncio.ensure_future(worker()) for _ in given[:most]]
     try:
         await asyncio.gather(*workers)
     finally:
