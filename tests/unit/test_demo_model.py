@@ -81,6 +81,26 @@ def test_json_that_it_has_no_idea_of_comes_to_an_end(llm):
         jsonschema.validate(json.loads(output.text), schema)
 
 
+def test_json_that_a_schema_bounds_comes_to_an_end_by_default_too(llm):
+    """Greedily, as its generation_config asks for. Without a bound it is cut, and says so: then it is no JSON."""
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"type": "string", "maxLength": 80}, "about": {"enum": ["experts", "shards"]}},
+        "required": ["answer", "about"],
+        "additionalProperties": False,
+    }
+    questions = [[{"role": "user", "content": text}] for text in ("What is a shard?", "Give me JSON", "Which city?")]
+    for form in ({"json": schema}, {"json_object": True}):
+        for output in llm.chat(questions, SamplingParams(max_tokens=150, structured_outputs=form)):
+            assert output.finish_reason == "stop" or "json_object" in form, output.text
+            if output.finish_reason == "stop":
+                assert isinstance(json.loads(output.text), dict)
+            else:
+                assert output.finish_reason == "length"
+                with pytest.raises(ValueError, match=r"."):
+                    json.loads(output.text)
+
+
 def test_it_answers_as_many_other_wordings_as_its_card_says(llm):
     asked = [(text, pair.answer) for pair in PAIRS for text in pair.held_out]
     [right, total] = map(int, re.search(r"(\d+) of (\d+) questions in other words", CARD).groups())
