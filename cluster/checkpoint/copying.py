@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cluster.checkpoint.files import in_one_line
 from cluster.checkpoint.fused import Shape, Source, fused_shape, lies_transposed, transposed
-from cluster.checkpoint.spans import Span
 from cluster.checkpoint.weights import ITEM_BYTES, SIZE_BYTES, WORD_BYTES, StoredTensor, check_tensor
+from cluster.config.tensor_parallel import Span
 from cluster.errors import CheckpointError
 
 PartnerShape = Callable[[str], Shape | None]

@@ -8,8 +8,8 @@ from cluster.checkpoint.made.drawn import DrawnCheckpoint, has_seed
 from cluster.checkpoint.model_files import open_files
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.checkpoint.spans import Spans
 from cluster.config import ModelConfig
+from cluster.config.tensor_parallel import Spans
 from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:  # whoever only describes a checkpoint does without torch

@@ -14,7 +14,6 @@ from cluster.checkpoint.fused import Source, is_fused, lies_transposed, partner_
 from cluster.checkpoint.hub.name import NAME_FORMS
 from cluster.checkpoint.names import EMBEDDING, HEAD, find_source, is_harmless, stored_shapes
 from cluster.checkpoint.prefixes import published_names
-from cluster.checkpoint.spans import Span, Spans
 from cluster.checkpoint.weights import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -32,6 +31,7 @@ from cluster.config.gptq import Gptq
 from cluster.config.json_keys import shown
 from cluster.config.model import given_dtype
 from cluster.config.rope import with_rope_scaling
+from cluster.config.tensor_parallel import Span, Spans
 from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:  # whoever only describes a checkpoint does without torch

@@ -93,6 +93,16 @@ class Quantization:
         """Whether each matrix has an order of inputs of its own."""
         return self.form is not None and self.form.is_ordered
 
+    def needs_whole(self, dim: int) -> bool:
+        """Whether a part of a matrix, of its outputs (dim 0) or inputs (dim 1), has scales of numbers beside it."""
+        return dim == 1 or self.is_nf4 or self.form is not None
+
+    @property
+    def inputs_together(self) -> int:
+        """Inputs that share a scale, and cannot be divided; 1 where all of an output have one."""
+        is_of_all = self.form is not None and not self.form.group_size
+        return 1 if is_of_all else max(1, self.group_size)
+
     def with_experts(self, experts: bool) -> "Quantization":
         return replace(self, experts=experts)
 

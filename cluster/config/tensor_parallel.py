@@ -5,11 +5,11 @@ vocabulary. Where there are fewer key/value heads than ranks, several ranks have
 Source: Shoeybi et al., Megatron-LM, section 3; the vocabulary as there.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.config.engine import EngineConfig
 from cluster.config.model import ModelConfig
-from cluster.config.quantization import PLAIN
 from cluster.errors import SetupError
 from cluster.outcome import Head
 
@@ -34,6 +34,29 @@ class Share:
     tokens: range
     vocab_size: int
     config: ModelConfig
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Of a tensor's `total` rows (dim 0) or columns (dim 1) those from `first` on, as many as are wanted."""
+
+    dim: int
+    first: int
+    total: int
+
+    def whole(self, part: Shape) -> Shape:
+        """The stored tensor's shape."""
+        return (*part[: self.dim], self.total, *part[self.dim + 1 :])
+
+    def index(self, part: Shape) -> tuple[slice, ...]:
+        return (*(slice(None) for _ in range(self.dim)), slice(self.first, self.first + part[self.dim]))
+
+
+Spans = Mapping[str, Span]
+"""By the tensor's name; of those that are read in part alone."""
 
 
 def share_of(config: ModelConfig, rank: int, size: int) -> Share:
@@ -72,10 +95,10 @@ def check_ranks(config: ModelConfig, engine: EngineConfig) -> None:
     least = min((len(range_), what) for range_, what in _divided(config))
     if size > least[0]:
         raise SetupError(f"{FIELD} is {size}, and the model has {least[0]} {least[1]}: {least[0]} ranks can share them")
+    is_ordered = config.stored is not None and config.stored.is_ordered
     drafts = engine.speculation is not None and engine.speculation.model is not None
     for is_asked, what, instead in (
-        (config.stored is not None, "a checkpoint whose weights are rounded", "use the one in 16 bits"),
-        (engine.quantization != PLAIN, f"quantization {engine.quantization!r}", "give expert_quantization alone"),
+        (is_ordered, "inputs in an order of each matrix's own (desc_act)", "use one rank, or a checkpoint without it"),
         (drafts, "a draft model", "use the method ngram"),
     ):
         if is_asked:

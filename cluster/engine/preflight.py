@@ -12,7 +12,7 @@ from cluster.checkpoint.model_files import hub_name, open_files
 from cluster.checkpoint.names import check_blocks, dense_shapes, expert_shapes
 from cluster.checkpoint.opening import Checkpoint, open_checkpoint
 from cluster.checkpoint.reader import read_config
-from cluster.checkpoint.spans import cuts_of
+from cluster.checkpoint.spans import check_groups, cuts_of
 from cluster.checkpoint.special_tokens import read_tokenizer_config
 from cluster.checkpoint.tokenizer_files import has_tokenizer, has_vocabulary, read_tokenizer
 from cluster.checkpoint.weights import holds_weights
@@ -85,6 +85,7 @@ def _check_config(model_dir: Path, config: ModelConfig, engine: EngineConfig, nu
     check_blocks(config, engine.quantization, engine.of_experts)
     plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, num_shards))
     check_ranks(config, engine)
+    check_groups(config, engine.quantization, engine.tensor_parallel_size)
     largest = share_of(config, 0, engine.tensor_parallel_size).config
     check_block_fits(largest, engine, resolve_dtype(engine.dtype, config))
     adapter_bytes(config, engine)

@@ -6,6 +6,7 @@ is one of 256 numbers times a nested scale, which 256 of them share. N: outputs,
 Source: QLoRA (arXiv 2305.14314), sections 2 and 3; bitsandbytes 0.50, backends/default/ops.py and csrc/cpu_ops.cpp.
 """
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from cluster.config.quantization import HEAD_BYTES, NF4_BLOCK, NF4_NESTED, RowLayout
 from cluster.kernels.native.library import DTYPES, Native, native
 from cluster.kernels.quantized import QuantizedWeight
-from cluster.kernels.rounding import pack_nibbles, unpack_nibbles
+from cluster.kernels.rounding import nibbles_of, pack_nibbles, unpack_nibbles
 from cluster.kernels.weights import Parts
 
 # The quantiles of a normal distribution, as bitsandbytes has them in float32.
@@ -156,6 +157,26 @@ def unpacked(rows: Tensor, layout: RowLayout) -> Tensor:
     scales = scales * floats[:, 1:].gather(1, which) + floats[:, :1]
     numbers = unpack_nibbles(rows[:, layout.weights_at :])[:, : layout.num_inputs]
     return _dequantized(numbers, scales) * rows[:, :4].contiguous().view(torch.float32)
+
+
+def part_of(rows: Tensor, layout: RowLayout, inputs: range) -> Tensor:
+    """The rows [N, row_bytes of fewer inputs] of some inputs alone. A block begins with the first of them."""
+    part = replace(layout, num_inputs=len(inputs))
+    first, num_blocks = inputs.start // NF4_BLOCK, part.num_inputs // NF4_BLOCK
+    assert first * NF4_BLOCK == inputs.start
+    found = torch.zeros(len(rows), part.row_bytes, dtype=torch.uint8)
+    found[:, :12] = rows[:, :12]
+    # Blocks before the first one that has another nested scale; and how many nested scales the first one is past.
+    num_first = rows[:, 6:8].contiguous().view(torch.int16) - first  # [N, 1]
+    later = (-num_first).div(NF4_NESTED, rounding_mode="floor").add(1).clamp_min(0)
+    found[:, 6:8] = (num_first + later * NF4_NESTED).to(torch.int16).view(torch.uint8)
+    which = (later + torch.arange(part.num_nested)).clamp_max(layout.num_nested - 1)
+    whole_at, scales_at = (HEAD_BYTES + 4 * (1 + each.num_nested) for each in (layout, part))
+    nested = rows[:, 12:whole_at].contiguous().view(torch.float32)
+    found[:, 12:scales_at] = nested.gather(1, which.long()).view(torch.uint8)
+    found[:, scales_at : scales_at + num_blocks] = rows[:, whole_at + first : whole_at + first + num_blocks]
+    found[:, part.weights_at :] = nibbles_of(rows[:, layout.weights_at :], inputs)
+    return found
 
 
 class Nf4Weight(QuantizedWeight):

@@ -5,6 +5,7 @@ With 8 bits a row has one scale, or groups in a matrix that comes so; with 4 bit
 one, and a zero where they are not symmetric. N: outputs, K: inputs, G: groups of a row.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -120,6 +121,35 @@ def unpack(rows: Tensor, layout: RowLayout) -> Numbers:
     numbers = ((unpack_nibbles(weights) ^ 8).view(torch.int8) - 8)[:, : layout.num_inputs]
     zeros = rows[:, end : end + num_groups].contiguous().view(torch.int8) if layout.has_zeros else None
     return Numbers(numbers, factors, scales, zeros)
+
+
+def part_of(rows: Tensor, layout: RowLayout, inputs: range) -> Tensor:
+    """The rows [N, row_bytes of fewer inputs] of some inputs alone. Where groups differ, one begins with the first."""
+    part = replace(layout, num_inputs=len(inputs))
+    found = torch.zeros(len(rows), part.row_bytes, dtype=torch.uint8)
+    found[:, :HEAD_BYTES] = rows[:, :HEAD_BYTES]
+    if layout.group_size:
+        first, num = inputs.start // layout.group_size, -(-len(inputs) // layout.group_size)
+        for num_bytes, before in ((2, 0), (1, 2)) if layout.has_zeros else ((2, 0),):  # scales, then zeros
+            to, of = (HEAD_BYTES + before * each.num_groups for each in (part, layout))
+            found[:, to : to + num_bytes * num] = rows[:, of + num_bytes * first : of + num_bytes * (first + num)]
+    if layout.num_bits == 8:
+        weights = rows[:, layout.weights_at + inputs.start : layout.weights_at + inputs.stop]
+        found[:, part.weights_at : part.weights_at + len(inputs)] = weights
+    else:
+        found[:, part.weights_at :] = nibbles_of(rows[:, layout.weights_at :], inputs)
+    return found
+
+
+def nibbles_of(chunks: Tensor, inputs: range) -> Tensor:
+    """As `pack_nibbles` has them, some inputs alone, then zeros."""
+    of_chunk = CHUNK_INPUTS[4]
+    first, num_chunks = inputs.start // of_chunk, -(-len(inputs) // of_chunk)
+    if not inputs.start % of_chunk and not inputs.stop % of_chunk:
+        return chunks[:, 64 * first : 64 * (first + num_chunks)]
+    numbers = unpack_nibbles(chunks[:, 64 * first : 64 * -(-inputs.stop // of_chunk)])
+    numbers = numbers[:, inputs.start - first * of_chunk : inputs.stop - first * of_chunk]
+    return pack_nibbles(F.pad(numbers, (0, num_chunks * of_chunk - len(inputs))))
 
 
 def _rounded(numbers: Tensor, scales: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from cluster.kernels.rounding import Numbers
 from cluster.kernels.unpacking import StoredMatrix, read_matrix
 from cluster.kernels.weights import Parts, TwoProducts, Weight
 
-_ALIGNMENT = 16  # bytes; of each tensor in staging memory
+ALIGNMENT = 16  # bytes; of each tensor in staging memory
 _MAX_PARTS = 3  # matrices one above another: query, key and value
 
 Stored = dict[str, dict[str, Tensor]]  # by the layer's name, then by the end of the tensor's
@@ -86,7 +86,7 @@ def _staging_bytes(num_outputs: int, num_inputs: int, form: StoredForm) -> int:
 
     def of_matrix(outputs: int) -> int:
         shapes = form.shapes("", outputs, num_inputs).values()
-        return sum(4 * math.prod(shape) + _ALIGNMENT for shape in shapes)
+        return sum(4 * math.prod(shape) + ALIGNMENT for shape in shapes)
 
     return of_matrix(num_outputs) + (_MAX_PARTS - 1) * of_matrix(8)  # as few as a word has
 
@@ -99,7 +99,7 @@ def _targets(form: StoredForm, num_inputs: int, parts: Parts, staging: Tensor) -
         for name, shape in form.shapes(layer, num_outputs, num_inputs).items():
             dtype = torch.int32 if name.endswith((*INTEGERS, *SIZES)) else torch.float32
             tensor = _part(staging, begin, shape, dtype)
-            begin = -(-(begin + tensor.nbytes) // _ALIGNMENT) * _ALIGNMENT
+            begin = -(-(begin + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
             found[name] = stored[layer][name.rpartition(".")[2]] = tensor
     return found, stored
 

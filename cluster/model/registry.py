@@ -11,9 +11,10 @@ from cluster.checkpoint.opening import Checkpoint
 from cluster.checkpoint.spans import spans_of
 from cluster.config import ModelConfig
 from cluster.config.quantization import Quantization
-from cluster.config.tensor_parallel import Share
+from cluster.config.tensor_parallel import Share, Span
+from cluster.kernels.parts import PartWeight
 from cluster.kernels.stored import weight_of
-from cluster.kernels.weights import MakeWeight, WeightLoader, weight_maker
+from cluster.kernels.weights import MakeWeight, Parts, WeightLoader, weight_maker
 from cluster.model.decoder import CausalLM
 from cluster.model.layers.linear import Linear
 from cluster.model.layers.rope import RotaryEmbedding
@@ -27,7 +28,7 @@ MODELS: Mapping[str, Callable[[ModelConfig], CausalLM]] = {
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives each parameter of a model on the meta device memory of its own, without values and without gradients.
+    """Gives each parameter of a model on the meta device memory of its of_parts, without values and without gradients.
 
     `to_empty` does the same with torch's Python references of the meta device, which import sympy: 0.25 s and 35 MB."""
     for module in model.modules():
@@ -52,7 +53,7 @@ def load_model(
     Raises CheckpointError.
     """
     config = reader.config if share is None else share.config
-    spans = {} if share is None else spans_of(share, reader.config)
+    spans: dict[str, Span] = {} if share is None else spans_of(share, reader.config)
     reader.fetch(dense_shapes(config), progress)
     with torch.device("meta"):
         model = MODELS[config.model_type](config).to(dtype)
@@ -62,12 +63,23 @@ def load_model(
         if isinstance(module, Linear):
             name = path.rpartition(".")[2]
             prefix = path.removesuffix(name)
+            parts = module.parts(prefix)
             make: MakeWeight = weight_maker(dtype, device)
-            if quantization is not None and all(map(quantization.takes, module.parts(prefix))):
-                make = partial(weight_of, quantization=quantization, dtype=dtype)
+            if quantization is not None and all(map(quantization.takes, parts)):
+                make = _rounded(parts, spans, quantization, dtype)
             module.allocate(make, dtype=dtype, device=device)
-            weights.append((module.weight, module.parts(prefix)))
+            weights.append((module.weight, parts))
             plain_targets |= module.bias_targets(prefix)
     WeightLoader(lambda targets: reader.load(targets, progress, spans), device).load(weights, plain_targets)
     model.rotary = RotaryEmbedding(config.rope, config.head_dim).to(device)  # in float32, whatever the weights are in
     return model
+
+
+def _rounded(parts: Parts, spans: dict[str, Span], quantization: Quantization, dtype: torch.dtype) -> MakeWeight:
+    """Removes the spans of matrices that a rank has to read whole."""
+    of_parts = {name: spans.get(f"{name}.weight") for name in parts}
+    if not any(span is not None and quantization.needs_whole(span.dim) for span in of_parts.values()):
+        return partial(weight_of, quantization=quantization, dtype=dtype)
+    for name in parts:
+        spans.pop(f"{name}.weight", None)
+    return partial(PartWeight, parts=parts, spans=of_parts, quantization=quantization, dtype=dtype)

@@ -1,6 +1,6 @@
 """A dense model behind gRPC: attention replicas alone serve it, every command makes sense, nothing dies unnoticed.
 
-Each replica is two ranks that share the model.
+Each replica is two ranks that share the model, in 8 bits.
 """
 
 import re
@@ -29,7 +29,9 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serving(model_dir, tmp_path_factory):
-    server = Serving(model_dir, tmp_path_factory.mktemp("server"), "--tensor-parallel-size", "2")
+    server = Serving(
+        model_dir, tmp_path_factory.mktemp("server"), "--tensor-parallel-size", "2", "--quantization", "int8"
+    )
     yield server.wait_ready()
     server.end()
 
@@ -55,7 +57,7 @@ def run(ray_address):
 
 def test_its_tokens_are_those_of_an_llm(serving, model_dir):
     params = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 20, "ignore_eos": True}
-    with LLM(model_dir, dtype="float32", device="cpu", kv_cache_bytes=4 << 20) as llm:
+    with LLM(model_dir, dtype="float32", device="cpu", kv_cache_bytes=4 << 20, quantization="int8") as llm:
         [expected] = llm.generate(PROMPT, SamplingParams(**params))
     with Client(f"127.0.0.1:{serving.grpc_port}") as client:
         assert client.is_serving(10.0)

@@ -12,6 +12,7 @@ from cluster.checkpoint.reader import CheckpointReader
 from cluster.checkpoint.sizes import sizes_of
 from cluster.config import EngineConfig
 from cluster.config.quantization import QUANTIZATIONS, quantization_on
+from cluster.config.tensor_parallel import shares_of
 from cluster.errors import SetupError
 from cluster.experts.shard import ExpertShard
 from cluster.kernels import nf4
@@ -92,6 +93,23 @@ def test_an_offline_model_is_rounded_as_asked_its_experts_otherwise(folder):
     assert all(len(set(some) & set(exact)) >= 2 for some in found)
 
 
+def held_bytes(model):
+    linear = [module for module in model.modules() if isinstance(module, Linear)]
+    biases = [module.bias for module in linear if module.bias is not None]
+    plain = [*model.state_dict().values(), *biases]
+    return sum(some.nbytes for some in (*plain, *(module.weight for module in linear)))
+
+
+@pytest.mark.parametrize("name", ["int8+lm_head", "int4-32-zeros", "nf4+lm_head"])
+def test_a_rank_holds_what_a_plan_says(tmp_path, name):
+    write_checkpoint(tmp_path, {**RAW, "head_dim": 32, "shared_expert_intermediate_size": 1280}, seed=1)
+    reader = CheckpointReader(tmp_path)
+    for share in shares_of(reader.config, 2):
+        sizes = sizes_of(share.config, "bfloat16", quantization=name)
+        options = {"dtype": torch.bfloat16, "device": CPU, "quantization": QUANTIZATIONS[name]}
+        assert sizes.dense_bytes == held_bytes(load_model(reader, share=share, **options))
+
+
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-32-zeros+lm_head"])
 def test_the_sizes_of_a_plan_are_those_of_the_loaded_weights(folder, name):
     reader = CheckpointReader(folder)
@@ -100,10 +118,7 @@ def test_the_sizes_of_a_plan_are_those_of_the_loaded_weights(folder, name):
     shard = ExpertShard(0, reader.config, dtype=torch.bfloat16, device=CPU, quantization=QUANTIZATIONS[name])
     shard.load(reader, {0: [3, 4]})
     assert sizes.expert_bytes == shard.num_bytes // 2
-    linear = [module for module in model.modules() if isinstance(module, Linear)]
-    biases = [module.bias for module in linear if module.bias is not None]
-    plain = [*model.state_dict().values(), *biases]
-    assert sizes.dense_bytes == sum(some.nbytes for some in (*plain, *(module.weight for module in linear)))
+    assert sizes.dense_bytes == held_bytes(model)
     assert sizes.num_parameters == sizes_of(reader.config, "float32").num_parameters
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,19 +22,19 @@ from cluster.checkpoint.made.drawn import SEED_KEY
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.names import dense_shapes
 from cluster.checkpoint.opening import open_checkpoint
-from cluster.checkpoint.spans import Span, spans_of
+from cluster.checkpoint.spans import spans_of
 from cluster.config import EngineConfig, read_model_config
-from cluster.config.tensor_parallel import check_ranks, share_of
+from cluster.config.tensor_parallel import Span, check_ranks, share_of
 from cluster.engine.exchange import Exchange
 from cluster.engine.group import Group
-from cluster.engine.preflight import check_checkpoint
+from cluster.engine.preflight import check_checkpoint, check_for_plan
 from cluster.engine.rank_process import ChildRanks
 from cluster.engine.words import INLINE
 from cluster.errors import CheckpointError, SetupError, Unavailable
 
 SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-ROUNDED = config(**dict.fromkeys(SIZES, 128), quantization_config=GPTQ)
+ORDERED = config(**dict.fromkeys(SIZES, 128), quantization_config=GPTQ | {"desc_act": True})
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
@@ -85,14 +86,38 @@ def test_uneven_inner_sizes_keep_rows_aligned():
         (BASE, {"tensor_parallel_size": 5}, "tensor_parallel_size is 5, and the model has 4 query heads"),
         (dense(intermediate_size=3), {"tensor_parallel_size": 4}, "3 inner features .intermediate_size."),
         (config(shared_expert_intermediate_size=2), {"tensor_parallel_size": 3}, "2 inner features .shared"),
-        (BASE, {"tensor_parallel_size": 2, "quantization": "int8"}, "quantization 'int8' .* give expert_quantization"),
-        (ROUNDED, {"tensor_parallel_size": 2}, "a checkpoint whose weights are rounded cannot be divided"),
+        (ORDERED, {"tensor_parallel_size": 2}, r"an order of each matrix's own \(desc_act\) cannot be divided"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_one_line(raw, options, message):
     with pytest.raises(SetupError, match=message) as error:
         check_ranks(read_model_config(raw), EngineConfig(**options))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantization", "size", "message"),
+    [
+        (
+            {}, "int4", 4,
+            "self_attn.o_proj.weight would begin at input 64, inside a group of 128 (quantization 'int4'): use 1 or 2 "
+            "ranks, or quantization int4-64 or int4-32 or int8",
+        ),
+        ({"intermediate_size": 320}, "nf4", 2, "down_proj.weight would begin at input 160, inside a group of 64"),
+        ({"quantization_config": GPTQ}, "none", 4, "(GPTQ): use 1 or 2 ranks, or quantization int4-64 or int4-32 or"),
+        ({"quantization_config": GPTQ}, "none", 4, "int8 of the checkpoint in 16 bits"),
+    ],
+)  # fmt: skip
+def test_a_part_that_begins_inside_a_group_is_refused_with_what_is_possible(
+    tmp_path, changes, quantization, size, message
+):
+    raw = dense(**{"hidden_size": 128, "head_dim": 64, "intermediate_size": 512, **changes})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    engine = EngineConfig(tensor_parallel_size=size, quantization=quantization)
+    with pytest.raises(SetupError, match=re.escape(message)) as error:
+        check_for_plan(tmp_path, engine, 1)
+    assert "\n" not in str(error.value)
+    check_for_plan(tmp_path, replace(engine, tensor_parallel_size=1), 1)
 
 
 def test_a_start_with_more_ranks_than_heads_is_refused_before_anything_loads(tmp_path):

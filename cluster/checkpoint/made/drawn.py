@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.checkpoint.files import read_json_object
 from cluster.checkpoint.names import checkpoint_shapes
 from cluster.checkpoint.reader import CONFIG_FILE, read_config
-from cluster.checkpoint.spans import Spans
 from cluster.config.json_keys import Keys
+from cluster.config.tensor_parallel import Spans
 from cluster.errors import CheckpointError
 
 if TYPE_CHECKING:  # whoever only describes a checkpoint does without torch
