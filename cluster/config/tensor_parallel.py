@@ -95,14 +95,9 @@ def check_ranks(config: ModelConfig, engine: EngineConfig) -> None:
     least = min((len(range_), what) for range_, what in _divided(config))
     if size > least[0]:
         raise SetupError(f"{FIELD} is {size}, and the model has {least[0]} {least[1]}: {least[0]} ranks can share them")
-    is_ordered = config.stored is not None and config.stored.is_ordered
-    drafts = engine.speculation is not None and engine.speculation.model is not None
-    for is_asked, what, instead in (
-        (is_ordered, "inputs in an order of each matrix's own (desc_act)", "use one rank, or a checkpoint without it"),
-        (drafts, "a draft model", "use the method ngram"),
-    ):
-        if is_asked:
-            raise SetupError(f"{FIELD} is {size}: {what} cannot be divided among ranks: {instead}")
+    if config.stored is not None and config.stored.is_ordered:
+        what, instead = "inputs in an order of each matrix's own (desc_act)", "use one rank, or a checkpoint without it"
+        raise SetupError(f"{FIELD} is {size}: {what} cannot be divided among ranks: {instead}")
 
 
 def _divided(config: ModelConfig) -> list[tuple[range, str]]:

@@ -5,7 +5,8 @@ The ranks are threads here, which gloo joins as it does processes; tests/unit/te
 
 import pytest
 import torch
-from configs import CONFIGS, DENSE_CONFIGS, PROMPTS, config
+from configs import CONFIGS, DENSE_CONFIGS, PROMPTS, config, dense
+from drafters import always
 from rank_tools import ThreadRanks
 from test_parity_local import check_drafts, llm_for, tokens
 
@@ -46,6 +47,24 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(oracle_of, name, num
 @pytest.mark.parametrize("name", [name for name, _ in DEFAULT])
 def test_several_tokens_a_step_give_the_same(oracle_of, name):
     check_drafts(oracle_of(name), tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [name for name, _ in DEFAULT])
+def test_a_draft_model_is_rank_0s_alone(oracle_of, tmp_path, name, num_ranks):
+    """The dense model guesses for itself, so always right; a stranger guesses for the other one."""
+    oracle, draft = oracle_of(name), tmp_path / "stranger"
+    if is_dense := name in DENSE_CONFIGS:
+        draft = oracle.model_dir
+    else:
+        write_checkpoint(draft, dense(num_hidden_layers=1), seed=3)
+    drafts = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
+    with llm_for(oracle, block_size=4, tensor_parallel_size=num_ranks, speculative_config=drafts) as llm:
+        always(llm)
+        assert tokens(llm) == oracle.token_ids
+        stats = llm.engine.stats()
+        assert stats.drafted_tokens > 10
+        assert (stats.accepted_tokens == stats.drafted_tokens) == is_dense
 
 
 @pytest.mark.slow
