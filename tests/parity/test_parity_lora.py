@@ -7,6 +7,7 @@ from itertools import count, product
 import pytest
 import torch
 from configs import NUM_TOKENS, PROMPTS
+from drafters import Told, with_drafts
 from lora_tools import write_adapter
 from parity_tools import ask, ask_peft, logprobs_of
 from rank_tools import ThreadRanks
@@ -93,6 +94,19 @@ def test_probabilities_of_a_prompt_are_those_of_each_adapters_head(adapted_of, m
     for (name, i), one in zip(asked, found, strict=True):
         expected = logprobs_of(PROMPTS[i], adapted[2][name].logits[i])
         torch.testing.assert_close(one.logprobs, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_step_with_drafts_checks_each_row_with_its_own_head(adapted_of, monkeypatch, num_ranks):
+    """Every second prompt has an adapter of embeddings and head, the others none; some drafts are wrong."""
+    monkeypatch.setattr(llm_module, "ChildRanks", ThreadRanks)
+    adapted, names = adapted_of(BASES[1]), [("words", "")[i % 2] for i in range(len(PROMPTS))]
+    wanted = [adapted[2][name].token_ids[i] for i, name in enumerate(names)]
+    with llm_for(adapted, tensor_parallel_size=num_ranks, block_size=4) as llm:
+        payoff = with_drafts(llm.engine, Told(zip(PROMPTS, wanted, strict=True), wrong=0.3, vocab_size=200))
+        outputs = llm.generate(PROMPTS, GREEDY, adapter=names)
+        assert [list(output.token_ids) for output in outputs] == wanted
+        assert 10 < llm.engine.num_accepted_tokens < sum(payoff.tried)
 
 
 def test_chunks_of_7_and_cached_beginnings_keep_adapters_apart(adapted):
