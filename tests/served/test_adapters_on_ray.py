@@ -7,12 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import httpx2
 import pytest
-import torch
-from lora_tools import write_adapter
+from lora_tools import write_adapter_of
 from served_tools import wait_until
 
 from cluster import LLM, SamplingParams
-from cluster.checkpoint.names import checkpoint_shapes
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.runtime.names import NAMESPACE, controller_name
 
@@ -24,16 +22,9 @@ PROMPT, NUM_TOKENS = list(range(40, 60)), 120
 @pytest.fixture(scope="module")
 def law(demo_checkpoint, tmp_path_factory):
     """An adapter of the demo's attention, shared expert and routed experts, and the tokens that an LLM has with it."""
-    draw = torch.Generator().manual_seed(5)
     directory = tmp_path_factory.mktemp("adapters") / "law"
     with LLM(demo_checkpoint, dtype="float32", device="cpu", kv_cache_bytes=1 << 22) as llm:
-        shapes = checkpoint_shapes(llm.engine.runner.model.config)
-        targets = {name: shape for name, shape in shapes.items() if name.endswith(("q_proj.weight", "up_proj.weight"))}
-        changes = {
-            name.removesuffix(".weight"): [torch.randn(size, generator=draw) / 8 for size in ((2, k), (n, 2))]
-            for name, (n, k) in targets.items()
-        }
-        llm.load_adapter("law", write_adapter(directory, changes))
+        llm.load_adapter("law", write_adapter_of(directory, demo_checkpoint, "q_proj", "up_proj"))
         params = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=NUM_TOKENS, ignore_eos=True)
         outputs = llm.generate([PROMPT, PROMPT], params, adapter=["law", ""])
     return directory, *(list(output.token_ids) for output in outputs)
