@@ -135,6 +135,53 @@ def test_a_large_body_is_answered_as_a_small_one(tokenizer, path, text):
         assert large.json()["choices"] == small.json()["choices"]
 
 
+TURN = {"role": "user", "content": "a"}
+IMAGE = {"role": "user", "content": [{"type": "input_image"}]}
+PLACES = [
+    ("completions", {"prompt": 5}, "prompt: Input should be a valid string"),
+    ("completions", {"prompt": [[1], ["a"]]}, "prompt.1.0: Input should be a valid integer"),
+    ("completions", {"prompt": "a", "stream_options": {"a.b": 1}}, "unrecognized request argument: stream_options.a.b"),
+    ("chat/completions", {}, "messages: Field required"),
+    ("chat/completions", {"messages": [{**TURN, "content": 5}]}, "messages.0.content: Input should be a valid string"),
+    ("chat/completions", {"messages": [TURN], "stop": 5}, "stop: Input should be a valid string"),
+    ("chat/completions", {"messages": [TURN], "tools": [{"type": "function"}]}, "tools.0.function: Field required"),
+    ("chat/completions", {"messages": [TURN], "tool_choice": {"type": "x"}}, "tool_choice.type: Input should be 'f"),
+    ("chat/completions", {"messages": [TURN], "response_format": {"type": "json_schema"}},
+     "response_format.json_schema: Field required"),
+    ("chat/completions", {"messages": [TURN], "response_format": {"type": "x"}},
+     "response_format: type 'x' is not known here, only 'text', 'json_object', 'json_schema'"),
+    ("chat/completions", {"messages": [TURN], "response_format": {}}, "response_format: its type is missing"),
+    ("responses", {"input": [{"type": "x"}]}, "input.0: type 'x' is not known here, only 'message', 'function_call'"),
+    ("responses", {"input": [IMAGE]}, "input.0.content.0: type 'input_image' is not known here, only 'input_text'"),
+]  # fmt: skip
+
+
+async def send(front, path, text):
+    async with front.client() as client:
+        return await client.post(path, content=text, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("path", "body", "words"), PLACES)
+def test_a_fault_is_named_by_the_bodys_own_keys(tokenizer, monkeypatch, path, body, words, large):
+    """As its client wrote them: without the types that were tried for a value, whose names are our own."""
+    monkeypatch.setattr(body_route, "LARGE_BYTES", 1 if large else 1 << 20)
+    answer = asyncio.run(send(Front(tokenizer), f"/v1/{path}", json.dumps(body)))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(words)
+    assert error["param"] == words.removeprefix("unrecognized request argument: ").partition(":")[0].partition(".")[0]
+
+
+@pytest.mark.parametrize("body", ["{", "[" * 100_000 + "]" * 100_000])
+def test_json_that_is_broken_or_too_deep_is_named_so(tokenizer, body):
+    answer = asyncio.run(send(Front(tokenizer, max_request_bytes=1 << 20), "/v1/completions", body))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        "the body is no JSON that can be read: it is broken, or nested too deeply"
+    )
+
+
 def test_a_stream_goes_on_while_a_large_body_is_read(tokenizer, monkeypatch):
     """The body is read once the stream has ended: on the event loop that would be never."""
     ended, read, in_time = threading.Event(), body_route.read_body, []

@@ -38,19 +38,20 @@ class BodyRoute(APIRoute):
                 return await handle(request)
             lane: Lane = request.app.state.large_bodies
             try:
-                value, faults = await lane.run(lambda: read_body(body, field), request.state.client)
+                given, value, faults = await lane.run(lambda: read_body(body, field), request.state.client)
             except (ValueError, RecursionError):  # no JSON: FastAPI comes to the same end, and words it
                 return await handle(request)
             if faults:
-                raise RequestValidationError(faults)
+                raise RequestValidationError(faults, body=given)
             return await handle(_Read(request, value))
 
         return read_first
 
 
-def read_body(body: bytes, field: BodyField) -> tuple[Any, list[dict[str, Any]]]:
-    """A body as its model, and what is wrong with it. Raises ValueError, RecursionError for what is no JSON."""
-    return field.validate(json.loads(body), loc=("body",))
+def read_body(body: bytes, field: BodyField) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """A body as it is, as its model, and its faults. Raises ValueError, RecursionError for what is no JSON."""
+    given = json.loads(body)
+    return given, *field.validate(given, loc=("body",))
 
 
 class _Read(Request):

@@ -13,12 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from cluster.errors import ClusterError, InvalidRequest, NotFound, Overloaded, Unauthenticated
+from cluster.inputs import shown
 
 log = logging.getLogger(__name__)
 
 _PLACES = ("body", "query", "path")  # where pydantic says that a value stood
 METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT", "PATCH")
 MAX_MESSAGE_CHARS = 1000
+NO_JSON = "the body is no JSON that can be read: it is broken, or nested too deeply"
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_TYPES = {
@@ -85,7 +87,7 @@ def add_handlers(app: FastAPI, refused: Callable[[ClusterError], None]) -> None:
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{error.detail}: {request.method} {request.url.path[:200]}" if error.status_code != 400 else (
-            "the body is no JSON that can be read"
+            NO_JSON
         )  # fmt: skip
         if error.status_code == 400:
             count(request, InvalidRequest(message, "request"))
@@ -162,11 +164,31 @@ def _refusal(invalid: RequestValidationError) -> BadBody:
     found = invalid.errors()
     # A union has faults of each of its members: the one that came furthest is the one that was meant.
     first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
-    kind, where = first["type"], [str(part) for part in first["loc"] if part not in _PLACES]
+    kind = first["type"]
     if kind == "json_invalid":
-        return BadBody("the body is no JSON that can be read")
-    path = ".".join(part for part in where if part.isidentifier() or part.isdigit())
-    field = where[0] if where else ""
+        return BadBody(NO_JSON)
+    where = _place(first, invalid.body)
+    path, field = ".".join(where)[:200], where[0][:100] if where else ""
     if kind == "extra_forbidden":
-        return BadBody(f"unrecognized request argument: {path[:200]}", field[:100])
-    return BadBody(f"{path[:200] or 'the body'}: {first['msg']}", field[:100])
+        return BadBody(f"unrecognized request argument: {path}", field)
+    if kind == "union_tag_invalid":
+        context = first["ctx"]
+        message = f"type {shown(context['tag'])} is not known here, only {context['expected_tags']}"
+    else:
+        message = "its type is missing" if kind == "union_tag_not_found" else first["msg"]
+    return BadBody(f"{path or 'the body'}: {message}", field)
+
+
+def _place(fault: Mapping[str, Any], body: Any) -> list[str]:
+    """Where in a body a fault is, by the body's own keys and places: pydantic also names which of several types it
+    tried there."""
+    parts, found, value = [part for part in fault["loc"] if part not in _PLACES], list[str](), body
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+        elif not (last and fault["type"] == "missing") and isinstance(body, dict):
+            continue
+        found.append(str(part).encode("utf-8", "backslashreplace").decode())
+    return found
