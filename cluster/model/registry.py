@@ -28,7 +28,7 @@ MODELS: Mapping[str, Callable[[ModelConfig], CausalLM]] = {
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives each parameter of a model on the meta device memory of its of_parts, without values and without gradients.
+    """Gives each parameter of a model on the meta device memory of its own, without values and without gradients.
 
     `to_empty` does the same with torch's Python references of the meta device, which import sympy: 0.25 s and 35 MB."""
     for module in model.modules():

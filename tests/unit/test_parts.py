@@ -83,12 +83,11 @@ def test_some_outputs_of_several_matrices_are_those_of_the_whole(name):
     torch.testing.assert_close(part.product(x), F.linear(x, expected), atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("num_outputs", [40, 1040])
+@pytest.mark.parametrize(
+    ("name", "num_outputs"), [*((name, 40) for name in FORMS), *((name, 1040) for name in ("int8", "int4-32", "nf4"))]
+)
 def test_some_inputs_are_those_of_the_whole(name, num_outputs):
     """All ranks of three together, the last of which ends with the matrix."""
-    if num_outputs > 40 and name in STORED:
-        pytest.skip("number by number it takes long")
     wholes, tensors = whole_and_tensors(name, {"a": num_outputs})
     unit = FORMS[name].inputs_together
     starts = [0, -(-200 // unit) * unit, -(-400 // unit) * unit, INPUTS]
