@@ -23,8 +23,9 @@ FAMILIES = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 RANKS = "2 ranks"  # that share the dense half, with the experts at the first
-TRANSPORTS = ("local", "stream", "ray", RANKS)
-
+ADAPTER, DIVIDED_ADAPTER = "LoRA", "LoRA, 2 ranks"  # in one process, against the model with the adapter merged
+TRANSPORTS = ("local", "stream", "ray", RANKS, ADAPTER, DIVIDED_ADAPTER)
+ADAPTED = (ADAPTER, DIVIDED_ADAPTER)
 
 PAD = 4  # behind a prompt it is padding: the last token before it counts for a sequence's label
 LABELS = {"0": "bad", "1": "good", "2": "neither"}
@@ -71,42 +72,47 @@ class Reference:
 
 @dataclass(frozen=True)
 class Result:
-    """A result of numbers: for each of PROMPTS one tensor, ours and transformers'. head: whose checkpoint gives it."""
+    """A result of numbers: for each of PROMPTS one tensor, ours, with an adapter or "", and transformers'.
+    head: whose checkpoint gives it."""
 
-    ours: Callable[[LLM], list[Tensor]]
+    ours: Callable[[LLM, str], list[Tensor]]
     theirs: Callable[[Reference, list[int]], Tensor]
     head: str = "ForCausalLM"
 
 
 RESULTS: dict[str, Result] = {
     "logits": Result(
-        lambda llm: [llm.logits(prompt) for prompt in PROMPTS],
+        lambda llm, name: [llm.logits(prompt, adapter=name) for prompt in PROMPTS],
         lambda reference, prompt: reference.logits(prompt),
     ),
     "prompt log-probabilities": Result(
-        lambda llm: [found.logprobs for found in llm.prompt_logprobs(PROMPTS)],
+        lambda llm, name: [found.logprobs for found in llm.prompt_logprobs(PROMPTS, adapter=name)],
         lambda reference, prompt: logprobs_of(prompt, reference.logits(prompt)),
     ),
     "embedding, last token": Result(
-        lambda llm: [found.embedding for found in llm.embed(PROMPTS)],
+        lambda llm, name: [found.embedding for found in llm.embed(PROMPTS, adapter=name)],
         lambda reference, prompt: F.normalize(reference.hidden_states(prompt)[-1], dim=0),
     ),
     "embedding, mean": Result(
-        lambda llm: [found.embedding for found in llm.embed(PROMPTS, pooling="mean", normalize=False)],
+        lambda llm, name: [
+            found.embedding for found in llm.embed(PROMPTS, pooling="mean", normalize=False, adapter=name)
+        ],
         lambda reference, prompt: reference.hidden_states(prompt).mean(dim=0),
     ),
     "labels of a sequence": Result(
-        lambda llm: [found.logits for found in llm.classify(PROMPTS)],
+        lambda llm, name: [found.logits for found in llm.classify(PROMPTS, adapter=name)],
         lambda reference, prompt: reference.logits(prompt),
         "ForSequenceClassification",
     ),
     "labels of tokens": Result(
-        lambda llm: [found.logits for found in llm.classify_tokens(PROMPTS)],
+        lambda llm, name: [found.logits for found in llm.classify_tokens(PROMPTS, adapter=name)],
         lambda reference, prompt: reference.logits(prompt),
         "ForTokenClassification",
     ),
     "span of an answer": Result(
-        lambda llm: [torch.stack([found.start_logits, found.end_logits]) for found in llm.answer_spans(PROMPTS)],
+        lambda llm, name: [
+            torch.stack([found.start_logits, found.end_logits]) for found in llm.answer_spans(PROMPTS, adapter=name)
+        ],
         lambda reference, prompt: spans(reference(prompt)),
         "ForQuestionAnswering",
     ),
