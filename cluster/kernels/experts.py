@@ -220,11 +220,11 @@ def experts_by_loop(
     pair_tokens = pair_tokens[:num_pairs]
     # Where more rows are wanted than an expert has, those behind it stand in, and at the end any.
     spare = max((gate_up[0].padded(count) - count for _, count in active), default=0)
-    x = hidden_states.index_select(0, F.pad(pair_tokens, (0, spare)))  # [N + spare, H]
+    with_spare = F.pad(pair_tokens, (0, spare))
     out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     start = 0
     for expert, count in active:
-        rows = x[start : start + gate_up[0].padded(count)]
+        rows = hidden_states.index_select(0, with_spare[start : start + gate_up[0].padded(count)])
         gate, up = gate_up[expert].product(rows).chunk(2, dim=-1)  # [rows, I]
         y = down[expert].product(F.silu(gate).mul_(up))[:count]
         pairs = slice(start, start + count)

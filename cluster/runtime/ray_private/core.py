@@ -12,8 +12,8 @@ import ray
 
 # Their attributes are replaced while a Ray of ours starts: Ray has no setting for its processes' session, for a SIGTERM
 # handler of ours, for its switch for clusters of desktop systems once ray is imported, for the script that starts a
-# worker, nor for where it prints.
-from ray._private import ray_constants, services, utils, worker
+# worker, for where it prints, nor for which processes a head has.
+from ray._private import node, ray_constants, services, utils, worker
 
 # Ray reads its token once a process; a token of ours comes and goes with our Ray.
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
@@ -31,6 +31,7 @@ __all__ = [
     "gcs_channel",
     "left_addresses",
     "logs_folder",
+    "node",
     "process_title",
     "ray_constants",
     "reports_to_log",
@@ -111,9 +112,9 @@ def end_started() -> None:
     """`ray.shutdown`, which ends the processes of a Ray that this process started, without the second that it gives
     each of them in turn (2.2 s in all): nothing of a Ray that ends is kept. The raylet's children end with it: they
     would see only later that it is gone, and the titles that Ray gives its agents hide whose they are."""
-    node = worker._global_node
-    if node is not None and node.all_processes:
-        raylet, kill = started_processes()["raylet"][0].process, node.kill_all_processes
+    here = worker._global_node
+    if here is not None and here.all_processes:
+        raylet, kill = started_processes()["raylet"][0].process, here.kill_all_processes
 
         def end(**how: bool) -> None:
             # Ray calls it again at this process's end, when the pid may be another process's.
@@ -124,7 +125,7 @@ def end_started() -> None:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
                 os.close(handle)
 
-        node.kill_all_processes = end
+        here.kill_all_processes = end
     ray.shutdown()
 
 
