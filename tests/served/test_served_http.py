@@ -1,7 +1,9 @@
 """The served application over HTTP, through HAProxy, with OpenAI's own client; its answers are those of gRPC."""
 
 import json
+import socket
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -69,6 +71,25 @@ def live_events(stream):
             name = value
         elif field == b"data":
             yield name.decode(), json.loads(value)
+
+
+def test_a_client_that_closes_its_sending_side_is_gone_and_no_other(client, served):
+    """Its stream ends before the answer does; calls after it find all as before."""
+    url = urlsplit(served.http_url)
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1000, "stream": True, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
+        connection.sendall(f"{head}\r\n\r\n".encode() + body)
+        found = b""
+        while found.count(b"data: ") < 3:
+            found += connection.recv(4096)
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(1 << 16):
+            found += piece
+    assert found.startswith(b"HTTP/1.1 200 ")
+    assert b"[DONE]" not in found
+    answer = client.completions.create(model="demo-moe", prompt=[1, 2, 3], max_tokens=4, **GREEDY)
+    assert answer.usage.completion_tokens == 4
 
 
 def test_completions_of_several_prompts(client, served):
