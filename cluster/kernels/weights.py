@@ -78,7 +78,7 @@ class TwoProducts(Protocol):
             from cluster.kernels.gpu.experts import silu_mul
 
             return down.product(silu_mul(self.product(x)))
-        pieces = x.split(SWIGLU_ROWS) if x.is_cpu else (x,)
+        pieces = torch.split(x, SWIGLU_ROWS) if x.is_cpu else (x,)
         return torch.cat([self._swiglu(piece, down) for piece in pieces])
 
     def _swiglu(self, x: Tensor, down: Self) -> Tensor:

@@ -83,8 +83,8 @@ def local_environment(directory: Path) -> dict[str, str]:
     Free ports take the place of the fixed ones, so that several clusters can run on one machine. Ingresses share
     theirs by SO_REUSEPORT: if two clusters used the same range, one would get the other's requests.
     """
-    ports = free_block(4)
-    http, grpc = free_block(INGRESS_PORTS), free_block(INGRESS_PORTS)
+    block = free_block(4 + 2 * INGRESS_PORTS)  # one, since of several each may have ports of another
+    ports, http, grpc = block[:4], block[4 : 4 + INGRESS_PORTS], block[4 + INGRESS_PORTS :]
     changed = {
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LOCAL_DRAINING_S),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
