@@ -56,10 +56,8 @@ class Follower:
             if heard[0] == STEP:
                 self._step(int(heard[1]), unpacked(heard[2:]))
             elif heard[0] == LOGITS:
-                norm, adapters = (
-                    self._model.model.norm.weight,
-                    self._adapters.of(heard[2:].reshape(2, -1), self._cache.device),
-                )
+                norm = self._model.model.norm.weight
+                adapters = self._adapters.of(heard[2:].reshape(2, -1), self._cache.device)
                 self._model.logits(self._group.share(norm.new_empty(int(heard[1]), len(norm))), adapters)
             elif heard[0] == FORGET:
                 self._adapters.forget(heard[1:].tolist())

@@ -234,8 +234,8 @@ def quick_workers() -> Iterator[None]:
 @contextmanager
 def few_processes() -> Iterator[None]:
     """A Ray that starts meanwhile has no autoscaler, no dashboard and no reader of logs: there are no nodes to add, the
-    dashboard would show nothing, and nobody listens to the reader. They took 4 s of a start's 33 s of CPU, a twentieth
-    of what an idle cluster takes, and 170 MB. Ray has no setting for it."""
+    dashboard would show nothing, and nobody listens to the reader. They took 4 of a start's 26 s of CPU, a twentieth
+    of what an idle cluster takes, and 300 MB. Ray has no setting for it."""
     unwanted = ("start_monitor", "start_api_server", "start_log_monitor")
     before = {name: getattr(node.Node, name) for name in unwanted}
     for name in unwanted:
