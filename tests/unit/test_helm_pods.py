@@ -56,15 +56,32 @@ def test_the_startup_probe_waits_as_long_as_said():
     assert probe["periodSeconds"] * probe["failureThreshold"] == 305
 
 
-@pytest.mark.parametrize(("shape", "role"), PODS)
-def test_a_pod_ends_after_its_streams(shape, role):
-    """preStop waits for the drain, the grace period for preStop and for Ray's processes."""
-    pod = rendered(shape).pods[role]
-    drain_s = rendered(shape).serve_config["applications"][0]["args"]["drain_timeout_s"]
+def ends(pod):
+    """Seconds from a pod's deletion: to SIGTERM, to the end of Ray's drain, to SIGKILL."""
     [command, seconds] = container(pod)["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
-    assert int(seconds) == math.ceil(drain_s) + 5
-    assert pod["spec"]["terminationGracePeriodSeconds"] == int(seconds) + 30
+    [drain] = [v["value"] for v in container(pod)["env"] if v["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+    return int(seconds), int(seconds) + int(drain), pod["spec"]["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize(("shape", "role"), PODS)
+def test_a_pod_is_killed_after_its_node_has_drained(shape, role):
+    """60 s for what moves, then drain_timeout_s for what cannot, which Serve lets begin so long before Ray's deadline.
+    Then 30 s for Ray's processes."""
+    objects = rendered(shape)
+    drain_s = objects.serve_config["applications"][0]["args"]["drain_timeout_s"]
+    termed, drained, killed = ends(objects.pods[role])
+    assert drained == 5 + 60 + math.ceil(drain_s)
+    assert termed == (drained if role == "head" else 5)
+    assert killed == drained + 30
+
+
+def test_a_pods_end_follows_its_values():
+    times = {"endpointSeconds": 1, "moveSeconds": 200, "stopSeconds": 3}
+    changes = {f"termination.{name}": seconds for name, seconds in times.items()} | {"cluster.drain_timeout_s": 20.5}
+    pods = rendered("a2.7b", changes).pods
+    assert ends(pods["experts"]) == (1, 222, 225)
+    assert ends(pods["head"]) == (222, 222, 225)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

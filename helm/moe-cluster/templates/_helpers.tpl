@@ -61,11 +61,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
-{{/* What follows from a pod's end: the hook waits, the streams end, the processes stop. */}}
+{{/* A pod's end: the hook waits, then Ray drains the node for at most so long, then its processes stop. */}}
 {{- define "moe-cluster.drainSeconds" -}}
-{{- add .Values.termination.endpointSeconds (ceil .Values.cluster.drain_timeout_s) }}
+{{- add .Values.termination.moveSeconds (ceil .Values.cluster.drain_timeout_s) }}
+{{- end }}
+
+{{/* The head's hook waits until the other pods have drained: it has Ray's and Serve's controllers. In: root, isHead. */}}
+{{- define "moe-cluster.hookSeconds" -}}
+{{- add .root.Values.termination.endpointSeconds (ternary (include "moe-cluster.drainSeconds" .root) 0 .isHead) }}
 {{- end }}
 
 {{- define "moe-cluster.graceSeconds" -}}
-{{- add (include "moe-cluster.drainSeconds" .) .Values.termination.stopSeconds }}
+{{- add .Values.termination.endpointSeconds (include "moe-cluster.drainSeconds" .) .Values.termination.stopSeconds }}
 {{- end }}

@@ -85,8 +85,8 @@ spec:
       lifecycle:
         preStop:
           exec:
-            # All pods of an old cluster are told to stop at once: they stay while its streams end.
-            command: [sleep, {{ include "moe-cluster.drainSeconds" $root | quote }}]
+            # All pods of an old cluster are told to stop at once: the head stays while the others drain.
+            command: [sleep, {{ include "moe-cluster.hookSeconds" (dict "root" $root "isHead" $isHead) | quote }}]
       {{- include "moe-cluster.probes" . | nindent 6 }}
       volumeMounts:
         - name: tmp
@@ -155,6 +155,9 @@ spec:
   value: "2"
 - name: MOE_CLUSTER_DEAD_LOG_BYTES
   value: "67108864"
+# From SIGTERM on, Ray lets the node drain for so long.
+- name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+  value: {{ ternary "0" (include "moe-cluster.drainSeconds" .root) (eq .name "head") | quote }}
 {{- if $values.haproxy.enabled }}
 - name: RAY_SERVE_ENABLE_HA_PROXY
   value: "1"
