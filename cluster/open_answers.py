@@ -50,6 +50,7 @@ class OpenAnswer:
             text="".join(self.texts),
             finish_reason=delta.finish_reason,
             logprobs=tuple(self.logprobs),
+            cached_tokens=min(update.cached_tokens, len(self.request.prompt_token_ids)),
         )
 
 

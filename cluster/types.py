@@ -216,6 +216,7 @@ class SequenceUpdate:
     numbers: the result of a request that wants no tokens, in its last update.
     constrained: the tokens keep to the request's constraint, of which an older version knows nothing.
     adapter: the one that has computed it, of which an older version knows nothing.
+    cached_tokens: of its first tokens, those that were in the cache as it began; an older version does not tell.
     """
 
     request_id: str
@@ -227,19 +228,21 @@ class SequenceUpdate:
     numbers: Numbers | None = None
     constrained: bool = False
     adapter: str = ""
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt's, those whose keys and values were in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
     """One piece of a streamed answer. `usage`, `finish_reason` and `matched_stop` stand in the last one only.
 
-    matched_stop: the stop string that ended it, if one did.
+    matched_stop: the stop string that ended it, if one did.  cached_tokens: as of `Usage`, in each piece.
     """
 
     text: str = ""
@@ -248,14 +251,14 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     matched_stop: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
     """A finished answer. `text` ends before a stop string or EOS; `token_ids` has every token generated.
 
-    tool_calls: of a chat with tools; `text` has them too, as the model wrote them.  content: `text` without them, None
-    for all of it.
+    tool_calls: of a chat with tools; `text` has them too.  content: `text` without them, None for all of it.
     """
 
     request_id: str
@@ -266,6 +269,7 @@ class CompletionOutput:
     logprobs: tuple[Logprobs, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     content: str | None = None
+    cached_tokens: int = 0
 
     @property
     def message(self) -> ChatMessage:
@@ -275,7 +279,10 @@ class CompletionOutput:
 
     @property
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=len(self.prompt_token_ids), completion_tokens=len(self.token_ids))
+        return Usage(
+            prompt_tokens=len(self.prompt_token_ids), completion_tokens=len(self.token_ids),
+            cached_tokens=self.cached_tokens,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -263,6 +263,7 @@ class Engine:
             finish_reason=sequence.end(),
             constrained=sequence.grammar is not None,
             adapter=sequence.request.adapter,
+            cached_tokens=sequence.num_cached_tokens,
         )
         if update.finish_reason:
             self._forget(sequence, update.finish_reason)
@@ -273,19 +274,16 @@ class Engine:
         numbers = self._gathering.whole(sequence)
         self._forget(sequence, "stop")
         return SequenceUpdate(
-            request_id=sequence.request_id, numbers=numbers, finish_reason="stop", adapter=sequence.request.adapter
-        )
+            request_id=sequence.request_id, numbers=numbers, finish_reason="stop", adapter=sequence.request.adapter,
+            cached_tokens=sequence.num_cached_tokens,
+        )  # fmt: skip
 
     def _expire(self) -> None:
         now = self.clock()
         for sequence in [s for s in self.sequences.values() if s.deadline is not None and s.deadline <= now]:
-            self._end(
-                sequence,
-                "error",
-                DeadlineExceeded(
-                    f"the request's time of {sequence.request.timeout_s:g} s is over after {sequence.progress}"
-                ),
-            )
+            time_s = sequence.request.timeout_s
+            over = DeadlineExceeded(f"the request's time of {time_s:g} s is over after {sequence.progress}")
+            self._end(sequence, "error", over)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: ClusterError | None = None) -> None:
         self._forget(sequence, reason)

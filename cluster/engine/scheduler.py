@@ -201,6 +201,8 @@ class Scheduler:
         self.waiting.take(sequence)
         self._take_turn(sequence)
         self.running.append(sequence)
+        if not sequence.started:
+            sequence.num_cached_tokens = num_reused
         step.num_reused_tokens += num_reused
         step.give(part)
         return True

@@ -25,6 +25,7 @@ class Sequence:
     that others can find.
     turn: a number that the scheduler gives it when its turn to have its prompt computed comes; the lowest goes first.
     num_reused_blocks: of its first blocks, those that another sequence has computed.
+    num_cached_tokens: of its first tokens, those that were in the cache when it began first.
     deadline, arrived_at, lost_since: on the engine's clock, in seconds.
     lost_since: when it was first found to need an expert without a living copy; None while its steps succeed.
     held: it keeps its blocks and takes part in no step until there is news of that expert.
@@ -48,6 +49,7 @@ class Sequence:
     block_digests: list[bytes] = field(default_factory=list)
     num_remembered_blocks: int = 0
     num_reused_blocks: int = 0
+    num_cached_tokens: int = 0
     turn: int = NO_TURN
     penalties: PenaltyState = field(default_factory=PenaltyState)
     started: bool = False

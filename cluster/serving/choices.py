@@ -51,6 +51,7 @@ class Choice:
     logprobs: list[Logprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
+    cached_tokens: int = 0
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
 
     def add(self, delta: TextDelta) -> None:
@@ -58,6 +59,7 @@ class Choice:
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.finish_reason, self.matched_stop = delta.finish_reason, delta.matched_stop
+        self.cached_tokens = delta.cached_tokens
         self.usage = delta.usage or self.usage
 
 
@@ -73,6 +75,7 @@ def total(choices: Sequence[Choice], num_each: int) -> Usage:
     return Usage(
         prompt_tokens=sum(choice.usage.prompt_tokens for choice in choices[::num_each]),
         completion_tokens=sum(choice.usage.completion_tokens for choice in choices),
+        cached_tokens=sum(choice.usage.cached_tokens for choice in choices[::num_each]),
     )
 
 

@@ -133,6 +133,7 @@ class InferenceService:
             text="".join(delta.text for delta in deltas),
             finish_reason=deltas[-1].finish_reason or "error",
             logprobs=tuple(logprobs for delta in deltas for logprobs in delta.logprobs),
+            cached_tokens=deltas[-1].cached_tokens,
         )
 
     async def stream(
@@ -247,7 +248,11 @@ class InferenceService:
         finally:
             await updates.aclose()  # before the last delta goes out: a stop string ends the sequence here
         self._tracker.answered(tracked, delta.finish_reason)
-        usage = Usage(prompt_tokens=tracked.num_prompt_tokens, completion_tokens=tracked.num_generated_tokens)
+        usage = Usage(
+            prompt_tokens=tracked.num_prompt_tokens,
+            completion_tokens=tracked.num_generated_tokens,
+            cached_tokens=tracked.num_cached_tokens,
+        )
         yield replace(delta, usage=usage)
 
     async def _next_delta(
@@ -259,8 +264,9 @@ class InferenceService:
         if request.adapter != update.adapter and update.token_ids:
             raise _older(tracked, "adapter")
         delta = answer.add(update)
+        self._tracker.cached(tracked, update.cached_tokens)
         self._tracker.tokens(tracked, len(delta.token_ids))
-        return delta
+        return replace(delta, cached_tokens=tracked.num_cached_tokens)
 
     async def _next_update(self, updates: UpdateStream, tracked: TrackedRequest) -> SequenceUpdate:
         try:

@@ -58,6 +58,7 @@ class TrackedRequest:
     last_token_s: float | None = None
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +117,11 @@ class RequestTracker:
         """Counts the prompt's tokens."""
         tracked.num_prompt_tokens = num_tokens
         self._metrics.prompt_tokens(num_tokens)
+
+    def cached(self, tracked: TrackedRequest, num_tokens: int) -> None:
+        """Notes the tokens at the prompt's beginning that were in the cache, where its first token was computed."""
+        if not tracked.num_generated_tokens:
+            tracked.num_cached_tokens = min(num_tokens, tracked.num_prompt_tokens)
 
     def tokens(self, tracked: TrackedRequest, count: int) -> None:
         """Counts new tokens of the answer."""

@@ -18,6 +18,31 @@ def test_a_prompt_is_answered_up_to_max_tokens():
     assert engine.blocks.num_used == 0
 
 
+def test_updates_say_how_much_of_the_beginning_was_in_the_cache():
+    """Blocks of 4: of 9 tokens the second has two blocks; a third begins at the same step, before they are known."""
+    engine = make_engine(num_blocks=20)
+    engine.submit(request("a", range(10, 19), max_tokens=1))
+    engine.submit(request("b", range(10, 19), max_tokens=1))
+    first = {update.request_id: update.cached_tokens for update in engine.step()}
+    engine.submit(request("c", range(10, 19), max_tokens=2))
+    engine.submit(request("d", [*range(10, 19), 19, 20], max_tokens=1))
+    later = [(update.request_id, update.cached_tokens) for _ in range(2) for update in engine.step()]
+    assert first == {"a": 0, "b": 0}
+    assert sorted(later) == [("c", 8), ("c", 8), ("d", 8)]
+
+
+def test_what_was_cached_at_its_beginning_stays_when_a_sequence_is_computed_again():
+    """Three blocks of 4 for two sequences of 3 tokens: the second gives way, and finds its own beginning again."""
+    engine = make_engine(num_blocks=3)
+    engine.submit(request("a", [1, 2, 3], max_tokens=6))
+    engine.submit(request("b", [11, 12, 13], max_tokens=4))
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+    assert {update.cached_tokens for update in updates} == {0}
+    assert engine.scheduler.running == []
+
+
 def test_a_later_request_joins_the_running_batch():
     engine = make_engine()
     engine.submit(request("a", [1], max_tokens=3))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from http_tools import MODEL, Front, events
@@ -58,6 +59,7 @@ def test_a_chat(tokenizer):
             "prompt_tokens": len(request.prompt_token_ids),
             "completion_tokens": len(request.prompt_token_ids) + 1,
             "total_tokens": 2 * len(request.prompt_token_ids) + 1,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
     assert (request.params.max_tokens, request.params.top_k, request.params.seed) == (40, 0, 3)
@@ -84,6 +86,29 @@ def test_choices_of_a_chat_have_seeds_of_their_own_and_one_prompt(tokenizer):
     assert [choice["index"] for choice in made["choices"]] == [0, 1, 2]
     assert made["usage"]["prompt_tokens"] == len(front.backend.requests[0].prompt_token_ids)
     assert made["usage"]["completion_tokens"] == 6
+
+
+def test_cached_tokens_are_those_of_each_prompt_once(tokenizer):
+    """Of prompts of 3 and 2 tokens the replicas had 2 and 9, of which 2 are the prompt's; their second answers had all.
+    A replay (40) changes nothing, since the first token had come."""
+    backend = CachingBackend({(1, 2, 3): [2, 3], (5, 6): [9, 2]})
+    made = answer(Front(tokenizer, backend), COMPLETIONS, prompt=[[1, 2, 3], [5, 6]], n=2, max_tokens=2)
+    assert made["usage"]["prompt_tokens"] == 5
+    assert made["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+
+
+class CachingBackend(EchoBackend):
+    """cached: of each prompt, the tokens that its answers find, one after another."""
+
+    def __init__(self, cached):
+        super().__init__()
+        self.cached = cached
+
+    async def generate(self, request):
+        cached = self.cached[request.prompt_token_ids].pop(0)
+        async for update in super().generate(request):
+            yield replace(update, cached_tokens=cached)
+            cached = 40
 
 
 def test_log_probabilities_of_a_chat(tokenizer):
@@ -115,7 +140,8 @@ def test_completions_of_texts_and_of_token_ids(tokenizer):
     assert [choice["text"] for choice in made["choices"]] == ["ab", "hello"]
     assert made["choices"][1]["token_ids"] == [HELLO, IM_END]
     assert made["choices"][1]["prompt_token_ids"] == [HELLO]
-    assert made["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    counted = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert made["usage"] == {**counted, "prompt_tokens_details": {"cached_tokens": 0}}
     assert answer(front, COMPLETIONS, prompt=[A, B])["choices"][0]["text"] == "ab"
     assert [c["text"] for c in answer(front, COMPLETIONS, prompt=[[A], [B]])["choices"]] == ["a", "b"]
     four = answer(front, COMPLETIONS, prompt=["a", "b"], n=2)["choices"]
@@ -194,7 +220,8 @@ def test_an_echo_has_the_prompts_log_probabilities(tokenizer):
         "top_logprobs": [None, {"c": -0.25, "b": -0.5}],
         "text_offset": [0, 1],
     }
-    assert made["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    counted = {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert made["usage"] == {**counted, "prompt_tokens_details": {"cached_tokens": 0}}
     assert "echo" in refusal(Front(tokenizer), COMPLETIONS, prompt="ab", max_tokens=0)["message"]
     *_, last, _ = answer(
         Front(tokenizer), COMPLETIONS, prompt="ab", max_tokens=0, echo=True, stream=True,

@@ -45,6 +45,18 @@ def test_a_whole_answer_is_one_complete(tokenizer):
     assert complete.WhichOneof("matched_stop") is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_pieces_say_what_was_cached(tokenizer, stream):
+    script = [
+        SequenceUpdate(request_id="a", token_ids=(7,), cached_tokens=1),
+        SequenceUpdate(request_id="a", token_ids=(8,), finish_reason="length", cached_tokens=1),
+    ]
+    request = pb.GenerateRequest(tokenized=ids(7, 8), stream=stream)
+    pieces = generate(tokenizer, request, EchoBackend(script=script))
+    assert [p.chunk.cached_tokens for p in pieces if p.HasField("chunk")] == [1, 1] * stream
+    assert pieces[-1].complete.cached_tokens == 1
+
+
 def test_a_stream_has_chunks_with_all_tokens_and_a_complete(tokenizer):
     params = pb.SamplingParams(max_tokens=2, logprobs=1)
     *chunks, last = generate(tokenizer, pb.GenerateRequest(tokenized=ids(7, 8, 9), stream=True, sampling_params=params))

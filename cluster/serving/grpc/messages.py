@@ -136,7 +136,11 @@ def _finish_reason(reason: FinishReason | None, calls: AnswerCalls) -> pb.Finish
 
 
 def _to_usage(usage: Usage) -> pb.Usage:
-    return pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
 
 
 def _to_logprobs(logprobs: Logprobs) -> pb.TokenLogprobs:

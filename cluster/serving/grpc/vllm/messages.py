@@ -96,6 +96,7 @@ def to_chunk(delta: TextDelta, choice: Choice, index: int, num_prompt_tokens: in
             token_ids=delta.token_ids,
             prompt_tokens=num_prompt_tokens,
             completion_tokens=len(choice.token_ids),
+            cached_tokens=choice.cached_tokens,
             output_logprobs=_to_logprobs(delta.logprobs),
             index=index,
         )
@@ -117,6 +118,7 @@ def to_complete(
         finish_reason="abort" if aborted else choice.finish_reason or "error",
         prompt_tokens=num_prompt_tokens,
         completion_tokens=len(choice.token_ids),
+        cached_tokens=choice.cached_tokens,
         output_logprobs=_to_logprobs(choice.logprobs) if logprobs else None,
         index=index,
     )

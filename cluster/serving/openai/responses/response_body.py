@@ -14,7 +14,7 @@ ENDED = ("completed", "incomplete", "failed", "cancelled")
 
 
 class ResponseUsage(AnswerBody):
-    """cached_tokens, reasoning_tokens: OpenAI's clients need them; neither is counted here."""
+    """cache_write_tokens, reasoning_tokens: OpenAI's clients need them; neither is counted here."""
 
     input_tokens: int
     input_tokens_details: dict[str, int]
@@ -26,7 +26,7 @@ class ResponseUsage(AnswerBody):
     def of(cls, usage: Usage) -> "ResponseUsage":
         return cls(
             input_tokens=usage.prompt_tokens,
-            input_tokens_details={"cached_tokens": 0, "cache_write_tokens": 0},
+            input_tokens_details={"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
             output_tokens=usage.completion_tokens,
             output_tokens_details={"reasoning_tokens": 0},
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
