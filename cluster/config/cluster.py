@@ -28,6 +28,8 @@ MOST_S = 1e9  # 31 years; Python's waits take 292 years at most
 MOST_REPLICAS = 10_000  # far beyond what a Ray cluster runs
 MOST_CPUS = 8192  # that Linux knows in one machine (NR_CPUS)
 MOST_GPUS = 1024  # in one machine
+Balancer = Literal["prefix", "load"]
+BALANCERS: tuple[Balancer, ...] = ("prefix", "load")
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
@@ -74,6 +76,12 @@ class ClusterConfig(EngineConfig):
         "processes that tokenize, validate and stream; with 2 one that dies leaves no gap",
         least=1,
         most=MOST_REPLICAS,
+    )
+    balancer: Balancer = option(
+        "load",
+        "chooses a request's attention replica: prefix, one that has the beginning of its prompt in the cache, unless "
+        "that one is too busy; or load, one with fewer requests",
+        choices=BALANCERS,
     )
     min_copies: int = option(
         1, "copies of each expert, on different shards; with 2 a lost shard costs no wait", least=1, most=MOST_REPLICAS

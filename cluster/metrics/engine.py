@@ -27,6 +27,17 @@ _RESULTS = ("Score", "Embed", "Classify", "ClassifyTokens", "AnswerSpan")
 _OUTCOMES = ("stop", "length", "cancelled", *_ERROR_OUTCOMES)
 
 
+def _balanced(define: Definitions) -> dict[str, Counter]:
+    """A counter for each place of the beginning of a prompt."""
+    balanced = define.counter(
+        "moecluster_balanced_requests_total",
+        "Requests by where their prompt's beginning was: hit, at their replica; busy, at replicas with too many "
+        "requests; new, nowhere. Many busy ones: add attention replicas.",
+        "outcome",
+    )
+    return {outcome: balanced.labels(outcome) for outcome in ("hit", "busy", "new")}
+
+
 def _results(define: Definitions) -> dict[str, Counter]:
     """A counter for each method that gives numbers."""
     results = define.counter(
@@ -90,6 +101,7 @@ class IngressMetrics:
         )
         self._outcomes = {outcome: self._requests.labels(outcome) for outcome in _OUTCOMES}
         self._results = _results(define)
+        self._balanced = _balanced(define)
 
     def started(self) -> None:
         """A request arrived; `finished` must follow."""
@@ -123,6 +135,10 @@ class IngressMetrics:
 
     def prompt_tokens(self, n: int) -> None:
         self._prompt_tokens.inc(n)
+
+    def balanced(self, outcome: str) -> None:
+        """outcome: "hit", "busy" or "new"."""
+        self._balanced[outcome].inc()
 
     def generated_tokens(self, n: int) -> None:
         self._generated_tokens.inc(n)

@@ -251,7 +251,7 @@ class InferenceService:
         usage = Usage(
             prompt_tokens=tracked.num_prompt_tokens,
             completion_tokens=tracked.num_generated_tokens,
-            cached_tokens=tracked.num_cached_tokens,
+            cached_tokens=tracked.num_cached_tokens or 0,
         )
         yield replace(delta, usage=usage)
 
@@ -264,9 +264,10 @@ class InferenceService:
         if request.adapter != update.adapter and update.token_ids:
             raise _older(tracked, "adapter")
         delta = answer.add(update)
-        self._tracker.cached(tracked, update.cached_tokens)
+        if update.token_ids:
+            self._tracker.cached(tracked, update.cached_tokens)
         self._tracker.tokens(tracked, len(delta.token_ids))
-        return replace(delta, cached_tokens=tracked.num_cached_tokens)
+        return replace(delta, cached_tokens=tracked.num_cached_tokens or 0)
 
     async def _next_update(self, updates: UpdateStream, tracked: TrackedRequest) -> SequenceUpdate:
         try:

@@ -58,7 +58,7 @@ class TrackedRequest:
     last_token_s: float | None = None
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -119,8 +119,8 @@ class RequestTracker:
         self._metrics.prompt_tokens(num_tokens)
 
     def cached(self, tracked: TrackedRequest, num_tokens: int) -> None:
-        """Notes the tokens at the prompt's beginning that were in the cache, where its first token was computed."""
-        if not tracked.num_generated_tokens:
+        """Notes the tokens at the prompt's beginning that were in the cache where the first token comes from."""
+        if tracked.num_cached_tokens is None:
             tracked.num_cached_tokens = min(num_tokens, tracked.num_prompt_tokens)
 
     def tokens(self, tracked: TrackedRequest, count: int) -> None:

@@ -203,6 +203,8 @@ CAPACITY = [
     panel("Prompt tokens from the cache", "Share that prefix caching saved.", "percentunit",
           {"share": f"{per_second('moecluster_engine_reused_tokens_total')} / "
            f"{per_second('moecluster_prompt_tokens_total')}"}),
+    panel("Beginnings of prompts", "Requests: hit, their replica has it; busy, those that have it had too many; "
+          "new, none has it.", "reqps", {"{{outcome}}": per_second("moecluster_balanced_requests_total", "outcome")}),
     panel("Guessed tokens that were right", "Of those that steps tried. Low: the text seldom repeats itself, or the "
           "draft model is far from the model.", "percentunit",
           {"{{replica}}": f"{per_second('moecluster_engine_accepted_tokens_total', 'replica')} / "

@@ -1,6 +1,7 @@
 """The way from an ingress to Serve's replicas, on fakes of Serve's handle and of an engine. Starts no Ray."""
 
 import asyncio
+from contextlib import aclosing
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from engine_fakes import request
 from cluster.errors import ReplicaStopping, ReplicaUnavailable
 from cluster.runtime.front import ingress
 from cluster.runtime.front.ingress import HEALTH_INTERVAL_S, Ingress, ServeReplicas
+from cluster.runtime.front.prefix_balancer import PrefixBalancer
 from cluster.types import SequenceUpdate
 
 
@@ -58,7 +60,7 @@ class Engine:
 
 def replicas_of(response):
     method = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda asked: response))
-    return ServeReplicas(SimpleNamespace(generate=method, ready=None))
+    return ServeReplicas(SimpleNamespace(generate=method, ready=None), PrefixBalancer())
 
 
 async def collect(replicas):
@@ -124,6 +126,43 @@ def test_a_client_that_leaves_cancels_and_is_not_taken_for_a_lost_replica():
         assert response.cancelled.is_set()
 
     asyncio.run(run())
+
+
+class Method:
+    """Serve's handle of a method, whose calls all bring the same. named: the replicas that each call asked for."""
+
+    def __init__(self, *updates):
+        self.updates = updates
+        self.named = []
+
+    def options(self, multiplexed_model_id=None, **_):
+        if multiplexed_model_id is not None:
+            self.named.append(multiplexed_model_id)
+        return self
+
+    def remote(self, asked):
+        return SilentResponse(*self.updates)
+
+
+def test_a_conversation_goes_on_where_it_began():
+    """r2 takes its first turn, of 32 tokens, and answers with 16: too few to be worth a busier replica."""
+    prompt, answer = tuple(range(32)), tuple(range(50, 66))
+    method = Method(
+        SequenceUpdate(request_id="a", replica="r2"),
+        SequenceUpdate(request_id="a", token_ids=answer, finish_reason="length"),
+    )
+
+    async def run():
+        replicas = ServeReplicas(SimpleNamespace(generate=method, ready=None), PrefixBalancer())
+        replicas.watch({"r1": Engine(), "r2": Engine(), "r3": Engine()})
+        for asked in (prompt, (*prompt, *answer, 7)):
+            async with aclosing(replicas.generate(request("a", asked))) as updates:
+                async for update in updates:
+                    if update.finish_reason:
+                        break
+
+    asyncio.run(run())
+    assert method.named[1:] == ["r2+0"]
 
 
 def test_a_look_that_fails_is_not_the_last_one(caplog):

@@ -43,6 +43,7 @@ METRICS = {
     "moecluster_request_replays_total": ("counter", set()),
     "moecluster_results_total": ("counter", {"method"}),
     "moecluster_prompt_tokens_total": ("counter", set()),
+    "moecluster_balanced_requests_total": ("counter", {"outcome"}),
     "moecluster_generated_tokens_total": ("counter", set()),
     "moecluster_engine_running_sequences": ("gauge", {"replica"}),
     "moecluster_engine_held_sequences": ("gauge", {"replica"}),
@@ -104,6 +105,7 @@ def filled(registry: CollectorRegistry) -> CollectorRegistry:
     ingress.end_to_end(1.0)
     ingress.result("Score")
     ingress.prompt_tokens(7)
+    ingress.balanced("hit")
     ingress.generated_tokens(9)
     engine = EngineMetrics(registry, "0")
     engine.state(running=3, held=1, waiting=2, used_blocks=10, total_blocks=64)

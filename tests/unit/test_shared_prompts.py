@@ -90,6 +90,20 @@ def test_the_named_replica_comes_first_while_it_has_a_seat(wanted, first):
     assert Router({"a": SEATS - 1, "b": SEATS, "c": None}).names(wanted)[0] == first
 
 
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [
+        ("b+1", []), ("b+2", ["b"]), ("b+1 a+0", ["a"]), ("b+1 gone+9 a+1 b+4", ["a"]), ("full+9", []), ("c+0", ["c"]),
+    ],
+    ids=["busier", "within the bound", "the next one", "two rounds", "no seat", "its load is not known"],
+)  # fmt: skip
+def test_a_named_replica_may_have_so_many_requests_more_than_one_of_the_two(wanted, first):
+    """The two are always a and b, with 1 and 3 requests."""
+    router = Router({"a": 1, "b": 3, "c": None, "full": SEATS})
+    router.apply_locality_routing = lambda _: {"a", "b"}
+    assert router.names(wanted)[0] == first
+
+
 def test_two_of_all_replicas_come_next():
     router = Router(dict.fromkeys("abcd", 0))
     pairs = {tuple(router.names("a")[1]) for _ in range(200)}

@@ -16,9 +16,11 @@ from ray.serve.request_router import (
 
 class SharedPromptRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Chooses of two random replicas the one with fewer requests under way, as Serve's default does; a request that
-    names a replica, which has its prompt in the cache, goes there while that one has a free seat.
+    names replicas, which have its prompt or its beginning in the cache, goes to the first one that has a free seat and
+    is not too busy.
 
-    The name comes as the call's `multiplexed_model_id`, by which `FIFOMixin` also matches waiting requests.
+    The names come as the call's `multiplexed_model_id`, by which `FIFOMixin` also matches waiting requests: words as
+    `a+3`. Such a replica may have 3 requests more than the one of the two; without a number it may have any.
     """
 
     def initialize_state(self, *, max_num_seqs: int) -> None:
@@ -32,11 +34,18 @@ class SharedPromptRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter
         nearby = [self.curr_replicas[name] for name in self.apply_locality_routing(pending_request)]
         chosen = random.sample(nearby, min(2, len(nearby)))
         wanted = pending_request.metadata.multiplexed_model_id if pending_request is not None else ""
-        named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == wanted]
-        return [[replica for replica in named if self._has_seat(replica)], chosen]
+        if not wanted:
+            return [[], chosen]
+        named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        least = min(map(self._num_requests, chosen), default=0)
+        for word in wanted.split():
+            name, _, excess = word.partition("+")
+            most = min(self._max_num_seqs - 1, least + int(excess)) if excess else self._max_num_seqs - 1
+            if name in named and self._num_requests(named[name]) <= most:
+                return [[named[name]], chosen]
+        return [[], chosen]
 
-    def _has_seat(self, replica: RunningReplica) -> bool:
-        """Whether it has one, as far as is known: requests that this process sent count at once, others when Serve
-        asks for their number."""
-        num_requests = self.replica_queue_len_cache.get(replica.replica_id)
-        return num_requests is None or num_requests < self._max_num_seqs
+    def _num_requests(self, replica: RunningReplica) -> int:
+        """As far as is known: requests that this process sent count at once, others when Serve asks for their
+        number."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
