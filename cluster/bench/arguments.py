@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
-from cluster.bench.serve_arguments import add_serve_arguments, listed_samplings
+from cluster.bench.serve_arguments import add_prefix_arguments, add_serve_arguments, listed_samplings
 from cluster.bench.spec import LLAMA_FORMS
 from cluster.bench.stored_forms import STORED
 from cluster.checkpoint.made.published import SHAPES
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gpu_arguments(parts.add_parser("gpu", help=text, description=text))
     text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
     add_serve_arguments(parts.add_parser("serve", help=text, description=text))
+    text = "running servers in turns, with prompts that begin alike: the caches' hit rate and time to first token"
+    add_prefix_arguments(parts.add_parser("prefixes", help=text, description=text))
 
 
 def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:

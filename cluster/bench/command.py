@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cluster.bench.limits import check_arguments
 
-PARTS = ("throughput", "latency", "kernels", "transport", "serve", "growth", "context", "gpu")
+PARTS = ("throughput", "latency", "kernels", "transport", "serve", "prefixes", "growth", "context", "gpu")
 
 
 def with_part(argv: Sequence[str]) -> list[str]:
@@ -48,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
         from cluster.bench.traffic import measure_server
 
         return measure_server(args)
+    if args.bench == "prefixes":
+        from cluster.bench.prefixes import measure_prefixes
+
+        return measure_prefixes(args)
     from cluster.bench.session import measure_all
 
     return measure_all(args)

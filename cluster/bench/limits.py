@@ -9,14 +9,16 @@ from cluster.errors import SetupError
 from cluster.inputs import shown
 
 MOST: Mapping[str, int] = {  # by option; far beyond any use, and what a machine still takes up
-    **dict.fromkeys(("context", "chunk", "window", "prompt_tokens", "output_tokens"), 1 << 24),  # longest known: 10 M
+    **dict.fromkeys(
+        ("context", "chunk", "window", "prompt_tokens", "output_tokens", "system_tokens"), 1 << 24
+    ),  # longest known: 10 M
     **dict.fromkeys(("batch", "concurrency"), 1 << 16),  # sequences; streams, each with a thread
     **dict.fromkeys(("shards", "threads"), 1 << 10),  # processes of 200 MB and more; threads of one process
     **dict.fromkeys(("rows", "hidden_size"), 1 << 20),
     "adapters": 256,  # in memory; served are 16 by default
     "layers": 1 << 10,  # the deepest published models have 126
     "repeat": 100_000,  # all runs are planned before the first
-    "requests": 1_000_000,
+    **dict.fromkeys(("requests", "conversations", "turns", "systems"), 1_000_000),
 }
 MAX_PROMPT_TOKENS = 1 << 27  # of all requests, drawn before the first is sent: about 36 bytes each, 5 GB
 MAX_ROW_BYTES = 1 << 30  # of one round trip to one shard

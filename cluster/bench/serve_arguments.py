@@ -1,10 +1,13 @@
-"""The options of `moe-cluster bench serve`."""
+"""The options of `moe-cluster bench serve` and `bench prefixes`."""
 
 import argparse
 from pathlib import Path
 
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.client import options
+from cluster.inputs import shown
+
+LOADS = ("turns", "shared")  # of `bench prefixes`
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +48,40 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="of `moe-cluster serve` on this machine: print the memory of its processes before and after",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def add_prefix_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_arguments(parser)
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="HOST:PORT",
+        help="another gRPC server, which gets as many requests in turns; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--loads", type=_loads, default=LOADS, metavar="NAMES",
+        help="turns, conversations that go on with their answers; shared, questions that begin with one of a few texts "
+        f"(default: {','.join(LOADS)})",
+    )  # fmt: skip
+    for name, default, text in (
+        ("conversations", 32, "of a round"),
+        ("turns", 4, "of each conversation; and so many questions of shared for each"),
+        ("concurrency", 8, "conversations at a time, each followed by the next"),
+        ("prompt-tokens", 64, "new tokens of a turn"),
+        ("output-tokens", 16, "tokens to generate"),
+        ("systems", 8, "beginnings that the questions of shared have"),
+        ("system-tokens", 512, "of each beginning"),
+        ("repeat", 3, "rounds, each with new tokens"),
+        ("seed", 0, "of all tokens; a run with the same finds them in the servers' caches"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
+
+
+def _loads(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in LOADS:
+            raise argparse.ArgumentTypeError(f"{shown(name)}: known are {', '.join(LOADS)}")
+    return names
 
 
 def listed_samplings() -> str:

@@ -132,11 +132,11 @@ def summarize(timings: list[StreamTiming], took_s: float) -> TrafficResult:
         failed=len(timings) - len(good) - len(refused),
         refused=len(refused),
         tokens_per_s=sum(len(t.arrivals_s) for t in good) / took_s,
-        first_token_ms=_percentiles([t.arrivals_s[0] for t in good]),
-        gap_ms=_percentiles(gaps),
-        per_token_ms=_percentiles(per_token),
-        whole_ms=_percentiles([t.arrivals_s[-1] for t in good]),
-        refusal_ms=_percentiles(refused),
+        first_token_ms=percentiles([t.arrivals_s[0] for t in good]),
+        gap_ms=percentiles(gaps),
+        per_token_ms=percentiles(per_token),
+        whole_ms=percentiles([t.arrivals_s[-1] for t in good]),
+        refusal_ms=percentiles(refused),
         errors=tuple(sorted({t.error for t in timings if t.error})),
     )
 
@@ -237,7 +237,7 @@ def _time_stream(front: Stream, prompt: list[int], params: SamplingParams) -> St
     return StreamTiming(arrivals_s=tuple(arrivals), error="" if arrivals else "an answer without a token")
 
 
-def _percentiles(seconds: list[float]) -> tuple[float, float, float]:
+def percentiles(seconds: list[float]) -> tuple[float, float, float]:
     """Of 50, 90 and 99, in milliseconds; nan without a value."""
     if len(seconds) < 2:
         value = 1000 * seconds[0] if seconds else float("nan")

@@ -26,8 +26,8 @@ OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "expert_quantization", "kv_cache_dtype", "device", "transport", "kv_cache_bytes", "memory_utilization",
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "rope_scaling", "tensor_parallel_size",
     "speculative_config", "max_waiting",
-    "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s", "metrics_port",
-    "log_format",
+    "balancer", "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s",
+    "metrics_port", "log_format",
 )  # fmt: skip
 SECURITY_OPTIONS = ("api_keys_file", "admin_keys_file", "max_streams_per_client")
 UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_port": "PORT", "_file": "FILE"}
