@@ -22,7 +22,7 @@ class EngineConfig:
     dtype: str = option("auto", "float32, bfloat16, float16, or auto: the checkpoint's", choices=("auto", *DTYPES))
     quantization: str = option(
         PLAIN,
-        "rounds weights while they are loaded, on CPUs: int8; int4 with groups of 128 inputs, or of 32 or 64 (int4-32) "
+        "rounds weights while they are loaded: int8; int4 with groups of 128 inputs, or of 32 or 64 (int4-32) "
         "and with a zero for each group (int4-32-zeros); nf4; the last layer too (int4+lm_head); none: as they are",
         choices=(PLAIN, *QUANTIZATIONS),
     )

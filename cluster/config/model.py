@@ -160,7 +160,7 @@ class ModelConfig:
         rounded = self.stored_experts or QUANTIZATIONS.get(quantization)
         if rounded is None:
             return 3 * hidden * intermediate * DTYPE_BYTES[dtype]
-        return rounded.matrix_bytes(2 * intermediate, hidden) + rounded.matrix_bytes(hidden, intermediate)
+        return 2 * rounded.matrix_bytes(intermediate, hidden) + rounded.matrix_bytes(hidden, intermediate)
 
     def kv_bytes_per_token(self, dtype: str, num_layers: int | None = None) -> int:
         """Bytes that one token's keys and values take over so many layers, by default over all.

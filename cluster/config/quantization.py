@@ -66,7 +66,7 @@ class RowLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """Rounds the weights of attention, dense layers and experts, on the CPU. The router and the gate of the shared
+    """Rounds the weights of attention, dense layers and experts. The router and the gate of the shared
     expert stay as they are, and so do embeddings and, unless asked for, the last layer.
 
     num_bits: 8 with a scale a row, or one a group of group_size inputs as 4 have.  is_nf4: as of RowLayout.
@@ -110,7 +110,8 @@ class Quantization:
         return RowLayout(self.num_bits, num_inputs, self.group_size, self.has_zeros, self.is_nf4)
 
     def matrix_bytes(self, num_outputs: int, num_inputs: int) -> int:
-        return num_outputs * self.layout(num_inputs).row_bytes
+        """Of one matrix, the order of its inputs included, 32 bits each."""
+        return num_outputs * self.layout(num_inputs).row_bytes + (4 * num_inputs if self.is_ordered else 0)
 
 
 def _named() -> dict[str, Quantization]:
@@ -136,23 +137,12 @@ def stored_quantization(form: StoredForm) -> Quantization:
     )  # fmt: skip
 
 
-def quantization_on(name: str, device_type: str, stored: Quantization | None = None) -> Quantization | None:
-    """The one of a name, None for PLAIN. stored: the checkpoint's, which no other may be put upon.
-
-    Raises SetupError for a device that has no products for it.
-    """
+def quantization_of(name: str, stored: Quantization | None = None) -> Quantization | None:
+    """The one of a name, None for PLAIN. stored: the checkpoint's, which no other may be put upon: SetupError."""
     check_stored(name, stored)
-    if name == PLAIN and stored is None:
-        return None
-    if device_type != "cpu":
-        asked = f"quantization is {name!r}: weights are rounded"
-        if stored is not None and stored.form is not None:
-            asked = f"the checkpoint's weights are in {stored.num_bits} bits ({stored.form.title}): they are computed"
-        raise SetupError(
-            f"{asked} on CPUs only, not on {device_type}: set device to cpu, or give expert_quantization alone where "
-            "only the experts are on CPUs"
-        )
-    return QUANTIZATIONS[name] if stored is None else stored
+    if name == PLAIN:
+        return stored
+    return QUANTIZATIONS[name]
 
 
 def check_stored(name: str, stored: Quantization | None) -> None:

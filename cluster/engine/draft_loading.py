@@ -7,7 +7,6 @@ import torch
 
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config import EngineConfig, ModelConfig
-from cluster.config.quantization import quantization_on
 from cluster.engine.block_manager import make_block_manager
 from cluster.engine.draft_model import DraftModel
 from cluster.engine.graphs import decode_graphs
@@ -20,6 +19,7 @@ from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import plan_evenly
 from cluster.experts.routing import FixedPlan
 from cluster.experts.transport import LocalTransport
+from cluster.kernels.stored import quantization_on
 from cluster.metrics import DispatchMetrics, new_registry
 from cluster.model.cache_size import num_kv_blocks
 from cluster.model.decoder import CausalLM
@@ -54,7 +54,7 @@ def load_draft(
     device = weight.device
     loaded = load_model(
         reader, dtype=weight.dtype, device=device, progress=progress,
-        quantization=quantization_on(config.quantization, device.type, reader.config.stored),
+        quantization=quantization_on(config.quantization, device, reader.config.stored),
     )  # fmt: skip
     part, rest = (one.kv_bytes_per_token(config.cache_dtype(dtype)) for one in (reader.config, model.config))
     return DraftWeights(model=loaded, dtype=dtype, share=part / (part + rest))

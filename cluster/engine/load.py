@@ -16,7 +16,6 @@ from cluster.checkpoint.tokenizer_files import read_tokenizer
 from cluster.config import EngineConfig, ModelConfig
 from cluster.config.kv_cache import AUTO, check_cache_device
 from cluster.config.lora import AdapterList
-from cluster.config.quantization import quantization_on
 from cluster.config.resources import available_memory, memory_limit
 from cluster.config.tensor_parallel import share_of
 from cluster.engine.adapter_loading import adapter_loader, begin_adapters
@@ -37,6 +36,7 @@ from cluster.experts.routing import FixedPlan
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import LocalTransport
 from cluster.grammar.grammars import Grammars
+from cluster.kernels.stored import quantization_on
 from cluster.metrics import DispatchMetrics, EngineMetrics
 from cluster.model.cache_size import check_cache_room, num_kv_blocks
 from cluster.model.decoder import CausalLM
@@ -146,7 +146,7 @@ def load_part(
     )  # fmt: skip
     return load_model(
         reader, dtype=torch_dtype(dtype), device=device, progress=progress, share=share,
-        quantization=quantization_on(config.quantization, device.type, reader.config.stored),
+        quantization=quantization_on(config.quantization, device, reader.config.stored),
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def local_experts(
     reader.check_names()
     dtype = torch_dtype(resolve_dtype(config.dtype, reader.config))
     device, num_experts = resolve_device(config.device), reader.config.num_experts
-    quantization = quantization_on(config.of_experts, device.type, reader.config.stored_experts)
+    quantization = quantization_on(config.of_experts, device, reader.config.stored_experts)
     plan = plan_evenly(reader.config.sparse_layers, num_experts, num_shards_for(num_experts, num_shards))
     reader.fetch(checkpoint_shapes(reader.config).keys() - dense_shapes(reader.config).keys(), progress)
     shards = {}

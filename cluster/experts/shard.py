@@ -82,7 +82,7 @@ class ExpertShard:
         file; the layers before it stay changed.
         """
         self.adapters.hold({layer_id: sorted({*self._ids(layer_id), *ids}) for layer_id, ids in experts.items()})
-        loader = WeightLoader(lambda targets: reader.load(targets, progress), self.device)
+        loader = WeightLoader(lambda targets: reader.load(targets, progress))
         for layer_id, expert_ids in experts.items():
             before = self.layers.get(layer_id)
             if before is None or before.expert_ids != tuple(expert_ids):

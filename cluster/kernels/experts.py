@@ -19,6 +19,8 @@ from cluster.kernels import gpu, native_products
 from cluster.kernels.grouping import group_pairs
 from cluster.kernels.native import library
 from cluster.kernels.native.library import Native
+from cluster.kernels.quantized_experts import QuantizedStacks
+from cluster.kernels.stack import rearranged
 from cluster.kernels.stored import ordered_weight, quantized_weight
 from cluster.kernels.weights import NativeWeight, PlainWeight, Weight, native_for, weight_maker
 
@@ -141,13 +143,7 @@ class StackedExperts:
         return None
 
     def rearranged(self, places: Sequence[int | None]) -> "StackedExperts":
-        before = self._gate_up_proj, self._down_proj
-        after = [stack.new_empty(len(places), *stack.shape[1:]) for stack in before]
-        for stack, source in zip(after, before, strict=True):
-            for i, place in enumerate(places):
-                if place is not None:
-                    stack[i] = source[place]
-        return StackedExperts(*after)
+        return StackedExperts(rearranged(self._gate_up_proj, places), rearranged(self._down_proj, places))
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         if self._has_triton:
@@ -166,6 +162,8 @@ def no_experts(
     """An empty set, quantized or in the form that is multiplied fastest here."""
     gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
     if device.type == "cuda":
+        if quantization is not None:
+            return QuantizedStacks.empty(gate_up, down, quantization=quantization, dtype=dtype, device=device)
         return StackedExperts(*(torch.empty(0, *shape, dtype=dtype, device=device) for shape in (gate_up, down)))
     if quantization is not None:
         if quantization.is_ordered:

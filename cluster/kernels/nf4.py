@@ -16,16 +16,11 @@ from torch import Tensor
 
 from cluster.config.quantization import HEAD_BYTES, NF4_BLOCK, NF4_NESTED, RowLayout
 from cluster.kernels.native.library import DTYPES, Native, native
-from cluster.kernels.quantized import QuantizedWeight
+from cluster.kernels.nf4_numbers import LEVELS, dynamic_map
+from cluster.kernels.quantized import QuantizedWeight, filling
 from cluster.kernels.rounding import nibbles_of, pack_nibbles, unpack_nibbles
 from cluster.kernels.weights import Parts
 
-# The quantiles of a normal distribution, as bitsandbytes has them in float32.
-LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 _STEPS = 65_535  # from -1 to 1, to which bitsandbytes' CPU code rounds a scale before it looks for the nearest number
 
 
@@ -39,18 +34,6 @@ class Nf4(NamedTuple):
     scales: Tensor
     nested: Tensor
     offset: Tensor
-
-
-@cache
-def dynamic_map() -> Tensor:
-    """[256] float32, ascending: in each decade from 1e-6 to 1 twice as many as in the one before, the middles of equal
-    steps, with both signs; 0 and 1."""
-    found = [0.0, 1.0]
-    for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        middles = (bounds[:-1] + bounds[1:]) / 2
-        found += (10 ** (decade - 6) * middles).tolist() + (-(10 ** (decade - 6)) * middles).tolist()
-    return torch.tensor(sorted(found))
 
 
 @cache
@@ -182,8 +165,8 @@ def part_of(rows: Tensor, layout: RowLayout, inputs: range) -> Tensor:
 class Nf4Weight(QuantizedWeight):
     """Each of its parts is rounded by itself, as a matrix of the checkpoint."""
 
-    def __init__(self, num_outputs: int, layout: RowLayout, dtype: torch.dtype) -> None:
-        super().__init__(num_outputs, layout, dtype)
+    def __init__(self, matrix: Tensor, layout: RowLayout, dtype: torch.dtype) -> None:
+        super().__init__(matrix, layout, dtype)
         self._parts: Parts = {}
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
@@ -192,9 +175,10 @@ class Nf4Weight(QuantizedWeight):
 
     def settle(self) -> None:
         sizes = list(self._parts.values())
-        for rows, matrix in zip(torch.split(self.matrix, sizes), torch.split(self._staged, sizes), strict=True):
-            fill_rows(rows, matrix, self.layout, native())
+        with filling(self.matrix) as whole:
+            for rows, matrix in zip(torch.split(whole, sizes), torch.split(self._staged, sizes), strict=True):
+                fill_rows(rows, matrix, self.layout, native())
         self._staged = torch.empty(0)
 
     def dequantized(self) -> Tensor:
-        return unpacked(self.matrix, self.layout)
+        return unpacked(self.matrix.cpu(), self.layout)

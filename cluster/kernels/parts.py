@@ -12,7 +12,7 @@ from torch import Tensor
 from cluster.config.quantization import Quantization, RowLayout
 from cluster.config.tensor_parallel import Span
 from cluster.kernels import nf4, rounding
-from cluster.kernels.quantized import QuantizedWeight
+from cluster.kernels.quantized import CPU, QuantizedWeight, new_rows
 from cluster.kernels.stored import ALIGNMENT, quantized_weight
 from cluster.kernels.weights import Parts
 
@@ -27,10 +27,11 @@ class PartWeight(QuantizedWeight):
 
     def __init__(
         self, num_outputs: int, num_inputs: int, *, parts: Parts, spans: PartSpans, quantization: Quantization,
-        dtype: torch.dtype,
+        dtype: torch.dtype, device: torch.device = CPU,
     ) -> None:  # fmt: skip
         """num_outputs, num_inputs, parts: of this rank.  dtype: as of `quantized_weight`."""
-        super().__init__(num_outputs, quantization.layout(num_inputs), dtype)
+        layout = quantization.layout(num_inputs)
+        super().__init__(new_rows(num_outputs, layout, device), layout, dtype)
         self._parts, self._spans, self._quantization = parts, spans, quantization
         self.staging_bytes = sum(_aligned(self._whole(name).staging_bytes) for name in parts)
         self._wholes: list[QuantizedWeight] = []
@@ -52,7 +53,7 @@ class PartWeight(QuantizedWeight):
             _keep(place, whole, self.layout, span)
 
     def dequantized(self) -> Tensor:
-        return nf4.unpacked(self.matrix, self.layout) if self.layout.is_nf4 else super().dequantized()
+        return nf4.unpacked(self.matrix.cpu(), self.layout) if self.layout.is_nf4 else super().dequantized()
 
     def _whole(self, name: str) -> QuantizedWeight:
         span, part = self._spans[name], (self._parts[name], self.num_inputs)

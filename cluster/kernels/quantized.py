@@ -4,6 +4,8 @@ M: rows, N: outputs, K: inputs, H: hidden size, I: intermediate size.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -12,27 +14,28 @@ from torch import Tensor
 
 from cluster.config.quantization import RowLayout
 from cluster.config.stored import GROUP_SIZES
-from cluster.kernels import native_products
+from cluster.kernels import gpu, native_products
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
 from cluster.kernels.rounding import Numbers, dequantize, pack, quantize, unpack
 from cluster.kernels.weights import Parts, TwoProducts, split_rows
+
+CPU = torch.device("cpu")
 
 
 class QuantizedWeight(TwoProducts):
     """A matrix that is rounded while it is loaded: read in `dtype` into staging memory, then packed. `fill` takes one
     that a checkpoint has in this form.
 
-    matrix: its rows, [N, row_bytes] uint8.
+    matrix: its rows, [N, row_bytes] uint8, not filled, on the CPU or on a GPU.
     """
 
     torch_rows = sys.maxsize
 
-    def __init__(self, num_outputs: int, layout: RowLayout, dtype: torch.dtype) -> None:
-        self.layout = layout
+    def __init__(self, matrix: Tensor, layout: RowLayout, dtype: torch.dtype) -> None:
+        self.matrix, self.layout = matrix, layout
         self.form, self.num_inputs = layout.form, layout.num_inputs
-        self.matrix = torch.empty(num_outputs, layout.row_bytes, dtype=torch.uint8)
-        self.staging_bytes = dtype.itemsize * num_outputs * layout.num_inputs
+        self.staging_bytes = dtype.itemsize * len(matrix) * layout.num_inputs
         self._dtype = dtype
         self._staged = torch.empty(0)  # [N, K] of dtype, until `settle`
 
@@ -45,7 +48,8 @@ class QuantizedWeight(TwoProducts):
         return split_rows(self._staged, parts)
 
     def settle(self) -> None:
-        fill_rows(self.matrix, self._staged, self.layout)
+        with filling(self.matrix) as rows:
+            fill_rows(rows, self._staged, self.layout)
         self._staged = torch.empty(0)
 
     def padded(self, num_rows: int) -> int:
@@ -56,24 +60,42 @@ class QuantizedWeight(TwoProducts):
         self.matrix[begin : begin + len(numbers.numbers)] = pack(numbers, self.layout)
 
     def dequantized(self) -> Tensor:
-        """[N, K] float32."""
-        return dequantize(unpack(self.matrix, self.layout), self.layout)
+        """[N, K] float32, on the CPU."""
+        return dequantize(unpack(self.matrix.cpu(), self.layout), self.layout)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.shape[1] != self.num_inputs:
+            raise ValueError(f"rows of {x.shape[1]} inputs do not fit a weight of {self.num_inputs}")
+        if gpu.runs_on(x):
+            from cluster.kernels.gpu.quantized import linear  # only GPUs have Triton
+
+            return linear(x, self.matrix, self.layout, bias)
         kernels = native()
         if kernels is not None:
-            if x.shape[1] != self.num_inputs:
-                raise ValueError(f"rows of {x.shape[1]} inputs do not fit a weight of {self.num_inputs}")
             return native_products.linear_quantized(kernels, x, self.matrix, bias, self.form)
         out = F.linear(x.float(), self.dequantized(), None if bias is None else bias.float())
         return out.to(x.dtype)
 
     def swiglu(self, x: Tensor, down: Self) -> Tensor:
-        kernels = native()
+        kernels = None if gpu.runs_on(x) else native()
         if kernels is not None:
             sizes = {"form": self.form, "intermediate_size": down.num_inputs}
             return native_products.swiglu(kernels, x, ExpertPointers([self.matrix], [down.matrix], **sizes))
         return super().swiglu(x, down)
+
+
+def new_rows(num_outputs: int, layout: RowLayout, device: torch.device = CPU) -> Tensor:
+    """[N, row_bytes] uint8, not filled."""
+    return torch.empty(num_outputs, layout.row_bytes, dtype=torch.uint8, device=device)
+
+
+@contextmanager
+def filling(matrix: Tensor) -> Iterator[Tensor]:
+    """The CPU's memory that a matrix is to be filled in: its own, or some that is copied to its device then."""
+    rows = matrix if matrix.is_cpu else torch.empty_like(matrix, device="cpu")
+    yield rows
+    if rows is not matrix:
+        matrix.copy_(rows)
 
 
 def fill_rows(rows: Tensor, matrix: Tensor, layout: RowLayout) -> None:

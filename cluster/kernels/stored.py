@@ -1,6 +1,6 @@
 """Matrices that a checkpoint has in fewer bits, kept in these bits as they are. Knows no layers and no files.
 
-N: outputs, K: inputs, G: groups of inputs.
+N: outputs, K: inputs, G: groups of inputs, J: matrices one above another.
 """
 
 import math
@@ -8,10 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from cluster.config.quantization import Quantization, RowLayout
+from cluster.config.quantization import Quantization, RowLayout, quantization_of
 from cluster.config.stored import INTEGERS, SIZES, StoredForm
+from cluster.errors import SetupError
+from cluster.kernels import gpu
 from cluster.kernels.nf4 import Nf4Weight
-from cluster.kernels.quantized import QuantizedWeight
+from cluster.kernels.quantized import CPU, QuantizedWeight, new_rows
 from cluster.kernels.rounding import Numbers
 from cluster.kernels.unpacking import StoredMatrix, read_matrix
 from cluster.kernels.weights import Parts, TwoProducts, Weight
@@ -26,10 +28,10 @@ class StoredWeight(QuantizedWeight):
     """Its targets are the checkpoint's tensors, each part's in staging memory. `settle` raises CheckpointError for
     numbers that the form cannot take."""
 
-    def __init__(self, num_outputs: int, layout: RowLayout, form: StoredForm) -> None:
-        super().__init__(num_outputs, layout, torch.float16)
+    def __init__(self, matrix: Tensor, layout: RowLayout, form: StoredForm) -> None:
+        super().__init__(matrix, layout, torch.float16)
         self._form = form
-        self.staging_bytes = _staging_bytes(num_outputs, layout.num_inputs, form)
+        self.staging_bytes = _staging_bytes(len(matrix), layout.num_inputs, form)
         self._stored: Stored = {}
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
@@ -47,30 +49,43 @@ class StoredWeight(QuantizedWeight):
 
 class OrderedWeight(TwoProducts):
     """Of a form that `is_ordered`: each part has its inputs in an order of its own, and a product for itself. As
-    StoredWeight."""
+    StoredWeight.
 
-    def __init__(self, num_outputs: int, layout: RowLayout, form: StoredForm) -> None:
-        self._layout, self._form = layout, form
-        self.staging_bytes = _staging_bytes(num_outputs, layout.num_inputs, form)
+    orders: [J, K] int32, of each of J parts of one size the input that comes first, second, …; not filled. None where
+    the parts are not known yet.
+    """
+
+    def __init__(self, matrix: Tensor, layout: RowLayout, form: StoredForm, orders: Tensor | None = None) -> None:
+        self._matrix, self._layout, self._form = matrix, layout, form
+        self.staging_bytes = _staging_bytes(len(matrix), layout.num_inputs, form)
         self._stored: Stored = {}
-        self._parts: list[tuple[QuantizedWeight, Tensor]] = []  # and `StoredMatrix.order`
+        self._parts: list[tuple[QuantizedWeight, Tensor]] = []
+        if orders is not None:
+            self._divide([len(matrix) // len(orders)] * len(orders), orders)
+
+    def _divide(self, sizes: list[int], orders: Tensor) -> None:
+        matrices = torch.split(self._matrix, sizes)
+        weights = [QuantizedWeight(matrix, self._layout, torch.float16) for matrix in matrices]
+        self._parts = list(zip(weights, orders, strict=True))
 
     @property
     def nbytes(self) -> int:
-        return sum(weight.nbytes + order.nbytes for weight, order in self._parts)
+        return self._matrix.nbytes + sum(order.nbytes for _, order in self._parts)
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
+        if not self._parts:
+            num_inputs, device = self._layout.num_inputs, self._matrix.device
+            orders = torch.empty(len(parts), num_inputs, dtype=torch.int32, device=device)
+            self._divide(list(parts.values()), orders)
         found, self._stored = _targets(self._form, self._layout.num_inputs, parts, staging)
         return found
 
     def settle(self) -> None:
-        self._parts = []
-        for layer, tensors in self._stored.items():
+        for (weight, order), (layer, tensors) in zip(self._parts, self._stored.items(), strict=True):
             read = read_matrix(self._form, layer, tensors, self._layout.num_inputs)
             assert read.order is not None
-            weight = QuantizedWeight(len(read.numbers), self._layout, torch.float16)
             weight.fill(numbers_of(read, self._layout))
-            self._parts.append((weight, read.order))
+            order.copy_(read.order)
         self._stored = {}
 
     def padded(self, num_rows: int) -> int:
@@ -130,22 +145,55 @@ def _factors(scales: Tensor) -> Tensor:
 
 
 def quantized_weight(
-    num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype
+    num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype, device: torch.device = CPU
 ) -> QuantizedWeight:
     """dtype: of the checkpoint's matrix, where that is a plain one. Not of one that `is_ordered`."""
     layout = quantization.layout(num_inputs)
-    if quantization.form is not None:
-        return StoredWeight(num_outputs, layout, quantization.form)
-    return (Nf4Weight if layout.is_nf4 else QuantizedWeight)(num_outputs, layout, dtype)
+    return _weight_in(new_rows(num_outputs, layout, device), layout, quantization, dtype)
 
 
-def ordered_weight(num_outputs: int, num_inputs: int, *, quantization: Quantization) -> OrderedWeight:
+def ordered_weight(
+    num_outputs: int, num_inputs: int, *, quantization: Quantization, device: torch.device = CPU
+) -> OrderedWeight:
     assert quantization.form is not None
-    return OrderedWeight(num_outputs, quantization.layout(num_inputs), quantization.form)
+    layout = quantization.layout(num_inputs)
+    return OrderedWeight(new_rows(num_outputs, layout, device), layout, quantization.form)
 
 
-def weight_of(num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype) -> Weight:
-    """One of the two. dtype: as of `quantized_weight`."""
+def weight_of(
+    num_outputs: int, num_inputs: int, *, quantization: Quantization, dtype: torch.dtype, device: torch.device = CPU
+) -> Weight:
+    """One of the two."""
     if quantization.is_ordered:
-        return ordered_weight(num_outputs, num_inputs, quantization=quantization)
-    return quantized_weight(num_outputs, num_inputs, quantization=quantization, dtype=dtype)
+        return ordered_weight(num_outputs, num_inputs, quantization=quantization, device=device)
+    return quantized_weight(num_outputs, num_inputs, quantization=quantization, dtype=dtype, device=device)
+
+
+def weight_in(
+    matrix: Tensor, layout: RowLayout, orders: Tensor | None, *, quantization: Quantization, dtype: torch.dtype
+) -> Weight:
+    """A weight whose memory is a part of a larger one's. matrix: [N, row_bytes] uint8.  orders: as of OrderedWeight.
+
+    dtype: as of `quantized_weight`.
+    """
+    if orders is not None:
+        assert quantization.form is not None
+        return OrderedWeight(matrix, layout, quantization.form, orders)
+    return _weight_in(matrix, layout, quantization, dtype)
+
+
+def _weight_in(matrix: Tensor, layout: RowLayout, quantization: Quantization, dtype: torch.dtype) -> QuantizedWeight:
+    if quantization.form is not None:
+        return StoredWeight(matrix, layout, quantization.form)
+    return (Nf4Weight if layout.is_nf4 else QuantizedWeight)(matrix, layout, dtype)
+
+
+def quantization_on(name: str, device: torch.device, stored: Quantization | None = None) -> Quantization | None:
+    """As `quantization_of`. Raises SetupError for a GPU without Triton, whose kernels multiply there."""
+    found = quantization_of(name, stored)
+    if found is not None and device.type == "cuda" and not gpu.available():
+        raise SetupError(
+            f"weights in {found.num_bits} bits need Triton on a GPU, and it is not installed: pip install triton, or "
+            "set device to cpu"
+        )
+    return found

@@ -46,12 +46,12 @@ class Weight(Protocol):
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of memory that it is read into before it takes its form; 0 where it is read straight into its place."""
+        """Bytes of the CPU's memory that it is read into first; 0 where it is read straight into its place."""
 
     def targets(self, parts: Parts, staging: Tensor) -> dict[str, Tensor]:
         """Returns the destination of each tensor that it needs of the checkpoint, by name.
 
-        staging: [staging_bytes or more] uint8, used by no other weight until `settle`.
+        staging: [staging_bytes or more] uint8 on the CPU, used by no other weight until `settle`.
         """
 
     def settle(self) -> None:
@@ -207,9 +207,9 @@ class WeightLoader:
     read: copies the checkpoint's tensors to their destinations, by name.
     """
 
-    def __init__(self, read: Callable[[Mapping[str, Tensor]], object], device: torch.device) -> None:
+    def __init__(self, read: Callable[[Mapping[str, Tensor]], object]) -> None:
         self._read = read
-        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+        self._staging = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def load(self, weights: Iterable[tuple[Weight, Parts]], plain_targets: Mapping[str, Tensor] | None = None) -> None:
         """Fills each weight with its parts. Blocks. plain_targets: tensors that are no weights, read with them."""

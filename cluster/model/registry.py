@@ -66,20 +66,22 @@ def load_model(
             parts = module.parts(prefix)
             make: MakeWeight = weight_maker(dtype, device)
             if quantization is not None and all(map(quantization.takes, parts)):
-                make = _rounded(parts, spans, quantization, dtype)
+                make = _rounded(parts, spans, quantization, dtype, device)
             module.allocate(make, dtype=dtype, device=device)
             weights.append((module.weight, parts))
             plain_targets |= module.bias_targets(prefix)
-    WeightLoader(lambda targets: reader.load(targets, progress, spans), device).load(weights, plain_targets)
+    WeightLoader(lambda targets: reader.load(targets, progress, spans)).load(weights, plain_targets)
     model.rotary = RotaryEmbedding(config.rope, config.head_dim).to(device)  # in float32, whatever the weights are in
     return model
 
 
-def _rounded(parts: Parts, spans: dict[str, Span], quantization: Quantization, dtype: torch.dtype) -> MakeWeight:
+def _rounded(
+    parts: Parts, spans: dict[str, Span], quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> MakeWeight:
     """Removes the spans of matrices that a rank has to read whole."""
     of_parts = {name: spans.get(f"{name}.weight") for name in parts}
     if not any(span is not None and quantization.needs_whole(span.dim) for span in of_parts.values()):
-        return partial(weight_of, quantization=quantization, dtype=dtype)
+        return partial(weight_of, quantization=quantization, dtype=dtype, device=device)
     for name in parts:
         spans.pop(f"{name}.weight", None)
-    return partial(PartWeight, parts=parts, spans=of_parts, quantization=quantization, dtype=dtype)
+    return partial(PartWeight, parts=parts, spans=of_parts, quantization=quantization, dtype=dtype, device=device)

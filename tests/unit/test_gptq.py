@@ -7,13 +7,17 @@ import torch
 from gptq_tools import quantization_config, rounded, write_pair
 from safetensors.torch import load_file, save_file
 from stored_tools import DENSE, MOE, assert_means, offline
+from weight_tools import held_bytes
 
+from cluster.checkpoint.reader import CheckpointReader
 from cluster.checkpoint.sizes import sizes_of
 from cluster.config import read_model_config
 from cluster.config.gptq import Gptq
 from cluster.config.quantization import stored_quantization
 from cluster.errors import CheckpointError, SetupError
+from cluster.experts.shard import ExpertShard
 from cluster.kernels.stored import quantized_weight
+from cluster.model.registry import load_model
 
 
 @pytest.mark.parametrize("raw", [MOE, DENSE], ids=["qwen2_moe", "qwen2"])
@@ -76,6 +80,16 @@ def test_its_sizes_are_those_of_the_model():
     assert rounded_one.num_active_parameters == plain.num_active_parameters
     assert plain.expert_bytes / 4 < rounded_one.expert_bytes < plain.expert_bytes / 3.5
     assert rounded_one.dense_bytes < plain.dense_bytes
+
+
+def test_an_order_of_inputs_is_counted_as_it_is_held(tmp_path):
+    reader = CheckpointReader(write_pair(tmp_path, MOE, desc_act=True)[0])
+    options = {"dtype": torch.float32, "device": torch.device("cpu")}
+    model = load_model(reader, quantization=reader.config.stored, **options)
+    shard = ExpertShard(0, reader.config, quantization=reader.config.stored_experts, **options)
+    shard.load(reader, {0: [3, 4]})
+    sizes = sizes_of(reader.config, "float32")
+    assert (sizes.dense_bytes, 2 * sizes.expert_bytes) == (held_bytes(model), shard.num_bytes)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from cluster.config.quantization import RowLayout
 from cluster.kernels import native_products, nf4, quantized
 from cluster.kernels.native_products import ExpertPointers
 from cluster.kernels.nf4 import Nf4Weight, pack
+from cluster.kernels.quantized import new_rows
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
@@ -111,7 +112,7 @@ def test_a_weight_multiplies_with_what_it_was_rounded_to(native_kernels, monkeyp
         monkeypatch.setattr(quantized, "native", lambda: None)
     draw = torch.Generator().manual_seed(2)
     matrix, x, bias = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((50, 192), (9, 192), (50,)))
-    weight = filled(Nf4Weight(50, layout_of(192), torch.bfloat16), matrix)
+    weight = filled(Nf4Weight(new_rows(50, layout_of(192)), layout_of(192), torch.bfloat16), matrix)
     rounded = weight.dequantized().double()
     assert (rounded - matrix.double()).abs().max() < 0.6
     expected = x.double() @ rounded.T + bias.double()
@@ -120,5 +121,5 @@ def test_a_weight_multiplies_with_what_it_was_rounded_to(native_kernels, monkeyp
 
 def test_its_memory_is_that_of_4_bits():
     """A matrix of Qwen1.5-MoE-A2.7B's shape: half a byte a weight, a byte a block of 64, 4 bytes for 256 of these."""
-    weight = Nf4Weight(2816, layout_of(2048), torch.bfloat16)
+    weight = Nf4Weight(new_rows(2816, layout_of(2048)), layout_of(2048), torch.bfloat16)
     assert weight.nbytes <= 1.1 * 2816 * 2048 * (1 / 2 + 1 / 64 + 4 / 64 / 256)

@@ -13,6 +13,7 @@ from cluster.config.packed import Packed
 from cluster.config.quantization import RowLayout
 from cluster.kernels import nf4
 from cluster.kernels.nf4 import Nf4Weight
+from cluster.kernels.quantized import new_rows
 
 bitsandbytes = pytest.importorskip("bitsandbytes.functional")
 compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -46,7 +47,8 @@ def test_nf4_is_that_of_bitsandbytes_bit_for_bit(sizes, blocks, seed, dtype, mag
         assert torch.equal(found.offset, state.offset)
         state.dtype = torch.float32
         means.append(bitsandbytes.dequantize_4bit(packed, state))
-    weight = Nf4Weight(sum(sizes), RowLayout(4, 64 * blocks, 64, is_nf4=True), dtype)
+    layout = RowLayout(4, 64 * blocks, 64, is_nf4=True)
+    weight = Nf4Weight(new_rows(sum(sizes), layout), layout, dtype)
     parts = {name: len(matrix) for name, matrix in matrices.items()}
     targets = weight.targets(parts, torch.empty(weight.staging_bytes, dtype=torch.uint8))
     for name, matrix in matrices.items():

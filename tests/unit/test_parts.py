@@ -44,7 +44,7 @@ def read(weight, tensors, parts):
         for name, target in targets.items():
             target.copy_(tensors[name])
 
-    WeightLoader(copy, torch.device("cpu")).load([(weight, parts)])
+    WeightLoader(copy).load([(weight, parts)])
     return weight
 
 

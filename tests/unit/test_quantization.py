@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from weight_tools import held_bytes
 
 from cluster import LLM, SamplingParams
 from cluster.bench.spec import SystemSpec
@@ -11,11 +12,13 @@ from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.checkpoint.sizes import sizes_of
 from cluster.config import EngineConfig
-from cluster.config.quantization import QUANTIZATIONS, quantization_on
+from cluster.config.awq import Awq
+from cluster.config.quantization import QUANTIZATIONS, stored_quantization
 from cluster.config.tensor_parallel import shares_of
 from cluster.errors import SetupError
 from cluster.experts.shard import ExpertShard
-from cluster.kernels import nf4
+from cluster.kernels import gpu, nf4
+from cluster.kernels.stored import quantization_on
 from cluster.model.layers.linear import Linear
 from cluster.model.registry import load_model
 
@@ -93,13 +96,6 @@ def test_an_offline_model_is_rounded_as_asked_its_experts_otherwise(folder):
     assert all(len(set(some) & set(exact)) >= 2 for some in found)
 
 
-def held_bytes(model):
-    linear = [module for module in model.modules() if isinstance(module, Linear)]
-    biases = [module.bias for module in linear if module.bias is not None]
-    plain = [*model.state_dict().values(), *biases]
-    return sum(some.nbytes for some in (*plain, *(module.weight for module in linear)))
-
-
 @pytest.mark.parametrize("name", ["int8+lm_head", "int4-32-zeros", "nf4+lm_head"])
 def test_a_rank_holds_what_a_plan_says(tmp_path, name):
     write_checkpoint(tmp_path, {**RAW, "head_dim": 32, "shared_expert_intermediate_size": 1280}, seed=1)
@@ -122,11 +118,16 @@ def test_the_sizes_of_a_plan_are_those_of_the_loaded_weights(folder, name):
     assert sizes.num_parameters == sizes_of(reader.config, "float32").num_parameters
 
 
-def test_a_name_or_a_device_that_cannot_be_is_refused():
-    assert quantization_on("none", "cuda") is None
-    assert quantization_on("int4", "cpu").group_size == 128
-    with pytest.raises(SetupError, match="on CPUs only, not on cuda"):
-        quantization_on("int4", "cuda")
+def test_a_name_or_a_device_that_cannot_be_is_refused(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    assert quantization_on("int4", cuda) == quantization_on("int4", CPU) == QUANTIZATIONS["int4"]
+    monkeypatch.setattr(gpu, "available", lambda: False)  # no Triton
+    assert quantization_on("none", cuda) is None
+    assert quantization_on("int4", CPU).group_size == 128
+    for name, stored in (("int4", None), ("none", stored_quantization(Awq(128)))):
+        with pytest.raises(SetupError, match="weights in 4 bits need Triton on a GPU, and it is not installed"):
+            quantization_on(name, cuda, stored)
     for field in ("quantization", "expert_quantization"):
         with pytest.raises(SetupError, match=f"{field} is 'int3'.*int8, int4"):
             EngineConfig(**{field: "int3"})

@@ -9,7 +9,7 @@ from weight_tools import filled
 
 from cluster.config.quantization import RowLayout
 from cluster.kernels import quantized
-from cluster.kernels.quantized import QuantizedWeight
+from cluster.kernels.quantized import QuantizedWeight, new_rows
 from cluster.kernels.rounding import Numbers, dequantize, pack, quantize, unpack
 
 LAYOUTS = [(8, 0, False)] + [(4, size, has_zeros) for size in (32, 64, 128) for has_zeros in (False, True)]
@@ -108,7 +108,8 @@ def test_a_gptq_matrix_is_kept_as_it_is(is_v1):
     stored_zeros = torch.randint(0, 16, (2, num_outputs), generator=draw)
     scales = torch.rand(2, num_outputs, generator=draw).half() * 0.01
     zeros = stored_zeros + is_v1
-    weight = QuantizedWeight(num_outputs, RowLayout(4, num_inputs, group_size, has_zeros=True), torch.float16)
+    layout = RowLayout(4, num_inputs, group_size, has_zeros=True)
+    weight = QuantizedWeight(new_rows(num_outputs, layout), layout, torch.float16)
     weight.fill(Numbers((q.T - 8).to(torch.int8), torch.ones(num_outputs), scales.T, (zeros.T - 8).to(torch.int8)))
     groups = torch.arange(num_inputs) // group_size
     expected = (q.double() - zeros[groups]) * scales[groups].double()
@@ -123,7 +124,8 @@ def test_a_weight_multiplies_with_what_it_was_rounded_to(form, native_kernels, m
         monkeypatch.setattr(quantized, "native", lambda: None)
     draw = torch.Generator().manual_seed(2)
     matrix, x, bias = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((50, 200), (9, 200), (50,)))
-    weight = filled(QuantizedWeight(50, layout_of(form, 200), torch.bfloat16), matrix)
+    layout = layout_of(form, 200)
+    weight = filled(QuantizedWeight(new_rows(50, layout), layout, torch.bfloat16), matrix)
     rounded = weight.dequantized().double()
     assert (rounded - matrix.double()).abs().max() < (0.02 if form[0] == 8 else 0.6)
     expected = F.linear(x.double(), rounded, bias.double())

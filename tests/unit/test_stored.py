@@ -32,7 +32,7 @@ from cluster.config import read_model_config
 from cluster.config.awq import Awq
 from cluster.config.gptq import Gptq
 from cluster.config.packed import Packed
-from cluster.config.quantization import quantization_on, stored_quantization
+from cluster.config.quantization import stored_quantization
 from cluster.errors import CheckpointError, SetupError
 from cluster.kernels.stored import quantized_weight
 
@@ -192,12 +192,6 @@ def refused(method, named):
     assert named in str(refusal.value)
     assert "config.json" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_device_without_products_is_refused_by_the_form():
-    for form in (Awq(128), Packed(8, 0)):
-        with pytest.raises(SetupError, match=f"bits .{form.title}.: they are computed on CPUs only, not on cuda"):
-            quantization_on("none", "cuda", stored_quantization(form))
 
 
 def test_experts_that_are_plain_may_be_rounded_while_they_are_loaded(tmp_path):

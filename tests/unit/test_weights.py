@@ -53,7 +53,7 @@ def test_linear_layers_of_any_form_give_the_products_of_their_parts_side_by_side
         for name, target in targets.items():
             target.copy_(stored[name])
 
-    loader = WeightLoader(read, torch.device("cpu"))
+    loader = WeightLoader(read)
     loader.load([(linear.weight, linear.parts("layer."))], linear.bias_targets("layer."))
     for num_rows in (1, 2, 5, 40):
         x = torch.randn(num_rows, 16, generator=random).bfloat16()
@@ -79,7 +79,7 @@ def test_a_weight_names_the_tensors_that_it_needs():
 
     linear = Linear(2, {"gate_proj": 2, "up_proj": 1})
     linear.allocate(ScaledWeight, dtype=torch.float32, device=torch.device("cpu"))
-    WeightLoader(read, torch.device("cpu")).load([(linear.weight, linear.parts("mlp."))])
+    WeightLoader(read).load([(linear.weight, linear.parts("mlp."))])
     gate, up = linear(torch.tensor([[10.0, 1.0]])).split([2, 1], dim=-1)
     assert (gate.tolist(), up.tolist()) == ([[18.0, 12.0]], [[55.0]])
     assert calls == [sorted(stored)]
@@ -140,7 +140,7 @@ def test_weights_with_staging_memory_share_it_and_the_others_are_read_together()
 
     staged = [(HalvedWeight(4, size), {f"staged{size}": 4}) for size in (8, 16, 2)]
     direct = [(make_plain(2, 2), {f"direct{i}": 2}) for i in range(2)]
-    WeightLoader(read, torch.device("cpu")).load([*staged, *direct], {"norm": torch.empty(3)})
+    WeightLoader(read).load([*staged, *direct], {"norm": torch.empty(3)})
     assert calls == [
         ["staged8.weight"], ["staged16.weight"], ["staged2.weight"], ["direct0.weight", "direct1.weight", "norm"]
     ]  # fmt: skip

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from cluster.config.quantization import stored_quantization
 from cluster.kernels.stored import quantized_weight
 from cluster.kernels.weights import PackedWeight, PlainWeight, TwoProducts, WeightLoader
+from cluster.model.layers.linear import Linear
 
 
 def filled(weight, matrix):
     """The weight with the numbers of a matrix [N, K]."""
-    WeightLoader(lambda targets: targets["w.weight"].copy_(matrix), matrix.device).load([(weight, {"w": len(matrix)})])
+    WeightLoader(lambda targets: targets["w.weight"].copy_(matrix)).load([(weight, {"w": len(matrix)})])
     return weight
 
 
@@ -35,6 +36,14 @@ def settled(form, matrices, tensors):
             targets[f"{name}.{end}"].copy_(tensor)
     weight.settle()
     return weight
+
+
+def held_bytes(model):
+    """Of its weights, those of its layers in their forms."""
+    linear = [module for module in model.modules() if isinstance(module, Linear)]
+    biases = [module.bias for module in linear if module.bias is not None]
+    plain = [*model.state_dict().values(), *biases]
+    return sum(some.nbytes for some in (*plain, *(module.weight for module in linear)))
 
 
 class HalvedWeight(TwoProducts):

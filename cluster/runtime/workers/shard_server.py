@@ -10,12 +10,13 @@ from torch import Tensor
 from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.opening import open_checkpoint
 from cluster.config.lora import AdapterList
-from cluster.config.quantization import PLAIN, quantization_on
+from cluster.config.quantization import PLAIN
 from cluster.engine.load import resolve_device, torch_dtype
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
 from cluster.idle_memory import idle_memory
+from cluster.kernels.stored import quantization_on
 from cluster.metrics import ShardMetrics
 from cluster.runtime.workers.rehearsal import Rehearsal
 
@@ -73,7 +74,7 @@ class ShardServer:
                 reader.config,
                 dtype=torch_dtype(resolve_dtype(dtype, reader.config)),
                 device=resolve_device(device),
-                quantization=quantization_on(quantization, resolve_device(device).type, reader.config.stored_experts),
+                quantization=quantization_on(quantization, resolve_device(device), reader.config.stored_experts),
             )
             self._reported, self._source = {}, source
         else:
