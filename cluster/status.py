@@ -24,6 +24,7 @@ class ProcessInfo:
     takes_adapters: whether it answers calls about LoRA adapters. (A handle does not tell: Ray gives it the methods of
         the caller's version, and an actor that lacks one ends.)
     takes_aborts: whether an engine answers `abort`.
+    takes_traces: whether a shard takes the spans of a batch with it, in a Ray call.
     rank_pids: of the processes beside an engine's that share its model.
     """
 
@@ -34,6 +35,7 @@ class ProcessInfo:
     slot: int = -1
     takes_adapters: bool = False
     takes_aborts: bool = False
+    takes_traces: bool = False
     rank_pids: tuple[int, ...] = ()
 
 

@@ -75,6 +75,7 @@ def ray_cluster(installed: Path) -> Iterator[Any]:
     temp_dir = tempfile.mkdtemp(prefix="moe-test-", dir="/tmp")  # short: Unix sockets' paths are bounded
     outside = pytest.MonkeyPatch()
     outside.setenv("PYTHONPATH", str(installed))
+    outside.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds until a span is sent
     # Ray's processes look for packages in the folder that it was started from, before PYTHONPATH.
     environment = set_environment(local_environment(Path(temp_dir)))
     with environment, loopback(), private_files(), contextlib.chdir(temp_dir):
@@ -103,8 +104,8 @@ class SharedApplication:
     """The served application that tests share, as `moe-cluster serve` starts it: two attention replicas on two expert
     shards, float32. It starts when a test needs it and it does not run."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self._model_dir = model_dir
+    def __init__(self, model_dir: Path, traces_port: int) -> None:
+        self._model_dir, self._traces_port = model_dir, traces_port
         self.admin_key = ""
         self._cluster: Any = None
 
@@ -132,6 +133,9 @@ class SharedApplication:
                 metrics_port=0,
                 admin_keys_file=str(admins),
                 drain_timeout_s=60.0,  # for what runs in the background of a busy machine, too
+                tracing=True,
+                tracing_endpoint=f"http://127.0.0.1:{self._traces_port}",
+                tracing_ratio=0.0,  # of requests whose callers ask for it
             )
             self._cluster = ServedCluster(config, ServeOptions(grpc_port=0))
         return self._cluster
@@ -143,8 +147,18 @@ class SharedApplication:
 
 
 @pytest.fixture(scope="session")
-def application(ray_cluster: Any, demo_checkpoint: Path) -> Iterator[SharedApplication]:
-    shared = SharedApplication(demo_checkpoint)
+def receiver() -> Iterator[Any]:
+    """Of the shared application's traces."""
+    from otlp_receiver import OtlpReceiver
+
+    made = OtlpReceiver()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def application(ray_cluster: Any, demo_checkpoint: Path, receiver: Any) -> Iterator[SharedApplication]:
+    shared = SharedApplication(demo_checkpoint, receiver.grpc_port)
     yield shared
     shared.end()
 

@@ -27,7 +27,7 @@ OPTIONS = (  # fields of ClusterConfig; the rest has no option
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "rope_scaling", "tensor_parallel_size",
     "speculative_config", "max_waiting",
     "balancer", "gpus_per_attention_replica", "gpus_per_expert_shard", "recovery_timeout_s", "drain_timeout_s",
-    "metrics_port", "log_format",
+    "metrics_port", "log_format", "tracing_endpoint", "tracing_ratio",
 )  # fmt: skip
 SECURITY_OPTIONS = ("api_keys_file", "admin_keys_file", "max_streams_per_client")
 UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_port": "PORT", "_file": "FILE"}
@@ -89,7 +89,7 @@ def add_cluster_arguments(
         "(default: the directory's name, or the model's on the hub)",
     )  # fmt: skip
     add_adapters(parser)
-    for name in ("log_requests", "skip_tokenizer"):
+    for name in ("log_requests", "skip_tokenizer", "tracing"):
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=_doc(name))
     parser.add_argument(
         "--grpc-port", type=int, default=grpc_port, metavar="PORT", help="0: a free one (default: %(default)s)"

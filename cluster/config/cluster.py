@@ -18,6 +18,7 @@ from cluster.config.options import (
     required,
     typed,
 )
+from cluster.config.tracing import TracingConfig
 from cluster.errors import SetupError
 from cluster.evolving import evolving
 
@@ -40,7 +41,7 @@ _RESOURCE = "custom resource of Ray's nodes on which {} run; empty: on any node"
 
 @evolving("cluster.config.cluster")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig(EngineConfig):
+class ClusterConfig(TracingConfig):
     """A deployed cluster: the arguments of `cluster.app:build` and of `moe-cluster serve`, with those of its engines.
 
     Raises SetupError for values that cannot work.
@@ -225,6 +226,7 @@ class ClusterConfig(EngineConfig):
         check(self)
         check_adapters(self.lora_adapters, self.max_loras)
         self.check_speculation()
+        self.check_tracing()
         for name in ("gpus_per_attention_replica", "gpus_per_expert_shard"):
             gpus = getattr(self, name)
             if gpus and (gpus < LEAST or (gpus > 1 and gpus != int(gpus))):

@@ -18,6 +18,7 @@ from cluster.doctor.finding import Finding as Finding
 from cluster.doctor.network import examine_network
 from cluster.doctor.room import examine_room
 from cluster.footprint.folders import BASE
+from cluster.tracing.settings import EXTRA, missing_packages
 from cluster.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def examine(root: Path = ROOT) -> list[Finding]:
     """root: the folder of /proc, of the control groups and of the disks."""
     parts: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python, _packages, _ray, _torch, _gpus,
-        lambda: _cpu(root), _kernels, lambda: _memory(root), lambda: _room(root), lambda: _disks(root),
+        _traces, lambda: _cpu(root), _kernels, lambda: _memory(root), lambda: _room(root), lambda: _disks(root),
         examine_network,
     )  # fmt: skip
     return [finding for part in parts for finding in part()]
@@ -112,6 +113,13 @@ def _ray() -> Iterator[Finding]:
         return
     advice = "" if haproxy else f"pip install 'ray[serve,serve-grpc]=={ray}'"
     yield Finding("Ray", f"{ray}, HAProxy {haproxy or 'not installed'}", advice, missing=haproxy is None)
+
+
+def _traces() -> Iterator[Finding]:
+    """Nothing is wrong without these: traces are sent where they are asked for."""
+    missing = missing_packages()
+    found = f"not without `pip install 'moe-cluster[{EXTRA}]'`" if missing else "over OTLP, with `tracing: true`"
+    yield Finding("traces", found)
 
 
 def _torch() -> Iterator[Finding]:

@@ -3,8 +3,9 @@
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from cluster.engine.adapters import Adapters
 from cluster.engine.engine import Engine
@@ -23,11 +24,20 @@ class Abort:
     names: frozenset[str]
 
 
+class Follows(Protocol):
+    """As `EngineTracing`; called by the loop's thread."""
+
+    def arrived(self, request: EngineRequest) -> None: ...
+
+    def told(self, updates: Iterable[SequenceUpdate]) -> None: ...
+
+
 class EngineLoop:
     """All but `start` and `stop` may be called from any thread; the engine is touched by the loop's alone."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tracing: Follows | None = None) -> None:
         self._engine = engine
+        self._tracing = tracing
         self._inbox: queue.SimpleQueue[EngineRequest | str | Abort | None] = queue.SimpleQueue()
         self._news = threading.Condition()
         self._updates: list[SequenceUpdate] = []
@@ -95,6 +105,8 @@ class EngineLoop:
             while self._take_commands(block=not self._engine.has_work):
                 updates = self._engine.step()
                 if updates:
+                    if self._tracing is not None:
+                        self._tracing.told(updates)
                     with self._news:
                         self._updates += updates
                         self._news.notify_all()
@@ -127,12 +139,16 @@ class EngineLoop:
         if isinstance(command, str):
             self._engine.cancel(command)
             return
+        if self._tracing is not None:
+            self._tracing.arrived(command)
         self._engine.on_step((command.request_id,))  # to take it in may end the process, too
         try:
             self._engine.submit(command)
         except Exception as error:  # noqa: BLE001 one request's fault must not end the others
             failure = error if isinstance(error, ClusterError) else failure_of(command.called, error)
             refusal = SequenceUpdate(request_id=command.request_id, finish_reason="error", error=failure)
+            if self._tracing is not None:
+                self._tracing.told([refusal])
             with self._news:
                 self._updates.append(refusal)
                 self._news.notify_all()

@@ -4,7 +4,7 @@
 T: rows in the batch, H: hidden size, K: experts a token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
+from cluster.tracing.contexts import Place
 
 NOT_HERE = -1  # in ExpertBatch.topk_ids: this slot's expert is computed by another shard
 
@@ -67,6 +68,10 @@ class ExpertTransport(Protocol):
     def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
         """Sends without waiting. Raises ShardUnavailable when the shard is known to be gone."""
 
+    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
+        """Tells shards the spans to which the batches from now on belong, by the shards' ids; none ends that. A shard
+        of an older version is not told."""
+
     def close(self) -> None:
         """Lets go of connections; shards live on."""
 
@@ -97,6 +102,9 @@ class LocalTransport:
         return LocalFlight(
             self.shards[shard_id].forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
         )
+
+    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
+        pass
 
     def close(self) -> None:
         pass

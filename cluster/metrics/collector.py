@@ -27,12 +27,13 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from cluster.errors import SetupError
+from cluster.metrics.exemplars import add_exemplars
 from cluster.metrics.process import is_running
 from cluster.private import private_folder
 
 log = logging.getLogger(__name__)
 
-_OWNED_FILE = re.compile(r"(?P<kind>[a-z]+)(_[a-z]+)?_(?P<pid>\d+)(-(?P<start>\d+))?\.db")
+_OWNED_FILE = re.compile(r"(?P<kind>[a-z]+)(_[a-z]+)?_(?P<pid>\d+)(-(?P<start>\d+))?\.(db|json|new)")
 _JOURNAL = "fold.json"
 _DAMAGED = (
     RuntimeError,
@@ -102,7 +103,8 @@ class _DirectoryCollector:
             finish_fold(self._directory)
             clear_dead(self._directory)
             files = [str(path) for path in sorted(self._directory.glob("*.db")) if self._is_readable(path)]
-            metrics: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+            metrics = list(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
+            add_exemplars(metrics, self._directory)
             return sorted(metrics, key=lambda metric: metric.name)
 
     def _is_readable(self, path: Path) -> bool:
@@ -120,7 +122,10 @@ class _DirectoryCollector:
 
 
 def clear_dead(directory: Path) -> None:
-    """Removes the gauges of processes that ended and folds their counts into the archives."""
+    """Removes the gauges and exemplars of processes that ended and folds their counts into the archives."""
+    for path in directory.glob("exemplars_*"):
+        if _is_dead(path):
+            path.unlink()
     dead = [path for path in sorted(directory.glob("*.db")) if _is_dead(path)]
     for path in dead:
         if path.name.startswith("gauge_"):

@@ -42,6 +42,12 @@ def new_registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
+def exemplars_path() -> Path | None:
+    """Where this process keeps its exemplars (`exemplars.py`); None without `PROMETHEUS_MULTIPROC_DIR`."""
+    directory = os.environ.get(_DIR_VARIABLE)
+    return Path(directory) / f"exemplars_{ProcessOwner()()}.json" if directory else None
+
+
 class ProcessOwner:
     """A call returns `<pid>-<start ticks>` of this process, also after a fork; each count asks."""
 

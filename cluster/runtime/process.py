@@ -91,6 +91,7 @@ def process_info(rank_pids: tuple[int, ...] = ()) -> ProcessInfo:
         version=__version__,
         takes_adapters=True,
         takes_aborts=True,
+        takes_traces=True,
         rank_pids=rank_pids,
     )
 

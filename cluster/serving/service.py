@@ -18,6 +18,7 @@ from cluster.serving.backend import GenerationBackend, UpdateStream
 from cluster.serving.model_names import MAX_SHOWN
 from cluster.serving.outcomes import result_of
 from cluster.serving.prepare import RequestPreparer
+from cluster.serving.spans import RequestSpans
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText
 from cluster.serving.text.prompts import Prompt
@@ -52,7 +53,7 @@ class InferenceService:
     tokenizer: None serves token ids alone.  defaults: the checkpoint's generation_config; None fields take
     `SAMPLING_DEFAULTS`.
     admission: lets calls in; by default any.  clock: monotonic seconds.
-    adapters: returns the names of the LoRA adapters that are loaded now.
+    adapters: returns the names of the LoRA adapters that are loaded now.  spans: None where nothing is traced.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class InferenceService:
         clock: Callable[[], float] = time.monotonic,
         new_request_id: Callable[[], str] = lambda: uuid.uuid4().hex,
         adapters: Callable[[], Collection[str]] = tuple,
+        spans: RequestSpans | None = None,
     ) -> None:
         self.info = info
         self.limits = limits or ServiceLimits()
@@ -80,7 +82,7 @@ class InferenceService:
         self.new_request_id = new_request_id
         self.adapters = adapters
         self.now_s = clock
-        self._tracker = RequestTracker(metrics, clock)
+        self.spans, self._tracker = spans, RequestTracker(metrics, clock, spans)
 
     async def start(self) -> None:
         """Starts what the first requests would wait for otherwise."""
@@ -122,6 +124,7 @@ class InferenceService:
         check: sees the parameters, with every default filled in, before anything is computed, and may refuse them.
         """
         with self._begun(request_id, timeout_s, client) as tracked:
+            tracked.chat = prompt.chat is not None
             preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
             request = await self._in_time(preparing, tracked, client)
             check(request.params)
@@ -153,6 +156,7 @@ class InferenceService:
         prompt_group: as in EngineRequest.  accepted, goes_on: as in Admission.
         """
         with self._begun(request_id, timeout_s, client, accepted=accepted, goes_on=goes_on) as tracked:
+            tracked.chat, tracked.stream = prompt.chat is not None, True
             preparing = self.prepare(prompt, params, request_id=tracked.request_id, client=client)
             request = replace(await self._in_time(preparing, tracked, client), prompt_group=prompt_group)
             async with aclosing(self._run(request, tracked)) as deltas:
@@ -234,7 +238,7 @@ class InferenceService:
         remaining_s = self._tracker.remaining_s(tracked)
         if remaining_s is not None and remaining_s <= 0:
             raise tracked.timed_out()
-        self._tracker.prompt(tracked, len(request.prompt_token_ids))
+        request = self._tracker.prepared(tracked, request)
         return replace(request, timeout_s=remaining_s, client=client, name=tracked.name)
 
     async def _run(self, request: EngineRequest, tracked: TrackedRequest) -> AsyncGenerator[TextDelta, None]:

@@ -4,11 +4,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.outcome import CALLS, Wants
+from cluster.serving.spans import RequestSpan, RequestSpans
+from cluster.types import EngineRequest
 
 log = logging.getLogger(__name__)
 # A line for each request where `log_requests` asks for it; for those that failed by our fault in any case.
@@ -19,6 +21,9 @@ _LOG_LEVELS = {"internal": logging.WARNING, "unavailable": logging.WARNING}
 _COUNTED = "counted_as_a_request"  # of errors; set here alone
 
 T = TypeVar("T")
+
+
+Example = Literal["first_token", "end_to_end"]
 
 
 class RequestMetrics(Protocol):
@@ -38,6 +43,9 @@ class RequestMetrics(Protocol):
     def end_to_end(self, seconds: float) -> None:
         """seconds: from arrival to the last token, of requests that were answered."""
 
+    def example(self, of: Example, seconds: float, trace_id: str) -> None:
+        """A request that is traced had this one of the times above."""
+
     def result(self, method: str) -> None:
         """method: the rpc that was answered with numbers."""
 
@@ -48,7 +56,8 @@ class RequestMetrics(Protocol):
 
 @dataclass(slots=True)
 class TrackedRequest:
-    """request_id: unique among the requests of all ingresses.  name: the client's name for it."""
+    """request_id: unique among the requests of all ingresses.  name: the client's name for it.
+    chat, stream: how it was asked.  span: None where it is not traced."""
 
     request_id: str
     name: str
@@ -59,6 +68,9 @@ class TrackedRequest:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_cached_tokens: int | None = None
+    chat: bool = False
+    stream: bool = False
+    span: RequestSpan | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -72,10 +84,10 @@ class TrackedRequest:
 
 
 class RequestTracker:
-    """Not thread-safe. clock: monotonic seconds."""
+    """Not thread-safe. clock: monotonic seconds.  spans: None where nothing is traced."""
 
-    def __init__(self, metrics: RequestMetrics, clock: Callable[[], float]) -> None:
-        self._metrics, self._clock = metrics, clock
+    def __init__(self, metrics: RequestMetrics, clock: Callable[[], float], spans: RequestSpans | None = None) -> None:
+        self._metrics, self._clock, self._spans = metrics, clock, spans
 
     @contextmanager
     def track(self, request_id: str, name: str, timeout_s: float | None) -> Iterator[TrackedRequest]:
@@ -84,6 +96,8 @@ class RequestTracker:
         request_id: unique.  name: the client's, or "". Two clients may choose the same, so nothing is found by it.
         """
         tracked = TrackedRequest(request_id, name or request_id, self._clock(), timeout_s)
+        if self._spans is not None:
+            tracked.span = self._spans.request(request_id)
         self._metrics.started()
         reason = ""
         try:
@@ -103,6 +117,8 @@ class RequestTracker:
         finally:
             outcome = tracked.outcome or "internal"
             self._metrics.finished(outcome)
+            if tracked.span is not None:
+                tracked.span.end(outcome, tracked.num_generated_tokens, tracked.num_cached_tokens)
             self._log_end(tracked, outcome, reason)
 
     def refused(self, error: ClusterError) -> None:
@@ -113,10 +129,14 @@ class RequestTracker:
         self._metrics.finished(error.grpc_code.lower())
         log.debug("a call was refused: %s", error)
 
-    def prompt(self, tracked: TrackedRequest, num_tokens: int) -> None:
-        """Counts the prompt's tokens."""
-        tracked.num_prompt_tokens = num_tokens
-        self._metrics.prompt_tokens(num_tokens)
+    def prepared(self, tracked: TrackedRequest, request: EngineRequest) -> EngineRequest:
+        """Counts the prompt's tokens. Returns the request with its place in a trace, if it is traced."""
+        tracked.num_prompt_tokens = len(request.prompt_token_ids)
+        self._metrics.prompt_tokens(tracked.num_prompt_tokens)
+        if tracked.span is None:
+            return request
+        tracked.span.prepared(request, chat=tracked.chat, stream=tracked.stream)
+        return replace(request, trace=tracked.span.traceparent)
 
     def cached(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Notes the tokens at the prompt's beginning that were in the cache where the first token comes from."""
@@ -130,6 +150,9 @@ class RequestTracker:
         now_s = self._clock()
         if tracked.last_token_s is None:
             self._metrics.first_token(now_s - tracked.arrived_s)
+            if tracked.span is not None:
+                tracked.span.first_token(now_s - tracked.arrived_s)
+            self._note(tracked, "first_token", now_s)
         else:
             self._metrics.inter_token(now_s - tracked.last_token_s, count)
         tracked.last_token_s = now_s
@@ -138,8 +161,14 @@ class RequestTracker:
 
     def answered(self, tracked: TrackedRequest, outcome: str) -> None:
         """Counts the end of an answer."""
-        tracked.outcome = outcome
-        self._metrics.end_to_end(self._clock() - tracked.arrived_s)
+        tracked.outcome, now_s = outcome, self._clock()
+        self._metrics.end_to_end(now_s - tracked.arrived_s)
+        self._note(tracked, "end_to_end", now_s)
+
+    def _note(self, tracked: TrackedRequest, of: Example, now_s: float) -> None:
+        """For those who look for a trace behind a time."""
+        if tracked.span is not None:
+            self._metrics.example(of, now_s - tracked.arrived_s, tracked.span.trace_id)
 
     def computed(self, tracked: TrackedRequest, wants: Wants) -> None:
         """Counts the end of a result of numbers."""

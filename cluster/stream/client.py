@@ -5,7 +5,7 @@ A stream that breaks costs its step one call over the fallback carrier; the next
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from cluster.experts.transport import ExpertBatch, ExpertTransport, Flight
 from cluster.stream.connection import StreamBroken, StreamConnection
 from cluster.stream.frames import StreamOffer
 from cluster.stream.lanes import LANE_DTYPES, StreamLanes, has_lanes
+from cluster.tracing.contexts import Place, pack
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,22 @@ class StreamTransport:
         self._connections: dict[int, tuple[Hashable, StreamConnection]] = {}
         self._retry_at: dict[int, float] = {}
         self._num_forgotten = 0
+        self._traces: dict[int, bytes] = {}
+
+    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
+        """As of `ExpertTransport`."""
+        self._traces = {shard_id: pack(of_shard) for shard_id, of_shard in places.items()}
+        for _, connection in list(self._connections.values()):
+            self._tell(connection)
+        if self._fallback is not None:
+            self._fallback.trace(places)
+
+    def _tell(self, connection: StreamConnection) -> None:
+        """A connection that breaks over it is no loss: the next batch finds out."""
+        try:
+            connection.trace(self._traces.get(connection.shard_id, b""))
+        except StreamBroken as error:
+            self.forget(connection, str(error))
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
         try:
@@ -172,4 +189,6 @@ class StreamTransport:
             log.warning("no stream to shard %d: %s", shard_id, error)
             raise StreamBroken(str(error)) from error
         self._connections[shard_id] = (incarnation, connection)
+        if self._traces:
+            self._tell(connection)
         return connection

@@ -18,7 +18,7 @@ from cluster.stream import frames
 from cluster.stream.buffers import ReceiveBuffers, Staging, memory
 from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, StreamOffer
 from cluster.stream.region import Region, make_region
-from cluster.stream.sockets import prepare_socket, remaining
+from cluster.stream.sockets import has_room, prepare_socket, remaining
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class StreamConnection:
         self._slots: dict[int, int] = {}
         self._release: Callable[[], None] | None = None
         self._ahead = b""  # read from the socket already
+        self._features, self._trace = 0, b""
         self.last_lane_id = 1 << 62  # of the requests that `lanes.py` sends; those of `send` are far below
         try:
             self._sock.settimeout(CONNECT_TIMEOUT_S)
@@ -81,10 +82,8 @@ class StreamConnection:
             staged = self._staging.copy(rows)
         if rows.is_cuda:  # the rows' copy above: ids and weights that are on the host already wait for nothing
             torch.cuda.current_stream(rows.device).synchronize()
-        parts = [
-            memory(batch.topk_ids.to(torch.int32).contiguous().cpu()),
-            memory(batch.topk_weights.contiguous().cpu()),
-        ]
+        ids, weights = batch.topk_ids.to(torch.int32), batch.topk_weights
+        parts = [memory(ids.contiguous().cpu()), memory(weights.contiguous().cpu())]
         if staged is not None:
             parts.append(memory(staged[0]))
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -104,15 +103,18 @@ class StreamConnection:
         )
         if slot:
             self._slots[request_id] = slot
-        rest: list[memoryview] = [memoryview(head.pack(*parts)), *parts]
-        try:
-            while rest:
-                rest = remaining(rest, self._sock.sendmsg(rest))
-        except OSError as error:
-            raise StreamBroken(str(error)) from error
+        self._send_all([memoryview(head.pack(*parts)), *parts])
         if staged is not None:
             self._staging.give_back(staged[1])
         return request_id
+
+    def trace(self, places: bytes) -> None:
+        """The requests from now on belong to these packed spans. Not told: an older shard, and one that does not read.
+        Raises StreamBroken."""
+        if places == self._trace or not self._features & frames.TRACES or not has_room(self._sock):
+            return
+        self._trace, head = places, Header(kind=Kind.TRACE, payload_bytes=len(places))
+        self._send_all([memoryview(head.pack(places) + places)])
 
     def receive(self, request_id: int, like: Tensor, timeout_s: float) -> Tensor:
         """Blocks for one request's rows, with the width and dtype of `like`. They are valid until the next call, which
@@ -138,6 +140,14 @@ class StreamConnection:
         if isinstance(early, ClusterError):
             raise early
         return early
+
+    def _send_all(self, rest: list[memoryview]) -> None:
+        """Raises StreamBroken."""
+        try:
+            while rest:
+                rest = remaining(rest, self._sock.sendmsg(rest))
+        except OSError as error:
+            raise StreamBroken(str(error)) from error
 
     def abandon(self, request_id: int) -> None:
         """Nobody will ask for this answer: it is dropped when it comes."""
@@ -180,7 +190,7 @@ class StreamConnection:
         self._sock.close()
 
     def _shake_hands(self, secret: bytes) -> None:
-        magic, version, _, nonce = frames.GREETING.unpack(self._exactly(frames.GREETING.size))
+        magic, version, self._features, nonce = frames.GREETING.unpack(self._exactly(frames.GREETING.size))
         frames.check_version(magic, version)
         our_nonce = secrets.token_bytes(frames.NONCE_BYTES)
         proof = frames.mac(secret, b"client", nonce)

@@ -27,7 +27,10 @@ from cluster.stream.region import NUM_SLOTS, SLOT_BYTES
 
 MAGIC = b"moeX"
 VERSION = 2
-FEATURES = 1  # bits; 1: a client understands ALIVE, a server sends it. Versions before it say 0 and read none.
+# Bits of what a side understands. Versions before the first say 0 and read none; no bit changes what stood before it.
+SIGNS = 1  # a client understands ALIVE, a server sends it
+TRACES = 2  # a server understands TRACE
+FEATURES = SIGNS | TRACES
 NONCE_BYTES = 32
 GREETING = struct.Struct("<4sHH32s")  # server's first words: its FEATURES, its nonce
 HELLO = struct.Struct("<4sHH32s32s")  # client's: its FEATURES, its nonce, MAC of the server's
@@ -41,11 +44,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kind(IntEnum):
-    """REQUEST and SHARE go to the shard, the others come back.
+    """REQUEST, SHARE and TRACE go to the shard, the others come back.
 
     REFUSED: the frame itself was wrong; the stream ends.
     SHARE: a region's descriptor; the answer is an empty ANSWER, or FAILED if the shard cannot open it.
     ALIVE: a head without payload, while the caller's requests wait and the shard's work goes on.
+    TRACE: the spans to which the caller's requests behind it belong (`tracing.contexts.pack`), none in an empty one. To
+        shards with the feature TRACES; they answer nothing.
     """
 
     REQUEST = 1
@@ -55,6 +60,7 @@ class Kind(IntEnum):
     REFUSED = 5
     SHARE = 6
     ALIVE = 7
+    TRACE = 8
 
 
 _KINDS = frozenset(Kind)

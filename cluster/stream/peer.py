@@ -29,6 +29,7 @@ from cluster.stream.sockets import prepare_socket, remaining
 
 HANDSHAKE_S = 5.0  # for a stranger to prove himself
 MAX_DESCRIPTOR_BYTES = 1 << 16  # of shared memory
+MAX_TRACE_BYTES = 1 << 16  # 2,730 spans
 MAX_PENDING = 8  # requests of one caller that wait here; then nothing more is read from him
 _ANCILLARY_BYTES = socket.CMSG_SPACE(16)  # for a few file descriptors; the kernel closes those that find no room
 
@@ -40,7 +41,12 @@ class State(Enum):
     HELLO = auto()
     HEAD = auto()
     SHARE = auto()  # the payload that describes shared memory
+    TRACE = auto()  # the payload that names spans
     REQUEST = auto()  # the payload of a request
+
+
+_MOST_BYTES = {Kind.SHARE: MAX_DESCRIPTOR_BYTES, Kind.TRACE: MAX_TRACE_BYTES}
+_WITH_PAYLOAD = {Kind.REQUEST: State.REQUEST, Kind.SHARE: State.SHARE, Kind.TRACE: State.TRACE}
 
 
 @dataclass(slots=True)
@@ -49,6 +55,7 @@ class Request:
 
     timeout_s: how long its caller waits without a word from here.
     heard_at: when he was last told that the work goes on, or when the request came.
+    trace: the spans to which it belongs, packed; none where it is not traced.
     """
 
     peer: "Peer"
@@ -56,6 +63,7 @@ class Request:
     buffer: Tensor
     timeout_s: float
     heard_at: float
+    trace: bytes = b""
 
     def batch(self, device: torch.device) -> ExpertBatch:
         head = self.head
@@ -86,6 +94,7 @@ class Peer:
     features: of his version.  region: the memory that he shares, if any.  num_pending: his requests that wait here.
     outgoing: bytes that the socket has not taken yet.  watched: the selector's events, which the server keeps.
     lent: the native loop reads from the socket (`steady.py`), nobody else.
+    trace: the spans to which his next requests belong, packed; traced_at: when he said so, ns of the wall clock.
     """
 
     def __init__(self, sock: socket.socket, secret: bytes, buffers: ReceiveBuffers, device: torch.device) -> None:
@@ -100,6 +109,7 @@ class Peer:
         self.outgoing: deque[memoryview] = deque()
         self.watched = 0
         self.lent = False
+        self.trace, self.traced_at = b"", 0
         self._ahead = b""  # read from the socket already
         self._secret = secret
         self._nonce = secrets.token_bytes(frames.NONCE_BYTES)
@@ -213,13 +223,20 @@ class Peer:
         self._filled = 0
         request = None
         if self.state is State.HEAD:
-            self._begin_payload(Header.unpack(self._target))
-            return None
+            head = Header.unpack(self._target)
+            if head.kind is not Kind.TRACE or head.payload_bytes:
+                self._begin_payload(head)
+                return None
+            head.check(memoryview(b""))
+            self.trace = b""
         if self.state is State.HELLO:
             self._prove()
         elif self.state is State.SHARE:
             self._share()
-        else:
+        elif self.state is State.TRACE:
+            self._taken()
+            self.trace, self.traced_at = bytes(self._target), time.time_ns()
+        elif self.state is State.REQUEST:
             request = self._end_request()
         self.state = State.HEAD
         self._target = memoryview(bytearray(HEADER.size))
@@ -235,22 +252,20 @@ class Peer:
         self.send(frames.WELCOME.pack(frames.MAGIC, frames.VERSION, frames.mac(self._secret, b"server", nonce)))
 
     def _begin_payload(self, head: Header) -> None:
-        if head.kind not in (Kind.REQUEST, Kind.SHARE):
+        if head.kind not in _WITH_PAYLOAD:
             raise ProtocolError(f"a caller sent a frame of kind {head.kind.name}")
-        if head.kind is Kind.SHARE and not 0 < head.payload_bytes <= MAX_DESCRIPTOR_BYTES:
-            raise ProtocolError(f"a description of shared memory of {head.payload_bytes} bytes")
+        if head.kind is not Kind.REQUEST and not 0 < head.payload_bytes <= _MOST_BYTES[head.kind]:
+            raise ProtocolError(f"a frame of kind {head.kind.name} with {head.payload_bytes} bytes")
         if head.slot and self.region is None:
             raise ProtocolError(f"a request in slot {head.slot} of memory that was not shared")
         buffer = self._buffers.take(head.payload_bytes)
         self._frame = head, buffer
         self._target = memory(buffer)[: head.payload_bytes]
-        self.state = State.REQUEST if head.kind is Kind.REQUEST else State.SHARE
+        self.state = _WITH_PAYLOAD[head.kind]
 
     def _share(self) -> None:
         """Opens the caller's memory and answers whether it could. Raises ProtocolError for a second time."""
-        assert self._frame is not None
-        head, buffer = self._frame
-        head.check(self._target)
+        head = self._taken()
         if self.region is not None:
             raise ProtocolError("a caller shared memory twice")
         kind, message = Kind.ANSWER, b""
@@ -259,10 +274,16 @@ class Peer:
         except ProtocolError as error:
             kind, message = Kind.FAILED, str(error).encode()
         self._close_fds()
-        self._buffers.give(buffer)
-        self._frame = None
         answer = Header(kind=kind, request_id=head.request_id, payload_bytes=len(message))
         self.send(answer.pack(message), message)
+
+    def _taken(self) -> Header:
+        """The head of a frame whose payload is whole, and of which the target is read at once."""
+        assert self._frame is not None
+        (head, buffer), self._frame = self._frame, None
+        self._buffers.give(buffer)
+        head.check(self._target)
+        return head
 
     def _end_request(self) -> Request:
         assert self._frame is not None
@@ -271,7 +292,7 @@ class Peer:
         self._frame = None
         self.num_pending += 1
         timeout_s = head.timeout_ms / 1000 if head.timeout_ms != NO_TIMEOUT else float("inf")
-        return Request(self, head, buffer, timeout_s, time.monotonic())
+        return Request(self, head, buffer, timeout_s, time.monotonic(), self.trace)
 
     def _close_fds(self) -> None:
         while self._fds:

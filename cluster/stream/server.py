@@ -27,6 +27,7 @@ from cluster.stream.frames import Header, Kind, StreamOffer
 from cluster.stream.groups import WaitingRequests, one_batch, staged_parts
 from cluster.stream.peer import Peer, Request
 from cluster.stream.steady import Steady, SteadyBackend
+from cluster.tracing.products import Product
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,14 @@ class StreamBackend(Protocol):
         """[T, H] in the rows' dtype. waited_s: since the oldest of its rows was sent. Raises ClusterError."""
 
 
+OnTraced = Callable[[bytes, int, Sequence[Product]], None]
+"""Called with a step's spans as they came, when its first product began, and products that were made for it."""
+
+
 class StreamServer:
     """Listens on a Unix socket (Linux) and on TCP, from `start` to `close`. node: a name of this host.
-    pulse: of the backend, where other threads compute with it too.  steady: the backend once more, for native code."""
+    pulse: of the backend, where other threads compute with it too.  steady: the backend once more, for native code.
+    on_traced: called by its threads, of requests that are traced."""
 
     def __init__(
         self,
@@ -57,12 +63,14 @@ class StreamServer:
         node: str,
         pulse: Pulse | None = None,
         steady: SteadyBackend | None = None,
+        on_traced: OnTraced = lambda packed, began, products: None,
         max_group_rows: int = 8192,
         beat_s: float = BEAT_S,
     ) -> None:
         self._backend = backend
         self._pulse = pulse or Pulse()
-        self._steady = Steady(steady, self._pulse.watch)
+        self._on_traced = on_traced
+        self._steady = Steady(steady, self._pulse.watch, on_traced)
         self._on_cpu = backend.device.type == "cpu"
         self._beat_s = beat_s
         self._turn = threading.Lock()  # of the thread that uses the fields below; no thread has it during a product
@@ -168,9 +176,7 @@ class StreamServer:
     def _beat(self) -> None:
         """Tells all callers whose requests wait that the work goes on, but for those who do not read their answers."""
         head, now = Header(kind=Kind.ALIVE).pack(), time.monotonic()
-        for peer in [
-            p for p in self._callers.peers if p.features & frames.FEATURES and self._waits(p) and not p.outgoing
-        ]:
+        for peer in [p for p in self._callers.peers if p.features & frames.SIGNS and self._waits(p) and not p.outgoing]:
             self._callers.send(peer, head)
             for request in self._waiting.of(peer):
                 request.heard_at = now
@@ -206,7 +212,15 @@ class StreamServer:
                 log.exception("layer %d failed", group[0].head.layer_id)
             self._fail(group, Kind.FAILED, f"{type(error).__name__}: {error}")
         else:
+            for request in group:
+                if request.trace:
+                    self._note(request, waited_s, time.monotonic() - now)
             self._hand_back(group, out)
+
+    def _note(self, request: Request, waited_s: float, computed_s: float) -> None:
+        """A product was made for a request that is traced, with others or alone."""
+        began = time.time_ns() - int(computed_s * 1e9)
+        self._on_traced(request.trace, began, [(request.head.rows, waited_s, computed_s)])
 
     def _work(self, work: Callable[[], T]) -> T:
         """Does what may take long; the deputy does everything else meanwhile."""

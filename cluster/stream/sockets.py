@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import select
 import socket
 import struct
 import sys
@@ -51,3 +52,10 @@ def remaining(parts: Sequence[bytes | memoryview], sent: int) -> list[memoryview
             rest.append(memoryview(part)[sent:])
         sent = max(0, sent - size)
     return rest
+
+
+def has_room(sock: socket.socket) -> bool:
+    """Whether some hundred bytes can be sent now without waiting for the other side to read."""
+    room = select.poll()
+    room.register(sock, select.POLLOUT)
+    return bool(room.poll(0))

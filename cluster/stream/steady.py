@@ -14,6 +14,7 @@ from cluster.kernels.native import library
 from cluster.kernels.native.serving import SERVED_DTYPES, ServedLayer, Serving, can_serve
 from cluster.stream.peer import Peer
 from cluster.stream.region import NUM_SLOTS
+from cluster.tracing.products import Product
 
 STEADY = 16  # requests of one caller, without another's between them, until the loop takes over
 REST = 1000  # requests that Python answers after the loop came back from several at once
@@ -33,10 +34,16 @@ class Steady:
     """Whether the loop may take a caller's requests, and what it has done. Only the thread with the server's turn calls
     it, but for `serve` and `stop`."""
 
-    def __init__(self, backend: SteadyBackend | None, watch: Callable[[Callable[[], bool]], None]) -> None:
-        """watch: as `Pulse.watch`; called by the thread that serves."""
+    def __init__(
+        self,
+        backend: SteadyBackend | None,
+        watch: Callable[[Callable[[], bool]], None],
+        on_traced: Callable[[bytes, int, Sequence[Product]], None] = lambda packed, began, products: None,
+    ) -> None:
+        """watch: as `Pulse.watch`; called by the thread that serves.  on_traced: as of `StreamServer`."""
         self._backend = backend if library.native() is not None and can_serve() else None
-        self._watch = watch
+        self._watch, self._on_traced = watch, on_traced
+        self._trace, self._traced_at = b"", 0  # of the caller that the loop serves, who changes it by no usual frame
         self._watched = False
         self._caller: Peer | None = None
         self._num_requests = 0
@@ -78,6 +85,7 @@ class Steady:
             self._watched = True
             self._watch(lambda: self.computes)
         self._num_before = self._serving.num_served
+        self._trace, self._traced_at = peer.trace, peer.traced_at
         return self._serving.serve(
             peer.sock.fileno(), wake, peer.region.memory, NUM_SLOTS, least_timeout_s=least_timeout_s
         )
@@ -95,6 +103,8 @@ class Steady:
         products, tokens = self._serving.served()
         if products:
             self._backend.computed(products, tokens)
+            if self._trace:
+                self._on_traced(self._trace, self._traced_at, products)
 
     def came_back(self, unusual: bool) -> None:
         """unusual: the loop has met what it does not take."""

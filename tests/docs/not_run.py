@@ -6,6 +6,7 @@ A command that is in no row of the table is run.
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,14 @@ def is_parsed(example: Example) -> None:
     while "=" in words[0]:
         del words[0]
     cli._parser().parse_args(words[1:])
+
+
+def _extra_is_there(example: Example) -> None:
+    """The tests' own extra has it, too."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [extra] = re.findall(r"moe-cluster\[(\w+)\]", example.text)
+    assert extra in extras
+    assert any(extra in re.findall(r"\w+", one.partition("[")[2]) for one in extras["test"])
 
 
 def _script_is_there(example: Example) -> None:
@@ -131,6 +140,8 @@ TABLE = (
     NotRun(
         r"(python3(\.11)? -m venv|\.|pip install -e) \S+", "installs packages; CI does", _continuous_integration_does
     ),
+    NotRun(r"pip install 'moe-cluster\[\w+\]'", "installs packages", _extra_is_there),
+    NotRun(r"moe-cluster serve .* --tracing .*", "needs a receiver of traces", is_parsed),
     NotRun(r"pytest( .*)?", "runs the tests in a test", "tests/conftest.py::pytest_configure"),
     NotRun(r"python deploy/demo/train\.py", "takes minutes", _script_is_there),
     NotRun(r"(OMP_WAIT_POLICY=\S+ )?python tests/\S+\.py .*", "measures for minutes", _script_is_there),

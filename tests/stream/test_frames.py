@@ -56,7 +56,7 @@ def test_fields_that_are_left_out_are_zero_and_no_timeout():
 
 @pytest.mark.parametrize(("kind", "code"), [(kind, code) for code, kind in enumerate(Kind, start=1)])
 def test_kinds_have_the_numbers_that_older_versions_know(kind, code):
-    names = ["REQUEST", "ANSWER", "UNAVAILABLE", "FAILED", "REFUSED", "SHARE", "ALIVE"]
+    names = ["REQUEST", "ANSWER", "UNAVAILABLE", "FAILED", "REFUSED", "SHARE", "ALIVE", "TRACE"]
     assert (kind.name, kind.value) == (names[code - 1], code)
     assert Header(kind=kind, request_id=0, payload_bytes=0).pack()[6] == code
 

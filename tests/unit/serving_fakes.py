@@ -13,6 +13,7 @@ from cluster.outcome import Head
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.service import InferenceService, ServiceLimits
+from cluster.serving.spans import RequestSpans
 from cluster.serving.text.tokenizer import Tokenizer as ServedTokenizer
 from cluster.types import EngineRequest, Logprobs, ModelInfo, SamplingParams, SequenceUpdate
 
@@ -142,6 +143,9 @@ class FakeMetrics:
     def end_to_end(self, seconds: float) -> None:
         self.calls.append(("end_to_end", seconds))
 
+    def example(self, of: str, seconds: float, trace_id: str) -> None:
+        self.calls.append(("example", of, seconds, trace_id))
+
     def result(self, method: str) -> None:
         self.calls.append(("result", method))
 
@@ -183,6 +187,7 @@ def make_service(
     admission: Admission | None = None,
     head: Head | None = None,
     adapters: Sequence[str] = (),
+    spans: RequestSpans | None = None,
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
     info = ModelInfo(
@@ -202,4 +207,5 @@ def make_service(
         or Admission(keys, AdmissionLimits(max_streams_per_client=max_streams_per_client), room=lambda: room),
         clock=clock or TickingClock(),
         new_request_id=lambda: f"generated-{next(ids)}",
+        spans=spans,
     )

@@ -119,7 +119,7 @@ def test_the_image_has_the_native_kernels_and_no_compiler(target):
     steps = [rest for word, rest in lineage(f"builder-{target}") if word == "RUN"]
     [compiler] = [rest for rest in steps if "install --yes --no-install-recommends g++" in rest]
     assert steps.index(compiler) < len(steps) - 1
-    asks = re.findall(r"pip install \. +&& python -I -c \"(.+)\"$", steps[-1])
+    asks = re.findall(r"pip install \"/src\[tracing\]\" +&& python -I -c \"(.+)\"$", steps[-1])
     assert run_python(*asks, MOE_CLUSTER_KERNELS_LIBRARY="/nowhere.so") == 1
     if not missing_because():
         assert run_python(*asks) == 0

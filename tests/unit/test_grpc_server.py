@@ -481,6 +481,7 @@ class FakeService:
     """The part of a service that refusals need."""
 
     limits = ServiceLimits()
+    spans = None
 
     def __init__(self, admission=None):
         self.admission = admission or Admission()

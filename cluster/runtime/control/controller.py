@@ -108,7 +108,7 @@ class ExpertController(AdapterCalls):
                 await state.until(lambda: state.is_news(known_epoch))
         except TimeoutError:
             return None
-        return Membership(plan=state.plan, handles=self.shards.handles())
+        return Membership(plan=state.plan, handles=self.shards.handles(), take_traces=self.shards.take_traces())
 
     async def slot(self, holder: str, process: ProcessInfo, engine: Any) -> int:
         """The place of an engine that starts: the lowest that no living one has."""

@@ -90,5 +90,10 @@ class Shards:
         """The actors of the shards that are up."""
         return {shard.shard_id: shard.handle for shard in self._shards if shard.handle is not None}
 
+    def take_traces(self) -> frozenset[int]:
+        """Those that are up and take the spans of a batch with it."""
+        up = (shard for shard in self._shards if shard.handle is not None)
+        return frozenset(s.shard_id for s in up if s.status.process is not None and s.status.process.takes_traces)
+
     def all_up(self) -> bool:
         return all(shard.handle is not None for shard in self._shards)

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing, suppress
+from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from cluster.logs import SeldomLog
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.deaths import Pauses
 from cluster.runtime.front.autoscaling import engine_load
+from cluster.runtime.front.traces import replica_spans
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import actor_environment, num_threads, prepare_process
 from cluster.runtime.ray_private.core import by_name
@@ -65,6 +66,7 @@ class AttentionReplica:
             self._engine_pid: int = await self.engine.ready.remote()
         except ray.exceptions.RayActorError as error:
             raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
+        self._tracing = replica_spans(config, self.name)
         self._streams: dict[str, UpdateQueue] = {}
         self._lost = ""
         self._max_num_seqs = config.max_num_seqs
@@ -81,21 +83,22 @@ class AttentionReplica:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
         """Yields the replica's name, then the sequence's updates, the last with a finish_reason. Closing it cancels the
         sequence."""
-        yield SequenceUpdate(request_id=request.request_id, replica=self.name)
-        refusal = self._refusal(request)
-        if refusal is not None:
-            yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)
-            return
-        updates = follow(
-            request.request_id,
-            self._streams,
-            self._max_unread_bytes,
-            submit=lambda: self._context.run(self.engine.submit.remote, [request]),
-            cancel=lambda: self._context.run(self.engine.cancel.remote, [request.request_id]),
-        )
-        async with aclosing(updates):
-            async for update in updates:
-                yield update
+        with self._traced(request) as traced:
+            yield SequenceUpdate(request_id=request.request_id, replica=self.name)
+            refusal = self._refusal(request)
+            if refusal is not None:
+                yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)
+                return
+            updates = follow(
+                request.request_id,
+                self._streams,
+                self._max_unread_bytes,
+                submit=lambda: self._context.run(self.engine.submit.remote, [traced]),
+                cancel=lambda: self._context.run(self.engine.cancel.remote, [request.request_id]),
+            )
+            async with aclosing(updates):
+                async for update in updates:
+                    yield update
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls this where it scales by load."""
@@ -106,6 +109,9 @@ class AttentionReplica:
         """Serve calls this, and replaces a replica whose engine is gone."""
         if self._lost:
             raise RuntimeError(self._lost)
+
+    def _traced(self, request: EngineRequest) -> AbstractContextManager[EngineRequest]:
+        return nullcontext(request) if self._tracing is None else self._tracing.request(request)
 
     def _refusal(self, request: EngineRequest) -> Exception | None:
         if self._lost:

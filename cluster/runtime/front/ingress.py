@@ -32,6 +32,7 @@ from cluster.runtime.front.operations import RayOperations
 from cluster.runtime.front.prefix_balancer import PrefixBalancer
 from cluster.runtime.front.prompt_groups import PromptGroups
 from cluster.runtime.front.shared_responses import response_store
+from cluster.runtime.front.traces import request_spans
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
 from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
@@ -177,6 +178,7 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
         self._adapters_version = -1.0
         model_dir = model_directory(config.model)
         defaults = read_sampling_defaults(model_dir)
+        self._spans = request_spans(config)
         self._service = InferenceService(
             tokenizer=None if config.skip_tokenizer else Tokenizer(model_dir),
             info=model_info(config.model, config.engine(), config.model_id),
@@ -193,6 +195,7 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
             ),
             admission=self._admission,
             adapters=lambda: self._adapters,
+            spans=self._spans,
         )
         self._responses = Responses(response_store(config))
         self._start = asyncio.create_task(self._service.start())
@@ -231,6 +234,8 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
     async def __del__(self) -> None:
         """Serve calls it after this ingress's last call, and waits as long as for calls."""
         await self._responses.drained()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.flush)
 
     def _room(self) -> float:
         """This ingress's share of the sequences that all engines run and queue; infinite before engines are known."""

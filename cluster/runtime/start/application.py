@@ -25,6 +25,7 @@ from cluster.runtime.front.ingress import Ingress
 from cluster.runtime.front.shared_prompt_router import SharedPromptRouter
 from cluster.runtime.names import ATTENTION_REPLICA, INGRESS, shard_group
 from cluster.runtime.process import actor_environment, share_of
+from cluster.tracing.settings import check_installed
 
 GRPC_SERVICERS = [
     "cluster.runtime.proxy.add_inference_service",
@@ -43,6 +44,7 @@ def check_config(config: ClusterConfig, *, tokenizer: bool = True) -> ClusterCon
     Returns the configuration with a model that means the same files for ever, and with at most as many shards as it
     can have: none for a dense one.
     """
+    check_installed(config)
     check_free(config, config.lora_adapters or {})
     drafts = with_model(config.speculative_config, pinned)
     config = replace(config, model=pinned(config.model), speculative_config=drafts)

@@ -49,6 +49,9 @@ class _Handles:
             raise ShardUnavailable(f"there is no echo {shard_id}", shard_id)
         return self._actors[shard_id]
 
+    def takes_traces(self, shard_id: int) -> bool:
+        return False
+
 
 @contextmanager
 def echo_transports(num_shards: int, ray_address: str | None = None) -> Iterator[dict[str, ExpertTransport]]:

@@ -98,6 +98,9 @@ class ShardDirectory:
             raise ShardUnavailable(f"shard {shard_id} is being replaced", shard_id)
         return handle
 
+    def takes_traces(self, shard_id: int) -> bool:
+        return shard_id in self._current().take_traces
+
     def close(self) -> None:
         """Ends the lease; the thread goes with its next answer."""
         self._closed.set()

@@ -21,6 +21,7 @@ from cluster.runtime.workers.computing import prepare_to_compute
 from cluster.runtime.workers.directory import ShardDirectory, adapter_list, take_slot
 from cluster.runtime.workers.progress import ProgressReport
 from cluster.runtime.workers.rank_actor import ActorRanks
+from cluster.runtime.workers.traces import open_engine_traces
 from cluster.runtime.workers.transports import lanes_of, make_transport
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def start_engine(
     info = process_info(ranks.pids() if ranks else ())
     process = take_slot(controller, replica, info, me)
     place = str(process.slot) if process.slot >= 0 else replica  # in the metrics
-    metrics = DispatchMetrics(registry, place)
+    traces = open_engine_traces(config, registry, replica, place)
+    metrics = traces.metrics if traces is not None else DispatchMetrics(registry, place)
     directory = ShardDirectory(controller, replica, process, me, metrics.plan_epoch)
     transport = make_transport(config, directory, metrics)
     experts = ExpertDispatcher(
@@ -64,7 +66,7 @@ def start_engine(
         others=ranks,
     )
     engine.adapters.begin(adapter_list(controller, config))  # one may have come meanwhile
-    loop = EngineLoop(engine)
+    loop = EngineLoop(engine, None if traces is None else traces.follow(engine, experts))
     loop.start()
     log.info("engine %s is loaded, %d KV cache blocks", replica, engine.blocks.num_blocks)
     return loop

@@ -29,10 +29,14 @@ async def expert_tokens(shard: Any) -> np.ndarray | None:
 @evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
-    """A plan and the actor of each shard that is up. A shard that is being replaced has none."""
+    """A plan and the actor of each shard that is up. A shard that is being replaced has none.
+
+    take_traces: those of them that take the spans of a batch with a Ray call.
+    """
 
     plan: PlacementPlan
     handles: Mapping[int, Any]
+    take_traces: frozenset[int] = frozenset()
 
 
 @evolving("cluster.runtime.protocol")

@@ -120,8 +120,10 @@ class ExpertShardActor:
 
     @ray.method(concurrency_group="control")
     def remember(self, record: ClusterRecord) -> None:
-        """Keeps what a successor of the controller must know."""
+        """Keeps what a successor of the controller must know, and sends traces as it says."""
         self._record = record
+        if self._server is not None:
+            self._server.trace(record.config)
 
     @ray.method(concurrency_group="control")
     def recall(self) -> ClusterRecord | None:

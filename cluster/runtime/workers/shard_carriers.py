@@ -11,7 +11,7 @@ from cluster.metrics import ShardMetrics, new_registry, report_version
 from cluster.runtime.process import process_info
 from cluster.runtime.workers.rehearsal import Rehearsal
 from cluster.runtime.workers.shard_server import ShardServer
-from cluster.runtime.workers.transports import decode, to_bytes
+from cluster.runtime.workers.transports import decode, to_bytes, trace_of
 from cluster.stream.server import StreamServer
 
 
@@ -22,13 +22,17 @@ def make_server(shard_id: int, rehearsal: Rehearsal) -> ShardServer:
 
 def forward(server: ShardServer, pulse: Pulse, wire: tuple[Any, ...]) -> bytes:
     """As `ExpertShardActor.forward`."""
-    device = server.shard().device
-    waited_s = max(0.0, time.time() - wire[0])  # hosts' clocks may differ
+    device, trace = server.shard().device, trace_of(wire)
+    began = time.time_ns()
+    waited_s = max(0.0, began / 1e9 - wire[0])  # hosts' clocks may differ
     pulse.begin(on_cpu=device.type == "cpu")
     try:
-        return to_bytes(server.compute(decode(wire, device), waited_s))
+        out = to_bytes(server.compute(decode(wire, device), waited_s))
     finally:
         pulse.end()
+    if trace:
+        server.tracing.computed(trace, began, [(wire[4], waited_s, (time.time_ns() - began) / 1e9)])
+    return out
 
 
 def start_stream(server: ShardServer, pulse: Pulse) -> StreamServer:
@@ -39,6 +43,7 @@ def start_stream(server: ShardServer, pulse: Pulse) -> StreamServer:
         node=process_info().node_id,
         pulse=pulse,
         steady=server,
+        on_traced=server.tracing.computed,
     )
     streams.start()
     return streams

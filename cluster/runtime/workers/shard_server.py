@@ -9,16 +9,19 @@ from torch import Tensor
 
 from cluster.checkpoint.info import resolve_dtype
 from cluster.checkpoint.opening import open_checkpoint
+from cluster.config import ClusterConfig
 from cluster.config.lora import AdapterList
 from cluster.config.quantization import PLAIN
 from cluster.engine.load import resolve_device, torch_dtype
-from cluster.errors import ShardUnavailable
+from cluster.errors import SetupError, ShardUnavailable
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
 from cluster.idle_memory import idle_memory
 from cluster.kernels.stored import quantization_on
 from cluster.metrics import ShardMetrics
 from cluster.runtime.workers.rehearsal import Rehearsal
+from cluster.tracing.products import ShardTracing
+from cluster.tracing.settings import TracingSettings
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class ShardServer:
         self._rehearsal = rehearsal
         self._shard: ExpertShard | None = None
         self._source = ("", "", "", "")  # model, dtype, device and quantization of the loaded experts
+        self.tracing = ShardTracing(shard_id)
         self._reported: dict[tuple[int, int], int] = {}
         self._computing = threading.Lock()  # a Ray call and the stream's thread may come at once
         threading.Thread(target=self._report, name="loads", daemon=True).start()
@@ -99,6 +103,14 @@ class ShardServer:
         self.shard().adapt(wanted)
         self._metrics.weights_bytes(self.shard().num_bytes)
 
+    def trace(self, config: ClusterConfig) -> None:
+        """Sends traces as it says, from now on. On a node without the packages it sends none, and computes as ever."""
+        try:
+            self.tracing.follow(TracingSettings.of(config))
+        except SetupError as error:
+            self.tracing.follow(None)
+            log.error("shard %d sends no traces: %s", self.shard_id, error)
+
     def compute(self, batch: ExpertBatch, waited_s: float) -> Tensor:
         """[T, H] in the rows' dtype, whichever carrier brought them. Raises ShardUnavailable."""
         self._metrics.queue_wait(waited_s)
@@ -126,6 +138,7 @@ class ShardServer:
     def _report(self) -> None:
         while True:
             time.sleep(REPORT_INTERVAL_S)
+            self.tracing.send()
             shard = self._shard
             if shard is None:
                 continue

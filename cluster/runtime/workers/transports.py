@@ -6,7 +6,7 @@ neither side pays for pickling tensors. T: rows, H: hidden size, K: experts a to
 
 import time
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,10 +25,12 @@ from cluster.runtime.process import process_info
 from cluster.runtime.ray_private.core import actor_id
 from cluster.stream.client import StreamTransport
 from cluster.stream.frames import StreamOffer
+from cluster.tracing.contexts import Place, pack
 
 WireBatch = tuple[float, int, int, str, int, bytes, bytes, bytes]
 """When it was sent (seconds of the wall clock), layer_id, epoch, dtype of the rows, T, rows [T, H], ids [T, K] int32,
-weights [T, K] float32."""
+weights [T, K] float32. To a shard that takes it, of a batch that is traced: the spans to which it belongs, packed."""
+_WIRE_FIELDS = 8  # that every version knows
 
 # numpy has no bfloat16: such rows travel as the integers of their bits.
 _BITS = {"bfloat16": torch.int16, "float16": torch.float16, "float32": torch.float32}
@@ -64,8 +66,14 @@ def encode(batch: ExpertBatch) -> WireBatch:
     )
 
 
-def decode(wire: WireBatch, device: torch.device) -> ExpertBatch:
-    _, layer_id, epoch, dtype, num_rows, rows, ids, weights = wire
+def trace_of(wire: tuple[Any, ...]) -> bytes:
+    """The spans to which a `WireBatch` belongs, none where it is not traced."""
+    return wire[_WIRE_FIELDS] if len(wire) > _WIRE_FIELDS else b""
+
+
+def decode(wire: tuple[Any, ...], device: torch.device) -> ExpertBatch:
+    """wire: a `WireBatch`."""
+    _, layer_id, epoch, dtype, num_rows, rows, ids, weights = wire[:_WIRE_FIELDS]
     topk_ids = torch.from_numpy(np.frombuffer(ids, dtype=np.int32).astype(np.int64)).view(num_rows, -1)
     return ExpertBatch(
         layer_id=layer_id,
@@ -81,6 +89,9 @@ class ShardHandles(Protocol):
 
     def handle(self, shard_id: int) -> Any:
         """The shard's current actor. Raises ShardUnavailable while there is none."""
+
+    def takes_traces(self, shard_id: int) -> bool:
+        """Whether it is of a version that takes the spans of a batch with it."""
 
 
 PROBE_S = 0.5  # between two questions how far a shard is
@@ -135,10 +146,18 @@ class RayTransport:
     def __init__(self, shards: ShardHandles) -> None:
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # answers are only read
         self.shards = shards
+        self._traces: dict[int, bytes] = {}
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> RayFlight:
         actor = self.shards.handle(shard_id)
-        return RayFlight(shard_id, actor, actor.forward.remote(*encode(batch)), batch.hidden_states)
+        wire: tuple[Any, ...] = encode(batch)
+        if self._traces and shard_id in self._traces and self.shards.takes_traces(shard_id):
+            wire = (*wire, self._traces[shard_id])
+        return RayFlight(shard_id, actor, actor.forward.remote(*wire), batch.hidden_states)
+
+    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
+        """As of `ExpertTransport`."""
+        self._traces = {shard_id: pack(of_shard) for shard_id, of_shard in places.items()}
 
     def close(self) -> None:
         pass

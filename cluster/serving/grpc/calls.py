@@ -1,7 +1,7 @@
 """A call's way around its answer: who calls, how many there are, its message, its errors. Knows no rpc."""
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -61,7 +61,7 @@ class GrpcCalls:
         """
         request_id = request_id or self._service.new_request_id()
         try:
-            with self._counted(context) as client:
+            with self._counted(context, request_type) as client:
                 message = await self._beside(request, lambda: self._parse(request, request_type), client)
                 request_id = getattr(message, "request_id", "") or request_id
                 response = await answer(message, client)
@@ -76,15 +76,23 @@ class GrpcCalls:
         return work() if len(request) < LARGE_BYTES else await self._large.run(work, client)
 
     @contextmanager
-    def _counted(self, context: GrpcContext) -> Iterator[str]:
-        """Counts a call while it is open, and its refusal; yields its client. Raises Forbidden, Unauthenticated,
-        Overloaded."""
+    def _counted(self, context: GrpcContext, request_type: type[Message]) -> Iterator[str]:
+        """Counts a call while it is open, and its refusal; traces one that is let in. Yields its client. Raises
+        Forbidden, Unauthenticated, Overloaded."""
         try:
-            with self._service.admission.call(metadata_of(context), peer_of(context)) as client:
+            metadata, admission = metadata_of(context), self._service.admission
+            with admission.call(metadata, peer_of(context)) as client, self._traced(metadata, request_type):
                 yield client
         except ClusterError as error:
             self._service.count_refused(error)
             raise
+
+    def _traced(self, metadata: Mapping[str, str], request_type: type[Message]) -> AbstractContextManager[object]:
+        """The call's span is named as its rpc, which its message is named after."""
+        if self._service.spans is None:
+            return nullcontext()
+        rpc = request_type.DESCRIPTOR.full_name.removesuffix("Request")
+        return self._service.spans.call(rpc, metadata, rpc__system__name="grpc")
 
     def _parse(self, request: bytes, request_type: type[Request]) -> Request:
         limit = self._service.limits.max_request_bytes

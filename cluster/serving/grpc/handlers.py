@@ -54,7 +54,7 @@ class GrpcInferenceService(ResultHandlers):
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         request_id = self._service.new_request_id()
         try:
-            with self._counted(grpc_context) as client:
+            with self._counted(grpc_context, pb.GenerateStreamRequest) as client:
                 message = await self._beside(request, lambda: self._parse(request, pb.GenerateStreamRequest), client)
                 request_id = message.request_id or request_id
                 first_id = request_id

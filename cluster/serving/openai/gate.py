@@ -31,6 +31,7 @@ OPEN_RETRY_S = 1.0
 UNREAD_TIMEOUT_S = 120.0  # a client that takes nothing for so long counts as gone
 MAX_NAME_CHARS = 96  # of a client's name for its call, `x-request-id`: a prefix and a number come to it
 JSON = "application/json"
+CHATS = ("/v1/chat/completions", "/v1/messages", "/v1/responses")  # paths of conversations
 
 
 class Gate:
@@ -60,7 +61,7 @@ class Gate:
         request_id = _name_of(scope) or self._service.new_request_id()
         answer = _Answer(send, request_id)
         try:
-            with self._admitted(scope) as client:
+            with self._admitted(scope) as client, self._traced(scope, answer):
                 scope.setdefault("state", {}).update(client=client, request_id=request_id)
                 body = await self._whole_body(scope, receive)
                 await _while_connected(self._app(scope, _replayed(body), answer.send), receive, answer)
@@ -90,6 +91,25 @@ class Gate:
                 self._service.count_refused(error)
                 raise
             yield client
+
+    @contextmanager
+    def _traced(self, scope: Scope, answer: "_Answer") -> Iterator[None]:
+        """The span of a call that a client's key pays for; pages and health have none."""
+        spans, path = self._service.spans, scope["path"]
+        if spans is None or self._keyless(path) or self._watched(path):
+            yield
+            return
+        method, headers = scope["method"], headers_of(scope)
+        named = {"http__request__method": method, "url__path": path}
+        with spans.call(method, headers, chat=path.startswith(CHATS), **named) as span:
+            try:
+                yield
+            finally:
+                if route := getattr(scope.get("route"), "path", ""):  # of the function that has answered
+                    span.update_name(f"{method} {route}")
+                    span.set_attribute("http.route", route)
+                if answer.status:
+                    span.set_attribute("http.response.status_code", answer.status)
 
     async def _whole_body(self, scope: Scope, receive: Receive) -> bytes:
         """As `_body`; counts a refusal."""
@@ -140,11 +160,13 @@ class _Answer:
     def __init__(self, send: Send, request_id: str) -> None:
         self._send, self._request_id = send, request_id
         self.begun = self.ended = False
+        self.status = 0
 
     async def send(self, message: Message) -> None:
         """Raises _Unread."""
         self.begun = True
         if message["type"] == "http.response.start":
+            self.status = message["status"]
             named = (b"request-id", self._request_id.encode())
             message = {**message, "headers": [*message.get("headers", ()), named]}
         try:

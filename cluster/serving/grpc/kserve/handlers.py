@@ -83,7 +83,7 @@ class KServeService(GrpcCalls):
         """Answers one request of a stream (`exchange`)."""
         message = pb.ModelInferRequest()
         try:
-            with self._counted(grpc_context) as client:
+            with self._counted(grpc_context, pb.ModelInferRequest) as client:
                 message = await self._beside(request, lambda: self._parse(request, pb.ModelInferRequest), client)
                 question = await self._beside(request, lambda: self._question(message), client)
                 if question.stream:

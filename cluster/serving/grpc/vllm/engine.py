@@ -146,7 +146,7 @@ class VllmEngineService(VllmGenerate):
         self, request: bytes, grpc_context: GrpcContext
     ) -> AsyncGenerator[common_pb2.GetTokenizerChunk, None]:
         try:
-            with self._counted(grpc_context):
+            with self._counted(grpc_context, common_pb2.GetTokenizerRequest):
                 data, digest = await asyncio.to_thread(lambda: _zipped(self._seen.tokenizer_files()))
                 for start in range(0, len(data), CHUNK_BYTES):
                     piece = data[start : start + CHUNK_BYTES]

@@ -25,7 +25,7 @@ class VllmGenerate(GrpcCalls):
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         request_id = self._service.new_request_id()
         try:
-            with self._counted(grpc_context) as client:
+            with self._counted(grpc_context, pb.GenerateRequest) as client:
                 message = await self._beside(request, lambda: self._parse(request, pb.GenerateRequest), client)
                 request_id = message.request_id or request_id
                 prompt, params, num = await self._beside(request, lambda: _question(message), client)

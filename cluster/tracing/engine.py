@@ -1,0 +1,180 @@
+"""An engine's spans of its requests: their time in the queue, prefill, decode, and some of their steps. Used by the
+engine's thread.
+
+T: rows in a step.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from cluster.tracing.contexts import Place, place_of
+from cluster.tracing.dispatch import Crossings, TracedDispatchMetrics
+from cluster.tracing.spans import Spans, place
+from cluster.types import EngineRequest, SequenceUpdate
+
+MOST_AT_ONCE = 64  # requests that get a span of one step; of further ones it counts in their phase only
+Trace = Callable[[Mapping[int, Sequence[Place]]], None]
+"""Tells the shards, by their ids, the spans to which their next rows belong; none ends that."""
+
+
+def in_detail(step: int, num_steps: int) -> bool:
+    """Whether a request's step has a span: its first num_steps, and then each power of two, so that a long answer shows
+    its course in a few. step: from 1."""
+    return bool(num_steps) and (step <= num_steps or step & (step - 1) == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """sequences, rows: of the whole step, with those that are not traced.  shards: those that may get rows."""
+
+    sequences: int
+    rows: int
+    shards: Sequence[int]
+
+
+class TracedSequence:
+    """One request in this engine. Times: nanoseconds of the wall clock."""
+
+    def __init__(self, spans: Spans, parent: Place, request: EngineRequest, now: int) -> None:
+        self._spans = spans
+        self._whole = spans.begin(
+            "engine", parent, now, prompt_tokens=len(request.prompt_token_ids), replays=request.num_replays
+        )
+        self._phase, self._name = spans.begin("queue", self._whole, now), "queue"
+        self._num_tokens = self._num_steps = self._steps_in_phase = 0
+        self._seconds = self._longest_s = 0.0
+        self._last = now
+
+    def enters(self, phase: str, now: int) -> None:
+        """A step of it begins, in this phase."""
+        self._num_steps += 1
+        if phase != self._name:
+            began = now if self._name == "queue" else self._last  # phases of steps follow each other without a gap
+            self._end_phase(began)
+            self._phase, self._name = self._spans.begin(phase, self._whole, began), phase
+        self._steps_in_phase += 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that it has begun."""
+        return self._num_steps
+
+    def step(self, facts: StepFacts, num_rows: int, now: int) -> Span:
+        """A span of the step that it has entered."""
+        return self._spans.begin(
+            "step", self._phase, now,
+            number=self._num_steps, rows=num_rows, step_rows=facts.rows, step_sequences=facts.sequences,
+        )  # fmt: skip
+
+    def leaves(self, seconds: float, now: int) -> None:
+        """That step has ended."""
+        self._seconds, self._longest_s, self._last = self._seconds + seconds, max(self._longest_s, seconds), now
+
+    def gets(self, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+
+    def end(self, update: SequenceUpdate, now: int) -> None:
+        """update: its last."""
+        self._end_phase(now)
+        self._whole.set_attribute("moecluster.generated_tokens", self._num_tokens)
+        self._whole.set_attribute("moecluster.finish_reason", update.finish_reason or "")
+        if update.error is not None:
+            self._whole.set_status(Status(StatusCode.ERROR))
+            self._whole.set_attribute("error.type", type(update.error).__name__)
+        self._whole.end(now)
+
+    def _end_phase(self, now: int) -> None:
+        if self._steps_in_phase:
+            self._phase.set_attribute("moecluster.steps", self._steps_in_phase)
+            self._phase.set_attribute("moecluster.steps_s", self._seconds)
+            self._phase.set_attribute("moecluster.longest_step_s", self._longest_s)
+        self._steps_in_phase, self._seconds, self._longest_s = 0, 0.0, 0.0
+        self._phase.end(now)
+
+
+class EngineTracing:
+    """Of one engine. num_steps: as of `in_detail`."""
+
+    def __init__(
+        self,
+        spans: Spans,
+        metrics: TracedDispatchMetrics,
+        trace: Trace,
+        num_steps: int,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._spans, self._metrics, self._trace, self._num_steps, self._clock = spans, metrics, trace, num_steps, clock
+        self._sequences: dict[str, TracedSequence] = {}
+
+    def arrived(self, request: EngineRequest) -> None:
+        """A request comes in."""
+        parent = place_of(request.trace)
+        if parent is not None and request.request_id not in self._sequences:
+            self._sequences[request.request_id] = TracedSequence(self._spans, parent, request, self._clock())
+
+    def told(self, updates: Iterable[SequenceUpdate]) -> None:
+        """The news that leave the engine."""
+        if not self._sequences:
+            return
+        for update in updates:
+            sequence = self._sequences.get(update.request_id)
+            if sequence is not None:
+                sequence.gets(len(update.token_ids))
+                if update.finish_reason is not None:
+                    self._sequences.pop(update.request_id).end(update, self._clock())
+
+    def find(self, request_id: str) -> TracedSequence | None:
+        """None for a request that is not traced."""
+        return self._sequences.get(request_id)
+
+    @contextmanager
+    def step(self, parts: Sequence[tuple[TracedSequence, str, int]], facts: StepFacts) -> Iterator[None]:
+        """A step while it is computed. parts: each traced sequence in it, its phase, its rows."""
+        began = self._clock()
+        for sequence, phase, _ in parts:
+            sequence.enters(phase, began)
+        chosen = [(seq, rows) for seq, _, rows in parts if in_detail(seq.num_steps, self._num_steps)]
+        detailed = [sequence.step(facts, rows, began) for sequence, rows in chosen[:MOST_AT_ONCE]]
+        crossings = self._begin_crossings(detailed, facts.shards, began)
+        try:
+            yield
+        finally:
+            ended = self._clock()
+            self._end_crossings(crossings, ended)
+            for span in detailed:
+                span.end(ended)
+            for sequence, _, _ in parts:
+                sequence.leaves((ended - began) / 1e9, ended)
+
+    def _begin_crossings(self, steps: Sequence[Span], shards: Sequence[int], now: int) -> dict[int, list[Span]]:
+        """A span for each shard under each step's."""
+        if not (steps and shards):
+            return {}
+        spans = {
+            shard_id: [
+                self._spans.begin(f"dispatch to shard {shard_id}", step, now, kind=SpanKind.CLIENT, shard_id=shard_id)
+                for step in steps
+            ]
+            for shard_id in shards
+        }
+        self._metrics.begin()
+        self._trace({shard_id: [place(span) for span in of_shard] for shard_id, of_shard in spans.items()})
+        return spans
+
+    def _end_crossings(self, spans: Mapping[int, Sequence[Span]], now: int) -> None:
+        """A shard that got no rows has no span."""
+        if not spans:
+            return
+        self._trace({})
+        for shard_id, found in self._metrics.end().items():
+            for span in spans.get(shard_id, ()):
+                span.set_attributes(_named(found))
+                span.end(now)
+
+
+def _named(found: Crossings) -> dict[str, int | float]:
+    return {f"moecluster.{name}": value for name, value in asdict(found).items()}
