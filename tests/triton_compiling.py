@@ -39,14 +39,15 @@ class NoDevice:
         return 0
 
 
-def report_instead_of_launching(capability: int) -> None:
-    driver.set_active(NoDevice(capability))
+def report_instead_of_launching() -> None:
     run = JITFunction.run
 
     def report(kernel: JITFunction, *args: Any, **options: Any) -> None:
         compiled = run(kernel, *args, **{**options, "warmup": True})
-        ptx, shared_bytes = compiled.asm["ptx"], compiled.metadata.shared
-        line = {"name": compiled.name, "capability": capability, "shared_bytes": shared_bytes, "has_mma": "mma" in ptx}
+        line = {
+            "name": compiled.name, "capability": compiled.metadata.target.arch,
+            "shared_bytes": compiled.metadata.shared, "has_mma": "mma" in compiled.asm["ptx"],
+        }  # fmt: skip
         sys.stdout.write(json.dumps(line) + "\n")
 
     JITFunction.run = report
@@ -69,14 +70,15 @@ def stack_of(num_outputs: int, layout: RowLayout, num_orders: int) -> Stack:
 def weights_in_fewer_bits() -> None:
     """Each way through the kernels once; of few rows for all experts and of many, of few rows of inputs and of many."""
     x, ids, weights = routed()
-    for name, max_pairs in (("int4-128-zeros", experts.MAX_PAIRS), ("nf4", experts.MAX_PAIRS), ("int4-32", 0)):
+    for name, max_pairs in (("int4-128-zeros", experts.MAX_PAIRS), ("int4-32", 0)):
         layouts = [QUANTIZATIONS[name].layout(num_inputs) for num_inputs in (HIDDEN, WIDTH)]
         is_ordered = name == "int4-32"
         gate_up, down = stack_of(2 * WIDTH, layouts[0], 2 * is_ordered), stack_of(HIDDEN, layouts[1], is_ordered)
         quantized.experts(x, ids, weights, gate_up, down, max_pairs=max_pairs)
         quantized.linear(x if max_pairs else x.expand(100, TOKENS, HIDDEN).flatten(0, 1), gate_up.rows[0], layouts[0])
-    layout = QUANTIZATIONS["int8"].layout(HIDDEN)
-    quantized.linear(x, zeros(HIDDEN, layout.row_bytes, dtype=torch.uint8), layout, zeros(HIDDEN))
+    for name in ("int8", "nf4"):
+        layout = QUANTIZATIONS[name].layout(HIDDEN)
+        quantized.linear(x, zeros(HIDDEN, layout.row_bytes, dtype=torch.uint8), layout, zeros(HIDDEN))
     quantized.linear(x.float(), gate_up.rows[0], layouts[0])
 
 
@@ -104,8 +106,9 @@ def small_steps() -> None:
     attention.PagedAttention(1).plan(batch).attend(q, *caches, scale=0.1, window=None)
 
 
+report_instead_of_launching()
 for given in sys.argv[1:]:
-    report_instead_of_launching(int(given))
+    driver.set_active(NoDevice(int(given)))
     weights_in_fewer_bits()
     weights_as_they_are()
     small_steps()

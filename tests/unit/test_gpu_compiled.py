@@ -13,24 +13,22 @@ KERNELS = {
     "_attend", "_join",
 }  # fmt: skip
 
-# Of shared memory that a block may have: 99 KB on capability 8.6 and 8.9, more on 8.0, 9.0 and 10.0 (CUDA C++
-# Programming Guide, "Technical Specifications per Compute Capability").
-MOST_BYTES = 99 * 1024
+# Of shared memory that a block may have, by compute capability: CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability". What is compiled for 8.0 also runs on 8.6 and 8.9, which have less than its 163 KB.
+MOST_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_each_launch_compiles_and_fits(capability):
+def test_each_launch_compiles_and_fits():
     pytest.importorskip("triton")
     script = Path(__file__).parents[1] / "triton_compiling.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, str(capability)], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "ignore", script, *map(str, MOST_BYTES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {one["name"] for one in made} == KERNELS
-    for one in made:
-        assert one["capability"] == capability
-        assert one["shared_bytes"] <= MOST_BYTES, one
-    assert {one["name"] for one in made if one["has_mma"]} == {"_linear", "_gate_up", "_down", "_attend"}
+    for capability, most in MOST_BYTES.items():
+        its = [one for one in made if one["capability"] == capability]
+        assert {one["name"] for one in its} == KERNELS
+        assert {one["name"] for one in its if one["has_mma"]} == {"_linear", "_gate_up", "_down", "_attend"}
+        assert {one["name"]: one["shared_bytes"] for one in its if one["shared_bytes"] > most} == {}
