@@ -79,7 +79,7 @@ class ClusterConfig(TracingConfig):
         most=MOST_REPLICAS,
     )
     balancer: Balancer = option(
-        "load",
+        "prefix",
         "chooses a request's attention replica: prefix, one that has the beginning of its prompt in the cache, unless "
         "that one is too busy; or load, one with fewer requests",
         choices=BALANCERS,

@@ -64,6 +64,19 @@ def test_generate_gives_the_tokens_of_one_process(stub, expected):
         assert all(len(entry.top) == 2 and entry.top[0].token_id == entry.token_id for entry in answer.logprobs)
 
 
+def test_prompts_that_begin_alike_go_to_one_replica(stub):
+    """Eight prompts of 80 tokens, each asked and then gone on with its answer, of which the cache has 4 or 5 blocks of
+    16. By load alone, of two replicas, seven or more find theirs in 9 of 256 runs."""
+    cached = []
+    for number in range(8):
+        prompt = [1 + (number * 31 + place * 7) % 200 for place in range(80)]
+        for _ in range(2):
+            answer = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling_params=greedy(4)))
+            cached.append(answer.usage.cached_tokens)
+            prompt = [*prompt, *answer.token_ids]
+    assert sum(num in (64, 80) for num in cached[1::2]) >= 7, cached
+
+
 def test_a_stream_brings_the_same_tokens_piece_by_piece_and_ends_with_usage(stub, expected):
     prompt, token_ids = expected[0]
     request = pb.GenerateStreamRequest(token_ids=pb.TokenIds(ids=prompt), sampling_params=greedy(12), request_id="mine")

@@ -21,8 +21,10 @@ STEPS = 32  # further on a step is at most this part of the beginning that it en
 MAX_TOKENS = 1 << 16  # of a beginning that is looked at: 1 ms
 MAX_DIGESTS = 1 << 16  # remembered: 570 prompts of 4,096 tokens, 9 MB
 MAX_REPLICAS = 8  # remembered of a beginning, the latest
-MAX_EXCESS = 4  # requests more than at a replica chosen by load alone that the longest beginning is worth
-TOKENS_A_REQUEST = 64  # that a beginning needs for each of these
+# Requests more than at a replica chosen by load alone that the longest beginning is worth. Of 1, 4 and 16 one gives
+# shared beginnings twice the time to a first token, and 16 conversations 1.6 times the slowest tenth's (BENCHMARKS.md).
+MAX_EXCESS = 4
+TOKENS_A_REQUEST = 64  # that a beginning needs for each of these: shared starts of chat templates are worth none
 
 Outcome = Literal["hit", "busy", "new"]
 
