@@ -214,9 +214,8 @@ class SequenceUpdate:
     logprobs: as long as token_ids when asked for, else empty.  error: set iff finish_reason is "error".
     replica: the one that runs it; alone in the first update of an attention replica.
     numbers: the result of a request that wants no tokens, in its last update.
-    constrained: the tokens keep to the request's constraint, of which an older version knows nothing.
-    adapter: the one that has computed it, of which an older version knows nothing.
-    cached_tokens: of its first tokens, those that were in the cache as it began; an older version does not tell.
+    constrained: the tokens keep to the request's constraint.  adapter: the one that has computed it.
+    cached_tokens: of its first tokens, those that were in the cache as it began. An older version tells none of these.
     """
 
     request_id: str
@@ -242,7 +241,7 @@ class Usage:
 class TextDelta:
     """One piece of a streamed answer. `usage`, `finish_reason` and `matched_stop` stand in the last one only.
 
-    matched_stop: the stop string that ended it, if one did.  cached_tokens: as of `Usage`, in each piece.
+    matched_stop: the stop string that ended it, if one did.  prompt_tokens, cached_tokens: of `Usage`, in each piece.
     """
 
     text: str = ""
@@ -251,6 +250,7 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     matched_stop: str | None = None
+    prompt_tokens: int = 0
     cached_tokens: int = 0
 
 

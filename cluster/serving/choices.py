@@ -51,6 +51,7 @@ class Choice:
     logprobs: list[Logprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
 
@@ -59,7 +60,7 @@ class Choice:
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.finish_reason, self.matched_stop = delta.finish_reason, delta.matched_stop
-        self.cached_tokens = delta.cached_tokens
+        self.prompt_tokens, self.cached_tokens = delta.prompt_tokens, delta.cached_tokens
         self.usage = delta.usage or self.usage
 
 

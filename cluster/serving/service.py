@@ -271,7 +271,7 @@ class InferenceService:
         if update.token_ids:
             self._tracker.cached(tracked, update.cached_tokens)
         self._tracker.tokens(tracked, len(delta.token_ids))
-        return replace(delta, cached_tokens=tracked.num_cached_tokens or 0)
+        return replace(delta, prompt_tokens=tracked.num_prompt_tokens, cached_tokens=tracked.num_cached_tokens or 0)
 
     async def _next_update(self, updates: UpdateStream, tracked: TrackedRequest) -> SequenceUpdate:
         try:

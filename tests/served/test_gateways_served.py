@@ -51,6 +51,18 @@ def test_a_gateways_tokens_are_those_of_our_protocol(engine, stub, ours):
     assert (last.complete.finish_reason, last.complete.prompt_tokens) == ("length", len(prompt))
 
 
+def test_a_prompts_log_probabilities_are_those_of_our_protocol(engine, stub):
+    prompt = stub.Tokenize(pb.TokenizeRequest(text=TEXT)).token_ids
+    params = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    for given in ({"tokenized": vllm.TokenizedInput(input_ids=prompt)}, {"text": TEXT}):
+        [whole] = engine.Generate(vllm.GenerateRequest(sampling_params=params, **given))
+        scores = whole.complete.input_logprobs
+        assert list(scores.token_ids) == list(prompt)
+        expected = stub.Score(pb.ScoreRequest(token_ids=pb.TokenIds(ids=prompt))).logprobs
+        assert [one.value for one in scores.token_logprobs[1:]] == pytest.approx(list(expected), abs=1e-5)
+        assert [len(top.values) for top in scores.top_logprobs] == [0] + [1] * (len(prompt) - 1)
+
+
 def test_the_tokenizer_that_a_gateway_gets_is_the_models(engine, stub, tmp_path, demo_checkpoint):
     data = b"".join(chunk.data for chunk in engine.GetTokenizer(common_pb2.GetTokenizerRequest()))
     zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path)

@@ -52,6 +52,12 @@ def test_openais_calls_through_the_gateway_have_our_texts(gateway, expected, stu
     chat = gateway.chat.completions.create(messages=MESSAGES, **asked)
     assert chat.choices[0].message.content == expected.text
     assert chat.usage.completion_tokens == 12
+    again = [
+        gateway.chat.completions.create(messages=MESSAGES, **asked).usage for _ in range(2)
+    ]  # there are two replicas
+    assert (
+        max(usage.prompt_tokens_details.cached_tokens for usage in again) == (chat.usage.prompt_tokens - 1) // 16 * 16
+    )
     pieces = gateway.chat.completions.create(messages=MESSAGES, stream=True, **asked)
     assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == expected.text
     params = pb.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=12, ignore_eos=True)

@@ -18,6 +18,7 @@ from cluster.serving.admission.api_keys import ApiKeys, new_key
 from cluster.serving.grpc.gateways import PublishedConfig
 from cluster.serving.text.tokenizer import Tokenizer
 from cluster.types import EngineStats, SamplingParams, SequenceUpdate
+from cluster.wire import RECEIVE_KEY
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,59 @@ def test_all_pieces_say_what_was_cached(tokenizer, stream):
     pieces = generate(tokenizer, request, EchoBackend(script=script))
     assert [p.chunk.cached_tokens for p in pieces if p.HasField("chunk")] == [1, 1] * stream
     assert pieces[-1].complete.cached_tokens == 1
+
+
+class ScoringBackend(EchoBackend):
+    """A prompt token's log-probability is minus its id, its rank 2; the likeliest are 1 with -0.25 and 2 with -0.5."""
+
+    async def generate(self, request):
+        if request.wants == "tokens":
+            async for update in super().generate(request):
+                yield update
+            return
+        self.requests.append(request)
+        rows = [[-float(token_id), 2, 1, 2, -0.25, -0.5] for token_id in request.prompt_token_ids[1:]]
+        numbers = Numbers.of(np.array(rows, np.float32).reshape(-1, 6))
+        yield SequenceUpdate(request_id=request.request_id, finish_reason="stop", numbers=numbers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", [{"tokenized": ids(HE, 7, 8)}, {"text": "he"}])
+def test_the_prompts_log_probabilities_come_once_for_each_answer(tokenizer, stream, prompt):
+    backend = ScoringBackend()
+    params = pb.SamplingParams(prompt_logprobs=1, n=2, max_tokens=2)
+    request = pb.GenerateRequest(**prompt, request_id="mine", stream=stream, sampling_params=params)
+    pieces = generate(tokenizer, request, backend)
+    found = [(p.chunk if p.HasField("chunk") else p.complete) for p in pieces]
+    having = [piece for piece in found if piece.HasField("input_logprobs")]
+    assert sorted(piece.index for piece in having) == [0, 1]
+    assert all(not stream or piece.completion_tokens == 1 for piece in having)
+    scores = having[0].input_logprobs
+    asked = [HE, 7, 8] if "tokenized" in prompt else [HE]
+    assert list(scores.token_ids) == asked
+    assert [one.value if one.HasField("value") else None for one in scores.token_logprobs] == [
+        None, *(-token_id for token_id in asked[1:])
+    ]  # fmt: skip
+    assert [(list(top.token_ids), list(top.values)) for top in scores.top_logprobs] == [
+        ([], []), *[([1], [-0.25])] * (len(asked) - 1)
+    ]  # fmt: skip
+    assert [request.wants for request in backend.requests] == ["token_logprobs", "tokens", "tokens"]
+    assert {request.name for request in backend.requests} == {"mine"}
+
+
+def test_a_prompt_with_more_log_probabilities_than_the_caller_takes_is_refused(tokenizer):
+    """3 tokens with 20 likeliest ones each: 3 x (18 + 20 x 7) bytes."""
+    params = pb.SamplingParams(prompt_logprobs=20)
+
+    async def asked(served):
+        call = served.vllm.Generate(
+            pb.GenerateRequest(tokenized=ids(7, 8, 9), sampling_params=params), metadata=((RECEIVE_KEY, "400"),)
+        )
+        return [response async for response in call]
+
+    with pytest.raises(grpc.aio.AioRpcError, match="474 bytes, this client takes 400") as raised:
+        serve(asked, tokenizer, ScoringBackend())
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_stream_has_chunks_with_all_tokens_and_a_complete(tokenizer):
@@ -120,8 +174,8 @@ REFUSED = {
     "media": ({**PROMPT, "media_refs": pb.MediaRefs()}, "media_refs is set"),
     "another engine's cache": ({**PROMPT, "kv_transfer_params_json": "{}"}, "kv_transfer_params_json is set"),
     "a rank": ({**PROMPT, "data_parallel_rank": 1}, "data_parallel_rank is 1"),
-    "the prompt's logprobs": (
-        {**PROMPT, "sampling_params": pb.SamplingParams(prompt_logprobs=1)}, "prompt_logprobs is set"),
+    "all of the prompt's logprobs": (
+        {**PROMPT, "sampling_params": pb.SamplingParams(prompt_logprobs=-1)}, "prompt_logprobs is -1, 0 to 20"),
     "a cut prompt": (
         {**PROMPT, "sampling_params": pb.SamplingParams(truncate_prompt_tokens=1)}, "truncate_prompt_tokens is set"),
     "a structural tag": (
@@ -208,6 +262,7 @@ def test_loads_and_limits_are_the_clusters_sums(tokenizer):
 
     server, first, second = serve(scenario, tokenizer, view={"engines": lambda: later, "max_num_seqs": 8})
     assert (server.active_requests, server.max_num_seqs, server.data_parallel_size) == (4, 16, 1)
+    assert server.last_receive_timestamp == 11.0
     assert (server.server_type, server.kv_cache_dtype, server.block_size) == ("vllm-grpc", "fp8", 16)
     [load] = first.loads
     assert (load.num_running_reqs, load.num_waiting_reqs, load.num_total_reqs) == (3, 1, 4)

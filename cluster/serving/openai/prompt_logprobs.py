@@ -2,31 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-from cluster.errors import Unavailable
-from cluster.outcome import Computed
 from cluster.serving.choices import Call
 from cluster.serving.openai.answer_size import LOGPROB_BYTES, AnswerSize
 from cluster.serving.openai.base_schema import PromptLogprob
 from cluster.serving.openai.logprobs import LOWEST, TokenText
 from cluster.serving.openai.several import a_few_at_a_time
+from cluster.serving.prompt_tokens import PromptTokens
 from cluster.serving.service import InferenceService
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptTokens:
-    """T: the prompt's tokens. entries, ranks: [T - 1], of those after the first."""
-
-    token_ids: tuple[int, ...]
-    entries: tuple[Logprobs, ...] = ()
-    ranks: tuple[int, ...] = ()
-
-    def top(self, num: int) -> "PromptTokens":
-        """The same with the `num` likeliest tokens of each position alone."""
-        return replace(self, entries=tuple(replace(entry, top=entry.top[:num]) for entry in self.entries))
 
 
 async def score(
@@ -49,30 +34,9 @@ async def score(
             prompt, "token_logprobs", request_id=name, client=call.client, num_top=max(1, num_top), check=check,
             goes_on=goes_on,
         )  # fmt: skip
-        return await asyncio.to_thread(_read, computed, num_top)
+        return await asyncio.to_thread(PromptTokens.of, computed, num_top)
 
     return await a_few_at_a_time(one, prompts, service.admission.at_a_time())
-
-
-def _read(computed: Computed, num_top: int) -> PromptTokens:
-    numbers = computed.numbers.array()
-    if numbers.ndim != 2:
-        raise Unavailable(
-            "the attention replica is of an older version, which gives no likeliest tokens of a prompt: send it again "
-            "when `moe-cluster roll` is through"
-        )
-    width = (numbers.shape[1] - 2) // 2
-    entries = tuple(
-        Logprobs(
-            token_id,
-            float(row[0]),
-            tuple((int(row[2 + i]), float(row[2 + width + i])) for i in range(min(num_top, width))),
-        )
-        for token_id, row in zip(computed.prompt_token_ids[1:], numbers, strict=True)
-    )
-    return PromptTokens(
-        token_ids=computed.prompt_token_ids, entries=entries, ranks=tuple(int(row[1]) for row in numbers)
-    )
 
 
 def prompt_logprobs(tokens: PromptTokens, text_of: TokenText) -> list[dict[str, PromptLogprob] | None]:

@@ -1,7 +1,7 @@
 """Answers as the output tensors of Triton's vLLM backend. Knows no network."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.pb.inference import grpc_service_pb2 as pb
@@ -10,23 +10,25 @@ from cluster.serving.grpc.kserve.question import OUTPUTS, Question
 from cluster.serving.grpc.kserve.tensors import add_output
 from cluster.types import Logprobs
 
+TextOf = Callable[[int], bytes]  # of a token
+
 VERSION = "1"
 FINAL = "triton_final_response"
 
 
 def to_response(
-    request: pb.ModelInferRequest, question: Question, pieces: Sequence[Choice], sums: Sequence[float]
+    request: pb.ModelInferRequest, question: Question, pieces: Sequence[Choice], sums: Sequence[float], text_of: TextOf
 ) -> pb.ModelInferResponse:
     """pieces: new of each output.  sums: of each output's log-probabilities so far."""
     response = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
     for name in question.outputs:
-        if name == "num_input_tokens" and not any(piece.usage.prompt_tokens for piece in pieces):
-            continue  # known at the end of an output
-        add_output(response, name, OUTPUTS[name], _elements(name, question, pieces, sums), question.raw)
+        add_output(response, name, OUTPUTS[name], _elements(name, question, pieces, sums, text_of), question.raw)
     return response
 
 
-def _elements(name: str, question: Question, pieces: Sequence[Choice], sums: Sequence[float]) -> Sequence[Any]:
+def _elements(
+    name: str, question: Question, pieces: Sequence[Choice], sums: Sequence[float], text_of: TextOf
+) -> Sequence[Any]:
     match name:
         case "text_output":
             before = question.text if question.prepends else ""
@@ -36,16 +38,16 @@ def _elements(name: str, question: Question, pieces: Sequence[Choice], sums: Seq
         case "cumulative_logprob":
             return sums
         case "logprobs":
-            return [json.dumps([_entry(entry) for entry in piece.logprobs]).encode() for piece in pieces]
+            return [json.dumps([_entry(entry, text_of) for entry in piece.logprobs]).encode() for piece in pieces]
         case "num_input_tokens":
-            return [max(piece.usage.prompt_tokens for piece in pieces)]
+            return [max(piece.prompt_tokens for piece in pieces)]
     return [len(piece.token_ids) for piece in pieces]
 
 
-def _entry(entry: Logprobs) -> dict[str, dict[str, float | int | None]]:
+def _entry(entry: Logprobs, text_of: TextOf) -> dict[str, dict[str, float | int | str | None]]:
     """By token id. A chosen token that is none of the likeliest has no known rank."""
-    found: dict[str, dict[str, float | int | None]] = {}
-    for rank, (token_id, logprob) in enumerate(entry.top, start=1):
-        found[str(token_id)] = {"logprob": logprob, "rank": rank}
-    found.setdefault(str(entry.token_id), {"logprob": entry.logprob, "rank": None})
-    return found
+    ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1)}
+    return {
+        str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": text_of(token_id).decode(errors="replace")}
+        for token_id, (logprob, rank) in {entry.token_id: (entry.logprob, None), **ranked}.items()
+    }

@@ -121,7 +121,8 @@ class KServeService(GrpcCalls):
 
     async def _whole(self, message: pb.ModelInferRequest, question: Question, client: str) -> pb.ModelInferResponse:
         choices = await collect(self._deltas(message, question, client), question.num)
-        return to_response(message, question, choices, [_sum(choice) for choice in choices])
+        sums = [_sum(choice) for choice in choices]
+        return to_response(message, question, choices, sums, self._service.token_bytes)
 
     async def _pieces(
         self, message: pb.ModelInferRequest, question: Question, client: str
@@ -133,7 +134,7 @@ class KServeService(GrpcCalls):
                 pieces[index].add(delta)
                 sums[index] += _sum(pieces[index])
                 ended += delta.finish_reason is not None
-                response = to_response(message, question, pieces, sums)
+                response = to_response(message, question, pieces, sums, self._service.token_bytes)
                 response.parameters[FINAL].bool_param = ended == question.num
                 yield response
 

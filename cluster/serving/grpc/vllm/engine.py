@@ -95,6 +95,7 @@ class VllmEngineService(VllmGenerate):
             return pb.GetServerInfoResponse(
                 active_requests=sum(engine.running + engine.waiting for engine in engines),
                 is_paused=self._seen.draining(),
+                last_receive_timestamp=max((engine.at for engine in engines), default=0.0),
                 uptime_seconds=time.monotonic() - self._since_s,
                 server_type="vllm-grpc",
                 data_parallel_size=1,

@@ -6,9 +6,10 @@ from typing import Any
 from cluster.errors import InvalidRequest
 from cluster.pb.vllm.grpc.engine import vllm_engine_pb2 as pb
 from cluster.serving.choices import MAX_CHOICES, Choice
+from cluster.serving.prompt_tokens import PromptTokens
 from cluster.serving.text.prompts import Prompt
 from cluster.structured import StructuredOutputsParams
-from cluster.types import Logprobs, SamplingParams, TextDelta
+from cluster.types import MAX_TOP_LOGPROBS, Logprobs, SamplingParams, TextDelta
 
 _REFUSED = {  # fields of a request, and the reason
     "kv_transfer_params": "prompts are computed where their answers are",
@@ -50,14 +51,28 @@ def num_choices(message: pb.SamplingParams) -> int:
     return message.n or 1
 
 
+def num_prompt_top(message: pb.SamplingParams) -> int | None:
+    """Returns how many likeliest tokens of each of the prompt's are wanted, None for no log-probabilities of it.
+
+    Raises InvalidRequest.
+    """
+    if not message.HasField("prompt_logprobs"):
+        return None
+    if not 0 <= message.prompt_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest(
+            f"prompt_logprobs is {message.prompt_logprobs}, 0 to {MAX_TOP_LOGPROBS} are possible", "prompt_logprobs"
+        )
+    return message.prompt_logprobs
+
+
 def to_params(message: pb.SamplingParams) -> SamplingParams:
     """Numbers without presence are as they stand, as in vLLM: nothing of generation_config.json comes in their place.
 
     Raises InvalidRequest for a value out of range, and for a field that cannot be met.
     """
-    for name in ("prompt_logprobs", "truncate_prompt_tokens"):
-        if message.HasField(name):
-            raise InvalidRequest(f"{name} is set, which this call cannot meet: leave it out", name)
+    if message.HasField("truncate_prompt_tokens"):
+        name = "truncate_prompt_tokens"
+        raise InvalidRequest(f"{name} is set, which this call cannot meet: leave it out", name)
     given: dict[str, Any] = {name: getattr(message, name) for name in _WITHOUT_PRESENCE}
     given |= {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
     return SamplingParams(
@@ -89,15 +104,29 @@ def _to_form(message: pb.SamplingParams) -> StructuredOutputsParams | None:
     return None
 
 
-def to_chunk(delta: TextDelta, choice: Choice, index: int, num_prompt_tokens: int) -> pb.GenerateResponse:
+def to_input_logprobs(prompt: PromptTokens) -> pb.InputLogProbs:
+    return pb.InputLogProbs(
+        token_logprobs=[pb.InputTokenLogProb(), *(pb.InputTokenLogProb(value=one.logprob) for one in prompt.entries)],
+        token_ids=prompt.token_ids,
+        top_logprobs=[pb.TopLogProbs(), *(_to_top(one) for one in prompt.entries)],
+    )
+
+
+def to_chunk(
+    delta: TextDelta,
+    choice: Choice,
+    index: int,
+    input_logprobs: pb.InputLogProbs | None = None,
+) -> pb.GenerateResponse:
     """choice: the answer with the delta in it."""
     return pb.GenerateResponse(
         chunk=pb.GenerateStreamChunk(
             token_ids=delta.token_ids,
-            prompt_tokens=num_prompt_tokens,
+            prompt_tokens=choice.prompt_tokens,
             completion_tokens=len(choice.token_ids),
             cached_tokens=choice.cached_tokens,
             output_logprobs=_to_logprobs(delta.logprobs),
+            input_logprobs=input_logprobs,
             index=index,
         )
     )
@@ -107,19 +136,20 @@ def to_complete(
     choice: Choice,
     params: SamplingParams,
     index: int,
-    num_prompt_tokens: int,
     *,
     logprobs: bool = True,
+    input_logprobs: pb.InputLogProbs | None = None,
     aborted: bool = False,
 ) -> pb.GenerateResponse:
-    """The end of an answer. logprobs: whether no chunk had them."""
+    """The end of an answer. logprobs, input_logprobs: where no chunk had them."""
     complete = pb.GenerateComplete(
         output_ids=choice.token_ids,
         finish_reason="abort" if aborted else choice.finish_reason or "error",
-        prompt_tokens=num_prompt_tokens,
+        prompt_tokens=choice.prompt_tokens,
         completion_tokens=len(choice.token_ids),
         cached_tokens=choice.cached_tokens,
         output_logprobs=_to_logprobs(choice.logprobs) if logprobs else None,
+        input_logprobs=input_logprobs,
         index=index,
     )
     if not aborted and choice.matched_stop is not None:
@@ -135,8 +165,9 @@ def _to_logprobs(entries: Sequence[Logprobs]) -> pb.OutputLogProbs | None:
     return pb.OutputLogProbs(
         token_logprobs=[entry.logprob for entry in entries],
         token_ids=[entry.token_id for entry in entries],
-        top_logprobs=[
-            pb.TopLogProbs(values=[p for _, p in entry.top], token_ids=[token_id for token_id, _ in entry.top])
-            for entry in entries
-        ],
+        top_logprobs=[_to_top(entry) for entry in entries],
     )
+
+
+def _to_top(entry: Logprobs) -> pb.TopLogProbs:
+    return pb.TopLogProbs(values=[p for _, p in entry.top], token_ids=[token_id for token_id, _ in entry.top])
