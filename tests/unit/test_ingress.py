@@ -135,9 +135,9 @@ class Method:
         self.updates = updates
         self.named = []
 
-    def options(self, multiplexed_model_id=None, **_):
-        if multiplexed_model_id is not None:
-            self.named.append(multiplexed_model_id)
+    def options(self, session_id=None, **_):
+        if session_id is not None:
+            self.named.append(session_id)
         return self
 
     def remote(self, asked):

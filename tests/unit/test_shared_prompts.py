@@ -75,8 +75,8 @@ class Router(SharedPromptRouter):
     def apply_locality_routing(self, pending_request=None):
         return set(self.curr)
 
-    def names(self, wanted):
-        request = SimpleNamespace(metadata=SimpleNamespace(multiplexed_model_id=wanted))
+    def names(self, wanted, older=""):
+        request = SimpleNamespace(metadata=SimpleNamespace(session_id=wanted, multiplexed_model_id=older))
         chosen = asyncio.run(self.choose_replicas(list(self.curr.values()), request))
         return [sorted(one.replica_id.unique_id for one in rank) for rank in chosen]
 
@@ -102,6 +102,10 @@ def test_a_named_replica_may_have_so_many_requests_more_than_one_of_the_two(want
     router = Router({"a": 1, "b": 3, "c": None, "full": SEATS})
     router.apply_locality_routing = lambda _: {"a", "b"}
     assert router.names(wanted)[0] == first
+
+
+def test_an_older_ingress_names_a_replica_as_it_did():
+    assert Router({"a": 1, "b": 0}).names("", older="a")[0] == ["a"]
 
 
 def test_two_of_all_replicas_come_next():

@@ -114,7 +114,7 @@ class ServeReplicas:
     async def _updates(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
         choice = self._balancer.choose(request)
         wanted = self._groups.replica_of(request.prompt_group) or choice.wanted
-        call = self._generate.options(multiplexed_model_id=wanted) if wanted else self._generate
+        call = self._generate.options(session_id=wanted) if wanted else self._generate
         response, replica, ended = call.remote(request), "", False
         try:
             async with asyncio.timeout(ACCEPT_TIMEOUT_S):

@@ -4,23 +4,17 @@ older version too: it imports nothing of this package.
 
 import random
 
-from ray.serve.request_router import (
-    FIFOMixin,
-    LocalityMixin,
-    MultiplexMixin,
-    PendingRequest,
-    RequestRouter,
-    RunningReplica,
-)
+from ray.serve.request_router import LocalityMixin, PendingRequest, RequestRouter, RunningReplica
 
 
-class SharedPromptRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
+class SharedPromptRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Chooses of two random replicas the one with fewer requests under way, as Serve's default does; a request that
     names replicas, which have its prompt or its beginning in the cache, goes to the first one that has a free seat and
     is not too busy.
 
-    The names come as the call's `multiplexed_model_id`, by which `FIFOMixin` also matches waiting requests: words as
-    `a+3`. Such a replica may have 3 requests more than the one of the two; without a number it may have any.
+    The names come as the call's `session_id`, words as `a+3`: that replica may have 3 requests more than the one of the
+    two; without a number it may have any. An ingress of an older version gives one as the `multiplexed_model_id`; Serve
+    keeps a request of each of these for good.
     """
 
     def initialize_state(self, *, max_num_seqs: int) -> None:
@@ -33,7 +27,8 @@ class SharedPromptRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter
         """Returns groups of replicas; Serve takes the least busy one of the first group that is not full."""
         nearby = [self.curr_replicas[name] for name in self.apply_locality_routing(pending_request)]
         chosen = random.sample(nearby, min(2, len(nearby)))
-        wanted = pending_request.metadata.multiplexed_model_id if pending_request is not None else ""
+        metadata = pending_request.metadata if pending_request is not None else None
+        wanted = metadata.session_id or metadata.multiplexed_model_id if metadata is not None else ""
         if not wanted:
             return [[], chosen]
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
