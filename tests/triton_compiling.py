@@ -2,7 +2,7 @@
 reads at its import whether it interprets.
 
 Takes the compute capabilities as arguments; prints a line of JSON a kernel: `name`, `capability`, `shared_bytes`, and
-whether it uses the matrix unit, `has_mma`.
+whether it uses the matrix unit, `has_mma`, and loads 16 bytes at once, `has_wide_loads`.
 """
 
 import json
@@ -44,9 +44,11 @@ def report_instead_of_launching() -> None:
 
     def report(kernel: JITFunction, *args: Any, **options: Any) -> None:
         compiled = run(kernel, *args, **{**options, "warmup": True})
+        ptx = compiled.asm["ptx"]
         line = {
             "name": compiled.name, "capability": compiled.metadata.target.arch,
-            "shared_bytes": compiled.metadata.shared, "has_mma": "mma" in compiled.asm["ptx"],
+            "shared_bytes": compiled.metadata.shared, "has_mma": "mma" in ptx,
+            "has_wide_loads": "cp.async.cg" in ptx or "ld.global.v4" in ptx,
         }  # fmt: skip
         sys.stdout.write(json.dumps(line) + "\n")
 
@@ -106,9 +108,10 @@ def small_steps() -> None:
     attention.PagedAttention(1).plan(batch).attend(q, *caches, scale=0.1, window=None)
 
 
-report_instead_of_launching()
-for given in sys.argv[1:]:
-    driver.set_active(NoDevice(int(given)))
-    weights_in_fewer_bits()
-    weights_as_they_are()
-    small_steps()
+if __name__ == "__main__":
+    report_instead_of_launching()
+    for given in sys.argv[1:]:
+        driver.set_active(NoDevice(int(given)))
+        weights_in_fewer_bits()
+        weights_as_they_are()
+        small_steps()

@@ -14,7 +14,7 @@ KERNELS = {
 }  # fmt: skip
 
 # Of shared memory that a block may have, by compute capability: CUDA C++ Programming Guide, "Technical Specifications
-# per Compute Capability". What is compiled for 8.0 also runs on 8.6 and 8.9, which have less than its 163 KB.
+# per Compute Capability". Code for 8.0 also runs on 8.6 and 8.9, which have less than its 163 KB.
 MOST_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 
 
@@ -31,4 +31,6 @@ def test_each_launch_compiles_and_fits():
         its = [one for one in made if one["capability"] == capability]
         assert {one["name"] for one in its} == KERNELS
         assert {one["name"] for one in its if one["has_mma"]} == {"_linear", "_gate_up", "_down", "_attend"}
+        narrow = {one["name"] for one in its if not one["has_wide_loads"]}
+        assert not narrow & {"_linear", "_gate_up", "_down", "_attend"}, "weights are read two bytes at a time"
         assert {one["name"]: one["shared_bytes"] for one in its if one["shared_bytes"] > most} == {}

@@ -44,6 +44,15 @@ def test_the_tokens_are_those_of_the_cpu(demo_checkpoint, expected, num_shards, 
             assert len(llm.engine.runner.graphs._captured) > 1
 
 
+@pytest.mark.parametrize("weights", ["int8+lm_head", "int4-32-zeros", "int4"])
+def test_weights_in_fewer_bits_give_the_tokens_of_the_cpu(demo_checkpoint, weights):
+    found = []
+    for device in ("cpu", "cuda"):
+        with llm_of(demo_checkpoint, device=device, quantization=weights) as llm:
+            found.append(tokens(llm))
+    assert found[0] == found[1]
+
+
 def test_contexts_that_outgrow_a_graph_get_another(demo_checkpoint):
     params = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=30, ignore_eos=True)
     answers = []

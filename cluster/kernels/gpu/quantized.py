@@ -23,21 +23,21 @@ MANY_ROWS = 64  # of a tile, from so many rows on: its weights are widened once 
 
 
 @triton.jit
-def _load(rows, at, mask, TYPE: tl.constexpr):
-    """Numbers of another type, `at` bytes after the beginnings of rows."""
-    return tl.load((rows + at).to(tl.pointer_type(TYPE)), mask=mask, other=0)
+def _load(rows, place, mask, TYPE: tl.constexpr):
+    """Numbers of this type in rows of bytes. place: how many of them are before: Triton sees which are neighbours."""
+    return tl.load(rows.to(tl.pointer_type(TYPE)) + place, mask=mask, other=0)
 
 
 @triton.jit
 def _scale_of(rows, group, mask, scales_at, tables, NF4: tl.constexpr):
     """A number's multiplier, but for its row's factor."""
     if NF4:
-        later = group - _load(rows, 6, mask, tl.int16).to(tl.int32)
-        nested = _load(rows, 12 + 4 * tl.where(later < 0, 0, 1 + later // 256), mask, tl.float32)
+        later = group - _load(rows, 3, mask, tl.int16).to(tl.int32)
+        nested = _load(rows, 3 + tl.where(later < 0, 0, 1 + later // 256), mask, tl.float32)
         number = _load(rows, scales_at + group, mask, tl.uint8).to(tl.int32)
-        scale = tl.load(tables + 16 + number) * nested + _load(rows, 8, mask, tl.float32)
+        scale = tl.load(tables + 16 + number) * nested + _load(rows, 2, mask, tl.float32)
     else:
-        scale = _load(rows, scales_at + 2 * group, mask, tl.float16).to(tl.float32)
+        scale = _load(rows, scales_at + group, mask, tl.float16).to(tl.float32)
     return scale
 
 
@@ -73,7 +73,7 @@ def _multiply(
         if BITS == 8:
             packed = _load(rows, weights_at + start + lane[:, None], inside, tl.int8).to(tl.int32)
         else:
-            packed = _load(rows, weights_at + start // 2 + 2 * lane[:, None], inside, tl.int16).to(tl.int32)
+            packed = _load(rows, weights_at // 2 + start // 4 + lane[:, None], inside, tl.int16).to(tl.int32)
         if GROUP == 4 * LANES:  # one for all
             group = tl.full([1, 1], start // GROUP, tl.int32)
             of_groups = is_there
@@ -266,9 +266,9 @@ def _height(num_rows: int) -> int:
 
 
 def _places(layout: RowLayout) -> tuple[int, ...]:
-    """A row's bytes, its inputs, and where its scales, zeros and weights are."""
-    scales_at = HEAD_BYTES + (4 * (1 + layout.num_nested) if layout.is_nf4 else 0)
-    return layout.row_bytes, layout.num_inputs, scales_at, scales_at + 2 * layout.num_groups, layout.weights_at
+    """A row's bytes, its inputs, and where its scales begin, in float16 or nf4's bytes, its zeros and its weights."""
+    scales_at = HEAD_BYTES + 4 * (1 + layout.num_nested) if layout.is_nf4 else HEAD_BYTES // 2
+    return layout.row_bytes, layout.num_inputs, scales_at, HEAD_BYTES + 2 * layout.num_groups, layout.weights_at
 
 
 def _options(layout: RowLayout, dtype: torch.dtype) -> dict[str, int | bool]:
