@@ -34,13 +34,18 @@ class _Answered:
     text: str = ""
     finish_reason: str = ""
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_tokens: int = 0
     error: ClusterError | None = None
 
     def as_json(self) -> dict[str, Json]:
         if self.error is not None:
             return {"error": {"code": self.error.grpc_code, "message": str(self.error)}}
-        usage = {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": self.num_tokens}
+        usage = {
+            "prompt_tokens": self.num_prompt_tokens,
+            "cached_tokens": self.num_cached_tokens,
+            "completion_tokens": self.num_tokens,
+        }
         return {"text": self.text, "finish_reason": self.finish_reason, "usage": usage}
 
 
@@ -142,5 +147,6 @@ def _answer(client: "Client", asked: "Asked") -> _Answered:
         text="".join(piece.text for piece in pieces),
         finish_reason=pb.FinishReason.Name(last.finish_reason).removeprefix("FINISH_REASON_").lower(),
         num_prompt_tokens=last.usage.prompt_tokens,
+        num_cached_tokens=last.usage.cached_tokens,
         num_tokens=last.usage.completion_tokens,
     )

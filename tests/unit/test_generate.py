@@ -92,7 +92,7 @@ class Server:
             self.refused += 1
             raise Overloaded("full", 0.0)
         yield pb.GenerateStreamResponse(text=prompt.upper())
-        usage = pb.Usage(prompt_tokens=1, completion_tokens=2)
+        usage = pb.Usage(prompt_tokens=1, completion_tokens=2, cached_tokens=1)
         yield pb.GenerateStreamResponse(finish_reason=pb.FINISH_REASON_LENGTH, usage=usage)
 
     def __enter__(self):
@@ -126,7 +126,7 @@ def test_many_answers_come_in_the_order_of_their_prompts(server, capsys):
     assert [one["text"] for one in answers] == ["A", "BUSY", "C"]
     assert [one["index"] for one in answers] == [0, 1, 2]
     assert answers[0]["finish_reason"] == "length"
-    assert answers[0]["usage"] == {"prompt_tokens": 1, "completion_tokens": 2}
+    assert answers[0]["usage"] == {"prompt_tokens": 1, "cached_tokens": 1, "completion_tokens": 2}
 
 
 @pytest.mark.parametrize("form", ["text", "jsonl"])

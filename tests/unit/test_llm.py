@@ -43,6 +43,13 @@ def test_greedy_tokens_are_the_best_of_the_logits_and_so_are_their_logprobs(llm)
     torch.testing.assert_close(torch.tensor([entry.logprob for entry in output.logprobs]), expected, atol=1e-4, rtol=0)
 
 
+def test_an_answer_tells_how_much_of_its_prompt_was_in_the_cache(llm):
+    """Of 41 tokens two blocks of 16."""
+    prompt, params = [11 + 3 * place % 97 for place in range(41)], SamplingParams(max_tokens=1)
+    [first], [second] = llm.generate([prompt], params), llm.generate([prompt], params)
+    assert (first.cached_tokens, second.cached_tokens, second.usage.cached_tokens) == (0, 32, 32)
+
+
 def test_each_prompt_may_have_its_own_parameters(llm):
     short, long = llm.generate(["a", "a"], [GREEDY, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)])
     assert (len(short.token_ids), len(long.token_ids)) == (8, 12)

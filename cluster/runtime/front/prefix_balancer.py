@@ -84,12 +84,12 @@ class PrefixBalancer:
     def __init__(self, *, on: bool = True, count: Callable[[Outcome], None] = lambda _: None) -> None:
         self._on = on
         self._count = count
-        self._names: list[str] = []
+        self._names: dict[str, None] = {}  # of the replicas that there are, in order
         self._places: dict[bytes, tuple[str, ...]] = {}  # by digest, that of the longest unused first
 
     def serve(self, replicas: Iterable[str]) -> None:
         """Takes the names of the replicas that there are now."""
-        self._names = sorted(replicas)
+        self._names = dict.fromkeys(sorted(replicas))
 
     def choose(self, request: EngineRequest) -> Choice:
         """Of requests whose whole prompt is computed in any case, of short ones, and among fewer than two replicas
@@ -101,7 +101,7 @@ class PrefixBalancer:
             return Choice(request, digests=digests)
         index, known = self._longest(digests)
         if not known:
-            return Choice(request, wanted=f"{_in_turn(self._names, digests[0])[0]}+0", digests=digests)
+            return Choice(request, wanted=f"{_in_turn(tuple(self._names), digests[0])[0]}+0", digests=digests)
         excess = min(MAX_EXCESS, STOPS[index] // TOKENS_A_REQUEST)
         names = _in_turn(known, digests[min(index + 1, len(digests) - 1)])
         bounds = (excess,) if len(names) == 1 else sorted({min(1, excess), excess})
