@@ -136,15 +136,17 @@ def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES", help="one process with CUDA graphs, or without, or split with them (default: all three)",
     )  # fmt: skip
     parser.add_argument(
+        "--quantization", type=_names(PLAIN, *QUANTIZATIONS), default=(PLAIN,), metavar="NAMES",
+        help=f"forms of weights, experts included, one after another (default: {PLAIN}): int8, int4, nf4 and others",
+    )  # fmt: skip
+    parser.add_argument(
         "--sampling", type=_names(*SAMPLINGS), default=("greedy",), metavar="NAMES",
         help=f"how tokens are chosen, one way after another (default: greedy): {listed_samplings()}",
     )  # fmt: skip
     parser.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        metavar="DIR",
+        "--checkpoint-dir", type=Path, metavar="DIR",
         help="where the made config and tokenizer are kept (default: ~/.cache/moe-cluster/checkpoints)",
-    )
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
 
 

@@ -27,6 +27,7 @@ from cluster.bench.throughput import Workload
 from cluster.bench.worker import RemoteSystem
 from cluster.checkpoint.names import dense_bytes
 from cluster.config import DTYPE_BYTES, ModelConfig
+from cluster.config.quantization import PLAIN
 from cluster.drawing import bars
 from cluster.errors import ClusterError, SetupError
 
@@ -47,12 +48,13 @@ class GpuResult:
         return statistics.median(self.requests_per_s)
 
 
-def memory_bound(config: ModelConfig, batch: int, prompt: int, output: int, bytes_per_s: float) -> float:
+def memory_bound(config: ModelConfig, workload: Workload, bytes_per_s: float, quantization: str = PLAIN) -> float:
     """Requests/s if each decode step read all weights and its keys and values once, and nothing else took time."""
+    [batch], output = workload.batches, workload.output_tokens
     embedding = config.vocab_size * config.hidden_size * DTYPE_BYTES[config.dtype]  # looked up, not read
-    dense = dense_bytes(config, config.dtype) - (0 if config.tie_word_embeddings else embedding)
-    experts = len(config.sparse_layers) * config.num_experts * config.expert_bytes(config.dtype)
-    cache = batch * (prompt + output / 2) * config.kv_bytes_per_token(config.dtype)
+    dense = dense_bytes(config, config.dtype, quantization) - (0 if config.tie_word_embeddings else embedding)
+    experts = len(config.sparse_layers) * config.num_experts * config.expert_bytes(config.dtype, quantization)
+    cache = batch * (workload.prompt_tokens + output / 2) * config.kv_bytes_per_token(config.dtype)
     return batch * bytes_per_s / ((dense + experts + cache) * output)
 
 
@@ -75,13 +77,13 @@ def measure_gpu(args: argparse.Namespace) -> int:
     )
     name = torch.cuda.get_device_name()
     bandwidth = next((value for key, value in BANDWIDTHS.items() if key in name), 0.0)
-    bound = memory_bound(config, args.batch, args.prompt_tokens, args.output_tokens, bandwidth)
     samplings = [SAMPLINGS[name] for name in args.sampling]
     results: list[GpuResult] = []
     failures: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with bars(*columns) as progress:
-        for spec in (_specs(model_dir, config, args.shards)[name] for name in args.systems):
+        for spec in _specs(model_dir, config, args):
+            bound = memory_bound(config, workload, bandwidth, spec.quantization)
             task = progress.add_task(spec.name, total=(1 + args.repeat) * len(samplings))
             try:
                 advance = partial(progress.advance, task)
@@ -94,11 +96,12 @@ def measure_gpu(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _specs(model_dir: Path, config: ModelConfig, num_shards: int) -> dict[str, SystemSpec]:
-    """By the names of `--systems`."""
+def _specs(model_dir: Path, config: ModelConfig, args: argparse.Namespace) -> list[SystemSpec]:
+    """Each of `--systems` with each of `--quantization`."""
     local = SystemSpec(kind="local", model_dir=model_dir, dtype=config.dtype, num_shards=1, cuda_graphs=True)
-    split = replace(local, kind="stream", num_shards=num_shards, gpus_per_shard=1 / num_shards)
-    return {"local": local, "no-graphs": replace(local, cuda_graphs=False), "stream": split}
+    split = replace(local, kind="stream", num_shards=args.shards, gpus_per_shard=1 / args.shards)
+    named = {"local": local, "no-graphs": replace(local, cuda_graphs=False), "stream": split}
+    return [replace(named[name], quantization=weights) for weights in args.quantization for name in args.systems]
 
 
 def _measure(
@@ -137,15 +140,16 @@ def _print(
     print(f"{describe_machine(this_machine())}\n\nCheckpoint: {describe(config, config.dtype)}.\n")
     print(
         f"{workload.batches[0]} requests at a time, {workload.prompt_tokens} tokens in, {workload.output_tokens} out; "
-        f"memory at {bandwidth / 1e12:.2f} TB/s allows {results[0].bound if results else 0:.1f} requests/s.\n"
+        f"the bound is what memory at {bandwidth / 1e12:.2f} TB/s allows.\n"
     )
-    heads = ("system", "tokens", "requests/s", "lowest-highest", "of the bound", "of the first")
+    heads = ("system", "tokens", "requests/s", "lowest-highest", "bound", "of the bound", "of the first")
     rows: list[tuple[str, ...]] = [heads]
     for result in results:
         share = f"{result.median / result.bound:.2f}" if result.bound else "-"
         spread = f"{min(result.requests_per_s):.2f}-{max(result.requests_per_s):.2f}"
         ratio = f"{result.median / results[0].median:.2f}"
-        rows.append((result.system, result.sampling, f"{result.median:.2f}", spread, share, ratio))
+        bound = f"{result.bound:.1f}" if result.bound else "-"
+        rows.append((result.system, result.sampling, f"{result.median:.2f}", spread, bound, share, ratio))
     print("\n".join(markdown_table(rows)))
     for failure in failures:
         print(f"- FAILED: {failure}")

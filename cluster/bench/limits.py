@@ -30,7 +30,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raises SetupError for a number beyond all use, and for files that cannot be written."""
     for name, most in MOST.items():
         given = getattr(args, name, None)
-        largest = max(given, default=0) if isinstance(given, tuple) else given or 0
+        numbers = given if isinstance(given, tuple) else (given or 0,)
+        largest = max((number for number in numbers if not isinstance(number, str)), default=0)  # a name is no number
         if largest > most:
             raise SetupError(f"--{name.replace('_', '-')} has {shown(largest)}, at most {most} is possible")
     if min(getattr(args, "adapters", None) or (0,)) < 0:

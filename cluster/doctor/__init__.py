@@ -167,7 +167,7 @@ def _gpus() -> Iterator[Finding]:
             device = torch.cuda.get_device_properties(index)
             yield Finding(f"GPU {index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB")
         triton = _version("triton")
-        advice = "" if triton else "pip install triton: without it torch's kernels compute, more slowly"
+        advice = "" if triton else "pip install triton: torch's kernels are slower, and have no weights in 8 or 4 bits"
         yield Finding("GPU kernels", f"Triton {triton}" if triton else "torch's alone, Triton is not installed", advice)
     elif shutil.which("nvidia-smi") is None:
         yield Finding("GPU", "none: everything computes on CPUs")
