@@ -20,6 +20,7 @@
     │   └── NonFiniteOutput                                    the model gave NaN or infinity for it
     ├── RequestCancelled             CANCELLED           499
     └── Unavailable                  UNAVAILABLE         503
+        ├── BrokenStream                                       a client's connection ended before its answer
         ├── ReplicaUnavailable                                 an attention replica or its engine died
         │   └── ReplicaStopping                                it takes no more requests
         └── ShardUnavailable                                   carries the shard's id; callers send the rows again
@@ -181,6 +182,10 @@ class Unavailable(ClusterError):
     grpc_code = "UNAVAILABLE"
     http_status = 503
     public = True
+
+
+class BrokenStream(Unavailable):
+    """The connection of an answer under way has ended; another one may go on with it."""
 
 
 class ReplicaUnavailable(Unavailable):

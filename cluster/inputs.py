@@ -23,6 +23,8 @@ MAX_PORT, MAX_PORT_DIGITS = 65535, 5
 # Python raises these where it cannot turn a value into an int, or cannot iterate over it.
 _REFUSALS = (TypeError, ValueError, OverflowError, RuntimeError, AttributeError)
 
+CONTINUED = "continue_from"  # the field of the answer's tokens that its client has already
+
 
 def shown(value: object) -> str:
     """Any value in short form, for an error message."""

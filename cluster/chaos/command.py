@@ -7,15 +7,15 @@ import ssl
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
+from cluster.chaos.outcome import Outcome, outcome_of, print_outcome
 from cluster.chaos.traffic import Asker, Question, Reply, ask_all, make_questions
 from cluster.client import options
 from cluster.client.grpc_client import Client
@@ -26,7 +26,6 @@ from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.inputs import shown
 
 if TYPE_CHECKING:
-    from cluster.chaos.faults import Recovery
     from cluster.runtime.operate import RunningCluster
 
 _READY_S = 30.0
@@ -36,38 +35,18 @@ _DISTINCT = 30  # questions; each is asked several times, so that the quiet run 
 BOUNDS = {"requests": (1, 1_000_000), "concurrency": (1, 1024), "faults": (0, 100_000)}
 MAX_RECOVERY_S = 86_400.0
 
-QUICK_KINDS = ("kill-shard", "kill-replica", "kill-controller", "stop-shard", "cut-streams", "damage-frame")
 OF_RANKS = "kill-rank"
-KINDS = (
-    *QUICK_KINDS, OF_RANKS, "end-shard", "end-replica", "stop-replica", "slow-shard", "refuse-memory", "move-experts",
-    "rebalance", "scale-experts",
+OF_FRONTS = {"kill-haproxy": "haproxy", "kill-ingress": "ingress"}  # kinds and roles
+QUICK_KINDS = (
+    "kill-shard", "kill-replica", "kill-controller", "kill-haproxy", "stop-shard", "cut-streams", "damage-frame",
 )  # fmt: skip
-KINDS_OF_DENSE = ("kill-replica", OF_RANKS, "kill-controller", "end-replica", "stop-replica")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """Of a run of chaos. different: answers with another token or text than without faults.
-
-    stall: the longest wait between two pieces of an answer; gap: 99 % of them are shorter. In seconds.
-    """
-
-    requests: int
-    failed: int
-    different: int
-    faults: dict[str, int]
-    worst_stall_s: float
-    quiet_stall_s: float
-    gap_s: float
-    quiet_gap_s: float
-    worst_recovery_s: float
-    seconds: float
-    errors: tuple[str, ...]
-    log: tuple[str, ...]
-
-    @property
-    def lossless(self) -> bool:
-        return not self.failed and not self.different
+KINDS = (
+    *QUICK_KINDS, OF_RANKS, "kill-ingress", "end-shard", "end-replica", "stop-replica", "slow-shard", "refuse-memory",
+    "move-experts", "rebalance", "scale-experts",
+)  # fmt: skip
+KINDS_OF_DENSE = (
+    "kill-replica", OF_RANKS, "kill-controller", *OF_FRONTS, "end-replica", "stop-replica",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +94,12 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
     """Exit code 1 when a request failed or an answer was different. Raises ClusterError."""
     asked = tuple(args.kinds.split(","))
     kinds = possible_kinds(asked, cluster)
-    if left_out := [kind for kind in asked if kind not in (*kinds, OF_RANKS)]:
+    if left_out := [kind for kind in asked if kind not in (*kinds, OF_RANKS, *OF_FRONTS)]:
         print(f"the model is dense, it has no shards: left out {', '.join(left_out)}", file=sys.stderr)
     if OF_RANKS in asked and OF_RANKS not in kinds:
         print(f"attention replicas are one process each: left out {OF_RANKS}", file=sys.stderr)
+    for kind in (kind for kind in asked if kind in OF_FRONTS and kind not in kinds):
+        print(f"no {OF_FRONTS[kind]} of ours stands in front: left out {kind}", file=sys.stderr)
     with options.connect(args) as client:
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
@@ -128,7 +109,7 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
             asker=_http_asker(args) if args.http else client,
         )  # fmt: skip
         dtype = client.model_info().dtype
-    _print(outcome, dtype)
+    print_outcome(outcome, dtype)
     if args.json:
         args.json.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
     return 0 if outcome.lossless else 1
@@ -137,7 +118,8 @@ def run(args: argparse.Namespace, cluster: "RunningCluster") -> int:
 def _http_asker(args: argparse.Namespace) -> HttpStreams:
     """Raises SetupError."""
     tls = ssl.create_default_context(cafile=args.tls_ca)
-    return HttpStreams(args.http, key=options.api_key(args.api_key_file), tls=tls, adapter=args.adapter)
+    key = options.api_key(args.api_key_file)
+    return HttpStreams(args.http, key=key, tls=tls, adapter=args.adapter, goes_on=True)
 
 
 def possible_kinds(kinds: tuple[str, ...], cluster: "RunningCluster") -> tuple[str, ...]:
@@ -147,6 +129,11 @@ def possible_kinds(kinds: tuple[str, ...], cluster: "RunningCluster") -> tuple[s
         kinds = tuple(kind for kind in kinds if kind != OF_RANKS)
     if not kinds:
         raise SetupError(f"attention replicas are one process each: there is no rank for {OF_RANKS}")
+    if set(kinds) & set(OF_FRONTS):
+        roles = {part.role for part in cluster.fronts()}
+        kinds = tuple(kind for kind in kinds if OF_FRONTS.get(kind) in (None, *roles))
+    if not kinds:
+        raise SetupError("Serve's own proxy stands in front: there is no HAProxy for kill-haproxy")
     if not status.dense:
         return kinds
     possible = tuple(kind for kind in kinds if kind in KINDS_OF_DENSE)
@@ -202,31 +189,7 @@ def unleash(
             traffic.wait_for(requests)
         finally:
             asked = traffic.stop()
-    return _outcome(quiet, asked, recoveries, started)
-
-
-def _outcome(
-    quiet: Sequence[Reply], asked: Sequence[tuple[int, Reply]], recoveries: Sequence["Recovery"], started: float
-) -> Outcome:
-    """quiet: a reply to each question.  asked: (number of the question, reply) under faults."""
-    different = [reply for question, reply in asked if not reply.error and not reply.says_the_same(quiet[question])]
-    gaps = [gap for _, reply in asked for gap in reply.gaps_s]
-    quiet_gaps = [gap for reply in quiet for gap in reply.gaps_s]
-    failed = [reply.error for _, reply in asked if reply.error]
-    return Outcome(
-        requests=len(asked),
-        failed=len(failed),
-        different=len(different),
-        faults=dict(Counter(fault.kind for fault in recoveries)),
-        worst_stall_s=max(gaps, default=0.0),
-        quiet_stall_s=max(quiet_gaps, default=0.0),
-        gap_s=_percentile(gaps, 0.99),
-        quiet_gap_s=_percentile(quiet_gaps, 0.99),
-        worst_recovery_s=max((fault.recovered_s for fault in recoveries), default=0.0),
-        seconds=time.monotonic() - started,
-        errors=tuple(sorted(set(failed))[:10]),
-        log=tuple(f"{fault.at - started:.1f} s {fault.kind}: {fault.what}" for fault in recoveries),
-    )
+    return outcome_of(quiet, asked, recoveries, started)
 
 
 class _Traffic:
@@ -268,24 +231,3 @@ class _Traffic:
                 self._asked.append((index, reply))
                 self._news.notify_all()
             self._on_reply()
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
-
-
-def _print(outcome: Outcome, dtype: str) -> None:
-    print(f"\nfaults            {sum(outcome.faults.values())}")
-    for kind, count in outcome.faults.items():
-        print(f"  {kind:16}{count}")
-    print(f"requests          {outcome.requests} in {outcome.seconds:.0f} s")
-    print(f"failed            {outcome.failed}")
-    print(f"different         {outcome.different}")
-    print(f"worst stall       {outcome.worst_stall_s:.2f} s (without faults {outcome.quiet_stall_s:.2f} s)")
-    print(f"99 % of gaps      {outcome.gap_s:.3f} s (without faults {outcome.quiet_gap_s:.3f} s)")
-    print(f"worst recovery    {outcome.worst_recovery_s:.1f} s, until every process was there again")
-    for error in outcome.errors:
-        print(f"error             {error}")
-    if dtype != "float32":
-        print(f"The model runs in {dtype}: sums in another order round differently; compare answers in float32.")

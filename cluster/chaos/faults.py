@@ -3,7 +3,7 @@
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
@@ -18,10 +18,12 @@ _WHOLE_POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Injected:
-    """A fault that has been. killed: the process that it ended, None for none."""
+    """A fault that has been. killed: the process that it ended, None for none.  fronts: those that there were, where it
+    was one of them."""
 
     what: str
     killed: ProcessInfo | None = None
+    fronts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,14 @@ def kill_rank(cluster: RunningCluster, rng: random.Random) -> Injected:
 
 def kill_controller(cluster: RunningCluster, rng: random.Random) -> Injected:
     return _end(cluster, rng, "controller", signal.SIGKILL)
+
+
+def kill_ingress(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _kill_front(cluster, rng, "ingress")
+
+
+def kill_haproxy(cluster: RunningCluster, rng: random.Random) -> Injected:
+    return _kill_front(cluster, rng, "haproxy")
 
 
 def end_shard(cluster: RunningCluster, rng: random.Random) -> Injected:
@@ -110,6 +120,8 @@ KINDS: dict[str, Fault] = {
     "kill-replica": kill_replica,
     "kill-rank": kill_rank,
     "kill-controller": kill_controller,
+    "kill-ingress": kill_ingress,
+    "kill-haproxy": kill_haproxy,
     "end-shard": end_shard,
     "end-replica": end_replica,
     "stop-shard": stop_shard,
@@ -130,6 +142,8 @@ def inject(kind: str, cluster: RunningCluster, rng: random.Random, num_replicas:
     fault = KINDS[kind](cluster, rng)
     done = time.monotonic()
     wait_whole(cluster, num_replicas, timeout_s, killed=fault.killed)
+    if fault.fronts and fault.killed is not None:
+        wait_fronts(cluster, fault.fronts, fault.killed, timeout_s)
     return Recovery(kind=kind, what=fault.what, at=at, recovered_s=time.monotonic() - done)
 
 
@@ -159,21 +173,54 @@ def wait_whole(cluster: RunningCluster, num_replicas: int, timeout_s: float, kil
     raise ClusterError(f"the cluster was not whole again after {timeout_s:g} s: {missing}")
 
 
-def _pick(cluster: RunningCluster, rng: random.Random, role: str) -> Part:
-    parts = [part for part in cluster.parts() if part.role == role]
-    if not parts:
+def wait_fronts(cluster: RunningCluster, before: Sequence[Part], killed: ProcessInfo, timeout_s: float) -> None:
+    """Until as many ingresses serve as before, and each node has its HAProxy again. Raises ClusterError."""
+    deadline = time.monotonic() + timeout_s
+    num_ingresses, nodes = _shape(before)
+    while True:
+        now = cluster.fronts()
+        num_now, nodes_now = _shape(now)
+        num_ready = min(num_now, cluster.ready_ingresses())
+        if killed not in {part.process for part in now} and num_ready >= num_ingresses and nodes_now >= nodes:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the front was not whole again after {timeout_s:g} s: {num_ready} of {num_ingresses} ingresses, "
+                f"HAProxy on {len(nodes_now)} of {len(nodes)} nodes"
+            )
+        time.sleep(_WHOLE_POLL_S)
+
+
+def _shape(fronts: Sequence[Part]) -> tuple[int, set[str]]:
+    """The number of ingresses, and the nodes with a HAProxy: one has several while it is renewed."""
+    return (
+        sum(part.role == "ingress" for part in fronts),
+        {part.process.node_id for part in fronts if part.role == "haproxy"},
+    )
+
+
+def _pick(parts: Sequence[Part], rng: random.Random, role: str) -> Part:
+    found = [part for part in parts if part.role == role]
+    if not found:
         raise ClusterError(f"there is no {role} to be disturbed")
-    return rng.choice(parts)
+    return rng.choice(found)
+
+
+def _kill_front(cluster: RunningCluster, rng: random.Random, role: str) -> Injected:
+    before = tuple(cluster.fronts())
+    part = _pick(before, rng, role)
+    cluster.send_signal(part.process, signal.SIGKILL)
+    return Injected(f"SIGKILL to {part.name} ({part.process.pid})", killed=part.process, fronts=before)
 
 
 def _end(cluster: RunningCluster, rng: random.Random, role: str, number: signal.Signals) -> Injected:
-    part = _pick(cluster, rng, role)
+    part = _pick(cluster.parts(), rng, role)
     cluster.send_signal(part.process, number)
     return Injected(f"{number.name} to {part.name} ({part.process.pid})", killed=part.process)
 
 
 def _stop(cluster: RunningCluster, rng: random.Random, role: str) -> Injected:
-    part, seconds = _pick(cluster, rng, role), rng.uniform(*_STOPPED_S)
+    part, seconds = _pick(cluster.parts(), rng, role), rng.uniform(*_STOPPED_S)
     cluster.send_signal(part.process, signal.SIGSTOP)
     try:
         time.sleep(seconds)

@@ -1,7 +1,5 @@
 """A plain gRPC client of the service, for the command line. Knows no Ray."""
 
-import math
-import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +13,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster import inputs
 from cluster.client.direct import grpc_options
 from cluster.client.files import read_whole
+from cluster.client.going_on import PATIENCE_S, going_on, seeded
+from cluster.client.grpc_errors import error_of
 from cluster.conversation import ChatMessage, Conversation
-from cluster.errors import ClusterError, InvalidRequest, Overloaded, SetupError, Unauthenticated, Unavailable
+from cluster.errors import BrokenStream, InvalidRequest, SetupError, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.serving.grpc.chats import to_chat_messages
 from cluster.serving.grpc.forms import form_message
 from cluster.structured import StructuredOutputsParams
 from cluster.types import SamplingParams
-from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY, RETRY_KEY
+from cluster.wire import MAX_ANSWER_BYTES, RECEIVE_KEY
 
 MAX_PROMPT_TOKENS = 1 << 24  # of a prompt that is an iterator; the server knows the context
 
@@ -32,12 +32,9 @@ Asking = TypeVar(
     "Asking", pb.GenerateStreamRequest, pb.ScoreRequest, pb.EmbedRequest, pb.ClassifyRequest, pb.ClassifyTokensRequest,
     pb.AnswerSpanRequest,
 )  # fmt: skip
+# Without these a channel tries again after 1 s, then later and later, up to 2 minutes.
+RECONNECTING = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000))
 _POOLINGS = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
-_ERRORS: dict[grpc.StatusCode, type[ClusterError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,18 +59,28 @@ class TlsFiles:
 
 class Client:
     """One connection. Blocking; use it as a context manager. address: "host:port".  tls: None is plain text.
-    adapter: the name of the LoRA adapter that computes its prompts, "" for the model alone."""
+    adapter: the name of the LoRA adapter that computes its prompts, "" for the model alone.
+    patience_s: for how long an answer whose connection broke waits for its next token."""
 
-    def __init__(self, address: str, *, api_key: str = "", tls: TlsFiles | None = None, adapter: str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str = "",
+        tls: TlsFiles | None = None,
+        adapter: str = "",
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         """Raises SetupError."""
         if not api_key.isascii() or not api_key.isprintable():
             raise SetupError("the API key has characters that no key has: ASCII without spaces is needed")
-        self.address, self._adapter = address, adapter
+        self.address, self._adapter, self._patience_s = address, adapter, patience_s
         self._has_key = bool(api_key)
+        self._reached = False  # whether the server has answered anything yet
         key = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._metadata = (*key, (RECEIVE_KEY, str(MAX_ANSWER_BYTES)))
         # Answers with many log-probabilities are larger than what gRPC takes by itself.
-        options = [*grpc_options(address), ("grpc.max_receive_message_length", -1)]
+        options = [*grpc_options(address), ("grpc.max_receive_message_length", -1), *RECONNECTING]
         self._channel = (
             grpc.insecure_channel(address, options)
             if tls is None
@@ -90,15 +97,36 @@ class Client:
     ) -> Generator[pb.GenerateStreamResponse, None, None]:
         """Yields the pieces of an answer to a text, a conversation or token ids; closing the iterator cancels it.
 
+        An answer whose connection breaks goes on over another one (`going_on`): a pause, then the next piece. Without a
+        seed it gets one here.
         Raises ClusterError with the server's message.
         """
-        request = _request(prompt, params, request_id)
+        request = _request(prompt, seeded(params), request_id)
         request.adapter = self._adapter
-        call = self._stub.GenerateStream(request, metadata=self._metadata)
+
+        def ask(received: tuple[int, ...]) -> Generator[pb.GenerateStreamResponse, None, None]:
+            request.continue_from[:] = received
+            return self._stream(request)
+
+        def again(error: Unavailable) -> bool:
+            return self._reached or isinstance(error, BrokenStream)
+
+        yield from going_on(ask, again=again, patience_s=self._patience_s)
+
+    def _stream(self, request: pb.GenerateStreamRequest) -> Generator[pb.GenerateStreamResponse, None, None]:
+        """One connection's part of an answer. Raises ClusterError."""
+        call, num_before = self._stub.GenerateStream(request, metadata=self._metadata), len(request.continue_from)
         try:
-            yield from call
+            for piece in call:
+                if piece.num_continued != num_before:
+                    raise Unavailable(
+                        f"{self.address} is of an older version, which goes on with no answer: ask again when "
+                        "`moe-cluster roll` is through"
+                    )
+                self._reached, num_before = True, 0  # the first message alone has it
+                yield piece
         except grpc.RpcError as error:
-            raise self._error(error) from error
+            raise error_of(error, self.address, has_key=self._has_key) from error
         finally:
             call.cancel()
 
@@ -168,45 +196,11 @@ class Client:
     def _ask(self, call: Callable[..., Message], request: Message) -> Message:
         """One message for one message. Raises ClusterError with the server's message."""
         try:
-            return call(request, metadata=self._metadata)
+            answer = call(request, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise self._error(error) from error
-
-    def _error(self, error: grpc.RpcError) -> ClusterError:
-        """Returns ours for gRPC's. gRPC has the reason of a failed connection in words only; they choose the advice."""
-        code, details = error.code(), error.details() or ""
-        if code == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
-            reason = details.rpartition("last error: ")[2]
-            if "Connection refused" not in reason:
-                return Unavailable(
-                    f"no connection to {self.address} ({_short(reason)}): does the server speak TLS, trust this "
-                    "client's certificate, and this client the server's? See --tls-ca, --tls-cert and --tls-key"
-                )
-            return Unavailable(f"no server answers at {self.address}: start one with `moe-cluster serve MODEL_DIR`")
-        if code == grpc.StatusCode.UNAVAILABLE and (
-            "DNS resolution failed" in details or "errors resolving" in details
-        ):
-            return Unavailable(f"no host is known for {self.address}: give --address HOST:PORT, as 127.0.0.1:9000")
-        if code == grpc.StatusCode.UNIMPLEMENTED and "http2 header with status" in details:
-            return ClusterError(f"{self.address} speaks HTTP, not gRPC: give --address the port of gRPC")
-        if code == grpc.StatusCode.UNAUTHENTICATED and not self._has_key:
-            details += " (of this command: set $MOE_CLUSTER_API_KEY, or give --api-key-file)"
-        if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return Overloaded(f"{code.name}: {details}", _retry_after_s(error))
-        return _ERRORS.get(code, ClusterError)(f"{code.name}: {details}")
-
-
-def _retry_after_s(error: grpc.RpcError) -> float:
-    """The server's hint; infinite where it gives none: the same call would be refused again."""
-    metadata = cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())  # its stub says that it is one pair
-    hint = dict(metadata).get(RETRY_KEY, "")
-    return int(hint) / 1000 if hint.isdigit() else math.inf
-
-
-def _short(reason: str) -> str:
-    """Returns the end of OpenSSL's and gRPC's chain of causes: the part about which a person can do something."""
-    last = re.split(r"OPENSSL_internal:|UNKNOWN: |UNAVAILABLE: |ipv[46]:[^ ]*: ", reason)[-1]
-    return last.split(" {")[0].strip().removesuffix(": OK").rstrip(".")[-120:]
+            raise error_of(error, self.address, has_key=self._has_key) from error
+        self._reached = True
+        return answer
 
 
 def _request(prompt: OnePrompt, params: SamplingParams, request_id: str) -> pb.GenerateStreamRequest:

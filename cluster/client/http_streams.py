@@ -4,12 +4,13 @@ import http.client
 import json
 import queue
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
+from cluster.client.going_on import going_on, seeded
 from cluster.client.urls import server_url
-from cluster.errors import ClusterError, Overloaded, Unavailable
+from cluster.errors import BrokenStream, ClusterError, Overloaded, Unavailable
 from cluster.types import Logprobs, SamplingParams, TextDelta
 
 TIMEOUT_S = 600.0  # between two bytes of an answer
@@ -19,12 +20,22 @@ _NO_FIELDS = ("structured_outputs", "logit_bias")  # of a body; none of those th
 class HttpStreams:
     """address: "host:port", or a URL.  key: "" for none.  tls: for https, None for the usual authorities.
     adapter: the name of the LoRA adapter that answers, "" for the model alone.
+    goes_on: an answer whose connection breaks goes on over another one; else nothing is tried again.
 
-    For several threads; connections are used again. Tries nothing again, and uses no proxy.
+    For several threads; connections are used again. Uses no proxy.
     """
 
-    def __init__(self, address: str, *, key: str = "", tls: ssl.SSLContext | None = None, adapter: str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        key: str = "",
+        tls: ssl.SSLContext | None = None,
+        adapter: str = "",
+        goes_on: bool = False,
+    ) -> None:
         """Raises SetupError."""
+        self._goes_on, self._reached = goes_on, False
         parts = server_url(address, "--http")
         self._host, self._port = parts.hostname or "", parts.port
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
@@ -34,19 +45,33 @@ class HttpStreams:
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[TextDelta]:
         """Yields the pieces of an answer. Raises ClusterError, also for a stream that ends before its end."""
-        body = {"prompt": list(prompt), "stream": True, "return_token_ids": True, **self._model, **_given(params)}
+        body = {"prompt": list(prompt), "stream": True, "return_token_ids": True, **self._model}
+        if not self._goes_on:
+            return self._stream(body | _given(params))
+        body |= _given(seeded(params))
+
+        def ask(received: tuple[int, ...]) -> Generator[TextDelta, None, None]:
+            return self._stream(body | ({"continue_from": received} if received else {}))
+
+        return going_on(ask, again=lambda error: self._reached or isinstance(error, BrokenStream))
+
+    def _stream(self, body: dict[str, Any]) -> Generator[TextDelta, None, None]:
+        """One connection's part of an answer. Raises ClusterError."""
         connection, through = self._connection(), False
+        where = f"{self._host}:{self._port}"
         try:
             connection.request("POST", "/v1/completions", json.dumps(body), self._headers)
             answer = connection.getresponse()
             if answer.status != 200:
                 raise _refusal(answer)
+            self._reached = True
             yield from _pieces(answer)
             answer.read()  # the rest of the last event
             through = True
+        except ConnectionRefusedError as error:
+            raise Unavailable(f"no server answers at {where}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            where = f"{self._host}:{self._port}"
-            raise Unavailable(f"the answer of {where} broke off: {type(error).__name__}: {error}") from error
+            raise BrokenStream(f"the answer of {where} broke off: {type(error).__name__}: {error}") from error
         finally:
             if through:
                 self._idle.put(connection)
@@ -76,7 +101,7 @@ def _pieces(answer: http.client.HTTPResponse) -> Iterator[TextDelta]:
             return
         if text:
             yield _piece(json.loads(text.removeprefix("data: ")))
-    raise Unavailable("the stream ended without [DONE]")
+    raise BrokenStream("the stream ended without [DONE]")
 
 
 def _piece(event: dict[str, Any]) -> TextDelta:
@@ -89,6 +114,7 @@ def _piece(event: dict[str, Any]) -> TextDelta:
     return TextDelta(
         text=choice["text"],
         token_ids=ids,
+        finish_reason=choice.get("finish_reason"),
         logprobs=tuple(Logprobs(token_id, value, ()) for token_id, value in zip(ids, found, strict=bool(found))),
     )
 
@@ -97,4 +123,6 @@ def _refusal(answer: http.client.HTTPResponse) -> ClusterError:
     text = f"HTTP {answer.status}: {answer.read(1000).decode('utf-8', 'replace')}"
     if answer.status == 429:
         return Overloaded(text, float(answer.headers.get("retry-after", "0")))
+    if answer.status == 503:
+        return Unavailable(text)
     return ClusterError(text)

@@ -29,7 +29,9 @@ class Compiling:
         assert request.constraint is not None, "only a request with a constraint has a grammar"
         if self._grammars is None:
             raise InvalidRequest(f"{FIELD} is for models with a tokenizer, this engine has none", FIELD)
-        self._pending[sequence] = self._grammars.begin(request.constraint, request.output_token_ids)
+        self._pending[sequence] = self._grammars.begin(
+            request.constraint, request.output_token_ids, request.num_continued
+        )
 
     def take_ready(self) -> Iterator[tuple[Sequence, Exception | None]]:
         """Sequences that have their grammar now, or the exception that it met."""

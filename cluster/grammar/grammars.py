@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import tokenizers
 from llguidance import LLMatcher, LLTokenizer
 
-from cluster.errors import ClusterError, InvalidRequest
+from cluster.errors import ClusterError, InvalidRequest, RequestFailed
 from cluster.grammar.source import grammar_of, limits, refusal
 from cluster.grammar.state import GrammarState
 from cluster.grammar.vocabulary import vocabulary
+from cluster.inputs import CONTINUED
 from cluster.structured import FIELD, Constraint
 
 THREADS = 2  # one slow grammar holds up none
@@ -37,18 +38,24 @@ class Grammars:
         self._vocabulary: LLTokenizer | None = None
         self._reading = threading.Lock()
 
-    def begin(self, constraint: Constraint, token_ids: Sequence[int]) -> "Future[GrammarState]":
+    def begin(self, constraint: Constraint, token_ids: Sequence[int], num_continued: int = 0) -> "Future[GrammarState]":
         """Compiles a grammar and takes the tokens in that an earlier attempt has brought.
 
-        The future raises InvalidRequest for a grammar that cannot be used, ClusterError for a model without a
-        tokenizer.
+        num_continued: of these, the first ones, which are the client's word.
+        The future raises InvalidRequest for a grammar that cannot be used and a client's token that breaks it,
+        ClusterError for a model without a tokenizer.
         """
-        return self._threads.submit(self._state, constraint, tuple(token_ids))
+        return self._threads.submit(self._state, constraint, tuple(token_ids), num_continued)
 
-    def _state(self, constraint: Constraint, token_ids: Sequence[int]) -> GrammarState:
+    def _state(self, constraint: Constraint, token_ids: Sequence[int], num_continued: int) -> GrammarState:
         state = GrammarState(self._matcher(constraint), constraint)
-        for token_id in token_ids:
-            state.accept(token_id)
+        for position, token_id in enumerate(token_ids):
+            try:
+                state.accept(token_id)
+            except RequestFailed as error:
+                if position >= num_continued:
+                    raise
+                raise InvalidRequest(f"{CONTINUED} at position {position}: {error}", CONTINUED) from error
         return state
 
     def _matcher(self, constraint: Constraint) -> LLMatcher:

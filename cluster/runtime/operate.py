@@ -13,6 +13,7 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
+from cluster.runtime.front.processes import front_pids, ready_ingresses
 from cluster.runtime.front.shared_responses import replace_store
 from cluster.runtime.names import APPLICATION, ATTENTION_REPLICA, NAMESPACE, controller_name, group_of_controller
 from cluster.runtime.ray_private.core import reports_to_log
@@ -30,7 +31,8 @@ CHANGE_TIMEOUT_S = 3600.0  # for experts to move: all shards read weights, one a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A process of the cluster. role: "shard", "replica" (its engine), "rank" (beside that) or "controller"."""
+    """A process of the cluster. role: "shard", "replica" (its engine), "rank" (beside that), "controller", and in front
+    of them "ingress" and "haproxy"."""
 
     role: str
     name: str
@@ -157,6 +159,21 @@ class RunningCluster:
                 process = replace(replica.process, pid=pid, rank_pids=())
                 found.append(Part(role="rank", name=f"rank {rank} of {replica.name}", process=process))
         return found
+
+    def fronts(self) -> list[Part]:
+        """The ingresses and HAProxies that run. Raises ClusterError."""
+        try:
+            found = front_pids({part.process.node_id: part.process.pid for part in self.parts()})
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"the processes in front of the cluster cannot be listed: {error}") from error
+        return [
+            Part(role=role, name=role, process=ProcessInfo(pid=pid, node_id=node, gpu_ids=()))
+            for role, node, pid in found
+        ]
+
+    def ready_ingresses(self) -> int:
+        """Number of ingresses that Serve has running."""
+        return ready_ingresses()
 
     def send_signal(self, process: ProcessInfo, number: signal.Signals) -> None:
         """Signals a process; on another node by a task there. A process that is gone is no error."""

@@ -89,6 +89,16 @@ def best(choices: Sequence[Choice], num: int) -> list[Choice]:
     return sorted(choices, key=mean, reverse=True)[:num]
 
 
+def going_on(
+    asked: Sequence[tuple[Prompt, SamplingParams]], continued: Sequence[tuple[int, ...]]
+) -> list[tuple[Prompt, SamplingParams]]:
+    """The same, each behind the tokens that its client has. One that begins keeps its prompt object."""
+    return [
+        (replace(prompt, continue_from=tokens) if tokens else prompt, params)
+        for (prompt, params), tokens in zip(asked, continued, strict=True)
+    ]
+
+
 async def nothing(num_choices: int) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """Yields answers without a token, of calls that ask for none."""
     for index in range(num_choices):

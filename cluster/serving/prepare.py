@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
+from cluster.inputs import CONTINUED
 from cluster.outcome import Wants
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.work import NoTextWork, TextWork
@@ -36,6 +37,7 @@ class RequestCompleter:
         request_id: str,
         timeout_s: float | None = None,
         adapter: str = "",
+        continue_from: Sequence[int] = (),
     ) -> EngineRequest:
         """Returns the request as an engine takes it; `field` is the prompt's name in a refusal.
 
@@ -45,10 +47,13 @@ class RequestCompleter:
         prompt_token_ids = self.prompt(token_ids, field)
         self.check_in_vocabulary(params.stop_token_ids, "stop_token_ids")
         self.check_in_vocabulary([token_id for token_id, _ in params.biases], "logit_bias")
+        resolved = self._resolve(replace(params, structured_outputs=None), field, len(prompt_token_ids))
         return EngineRequest(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
-            params=self._resolve(replace(params, structured_outputs=None), field, len(prompt_token_ids)),
+            params=resolved,
+            output_token_ids=self._continued(continue_from, resolved),
+            num_continued=len(continue_from),
             constraint=params.constraint,
             timeout_s=timeout_s,
             max_tokens_is_default=params.max_tokens is None,
@@ -115,6 +120,27 @@ class RequestCompleter:
             field,
         )
 
+    def _continued(self, token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """Returns an answer's tokens so far as plain ints. params: with every default filled in. Raises
+        InvalidRequest."""
+        if not token_ids:
+            return ()
+        most = params.max_tokens or 1
+        if len(token_ids) > most:  # before each is looked at
+            raise InvalidRequest(
+                f"{CONTINUED} has {len(token_ids)} tokens, an answer to this prompt has {most} at most: max_tokens, or "
+                "the rest of the context",
+                CONTINUED,
+            )
+        if params.seed is None and not params.greedy:
+            raise InvalidRequest(
+                f"{CONTINUED} needs the seed with which the answer began: give one from the start, or temperature 0",
+                CONTINUED,
+            )
+        ids = inputs.prompt_token_ids(token_ids, CONTINUED, most)
+        self.check_in_vocabulary(ids, CONTINUED)
+        return ids
+
     def _resolve(self, params: SamplingParams, field: str, num_prompt_tokens: int) -> SamplingParams:
         """Fills every default in. Raises InvalidRequest for a request that does not fit the context."""
         limit = self._info.max_model_len
@@ -155,8 +181,9 @@ class RequestPreparer:
             await self._work.check_constraint(params.constraint, client)
         token_ids = await self._token_ids(prompt, client)
         return self._completer.complete(
-            token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s, adapter=prompt.adapter
-        )
+            token_ids, params, field=prompt.field, request_id=request_id, timeout_s=timeout_s, adapter=prompt.adapter,
+            continue_from=prompt.continue_from,
+        )  # fmt: skip
 
     async def result(
         self, prompt: Prompt, wants: Wants, *, request_id: str, client: str = "", num_top: int = 0

@@ -88,11 +88,12 @@ class ReplayingBackend:
         self._seeds = seeds or random.Random()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        """Yields each token once. Raises PoisonedRequest, and the replicas' errors for a new request."""
+        """Yields each token once, from the first one that the client lacks. Raises PoisonedRequest, and the replicas'
+        errors for a new request."""
         arrived_at = self._clock()
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(63)))
-        given: list[int] = []
+        given = list(request.output_token_ids)
         attempt = 0
         deaths = Deaths()
         lost_at = arrived_at

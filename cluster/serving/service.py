@@ -33,7 +33,6 @@ from cluster.types import (
     SamplingParams,
     SequenceUpdate,
     TextDelta,
-    Usage,
 )
 
 
@@ -244,20 +243,20 @@ class InferenceService:
     async def _run(self, request: EngineRequest, tracked: TrackedRequest) -> AsyncGenerator[TextDelta, None]:
         """Runs a prepared request; the last delta, and only it, has finish_reason and usage."""
         answer = Answer(self._tokenizer, request.params, self.info.eos_token_ids, tracked.name)
-        updates = self._backend.generate(request)
-        try:
-            while (delta := await self._next_delta(updates, answer, tracked, request)).finish_reason is None:
-                if delta.token_ids:
-                    yield delta
-        finally:
-            await updates.aclose()  # before the last delta goes out: a stop string ends the sequence here
-        self._tracker.answered(tracked, delta.finish_reason)
-        usage = Usage(
-            prompt_tokens=tracked.num_prompt_tokens,
-            completion_tokens=tracked.num_generated_tokens,
-            cached_tokens=tracked.num_cached_tokens or 0,
-        )
-        yield replace(delta, usage=usage)
+        before = await answer.go_on(request.output_token_ids)
+        if answer.matched_stop is not None:  # engines know no stop strings
+            delta = TextDelta(finish_reason="stop", matched_stop=answer.matched_stop)
+        else:
+            updates = self._backend.generate(request)
+            try:
+                while (delta := await self._next_delta(updates, answer, tracked, request)).finish_reason is None:
+                    if delta.token_ids:
+                        yield replace(delta, text_before=before) if before else delta
+                        before = ""
+            finally:
+                await updates.aclose()  # before the last delta goes out: a stop string ends the sequence here
+        self._tracker.answered(tracked, delta.finish_reason or "error")
+        yield replace(delta, usage=tracked.usage, text_before=before)
 
     async def _next_delta(
         self, updates: UpdateStream, answer: Answer, tracked: TrackedRequest, request: EngineRequest

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.outcome import CALLS, Wants
 from cluster.serving.spans import RequestSpan, RequestSpans
-from cluster.types import EngineRequest
+from cluster.types import EngineRequest, Usage
 
 log = logging.getLogger(__name__)
 # A line for each request where `log_requests` asks for it; for those that failed by our fault in any case.
@@ -66,6 +66,7 @@ class TrackedRequest:
     outcome: str | None = None
     last_token_s: float | None = None
     num_prompt_tokens: int = 0
+    num_continued_tokens: int = 0
     num_generated_tokens: int = 0
     num_cached_tokens: int | None = None
     chat: bool = False
@@ -74,7 +75,16 @@ class TrackedRequest:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.num_generated_tokens
+        return self.num_prompt_tokens + self.num_continued_tokens + self.num_generated_tokens
+
+    @property
+    def usage(self) -> Usage:
+        """Of the whole answer."""
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=self.num_continued_tokens + self.num_generated_tokens,
+            cached_tokens=self.num_cached_tokens or 0,
+        )
 
     def timed_out(self) -> DeadlineExceeded:
         return DeadlineExceeded(
@@ -130,9 +140,10 @@ class RequestTracker:
         log.debug("a call was refused: %s", error)
 
     def prepared(self, tracked: TrackedRequest, request: EngineRequest) -> EngineRequest:
-        """Counts the prompt's tokens. Returns the request with its place in a trace, if it is traced."""
+        """Counts the prompt's tokens, and those behind it that the client has. Returns the request with its place in a trace, if it is traced."""
         tracked.num_prompt_tokens = len(request.prompt_token_ids)
-        self._metrics.prompt_tokens(tracked.num_prompt_tokens)
+        tracked.num_continued_tokens = len(request.output_token_ids)
+        self._metrics.prompt_tokens(tracked.num_tokens)
         if tracked.span is None:
             return request
         tracked.span.prepared(request, chat=tracked.chat, stream=tracked.stream)

@@ -10,7 +10,8 @@ import pytest
 from cluster import cli
 from cluster.cli.arguments import cluster_config
 from cluster.client import options
-from cluster.client.grpc_client import Client, _short
+from cluster.client.grpc_client import Client
+from cluster.client.grpc_errors import _short
 from cluster.config import ClusterConfig
 from cluster.console import LoadProgress
 from cluster.errors import InvalidRequest, SetupError

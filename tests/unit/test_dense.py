@@ -16,6 +16,7 @@ from cluster.engine.preflight import check_checkpoint
 from cluster.errors import SetupError, Unavailable
 from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for, plan_evenly
+from cluster.runtime.operate import Part
 from cluster.runtime.start import offline
 from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus
 from cluster.types import EngineStats
@@ -99,19 +100,26 @@ def test_its_status_shows_no_shards_and_no_placement():
 
 
 class Cluster:
+    fronts_of = ("ingress", "haproxy")
+
     def status(self):
         return status_of(plan_evenly((), 0, 0))
+
+    def fronts(self):
+        process = ProcessInfo(pid=7, node_id="n", gpu_ids=())
+        return [Part(role=role, name=role, process=process) for role in self.fronts_of]
 
 
 def test_chaos_leaves_out_the_faults_of_shards():
     possible = possible_kinds(KINDS, Cluster())
-    assert set(possible) == {"kill-replica", "kill-controller", "end-replica", "stop-replica"}
+    fronts = {"kill-ingress", "kill-haproxy"}
+    assert set(possible) == {"kill-replica", "kill-controller", "end-replica", "stop-replica", *fronts}
     with pytest.raises(SetupError, match="is dense"):
         possible_kinds(("kill-shard", "rebalance"), Cluster())
 
 
 def test_chaos_kills_ranks_where_replicas_have_some():
-    class OfRanks:
+    class OfRanks(Cluster):
         def status(self):
             process = ProcessInfo(pid=7, node_id="n", gpu_ids=(), rank_pids=(8,))
             replica = ReplicaStatus(name="r", process=process, engine=None, asked_at=0.0)
@@ -120,6 +128,15 @@ def test_chaos_kills_ranks_where_replicas_have_some():
     assert "kill-rank" in possible_kinds(KINDS, OfRanks())
     with pytest.raises(SetupError, match="one process each"):
         possible_kinds(("kill-rank",), Cluster())
+
+
+def test_chaos_kills_no_haproxy_where_serves_own_proxy_stands():
+    class Bare(Cluster):
+        fronts_of = ("ingress",)
+
+    assert "kill-haproxy" not in possible_kinds(KINDS, Bare())
+    with pytest.raises(SetupError, match="own proxy"):
+        possible_kinds(("kill-haproxy",), Bare())
 
 
 def test_chaos_says_which_faults_it_leaves_out(monkeypatch, capsys):

@@ -85,6 +85,48 @@ def test_a_process_that_nobody_misses_is_no_recovery():
         wait_whole(FakeCluster(), 1, 0.05, killed=process(7))
 
 
+class Fronts(FakeCluster):
+    """Two ingresses, and a HAProxy on each of two nodes. Serve counts a killed ingress for `blind` more looks."""
+
+    def __init__(self, blind=2):
+        super().__init__(blind)
+        self.running = {("ingress", "a", 1), ("ingress", "b", 2), ("haproxy", "a", 3), ("haproxy", "b", 4)}
+        self.gone = None
+
+    def fronts(self):
+        if self.gone is not None:
+            self.looks += 1
+            if self.looks > self.blind:
+                self.running.add((*self.gone[:2], self.gone[2] + 1000))
+                self.gone = None
+        return [
+            Part(role=role, name=role, process=ProcessInfo(pid=pid, node_id=node, gpu_ids=()))
+            for role, node, pid in sorted(self.running)
+        ]
+
+    def ready_ingresses(self):
+        return 2
+
+    def send_signal(self, process, number):
+        self.signals.append((process.pid, number))
+        [self.gone] = [front for front in self.running if front[2] == process.pid]
+        self.running.remove(self.gone)
+
+
+@pytest.mark.parametrize(("kind", "pids"), [("kill-ingress", {1, 2}), ("kill-haproxy", {3, 4})])
+def test_a_killed_front_is_waited_for_on_its_node(kind, pids):
+    cluster = Fronts()
+    recovery = inject(kind, cluster, random.Random(0), 1, 10.0)
+    [(pid, number)] = cluster.signals
+    assert (pid in pids, number, cluster.looks) == (True, signal.SIGKILL, 3)
+    assert recovery.what == f"SIGKILL to {kind.removeprefix('kill-')} ({pid})"
+
+
+def test_a_front_that_nobody_makes_again_is_no_recovery():
+    with pytest.raises(ClusterError, match=r"not whole again after 0\.05 s: 1 of 2 ingresses, HAProxy on 2 of 2 nodes"):
+        inject("kill-ingress", Fronts(blind=10**9), random.Random(0), 1, 0.05)
+
+
 class Streams:
     def __init__(self):
         self.calls = []

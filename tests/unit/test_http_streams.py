@@ -23,8 +23,9 @@ FIRST, SECOND, DONE = event("é", 7, {"token_logprobs": [-0.5]}), event("b", 8),
 
 
 @contextmanager
-def server(pieces, status=200):
-    """Answers with the pieces, each sent by itself. Yields its URL and the bodies that came."""
+def server(pieces, status=200, parts=()):
+    """Answers with the pieces, each sent by itself; or each call with the next of `parts`. Yields its URL and the
+    bodies that came."""
     bodies = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -32,7 +33,7 @@ def server(pieces, status=200):
             bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
             self.send_response(status)
             self.end_headers()
-            for piece in pieces:
+            for piece in parts[len(bodies) - 1] if parts else pieces:
                 self.wfile.write(piece)
                 self.wfile.flush()
 
@@ -56,6 +57,19 @@ def test_a_stream_is_the_same_however_it_is_cut(size):
     assert (body["prompt"], body["stop"], body["logprobs"], body["temperature"]) == ([1, 2], ["x"], 1, 0.0)
 
 
+def test_a_stream_that_breaks_goes_on_where_it_shall():
+    """Each stream of this server ends after its first event; the answer ends with the second one."""
+    ends = json.loads(SECOND[6:])
+    ends["choices"][0]["finish_reason"] = "length"
+    parts = [[FIRST], [f"data: {json.dumps(ends)}\n\n".encode()]]
+    with server([], parts=parts) as (url, bodies):
+        pieces = list(HttpStreams(url, goes_on=True).stream((1, 2), SamplingParams(max_tokens=2)))
+    assert [piece.token_ids for piece in pieces] == [(7,), (8,)]
+    first, second = bodies
+    assert second == first | {"continue_from": [7]}
+    assert first["seed"] is not None
+
+
 @pytest.mark.parametrize(
     ("pieces", "status", "kind", "word"),
     [
@@ -72,7 +86,7 @@ def test_half_an_answer_is_an_error(pieces, status, kind, word):
 
 
 def test_nobody_there_and_no_address():
-    with pytest.raises(Unavailable, match="broke off"):
+    with pytest.raises(Unavailable, match=r"no server answers at 127\.0\.0\.1:1"):
         list(HttpStreams("http://127.0.0.1:1").stream((1,), PARAMS))
     with pytest.raises(SetupError, match="http://HOST:PORT"):
         HttpStreams("ftp://127.0.0.1")

@@ -111,6 +111,44 @@ new Live({ events }, { state: (state) => states.push(state.message ?? state), be
 """
 
 
+GOES_ON = """
+import { goingOn } from "./going_on.mjs";
+import { Refused } from "./api.mjs";
+const piece = (id, finish_reason = null) => ({
+  data: JSON.stringify({ choices: [{ token_ids: [id], finish_reason }] }),
+});
+const done = { data: "[DONE]" };
+async function answer(parts, signal = { aborted: false }) {
+  const asked = [], slept = [], pauses = [], ids = [];
+  let now = 0;
+  async function* ask(received) {
+    asked.push([...received]);
+    for (const part of parts.shift() ?? [new TypeError("Failed to fetch")]) {
+      if (part instanceof Error) throw part;
+      yield part;
+    }
+  }
+  const sleep = (ms) => { slept.push(ms); now += ms; };
+  try {
+    const options = { signal, now: () => now, sleep, onPause: (paused) => pauses.push(paused) };
+    for await (const event of goingOn(ask, options)) ids.push(...event.choices[0].token_ids);
+  } catch (error) {
+    return { ids, asked: asked.length, failed: error.message, now };
+  }
+  return { ids, asked, slept, pauses };
+}
+const away = new Refused(503, "no ingress"), full = new Refused(429, "full"), reset = new TypeError("network error");
+console.log(JSON.stringify([
+  await answer([[piece(7), reset], [away], [full], [piece(8)], [piece(9, "stop"), done]]),
+  await answer([[reset], [piece(7, "stop")]]),
+  await answer([[piece(7), new Refused(400, "no such field")]]),
+  await answer([[piece(7)]]),
+  await answer([]),
+  await answer([[full]]),
+]));
+"""
+
+
 def in_node(folder, script):
     """Runs a script with the modules of the page beside it; returns its line of JSON."""
     for path, file in FILES.items():
@@ -132,6 +170,21 @@ def test_the_page_comes_again_later_each_time_until_a_stream_has_begun(tmp_path)
     found = in_node(tmp_path, AGAIN)
     assert found["waits"] == [500, 1000, 2000, 4000, 8000, 8000, 500, 500, 1000]
     assert found["states"] == [*["gone"] * 6, "live", *["gone"] * 2]
+
+
+@needs_node
+def test_an_answer_in_the_page_goes_on_behind_what_has_come(tmp_path):
+    goes_on, ended, refused, lost, nobody, full = in_node(tmp_path, GOES_ON)
+    assert goes_on["ids"] == [7, 8, 9]
+    assert goes_on["asked"] == [[], [7], [7], [7], [7, 8]]
+    assert goes_on["slept"] == [100, 200, 400, 100]
+    assert goes_on["pauses"] == [True, True, True, False, True, False]
+    assert (ended["ids"], ended["asked"]) == ([7], [[], []])  # its end came, [DONE] did not
+    assert (refused["failed"], refused["asked"]) == ("no such field", 1)
+    assert (lost["ids"], lost["failed"]) == ([7], "Failed to fetch")
+    assert 118_000 <= lost["now"] <= 120_000
+    assert (nobody["failed"], nobody["now"] <= 5_000) == ("Failed to fetch", True)
+    assert (full["failed"], full["asked"]) == ("full", 1)
 
 
 def test_a_snapshot_and_a_stream_of_the_cluster(tokenizer, monkeypatch):

@@ -57,7 +57,7 @@ class GrpcInferenceService(ResultHandlers):
             with self._counted(grpc_context, pb.GenerateStreamRequest) as client:
                 message = await self._beside(request, lambda: self._parse(request, pb.GenerateStreamRequest), client)
                 request_id = message.request_id or request_id
-                first_id = request_id
+                first_id, num_continued = request_id, len(message.continue_from)
                 prompt, params = await self._beside(request, lambda: messages.to_question(message), client)
                 stream = self._service.stream(
                     prompt,
@@ -69,8 +69,8 @@ class GrpcInferenceService(ResultHandlers):
                 calls = AnswerCalls(message)
                 async with aclosing(stream) as deltas:
                     async for delta in deltas:
-                        yield messages.to_stream_response(delta, calls, first_id)
-                        first_id = ""
+                        yield messages.to_stream_response(delta, calls, first_id, num_continued)
+                        first_id, num_continued = "", 0
         except Exception as error:  # noqa: BLE001 the boundary: nothing may pass but a code and a message
             if self._raise_failures:
                 fail_stream(grpc_context, error, request_id)

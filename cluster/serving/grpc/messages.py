@@ -56,7 +56,10 @@ def to_prompt(message: TimedMessage | pb.TokenizeRequest) -> Prompt:
 
 def to_question(message: GenerateMessage) -> tuple[Prompt, SamplingParams]:
     """Both at once. Raises InvalidRequest."""
-    return to_prompt(message), to_params(message)
+    prompt = to_prompt(message)
+    if isinstance(message, pb.GenerateStreamRequest) and message.continue_from:
+        prompt = replace(prompt, continue_from=tuple(message.continue_from))
+    return prompt, to_params(message)
 
 
 def to_params(message: GenerateMessage) -> SamplingParams:
@@ -101,11 +104,16 @@ def to_generate_response(output: CompletionOutput, calls: AnswerCalls) -> pb.Gen
     )
 
 
-def to_stream_response(delta: TextDelta, calls: AnswerCalls, request_id: str = "") -> pb.GenerateStreamResponse:
-    """request_id: given for the first message of a stream only."""
+def to_stream_response(
+    delta: TextDelta, calls: AnswerCalls, request_id: str = "", num_continued: int = 0
+) -> pb.GenerateStreamResponse:
+    """request_id, num_continued: given for the first message of a stream only."""
+    if delta.text_before:
+        calls.read(delta.text_before, None)  # its client has what that says
     text, pieces = calls.read(delta.text, delta.finish_reason)
     return pb.GenerateStreamResponse(
         request_id=request_id,
+        num_continued=num_continued,
         text=text,
         tool_calls=pieces,
         token_ids=delta.token_ids,

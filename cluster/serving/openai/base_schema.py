@@ -7,6 +7,7 @@ from pydantic import Field
 
 from cluster import inputs
 from cluster.errors import InvalidRequest
+from cluster.inputs import CONTINUED
 from cluster.serving.choices import MAX_CHOICES
 from cluster.serving.openai.body import AnswerBody as AnswerBody
 from cluster.serving.openai.body import RequestBody as RequestBody
@@ -53,6 +54,7 @@ class SamplingFields(GenerationFields, FormFields, VllmFields):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: int | None = None
+    continue_from: list[int] | list[list[int]] | None = None  # ours
     return_token_ids: bool | None = None  # vLLM's, as the next
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     # Taken and without effect here: they name or steer what a server like this one does not have.
@@ -76,6 +78,21 @@ class SamplingFields(GenerationFields, FormFields, VllmFields):
             raise InvalidRequest("stream_options is for streams: set stream to true", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs come with a whole answer, not with a stream", "prompt_logprobs")
+        if self.continue_from is not None and not self.stream:
+            raise InvalidRequest(f"{CONTINUED} is for streams: set stream to true", CONTINUED)
+
+    def continued(self, num_answers: int) -> list[tuple[int, ...]]:
+        """Returns the tokens of each answer that its client has. Raises InvalidRequest for too few or too many."""
+        given = self.continue_from or []
+        lists = [each for each in given if isinstance(each, list)]
+        if given and len(lists or [given]) != num_answers:
+            found = f"{len(lists)} lists" if lists else "one list"
+            raise InvalidRequest(
+                f"{CONTINUED} has {found} of tokens, this call makes {num_answers} answers: a list for each is needed",
+                CONTINUED,
+            )
+        tokens = lists or [[each for each in given if isinstance(each, int)]] * num_answers
+        return [tuple(each) for each in tokens]
 
     def sampling_params(
         self, *, max_tokens: int | None, logprobs: int | None, form: StructuredOutputsParams | None = None

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: a conversation's next message, whole or as a stream of deltas."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
-from cluster.serving.choices import Call, Choice, collect, generate, total, variants, with_stop_strings
+from cluster.serving.choices import Call, Choice, collect, generate, going_on, total, variants, with_stop_strings
 from cluster.serving.openai.answer_size import worded
 from cluster.serving.openai.base_schema import UsageBody
 from cluster.serving.openai.body_route import BodyRoute
@@ -27,7 +27,7 @@ from cluster.serving.openai.conversations import to_conversation
 from cluster.serving.openai.errors import OpenAIError
 from cluster.serving.openai.forms import naming
 from cluster.serving.openai.logprobs import as_token_ids, chat_logprobs
-from cluster.serving.openai.message_reader import reader_for
+from cluster.serving.openai.message_reader import MessageReader, joined, reader_for
 from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import DONE, begun, event, streamed
@@ -69,13 +69,14 @@ async def prepared(served: Served, body: ChatRequest, call: Call) -> "PreparedCh
     if num_choices > 1 or body.needs_token_ids:  # rendered and tokenized once
         prompt_token_ids = body.truncated(await served.service.tokenize(prompt, call.client))
         prompt = Prompt(token_ids=prompt_token_ids, adapter=adapter)
-    asked = [(prompt, each) for each in variants(params, num_choices)]
+    continued = body.continued(num_choices)
+    asked = going_on([(prompt, each) for each in variants(params, num_choices)], continued)
     deltas = generate(served.service, asked, call)
     if body.include_stop_str_in_output:
         deltas = with_stop_strings(deltas)
     return PreparedChat(
         served=served, body=body, call=call, created=int(served.now_s()), prompt=prompt,
-        num_choices=num_choices, params=params, deltas=deltas,
+        continued=continued, params=params, deltas=deltas,
         prompt_token_ids=prompt_token_ids if body.return_token_ids else None,
     )  # fmt: skip
 
@@ -90,17 +91,21 @@ def _params(body: ChatRequest) -> SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedChat:
-    """One call that is about to begin."""
+    """One call that is about to begin. continued: of each choice, the tokens that its client has."""
 
     served: Served
     body: ChatRequest
     call: Call
     created: int
     prompt: Prompt
-    num_choices: int
+    continued: Sequence[tuple[int, ...]]
     params: SamplingParams
     deltas: AsyncGenerator[tuple[int, TextDelta], None]
     prompt_token_ids: list[int] | None
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.continued)
 
     async def check(self) -> None:
         """Finds what would end it before its first token. Raises InvalidRequest, Overloaded."""
@@ -148,23 +153,33 @@ class PreparedChat:
         async with aclosing(self.deltas):
             async for index, delta in self.deltas:
                 if not announced:  # not before: until then a failure has a status of its own
-                    for each in range(self.num_choices):
+                    for each in (each for each, tokens in enumerate(self.continued) if not tokens):
                         yield self._event(each, AnswerMessage(role="assistant", content=""), NOTHING, **shown)
                     announced = True
                 choices[index].add(delta)
-                parts, reason = readers[index].read(delta.text), None
-                if delta.finish_reason is not None:
-                    parts += readers[index].end()
-                    reason = readers[index].finish_reason(delta.finish_reason)
-                if not parts and delta.token_ids and (self.body.logprobs or self.body.return_token_ids):
-                    parts = [AnswerMessage(content="")]
-                for position, part in enumerate(parts):
-                    yield self._event(index, part, NOTHING if position else delta)
-                if reason is not None:
-                    yield self._event(index, AnswerMessage(), TextDelta(matched_stop=delta.matched_stop), reason)
+                for text in self._events(index, delta, readers[index]):
+                    yield text
         if self.body.includes_usage:
             yield event(self._chunk([], usage=UsageBody.of(total(choices, self.num_choices))))
         yield DONE
+
+    def _events(self, index: int, delta: TextDelta, reader: MessageReader) -> Iterator[str]:
+        """Of one delta. With its token ids it is one event: whoever has the tokens has all that they say."""
+        if delta.text_before:
+            reader.read(delta.text_before)  # its client has what that says
+        parts, reason = reader.read(delta.text), None
+        if delta.finish_reason is not None:
+            parts += reader.end()
+            reason = reader.finish_reason(delta.finish_reason)
+        if self.body.return_token_ids:
+            yield self._event(index, joined(parts), delta, reason)
+            return
+        if not parts and delta.token_ids and self.body.logprobs:
+            parts = [AnswerMessage(content="")]
+        for position, part in enumerate(parts):
+            yield self._event(index, part, NOTHING if position else delta)
+        if reason is not None:
+            yield self._event(index, AnswerMessage(), TextDelta(matched_stop=delta.matched_stop), reason)
 
     def _event(
         self, index: int, message: AnswerMessage, delta: TextDelta, reason: str | None = None, **fields: Any

@@ -9,12 +9,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
+from cluster.inputs import CONTINUED
 from cluster.serving.choices import (
     Call,
     Choice,
     best,
     collect,
     generate,
+    going_on,
     nothing,
     total,
     variants,
@@ -75,6 +77,8 @@ def _check(body: CompletionRequest) -> None:
         raise InvalidRequest("suffix: this model writes behind a prompt, not into one", "suffix")
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("max_tokens is 0, which only a call with echo has an answer for", "max_tokens")
+    if body.max_tokens == 0 and body.continue_from:
+        raise InvalidRequest(f"{CONTINUED} has tokens of an answer, and max_tokens is 0", CONTINUED)
     if body.best_of is not None and body.best_of < (body.n or 1):
         raise InvalidRequest(f"best_of is {body.best_of}, at least n ({body.n or 1}) is needed", "best_of")
     if body.best_of is not None and body.best_of > (body.n or 1) and body.stream:
@@ -103,10 +107,12 @@ async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Co
     param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
     scored = await score(served.service, prompts, call, max(tops), param=param) if tops else ()
     asked = [(prompt, each) for prompt in prompts for each in variants(params, num_each)]
+    continued = body.continued(len(asked))
+    asked = going_on(asked, continued)
     deltas = nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call)
     return _Completion(
         served=served, body=body, call=call, created=int(served.now_s()), prompts=prompts, num_each=num_each,
-        deltas=with_stop_strings(deltas) if body.include_stop_str_in_output else deltas,
+        deltas=with_stop_strings(deltas) if body.include_stop_str_in_output else deltas, continued=continued,
         scored=scored, echoes=await _echoes(served, body, prompts, call),
     )  # fmt: skip
 
@@ -131,7 +137,9 @@ async def _tokenized(served: Served, prompt: Prompt, body: CompletionRequest, ca
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Completion:
-    """One call that is about to begin. num_each: choices of each prompt.  scored, echoes: of each prompt, or none."""
+    """One call that is about to begin. num_each: choices of each prompt.  scored, echoes: of each prompt, or none.
+    continued: of each choice, the tokens that its client has.
+    """
 
     served: Served
     body: CompletionRequest
@@ -142,6 +150,7 @@ class _Completion:
     deltas: AsyncGenerator[tuple[int, TextDelta], None]
     scored: Sequence[PromptTokens]
     echoes: Sequence[str]
+    continued: Sequence[tuple[int, ...]]
 
     async def choices(self) -> list[Choice]:
         """All choices of each prompt, prompt by prompt. Raises ClusterError."""
@@ -159,14 +168,16 @@ class _Completion:
     async def stream(self) -> AsyncGenerator[str, None]:
         """Yields events: of each choice its pieces, the last with the reason of its end; then the usage, if asked
         for."""
-        choices = [Choice() for _ in range(len(self.prompts) * self.num_each)]
-        offsets = [0] * len(choices)  # not of the text: some of it may be held back, while a stop string may come
+        choices = [Choice(token_ids=list(tokens)) for tokens in self.continued]
+        offsets: dict[int, int] = {}  # not of the text: some of it may be held back, while a stop string may come
         usage: dict[str, Any] = {"usage": None} if self.body.includes_usage else {}
         async with aclosing(self.deltas):
             async for index, delta in self.deltas:
                 prompt, piece = index // self.num_each, Choice()
                 piece.add(delta)
                 begins = not choices[index].token_ids
+                if index not in offsets:
+                    offsets[index] = 0 if begins else self._num_chars(prompt, choices[index], begins=True)
                 choices[index].add(delta)
                 shown = self._choice(index, prompt, piece, begins=begins, offset=offsets[index])
                 offsets[index] += self._num_chars(prompt, piece, begins=begins)

@@ -1,6 +1,7 @@
 """The seam for the meaning of a model's text: content alone here, calls of tools in `tool_reader`."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from cluster.serving.openai.chat_schema import AnswerMessage, ChatRequest
 from cluster.serving.openai.tool_reader import tool_reader
@@ -41,6 +42,21 @@ class PlainReader:
 
     def finish_reason(self, reason: FinishReason) -> str:
         return reason
+
+
+def joined(parts: Sequence[AnswerMessage]) -> AnswerMessage:
+    """Returns one delta that says what several say. A call's pieces are one, as its reader would join them."""
+    content = "".join(part.content or "" for part in parts)
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in (piece for part in parts for piece in part.tool_calls or ()):
+        if (call := calls.get(piece["index"])) is None:
+            calls[piece["index"]] = {**piece, "function": dict(piece["function"])}
+        else:
+            call["function"]["arguments"] += piece["function"]["arguments"]
+    if not calls:
+        return AnswerMessage(content=content)
+    texts = {"content": content} if content else {}
+    return AnswerMessage(**texts, tool_calls=list(calls.values()))
 
 
 def reader_for(body: ChatRequest) -> MessageReader:

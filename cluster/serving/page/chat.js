@@ -1,6 +1,7 @@
 // A conversation through /v1/chat/completions. An answer is text, whatever stands in it.
 
 import { announce, byId, element, seconds, setText } from "./dom.js";
+import { goingOn, newSeed } from "./going_on.js";
 
 const SUGGESTIONS = ["What is an expert?", "What happens when a shard dies?", "How does rebalancing work?"];
 
@@ -87,10 +88,14 @@ export class Chat {
   async read(stream, answer) {
     const began = performance.now();
     let first = null;
-    for await (const { data } of this.api.events("v1/chat/completions", { body: this.body(), signal: stream.signal })) {
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
+    const body = this.body();
+    const { signal } = stream;
+    const ask = (received) => {
+      const rest = received.length ? { ...body, continue_from: received } : body;
+      return this.api.events("v1/chat/completions", { body: rest, signal });
+    };
+    const onPause = (paused) => setText(answer.note, paused ? "The connection broke: the answer goes on with the next one" : "");
+    for await (const event of goingOn(ask, { signal, onPause })) {
       const piece = event.choices?.[0]?.delta?.content;
       if (piece) {
         first ??= performance.now() - began;
@@ -102,11 +107,11 @@ export class Chat {
         setText(answer.note, `${tokens} tokens · first after ${seconds((first ?? 0) / 1000)} · ${(tokens / took).toFixed(1)} tokens/s`);
       }
     }
-    if (!stream.signal.aborted) throw new Error("the answer broke off");
   }
 
   body() {
     const body = { messages: this.turns, stream: true, stream_options: { include_usage: true } };
+    Object.assign(body, { return_token_ids: true, seed: newSeed() }); // so that another connection can go on with it
     const temperature = byId("temperature").valueAsNumber;
     const most = byId("max-tokens").valueAsNumber;
     if (!Number.isNaN(temperature)) body.temperature = temperature;

@@ -24,12 +24,14 @@ class Prompt:
     """The input of a request: exactly one of a text, token ids or a conversation. Raises InvalidRequest.
 
     adapter: the name of the one that computes it; "" for the base alone.
+    continue_from: the answer's tokens that its client has already; it goes on with the next one.
     """
 
     text: str | None = None
     token_ids: Iterable[int] | None = None
     chat: Conversation | None = None
     adapter: str = ""
+    continue_from: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         values = {"text": self.text, "token_ids": self.token_ids, "chat": self.chat}
