@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from cluster.errors import Overloaded, Unavailable
+from cluster.errors import BrokenStream, Overloaded, Unavailable
 from cluster.types import SamplingParams
 
 PATIENCE_S = 120.0  # without a token; as of `moe-cluster batch` for a server that is gone
@@ -32,39 +32,70 @@ def seeded(params: SamplingParams) -> SamplingParams:
     return params if params.seed is not None else replace(params, seed=secrets.randbits(63))
 
 
-def going_on(
-    ask: Ask[P],
-    *,
-    again: Callable[[Unavailable], bool],
-    patience_s: float = PATIENCE_S,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Generator[P, None, None]:
+class Patience:
+    """Of one client, whose answers may run in several threads.
+
+    An answer waits for its next token for so many seconds after its stream broke; and none waits for longer after the
+    server was first missed, so that a thousand answers do not wait for a dead one in turn.
+    """
+
+    def __init__(
+        self,
+        seconds: float = PATIENCE_S,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._seconds, self._clock, self.sleep = seconds, clock, sleep
+        self._missed_at: float | None = None
+        self.reached = False  # whether the server has ever answered
+
+    def heard(self) -> None:
+        """Notes that the server answers."""
+        self.reached, self._missed_at = True, None
+
+    def missed(self) -> float:
+        """Notes that the server is missed. Returns the time."""
+        now = self._clock()
+        if self._missed_at is None:
+            self._missed_at = now
+        return now
+
+    def is_over(self, lost_at: float, pause_s: float) -> bool:
+        """Whether it ends before a pause that an answer would make whose stream broke then."""
+        missed_at = self._missed_at
+        since = lost_at if missed_at is None else min(lost_at, missed_at)
+        return self._clock() + pause_s > since + self._seconds
+
+
+def going_on(ask: Ask[P], patience: Patience) -> Generator[P, None, None]:
     """Yields the pieces of one answer, however many streams they take.
 
     ask: a stream of the answer behind these tokens; it raises Unavailable where it ends before the answer.
-    again: whether an answer of which nothing has come is asked for again after this error.
-    Raises what `ask` raises: Unavailable and Overloaded after `patience_s` without a token, or where nothing has come
-    yet and it shall not be asked again.
+    Raises what `ask` raises: Unavailable and Overloaded when patience ends, Overloaded also where nothing was lost, and
+    Unavailable where no server was ever reached.
     """
     received: list[int] = []
-    begun = finished = False
-    wait_s, until = FIRST_WAIT_S, clock() + patience_s
-    while True:
+    lost = finished = False
+    wait_s = FIRST_WAIT_S
+    lost_at: float | None = None
+    while not finished:
         try:
             with closing(ask(tuple(received))) as pieces:
                 for piece in pieces:
                     received += piece.token_ids
-                    begun, finished = True, bool(piece.finish_reason)
-                    wait_s, until = FIRST_WAIT_S, clock() + patience_s
+                    wait_s, lost_at, finished = FIRST_WAIT_S, None, bool(piece.finish_reason)
+                    patience.heard()
                     yield piece
-            return
+            if not finished:
+                raise BrokenStream("the stream of the answer ended before the answer")
         except (Unavailable, Overloaded) as error:
             if finished:
                 return
-            begun = begun or (isinstance(error, Unavailable) and again(error))
+            lost = lost or isinstance(error, BrokenStream) or (isinstance(error, Unavailable) and patience.reached)
             pause_s = max(wait_s, error.retry_after_s if isinstance(error, Overloaded) else 0.0)
-            if not begun or clock() + pause_s > until:
+            lost_at = patience.missed() if lost_at is None else lost_at
+            if not lost or patience.is_over(lost_at, pause_s):
                 raise
-            sleep(pause_s)
+            patience.sleep(pause_s)
             wait_s = min(2 * wait_s, MAX_WAIT_S)

@@ -13,10 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster import inputs
 from cluster.client.direct import grpc_options
 from cluster.client.files import read_whole
-from cluster.client.going_on import PATIENCE_S, going_on, seeded
+from cluster.client.going_on import PATIENCE_S, Patience, going_on, seeded
 from cluster.client.grpc_errors import error_of
 from cluster.conversation import ChatMessage, Conversation
-from cluster.errors import BrokenStream, InvalidRequest, SetupError, Unavailable
+from cluster.errors import InvalidRequest, SetupError, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.pb.moecluster.v1 import inference_pb2_grpc
 from cluster.serving.grpc.chats import to_chat_messages
@@ -74,9 +74,8 @@ class Client:
         """Raises SetupError."""
         if not api_key.isascii() or not api_key.isprintable():
             raise SetupError("the API key has characters that no key has: ASCII without spaces is needed")
-        self.address, self._adapter, self._patience_s = address, adapter, patience_s
+        self.address, self._adapter, self._patience = address, adapter, Patience(patience_s)
         self._has_key = bool(api_key)
-        self._reached = False  # whether the server has answered anything yet
         key = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._metadata = (*key, (RECEIVE_KEY, str(MAX_ANSWER_BYTES)))
         # Answers with many log-probabilities are larger than what gRPC takes by itself.
@@ -108,10 +107,7 @@ class Client:
             request.continue_from[:] = received
             return self._stream(request)
 
-        def again(error: Unavailable) -> bool:
-            return self._reached or isinstance(error, BrokenStream)
-
-        yield from going_on(ask, again=again, patience_s=self._patience_s)
+        yield from going_on(ask, self._patience)
 
     def _stream(self, request: pb.GenerateStreamRequest) -> Generator[pb.GenerateStreamResponse, None, None]:
         """One connection's part of an answer. Raises ClusterError."""
@@ -123,7 +119,7 @@ class Client:
                         f"{self.address} is of an older version, which goes on with no answer: ask again when "
                         "`moe-cluster roll` is through"
                     )
-                self._reached, num_before = True, 0  # the first message alone has it
+                num_before = 0  # the first message alone has it
                 yield piece
         except grpc.RpcError as error:
             raise error_of(error, self.address, has_key=self._has_key) from error
@@ -199,7 +195,7 @@ class Client:
             answer = call(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, self.address, has_key=self._has_key) from error
-        self._reached = True
+        self._patience.heard()
         return answer
 
 

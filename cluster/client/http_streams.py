@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from cluster.client.going_on import going_on, seeded
+from cluster.client.going_on import Patience, going_on, seeded
 from cluster.client.urls import server_url
 from cluster.errors import BrokenStream, ClusterError, Overloaded, Unavailable
 from cluster.types import Logprobs, SamplingParams, TextDelta
@@ -35,7 +35,7 @@ class HttpStreams:
         goes_on: bool = False,
     ) -> None:
         """Raises SetupError."""
-        self._goes_on, self._reached = goes_on, False
+        self._patience = Patience() if goes_on else None
         parts = server_url(address, "--http")
         self._host, self._port = parts.hostname or "", parts.port
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
@@ -46,14 +46,14 @@ class HttpStreams:
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[TextDelta]:
         """Yields the pieces of an answer. Raises ClusterError, also for a stream that ends before its end."""
         body = {"prompt": list(prompt), "stream": True, "return_token_ids": True, **self._model}
-        if not self._goes_on:
+        if self._patience is None:
             return self._stream(body | _given(params))
         body |= _given(seeded(params))
 
         def ask(received: tuple[int, ...]) -> Generator[TextDelta, None, None]:
             return self._stream(body | ({"continue_from": received} if received else {}))
 
-        return going_on(ask, again=lambda error: self._reached or isinstance(error, BrokenStream))
+        return going_on(ask, self._patience)
 
     def _stream(self, body: dict[str, Any]) -> Generator[TextDelta, None, None]:
         """One connection's part of an answer. Raises ClusterError."""
@@ -64,7 +64,6 @@ class HttpStreams:
             answer = connection.getresponse()
             if answer.status != 200:
                 raise _refusal(answer)
-            self._reached = True
             yield from _pieces(answer)
             answer.read()  # the rest of the last event
             through = True

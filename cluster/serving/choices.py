@@ -89,7 +89,7 @@ def best(choices: Sequence[Choice], num: int) -> list[Choice]:
     return sorted(choices, key=mean, reverse=True)[:num]
 
 
-def going_on(
+def behind(
     asked: Sequence[tuple[Prompt, SamplingParams]], continued: Sequence[tuple[int, ...]]
 ) -> list[tuple[Prompt, SamplingParams]]:
     """The same, each behind the tokens that its client has. One that begins keeps its prompt object."""

@@ -1,12 +1,13 @@
 """The client goes on with an answer whose connection breaks: a pause for its caller, and no difference."""
 
+import itertools
 import math
 from contextlib import closing
 
 import grpc
 import pytest
 
-from cluster.client.going_on import MAX_WAIT_S, PATIENCE_S, going_on
+from cluster.client.going_on import MAX_WAIT_S, PATIENCE_S, Patience, going_on
 from cluster.client.grpc_client import Client
 from cluster.errors import BrokenStream, ClusterError, InvalidRequest, Overloaded, Unavailable
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
@@ -38,8 +39,11 @@ class Server:
         self.slept.append(seconds)
         self.now_s += seconds
 
-    def answer(self, again=True):
-        pieces = going_on(self.ask, again=lambda _: again, clock=lambda: self.now_s, sleep=self.sleep)
+    def patience(self):
+        return Patience(clock=lambda: self.now_s, sleep=self.sleep)
+
+    def answer(self, patience=None):
+        pieces = going_on(self.ask, patience or self.patience())
         return tuple(token for piece in pieces for token in piece.token_ids)
 
 
@@ -88,8 +92,43 @@ def test_a_failure_of_the_request_is_one_at_once(error):
 def test_an_answer_that_never_began_is_its_callers_matter(error):
     server = Server((0, error))
     with pytest.raises(type(error)):
-        server.answer(again=False)
+        server.answer()
     assert server.slept == []
+
+
+def test_a_stream_that_ends_without_a_reason_is_a_broken_one():
+    server = Server()
+    whole = server.ask
+    server.ask = lambda received: (piece for piece in itertools.islice(whole(received), None if received else 2))
+    assert server.answer() == ANSWER
+
+
+def test_patience_begins_with_the_break_however_long_the_answer_had_waited_before():
+    server = Server((1, BROKEN))
+    ask = server.ask
+
+    def slowly(received):
+        server.now_s += 10 * PATIENCE_S
+        yield from ask(received)
+
+    server.ask = slowly
+    assert server.answer() == ANSWER
+
+
+def test_a_thousand_answers_do_not_wait_for_a_dead_server_in_turn():
+    """The first one waits, the others not; after a word of the server the next one would."""
+    server = Server()
+    patience = server.patience()
+    assert server.answer(patience) == ANSWER
+    server.script = [(0, Unavailable("nobody"))] * 100_000
+    for _ in range(1000):
+        with pytest.raises(Unavailable):
+            server.answer(patience)
+    assert server.now_s <= PATIENCE_S
+    server.script = []
+    assert server.answer(patience) == ANSWER
+    server.script = [(0, Unavailable("nobody"))] * 3
+    assert server.answer(patience) == ANSWER
 
 
 def test_closing_it_closes_the_stream_under_way():
@@ -102,7 +141,7 @@ def test_closing_it_closes_the_stream_under_way():
         finally:
             closed.append(received)
 
-    with closing(going_on(ask, again=lambda _: True)) as pieces:
+    with closing(going_on(ask, Patience())) as pieces:
         next(pieces)
     assert closed == [()]
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cluster.errors import InvalidRequest
-from cluster.serving.choices import Call, Choice, collect, generate, going_on, total, variants, with_stop_strings
+from cluster.serving.choices import Call, Choice, behind, collect, generate, total, variants, with_stop_strings
 from cluster.serving.openai.answer_size import worded
 from cluster.serving.openai.base_schema import UsageBody
 from cluster.serving.openai.body_route import BodyRoute
@@ -70,7 +70,7 @@ async def prepared(served: Served, body: ChatRequest, call: Call) -> "PreparedCh
         prompt_token_ids = body.truncated(await served.service.tokenize(prompt, call.client))
         prompt = Prompt(token_ids=prompt_token_ids, adapter=adapter)
     continued = body.continued(num_choices)
-    asked = going_on([(prompt, each) for each in variants(params, num_choices)], continued)
+    asked = behind([(prompt, each) for each in variants(params, num_choices)], continued)
     deltas = generate(served.service, asked, call)
     if body.include_stop_str_in_output:
         deltas = with_stop_strings(deltas)

@@ -13,10 +13,10 @@ from cluster.inputs import CONTINUED
 from cluster.serving.choices import (
     Call,
     Choice,
+    behind,
     best,
     collect,
     generate,
-    going_on,
     nothing,
     total,
     variants,
@@ -108,7 +108,7 @@ async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Co
     scored = await score(served.service, prompts, call, max(tops), param=param) if tops else ()
     asked = [(prompt, each) for prompt in prompts for each in variants(params, num_each)]
     continued = body.continued(len(asked))
-    asked = going_on(asked, continued)
+    asked = behind(asked, continued)
     deltas = nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call)
     return _Completion(
         served=served, body=body, call=call, created=int(served.now_s()), prompts=prompts, num_each=num_each,
