@@ -140,7 +140,8 @@ class RequestTracker:
         log.debug("a call was refused: %s", error)
 
     def prepared(self, tracked: TrackedRequest, request: EngineRequest) -> EngineRequest:
-        """Counts the prompt's tokens, and those behind it that the client has. Returns the request with its place in a trace, if it is traced."""
+        """Counts the prompt's tokens, and those behind it that the client has. Returns the request with its place in a
+        trace, if it is traced."""
         tracked.num_prompt_tokens = len(request.prompt_token_ids)
         tracked.num_continued_tokens = len(request.output_token_ids)
         self._metrics.prompt_tokens(tracked.num_tokens)

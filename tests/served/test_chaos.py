@@ -11,7 +11,7 @@ from cluster.runtime.operate import RunningCluster
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 OTHER_KINDS = tuple(kind for kind in KINDS if kind not in (*QUICK_KINDS, "kill-rank"))  # replicas have no ranks here
-HTTP_KINDS = ("kill-replica", "kill-shard", "kill-controller", "end-replica", "stop-replica", "cut-streams")
+HTTP_KINDS = ("kill-replica", "kill-haproxy", "kill-shard", "kill-ingress", "kill-controller", "cut-streams")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_no_request_is_lost_and_no_answer_changes_whatever_breaks(cluster, serve
 
 @pytest.mark.slow
 def test_over_http_too_no_answer_is_lost_or_changed(cluster, served):
-    asker = HttpStreams(served.http_url)
+    asker = HttpStreams(served.http_url, goes_on=True)
     with Client(f"127.0.0.1:{served.grpc_port}") as client:
         outcome = unleash(cluster, client, requests=20, faults=6, kinds=HTTP_KINDS, concurrency=4, seed=2, asker=asker)
     assert outcome.errors == ()
