@@ -139,12 +139,18 @@ class FakeActor:
 
 class FakeLauncher:
     """A `Launcher`. log: what happened, in order.  starts: (time, name) of each process.  full: no node has room.
-    errors: raised by the next loads, of any process."""
+    errors: raised by the next loads, of any process.  gcs_away: what is asked of Ray's GCS waits."""
 
     def __init__(self):
         self.actors, self.log, self.starts, self.killed = {}, [], [], []
         self.errors, self.pids, self.full = deque(), itertools.count(1), False
-        self.places = {}
+        self.places, self.gcs_away = {}, False
+
+    async def in_thread(self, method, *arguments):
+        await asyncio.sleep(0)
+        while self.gcs_away:
+            await asyncio.sleep(1)
+        return method(*arguments)
 
     def me(self):
         return "controller"
@@ -162,7 +168,7 @@ class FakeLauncher:
         return sorted(self.actors.items())
 
     async def reserve(self, name, node_id, config):
-        while self.full:
+        while self.full or self.gcs_away:
             await asyncio.sleep(1)
         return self.places.setdefault(name, Place(node_id, name))
 
@@ -200,8 +206,8 @@ class FakeCluster:
         self.engines = Engines(news, self.state.note, clock=clock)
         self.spares = SpareProcesses("g", self.state, self.launcher)
         self.supervision = ShardSupervision(
-            self.state, self.shards, metrics, make_shard=self.make_shard, nodes=self.launcher.nodes,
-            on_up=lambda: None, clock=clock,
+            self.state, self.shards, metrics, make_shard=self.make_shard, on_up=lambda: None, clock=clock,
+            nodes=lambda: self.launcher.in_thread(self.launcher.nodes),
         )  # fmt: skip
         self.loads = LoadWatch(self.state, self.shards, self.engines, metrics, FACTS, clock=clock)
         self.changes = PlacementChanges(

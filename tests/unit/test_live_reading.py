@@ -11,6 +11,7 @@ from test_live_feed import PLAN, process, stats, status
 from cluster.errors import Unavailable
 from cluster.runtime.front import live
 from cluster.runtime.front.live import RayLiveSource
+from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import metrics_name
 from cluster.status import ReplicaStatus, ShardStatus
 
@@ -65,7 +66,7 @@ def test_each_living_shards_counters_of_sparse_layers_are_read(actors):
     actors["shard-2"] = SimpleNamespace(expert_tokens=Method(None))
     actors["shard-4"] = SimpleNamespace(expert_tokens=OlderMethod(TOKENS))
     now = status(PLAN, shards=shards("up", "up", "up", "up", "loading"), replicas=())
-    reading = asyncio.run(RayLiveSource("group", lambda: now).read())
+    reading = asyncio.run(RayLiveSource("group", lambda: now, GcsThread()).read())
     assert {source: counts.tolist() for source, counts in reading.counters.items()} == {
         (0, 10): [[4, 5, 6, 7], [12, 13, 14, 15]]
     }
@@ -74,7 +75,7 @@ def test_each_living_shards_counters_of_sparse_layers_are_read(actors):
 
 def test_a_shards_successor_is_found_under_its_name(actors):
     now = status(PLAN, shards=shards("up"), replicas=())
-    source = RayLiveSource("group", lambda: now)
+    source = RayLiveSource("group", lambda: now, GcsThread())
     actors["shard-0"] = SimpleNamespace(expert_tokens=Method(ray.exceptions.RayActorError()))
     assert asyncio.run(source.read()).counters == {}
     actors["shard-0"] = SimpleNamespace(expert_tokens=Method(TOKENS))
@@ -88,7 +89,7 @@ def test_a_shard_that_was_scaled_away_is_forgotten(actors):
     actors[metrics_name("group", "b")] = SimpleNamespace(render=render)
     last = ShardStatus(shard_id=2, actor="shard-2", state="up", process=process(12, "b"))
     now = status(PLAN, shards=(*shards("up", "up"), last), replicas=())
-    source = RayLiveSource("group", lambda: now)
+    source = RayLiveSource("group", lambda: now, GcsThread())
     asyncio.run(source.read())
     assert source.known_actors == {"shard-0", "shard-1", "shard-2", metrics_name("group", "b")}
     now = status(PLAN, shards=shards("up"), replicas=())
@@ -106,7 +107,9 @@ def test_an_engine_that_is_busy_keeps_its_last_figures(actors):
         replica("loading", SimpleNamespace(stats=Method(None)), None),
         replica("no engine", None, stats(3)),
     )
-    reading = asyncio.run(RayLiveSource("group", lambda: status(PLAN, shards=(), replicas=replicas)).read())
+    reading = asyncio.run(
+        RayLiveSource("group", lambda: status(PLAN, shards=(), replicas=replicas), GcsThread()).read()
+    )
     assert {name: each.generated_tokens for name, each in reading.stats.items()} == {"quick": 7, "busy": 2}
 
 
@@ -114,7 +117,7 @@ def test_every_nodes_figures_are_read_together_and_not_each_time(actors):
     now = status(PLAN)  # processes on the nodes a and b
     actors["group:metrics-a"] = SimpleNamespace(render=Method(b"one 1\n"))
     actors["group:metrics-b"] = SimpleNamespace(render=Method(b"two 2\n"))
-    source = RayLiveSource("group", lambda: status(PLAN, shards=now.shards, replicas=()))
+    source = RayLiveSource("group", lambda: status(PLAN, shards=now.shards, replicas=()), GcsThread())
     assert asyncio.run(source.read()).exposition == "one 1\ntwo 2\n"
     assert asyncio.run(source.read()).exposition == ""
 
@@ -122,10 +125,10 @@ def test_every_nodes_figures_are_read_together_and_not_each_time(actors):
 def test_half_of_the_nodes_figures_are_none(actors):
     """Totals that fall and rise again would look like traffic."""
     actors["group:metrics-a"] = SimpleNamespace(render=Method(b"one 1\n"))
-    reading = asyncio.run(RayLiveSource("group", lambda: status(PLAN, replicas=())).read())
+    reading = asyncio.run(RayLiveSource("group", lambda: status(PLAN, replicas=()), GcsThread()).read())
     assert reading.exposition == ""
 
 
 def test_without_a_status_there_is_no_reading(actors):
     with pytest.raises(Unavailable):
-        asyncio.run(RayLiveSource("group", lambda: None).read())
+        asyncio.run(RayLiveSource("group", lambda: None, GcsThread()).read())

@@ -10,6 +10,7 @@ import virtual_time
 from control_fakes import CONFIG, LOAD_S, FakeCluster, task_error
 
 from cluster.errors import SetupError
+from cluster.runtime.control.shard_process import FIND_S
 from cluster.runtime.control.supervision import MAX_FIRST_STARTS
 
 NO_MEMORY = RuntimeError("can't allocate memory: you tried to allocate 35184372072448 bytes.\nError code 12")
@@ -175,9 +176,9 @@ def test_a_shard_goes_to_the_node_with_the_fewest_that_is_large_enough():
     async def play():
         made = await FakeCluster(replace(CONFIG, expert_shards=4)).up()
         assert [shard.node_id for shard in made.shards] == ["a", "b", "a", "b"]
-        assert made.supervision._emptiest_node() == "a"
+        assert await made.supervision._emptiest_node() == "a"
         large = FakeCluster(replace(CONFIG, cpus_per_expert_shard=9.0))
-        assert large.supervision._emptiest_node() is None
+        assert await large.supervision._emptiest_node() is None
 
     virtual_time.run(play)
 
@@ -196,5 +197,34 @@ def test_an_actor_that_an_earlier_controller_left_is_taken_up_and_reads_nothing(
         assert made.shards[0].status.actor == "g:spare-x"
         assert [event for event in before.launcher.log if event[0] == "load"] == []
         assert len(before.launcher.starts) == 2, "no process more"
+
+    virtual_time.run(play)
+
+
+def test_a_shard_that_dies_while_the_gcs_is_away_is_followed_by_its_nodes_spare_process():
+    """For longer than the minute after which Ray gives up: what needs the GCS waits for it, and nothing fails."""
+
+    async def play():
+        made = await FakeCluster(replace(CONFIG, spare_processes=True)).up()
+        await made.spares.keep(["a", "b"])
+        await made.spares.started("a")
+        lost = made.actor(0)
+        made.launcher.gcs_away = True
+        lost.die()
+        await asyncio.sleep(0.01)
+        assert made.state.plan.down == {0}
+        await asyncio.sleep(FIND_S + LOAD_S)
+        assert made.state.plan.down == frozenset()
+        assert made.actor(0).name.startswith("g:spare-")
+        assert made.actor(0).node_id == lost.node_id
+        assert ("end", lost.name) in made.launcher.log, "if it lives after all"
+
+        made.actor(0).die()
+        starts = len(made.launcher.starts)
+        await asyncio.sleep(120)
+        assert (made.state.plan.down, made.state.failure, len(made.launcher.starts)) == ({0}, None, starts)
+        made.launcher.gcs_away = False
+        await made.state.until(made.shards.all_up)
+        assert [name for _, name in made.launcher.starts[starts:]] == ["g:shard-0"]
 
     virtual_time.run(play)

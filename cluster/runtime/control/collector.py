@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config import ClusterConfig
 from cluster.metrics import NodeCollector
 from cluster.runtime.bounds import DEAD_LOG_BYTES, clear_logs, open_files
+from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import NAMESPACE, metrics_name
 from cluster.runtime.process import metrics_dir, prepare_process
 from cluster.runtime.ray_private.core import logs_folder
@@ -57,7 +58,7 @@ class NodeCollectors:
     """An actor on each node of the Ray cluster. Used by the controller's event loop."""
 
     def __init__(self, group: str) -> None:
-        self._group = group
+        self._group, self._gcs = group, GcsThread()
         self._of_node: dict[str, tuple[Any, str]] = {}
 
     @property
@@ -66,26 +67,30 @@ class NodeCollectors:
 
     async def keep(self, config: ClusterConfig) -> None:
         """Makes those that are missing: on a new node, or where one died."""
-        alive: Mapping[str, str] = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        nodes = await self._gcs.ask(ray.nodes)
+        alive: Mapping[str, str] = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
         for node_id in list(self._of_node):
             if node_id not in alive or not await _lives(self._of_node[node_id][0]):
                 del self._of_node[node_id]
         for node_id in alive.keys() - self._of_node.keys():
-            handle = (
-                ray.remote(NodeMetricsActor)
-                .options(
-                    name=metrics_name(self._group, node_id),
-                    namespace=NAMESPACE,
-                    get_if_exists=True,  # that of a controller that died, which goes soon
-                    num_cpus=0,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-                )
-                .remote(str(metrics_dir(self._group)), config.metrics_host, config.metrics_port)
-            )
+            handle = await self._gcs.ask(self._make, node_id, config)
             try:
                 self._of_node[node_id] = (handle, await handle.address.remote())
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
                 log.error("%s: no metrics from node %s: %s", self._group, alive[node_id], error)
+
+    def _make(self, node_id: str, config: ClusterConfig) -> Any:
+        return (
+            ray.remote(NodeMetricsActor)
+            .options(
+                name=metrics_name(self._group, node_id),
+                namespace=NAMESPACE,
+                get_if_exists=True,  # that of a controller that died, which goes soon
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            )
+            .remote(str(metrics_dir(self._group)), config.metrics_host, config.metrics_port)
+        )
 
     def close(self) -> None:
         for handle, _ in self._of_node.values():

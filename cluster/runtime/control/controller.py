@@ -77,7 +77,7 @@ class ExpertController(AdapterCalls):
             self.shards,
             self._metrics,
             make_shard=self._make_shard,
-            nodes=self._launcher.nodes,
+            nodes=lambda: self._launcher.in_thread(self._launcher.nodes),
             on_up=self._look.set,
             clock=clock,
         )

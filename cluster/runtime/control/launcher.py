@@ -4,9 +4,9 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import ray
 from ray.util.placement_group import (
@@ -18,6 +18,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
+from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import NAMESPACE, shard_prefix, spare_prefix
 from cluster.runtime.process import actor_environment, num_threads, share_of
 from cluster.runtime.ray_private.core import by_name
@@ -25,6 +26,8 @@ from cluster.runtime.workers.protocol import NO_SHARD
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 from cluster.status import ProcessInfo
 
+P = ParamSpec("P")
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 RESOURCES_WARNING_S = 30.0  # between two log lines that a shard waits for resources
@@ -52,6 +55,10 @@ class Launcher(Protocol):
 
     def restarted(self) -> bool:
         """Whether that actor has been there before, in another process."""
+
+    async def in_thread(self, method: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Calls a method of these that is no coroutine: all of them wait while Ray's GCS is away, and the event loop
+        would wait with them."""
 
     def nodes(self) -> list[Node]: ...
 
@@ -82,7 +89,10 @@ class RayLauncher:
     """On the connected Ray."""
 
     def __init__(self, group: str) -> None:
-        self._group = group
+        self._group, self._gcs = group, GcsThread()
+
+    async def in_thread(self, method: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        return await self._gcs.ask(method, *arguments, **options)
 
     def me(self) -> Any:
         return ray.get_runtime_context().current_actor
@@ -106,16 +116,16 @@ class RayLauncher:
         return [(name, actor) for name, actor in found if actor is not None]  # others died since
 
     async def reserve(self, name: str, node_id: str | None, config: ClusterConfig) -> Place:
-        group = _find_placement_group(name)
+        group: Any = await self.in_thread(_find_placement_group, name)
         if group is None:
-            bundle = shard_resources(config)
-            group = placement_group(
-                [bundle], strategy="STRICT_PACK", name=name, lifetime="detached", _soft_target_node_id=node_id
-            )
+            group = await self.in_thread(
+                placement_group, [shard_resources(config)], strategy="STRICT_PACK", name=name, lifetime="detached",
+                _soft_target_node_id=node_id,
+            )  # fmt: skip
         ready = asyncio.ensure_future(_as_future(group.ready()))
         while not (await asyncio.wait([ready], timeout=RESOURCES_WARNING_S))[0]:
             log.warning("%s waits for %s", name, group.bundle_specs)
-        [found] = placement_group_table(group)["bundles_to_node_id"].values()
+        [found] = (await self.in_thread(placement_group_table, group))["bundles_to_node_id"].values()
         return Place(found, group)
 
     def start_shard(self, name: str, shard_id: int, place: Place, config: ClusterConfig) -> Any:

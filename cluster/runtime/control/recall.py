@@ -18,7 +18,7 @@ async def recall(launcher: Launcher) -> tuple[ClusterRecord | None, dict[int, st
     them any more."""
     records: list[ClusterRecord] = []
     actors: dict[int, str] = {}
-    for name, actor in launcher.named():
+    for name, actor in await launcher.in_thread(launcher.named):
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 shard_id, record = await actor.which.remote(), await actor.recall.remote()

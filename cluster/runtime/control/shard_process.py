@@ -5,6 +5,7 @@ The actor dies and comes again; the place stays reserved until the shard is remo
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from cluster.status import ProcessInfo, ShardStatus
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0  # between two looks at a shard
+FIND_S = 3.0  # in which Ray's GCS, unless it is away, finds an actor; it takes milliseconds
 
 
 class ShardProcess:
@@ -37,6 +39,7 @@ class ShardProcess:
         self.leaves = False
         self._configured, self._launcher, self._spares = configured, launcher, spares
         self._actor: Any | None = None
+        self._former: Any | None = None
         self._wanted_node = ""
         self._adapted = AdapterList()
 
@@ -48,18 +51,37 @@ class ShardProcess:
     def node_id(self) -> str:
         return self.status.node_id or self._wanted_node
 
-    async def start(self, node_id: str | None) -> None:
-        self._actor = self._launcher.find(self.status.actor)
+    async def start(self, best_node: Callable[[], Awaitable[str | None]]) -> None:
+        launcher = self._launcher
+        try:
+            async with asyncio.timeout(FIND_S):
+                self._actor = await launcher.in_thread(launcher.find, self.status.actor)
+        except TimeoutError:
+            if not await self._follow_without_gcs():
+                self._actor = await launcher.in_thread(launcher.find, self.status.actor)
         if self._actor is None:
-            config = self._configured.config
+            config, node_id = self._configured.config, await best_node()
             self._wanted_node, self.status.process = node_id or "", None
-            place = await self._launcher.reserve(self.name, node_id, config)
-            spare = await self._spares.take(place.node_id, self.shard_id)
-            if spare is not None:
-                self.status.actor, self._actor = spare
-            else:
-                self._actor = self._launcher.start_shard(self.name, self.shard_id, place, config)
+            place = await launcher.reserve(self.name, node_id, config)
+            if not await self._take_spare(place.node_id):
+                self._actor = await launcher.in_thread(launcher.start_shard, self.name, self.shard_id, place, config)
         self.status.state, self._adapted = "loading", AdapterList()
+
+    async def _take_spare(self, node_id: str) -> bool:
+        spare = await self._spares.take(node_id, self.shard_id)
+        if spare is not None:
+            self.status.actor, self._actor = spare
+        return spare is not None
+
+    async def _follow_without_gcs(self) -> bool:
+        """Takes the spare process of the node where the shard was: its place there is reserved. A shard that lived,
+        cut off from this process, ends when Ray's GCS is back."""
+        if not await self._take_spare(self.status.node_id):
+            return False
+        log.warning("%s: Ray's GCS is away, the spare process %s follows", self.name, self.status.actor)
+        if self._former is not None:
+            self._launcher.end(self._former)
+        return True
 
     async def load(self, experts: Slice) -> None:
         assert self._actor is not None
@@ -113,7 +135,7 @@ class ShardProcess:
             death.cancel()
 
     def down(self) -> None:
-        self.handle = self._actor = None
+        self.handle, self._actor, self._former = None, None, self._actor
         self.status.actor = self.name
         self.status.state, self.status.loaded_bytes = "lost", 0
         self.status.respawns += not self.leaves

@@ -1,6 +1,6 @@
 """The shards that a cluster has: 0, 1, 2, …, without a gap. The supervision adds and removes them."""
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
 from cluster.config import ClusterConfig
@@ -37,10 +37,10 @@ class Shard(Protocol):
     @property
     def node_id(self) -> str: ...
 
-    async def start(self, node_id: str | None) -> None:
+    async def start(self, best_node: Callable[[], Awaitable[str | None]]) -> None:
         """Finds the running actor, takes a spare process or starts one; waits for the cluster to have room.
 
-        node_id: where it had best be.
+        best_node: the id of the node where a new one had best be.
         """
 
     async def load(self, experts: Slice) -> None:

@@ -71,7 +71,8 @@ class SpareProcesses:
 
     async def _start(self, node_id: str) -> Spare | None:
         name = f"{spare_prefix(self._group)}{uuid.uuid4().hex[:8]}"
-        spare = Spare(name, self._launcher.start_spare(name, node_id, self._configured.config))
+        config, launcher = self._configured.config, self._launcher
+        spare = Spare(name, await launcher.in_thread(launcher.start_spare, name, node_id, config))
         if not await self._lives(spare, START_TIMEOUT_S):
             return None
         log.info("%s waits on node %s", name, node_id)

@@ -34,7 +34,7 @@ class ShardSupervision:
         metrics: ControllerMetrics,
         *,
         make_shard: Callable[[int], Shard],
-        nodes: Callable[[], list[Node]],
+        nodes: Callable[[], Awaitable[list[Node]]],
         on_up: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -117,7 +117,7 @@ class ShardSupervision:
 
     async def _bring_up(self, shard: Shard) -> None:
         """Finds or makes a shard's actor, loads its slice, publishes it."""
-        await shard.start(self._emptiest_node())
+        await shard.start(self._emptiest_node)
         loaded: Slice | None = None
         while loaded != (wanted := self._state.slice_of(shard.shard_id)):  # the plan may change while it loads
             await shard.load(wanted)
@@ -128,13 +128,14 @@ class ShardSupervision:
         self._on_up()
         log.info("%s: shard %d is up (%s)", self._state.group, shard.shard_id, shard.status.process)
 
-    def _emptiest_node(self) -> str | None:
+    async def _emptiest_node(self) -> str | None:
         """The node with the fewest shards, of those that are large enough for one."""
-        num_shards = Counter(shard.node_id for shard in self._shards)
+        nodes = await self._nodes()
+        num_shards = Counter(shard.node_id for shard in self._shards)  # now: several may ask at once
         need = shard_resources(self._state.config)
         fits = [
             node.node_id
-            for node in self._nodes()
+            for node in nodes
             if all(node.resources.get(name, 0) >= amount for name, amount in need.items())
         ]
         return min(fits, key=lambda node_id: (num_shards[node_id], node_id), default=None)

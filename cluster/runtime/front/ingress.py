@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import grpc
@@ -27,12 +26,13 @@ from cluster.runtime.deaths import until_dead
 from cluster.runtime.front.admitting import make_admission
 from cluster.runtime.front.gateways import gateway_view
 from cluster.runtime.front.live import RayLiveSource
-from cluster.runtime.front.node_metrics import scrape_node
+from cluster.runtime.front.node_metrics import NodeScraper
 from cluster.runtime.front.operations import RayOperations
 from cluster.runtime.front.prefix_balancer import PrefixBalancer
 from cluster.runtime.front.prompt_groups import PromptGroups
 from cluster.runtime.front.shared_responses import response_store
 from cluster.runtime.front.traces import request_spans
+from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import prepare_process
 from cluster.runtime.ray_private.serve import RAY_SERVE_ENABLE_DIRECT_INGRESS
@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 HEALTH_INTERVAL_S = 0.5  # between two looks at replicas and shards
 ACCEPT_TIMEOUT_S = 10.0  # a replica answers a new request at once, whether it then waits in a queue or not
 FAREWELL_S = 1.0  # in which a replica reports its engine's death itself, and the sequences of the last step
+STATUS_TIMEOUT_S = 5.0  # a controller whose host died with Ray's GCS says nothing until it is back
 READY_TIMEOUT_S = 5.0  # an attention replica that does not answer for so long does not count as up
 
 
@@ -197,11 +198,12 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
             adapters=lambda: self._adapters,
             spans=self._spans,
         )
-        self._responses = Responses(response_store(config))
+        self._gcs, self._health = GcsThread(), HealthState()
+        self._responses = Responses(response_store(config, self._gcs))
         self._start = asyncio.create_task(self._service.start())
-        self._health = HealthState()
         self._status: ClusterStatus | None = None
-        self._live = LiveFeed(RayLiveSource(shard_group(config), lambda: self._status), self._service.info.model_id)
+        source = RayLiveSource(shard_group(config), lambda: self._status, self._gcs)
+        self._live = LiveFeed(source, self._service.info.model_id)
         raise_failures = not RAY_SERVE_ENABLE_DIRECT_INGRESS
         GrpcInferenceService.__init__(self, self._service, raise_failures=raise_failures)
         GrpcHealthService.__init__(self, self._health, self._admission, raise_failures=raise_failures)
@@ -216,7 +218,7 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
         """Serve calls it for the application that answers HTTP."""
         if not self._config.http_api:
             return no_api
-        metrics = partial(scrape_node, shard_group(self._config))
+        metrics = NodeScraper(shard_group(self._config), self._gcs).scrape
         page = self._config.max_watchers > 0
         return make_app(
             Served(
@@ -268,7 +270,8 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
         """Keeps the health current. It is serving once replicas and shards are up, until draining, or until some expert
         has had no copy for longer than its requests wait."""
         try:
-            status = await self._controller.status.remote()
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                status = await self._controller.status.remote()
             if status.lease_by_renewal:
                 self._controller.renew_lease.remote()
             self._covered = status.serves(self._config.recovery_timeout_s)
@@ -279,8 +282,8 @@ class Ingress(GrpcInferenceService, VllmEngineService, KServeService, GrpcHealth
             if status.draining:
                 self._admission.drain()
             self._live.observe(status)
-        except ray.exceptions.RayError as error:
-            log.warning("the expert controller does not answer, the last state stays: %s", error)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            log.warning("the expert controller does not answer, the last state stays: %r", error)
         serving = self._covered and not self._admission.draining and await self._replicas.answers()
         if serving != self._health.serving:
             log.info("health: %s", "SERVING" if serving else "NOT_SERVING")

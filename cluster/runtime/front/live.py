@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from cluster.errors import Unavailable
+from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import NAMESPACE, metrics_name
 from cluster.runtime.workers.protocol import expert_tokens
 from cluster.serving.live.reading import Counts, Reading
@@ -21,8 +22,8 @@ FIGURES_PERIOD_S = 2.0  # a scrape takes tens of milliseconds of a node's collec
 class RayLiveSource:
     """For one event loop. status: as the ingress last read it, None before the first time."""
 
-    def __init__(self, group: str, status: Callable[[], ClusterStatus | None]) -> None:
-        self._group, self._status = group, status
+    def __init__(self, group: str, status: Callable[[], ClusterStatus | None], gcs: GcsThread) -> None:
+        self._group, self._status, self._gcs = group, status, gcs
         self._actors: dict[str, Any] = {}
         self._figures_at = -FIGURES_PERIOD_S
 
@@ -80,9 +81,10 @@ class RayLiveSource:
     async def _ask(self, name: str, ask: Callable[[Any], Awaitable[Any]]) -> Any | None:
         """The answer of a named actor, which `ask` asks; None where there is none."""
         try:
-            actor = self._actors.get(name) or await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
-        except ValueError:
-            return None  # not made yet, or gone
+            async with asyncio.timeout(TIMEOUT_S):
+                actor = self._actors.get(name) or await self._gcs.ask(ray.get_actor, name, NAMESPACE)
+        except (TimeoutError, ValueError):
+            return None  # Ray's GCS is away; or the actor is not made yet, or gone
         self._actors[name] = actor
         answer = await _answer(ask(actor))
         if answer is None:

@@ -17,6 +17,7 @@ import ray
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Unavailable
 from cluster.runtime.front.response_store import ResponseCarrier, ResponseStoreActor
+from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import NAMESPACE, carrier_name, responses_name, shard_group
 from cluster.runtime.process import shared_actor_options
 from cluster.runtime.ray_private.core import by_name
@@ -42,8 +43,8 @@ CONCURRENCY = 10_000  # questions at a time; each that follows a stream is one
 class SharedResponses:
     """A `ResponseStore`. Every method raises Unavailable when the actor does not answer."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    def __init__(self, config: ClusterConfig, gcs: GcsThread) -> None:
+        self._config, self._gcs = config, gcs
         self._actor: Any | None = None
 
     async def put(self, stored: StoredResponse) -> str:
@@ -88,21 +89,25 @@ class SharedResponses:
             return await getattr(actor, method).remote(*arguments)
 
     async def _is_replaced(self) -> bool:
-        return await asyncio.to_thread(_find, carrier_name(shard_group(self._config))) is not None
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await self._gcs.ask(_find, carrier_name(shard_group(self._config))) is not None
+        except TimeoutError:
+            return False
 
     async def _found(self) -> Any:
         """The actor; makes it where there is none."""
         if self._actor is None:
             async with asyncio.timeout(START_S):
-                actor = await asyncio.to_thread(_store_actor, self._config)
+                actor = await self._gcs.ask(_store_actor, self._config)
                 await actor.attend.remote(_limits(self._config))
             self._actor = actor
         return self._actor
 
 
-def response_store(config: ClusterConfig) -> ResponseStore | None:
+def response_store(config: ClusterConfig, gcs: GcsThread) -> ResponseStore | None:
     """None where none are kept."""
-    return SharedResponses(config) if config.stored_responses else None
+    return SharedResponses(config, gcs) if config.stored_responses else None
 
 
 def replace_store(config: ClusterConfig) -> str:
