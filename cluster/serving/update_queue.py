@@ -92,4 +92,5 @@ def merge_updates(updates: list[SequenceUpdate]) -> SequenceUpdate:
         logprobs=tuple(logprobs for update in updates for logprobs in update.logprobs),
         constrained=any(update.constrained for update in updates),
         adapter=next((update.adapter for update in updates if update.adapter), ""),  # an end may come without it
+        cached_tokens=max(update.cached_tokens for update in updates),
     )

@@ -95,6 +95,7 @@ def test_updates_that_are_joined_keep_all_that_they_tell():
     every = {
         "request_id": "r", "token_ids": (1,), "logprobs": (Logprobs(1, -1.0),), "finish_reason": "length",
         "error": OSError(), "replica": "a", "numbers": object(), "constrained": True, "adapter": "law",
+        "cached_tokens": 16,
     }  # fmt: skip
     assert set(every) == {field.name for field in fields(SequenceUpdate)}
     whole, bare = SequenceUpdate(**every), SequenceUpdate(request_id="r", finish_reason="cancelled")
@@ -103,6 +104,7 @@ def test_updates_that_are_joined_keep_all_that_they_tell():
     assert merge_updates([SequenceUpdate(request_id="r"), whole]) == whole
     ended = merge_updates([whole, bare])
     assert (ended.token_ids, ended.constrained, ended.adapter, ended.finish_reason) == ((1,), True, "law", "cancelled")
+    assert ended.cached_tokens == 16
 
 
 def test_the_replica_ends_an_overflowing_sequence_at_the_engine_once_and_no_other():
