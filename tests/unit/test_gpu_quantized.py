@@ -1,8 +1,10 @@
 """The GPU's kernels for weights in 8 and 4 bits against products with the numbers that these mean."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gptq_tools import rounded as rounded_by_gptq
 from gptq_tools import write_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,14 +14,18 @@ from weight_tools import filled
 
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
-from cluster.config.quantization import QUANTIZATIONS
+from cluster.config.gptq import Gptq
+from cluster.config.quantization import QUANTIZATIONS, stored_quantization
+from cluster.config.tensor_parallel import Span
 from cluster.experts import shard
 from cluster.kernels import gpu
 from cluster.kernels.experts import experts_reference
+from cluster.kernels.parts import PartWeight
 from cluster.kernels.quantized import CPU
 from cluster.kernels.quantized_experts import QuantizedStacks
 from cluster.kernels.stack import Stack
-from cluster.kernels.stored import quantized_weight
+from cluster.kernels.stored import quantized_weight, weight_of
+from cluster.kernels.weights import WeightLoader
 
 quantized = gpu_kernels("quantized")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -136,3 +142,23 @@ def test_a_shard_on_a_gpu_changes_its_slice_and_reads_what_is_new(tmp_path):
         progress.clear()
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
     assert found[0][1:] == found[1][1:]
+
+
+def test_rows_are_made_in_the_memory_of_the_cpu_wherever_they_are_kept():
+    """torch's meta device has no memory: whoever read or wrote there would fail."""
+    matrix = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
+    plain = {"a.weight": matrix, "b.weight": matrix}
+    order = np.random.default_rng(1).permutation(128)
+    gptq = rounded_by_gptq(matrix, 32, sym=True, is_v1=True, order=order)[0]
+    ordered = {f"{name}.{end}": tensor for name in "ab" for end, tensor in gptq.items()}
+    options, parts = {"dtype": torch.float32, "device": torch.device("meta")}, {"a": 8, "b": 8}
+    forms = [(QUANTIZATIONS[name], plain) for name in ("int8", "int4-32-zeros", "nf4")]
+    forms.append((stored_quantization(Gptq(32, 1, is_ordered=True)), ordered))
+    weights = [(weight_of(16, 128, quantization=form, **options), form, tensors, 128) for form, tensors in forms]
+    second_half = dict.fromkeys(parts, Span(1, 64, 128))
+    part = PartWeight(16, 64, parts=parts, spans=second_half, quantization=QUANTIZATIONS["int4-32"], **options)
+    weights.append((part, QUANTIZATIONS["int4-32"], plain, 64))
+    for weight, form, tensors, num_inputs in weights:
+        loader = WeightLoader(lambda targets, tensors=tensors: [targets[name].copy_(tensors[name]) for name in targets])
+        loader.load([(weight, parts)])
+        assert weight.nbytes == 2 * form.matrix_bytes(8, num_inputs)
