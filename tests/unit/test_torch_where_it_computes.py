@@ -37,6 +37,8 @@ for model in sys.argv[1:3]:
     assert model_info(model, EngineConfig()).num_experts
     assert read_expert_facts(ClusterConfig(model=model)).num_experts
     assert "torch" not in sys.modules, f"{model} is described with torch"
+tracing = {"cluster.tracing.spans", "opentelemetry.exporter.otlp"} & set(sys.modules)
+assert not tracing, f"nothing is traced, and {tracing} is loaded"
 """
 
 
@@ -52,13 +54,14 @@ import sys
 from cluster import LLM, SamplingParams
 with LLM(sys.argv[1], kv_cache_bytes=1 << 20, skip_tokenizer=True) as llm:
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))
-loaded = {"ray", "fastapi", "grpc", "sympy", "torch._dynamo", "torch._inductor", "transformers"} & set(sys.modules)
+unused = {"ray", "fastapi", "grpc", "opentelemetry", "sympy", "torch._dynamo", "torch._inductor", "transformers"}
+loaded = unused & set(sys.modules)
 assert not loaded, loaded
 """
 
 
 def test_a_process_that_computes_loads_no_compiler_and_an_offline_one_no_ray(demo_checkpoint):
-    """torch's compiler is a second of CPU and 150 MB; Ray with Serve another second."""
+    """torch's compiler is a second of CPU and 150 MB; Ray with Serve another second. Nor what sends traces."""
     done = subprocess.run(
         [sys.executable, "-c", COMPUTES, str(demo_checkpoint)], capture_output=True, text=True, timeout=120
     )
