@@ -8,13 +8,14 @@ from gptq_tools import rounded as rounded_by_gptq
 from gptq_tools import write_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_tools import MOE, offline
+from stored_tools import MOE, offline, packed_layer
 from triton_tools import DEVICE, DTYPES, gpu_kernels
-from weight_tools import filled
+from weight_tools import filled, settled
 
 from cluster.checkpoint.made.synthetic import write_checkpoint
 from cluster.checkpoint.reader import CheckpointReader
 from cluster.config.gptq import Gptq
+from cluster.config.packed import Packed
 from cluster.config.quantization import QUANTIZATIONS, stored_quantization
 from cluster.config.tensor_parallel import Span
 from cluster.experts import shard
@@ -30,12 +31,15 @@ from cluster.kernels.weights import WeightLoader
 quantized = gpu_kernels("quantized")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 ONE_LAYER = {**MOE, "num_hidden_layers": 1}
-FORMS = ["int8", "int4-32", "int4-64-zeros", "int4", "int4-128-zeros", "nf4"]
+FORMS = ["int8", "8 bits in groups", "int4-32", "int4-64-zeros", "int4-128-zeros", "nf4"]
+IN_BLOCKS = ("8 bits in groups", "nf4")  # their inputs come in multiples of 64
 
 
 def rounded(seed, name, *shape):
     random = torch.Generator().manual_seed(seed)
     matrix = torch.randn(*shape, generator=random).div(shape[1] ** 0.5)
+    if name not in QUANTIZATIONS:
+        return settled(Packed(8, 64), {"a": matrix}, {"a": packed_layer(matrix.half(), 8, 64, True)[0]})
     return filled(quantized_weight(*shape, quantization=QUANTIZATIONS[name], dtype=torch.float32), matrix)
 
 
@@ -46,7 +50,7 @@ def rounded(seed, name, *shape):
     num_outputs=st.sampled_from([8, 70]), num_inputs=st.sampled_from([40, 128, 192, 320]), has_bias=st.booleans(),
 )  # fmt: skip
 def test_a_product_is_that_of_the_numbers(name, seed, dtype, num_rows, num_outputs, num_inputs, has_bias):
-    num_inputs = 64 if name == "nf4" and num_inputs % 64 else num_inputs
+    num_inputs = 64 if name in IN_BLOCKS and num_inputs % 64 else num_inputs
     weight = rounded(seed, name, num_outputs, num_inputs)
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(num_rows, num_inputs, generator=random).to(dtype)
@@ -74,7 +78,7 @@ def test_experts_are_the_weighted_sum_of_single_ones(
     name, seed, dtype, num_tokens, num_local, top_k, hidden, width, is_ordered, is_sorted
 ):
     """Some slots have no expert here, some experts no row, some more rows than a tile takes."""
-    width = 64 if name == "nf4" else width
+    width = 64 if name in IN_BLOCKS else width
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(num_tokens, hidden, generator=random).to(dtype)
     ids = torch.randint(-1, num_local, (num_tokens, top_k), generator=random)
