@@ -229,7 +229,9 @@ def _check_context(args: argparse.Namespace, max_model_len: int) -> None:
 
 
 def _print(results: Sequence[PrefixResult], args: argparse.Namespace) -> None:
-    rows = [("load", "server", "requests", "hit rate", "first token, ms: 50 %", "90 %", "99 %", "tokens/s", "failed")]
+    rows: list[tuple[str, ...]] = [
+        ("load", "server", "requests", "hit rate", "first token, ms: 50 %", "90 %", "99 %", "tokens/s", "failed")
+    ]
     for result in results:
         rows.append(
             (

@@ -34,10 +34,11 @@ from cluster.serving.openai.completion_schema import (
 from cluster.serving.openai.errors import OpenAIError
 from cluster.serving.openai.forms import naming
 from cluster.serving.openai.logprobs import as_token_ids, completion_logprobs, token_text
-from cluster.serving.openai.prompt_logprobs import PromptTokens, prompt_logprobs, score
+from cluster.serving.openai.prompt_logprobs import prompt_logprobs, score
 from cluster.serving.openai.prompts import to_prompts
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import DONE, begun, event, streamed
+from cluster.serving.prompt_tokens import PromptTokens
 from cluster.serving.text.prompts import Prompt
 from cluster.types import Logprobs, TextDelta, Usage
 
