@@ -19,7 +19,7 @@ from cluster.kernels.grouping import group_pairs
 from cluster.kernels.nf4_numbers import LEVELS, dynamic_map
 from cluster.kernels.stack import Stack
 
-MANY_ROWS = 64  # of a tile, from so many rows on: its weights are widened once for all of them
+MANY_ROWS = 64  # of a tile, where there are more than ROWS: its weights are widened once for all of them
 
 
 @triton.jit
