@@ -206,6 +206,19 @@ class ClusterConfig(TracingConfig):
         most=MOST_S,
     )
     drain_timeout_s: float = option(30.0, "seconds that a stop waits for running requests", least=0, most=MOST_S)
+    max_surge_percent: int = option(
+        0,
+        "attention replicas that a rollout may start beside the old ones, in percent of their number, rounded up; 0 "
+        "ends an old one before its successor starts, so that no GPU has to be free",
+        least=0,
+        most=100,
+    )
+    rolling_update_percentage: float = option(
+        0.2,
+        "attention replicas that a rollout replaces at a time, as a fraction of their number: at least one",
+        least=LEAST,
+        most=1,
+    )
     metrics_host: str = option("127.0.0.1", "address on which each node serves /metrics")
     metrics_port: int = option(9464, "port of /metrics on each node; 0: a free one", least=0, most=65535)
     log_format: LogFormat = option(

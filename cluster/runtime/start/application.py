@@ -120,18 +120,16 @@ def check_gpus(config: ClusterConfig, *, attention_replicas: int) -> None:
 def build_application(config: ClusterConfig) -> serve.Application:
     """The Serve application of a configuration; needs a connected Ray."""
     config = resolve_gpus(config)
-    bundle = {"CPU": config.cpus_per_attention_replica}
-    if config.gpus_per_attention_replica:
-        bundle["GPU"] = config.gpus_per_attention_replica
-    bundle |= share_of(config.attention_resource)
     environment = actor_environment(shard_group(config), 1, config.log_format)
-    replicas = serve.deployment(AttentionReplica).options(
+    # Serve's `options` has no such option.
+    with_steps = serve.deployment(rolling_update_percentage=config.rolling_update_percentage)
+    replicas = with_steps(AttentionReplica).options(
         name=ATTENTION_REPLICA,
         num_replicas=config.attention_replicas if config.max_attention_replicas is None else "auto",
         autoscaling_config=None
         if config.max_attention_replicas is None
         else autoscaling_config(config.attention_replicas, config.max_attention_replicas),
-        placement_group_bundles=[bundle] * config.tensor_parallel_size,
+        placement_group_bundles=[_bundle(config)] * config.tensor_parallel_size,
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         # The engine refuses requests beyond its limits and says why; Serve's queue must not hide requests from it.
@@ -140,6 +138,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         request_router_config=RequestRouterConfig(
             request_router_class=SharedPromptRouter, request_router_kwargs={"max_num_seqs": config.max_num_seqs}
         ),
+        max_surge_percent=config.max_surge_percent,
         health_check_period_s=2.0,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
@@ -166,6 +165,12 @@ def build_application(config: ClusterConfig) -> serve.Application:
     )
     application: serve.Application = ingress.bind(config, replicas.bind(config))
     return application
+
+
+def _bundle(config: ClusterConfig) -> dict[str, float]:
+    """Of the placement group of an attention replica, for each rank."""
+    gpus = {"GPU": config.gpus_per_attention_replica} if config.gpus_per_attention_replica else {}
+    return {"CPU": config.cpus_per_attention_replica, **gpus, **share_of(config.attention_resource)}
 
 
 def _calls_of_an_ingress(config: ClusterConfig) -> int:
