@@ -84,6 +84,16 @@ class Fault:
     what: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeavingNode:
+    """A node that Ray drains. until: seconds of the wall clock, infinity where nobody has set it.  waits: why shards
+    still stand on it, "" where they move."""
+
+    node_id: str
+    until: float
+    waits: str = ""
+
+
 @evolving("cluster.runtime.protocol")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
@@ -94,6 +104,7 @@ class ClusterStatus:
     load: [sparse layers][experts] tokens/s, lately.  imbalance: the slowest shard's share of the load against the mean.
     process: the controller's.  lease_by_renewal: its `renew_lease` keeps the shards; older ones' `status` does.
     adapters: the names of those that all engines have.  adapters_version: grows with every change of them.
+    leaving: the nodes that Ray drains.
     """
 
     epoch: int
@@ -115,6 +126,7 @@ class ClusterStatus:
     lease_by_renewal: bool = False
     adapters: tuple[str, ...] = ()
     adapters_version: float = -1.0
+    leaving: tuple[LeavingNode, ...] = ()
 
     def serves(self, patience_s: float) -> bool:
         """Whether requests are answered: no expert has been without a copy for longer than they wait for one."""

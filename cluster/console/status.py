@@ -1,5 +1,6 @@
 """Draws a cluster: its addresses, processes, placement, loads and faults."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from cluster.console.base import OutputConsole, ranges
 from cluster.console.experts import bar
 from cluster.errors import ClusterError
 from cluster.experts.placement import PlacementPlan
-from cluster.status import ClusterStatus, ProcessInfo
+from cluster.status import ClusterStatus, LeavingNode, ProcessInfo
 from cluster.types import EngineStats
 from cluster.working import Working
 
@@ -116,6 +117,7 @@ def render_status(status: ClusterStatus, before: ClusterStatus | None = None) ->
         parts.append(Text(f"versions {', '.join(status.versions)}: {advice}", style="yellow"))
     if status.work:
         parts.append(Text(f"under way: {status.work}", style="yellow"))
+    parts += [Text(_describe_leaving(status, node), style="yellow") for node in status.leaving]
     if status.adapters:
         parts.append(Text(f"adapters {', '.join(status.adapters)}"))
     parts.append(_replica_table(status, before))
@@ -127,6 +129,15 @@ def render_status(status: ClusterStatus, before: ClusterStatus | None = None) ->
         lines = (f"{time.strftime('%H:%M:%S', time.localtime(fault.at))}  {fault.what}" for fault in status.faults[-8:])
         parts.append(Text("recent faults\n" + "\n".join(lines)))
     return Group(*parts)
+
+
+def _describe_leaving(status: ClusterStatus, node: LeavingNode) -> str:
+    """Says what still stands on a node that Ray drains, and why."""
+    left = "" if math.isinf(node.until) else f", which ends in {max(0.0, node.until - time.time()):.0f} s"
+    standing = [f"shard {s.shard_id}" for s in status.shards if s.node_id == node.node_id]
+    standing += [f"attention replica {r.name}" for r in status.replicas if r.process.node_id == node.node_id]
+    waits = f"; {node.waits}" if node.waits else ""
+    return f"Ray drains node {node.node_id[:8]}{left}; on it: {', '.join(standing) or 'no shard and no replica'}{waits}"
 
 
 def _replica_table(status: ClusterStatus, before: ClusterStatus | None) -> Table:

@@ -159,7 +159,7 @@ class ShardMetrics:
 
 
 # Series that exist from the start: `rate` misses the first event of one that appears with it.
-CHANGES = ("rebalance", "settle", "add", "remove", "shuffle")
+CHANGES = ("rebalance", "settle", "add", "remove", "shuffle", "drain")
 
 
 class ControllerMetrics:
@@ -199,12 +199,22 @@ class ControllerMetrics:
             "The slowest shard's load against the mean, summed over layers; 1 is even. Above 1.2 for long: rebalance.",
             "livemostrecent",
         )
+        self._zero, self._one, self._more = (coverage.labels(copies) for copies in ("0", "1", "2+"))
+        self._define_changes(define)
+
+    def _define_changes(self, define: Definitions) -> None:
         self._changes = define.counter(
             "moecluster_controller_changes_total",
-            "Changes of placement by kind (rebalance, settle, add, remove, shuffle) and outcome. Failed ones: read the "
-            "controller's log.",
+            "Changes of placement by kind (rebalance, settle, add, remove, shuffle, drain) and outcome. Failed ones: "
+            "read the controller's log.",
             "kind",
             "outcome",
+        )
+        self._leaving = define.gauge(
+            "moecluster_controller_leaving_shards",
+            "Shards that still stand on nodes that Ray drains. Above 0 for longer than a load takes: no other node has "
+            "room; `moe-cluster status` says for which, and until when the node stays.",
+            "livemostrecent",
         )
         self._moved = define.counter(
             "moecluster_controller_moved_experts_total",
@@ -213,7 +223,6 @@ class ControllerMetrics:
         for kind in CHANGES:
             for outcome in ("done", "failed"):
                 self._changes.labels(kind, outcome)
-        self._zero, self._one, self._more = (coverage.labels(copies) for copies in ("0", "1", "2+"))
 
     def plan_epoch(self, epoch: int) -> None:
         self._plan_epoch.set(epoch)
@@ -233,6 +242,10 @@ class ControllerMetrics:
         self._zero.set(zero)
         self._one.set(one)
         self._more.set(more)
+
+    def leaving(self, num_shards: int) -> None:
+        """On nodes that Ray drains."""
+        self._leaving.set(num_shards)
 
     def imbalance(self, value: float) -> None:
         self._imbalance.set(value)

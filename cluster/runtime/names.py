@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 
 from cluster.config import ClusterConfig
 
@@ -43,6 +44,16 @@ def shard_prefix(group: str) -> str:
 def shard_name(group: str, shard_id: int) -> str:
     """The name of a shard's placement group, and of its actor unless that was a spare process."""
     return f"{shard_prefix(group)}{shard_id}"
+
+
+def other_shard_name(group: str, shard_id: int) -> str:
+    """Another name for the same: that of a shard which starts while its predecessor runs."""
+    return f"{shard_name(group, shard_id)}-{uuid.uuid4().hex[:6]}"
+
+
+def shard_of(group: str, name: str) -> int:
+    """The shard that has a name of the two kinds above."""
+    return int(name.removeprefix(shard_prefix(group)).partition("-")[0])
 
 
 def spare_prefix(group: str) -> str:

@@ -14,6 +14,7 @@ from cluster.experts.pulse import Sign
 from cluster.metrics import ControllerMetrics, new_registry
 from cluster.runtime.control.capacity import first_plan
 from cluster.runtime.control.changes import PlacementChanges
+from cluster.runtime.control.drains import Drains
 from cluster.runtime.control.engines import Engines
 from cluster.runtime.control.expert_facts import ExpertFacts
 from cluster.runtime.control.launcher import Node, Place
@@ -139,12 +140,14 @@ class FakeActor:
 
 class FakeLauncher:
     """A `Launcher`. log: what happened, in order.  starts: (time, name) of each process.  full: no node has room.
-    errors: raised by the next loads, of any process.  gcs_away: what is asked of Ray's GCS waits."""
+    errors: raised by the next loads, of any process.  gcs_away: what is asked of Ray's GCS waits.
+    leaving: the nodes that Ray drains, where nothing has room."""
 
     def __init__(self):
         self.actors, self.log, self.starts, self.killed = {}, [], [], []
         self.errors, self.pids, self.full = deque(), itertools.count(1), False
-        self.places, self.gcs_away = {}, False
+        self.reserved, self.gcs_away = {}, False
+        self.leaving, self.restarts = {}, 0
 
     async def in_thread(self, method, *arguments):
         await asyncio.sleep(0)
@@ -167,10 +170,18 @@ class FakeLauncher:
     def named(self):
         return sorted(self.actors.items())
 
+    def draining(self):
+        return dict(self.leaving)
+
+    def places(self):
+        return {name: place.node_id for name, place in self.reserved.items()}
+
     async def reserve(self, name, node_id, config):
-        while self.full or self.gcs_away:
+        if name in self.reserved:
+            return self.reserved[name]
+        while self.full or self.gcs_away or not (open_nodes := [node for node in NODES if node not in self.leaving]):
             await asyncio.sleep(1)
-        return self.places.setdefault(name, Place(node_id, name))
+        return self.reserved.setdefault(name, Place(node_id if node_id in open_nodes else open_nodes[0], name))
 
     def start_shard(self, name, shard_id, place, config):
         return self._start(name, shard_id, place.node_id)
@@ -187,11 +198,14 @@ class FakeLauncher:
         self.log.append(("end", actor.name))
         actor.die()
 
+    def restart(self, actor):
+        self.restarts += 1
+
     async def kill(self, process):
         self.killed.append(process.pid)
 
     def give_back(self, place_name):
-        self.places.pop(place_name, None)
+        self.reserved.pop(place_name, None)
 
 
 class FakeCluster:
@@ -203,7 +217,7 @@ class FakeCluster:
         metrics = self.metrics = ControllerMetrics(self.registry)
         self.shards = Shards()
         self.state = ClusterState("g", config, self.shards, metrics, news=news, clock=clock, wall_clock=clock)
-        self.engines = Engines(news, self.state.note, clock=clock)
+        self.engines = Engines(news, self.state.note, draining=lambda: self.state.draining, clock=clock)
         self.spares = SpareProcesses("g", self.state, self.launcher)
         self.supervision = ShardSupervision(
             self.state, self.shards, metrics, make_shard=self.make_shard, on_up=lambda: None, clock=clock,
@@ -214,9 +228,13 @@ class FakeCluster:
             self.state, self.shards, self.supervision, self.spares, self.engines,
             facts=FACTS, rates=self.loads.rates, metrics=metrics, clock=clock,
         )  # fmt: skip
+        self.drains = Drains(
+            self.state, self.shards, self.supervision, self.changes, self.spares,
+            launcher=self.launcher, metrics=metrics, home="head", clock=clock,
+        )  # fmt: skip
 
-    def make_shard(self, shard_id):
-        return ShardProcess("g", shard_id, configured=self.state, launcher=self.launcher, spares=self.spares)
+    def make_shard(self, name):
+        return ShardProcess("g", name, configured=self.state, launcher=self.launcher, spares=self.spares)
 
     def begin(self):
         self.state.begin(first_plan(self.state.config, FACTS, self.state.target))

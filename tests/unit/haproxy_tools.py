@@ -76,10 +76,10 @@ def http_server(handler):
         server.server_close()
 
 
-def write_config(folder, ports, backend_ports, http=()):
+def write_config(folder, ports, backend_ports, http=(), leaves=False):
     """Writes Serve's configuration for an application with an ingress at each port; without one for None.
 
-    ports: HAProxy's four, those of gRPC and HTTP first.  http: the ingresses' ports of HTTP.
+    ports: HAProxy's four, those of gRPC and HTTP first.  http: the ingresses' ports of HTTP.  leaves: the node drains.
     """
     port, http_port, metrics, stats = ports
     path = folder / "haproxy.cfg"
@@ -96,6 +96,7 @@ def write_config(folder, ports, backend_ports, http=()):
         bufsize=int(SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]),
         h2_fe_max_concurrent_streams=int(SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS"]),
     )
+    config.pass_health_checks = not leaves
     api = HAProxyApi(cfg=config, config_file_path=str(path))
     if backend_ports is not None:
         apps = {"app": (RequestProtocol.GRPC, backend_ports)}

@@ -169,7 +169,7 @@ def test_shards_are_added_and_removed_and_hold_even_parts():
         assert await made.changes.scale(1) == "4 -> 1 expert shards"
         assert made.state.plan.slices == ({0: (0, 1, 2, 3), 1: (0, 1, 2, 3)},)
         assert [name for name, _ in made.launcher.named()] == ["g:shard-0"]
-        assert list(made.launcher.places) == ["g:shard-0"]
+        assert list(made.launcher.reserved) == ["g:shard-0"]
         done = {kind: made.value("changes_total", kind=kind, outcome="done") for kind in ("add", "remove")}
         assert done == {"add": 2, "remove": 3}
 
@@ -271,7 +271,7 @@ def test_each_shard_has_room_for_its_part_or_what_its_memory_holds():
     assert capacities(CONFIG, FACTS, 2) == [4, 4]
     assert capacities(replace(CONFIG, min_copies=2), FACTS, 2) == [8, 8]
     assert capacities(replace(CONFIG, redundant_experts=1), FACTS, 3) == [4, 4, 4]
-    assert capacities(replace(CONFIG, expert_memory_bytes=35), FACTS, 1, 3) == [3, 0, 0]
+    assert capacities(replace(CONFIG, expert_memory_bytes=35), FACTS, 1) == [3]
 
 
 def test_a_shard_holds_the_experts_of_both_plans_during_a_move():
@@ -292,4 +292,4 @@ def test_no_more_copies_are_planned_than_shards_can_hold():
     config = replace(CONFIG, expert_shards=2, expert_memory_bytes=None, redundant_experts=MOST_CALLS)
     assert capacities(config, FACTS, 2) == [8, 8]
     assert first_plan(config, FACTS, 2) == first_plan(replace(config, redundant_experts=4), FACTS, 2)
-    assert capacities(replace(config, expert_memory_bytes=MOST_BYTES), FACTS, 2, 3) == [8, 8, 0]
+    assert capacities(replace(config, expert_memory_bytes=MOST_BYTES), FACTS, 2) == [8, 8]

@@ -12,7 +12,7 @@ from cluster.errors import SetupError
 from cluster.runtime.control import controller as module
 from cluster.runtime.control.controller import ExpertController
 from cluster.runtime.control.expert_facts import ExpertFacts
-from cluster.runtime.control.recall import recall
+from cluster.runtime.control.recall import Left, recall
 from cluster.runtime.workers.protocol import LONG_POLL_S
 from cluster.status import ProcessInfo
 
@@ -84,7 +84,7 @@ def test_shards_that_nobody_needs_are_taken_down_however_often_their_status_is_a
             await controller.status()
             await asyncio.sleep(1)
         assert controller._launcher.named() == []
-        assert controller._launcher.places == {}
+        assert controller._launcher.reserved == {}
 
     virtual_time.run(play)
 
@@ -146,8 +146,9 @@ def test_the_newest_record_counts_and_spare_processes_are_ended():
             made.state.aim(target)
             await asyncio.sleep(0.1)
             made.actor(deaf).stopped = False
-        record, actors = await recall(made.launcher)
-        assert (record.target, actors) == (4, {0: "g:shard-0", 1: "g:shard-1"})
+        record, left = await recall("g", made.launcher)
+        assert record.target == 4
+        assert left == {i: Left(f"g:shard-{i}", f"g:shard-{i}") for i in (0, 1)}
         assert [name for name, _ in made.launcher.named()] == ["g:shard-0", "g:shard-1"]
 
     virtual_time.run(play)
@@ -157,8 +158,8 @@ def test_a_shard_that_does_not_answer_is_no_one_that_is_found():
     async def play():
         made = await FakeCluster().up()
         made.actor(0).stopped = True
-        _, actors = await recall(made.launcher)
-        assert actors == {1: "g:shard-1"}
+        _, left = await recall("g", made.launcher)
+        assert left == {0: Left("", "g:shard-0"), 1: Left("g:shard-1", "g:shard-1")}
 
     virtual_time.run(play)
 

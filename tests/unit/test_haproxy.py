@@ -140,6 +140,13 @@ def test_haproxys_own_checks_ask_serve_which_refuses_none(tmp_path):
     assert not [line for line in after.splitlines() if "check" in line and "grpc.health" in line]
 
 
+def test_health_says_no_on_a_node_that_drains_and_on_no_other(tmp_path):
+    answer = f"    http-request return status 200 errorfile {tmp_path / 'leaving.http'} if is_health"
+    for leaves in (False, True):
+        written = write_config(tmp_path, (9001, 8001, 9002, 9003), [40000], http=[30000], leaves=leaves)
+        assert (answer in adapted(written.read_text(), tmp_path).splitlines()) == leaves
+
+
 def test_http_calls_cannot_name_their_own_address_or_change_serves_treatment(tmp_path):
     after = adapted(write_config(tmp_path, (9001, 8001, 9002, 9003), [40000], http=[30000]).read_text(), tmp_path)
     http = after[after.index("frontend http_frontend") : after.index("backend default_backend")]

@@ -67,6 +67,7 @@ METRICS = {
     "moecluster_controller_imbalance": ("gauge", set()),
     "moecluster_controller_changes_total": ("counter", {"kind", "outcome"}),
     "moecluster_controller_moved_experts_total": ("counter", set()),
+    "moecluster_controller_leaving_shards": ("gauge", set()),
     "moecluster_dispatch_hedged_total": ("counter", {"replica", "shard_id"}),
     "moecluster_dispatch_rerouted_rows_total": ("counter", {"replica", "shard_id"}),
     "moecluster_build_info": ("gauge", {"role", "version"}),

@@ -118,11 +118,43 @@ def test_a_successor_goes_on_with_what_came_before_its_carrier_died(monkeypatch,
     virtual_time.run(run)
 
 
+def test_a_store_leaves_a_node_that_ray_drains_once_a_carrier_has_a_place(monkeypatch, killed):
+    """The first carrier finds none: it is ended, and the store answers on."""
+
+    class Pending:
+        async def _never(self):
+            await asyncio.Event().wait()
+
+        num_parts = property(lambda self: SimpleNamespace(remote=self._never))
+
+    async def run():
+        with_carrier(monkeypatch, None)
+        pending, carrier = Pending(), Carrier(10)
+        carriers = [carrier, pending]
+        monkeypatch.setattr(response_store, "LOOK_S", 10.0)
+        monkeypatch.setattr(ResponseStoreActor, "_until_alone", lambda self: asyncio.sleep(0))
+        monkeypatch.setattr(ResponseStoreActor, "_drains", staticmethod(lambda: virtual_time.now() > 15))
+        monkeypatch.setattr(response_store, "_custom_resource", lambda: "serving")
+        monkeypatch.setattr(response_store, "carrier_actor", lambda group, resource: carriers.pop())
+        monkeypatch.setattr(response_store.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor="store"))
+        store = ResponseStoreActor("group")
+        await store.put(stored("a"))
+        await asyncio.sleep(15)
+        assert carriers == [carrier, pending]
+        await asyncio.sleep(response_store.CARRIER_START_S + 10)
+        assert (killed, (await store.get("a", "me")).response_id) == ([pending], "a")
+        await asyncio.sleep(10)
+        assert killed == [pending, "store"]
+        assert len(carrier.parts) == 1
+
+    virtual_time.run(run)
+
+
 def fake_ray(monkeypatch, store, get):
     """Of `replace_store`: with this store alone, and answers by `get`. Returns the carriers that were made."""
     made = []
     monkeypatch.setattr(shared_responses, "_find", lambda name: store)
-    monkeypatch.setattr(shared_responses, "_carrier_actor", lambda config: made.append("carrier"))
+    monkeypatch.setattr(shared_responses, "carrier_actor", lambda group, resource: made.append("carrier"))
     monkeypatch.setattr(shared_responses.ray, "get", get)
     return made
 

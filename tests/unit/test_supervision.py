@@ -10,6 +10,7 @@ import virtual_time
 from control_fakes import CONFIG, LOAD_S, FakeCluster, task_error
 
 from cluster.errors import SetupError
+from cluster.runtime.control.recall import Left
 from cluster.runtime.control.shard_process import FIND_S
 from cluster.runtime.control.supervision import MAX_FIRST_STARTS
 
@@ -176,9 +177,9 @@ def test_a_shard_goes_to_the_node_with_the_fewest_that_is_large_enough():
     async def play():
         made = await FakeCluster(replace(CONFIG, expert_shards=4)).up()
         assert [shard.node_id for shard in made.shards] == ["a", "b", "a", "b"]
-        assert await made.supervision._emptiest_node() == "a"
+        assert await made.supervision.emptiest_node() == "a"
         large = FakeCluster(replace(CONFIG, cpus_per_expert_shard=9.0))
-        assert await large.supervision._emptiest_node() is None
+        assert await large.supervision.emptiest_node() is None
 
     virtual_time.run(play)
 
@@ -190,7 +191,7 @@ def test_an_actor_that_an_earlier_controller_left_is_taken_up_and_reads_nothing(
         for task in before.supervision._tasks:
             task.cancel()
         before.launcher.actors["g:spare-x"] = before.launcher.actors.pop("g:shard-0")  # it was a spare process
-        made.supervision.take_over({0: "g:spare-x"})
+        made.supervision.take_over({0: Left("g:spare-x", "g:shard-0")})
         made.begin()
         await asyncio.sleep(LOAD_S)
         assert made.shards.all_up()

@@ -9,17 +9,15 @@ from cluster.runtime.control.expert_facts import ExpertFacts
 from cluster.runtime.workers.protocol import Slice
 
 
-def capacities(
-    config: ClusterConfig, facts: ExpertFacts, num_shards: int, total_shards: int | None = None
-) -> list[int]:
-    """For each shard, all layers together; 0 for those past `num_shards`, up to `total_shards`."""
+def capacities(config: ClusterConfig, facts: ExpertFacts, num_shards: int) -> list[int]:
+    """For each shard, all layers together."""
     if config.expert_memory_bytes is not None:
         room = config.expert_memory_bytes // facts.expert_bytes
     else:
         wanted = len(facts.sparse_layers) * (facts.num_experts * config.min_copies + config.redundant_experts)
         room = -(-wanted // num_shards)
     room = min(room, len(facts.sparse_layers) * facts.num_experts)  # a shard holds an expert once at most
-    return [room] * num_shards + [0] * ((total_shards or num_shards) - num_shards)
+    return [room] * num_shards
 
 
 def first_plan(config: ClusterConfig, facts: ExpertFacts, num_shards: int) -> PlacementPlan:

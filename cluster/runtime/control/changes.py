@@ -7,8 +7,8 @@ unload on the old one.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence, Set
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,7 +39,7 @@ MIN_GAIN = 0.05  # of a layer's slowest shard; less is not worth a move
 class Change:
     """Why experts move. kind: as in the metrics."""
 
-    kind: Literal["rebalance", "settle", "add", "remove", "shuffle"]
+    kind: Literal["rebalance", "settle", "add", "remove", "shuffle", "drain"]
     shard_id: int | None = None
 
     def __str__(self) -> str:
@@ -47,7 +47,8 @@ class Change:
 
 
 class PlacementChanges:
-    """work: the change under way, "" for none."""
+    """work: the change under way, "" for none.  vacated: shards that gave their experts away, since their node leaves
+    and no other one had room for them."""
 
     def __init__(
         self,
@@ -64,6 +65,8 @@ class PlacementChanges:
     ) -> None:
         """rates: of the experts, as measured now."""
         self.work = ""
+        slices = () if state.known_plan is None else state.known_plan.slices
+        self.vacated = {i for i, experts in enumerate(slices) if not any(experts.values())}
         self._state, self._shards, self._supervision, self._spares = state, shards, supervision, spares
         self._engines, self._facts, self._rates, self._metrics = engines, facts, rates, metrics
         self._clock = clock
@@ -127,6 +130,28 @@ class PlacementChanges:
                 return await self._balance(Change("settle"))
             return f"{before} -> {len(self._shards)} expert shards"
 
+    @asynccontextmanager
+    async def alone(self, work: str) -> AsyncIterator[None]:
+        """No change begins while this one, of another hand, goes on."""
+        async with self._changing:
+            with self._working(work):
+                yield
+
+    async def vacate(self, shard_ids: Set[int]) -> str:
+        """Has the other shards hold the experts of these, which get none from now on until `spread`. Raises SetupError
+        where they have no room for them, ClusterError where one does not load."""
+        change = Change("drain")
+        async with self._changing:
+            await self._move(await self._plan_without(shard_ids, change), change)
+            self.vacated |= shard_ids
+        return f"{change}: shards {sorted(shard_ids)} hold no experts any more"
+
+    async def spread(self, shard_id: int) -> str:
+        """Gives experts to a shard again that had given them away. Raises ClusterError."""
+        async with self._changing:
+            self.vacated -= {shard_id}
+            return await self._balance(Change("drain", shard_id), spread=True)
+
     async def guard(self, change: Awaitable[str]) -> None:
         """For changes that nobody waits for: their failure is a fault to be seen, the cluster serves on."""
         try:
@@ -172,27 +197,36 @@ class PlacementChanges:
         change = Change("remove", last)
         with self._working(f"removing shard {last}"):
             try:
-                await self._move(await self._plan_without(last, change), change)
+                plan = await self._plan_without({last}, change)
+                await self._move(replace(plan, slices=plan.slices[:last]), change)
             except ClusterError:
                 self._state.aim(last + 1)  # it stays: the others have no room, or did not load
                 raise
             self._supervision.remove_last()
+            self.vacated.discard(last)
             self._state.publish()
 
-    async def _plan_without(self, last: int, change: Change) -> PlacementPlan:
-        """The plan in which the other shards have the last one's experts too. Raises SetupError."""
+    async def _plan_without(self, leaving: Set[int], change: Change) -> PlacementPlan:
+        """The plan in which the other shards have the experts of these too. Raises SetupError."""
         try:
-            plan = await asyncio.to_thread(
+            return await asyncio.to_thread(
                 eplb.rebalance,
-                padded(self._state.plan, last + 1),
+                padded(self._state.plan, len(self._shards)),
                 self._traffic(),
-                shards=capacities(self._state.config, self._facts, last, last + 1),
+                shards=self._rooms(leaving),
                 min_copies=self._state.config.min_copies,
             )
         except SetupError:
             self._metrics.changed(change.kind, "failed", 0)
             raise
-        return replace(plan, slices=plan.slices[:last])
+
+    def _rooms(self, leaving: Set[int] = frozenset()) -> list[int]:
+        """For how many experts each shard has room: none in those that leave or have given theirs away."""
+        stay = [shard.shard_id not in leaving | self.vacated for shard in self._shards]
+        if not any(stay):
+            raise SetupError("no expert shard stays that could take the others' experts")
+        [room, *_] = capacities(self._state.config, self._facts, sum(stay))
+        return [room * stays for stays in stay]
 
     async def _balance(self, change: Change, *, spread: bool = False) -> str:
         """Moves experts to where the load asks for. spread: also to a shard that has none, whatever was measured."""
@@ -202,7 +236,7 @@ class PlacementChanges:
             eplb.rebalance,
             before,
             traffic,
-            shards=capacities(self._state.config, self._facts, num_shards),
+            shards=self._rooms(),
             min_copies=self._state.config.min_copies,
             max_moves=None if spread else self._state.config.rebalance_max_moves,
             min_gain=MIN_GAIN,
@@ -228,7 +262,7 @@ class PlacementChanges:
                     self.work = f"{change}: loading on shard {shard_id} ({n + 1} of {len(changed)})"
                     await self._shards[shard_id].load(union(old.slices[shard_id], new.slices[shard_id]))
                 self._state.publish(plan)
-                await self._adopted(self._state.plan.epoch)
+                await self.adopted(self._state.plan.epoch)
         except ray.exceptions.RayError as error:
             self._metrics.changed(change.kind, "failed", 0)
             cause = getattr(error, "cause", None) or error
@@ -240,7 +274,8 @@ class PlacementChanges:
         self._metrics.changed(change.kind, "done", num_moves)
         log.info("%s: %s moved %d experts in %.1f s", self._state.group, change, num_moves, self._clock() - started)
 
-    async def _adopted(self, epoch: int) -> None:
+    async def adopted(self, epoch: int) -> None:
+        """Waits for the engines to have that plan, though not for long."""
         if not await self._engines.adopted(epoch, ADOPTION_TIMEOUT_S):
             log.warning("%s: not every engine has plan epoch %d yet", self._state.group, epoch)
 

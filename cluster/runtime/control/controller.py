@@ -20,9 +20,11 @@ from cluster.experts import eplb
 from cluster.experts.placement import num_shards_for
 from cluster.metrics import ControllerMetrics, new_registry, report_version
 from cluster.runtime.control.adapters import AdapterCalls, SharedAdapters
+from cluster.runtime.control.calls import PlacementCalls
 from cluster.runtime.control.capacity import first_plan
 from cluster.runtime.control.changes import PlacementChanges
 from cluster.runtime.control.collector import NodeCollectors
+from cluster.runtime.control.drains import Drains
 from cluster.runtime.control.engines import Engines
 from cluster.runtime.control.expert_facts import ExpertFacts, read_expert_facts
 from cluster.runtime.control.launcher import Launcher, RayLauncher
@@ -47,7 +49,7 @@ REGISTRATION_S = 3.0  # in which the engines that live ask a controller that com
 
 
 @on_wire("cluster.runtime.controller", former=("_actors", "_follow", "_recall", "_register", "_watch_engine"))
-class ExpertController(AdapterCalls):
+class ExpertController(AdapterCalls, PlacementCalls):
     """An asyncio actor of the group's name. Every public method may be called at any time."""
 
     def __init__(
@@ -69,7 +71,7 @@ class ExpertController(AdapterCalls):
         news, self._look = News(), asyncio.Event()
         self.shards = Shards()
         self.state = ClusterState(group, config, self.shards, self._metrics, news=news, clock=clock)
-        self.engines = Engines(news, self.state.note, clock=clock)
+        self.engines = Engines(news, self.state.note, draining=lambda: self.state.draining, clock=clock)
         self.adapters = SharedAdapters(self.state, self.shards, self.engines)
         self._spares = SpareProcesses(group, self.state, self._launcher)
         self._supervision = ShardSupervision(
@@ -81,8 +83,9 @@ class ExpertController(AdapterCalls):
             on_up=self._look.set,
             clock=clock,
         )
-        self._load_watch: LoadWatch | None = None  # these two once the checkpoint is read
+        self._load_watch: LoadWatch | None = None  # these three once the checkpoint is read
         self._changes: PlacementChanges | None = None
+        self._drains: Drains | None = None
         self._collectors = NodeCollectors(group)
         self._draining = False
         self._renewed_at = self._clock()
@@ -132,22 +135,6 @@ class ExpertController(AdapterCalls):
         if self._changes is not None:
             self._tasks.append(asyncio.create_task(self._changes.guard(self._changes.settle())))
 
-    async def scale(self, num_shards: int) -> str:
-        """Adds or removes shards one at a time; returns what was done. Raises SetupError for what cannot be."""
-        return await (await self._placement()).scale(num_shards)
-
-    async def rebalance(self) -> str:
-        """Follows the measured load; returns what was done. Raises SetupError."""
-        return await (await self._placement()).rebalance()
-
-    async def shuffle(self, num_swaps: int, seed: int) -> str:
-        """As `PlacementChanges.shuffle`. Raises ClusterError."""
-        return await (await self._placement()).shuffle(num_swaps, seed)
-
-    async def roll(self) -> str:
-        """As `PlacementChanges.roll`. Raises SetupError."""
-        return await (await self._placement()).roll()
-
     async def note_fault(self, what: str) -> None:
         """For those who watch: something that was asked of the cluster failed. Not again what was just noted here."""
         if not any(fault.what in what for fault in self.state.faults[-1:]):
@@ -184,6 +171,7 @@ class ExpertController(AdapterCalls):
             lease_by_renewal=True,
             adapters=self.adapters.current.names,
             adapters_version=self.adapters.current.version,
+            leaving=() if self._drains is None else self._drains.leaving(),
         )
 
     async def process(self) -> ProcessInfo:
@@ -198,25 +186,19 @@ class ExpertController(AdapterCalls):
         """Takes the shards down and gives their resources back; this actor is then of no more use."""
         for task in self._tasks:
             task.cancel()
+        if self._drains is not None:
+            self._drains.close()
         self.engines.close()
         for _, actor in self._launcher.named():
             self._launcher.end(actor)
         self._supervision.close()
+        for place in self._launcher.places():  # of a shard that was being moved
+            self._launcher.give_back(place)
         self._collectors.close()
         log.info("%s: closed", self.state.group)
 
-    def _make_shard(self, shard_id: int) -> ShardProcess:
-        return ShardProcess(
-            self.state.group, shard_id, configured=self.state, launcher=self._launcher, spares=self._spares
-        )
-
-    async def _placement(self) -> PlacementChanges:
-        """Raises the failure that no shards can come up for."""
-        await self._start()
-        if self._changes is None:
-            assert self.state.failure is not None
-            raise self.state.failure
-        return self._changes
+    def _make_shard(self, name: str) -> ShardProcess:
+        return ShardProcess(self.state.group, name, configured=self.state, launcher=self._launcher, spares=self._spares)
 
     async def _start(self) -> None:
         """Begins the work with the first call: the event loop does not run yet in the constructor."""
@@ -229,7 +211,7 @@ class ExpertController(AdapterCalls):
         try:
             facts = read_expert_facts(state.config)
             await self.adapters.begin()
-            record, actors = await recall(self._launcher)
+            record, left = await recall(state.group, self._launcher)
             if record is not None or self._launcher.restarted():
                 self._slots_known_at = self._clock() + REGISTRATION_S
                 self._tasks.append(asyncio.create_task(self.adapters.recover(REGISTRATION_S)))
@@ -242,18 +224,19 @@ class ExpertController(AdapterCalls):
         except SetupError as error:
             state.fail(error)
             return
-        loads, changes = self._plan_with(facts)
-        self._supervision.take_over(actors)
+        loads, changes, drains = self._plan_with(facts)
+        self._supervision.take_over(left)
         for _ in range(state.plan.num_shards):
             self._supervision.add()
         self._tasks += [
             asyncio.create_task(self._check()),
+            asyncio.create_task(drains.run()),
             asyncio.create_task(loads.run(lambda: changes.guard(changes.rebalance()), lambda: changes.busy)),
         ]
         if state.target != state.plan.num_shards:  # an earlier controller died over it
             self._tasks.append(asyncio.create_task(changes.guard(changes.settle())))
 
-    def _plan_with(self, facts: ExpertFacts) -> tuple[LoadWatch, PlacementChanges]:
+    def _plan_with(self, facts: ExpertFacts) -> tuple[LoadWatch, PlacementChanges, Drains]:
         """Makes the parts that must know the model's experts."""
         self._load_watch = LoadWatch(self.state, self.shards, self.engines, self._metrics, facts, clock=self._clock)
         self._changes = PlacementChanges(
@@ -267,7 +250,18 @@ class ExpertController(AdapterCalls):
             metrics=self._metrics,
             clock=self._clock,
         )
-        return self._load_watch, self._changes
+        self._drains = Drains(
+            self.state,
+            self.shards,
+            self._supervision,
+            self._changes,
+            self._spares,
+            launcher=self._launcher,
+            metrics=self._metrics,
+            home=process_info().node_id,
+            clock=self._clock,
+        )
+        return self._load_watch, self._changes, self._drains
 
     async def _check(self) -> None:
         """Looks after the lease and after one metrics collector for each node."""

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,17 @@ log = logging.getLogger(__name__)
 class Engines:
     """Used by one event loop."""
 
-    def __init__(self, news: News, note: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
-        """news: told when an engine has a plan or is gone.  note: called with faults."""
-        self._news, self._note, self._clock = news, note, clock
+    def __init__(
+        self,
+        news: News,
+        note: Callable[[str], None],
+        *,
+        draining: Callable[[], Container[str]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """news: told when an engine has a plan or is gone.  note: called with faults.  draining: nodes, where an
+        engine's end is none."""
+        self._news, self._note, self._draining, self._clock = news, note, draining, clock
         self._known: dict[str, ReplicaStatus] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
@@ -65,7 +73,8 @@ class Engines:
 
     async def _watch(self, replica: ReplicaStatus, engine: Any) -> None:
         """Forgets an attention replica when its engine dies. Serve replaces it; this is for `status`."""
-        if await until_dead(engine, f"the engine of attention replica {replica.name}"):
+        died = await until_dead(engine, f"the engine of attention replica {replica.name}")
+        if died and replica.process.node_id not in self._draining():
             self._note(f"attention replica {replica.name} lost its engine")
         self._known.pop(replica.name, None)
         self._watchers.pop(replica.name, None)

@@ -21,7 +21,7 @@ from cluster.config import ClusterConfig
 from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import NAMESPACE, shard_prefix, spare_prefix
 from cluster.runtime.process import actor_environment, num_threads, share_of
-from cluster.runtime.ray_private.core import by_name
+from cluster.runtime.ray_private.core import by_name, draining_nodes
 from cluster.runtime.workers.protocol import NO_SHARD
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 from cluster.status import ProcessInfo
@@ -31,6 +31,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 RESOURCES_WARNING_S = 30.0  # between two log lines that a shard waits for resources
+DRAINING_TIMEOUT_S = 2.0  # for an answer of Ray's control service, which takes milliseconds
 
 
 class Node(NamedTuple):
@@ -62,11 +63,17 @@ class Launcher(Protocol):
 
     def nodes(self) -> list[Node]: ...
 
+    def draining(self) -> dict[str, float]:
+        """As `draining_nodes`."""
+
     def find(self, name: str) -> Any | None:
         """The actor of that name, None for none."""
 
     def named(self) -> list[tuple[str, Any]]:
         """The running processes of this group's shards and its spare processes, with their actors' names."""
+
+    def places(self) -> dict[str, str]:
+        """The nodes of this group's reserved places, by the places' names; "" for one that waits for room."""
 
     async def reserve(self, name: str, node_id: str | None, config: ClusterConfig) -> Place:
         """The place of that name, on that node if it has room; waits until there is room somewhere."""
@@ -77,6 +84,9 @@ class Launcher(Protocol):
 
     def end(self, actor: Any) -> None:
         """Without a farewell. An actor that is dead is no error."""
+
+    def restart(self, actor: Any) -> None:
+        """Ends it for Ray to start it again, in another process. Blocks."""
 
     async def kill(self, process: ProcessInfo) -> None:
         """SIGKILL for a process that takes no words from Ray, as one that is stopped. Raises RayError."""
@@ -103,6 +113,9 @@ class RayLauncher:
     def nodes(self) -> list[Node]:
         return [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
+    def draining(self) -> dict[str, float]:
+        return draining_nodes(DRAINING_TIMEOUT_S)
+
     def find(self, name: str) -> Any | None:
         try:
             return ray.get_actor(name, namespace=NAMESPACE)
@@ -114,6 +127,14 @@ class RayLauncher:
         names = sorted(actor["name"] or "" for actor in ray.util.list_named_actors(all_namespaces=True))
         found = ((name, self.find(name)) for name in names if name.startswith(prefixes))
         return [(name, actor) for name, actor in found if actor is not None]  # others died since
+
+    def places(self) -> dict[str, str]:
+        entries = (entry for entry in placement_group_table().values() if entry["state"] != "REMOVED")
+        return {
+            entry["name"]: next(iter(entry["bundles_to_node_id"].values()), "")
+            for entry in entries
+            if entry["name"].startswith(shard_prefix(self._group))
+        }
 
     async def reserve(self, name: str, node_id: str | None, config: ClusterConfig) -> Place:
         group: Any = await self.in_thread(_find_placement_group, name)
@@ -157,6 +178,9 @@ class RayLauncher:
 
     def end(self, actor: Any) -> None:
         ray.kill(actor)
+
+    def restart(self, actor: Any) -> None:
+        ray.kill(actor, no_restart=False)
 
     async def kill(self, process: ProcessInfo) -> None:
         where = NodeAffinitySchedulingStrategy(process.node_id, soft=False)

@@ -17,7 +17,7 @@ from cluster.experts.pulse import Sign
 from cluster.runtime.control.launcher import Launcher
 from cluster.runtime.control.shards import Configured
 from cluster.runtime.control.spares import SpareProcesses
-from cluster.runtime.names import shard_name
+from cluster.runtime.names import other_shard_name, shard_of
 from cluster.runtime.workers.protocol import Slice
 from cluster.status import ProcessInfo, ShardStatus
 
@@ -31,9 +31,10 @@ class ShardProcess:
     """A `Shard`. name: of its place, and of its actor unless that was a spare process."""
 
     def __init__(
-        self, group: str, shard_id: int, *, configured: Configured, launcher: Launcher, spares: SpareProcesses
+        self, group: str, name: str, *, configured: Configured, launcher: Launcher, spares: SpareProcesses
     ) -> None:
-        self.name = shard_name(group, shard_id)
+        self._group, self.name = group, name
+        shard_id = shard_of(group, name)
         self.status = ShardStatus(shard_id=shard_id, actor=self.name)
         self.handle: Any | None = None
         self.leaves = False
@@ -63,6 +64,10 @@ class ShardProcess:
             config, node_id = self._configured.config, await best_node()
             self._wanted_node, self.status.process = node_id or "", None
             place = await launcher.reserve(self.name, node_id, config)
+            if place.node_id in self._configured.draining:  # nothing starts there any more
+                await launcher.in_thread(launcher.give_back, self.name)
+                self.name = self.status.actor = other_shard_name(self._group, self.shard_id)
+                place = await launcher.reserve(self.name, node_id, config)
             if not await self._take_spare(place.node_id):
                 self._actor = await launcher.in_thread(launcher.start_shard, self.name, self.shard_id, place, config)
         self.status.state, self._adapted = "loading", AdapterList()

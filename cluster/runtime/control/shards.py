@@ -1,6 +1,6 @@
 """The shards that a cluster has: 0, 1, 2, …, without a gap. The supervision adds and removes them."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from cluster.config import ClusterConfig
@@ -18,6 +18,10 @@ class Configured(Protocol):
     @property
     def adapters(self) -> AdapterList:
         """Those that change routed experts."""
+
+    @property
+    def draining(self) -> Mapping[str, float]:
+        """The nodes that Ray drains, on which nothing starts any more, and until when they stay."""
 
 
 class Shard(Protocol):
@@ -85,6 +89,10 @@ class Shards:
     def pop(self) -> Shard:
         """Takes the last one out."""
         return self._shards.pop()
+
+    def put(self, shard: Shard) -> None:
+        """In place of the one of its id."""
+        self._shards[shard.shard_id] = shard
 
     def handles(self) -> dict[int, Any]:
         """The actors of the shards that are up."""

@@ -7,7 +7,7 @@ there is none: Ray gives a process its GPU at its start only.
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import ray
@@ -41,12 +41,18 @@ class SpareProcesses:
         config = self._configured.config
         if not config.spare_processes or config.gpus_per_expert_shard:
             return
-        for node_id in set(node_ids) - {""}:
+        for node_id in set(node_ids) - {"", *self._configured.draining}:
             known = self._by_node.get(node_id)
             if known is not None and (not known.done() or await self._lives(known.result(), ANSWER_TIMEOUT_S)):
                 continue
             if self._by_node.get(node_id) is known:  # not taken meanwhile
                 self._by_node[node_id] = asyncio.create_task(self._start(node_id))
+
+    def leave(self, node_ids: Collection[str]) -> None:
+        """Ends those on these nodes, but one that still starts."""
+        for node_id in [node_id for node_id, task in self._by_node.items() if node_id in node_ids and task.done()]:
+            if spare := self._by_node.pop(node_id).result():
+                self._launcher.end(spare.actor)
 
     async def started(self, node_id: str) -> None:
         """Waits for the one that begins to start on that node, if any."""

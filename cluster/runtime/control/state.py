@@ -6,7 +6,7 @@ The controller's parts read it; only its own methods change it. Decides nothing.
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -72,6 +72,7 @@ class ClusterState:
         self._uncovered_since: float | None = None
         self._faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
         self.adapters = AdapterList()  # that shards hold a part of
+        self.draining: Mapping[str, float] = {}  # nodes that Ray drains, and until when each stays (wall clock)
 
     @property
     def config(self) -> ClusterConfig:

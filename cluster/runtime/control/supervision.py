@@ -12,9 +12,11 @@ from cluster.checkpoint.files import in_one_line
 from cluster.errors import SetupError
 from cluster.metrics import ControllerMetrics
 from cluster.runtime.control.launcher import Node, shard_resources
+from cluster.runtime.control.recall import Left
 from cluster.runtime.control.shards import Shard, Shards
 from cluster.runtime.control.state import ClusterState
 from cluster.runtime.last_words import last_words
+from cluster.runtime.names import other_shard_name, shard_name
 from cluster.runtime.workers.protocol import Slice
 
 log = logging.getLogger(__name__)
@@ -33,25 +35,24 @@ class ShardSupervision:
         shards: Shards,
         metrics: ControllerMetrics,
         *,
-        make_shard: Callable[[int], Shard],
+        make_shard: Callable[[str], Shard],
         nodes: Callable[[], Awaitable[list[Node]]],
         on_up: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """make_shard: from its id.  nodes: those that live.  on_up: called when a shard has come up."""
+        """make_shard: from its name.  nodes: those that live.  on_up: called when a shard has come up."""
         self._state, self._shards, self._metrics = state, shards, metrics
         self._make_shard, self._nodes, self._on_up, self._clock = make_shard, nodes, on_up, clock
-        self._found: dict[int, str] = {}
+        self._found: dict[int, Left] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    def take_over(self, actors: Mapping[int, str]) -> None:
-        """The names of actors that an earlier controller left, by shard."""
-        self._found = dict(actors)
+    def take_over(self, left: Mapping[int, Left]) -> None:
+        """From an earlier controller, by shard."""
+        self._found = dict(left)
 
     def add(self) -> Shard:
         """A shard more, and its supervision; its actor may run already."""
-        shard = self._make_shard(len(self._shards))
-        shard.status.actor = self._found.pop(shard.shard_id, shard.status.actor)
+        shard = self._taken_over(len(self._shards))
         self._shards.add(shard)
         self._metrics.expected(shard.shard_id)
         self._tasks.append(asyncio.create_task(self._guard(self._supervise(shard))))
@@ -62,12 +63,32 @@ class ShardSupervision:
         self._tasks.pop().cancel()
         self._shards.pop().remove()
 
+    def successor(self, shard_id: int) -> Shard:
+        """One that shall take a shard's place, and starts while that still runs."""
+        return self._make_shard(other_shard_name(self._state.group, shard_id))
+
+    def put(self, shard: Shard) -> None:
+        """A successor that has loaded: it takes the place of the shard of its id, which nobody looks after any more."""
+        shard.status.respawns = self._shards[shard.shard_id].status.respawns
+        self._tasks[shard.shard_id].cancel()
+        shard.up()
+        self._shards.put(shard)
+        self._tasks[shard.shard_id] = asyncio.create_task(self._guard(self._supervise(shard)))
+        self._publish_up()
+
     def close(self) -> None:
         """Ends the supervision, and all shards."""
         for task in self._tasks:
             task.cancel()
-        for shard in (*self._shards, *map(self._make_shard, self._found)):
+        for shard in (*self._shards, *map(self._taken_over, list(self._found))):
             shard.remove()
+
+    def _taken_over(self, shard_id: int) -> Shard:
+        """Made from what an earlier controller left of it, if anything."""
+        left = self._found.pop(shard_id, Left())
+        shard = self._make_shard(left.place or shard_name(self._state.group, shard_id))
+        shard.status.actor = left.actor or shard.status.actor
+        return shard
 
     async def _guard(self, work: Awaitable[None]) -> None:
         """Turns what ends the work into the controller's failure, which callers then see."""
@@ -85,7 +106,8 @@ class ShardSupervision:
         while True:
             up_since = self._clock()
             try:
-                await self._bring_up(shard)
+                if shard.handle is None:
+                    await self._bring_up(shard)
                 up_since = self._clock()
                 why = await shard.lost()
             except ray.exceptions.RayTaskError as error:
@@ -117,25 +139,30 @@ class ShardSupervision:
 
     async def _bring_up(self, shard: Shard) -> None:
         """Finds or makes a shard's actor, loads its slice, publishes it."""
-        await shard.start(self._emptiest_node)
+        await shard.start(self.emptiest_node)
         loaded: Slice | None = None
         while loaded != (wanted := self._state.slice_of(shard.shard_id)):  # the plan may change while it loads
             await shard.load(wanted)
             loaded = wanted
         shard.up()
+        self._publish_up()
+        log.info("%s: shard %d is up (%s)", self._state.group, shard.shard_id, shard.status.process)
+
+    def _publish_up(self) -> None:
+        """A shard has come up."""
         if self._state.published or self._shards.all_up():
             self._state.publish()
         self._on_up()
-        log.info("%s: shard %d is up (%s)", self._state.group, shard.shard_id, shard.status.process)
 
-    async def _emptiest_node(self) -> str | None:
-        """The node with the fewest shards, of those that are large enough for one."""
+    async def emptiest_node(self) -> str | None:
+        """The node with the fewest shards, of those that stay and are large enough for one."""
         nodes = await self._nodes()
         num_shards = Counter(shard.node_id for shard in self._shards)  # now: several may ask at once
         need = shard_resources(self._state.config)
         fits = [
             node.node_id
             for node in nodes
-            if all(node.resources.get(name, 0) >= amount for name, amount in need.items())
+            if node.node_id not in self._state.draining
+            and all(node.resources.get(name, 0) >= amount for name, amount in need.items())
         ]
         return min(fits, key=lambda node_id: (num_shards[node_id], node_id), default=None)

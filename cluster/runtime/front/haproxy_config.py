@@ -12,13 +12,15 @@ NOT_FOR_CLIENTS = "the list of applications is not for clients"
 # HAProxy's own answers to gRPC clients stand in files, because its replies without a body have no content-type, and
 # some clients then do not look at the code.
 UNDELIVERED, STARTING, FORBIDDEN = "undelivered.http", "starting.http", "forbidden.http"
-TOO_LARGE = "too-large.http"
+TOO_LARGE, LEAVING = "too-large.http", "leaving.http"
 ANSWERS = {
     UNDELIVERED: (14, "no process of the server took this call to its end: try again"),
     STARTING: (14, "the server is starting: try again"),
     FORBIDDEN: (7, NOT_FOR_CLIENTS),
     TOO_LARGE: (3, "the request has too many bytes for a health call"),
+    LEAVING: (14, "this node leaves the cluster: ask another"),
 }
+SERVE_LEAVES = '"This node is being drained." if is_healthz'  # at the end of a rule of Serve's
 MAX_HEALTH_BYTES = 4096
 CONNECT, RETRIES = "250ms", 8  # the kernel of a living ingress's machine answers within a round trip
 # What an ingress answers a check of HAProxy's, in hexadecimal digits: success, DRAINING, UNHEALTHY.
@@ -52,11 +54,12 @@ def adapted(config: str, folder: Path, *, host: str = "", tls: str = "") -> str:
 
 def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     listen = rf"\g<1>{host}\g<3>" if host else r"\g<1>\g<2>\g<3>"
+    leaves = SERVE_LEAVES in config
     config = replaced(
         config,
         r"^(frontend grpc_frontend\n(?:.*\n)*?\s+bind )(\S+)(:\d+ proto h2)\n",
         # Without the header all clients would look like this host, and could not take turns.
-        rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n{_health_rules(folder)}",
+        rf"{listen}{tls}\n    http-request set-header x-forwarded-for %[src]\n{_health_rules(folder, leaves)}",
     )
     # HAProxy (2.8) stops reading from a connection when one of its streams waits for a client: a client that does not
     # read would stop all other streams and health. So each call has a connection, which the next one uses again.
@@ -83,13 +86,18 @@ def _adapted_grpc(config: str, folder: Path, host: str, tls: str) -> str:
     return config if has_applications(config) else _refusing(config, folder)
 
 
-def _health_rules(folder: Path) -> str:
-    """Bounds health calls: they need no key, and gRPC would read a message of any size before it checks the caller."""
+def _health_rules(folder: Path, leaves: bool) -> str:
+    """Bounds health calls: they need no key, and gRPC would read a message of any size before it checks the caller.
+
+    leaves: the node drains. Balancers shall send nothing more there; calls that still come are answered by the
+    ingresses of other nodes, and so is health: HAProxy answers it instead.
+    """
+    leaving = f"    http-request return status 200 errorfile {folder / LEAVING} if is_health\n" if leaves else ""
     return (
         f"    acl is_health path_beg /grpc.health.v1.Health/ {' '.join(HEALTH_METHODS)}\n"
         f"    http-request wait-for-body time 5s at-least {MAX_HEALTH_BYTES} if is_health\n"
         f"    http-request return status 200 errorfile {folder / TOO_LARGE} "
-        f"if is_health {{ req.body_len ge {MAX_HEALTH_BYTES} }}\n"
+        f"if is_health {{ req.body_len ge {MAX_HEALTH_BYTES} }}\n{leaving}"
     )
 
 

@@ -2,7 +2,7 @@
 
 When it is to be replaced, it gives all that it has to a carrier, another actor, and ends itself; the process that Ray
 starts in its place takes that back before it answers. Calls that come meanwhile end with the old process, and their
-callers ask again (`shared_responses.py`).
+callers ask again (`shared_responses.py`). It does so by itself when Ray drains its node.
 """
 
 import asyncio
@@ -16,13 +16,17 @@ import ray
 from cluster.evolving import on_wire
 from cluster.metrics import ResponseStoreMetrics, new_registry, report_version
 from cluster.runtime.names import NAMESPACE, carrier_name, controller_name
+from cluster.runtime.process import shared_actor_options
 from cluster.runtime.ray_logs import log_to_ray
+from cluster.runtime.ray_private.core import by_name, draining_nodes
 from cluster.serving.openai.responses.kept import KeptResponses
 from cluster.serving.openai.responses.store import Contents, Page, Progress, Reply, StoredResponse, StoreLimits
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 10.0  # between two looks for the controller
+DRAINING_TIMEOUT_S = 2.0  # for an answer of Ray's control service, which takes milliseconds
+CARRIER_START_S = 30.0  # for a carrier's process to come up
 MISSES = 2  # looks without a controller, after which there is no cluster
 SHOW_S = 1.0  # between two looks at the metrics
 CARRIED_S = 600.0  # after which nobody comes any more for what is carried
@@ -97,7 +101,11 @@ class ResponseStoreActor:
         carrier = await _find(carrier_name(self._group))
         if carrier is not None:
             await self._take(carrier)
-        self._tasks = [asyncio.create_task(self._until_alone()), asyncio.create_task(self._show())]
+        self._tasks = [
+            asyncio.create_task(self._until_alone()),
+            asyncio.create_task(self._until_drained()),
+            asyncio.create_task(self._show()),
+        ]
         self._open.set()
 
     async def _take(self, carrier: Any) -> None:
@@ -115,6 +123,22 @@ class ResponseStoreActor:
             usage = self._kept.usage()
             self._metrics.state(kept=usage.num_kept, kept_bytes=usage.num_bytes, running=usage.num_running)
             await asyncio.sleep(SHOW_S)
+
+    async def _until_drained(self) -> None:
+        """Goes on elsewhere once Ray drains this node. Without a place for a carrier it stays, and answers."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                if await asyncio.to_thread(self._drains):
+                    carrier = await asyncio.to_thread(carrier_actor, self._group, _custom_resource())
+                    await _answers(carrier)
+                    await self.hand_over(carrier)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.warning("%s: the store of responses stays on a node that drains: %r", self._group, error)
+
+    @staticmethod
+    def _drains() -> bool:
+        return ray.get_runtime_context().get_node_id() in draining_nodes(DRAINING_TIMEOUT_S)
 
     async def _until_alone(self) -> None:
         misses = 0
@@ -153,6 +177,30 @@ class ResponseCarrier:
 
     async def part(self, index: int) -> Contents:
         return self._parts[index]
+
+
+def carrier_actor(group: str, resource: str) -> Any:
+    """Makes the group's carrier, or finds it. resource: a custom one, of the nodes where it may be; "" for any."""
+    options = shared_actor_options(group, resource) | {"max_restarts": 0}
+    return (
+        ray.remote(by_name(ResponseCarrier)).options(name=carrier_name(group), namespace=NAMESPACE, **options).remote()
+    )
+
+
+async def _answers(carrier: Any) -> None:
+    """Returns once it does. Raises TimeoutError for one that finds no place, which is ended; RayError."""
+    try:
+        async with asyncio.timeout(CARRIER_START_S):
+            await carrier.num_parts.remote()
+    except TimeoutError:
+        await asyncio.to_thread(ray.kill, carrier)
+        raise
+
+
+def _custom_resource() -> str:
+    """The one that this process holds a share of."""
+    held = ray.get_runtime_context().get_assigned_resources()
+    return next((name for name in held if name not in ("CPU", "GPU", "memory")), "")
 
 
 async def _find(name: str) -> Any | None:

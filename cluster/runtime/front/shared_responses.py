@@ -16,7 +16,7 @@ import ray
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Unavailable
-from cluster.runtime.front.response_store import ResponseCarrier, ResponseStoreActor
+from cluster.runtime.front.response_store import ResponseStoreActor, carrier_actor
 from cluster.runtime.gcs import GcsThread
 from cluster.runtime.names import NAMESPACE, carrier_name, responses_name, shard_group
 from cluster.runtime.process import shared_actor_options
@@ -122,7 +122,7 @@ def replace_store(config: ClusterConfig) -> str:
         return "the store of responses stays: its version cannot hand over what it keeps"
     try:
         before = ray.get(store.process.remote(), timeout=ANSWER_S)
-        _hand_over(store, _carrier_actor(config))
+        _hand_over(store, carrier_actor(group, config.ingress_resource))
         deadline = time.monotonic() + REPLACED_S
         while _process(store) in ("", before):
             if time.monotonic() > deadline:
@@ -163,14 +163,6 @@ def _limits(config: ClusterConfig) -> StoreLimits:
         max_bytes=config.stored_responses_bytes,
         max_responses=config.stored_responses,
         max_age_s=config.stored_responses_age_s,
-    )
-
-
-def _carrier_actor(config: ClusterConfig) -> Any:
-    group = shard_group(config)
-    options = shared_actor_options(group, config.ingress_resource) | {"max_restarts": 0}
-    return (
-        ray.remote(by_name(ResponseCarrier)).options(name=carrier_name(group), namespace=NAMESPACE, **options).remote()
     )
 
 

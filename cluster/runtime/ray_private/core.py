@@ -1,6 +1,7 @@
 """Private names of Ray's core (2.60)."""
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ __all__ = [
     "AuthenticationTokenLoader",
     "actor_id",
     "by_name",
+    "draining_nodes",
     "end_started",
     "gcs_channel",
     "left_addresses",
@@ -84,6 +86,13 @@ def started_processes() -> Mapping[str, Any]:
 def actor_id(handle: Any) -> str:
     """Another one when the actor is another one of the same name; a handle has no public word for it."""
     return str(handle._actor_id)
+
+
+def draining_nodes(timeout_s: float) -> dict[str, float]:
+    """The nodes that Ray drains, and until when each may stay, in seconds since 1970; infinity where nobody has told
+    Ray. `ray.nodes` does not tell. Blocks. Raises RayError."""
+    deadlines_ms = worker.global_worker.gcs_client.get_draining_nodes(timeout=timeout_s)
+    return {node_id: at / 1000 if at else math.inf for node_id, at in deadlines_ms.items()}
 
 
 def gcs_channel(address: str) -> Any:

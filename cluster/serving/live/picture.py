@@ -49,7 +49,7 @@ class ReplicaPicture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPicture:
-    """work: the change under way, "" for none.  target_shards: as many as were asked for.
+    """work: the change under way, and nodes that leave, "" for none.  target_shards: as many as were asked for.
     num_copied: experts, over all layers, with more than one copy.  adapters: names of the LoRA adapters.
     """
 
@@ -88,7 +88,7 @@ def cluster_picture(status: ClusterStatus, model: str, events: tuple[Event, ...]
         reason=public(status.failure),
         model=model,
         epoch=status.epoch,
-        work=public(status.work),
+        work=public("; ".join(filter(None, [status.work, *_leaving(status, nodes)]))),
         target_shards=status.target_shards,
         num_layers=0 if plan is None else len(plan.layer_ids),
         num_experts=0 if plan is None else plan.num_experts,
@@ -113,6 +113,14 @@ def placement_picture(plan: PlacementPlan) -> PlacementPicture:
 def num_copied(plan: PlacementPlan) -> int:
     """Experts, over all layers, with more than one copy."""
     return sum(len(owners) > 1 for layer_id in plan.layer_ids for owners in plan.owners(layer_id))
+
+
+def _leaving(status: ClusterStatus, nodes: dict[str, int]) -> list[str]:
+    """A text for each node that Ray drains."""
+    return [
+        f"Ray drains node {nodes.get(node.node_id, 'without processes')}{node.waits and f': {node.waits}'}"
+        for node in status.leaving
+    ]
 
 
 def _state(status: ClusterStatus) -> State:
