@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -15,15 +17,22 @@ needs_namespaces = pytest.mark.skipif(
 )
 
 
-class Hosts:
-    """Host 0 is Ray's head, without room for actors; each of the others has `num_cpus`."""
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
-    def __init__(self, num_hosts, num_cpus=4):
+
+class Hosts:
+    """Host 0 is Ray's head, without room for actors; each of the others has `num_cpus`.
+
+    environment: of a host's Ray, by its number.
+    """
+
+    def __init__(self, num_hosts, num_cpus=4, *, environment=lambda host, folder: {}):
         self._name, self._net = uuid.uuid4().hex[:5], f"10.{os.getpid() % 200 + 20}.77"
         self._spaces = [f"moe-{self._name}-{i}" for i in range(num_hosts)]
         self._temp_dir = f"/tmp/moe-{self._name}"  # short: Ray's sockets lie below
         self._environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         self._num_cpus = num_cpus
+        self._environment_of = environment
         self.address = f"{self._net}.1:6399"
 
     def start(self):
@@ -41,38 +50,53 @@ class Hosts:
             self._ip("-n", first, "link", "set", ends[0], "up")
             self._ip("-n", space, "addr", "add", f"{self._net}.{i + 1}/24", "dev", ends[1])
             self._ip("-n", space, "link", "set", ends[1], "up")
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--object-store-memory=100000000"]
-        for i in range(len(self._spaces)):
-            options = [f"--node-ip-address={self._net}.{i + 1}"]
-            if i == 0:
-                options += ["--head", "--num-cpus=0", "--port=6399", "--include-dashboard=false"]
-                options += [f"--temp-dir={self._temp_dir}"]
-            else:
-                options += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
-            done = self.run(i, *ray, *options)
-            assert done.returncode == 0, done.stdout + done.stderr
+        self.start_ray(0)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.start_ray, range(1, len(self._spaces))))
+
+    def ip(self, host):
+        return f"{self._net}.{host + 1}"
+
+    def start_ray(self, host):
+        environment = self._environment_of(host, self._temp_dir)
+        options = [f"--node-ip-address={self.ip(host)}", "--object-store-memory=100000000"]
+        if host == 0:
+            options += ["--head", "--num-cpus=0", "--port=6399", "--include-dashboard=false"]
+            options += [f"--temp-dir={self._temp_dir}"]
+        else:
+            options += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
+        done = self.run(host, *RAY, "start", *options, environment=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def drain(self, node_id, seconds):
+        """As an operator does; returns at once. Ray ends a node that drains once it is empty."""
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+        options = ["--address", self.address, "--node-id", node_id, "--deadline-remaining-seconds", str(seconds)]
+        done = self.run(0, *RAY, "drain-node", *options, *why)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self):
         for i, space in enumerate(self._spaces):
             for pid in self.pids(i):
                 subprocess.run(["kill", "-9", pid], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
-        shutil.rmtree(self._temp_dir, ignore_errors=True)
+        for path in Path("/tmp").glob(f"moe-{self._name}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def command(self, host, *arguments):
         return ["ip", "netns", "exec", self._spaces[host], *arguments]
 
-    def run(self, host, *arguments, timeout_s=120):
+    def run(self, host, *arguments, timeout_s=120, environment=None):
         return subprocess.run(
-            self.command(host, *arguments), check=False, env=self._environment, capture_output=True, text=True,
-            timeout=timeout_s,
+            self.command(host, *arguments), check=False, env={**self._environment, **(environment or {})},
+            capture_output=True, text=True, timeout=timeout_s, umask=0o077,
         )  # fmt: skip
 
     def popen(self, host, *arguments):
+        environment = {**self._environment, **self._environment_of(host, self._temp_dir)}
         return subprocess.Popen(
-            self.command(host, *arguments), env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
+            self.command(host, *arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def link(self, host):
         """The bridge's end of a host's link."""
@@ -117,8 +141,8 @@ class Hosts:
 
 
 @contextmanager
-def hosts(num_hosts):
-    made = Hosts(num_hosts)
+def hosts(num_hosts, **options):
+    made = Hosts(num_hosts, **options)
     try:
         made.start()
         yield made
