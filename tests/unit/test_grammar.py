@@ -92,6 +92,18 @@ def test_a_token_that_may_not_come_is_refused(grammars, vocabulary):
         begin(grammars, [vocabulary[0].index(b"b")], regex="a+")
 
 
+def test_a_clients_token_that_may_not_come_is_its_own_fault(grammars, vocabulary):
+    """Of the tokens so far, those that no client gave are the engine's own."""
+    a, b = (vocabulary[0].index(letter) for letter in (b"a", b"b"))
+    constraint = StructuredOutputsParams(regex="aaa").constraint
+    for tokens, position in (([a, b], 1), ([a, a, a, a], 3)):
+        with pytest.raises(InvalidRequest, match=f"continue_from at position {position}: token {tokens[-1]} ") as wrong:
+            grammars.begin(constraint, tokens, len(tokens)).result(60)
+        assert wrong.value.field == "continue_from"
+        with pytest.raises(RequestFailed):
+            grammars.begin(constraint, tokens, position).result(60)
+
+
 def test_copies_of_one_compiled_grammar_go_their_own_ways(grammars, vocabulary):
     first, second = (begin(grammars, choice=["ab", "cd"]) for _ in range(2))
     first.accept(vocabulary[0].index(b"a"))
