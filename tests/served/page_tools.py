@@ -10,8 +10,8 @@ QUESTION = "What happens when a shard dies?"
 
 
 class Cluster:
-    def __init__(self, url, key):
-        self.url, self.key = url, key
+    def __init__(self, url, key, serving):
+        self.url, self.key, self.serving = url, key, serving
 
     def get(self, path):
         with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:

@@ -40,7 +40,7 @@ def cluster(tmp_path_factory):
     try:
         serving.wait_ready(400.0)
         [url] = re.findall(r"HTTP     (http://\S+)/v1", serving.out.read_text())
-        yield Cluster(url, key)
+        yield Cluster(url, key, serving)
     finally:
         serving.end()
 
@@ -294,6 +294,27 @@ def test_an_answer_can_be_stopped_and_a_new_chat_knows_nothing_of_it(visit):
     page.get_by_role("button", name="Stop").press("Enter")
     playwright.expect(page.locator(".turn.assistant .note").last).to_contain_text("Stopped.")
     playwright.expect(page.get_by_label("Message")).to_be_focused()
+
+
+def test_an_answer_outlives_a_killed_haproxy(visit, cluster):
+    page, bodies = visit(), []
+    page.on("request", lambda asked: bodies.append(asked.post_data_json) if asked.method == "POST" else None)
+    page.evaluate("document.getElementById('temperature').value = '0'")
+    whole = ask(page)
+    for _ in range(10):  # until one is killed before the answer's end
+        page.get_by_role("button", name="New chat").click()
+        page.get_by_label("Message").fill(QUESTION)
+        page.get_by_role("button", name="Send").click()
+        answer = page.locator(".turn.assistant .text")
+        playwright.expect(answer).not_to_be_empty()
+        cluster.serving.kill("haproxy")
+        page.locator(".turn.assistant:not([aria-busy])").wait_for()
+        assert answer.text_content() == whole
+        wait_until(lambda: page.request.get(f"{cluster.url}/health").ok)
+        if any(body.get("continue_from") for body in bodies):
+            break
+    assert any(body.get("continue_from") for body in bodies)
+    assert page.locator(".turn.failed").count() == 0
 
 
 def test_an_answer_is_text_whatever_stands_in_it(visit):
