@@ -1,7 +1,6 @@
-"""An engine's spans of its requests: their time in the queue, prefill, decode, and some of their steps. Used by the
-engine's thread.
+"""An engine's spans of its requests: their time in the queue, prefill, decode, and some of their steps.
 
-T: rows in a step.
+Used by the engine's thread. Knows no batch and no carrier: `engine/traced.py` hands it what a step is made of.
 """
 
 import time
@@ -17,8 +16,8 @@ from cluster.tracing.spans import Spans, place
 from cluster.types import EngineRequest, SequenceUpdate
 
 MOST_AT_ONCE = 64  # requests that get a span of one step; of further ones it counts in their phase only
-Trace = Callable[[Mapping[int, Sequence[Place]]], None]
-"""Tells the shards, by their ids, the spans to which their next rows belong; none ends that."""
+TellShards = Callable[[Mapping[int, Sequence[Place]]], None]
+"""Given the spans to which the next rows of shards belong, by the shards' ids; none ends that."""
 
 
 def in_detail(step: int, num_steps: int) -> bool:
@@ -103,11 +102,12 @@ class EngineTracing:
         self,
         spans: Spans,
         metrics: TracedDispatchMetrics,
-        trace: Trace,
+        tell_shards: TellShards,
         num_steps: int,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._spans, self._metrics, self._trace, self._num_steps, self._clock = spans, metrics, trace, num_steps, clock
+        self._spans, self._metrics, self._tell_shards = spans, metrics, tell_shards
+        self._num_steps, self._clock = num_steps, clock
         self._sequences: dict[str, TracedSequence] = {}
 
     def arrived(self, request: EngineRequest) -> None:
@@ -162,14 +162,14 @@ class EngineTracing:
             for shard_id in shards
         }
         self._metrics.begin()
-        self._trace({shard_id: [place(span) for span in of_shard] for shard_id, of_shard in spans.items()})
+        self._tell_shards({shard_id: [place(span) for span in of_shard] for shard_id, of_shard in spans.items()})
         return spans
 
     def _end_crossings(self, spans: Mapping[int, Sequence[Span]], now: int) -> None:
         """A shard that got no rows has no span."""
         if not spans:
             return
-        self._trace({})
+        self._tell_shards({})
         for shard_id, found in self._metrics.end().items():
             for span in spans.get(shard_id, ()):
                 span.set_attributes(_named(found))

@@ -133,4 +133,5 @@ class RequestSpan:
 
 def _given(params: SamplingParams) -> dict[str, Any]:
     values = {name: getattr(params, name) for name in _PARAMS}
+    values["top_k"] = params.top_k or None  # 0 keeps all
     return {f"gen_ai.request.{name}": value for name, value in values.items() if value is not None}

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags, Tracer
 from opentelemetry.util.types import AttributeValue
 
+from cluster.errors import SetupError
 from cluster.logs import SELDOM_S
 from cluster.tracing.contexts import Place
 from cluster.tracing.settings import GRPC, HTTP, TracingSettings
@@ -73,7 +74,7 @@ class Spans:
 
 
 def open_spans(settings: TracingSettings, role: str, **attributes: str) -> Spans:
-    """For this process. role: of it in the cluster.  attributes: what tells it from its like."""
+    """For this process. role: of it in the cluster.  attributes: what tells it from its like. Raises SetupError."""
     provider = TracerProvider(
         # None: what OTEL_TRACES_SAMPLER asks for, else each trace that a client does not leave out.
         None if settings.ratio is None else ParentBasedTraceIdRatio(settings.ratio),
@@ -88,13 +89,14 @@ def open_spans(settings: TracingSettings, role: str, **attributes: str) -> Spans
 
 
 def exporter(settings: TracingSettings) -> SpanExporter:
-    """Reads the rest (headers, certificates, time limits) from the standard variables."""
-    protocol = settings.protocol
+    """Reads the rest (headers, certificates, time limits) from the standard variables. Raises SetupError."""
+    protocol, url = settings.protocol, settings.endpoint
     if protocol == "auto":
         protocol = next((given for name in _PROTOCOLS if (given := os.environ.get(name))), GRPC)
+    if protocol == GRPC:
+        return GrpcExporter(endpoint=url or None)
     if protocol != HTTP:
-        return GrpcExporter(endpoint=settings.endpoint or None)
-    url = settings.endpoint
+        raise SetupError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, {GRPC} or {HTTP} is needed")
     if url and not urlsplit(url).path.strip("/"):
         url = url.rstrip("/") + "/v1/traces"
     return HttpExporter(endpoint=url or None)

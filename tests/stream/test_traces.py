@@ -1,5 +1,6 @@
 """The spans to which a caller's requests belong, on a stream: the shard counts its products for them, for no others."""
 
+import socket
 import threading
 import time
 
@@ -19,6 +20,7 @@ from cluster.stream.connection import StreamBroken
 from cluster.stream.frames import Header, Kind
 from cluster.stream.peer import MAX_TRACE_BYTES
 from cluster.stream.server import StreamServer
+from cluster.stream.sockets import has_room
 from cluster.stream.steady import STEADY
 from cluster.tracing.contexts import Place, pack
 
@@ -121,6 +123,29 @@ def test_a_frame_of_names_that_is_too_large_ends_the_connection(server, caplog):
         for _ in range(2):  # the first may still find room in the socket
             answer(connection, batch())
     assert "a frame of kind TRACE with 65537 bytes" in caplog.text
+
+
+def test_a_shard_that_does_not_read_holds_nobody_up_and_hears_of_it_later(server, traced, monkeypatch):
+    connection = connect(server)
+    with monkeypatch.context() as full:
+        full.setattr("cluster.stream.connection.has_room", lambda sock: False)
+        connection.trace(pack(FIRST))
+        answer(connection, batch(rows=1))
+    connection.trace(pack(FIRST))
+    answer(connection, batch(rows=2))
+    assert traced.rows == {pack(FIRST): [2]}
+
+
+def test_a_socket_has_room_until_it_is_full():
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    assert has_room(ours)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(1 << 12))
+    assert not has_room(ours)
+    ours.close()
+    theirs.close()
 
 
 class Offers:

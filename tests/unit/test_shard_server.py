@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cluster.checkpoint.opening import open_checkpoint
+from cluster.config import ClusterConfig
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
 from cluster.experts.transport import ExpertBatch
@@ -15,6 +16,8 @@ from cluster.runtime.workers.protocol import NO_SHARD
 from cluster.runtime.workers.rehearsal import Rehearsal
 from cluster.runtime.workers.shard_actor import ExpertShardActor
 from cluster.runtime.workers.shard_server import ShardServer
+from cluster.tracing import products, settings
+from cluster.tracing.contexts import Place, pack
 
 
 @pytest.fixture
@@ -125,3 +128,18 @@ def test_a_spare_process_is_no_shard_until_it_becomes_one(spare):
     assert (spare.which(), spare.held()) == (5, {})
     with pytest.raises(ShardUnavailable, match="shard 5 is loading"):
         spare.forward(0.0)
+
+
+def test_a_shard_that_can_send_no_traces_says_so_and_goes_on(server, monkeypatch, caplog):
+    """Without the packages, and with variables that make no exporter."""
+    config = ClusterConfig(model="m", tracing=True)
+    with monkeypatch.context() as bare:
+        bare.setattr(settings, "find_spec", lambda name: None)
+        server.trace(config)
+    assert "shard 3 sends no traces: tracing is true" in caplog.text
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
+    server.trace(config)
+    server.tracing.computed(pack([Place(1, 2)]), 1, [(1, 0.0, 0.0)])
+    monkeypatch.setattr(products, "QUIET_NS", 0)
+    server._send_traces()
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/json'" in caplog.text

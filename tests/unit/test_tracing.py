@@ -392,6 +392,12 @@ def test_the_standard_variables_say_where_and_how_much(receiver, monkeypatch):
     assert receiver.headers[-1]["path"] == "/v1/traces"
 
 
+def test_a_protocol_that_is_not_known_is_refused(monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
+    with pytest.raises(SetupError, match="is 'http/json', grpc or http/protobuf is needed"):
+        open_spans(TracingSettings(), "ingress")
+
+
 def test_nobody_waits_for_a_receiver_that_is_down(caplog):
     """It takes connections and answers nothing. 10,000 spans are more than the queue holds: the rest is dropped."""
     with socket.create_server(("127.0.0.1", 0)) as silent, caplog.at_level(logging.WARNING):

@@ -135,10 +135,17 @@ class ShardServer:
             if self._shard is not None and self._shard.expert_tokens.shape == tokens.shape:
                 self._shard.expert_tokens.add_(tokens)
 
+    def _send_traces(self) -> None:
+        try:
+            self.tracing.send()
+        except Exception:  # the reports of loads hang on this thread
+            log.exception("shard %d sends no traces", self.shard_id)
+            self.tracing.follow(None)
+
     def _report(self) -> None:
         while True:
             time.sleep(REPORT_INTERVAL_S)
-            self.tracing.send()
+            self._send_traces()
             shard = self._shard
             if shard is None:
                 continue

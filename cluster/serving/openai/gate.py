@@ -110,6 +110,8 @@ class Gate:
                     span.set_attribute("http.route", route)
                 if answer.status:
                     span.set_attribute("http.response.status_code", answer.status)
+                if answer.status >= 500:
+                    span.set_attribute("error.type", str(answer.status))
 
     async def _whole_body(self, scope: Scope, receive: Receive) -> bytes:
         """As `_body`; counts a refusal."""
