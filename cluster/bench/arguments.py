@@ -1,19 +1,16 @@
 """The arguments of `moe-cluster bench`. Imports no torch: `--help` answers at once."""
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
+from cluster.bench.argument_types import Names, drafts, numbers, variable
+from cluster.bench.planning.arguments import add_calibrate_arguments, add_check_arguments
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.bench.serve_arguments import add_prefix_arguments, add_serve_arguments, listed_samplings
 from cluster.bench.spec import LLAMA_FORMS
 from cluster.bench.stored_forms import STORED
 from cluster.checkpoint.made.published import SHAPES
 from cluster.config.quantization import PLAIN, QUANTIZATIONS
-from cluster.config.speculation import read_speculation
-from cluster.errors import SetupError
-from cluster.inputs import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gpu_arguments(parts.add_parser("gpu", help=text, description=text))
     text = "a running server over gRPC: percentiles of time to first token and between tokens, tokens/s"
     add_serve_arguments(parts.add_parser("serve", help=text, description=text))
+    text = "what `plan --calibration` has to know of a model on this machine, into a file"
+    calibrate = parts.add_parser("calibrate", help=text, description=text)
+    text = "the planner's answers beside measured runs of other settings than the calibration's"
+    check = parts.add_parser("plan-check", help=text, description=text)
+    for planned in (calibrate, check):
+        _add_made_or_given_model(planned)
+    add_calibrate_arguments(calibrate)
+    add_check_arguments(check)
     text = "running servers in turns, with prompts that begin alike: the caches' hit rate and time to first token"
     add_prefix_arguments(parts.add_parser("prefixes", help=text, description=text))
 
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, default=2, metavar="N", help="expert shards (default: 2)")
     parser.add_argument(
-        "--rows", type=_numbers, default=(1, 8, 64, 512, 2048), metavar="NUMBERS",
+        "--rows", type=numbers, default=(1, 8, 64, 512, 2048), metavar="NUMBERS",
         help="rows for each shard at a time (default: 1,8,64,512,2048)",
     )  # fmt: skip
     parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="of a row (default: 2048)")
@@ -62,7 +67,7 @@ def _add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     known = ("products", "quantized", "experts", "attention", "sampling", "masks")
     parser.add_argument(
-        "--kernels", type=_names(*known), default=known, metavar="NAMES",
+        "--kernels", type=Names(*known), default=known, metavar="NAMES",
         help=f"the kernels to measure (default: {','.join(known)})",
     )  # fmt: skip
     for name, default, text in (
@@ -72,11 +77,11 @@ def _add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         shown = ",".join(map(str, default)) or "1 and all cores"
         parser.add_argument(
-            f"--{name}", type=_numbers, default=default, metavar="NUMBERS", help=f"{text} (default: {shown})"
+            f"--{name}", type=numbers, default=default, metavar="NUMBERS", help=f"{text} (default: {shown})"
         )
     samplings = ("greedy", "chat", "top-p", "logprobs")
     parser.add_argument(
-        "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=samplings, metavar="NAMES",
+        "--sampling", type=Names(*SAMPLINGS, CHECKPOINT), default=samplings, metavar="NAMES",
         help=f"ways to choose tokens (default: {','.join(samplings)}): {listed_samplings()}",
     )  # fmt: skip
     _add_dtype_argument(parser)
@@ -104,7 +109,7 @@ def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         shown = ",".join(map(str, default))
         parser.add_argument(
-            f"--{name}", type=_numbers, default=default, metavar="NUMBERS", help=f"{text} (default: {shown})"
+            f"--{name}", type=numbers, default=default, metavar="NUMBERS", help=f"{text} (default: {shown})"
         )
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs after one warm-up (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too, for machines to read")
@@ -114,7 +119,7 @@ def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_context_arguments(parser: argparse.ArgumentParser) -> None:
     lengths = (4096, 16384, 65536, 131072)
     parser.add_argument(
-        "--context", type=_numbers, default=lengths, metavar="NUMBERS", help=f"tokens of a prompt (default: {lengths})"
+        "--context", type=numbers, default=lengths, metavar="NUMBERS", help=f"tokens of a prompt (default: {lengths})"
     )
     parser.add_argument("--chunk", type=int, default=2048, metavar="N", help="of these in a step (default: 2048)")
     parser.add_argument("--window", type=int, metavar="N", help="tokens that a layer sees (default: all)")
@@ -132,15 +137,15 @@ def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument(
-        "--systems", type=_names("local", "no-graphs", "stream"), default=("local", "no-graphs", "stream"),
+        "--systems", type=Names("local", "no-graphs", "stream"), default=("local", "no-graphs", "stream"),
         metavar="NAMES", help="one process with CUDA graphs, or without, or split with them (default: all three)",
     )  # fmt: skip
     parser.add_argument(
-        "--quantization", type=_names(PLAIN, *QUANTIZATIONS), default=(PLAIN,), metavar="NAMES",
+        "--quantization", type=Names(PLAIN, *QUANTIZATIONS), default=(PLAIN,), metavar="NAMES",
         help=f"forms of weights, experts included, one after another (default: {PLAIN}): int8, int4, nf4 and others",
     )  # fmt: skip
     parser.add_argument(
-        "--sampling", type=_names(*SAMPLINGS), default=("greedy",), metavar="NAMES",
+        "--sampling", type=Names(*SAMPLINGS), default=("greedy",), metavar="NAMES",
         help=f"how tokens are chosen, one way after another (default: greedy): {listed_samplings()}",
     )  # fmt: skip
     parser.add_argument(
@@ -168,7 +173,7 @@ def _add_made_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> None:
+def _add_made_or_given_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model_dir",
         metavar="MODEL",
@@ -178,13 +183,17 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
         "made (see --shapes)",
     )
     _add_made_checkpoint_arguments(parser)
+
+
+def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> None:
+    _add_made_or_given_model(parser)
     _add_compared_arguments(parser)
     parser.add_argument(
         "--shards", type=int, default=2, metavar="N", help="expert shards with stream and ray (default: 2)"
     )
     parser.add_argument(
         "--batch",
-        type=_numbers,
+        type=numbers,
         default=(1,) if latency else (1, 8, 32),
         metavar="NUMBERS",
         help=f"prompts at a time (default: {'1' if latency else '1,8,32'})",
@@ -192,7 +201,7 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
     parser.add_argument(
-        "--sampling", type=_names(*SAMPLINGS, CHECKPOINT), default=("greedy",), metavar="NAMES",
+        "--sampling", type=Names(*SAMPLINGS, CHECKPOINT), default=("greedy",), metavar="NAMES",
         help=f"how every system chooses tokens, one after another in turns (default: greedy): {listed_samplings()}",
     )  # fmt: skip
     _add_variant_arguments(parser)
@@ -210,19 +219,19 @@ def _add_system_arguments(parser: argparse.ArgumentParser, latency: bool) -> Non
 def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
     """Those whose every value makes a system of its own."""
     parser.add_argument(
-        "--quantization", type=_names(PLAIN, *QUANTIZATIONS, *STORED), default=(PLAIN,), metavar="NAMES",
+        "--quantization", type=Names(PLAIN, *QUANTIZATIONS, *STORED), default=(PLAIN,), metavar="NAMES",
         help="weights of this package's systems, rounded while they are loaded; each name is a system of its own "
         f"(default: {PLAIN}, as the checkpoint has them): int8; int4, with groups of 128 inputs, int4-32, int4-64, "
         "each also with -zeros; nf4; with +lm_head the last layer's too; or gptq, awq, w8a16: random numbers as such a "
         "checkpoint has them",
     )  # fmt: skip
     parser.add_argument(
-        "--speculative-config", type=_drafts, action="append", metavar="JSON",
+        "--speculative-config", type=drafts, action="append", metavar="JSON",
         help="of this package's systems, as of `serve`, or none; may be repeated, each is a system of its own "
         "(default: none). A model of draft_model may be one of --shapes: it is made",
     )  # fmt: skip
     parser.add_argument(
-        "--adapters", type=_numbers, default=(0,), metavar="NUMBERS",
+        "--adapters", type=numbers, default=(0,), metavar="NUMBERS",
         help="LoRA adapters of rank 16 for this package's systems, which the prompts of a batch have in turns; each "
         "number is a system of its own (default: 0, the base alone)",
     )  # fmt: skip
@@ -231,7 +240,7 @@ def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transports",
-        type=_names("local", "stream", "ray"),
+        type=Names("local", "stream", "ray"),
         default=("local", "stream", "ray"),
         metavar="NAMES",
         help="what to measure: local (one process); experts on Ray actors, reached over stream or ray "
@@ -239,7 +248,7 @@ def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compare",
-        type=_names("transformers", "vllm", "llama.cpp"),
+        type=Names("transformers", "vllm", "llama.cpp"),
         default=(),
         metavar="NAMES",
         help="measure these in the same run (transformers, vllm, llama.cpp), and give all as ratios to the first",
@@ -250,51 +259,10 @@ def _add_compared_arguments(parser: argparse.ArgumentParser) -> None:
         help="the Python of an environment that has llama-cpp-python, gguf, safetensors and torch",
     )  # fmt: skip
     parser.add_argument(
-        "--llama-weights", type=_names("bf16", *LLAMA_FORMS), default=("bf16",), metavar="NAMES",
+        "--llama-weights", type=Names("bf16", *LLAMA_FORMS), default=("bf16",), metavar="NAMES",
         help=f"llama.cpp's weights, each a system of its own: bf16, {', '.join(LLAMA_FORMS)} (default: bf16)",
     )  # fmt: skip
     parser.add_argument(
-        "--vllm-env", type=_variable, action="append", default=[], metavar="NAME=VALUE",
+        "--vllm-env", type=variable, action="append", default=[], metavar="NAME=VALUE",
         help="a variable for vLLM's process, to tune it; may be repeated",
     )  # fmt: skip
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas between are needed") from None
-
-
-def _drafts(text: str) -> dict[str, Any] | None:
-    """Reads a `speculative_config`; None for the word none."""
-    if text == "none":
-        return None
-    try:
-        given = json.loads(text)
-        read_speculation(given if isinstance(given, dict) else {})
-    except (ValueError, RecursionError, SetupError) as error:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not none or a speculative_config: {error}") from None
-    assert isinstance(given, dict), "an empty one has no method"
-    return given
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE is needed")
-    return name, value
-
-
-class _names:
-    """An argparse type: some of the given names, with commas between."""
-
-    def __init__(self, *known: str) -> None:
-        self.known = known
-
-    def __call__(self, text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(text.split(",")))
-        for name in names:
-            if name not in self.known:
-                raise argparse.ArgumentTypeError(f"{name!r}: known are {', '.join(self.known)}")
-        return names

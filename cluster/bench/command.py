@@ -8,7 +8,19 @@ from collections.abc import Sequence
 
 from cluster.bench.limits import check_arguments
 
-PARTS = ("throughput", "latency", "kernels", "transport", "serve", "prefixes", "growth", "context", "gpu")
+PARTS = (
+    "throughput",
+    "latency",
+    "kernels",
+    "transport",
+    "serve",
+    "prefixes",
+    "growth",
+    "context",
+    "gpu",
+    "calibrate",
+    "plan-check",
+)
 
 
 def with_part(argv: Sequence[str]) -> list[str]:
@@ -52,6 +64,14 @@ def run(args: argparse.Namespace) -> int:
         from cluster.bench.prefixes import measure_prefixes
 
         return measure_prefixes(args)
+    if args.bench == "calibrate":
+        from cluster.bench.planning.calibrate import measure_calibration
+
+        return measure_calibration(args)
+    if args.bench == "plan-check":
+        from cluster.bench.planning.check import measure_check
+
+        return measure_check(args)
     from cluster.bench.session import measure_all
 
     return measure_all(args)

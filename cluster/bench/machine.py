@@ -56,18 +56,24 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     return fields.get("model name", ""), tuple(speed for speed in _SPEEDS if speed in flags)
 
 
-def process_tree_bytes(pid: int) -> tuple[int, int]:
-    """The number of processes, this one and its descendants, and their memory together; shared pages count once (Pss).
-    Linux. Raises ProcessLookupError."""
+def process_tree(pid: int) -> set[int]:
+    """This process and its descendants. Linux. Raises ProcessLookupError."""
     parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+            parents[int(status.parent.name)] = int(_status_fields(status)[1])
     if pid not in parents:
         raise ProcessLookupError(f"there is no process {pid}")
     tree = {pid}
     while grown := {child for child, parent in parents.items() if parent in tree} - tree:
         tree |= grown
+    return tree
+
+
+def process_tree_bytes(pid: int) -> tuple[int, int]:
+    """The number of processes, this one and its descendants, and their memory together; shared pages count once (Pss).
+    Linux. Raises ProcessLookupError."""
+    tree = process_tree(pid)
     total = 0
     for member in tree:
         with suppress(OSError):
@@ -75,6 +81,19 @@ def process_tree_bytes(pid: int) -> tuple[int, int]:
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
     return len(tree), total
+
+
+def core_seconds(pid: int) -> float:
+    """Of a process since its start; 0 for one that has ended. Linux."""
+    with suppress(OSError):
+        fields = _status_fields(Path(f"/proc/{pid}/stat"))
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def _status_fields(status: Path) -> list[str]:
+    """Those behind the process's name, which may have spaces: its state first. Raises OSError."""
+    return status.read_text().rpartition(")")[2].split()
 
 
 def _memory_bytes() -> int:

@@ -146,7 +146,7 @@ def _in_turns(
 ) -> list[TrafficResult]:
     """Measures each front with prompts of its own, so that none finds the other's in the cache. Several take turns with
     parts of their requests: so the machine's moods meet all of them."""
-    prompts = _prompts(args, vocab_size, len(fronts) * args.requests)
+    prompts = draw_prompts(args, vocab_size, len(fronts) * args.requests)
     num_turns = min(TURNS, args.requests) if len(fronts) > 1 else 1
     timings: list[list[StreamTiming]] = [[] for _ in fronts]
     took_s = [0.0] * len(fronts)
@@ -154,12 +154,12 @@ def _in_turns(
         for index, front in enumerate(fronts):
             part = prompts[index * args.requests : (index + 1) * args.requests][turn::num_turns]
             started = time.perf_counter()
-            timings[index] += _run(front, args, part, advance)
+            timings[index] += run_load(front, args, part, advance)
             took_s[index] += time.perf_counter() - started
     return [summarize(found, seconds) for found, seconds in zip(timings, took_s, strict=True)]
 
 
-def _run(
+def run_load(
     front: Stream, args: argparse.Namespace, prompts: Sequence[list[int]], advance: Callable[[], None]
 ) -> list[StreamTiming]:
     draw = random.Random(args.seed)
@@ -212,14 +212,14 @@ def _measure_offline(spec: SystemSpec, config: ModelConfig, args: argparse.Names
     try:
         system.generate(workload.prompts(args.concurrency, 0), 2)
         started = time.perf_counter()
-        prompts = _prompts(args, config.vocab_size, args.requests)
+        prompts = draw_prompts(args, config.vocab_size, args.requests)
         counts = system.generate(prompts, args.output_tokens, SAMPLINGS[args.sampling])
         return sum(counts) / (time.perf_counter() - started)
     finally:
         system.close()
 
 
-def _prompts(args: argparse.Namespace, vocab_size: int, number: int) -> list[list[int]]:
+def draw_prompts(args: argparse.Namespace, vocab_size: int, number: int) -> list[list[int]]:
     draw = random.Random(args.seed)
     return [[draw.randrange(vocab_size) for _ in range(args.prompt_tokens)] for _ in range(number)]
 

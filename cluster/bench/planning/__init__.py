@@ -1,0 +1,1 @@
+"""Measures for the planner (`cluster/planning`): what its calibration needs, and whether it is right."""

@@ -1,0 +1,182 @@
+"""Loads a served cluster and takes account: what clients saw, what engines and shards did, whose CPU time it took."""
+
+import argparse
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.bench.machine import core_seconds, process_tree
+from cluster.bench.traffic import TrafficResult, draw_prompts, run_load, summarize
+from cluster.client.direct import read_url
+from cluster.client.grpc_client import Client
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError
+from cluster.status import ClusterStatus
+
+if TYPE_CHECKING:
+    from cluster.runtime.operate import RunningCluster
+
+READY_S = 60.0
+CHANGE_S = 300.0  # for as many replicas to run as were asked for
+SETTLE_S = 60.0
+SETTLED_CORES = 0.35  # of what is in front, when nothing is asked: Ray and HAProxy alone take about 0.2
+LOOK_S = 1.0
+STEPS, CALLS = "moecluster_engine_step_seconds", "moecluster_shard_compute_seconds"
+_LINE = re.compile(r"^(moecluster_\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A cluster and a load. concurrency: streams at a time, of a closed loop.  rate: requests/s of an open one."""
+
+    replicas: int
+    shards: int
+    prompt_tokens: int
+    output_tokens: int
+    num_requests: int
+    concurrency: int = 0
+    rate: float | None = None
+    seed: int = 0
+
+    @property
+    def load(self) -> str:
+        return f"{self.concurrency} at a time" if self.rate is None else f"{self.rate:.3g}/s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """took_s: from the first request to the last answer's end.  figures: by what the metrics' counters grew.
+    core_s: seconds of CPU by role: engines, shards, client, and front for the rest; empty on other machines."""
+
+    setting: Setting
+    traffic: TrafficResult
+    took_s: float
+    figures: dict[str, float]
+    core_s: dict[str, float]
+
+    @property
+    def requests_s(self) -> float:
+        return (self.traffic.requests - self.traffic.failed - self.traffic.refused) / self.took_s
+
+    @property
+    def steps(self) -> float:
+        return max(1.0, self.figures.get(f"{STEPS}_count", 0.0))
+
+    @property
+    def step_s(self) -> float:
+        return self.figures.get(f"{STEPS}_sum", 0.0) / self.steps
+
+    @property
+    def rows(self) -> float:
+        """Of a step."""
+        return self.figures.get("moecluster_engine_step_tokens_total", 0.0) / self.steps
+
+
+class Bench:
+    """A running cluster to be loaded. address: of its gRPC.  root: the process whose descendants are the cluster's,
+    None where it runs elsewhere."""
+
+    def __init__(self, cluster: "RunningCluster", address: str, root: int | None) -> None:
+        self.cluster = cluster
+        self.address = address
+        self.root = root
+
+    def scale(self, replicas: int, shards: int) -> None:
+        """Blocks until they run and are at rest. Raises ClusterError."""
+        if self.cluster.status().target_shards != shards and not self.cluster.status().dense:
+            self.cluster.scale_experts(shards)
+        if self.cluster.attention_replicas() != replicas:
+            self.cluster.scale_attention(replicas)
+        deadline = time.monotonic() + CHANGE_S
+        while self.cluster.attention_replicas() != replicas or self._num_engines() != replicas:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{replicas} attention replicas did not run within {CHANGE_S:g} s")
+            time.sleep(LOOK_S)
+        self.settle()
+
+    def settle(self) -> float:
+        """Waits until processes that have begun are through with it. Returns the cores that are busy then."""
+        deadline, cores = time.monotonic() + SETTLE_S, 0.0
+        while self.root is not None:
+            before, started = self._core_s(self.cluster.status()), time.monotonic()
+            time.sleep(2 * LOOK_S)
+            after = self._core_s(self.cluster.status())
+            cores = sum(after.values()) - sum(before.values())
+            cores /= time.monotonic() - started
+            if cores < SETTLED_CORES or time.monotonic() > deadline:
+                break
+        return cores
+
+    def run(self, setting: Setting) -> Measured:
+        """Raises ClusterError where a request fails."""
+        args = argparse.Namespace(
+            seed=setting.seed, sampling="greedy", concurrency=setting.concurrency, rate=setting.rate,
+            requests=setting.num_requests, prompt_tokens=setting.prompt_tokens, output_tokens=setting.output_tokens,
+        )  # fmt: skip
+        with Client(self.address) as client:
+            if not client.is_serving(READY_S):
+                raise ClusterError(f"the server at {self.address} is not ready")
+            prompts = draw_prompts(args, client.model_info().vocab_size, setting.num_requests)
+            status = self.cluster.status()
+            figures, core_s, started = read_figures(status), self._core_s(status), time.perf_counter()
+            timings = run_load(client.stream, args, prompts, lambda: None)
+            took_s = time.perf_counter() - started
+        traffic = summarize(timings, took_s)
+        if traffic.failed:
+            raise ClusterError(f"{traffic.failed} of {traffic.requests} requests failed: {traffic.errors[0]}")
+        grown = {name: value - figures.get(name, 0.0) for name, value in read_figures(status).items()}
+        used = {role: seconds - core_s[role] for role, seconds in self._core_s(status).items()}
+        return Measured(setting=setting, traffic=traffic, took_s=took_s, figures=grown, core_s=used)
+
+    def _num_engines(self) -> int:
+        return sum(part.role == "replica" for part in self.cluster.parts())
+
+    def _core_s(self, status: ClusterStatus) -> dict[str, float]:
+        if self.root is None:
+            return {}
+        engines = {replica.process.pid for replica in status.replicas if replica.engine}
+        shards = {shard.process.pid for shard in status.shards if shard.process is not None}
+        seconds = {pid: core_seconds(pid) for pid in process_tree(self.root)}
+        found = {
+            "engines": sum(seconds.get(pid, 0.0) for pid in engines),
+            "shards": sum(seconds.get(pid, 0.0) for pid in shards),
+            "client": seconds.get(os.getpid(), 0.0),
+        }
+        return {**found, "front": sum(seconds.values()) - sum(found.values())}
+
+
+def read_figures(status: ClusterStatus) -> dict[str, float]:
+    """The sums of all processes' metrics by name."""
+    found: dict[str, float] = {}
+    for address in status.metrics_addresses:
+        for name, value in _LINE.findall(read_url(address, timeout_s=10.0)):
+            if not name.endswith("_bucket"):
+                found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+@contextmanager
+def serve_here(model_dir: Path, kv_cache_bytes: int, say: Callable[[str], None]) -> Iterator[Bench]:
+    """Serves a checkpoint on this machine, each process on one thread. Raises SetupError."""
+    from cluster.runtime.operate import RunningCluster
+    from cluster.runtime.start.served import ServedCluster, ServeOptions  # Ray loads with them
+
+    say("starting a cluster")
+    served = ServedCluster(
+        ClusterConfig(
+            model=str(model_dir), kv_cache_bytes=kv_cache_bytes, expert_shards=1, ingress_replicas=1, metrics_port=0,
+            cpus_per_attention_replica=1, cpus_per_expert_shard=1,
+        ),
+        ServeOptions(grpc_port=0),
+    )  # fmt: skip
+    try:
+        with RunningCluster() as running:
+            yield Bench(running, f"127.0.0.1:{served.grpc_port}", os.getpid())
+    finally:
+        say("ending the cluster")
+        served.close()
