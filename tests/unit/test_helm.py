@@ -154,6 +154,7 @@ REFUSED = {
         "ca.crt",
     ),
     "Redis without an address": ({"gcsFaultTolerance.enabled": True}, "gcsFaultTolerance.redisAddress"),
+    "Redis without a port": ({"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis"}}, "redisAddress"),
     "a headless load balancer": ({"service": {"headless": True, "type": "LoadBalancer"}}, "service.headless"),
 }
 
