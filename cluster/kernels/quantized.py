@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.config.quantization import RowLayout
 from cluster.config.stored import GROUP_SIZES
-from cluster.kernels import gpu, native_products
+from cluster.kernels import gpu, large_pages, native_products
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
 from cluster.kernels.rounding import Numbers, dequantize, pack, quantize, unpack
@@ -86,7 +86,7 @@ class QuantizedWeight(TwoProducts):
 
 def new_rows(num_outputs: int, layout: RowLayout, device: torch.device = CPU) -> Tensor:
     """[N, row_bytes] uint8, not filled."""
-    return torch.empty(num_outputs, layout.row_bytes, dtype=torch.uint8, device=device)
+    return large_pages.empty(num_outputs, layout.row_bytes, dtype=torch.uint8, device=device)
 
 
 @contextmanager

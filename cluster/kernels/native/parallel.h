@@ -34,6 +34,25 @@ struct Counter {
     }
 };
 
+// Hands out a counter's numbers to one thread, which knows its next ones while it works at the first.
+struct Pieces {
+    Counter* counter;
+    long count, step;
+    long first, stop;            // at work
+    long next_first, next_stop;  // next_first is `count` or more where nothing is left
+
+    Pieces(Counter& from, long count, long step) : counter(&from), count(count), step(step), first(count), stop(count) {
+        counter->take(count, step, &next_first, &next_stop);
+    }
+    bool take() {
+        first = next_first, stop = next_stop;
+        if (first >= count) return false;
+        counter->take(count, step, &next_first, &next_stop);
+        return true;
+    }
+    bool has_next() const { return next_first < count; }
+};
+
 // Calls work(Team) on `num_threads` threads and returns when all have.
 template <class Work>
 inline void parallel(int num_threads, Work& work) {
