@@ -355,7 +355,8 @@ def test_an_ingress_that_goes_ends_its_background_responses_first(tokenizer):
         front = Front(tokenizer, backend, responses=responses, max_model_len=400)
         async with front.client() as client:
             begun = await begin(client)
-            going = asyncio.create_task(Ingress.__bases__[0].__del__(SimpleNamespace(_responses=responses)))
+            reads = SimpleNamespace(_responses=responses, _spans=None)
+            going = asyncio.create_task(Ingress.__bases__[0].__del__(reads))
             await asyncio.sleep(2 * LOST_S)
             assert not going.done()
             backend.gate.set()
