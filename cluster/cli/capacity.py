@@ -48,15 +48,14 @@ def check(args: argparse.Namespace) -> None:
     given = [option for option in ("gpu", "calibration") if getattr(args, option) is not None]
     if asked and len(given) != 1:
         raise SetupError("--rate is of a plan of hardware: give --gpu NAME or --calibration FILE, one of the two")
-    if given and not asked:
+    if given and not asked and args.trace is None:
         raise SetupError(f"--{given[0]} is of a plan of hardware: give --rate too, in requests/s")
     if asked and args.shards is not None:
         raise SetupError("--shards and --rate are two questions: with --rate the plan finds the shards")
-    for name, plain in PLANNED_ALONE.items() if asked else ():
+    for name, plain in PLANNED_ALONE.items() if asked or args.trace else ():
         if getattr(args, name) != plain:
-            raise SetupError(
-                f"--{name.replace('_', '-')} was not measured for a plan of hardware: leave it or --rate out"
-            )
+            option = name.replace("_", "-")
+            raise SetupError(f"--{option} was not measured for a plan of hardware: leave it out, or --rate and --trace")
     for name in ("rate", "input", "output", "ttft", "itl", "max_num_seqs"):
         value = getattr(args, name)
         if value is not None and not 0 < value <= MOST:

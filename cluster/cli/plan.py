@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from cluster.cli import capacity
+from cluster.cli import capacity, trace
 from cluster.cli.arguments import Commands, add_adapters, add_command, add_options
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add_commands(commands: Commands) -> None:
     add_options(plan, "tensor_parallel_size", "speculative_config")
     add_adapters(plan)
     capacity.add_arguments(plan)
+    trace.add_arguments(plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -41,11 +42,12 @@ def _plan(args: argparse.Namespace) -> int:
     from cluster.checkpoint.tokenizer_files import has_vocabulary
     from cluster.config.tensor_parallel import shares_of
     from cluster.console import Plan, describe_plan, print_plan
-    from cluster.console.capacity import describe_capacity, print_capacity
+    from cluster.console.capacity import describe_capacity, describe_replay, print_capacity, print_replay
     from cluster.engine.preflight import adapter_bytes, check_for_plan, download_bytes
     from cluster.experts.placement import num_shards_for, plan_evenly
 
     capacity.check(args)
+    trace.check(args)
     engine = _engine(args)
     model = pinned(args.model)
     directory = model_directory(model)
@@ -55,6 +57,7 @@ def _plan(args: argparse.Namespace) -> int:
     rounded = {"quantization": engine.quantization, "cache_dtype": engine.cache_dtype(dtype)}
     sizes = sizes_of(config, dtype, expert_quantization=engine.of_experts, **rounded)
     hardware = capacity.capacity(args, config, sizes, engine)
+    answered = trace.replayed(args, config, sizes, engine)
     asked = args.shards or (DEFAULT_SHARDS if hardware is None else hardware.trial.cluster.shards)
     placement = plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, asked))
     plan = Plan(
@@ -70,11 +73,14 @@ def _plan(args: argparse.Namespace) -> int:
     )
     if args.json:
         more = {} if hardware is None else {"capacity": describe_capacity(hardware)}
+        more |= {} if answered is None else {"trace": describe_replay(answered)}
         print(json.dumps(describe_plan(plan) | more, indent=2))
         return 0
     print_plan(plan)
     if hardware is not None:
         print_capacity(hardware)
+    if answered is not None:
+        print_replay(answered)
     return 0
 
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+
 from cluster.console.base import OutputConsole
-from cluster.planning.capacity import Capacity
+from cluster.planning.capacity import Capacity, Replay
 from cluster.planning.search import PERCENTILE
 
 
@@ -52,6 +54,48 @@ def describe_capacity(plan: Capacity) -> dict[str, Any]:
         "cache_tokens": plan.cache_tokens,
         "source": plan.hardware.source,
     }
+
+
+def describe_replay(found: Replay) -> dict[str, Any]:
+    """Seconds of the requests that were answered, of 50, 90 and 99 %."""
+    record = found.record
+    seconds = {
+        name: [float(value) for value in np.percentile(some, (50, 90, 99))] if some else []
+        for name, some in (
+            ("first_token_s", record.first_token_s), ("per_token_s", record.per_token_s), ("answer_s", record.whole_s),
+        )
+    }  # fmt: skip
+    return {
+        "requests": found.num_requests,
+        "answered": len(record.whole_s),
+        "refused": record.refused,
+        "preempted": record.preempted,
+        "failures": record.failures,
+        "most_replicas": record.most_replicas,
+        "took_s": record.end_s,
+        "output_tokens_per_s": record.output_tokens / max(record.end_s, 1e-9),
+        "unit_seconds_per_million_output_tokens": 1e6 * found.unit_seconds / max(1, record.output_tokens),
+        **seconds,
+    }
+
+
+def print_replay(found: Replay) -> None:
+    """Prints a few lines."""
+    console, facts = OutputConsole(), describe_replay(found)
+    cost = facts["unit_seconds_per_million_output_tokens"]
+    lines = [
+        f"{facts['requests']:,} requests in {facts['took_s']:,.0f} s: {facts['answered']:,} answered, "
+        f"{facts['refused']:,} refused, {facts['preempted']:,} times thrown out of a cache, "
+        f"{facts['failures']:,} processes died, {facts['most_replicas']:,} replicas at most",
+        f"{facts['output_tokens_per_s']:,.0f} output tokens/s, {cost:,.0f} seconds of {found.hardware.name} for a "
+        "million of them",
+    ]
+    for name, words in (("first_token_s", "first token"), ("per_token_s", "a token"), ("answer_s", "answer")):
+        if facts[name]:
+            low, high, most = facts[name]
+            lines.append(f"{words}: {low:.3g} s, 90 %: {high:.3g}, 99 %: {most:.3g}")
+    for line in lines:
+        console.print(line, highlight=False)
 
 
 def _unit(plan: Capacity) -> str:

@@ -1,5 +1,6 @@
 """The hardware that a model needs for a load: GPUs by their published figures, or machines as they were measured."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -7,13 +8,15 @@ from cluster.checkpoint.sizes import ModelSizes
 from cluster.config import EngineConfig, ModelConfig
 from cluster.errors import SetupError
 from cluster.planning.calibration import Calibration
+from cluster.planning.changes import Events, let_fail, let_scale
 from cluster.planning.costs import FrontCosts, StepCosts
 from cluster.planning.engine import Limits
 from cluster.planning.hardware import GPUS, Gpu
+from cluster.planning.load import TraceLoad
 from cluster.planning.roofline import Roofline
 from cluster.planning.search import Goal, Search, Trial, num_machines
 from cluster.planning.sharing import SharedCores
-from cluster.planning.simulation import ClusterModel
+from cluster.planning.simulation import ClusterModel, Record, Simulation
 
 WEIGHTS_SHARE = 0.9  # of a shard's memory, at most
 # As of `memory_utilization`: of the memory that the weights leave.
@@ -129,6 +132,49 @@ def plan_capacity(
     search = Search(costs=hardware.costs, cluster=cluster, most_shards=config.num_experts)
     trial = search.find(goal)
     return Capacity(hardware=hardware, goal=goal, trial=trial, cache_tokens=cluster.limits.cache_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A trace on a cluster. unit_seconds: of all GPUs, or machines."""
+
+    hardware: Hardware
+    cluster: ClusterModel
+    record: Record
+    num_requests: int
+    unit_seconds: float
+
+
+def replay(
+    hardware: Hardware, cluster: ClusterModel, load: TraceLoad, events: Events, report: Callable[[int], None]
+) -> Replay:
+    """Answers a trace. report: called with the requests that have ended. Raises SetupError for one without room."""
+    longest = max(prompt + output for _, prompt, output in load.arrivals)
+    if longest > cluster.limits.cache_tokens:
+        raise SetupError(
+            f"--trace has a request of {longest:,} tokens, an attention replica on {hardware.name} has room for "
+            f"{cluster.limits.cache_tokens:,}"
+        )
+    simulation = Simulation(cluster, hardware.costs, load, on_ended=report)
+    if events.failures is not None:
+        let_fail(simulation, events.failures)
+    if events.scaling is not None:
+        let_scale(simulation, events.scaling)
+    record = simulation.run()
+    units = record.replica_s + cluster.shards * simulation.now
+    return Replay(
+        hardware=hardware,
+        cluster=cluster,
+        record=record,
+        num_requests=load.num_requests,
+        unit_seconds=units if cluster.cores is None else units / hardware_cores(hardware),
+    )
+
+
+def hardware_cores(hardware: Hardware) -> float:
+    """Processes of a machine."""
+    assert hardware.cores is not None
+    return hardware.cores.num_cores
 
 
 def base_cluster(hardware: Hardware, config: ModelConfig, sizes: ModelSizes, engine: EngineConfig) -> ClusterModel:

@@ -82,7 +82,7 @@ class EngineModel:
 
     def add(self, request: Request) -> bool:
         """Queues a request; False where the queue is full."""
-        if self.num_requests - self.limits.max_num_seqs >= self.limits.max_waiting:
+        if not request.replayed and self.num_requests - self.limits.max_num_seqs >= self.limits.max_waiting:
             return False
         self.waiting.append(request)
         return True

@@ -12,6 +12,7 @@ class Request:
 
     uncomputed: tokens that are still to be computed before the next new one.  produced: new tokens that it has.
     turn: the lowest goes first among prompts.  began: its place among those that have begun, a new one each time.
+    replayed: its replica died, and no queue refuses it.
     last_step: the number of its engine's step that ends it.
     """
 
@@ -24,6 +25,7 @@ class Request:
     turn: int = -1
     began: int = -1
     last_step: int = 0
+    replayed: bool = False
     first_token: float | None = None
     ended: float | None = None
 
@@ -94,10 +96,10 @@ class TraceLoad:
 
     def __init__(self, arrivals: Sequence[tuple[float, int, int]]) -> None:
         self.num_requests = len(arrivals)
-        self._arrivals = arrivals
+        self.arrivals = arrivals
 
     def beginning(self) -> Iterator[Request]:
-        for number, (at, prompt_tokens, output_tokens) in enumerate(self._arrivals):
+        for number, (at, prompt_tokens, output_tokens) in enumerate(self.arrivals):
             yield Request(number, at, prompt_tokens, output_tokens)
 
     def after(self, ended: Request, now: float) -> Request | None:

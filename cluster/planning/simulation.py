@@ -33,7 +33,7 @@ class Record:
     """All that happened. Seconds of each request that was answered, in the order of their ends.
 
     attention_s, shard_s, crossing_s: that engines spent with each, all together, were they alone.  waited_s: for
-    shards, likewise, beyond what they did meanwhile.  step_s: with steps.
+    shards, likewise, beyond what they did meanwhile.  step_s: with steps.  replica_s: that all replicas lived.
     """
 
     first_token_s: list[float] = field(default_factory=list)
@@ -42,6 +42,8 @@ class Record:
     output_tokens: int = 0
     prompt_tokens: int = 0
     refused: int = 0
+    failures: int = 0
+    replica_s: float = 0.0
     preempted: int = 0
     steps: int = 0
     samples: int = 0
@@ -51,6 +53,7 @@ class Record:
     waited_s: float = 0.0
     step_s: float = 0.0
     end_s: float = 0.0
+    most_replicas: int = 0
 
     @property
     def requests_s(self) -> float:
@@ -71,6 +74,7 @@ class _Engine:
     began: float = 0.0
     each_s: float = 0.0
     version: int = 0
+    leaving: bool = False
 
 
 class Simulation:
@@ -82,26 +86,88 @@ class Simulation:
         on_ended: Callable[[int], None] = lambda _: None, to_first_refusal: bool = False,
     ) -> None:  # fmt: skip
         self.cluster = cluster
-        self.record = Record()
+        self.record = Record(most_replicas=cluster.replicas)
+        self.now = 0.0
         self._costs, self._load, self._on_ended = costs, load, on_ended
         self._to_first_refusal = to_first_refusal
         self._draw = random.Random(seed)
         self._engines = [_Engine(EngineModel(cluster.limits)) for _ in range(cluster.replicas)]
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = 0
-        self._now = 0.0
         self._busy = 0
+        self._stalled_until = 0.0
+        self._homeless: list[Request] = []  # no replica lives
+        self._counted_at = 0.0
         self._ended = 0
         self._most_steps = 1 if cluster.replicas <= FEW_ENGINES else MOST_STEPS
 
     def run(self) -> Record:
         self._arrivals = self._load.beginning()
         self._take_next_arrival()
-        while self._events and not (self._to_first_refusal and self.record.refused):
-            self._now, _, happen, what = heapq.heappop(self._events)
+        while self._ended < self._load.num_requests and not (self._to_first_refusal and self.record.refused):
+            self.now, _, happen, what = heapq.heappop(self._events)
             happen(what)
-        self.record.preempted = sum(engine.model.num_preempted for engine in self._engines)
+        self._count_replicas()
+        self.record.preempted += sum(engine.model.num_preempted for engine in self._engines)
         return self.record
+
+    @property
+    def num_replicas(self) -> int:
+        """That live."""
+        return len(self._engines)
+
+    def living_models(self) -> list[EngineModel]:
+        """Of the replicas that stay."""
+        return [engine.model for engine in self._engines if not engine.leaving]
+
+    def after(self, seconds: float, happen: Callable[[Any], None], what: Any) -> None:
+        """Lets something happen later."""
+        self._at(self.now + seconds, happen, what)
+
+    def add_replica(self) -> None:
+        self._count_replicas()
+        self._engines.append(_Engine(EngineModel(self.cluster.limits)))
+        self.record.most_replicas = max(self.record.most_replicas, len(self._engines))
+        homeless, self._homeless = self._homeless, []
+        for request in homeless:
+            self._arrive(request)
+
+    def kill_replica(self, draw: random.Random, recovery_s: float) -> None:
+        """One of those that live; its requests go on at others, and its successor comes after recovery_s."""
+        if not self._engines:
+            return
+        self._count_replicas()
+        engine = self._engines.pop(draw.randrange(len(self._engines)))
+        engine.version += 1
+        self._busy -= engine.step is not None
+        self.record.preempted += engine.model.num_preempted
+        for request in engine.model.take_all():
+            request.replayed = True
+            self._arrive(request)
+        self.after(recovery_s, lambda _: self.add_replica(), None)
+
+    def stall(self, seconds: float) -> None:
+        """A shard is gone without a copy: no step ends before its successor is there."""
+        self._stalled_until = max(self._stalled_until, self.now + seconds)
+
+    def retire_replica(self) -> None:
+        """One of those with the fewest requests takes no more and goes when it is empty."""
+        staying = [engine for engine in self._engines if not engine.leaving]
+        if len(staying) > 1:
+            leaving = min(staying, key=lambda engine: engine.model.num_requests)
+            leaving.leaving = True
+            self._leave(leaving)
+
+    def _leave(self, engine: _Engine) -> None:
+        if engine.leaving and engine.step is None and not engine.model.num_requests:
+            self._count_replicas()
+            self.record.preempted += engine.model.num_preempted
+            self._engines.remove(engine)
+
+    def _count_replicas(self) -> None:
+        """Adds the time since the last change of their number."""
+        self.record.replica_s += len(self._engines) * (self.now - self._counted_at)
+        self._counted_at = self.now
 
     def _at(self, moment: float, happen: Callable[[Any], None], what: Any) -> None:
         self._order += 1
@@ -118,7 +184,9 @@ class Simulation:
 
     def _arrive(self, request: Request) -> None:
         engine = self._choose()
-        if not engine.model.add(request):
+        if engine is None:
+            self._homeless.append(request)
+        elif not engine.model.add(request):
             self.record.refused += 1
             self._end(request)
         elif engine.step is None:
@@ -126,21 +194,22 @@ class Simulation:
         elif engine.step.steps > 1 and engine.model.num_free_places > 0:
             self._cut_short(engine)
 
-    def _choose(self) -> _Engine:
-        """Of two at random the one with fewer requests, as Serve's balancer does."""
-        some = self._draw.sample(self._engines, 2) if len(self._engines) > 2 else self._engines
-        return min(some, key=lambda engine: engine.model.num_requests)
+    def _choose(self) -> _Engine | None:
+        """Of two at random the one with fewer requests, as Serve's balancer does; None where no replica lives."""
+        engines = self._engines
+        some = self._draw.sample(engines, 2) if len(engines) > 2 else engines
+        return min(some, key=lambda engine: (engine.leaving, engine.model.num_requests), default=None)
 
     def _start(self, engine: _Engine) -> None:
         step = engine.model.plan(self._most_steps)
         if step is None:
             return
-        engine.step, engine.began = step, self._now
+        engine.step, engine.began = step, self.now
         self._busy += 1
         time = StepTime.of(self._costs, step.work, self.cluster.shards, self.cluster.imbalance)
         engine.each_s = step_s(time, self._busy, cores=self.cluster.cores, front_s=self._front_s(step))
         engine.time = time
-        self._at(self._now + step.steps * engine.each_s, self._finish, (engine, engine.version, step.steps))
+        self._at(self.now + step.steps * engine.each_s, self._finish, (engine, engine.version, step.steps))
 
     def _front_s(self, step: Step) -> float:
         if self.cluster.cores is None:
@@ -153,7 +222,7 @@ class Simulation:
     def _cut_short(self, engine: _Engine) -> None:
         """Lets a row of steps end with the one that is under way: a prompt has come that the next one takes in."""
         assert engine.step is not None
-        num_steps = min(engine.step.steps, int((self._now - engine.began) / engine.each_s) + 1)
+        num_steps = min(engine.step.steps, int((self.now - engine.began) / engine.each_s) + 1)
         engine.version += 1
         self._at(engine.began + num_steps * engine.each_s, self._finish, (engine, engine.version, num_steps))
 
@@ -161,16 +230,20 @@ class Simulation:
         engine, version, num_steps = what
         if version != engine.version or engine.step is None:
             return
+        if self.now < self._stalled_until:
+            self._at(self._stalled_until, self._finish, what)
+            return
         step, engine.step = engine.step, None
         self._busy -= 1
         self._note(engine, step, num_steps)
         found = engine.model.finish(step, num_steps)
-        seen = self._now + self.cluster.latency_s / 2
+        seen = self.now + self.cluster.latency_s / 2
         for request in found.first_tokens:
             request.first_token = seen
         for request in found.ended:
             self._answer(request, seen)
         self._start(engine)
+        self._leave(engine)
 
     def _note(self, engine: _Engine, step: Step, num_steps: int) -> None:
         record, time = self.record, engine.time
@@ -200,7 +273,7 @@ class Simulation:
         self._ended += 1
         if self._ended % 100 == 0:
             self._on_ended(self._ended)
-        seen = self._now + self.cluster.latency_s / 2
+        seen = self.now + self.cluster.latency_s / 2
         following = self._load.after(request, seen)
         if following is not None:
             self._at(seen + self.cluster.latency_s / 2, self._arrive, following)

@@ -341,3 +341,44 @@ def test_a_model_without_room_names_the_smallest_gpu_that_has(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen2-72B"]))
     assert main(["plan", str(tmp_path), "--gpu", "h100", "--rate", "1"]) == 2
     assert "b200 is the smallest that has" in capsys.readouterr().err
+
+
+def trace_file(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_a_trace_is_replayed_with_failures_and_scaling(model_dir, tmp_path, capsys):
+    lines = [{"timestamp": 100 * i, "input_length": 200, "output_length": 40} for i in range(200)]
+    options = ["--gpu", "h200", "--shards", "1", "--trace", trace_file(tmp_path / "requests.jsonl", lines)]
+    assert main(["plan", str(model_dir), *options, "--json"]) == 0
+    quiet = json.loads(capsys.readouterr().out)["trace"]
+    assert (quiet["answered"], quiet["refused"], quiet["failures"]) == (200, 0, 0)
+    assert 20 < quiet["took_s"] < 40  # the last one comes at 19.9
+    events = ["--mean-life", "5", "--recovery", "2", "--max-attention-replicas", "3", "--start", "1"]
+    assert main(["plan", str(model_dir), *options, *events, "--json"]) == 0
+    broken = json.loads(capsys.readouterr().out)["trace"]
+    assert broken["answered"] + broken["refused"] == 200
+    assert broken["failures"] > 0
+    assert broken["answer_s"][2] > quiet["answer_s"][2]
+    assert main(["plan", str(model_dir), *options]) == 0
+    assert "200 answered, 0 refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "line 1 is no JSON"),
+        ("[1]", "line 1 lacks its arrival"),
+        ('{"arrival_s": "x", "prompt_tokens": 1, "output_tokens": 1}', "arrival_s is x, a number"),
+        ('{"arrival_s": 1, "prompt_tokens": 0, "output_tokens": 1}', "prompt_tokens is 0, a whole number from 1"),
+        ('{"arrival_s": 1, "prompt_tokens": 9000000, "output_tokens": 1}', "has a request of 9,000,001 tokens"),
+        ("", "has no request"),
+    ],
+)
+def test_a_trace_that_cannot_be_replayed_is_refused_in_one_line(model_dir, tmp_path, capsys, line, named):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(line)
+    assert main(["plan", str(model_dir), "--gpu", "h200", "--shards", "1", "--trace", str(path)]) == 2
+    [refusal] = capsys.readouterr().err.splitlines()
+    assert named in refusal
