@@ -28,8 +28,7 @@ GREEDY_BELOW = 1e-5  # a temperature that divides logits into infinities; vLLM's
 class SamplingParams:
     """How to choose tokens. A field that is None takes the checkpoint's `generation_config.json`, else vLLM's default.
 
-    temperature: 0 is greedy, and so is any below 1e-5.  top_k: 0 keeps all.  top_p, min_p: probabilities after
-    temperature.
+    temperature: greedy below 1e-5.  top_k: 0 keeps all.  top_p, min_p: probabilities after temperature.
     repetition_penalty: over prompt and output (HF's rule).  presence_penalty, frequency_penalty: over output only
     (OpenAI's rule).  seed: the same seed gives the same tokens whatever else is in the batch.
     max_tokens: None is the checkpoint's `max_new_tokens`, else the rest of the context.
@@ -105,8 +104,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        repetition = self.repetition_penalty or 1.0
-        return repetition != 1.0 or bool(self.presence_penalty) or bool(self.frequency_penalty)
+        return (self.repetition_penalty or 1.0) != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
 
     def with_defaults(self, defaults: "SamplingParams") -> "SamplingParams":
         """Returns a copy in which every field that is None has the value of `defaults`."""
@@ -138,7 +136,7 @@ class EngineRequest:
     max_tokens_is_default: the client asked for none, so the engine may lower it to what its cache holds.
     wants: the kind of its result. An engine of a version that knows no other than tokens brings one token.
     constraint: the form of the answer; `params` has none, since an older version could not read it.
-    prompt_group: requests of one group have one prompt, and go to one replica, which computes it once; "" for none.
+    prompt_group: those of one have one prompt, for one replica; "" for none.  ingress: the sender, "" to hear no news.
     adapter: the LoRA adapter's name, "" for the base.  trace: the `traceparent` above its spans, "" where it has none.
     """
 
@@ -158,6 +156,7 @@ class EngineRequest:
     adapter: str = ""
     trace: str = ""
     num_continued: int = 0
+    ingress: str = ""
 
     @property
     def called(self) -> str:
@@ -208,7 +207,7 @@ class SequenceUpdate:
     """The news of one sequence since the engine last reported.
 
     logprobs: as long as token_ids when asked for, else empty.  error: set iff finish_reason is "error".
-    replica: the one that runs it; alone in the first update of an attention replica.
+    replica: the one that runs it, in the first update of an attention replica alone, with `prefixes` (`PrefixNews`).
     numbers: the result of a request that wants no tokens, in its last update.
     constrained: the tokens keep to the request's constraint.  adapter: the one that has computed it.
     cached_tokens: of its first tokens, those that were in the cache as it began. An older version tells none of these.
@@ -220,6 +219,7 @@ class SequenceUpdate:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     replica: str = ""
+    prefixes: tuple[bytes, ...] = ()
     numbers: Numbers | None = None
     constrained: bool = False
     adapter: str = ""

@@ -95,7 +95,7 @@ def test_updates_that_are_joined_keep_all_that_they_tell():
     every = {
         "request_id": "r", "token_ids": (1,), "logprobs": (Logprobs(1, -1.0),), "finish_reason": "length",
         "error": OSError(), "replica": "a", "numbers": object(), "constrained": True, "adapter": "law",
-        "cached_tokens": 16,
+        "prefixes": (b"p",), "cached_tokens": 16,
     }  # fmt: skip
     assert set(every) == {field.name for field in fields(SequenceUpdate)}
     whole, bare = SequenceUpdate(**every), SequenceUpdate(request_id="r", finish_reason="cancelled")

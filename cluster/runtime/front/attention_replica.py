@@ -21,6 +21,7 @@ from cluster.logs import SeldomLog
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.deaths import Pauses
 from cluster.runtime.front.autoscaling import engine_load
+from cluster.runtime.front.prefix_news import PrefixNews
 from cluster.runtime.front.traces import replica_spans
 from cluster.runtime.names import shard_group
 from cluster.runtime.process import actor_environment, num_threads, prepare_process
@@ -68,6 +69,7 @@ class AttentionReplica:
             raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
         self._tracing = replica_spans(config, self.name)
         self._streams: dict[str, UpdateQueue] = {}
+        self._prefixes = PrefixNews()
         self._lost = ""
         self._max_num_seqs = config.max_num_seqs
         self._max_unread_bytes = config.max_unread_bytes
@@ -81,10 +83,11 @@ class AttentionReplica:
         """Returns when the engine has its weights; Serve lets no call in before."""
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[SequenceUpdate, None]:
-        """Yields the replica's name, then the sequence's updates, the last with a finish_reason. Closing it cancels the
-        sequence."""
+        """Yields the replica's name and news, then the sequence's updates, the last with a finish_reason. Closing it
+        cancels the sequence."""
         with self._traced(request) as traced:
-            yield SequenceUpdate(request_id=request.request_id, replica=self.name)
+            news = self._prefixes.taken(request)
+            yield SequenceUpdate(request_id=request.request_id, replica=self.name, prefixes=news)
             refusal = self._refusal(request)
             if refusal is not None:
                 yield SequenceUpdate(request_id=request.request_id, finish_reason="error", error=refusal)
@@ -96,9 +99,14 @@ class AttentionReplica:
                 submit=lambda: self._context.run(self.engine.submit.remote, [traced]),
                 cancel=lambda: self._context.run(self.engine.cancel.remote, [request.request_id]),
             )
-            async with aclosing(updates):
-                async for update in updates:
-                    yield update
+            output_token_ids: list[int] = []
+            try:
+                async with aclosing(updates):
+                    async for update in updates:
+                        output_token_ids += update.token_ids
+                        yield update
+            finally:
+                self._prefixes.answered(request, output_token_ids)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls this where it scales by load."""

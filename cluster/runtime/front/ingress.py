@@ -116,13 +116,14 @@ class ServeReplicas:
         choice = self._balancer.choose(request)
         wanted = self._groups.replica_of(request.prompt_group) or choice.wanted
         call = self._generate.options(session_id=wanted) if wanted else self._generate
-        response, replica, ended = call.remote(request), "", False
+        response, replica, ended = call.remote(choice.request), "", False
         try:
             async with asyncio.timeout(ACCEPT_TIMEOUT_S):
-                replica = (await anext(response)).replica
+                first = await anext(response)
+                replica = first.replica
             self._running.setdefault(replica, set()).add(response)
             self._groups.taken(request.prompt_group, replica)
-            self._balancer.taken(choice, replica)
+            self._balancer.taken(choice, replica, first.prefixes)
             async for update in response:
                 choice.output_token_ids += update.token_ids
                 ended = update.finish_reason is not None

@@ -2,13 +2,14 @@
 go to.
 
 Knows no Serve and no load: it says how much busier than others a replica may be, and `SharedPromptRouter` looks.
-Ingresses tell one another nothing. Where several replicas are as good, or none is known, the request's own tokens
-choose, so that the ingresses choose alike.
+Ingresses hear of one another from the replicas (`prefix_news`), and may be late. Where several replicas are as good, or
+none is known, the request's own tokens choose, so that the ingresses choose alike.
 """
 
+import uuid
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice, pairwise
 from typing import Literal
@@ -18,6 +19,7 @@ from cluster.types import EngineRequest
 
 STEP = 16  # tokens; a block of the cache, by default
 STEPS = 32  # further on a step is at most this part of the beginning that it ends: 115 digests for 4,096 tokens
+DIGEST_BYTES = 8
 MAX_TOKENS = 1 << 16  # of a beginning that is looked at: 1 ms
 MAX_DIGESTS = 1 << 16  # remembered: 570 prompts of 4,096 tokens, 9 MB
 MAX_REPLICAS = 8  # remembered of a beginning, the latest
@@ -43,7 +45,7 @@ STOPS = _stops()
 def digests_of(token_ids: Iterable[int], adapter: str = "") -> list[bytes]:
     """Returns a digest of each beginning of STOPS tokens. Those of different adapters differ."""
     numbers = array("I", islice(token_ids, STOPS[-1]))
-    digest = blake2b(adapter.encode(), digest_size=8)
+    digest = blake2b(adapter.encode(), digest_size=DIGEST_BYTES)
     digests = []
     for start, stop in pairwise((0, *STOPS)):
         if stop > len(numbers):
@@ -55,7 +57,7 @@ def digests_of(token_ids: Iterable[int], adapter: str = "") -> list[bytes]:
 
 @dataclass(slots=True)
 class Choice:
-    """Where one request should go.
+    """Where one request should go. request: as it is sent.
 
     wanted: names with the number of requests that each may have more than a replica chosen by load, the best first;
     "" for any. As `SharedPromptRouter` reads it.
@@ -78,11 +80,12 @@ class Choice:
 class PrefixBalancer:
     """For one event loop.
 
-    on: false chooses nothing.  count: called with the outcome of each choice.
+    on: false chooses nothing.  name: of its ingress, by default a new one.  count: called with each choice's outcome.
     """
 
-    def __init__(self, *, on: bool = True, count: Callable[[Outcome], None] = lambda _: None) -> None:
+    def __init__(self, *, on: bool = True, name: str = "", count: Callable[[Outcome], None] = lambda _: None) -> None:
         self._on = on
+        self._name = name or uuid.uuid4().hex
         self._count = count
         self._names: dict[str, None] = {}  # of the replicas that there are, in order
         self._places: dict[bytes, tuple[str, ...]] = {}  # by digest, that of the longest unused first
@@ -96,6 +99,7 @@ class PrefixBalancer:
         there is no choice. One that goes on elsewhere goes anywhere: its replica may not know that it stops."""
         if not self._on or len(self._names) < 2 or request.wants in EVERY_ROW:
             return Choice(request)
+        request = replace(request, ingress=self._name)
         digests = digests_of(chain(request.prompt_token_ids, request.output_token_ids), request.adapter)
         if not digests or request.num_replays:
             return Choice(request, digests=digests)
@@ -108,9 +112,12 @@ class PrefixBalancer:
         wanted = " ".join(f"{name}+{bound}" for bound in bounds for name in names)
         return Choice(request, wanted=wanted, digests=digests, known=names)
 
-    def taken(self, choice: Choice, replica: str) -> None:
-        """Notes the replica that has taken a request: it will have its beginnings."""
+    def taken(self, choice: Choice, replica: str, news: Iterable[bytes] = ()) -> None:
+        """Notes the replica that has taken a request: it will have its beginnings, and has those of its news, which
+        other ingresses sent (`PrefixNews.taken`)."""
         choice.replica = replica
+        for digests in news:
+            self._note([digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)], replica)
         if choice.digests:
             self._count(choice.outcome())
             self._note(choice.digests, replica)
