@@ -338,12 +338,14 @@ def test_arguments_that_cannot_be_carried_out_are_refused_before_anything_runs(
     assert run_one.specs == []
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_a_result_that_could_not_be_written_is_refused_first(part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "option"), [*((part, "--json") for part in PARTS if part != "calibrate"), ("calibrate", "--output")]
+)
+def test_a_result_that_could_not_be_written_is_refused_first(part: str, option: str) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    with pytest.raises(SetupError, match=r"--json .* does not exist"):
-        run(parser.parse_args([part, "--json", "/no/such/directory/file"]))
+    with pytest.raises(SetupError, match=f"{option} .* does not exist"):
+        run(parser.parse_args([part, option, "/no/such/directory/file"]))
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_plan_says_what_hardware_a_load_needs(model_dir, capsys):
     assert found["capacity"]["unit_seconds_per_million_output_tokens"] == pytest.approx(2e6 / (2 * 50))
     assert found["capacity"]["per_token_s"]["p90"] <= 0.08
     assert main(["plan", str(model_dir), *options]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # lines are as wide as the terminal
     assert "1 attention replica and 1 expert shard, 2 h200, one for each process" in out
     assert "bottleneck: crossings" in out
 
