@@ -30,6 +30,11 @@ def test_a_response_is_the_chats_answer_and_every_ingress_finds_it(client):
         assert client.responses.retrieve(response.id) == response
 
 
+def tokens_of(response):
+    """Read and written; how many were in a cache depends on what was asked before."""
+    return response.usage.input_tokens, response.usage.output_tokens
+
+
 def test_a_response_goes_on_with_the_one_before(client):
     """As the whole conversation does, at whichever ingress."""
     first = client.responses.create(**ASK)
@@ -41,7 +46,7 @@ def test_a_response_goes_on_with_the_one_before(client):
     expected = client.responses.create(**ASK | {"input": whole, "store": False})
     for _ in range(NUM_CALLS // 2):
         found = client.responses.create(**ASK | {"input": "And which copies?"}, previous_response_id=first.id)
-        assert (found.output_text, found.usage) == (expected.output_text, expected.usage)
+        assert (found.output_text, tokens_of(found)) == (expected.output_text, tokens_of(expected))
 
 
 def test_an_answer_is_parsed_into_a_model(client):
@@ -65,7 +70,7 @@ def test_a_tool_is_called_and_its_answer_read(client):
     whole = client.responses.create(**ASK | {"input": [*MESSAGES, item, answer]}, tools=tools, store=False)
     for _ in range(2):
         second = client.responses.create(**ASK | {"input": [answer]}, tools=tools, previous_response_id=first.id)
-        assert (second.output_text, second.usage) == (whole.output_text, whole.usage)
+        assert (second.output_text, tokens_of(second)) == (whole.output_text, tokens_of(whole))
     assert second.usage.input_tokens > first.usage.input_tokens
 
 

@@ -131,7 +131,7 @@ def test_our_own_client_takes_a_message_of_more_than_4_mib():
     class Server(inference_pb2_grpc.InferenceServiceServicer):
         def GenerateStream(self, request, context):
             metadata.update(context.invocation_metadata())
-            yield pb.GenerateStreamResponse(text="x" * (5 << 20))
+            yield pb.GenerateStreamResponse(text="x" * (5 << 20), finish_reason=pb.FINISH_REASON_STOP)
 
     metadata, server = {}, grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_send_message_length", -1)])
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Server(), server)

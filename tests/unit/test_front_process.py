@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -117,7 +118,8 @@ def node(tmp_path, server):
         except OSError:
             continue
         if mine:
-            os.kill(int(path.name), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may end by itself
+                os.kill(int(path.name), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("who", [haproxy_of, supervisor_of])

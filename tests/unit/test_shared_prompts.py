@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import inspect
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -116,12 +117,28 @@ def test_two_of_all_replicas_come_next():
     assert Router({}).names("a") == [[], []]
 
 
+def test_answers_of_one_call_get_their_replicas_one_by_one():
+    """Serve gives all of them its one id of the call; a replica that is chosen for a name is for none of another."""
+
+    def waiting(wanted, done=False):
+        metadata = SimpleNamespace(session_id=wanted, multiplexed_model_id="", internal_request_id="the-call")
+        return SimpleNamespace(metadata=metadata, future=SimpleNamespace(done=lambda: done))
+
+    router = Router({"a": 0, "b": 0})
+    taken, other, first, second = waiting("a", done=True), waiting("b+0"), waiting("a"), waiting("a")
+    router._pending_requests_to_fulfill = deque([taken, other, first, second])
+    assert router._get_pending_request_matching_metadata(second.metadata) is first
+    assert router._get_pending_request_matching_metadata(other.metadata) is other
+    assert router._get_pending_request_matching_metadata(waiting("").metadata) is None
+    assert router._get_pending_request_matching_metadata() is None
+
+
 def test_an_older_ingress_can_take_the_router():
     """Serve sends it by value; what it imports must be there, so nothing of this package."""
     tree = ast.parse(inspect.getsource(shared_prompt_router))
     imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
                 if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
-    assert imported == {"random", "ray.serve.request_router"}
+    assert imported == {"random", "typing", "ray.serve.request_router"}
     sent = RequestRouterConfig(request_router_class=SharedPromptRouter).get_serialized_request_router_cls()
     assert b"choose_replicas" in sent  # by value: a name alone would be of a module that an older version lacks
 
