@@ -105,7 +105,7 @@ class PrefixBalancer:
             return Choice(request, digests=digests)
         index, known = self._longest(digests)
         if not known:
-            return Choice(request, wanted=f"{_in_turn(tuple(self._names), digests[0])[0]}+0", digests=digests)
+            return Choice(request, wanted=f"{_in_turn(tuple(self._names), digests[0])[0]}+1", digests=digests)
         excess = min(MAX_EXCESS, STOPS[index] // TOKENS_A_REQUEST)
         names = _in_turn(known, digests[min(index + 1, len(digests) - 1)])
         bounds = (excess,) if len(names) == 1 else sorted({min(1, excess), excess})
