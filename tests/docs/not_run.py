@@ -142,6 +142,7 @@ TABLE = (
     ),
     NotRun(r"pip install 'moe-cluster\[\w+\]'", "installs packages", _extra_is_there),
     NotRun(r"moe-cluster serve .* --tracing .*", "needs a receiver of traces", is_parsed),
+    NotRun(r"moe-cluster plan .* --(calibration|trace) .*", "needs a file that its reader makes", is_parsed),
     NotRun(r"pytest( .*)?", "runs the tests in a test", "tests/conftest.py::pytest_configure"),
     NotRun(r"python deploy/demo/train\.py", "takes minutes", _script_is_there),
     NotRun(r"(OMP_WAIT_POLICY=\S+ )?python tests/\S+\.py .*", "measures for minutes", _script_is_there),

@@ -16,6 +16,7 @@ from cluster.metrics import DispatchMetrics, new_registry
 from cluster.runtime.control.launcher import RayLauncher
 from cluster.runtime.control.shard_process import ShardProcess
 from cluster.runtime.control.spares import SpareProcesses
+from cluster.runtime.names import shard_name
 from cluster.runtime.process import process_info
 from cluster.runtime.workers.shard_actor import SHARD_GROUPS, ExpertShardActor
 from cluster.runtime.workers.transports import RayOffers, RayTransport
@@ -122,7 +123,7 @@ def test_who_watches_a_shard_waits_while_it_works_and_kills_it_when_it_hangs(ray
     launcher = RayLauncher("test")
     configured = SimpleNamespace(config=config)
     spares = SpareProcesses("test", configured, launcher)
-    watched = ShardProcess("test", 0, configured=configured, launcher=launcher, spares=spares)
+    watched = ShardProcess("test", shard_name("test", 0), configured=configured, launcher=launcher, spares=spares)
     watched._actor, watched.status.process = shard, ray_cluster.get(shard.process.remote())
     made, size = dispatcher("ray", shard), hidden_size(demo_checkpoint)
 
