@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,9 +49,8 @@ class Hosts:
             self._ip("-n", first, "link", "set", ends[0], "up")
             self._ip("-n", space, "addr", "add", f"{self._net}.{i + 1}/24", "dev", ends[1])
             self._ip("-n", space, "link", "set", ends[1], "up")
-        self.start_ray(0)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(self.start_ray, range(1, len(self._spaces))))
+        for host in range(len(self._spaces)):  # one by one: they share a folder, and one of two at once may not come up
+            self.start_ray(host)
 
     def ip(self, host):
         return f"{self._net}.{host + 1}"
