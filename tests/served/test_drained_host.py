@@ -33,8 +33,8 @@ def test_a_host_that_ray_drains_is_empty_before_it_goes_and_no_answer_changes(de
             stays, goes = (first["nodes"][net.ip(host)] for host in (1, 2))
             assert set(first["shards"]) == set(first["replicas"]) == {stays, goes}
             assert first["fronts"] == [True, True]
-            net.drain(goes, seconds=60)
-            rounds, deadline = [first], time.monotonic() + 55
+            net.drain(goes, seconds=150)
+            rounds, deadline = [first], time.monotonic() + 140
             while goes in rounds[-1]["nodes"].values():
                 assert time.monotonic() < deadline, rounds[-1]
                 rounds.append(json.loads(read_line(asking)))
