@@ -1,8 +1,6 @@
-"""Memory for weights and caches on the CPU, in the largest pages that the system gives.
+"""Memory on the CPU in the largest pages that the system gives. Rounded weights have it (BENCHMARKS.md).
 
-A step reads its weights once, from beginning to end, and with pages of 4 KiB the processor spends much of that time on
-its tables of pages. Linux gives pages of 2 MiB to whom asks (`transparent_hugepage` is `madvise` on many distributions,
-`always` on others).
+Linux gives pages of 2 MiB to whom asks: `transparent_hugepage` is `madvise` on many distributions, `always` on others.
 """
 
 import mmap
@@ -20,7 +18,7 @@ CPU = torch.device("cpu")
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
 _LARGE_PAGE = 1 << 21  # of x86-64, and of aarch64 with pages of 4 KiB
-_CHUNK = 1 << 27  # experts have 3 to 17 MB. The end of a chunk, of which no piece is made, takes no memory
+_CHUNK = 1 << 27  # an expert's matrices have 1 to 20 MB. A chunk's end, of which no piece is made, takes no memory
 _LEAST = 1 << 18  # smaller ones come from malloc
 _ALIGNMENT = 64
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from cluster.config.quantization import Quantization, RowLayout
 from cluster.config.tensor_parallel import Span
 from cluster.kernels import nf4, rounding
-from cluster.kernels.quantized import CPU, QuantizedWeight, new_rows
+from cluster.kernels.large_pages import CPU
+from cluster.kernels.quantized import QuantizedWeight, new_rows
 from cluster.kernels.stored import ALIGNMENT, quantized_weight
 from cluster.kernels.weights import Parts
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from cluster.config.quantization import RowLayout
 from cluster.config.stored import GROUP_SIZES
 from cluster.kernels import gpu, large_pages, native_products
+from cluster.kernels.large_pages import CPU
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
 from cluster.kernels.rounding import Numbers, dequantize, pack, quantize, unpack
 from cluster.kernels.weights import Parts, TwoProducts, split_rows
-
-CPU = torch.device("cpu")
 
 
 class QuantizedWeight(TwoProducts):

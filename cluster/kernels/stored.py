@@ -12,8 +12,9 @@ from cluster.config.quantization import Quantization, RowLayout, quantization_of
 from cluster.config.stored import INTEGERS, SIZES, StoredForm
 from cluster.errors import SetupError
 from cluster.kernels import gpu
+from cluster.kernels.large_pages import CPU
 from cluster.kernels.nf4 import Nf4Weight
-from cluster.kernels.quantized import CPU, QuantizedWeight, new_rows
+from cluster.kernels.quantized import QuantizedWeight, new_rows
 from cluster.kernels.rounding import Numbers
 from cluster.kernels.unpacking import StoredMatrix, read_matrix
 from cluster.kernels.weights import Parts, TwoProducts, Weight

@@ -21,8 +21,8 @@ from cluster.config.tensor_parallel import Span
 from cluster.experts import shard
 from cluster.kernels import gpu
 from cluster.kernels.experts import experts_reference
+from cluster.kernels.large_pages import CPU
 from cluster.kernels.parts import PartWeight
-from cluster.kernels.quantized import CPU
 from cluster.kernels.quantized_experts import QuantizedStacks
 from cluster.kernels.stack import Stack
 from cluster.kernels.stored import quantized_weight, weight_of
