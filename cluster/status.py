@@ -4,7 +4,7 @@ Plain values that anyone may read. Knows no Ray; the controller makes them.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cluster.config import ClusterConfig
 from cluster.evolving import evolving
@@ -84,14 +84,13 @@ class Fault:
     what: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeavingNode:
+class LeavingNode(NamedTuple):
     """A node that Ray drains. until: seconds of the wall clock, infinity where nobody has set it.  waits: why shards
-    still stand on it, "" where they move."""
+    still stand on it, "" where they move. For who reads a status; none travels."""
 
     node_id: str
     until: float
-    waits: str = ""
+    waits: str
 
 
 @evolving("cluster.runtime.protocol")
@@ -104,7 +103,7 @@ class ClusterStatus:
     load: [sparse layers][experts] tokens/s, lately.  imbalance: the slowest shard's share of the load against the mean.
     process: the controller's.  lease_by_renewal: its `renew_lease` keeps the shards; older ones' `status` does.
     adapters: the names of those that all engines have.  adapters_version: grows with every change of them.
-    leaving: the nodes that Ray drains.
+    leaving: the fields of each `LeavingNode`, plain: a process of a version without that class reads the rest.
     """
 
     epoch: int
@@ -126,11 +125,15 @@ class ClusterStatus:
     lease_by_renewal: bool = False
     adapters: tuple[str, ...] = ()
     adapters_version: float = -1.0
-    leaving: tuple[LeavingNode, ...] = ()
+    leaving: tuple[tuple[str, float, str], ...] = ()
 
     def serves(self, patience_s: float) -> bool:
         """Whether requests are answered: no expert has been without a copy for longer than they wait for one."""
         return self.published and self.uncovered_s <= patience_s
+
+    @property
+    def leaving_nodes(self) -> tuple[LeavingNode, ...]:
+        return tuple(LeavingNode(*node) for node in self.leaving)
 
     @property
     def dense(self) -> bool:

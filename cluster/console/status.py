@@ -117,7 +117,7 @@ def render_status(status: ClusterStatus, before: ClusterStatus | None = None) ->
         parts.append(Text(f"versions {', '.join(status.versions)}: {advice}", style="yellow"))
     if status.work:
         parts.append(Text(f"under way: {status.work}", style="yellow"))
-    parts += [Text(_describe_leaving(status, node), style="yellow") for node in status.leaving]
+    parts += [Text(_describe_leaving(status, node), style="yellow") for node in status.leaving_nodes]
     if status.adapters:
         parts.append(Text(f"adapters {', '.join(status.adapters)}"))
     parts.append(_replica_table(status, before))

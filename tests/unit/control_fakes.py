@@ -141,19 +141,25 @@ class FakeActor:
 class FakeLauncher:
     """A `Launcher`. log: what happened, in order.  starts: (time, name) of each process.  full: no node has room.
     errors: raised by the next loads, of any process.  gcs_away: what is asked of Ray's GCS waits.
-    leaving: the nodes that Ray drains, where nothing has room."""
+    leaving: the nodes that Ray drains, where nothing has room.  waiting: places that wait for room.
+    blocking: what was asked of Ray's GCS outside its thread."""
 
     def __init__(self):
         self.actors, self.log, self.starts, self.killed = {}, [], [], []
         self.errors, self.pids, self.full = deque(), itertools.count(1), False
         self.reserved, self.gcs_away = {}, False
         self.leaving, self.restarts = {}, 0
+        self.waiting, self.blocking, self.threaded = set(), [], False
 
     async def in_thread(self, method, *arguments):
         await asyncio.sleep(0)
         while self.gcs_away:
             await asyncio.sleep(1)
-        return method(*arguments)
+        self.threaded = True
+        try:
+            return method(*arguments)
+        finally:
+            self.threaded = False
 
     def me(self):
         return "controller"
@@ -174,13 +180,15 @@ class FakeLauncher:
         return dict(self.leaving)
 
     def places(self):
-        return {name: place.node_id for name, place in self.reserved.items()}
+        return {**dict.fromkeys(self.waiting, ""), **{name: place.node_id for name, place in self.reserved.items()}}
 
     async def reserve(self, name, node_id, config):
         if name in self.reserved:
             return self.reserved[name]
+        self.waiting.add(name)
         while self.full or self.gcs_away or not (open_nodes := [node for node in NODES if node not in self.leaving]):
             await asyncio.sleep(1)
+        self.waiting.discard(name)
         return self.reserved.setdefault(name, Place(node_id if node_id in open_nodes else open_nodes[0], name))
 
     def start_shard(self, name, shard_id, place, config):
@@ -205,6 +213,9 @@ class FakeLauncher:
         self.killed.append(process.pid)
 
     def give_back(self, place_name):
+        if not self.threaded:
+            self.blocking.append(place_name)
+        self.waiting.discard(place_name)
         self.reserved.pop(place_name, None)
 
 
@@ -220,8 +231,8 @@ class FakeCluster:
         self.engines = Engines(news, self.state.note, draining=lambda: self.state.draining, clock=clock)
         self.spares = SpareProcesses("g", self.state, self.launcher)
         self.supervision = ShardSupervision(
-            self.state, self.shards, metrics, make_shard=self.make_shard, on_up=lambda: None, clock=clock,
-            nodes=lambda: self.launcher.in_thread(self.launcher.nodes),
+            self.state, self.shards, metrics, make_shard=self.make_shard, launcher=self.launcher,
+            on_up=lambda: None, clock=clock,
         )  # fmt: skip
         self.loads = LoadWatch(self.state, self.shards, self.engines, metrics, FACTS, clock=clock)
         self.changes = PlacementChanges(

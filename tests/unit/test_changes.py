@@ -251,6 +251,18 @@ def test_a_roll_gives_each_shard_a_new_process_one_at_a_time_and_is_no_fault():
     virtual_time.run(play)
 
 
+def test_a_roll_leaves_the_shards_of_a_node_that_ray_drains_to_its_drain():
+    async def play():
+        made = await FakeCluster(replace(CONFIG, spare_processes=True)).up()
+        before = [shard.status.process.pid for shard in made.shards]
+        made.state.note_draining({"b": 1000.0})
+        assert await made.changes.roll() == "1 shards have new processes, 1 more get theirs by leaving a node"
+        after = [shard.status.process.pid for shard in made.shards]
+        assert (after[0] > before[1], after[1]) == (True, before[1])
+
+    virtual_time.run(play)
+
+
 def test_a_change_that_nobody_waits_for_leaves_its_failure_as_a_fault():
     async def play():
         made = await FakeCluster().up()

@@ -7,12 +7,14 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+import ray
 import virtual_time
 from control_fakes import CONFIG, LOAD_S, FakeActor, FakeCluster, task_error
 
-from cluster.runtime.control.drains import FAREWELL_S, LOOK_S, ROOM_S
+from cluster.runtime.control.drains import FAREWELL_S, LOOK_S, RETRY_S, ROOM_S
 from cluster.runtime.control.recall import recall
-from cluster.status import LeavingNode, ProcessInfo
+from cluster.runtime.control.spares import START_TIMEOUT_S
+from cluster.status import ProcessInfo
 
 HALF, OTHER_HALF, ALL = {0: (0, 1), 1: (0, 1)}, {0: (2, 3), 1: (2, 3)}, {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}
 SPARES = replace(CONFIG, spare_processes=True)
@@ -23,6 +25,14 @@ async def serving(config=CONFIG):
     made = await FakeCluster(config).up()
     made.task = asyncio.create_task(made.drains.run())
     await asyncio.sleep(LOOK_S / 2)
+    return made
+
+
+async def drained(config=CONFIG, *, for_s, full=False):
+    """A cluster whose node b Ray has drained for so long. full: no other node has room."""
+    made = await serving(config)
+    made.launcher.full, made.launcher.leaving = full, {"b": 1000.0}
+    await asyncio.sleep(for_s)
     return made
 
 
@@ -68,9 +78,7 @@ def test_a_shard_that_leaves_before_all_have_loaded_publishes_no_plan_without_th
 
 def test_a_moved_shard_is_looked_after_as_any_other():
     async def play():
-        made = await serving()
-        made.launcher.leaving = {"b": 1000.0}
-        await asyncio.sleep(10)
+        made = await drained(for_s=10)
         made.actor(1).die()
         await asyncio.sleep(LOAD_S + 0.1)
         assert (made.actor(1).node_id, made.actor(1).experts) == ("a", OTHER_HALF)
@@ -83,9 +91,7 @@ def test_a_shard_that_dies_on_a_node_that_drains_comes_up_on_another():
     """Its successor, which still loads, is of no more use. Nothing starts on the node, though its room is reserved."""
 
     async def play():
-        made = await serving()
-        made.launcher.leaving = {"b": 1000.0}
-        await asyncio.sleep(LOOK_S / 2 + LOAD_S / 2)
+        made = await drained(for_s=LOOK_S / 2 + LOAD_S / 2)
         made.actor(1).die()
         await asyncio.sleep(5)
         assert (made.actor(1).node_id, made.actor(1).experts) == ("a", OTHER_HALF)
@@ -96,13 +102,8 @@ def test_a_shard_that_dies_on_a_node_that_drains_comes_up_on_another():
 
 def test_without_room_for_a_process_the_experts_go_to_shards_that_stay_and_come_back_with_room():
     async def play():
-        made = await serving()
-        made.launcher.full = True
-        made.launcher.leaving = {"b": 1000.0}
-        await asyncio.sleep(LOOK_S + ROOM_S + 3)
-        assert made.drains.leaving() == (LeavingNode(
-            node_id="b", until=1000.0, waits="no other node has room for shard 1 (1 CPU each)",
-        ),)  # fmt: skip
+        made = await drained(for_s=LOOK_S + ROOM_S + 3, full=True)
+        assert made.drains.leaving() == (("b", 1000.0, "no other node has room for shard 1 (1 CPU each)"),)
         assert notes(made) == ["Ray drains a node, and no other one has room for shard 1"]
         assert (made.actor(0).experts, made.state.slice_of(1)) == (ALL, {})
         await made.changes.rebalance()
@@ -111,7 +112,7 @@ def test_without_room_for_a_process_the_experts_go_to_shards_that_stay_and_come_
         await asyncio.sleep(10)
         assert made.actor(1).node_id == "a"
         assert sorted(len(ids) for ids in made.state.slice_of(1).values()) == [2, 2]
-        assert made.drains.leaving() == (LeavingNode(node_id="b", until=1000.0),)
+        assert made.drains.leaving() == (("b", 1000.0, ""),)
 
     virtual_time.run(play)
 
@@ -123,9 +124,9 @@ def test_a_drain_of_the_last_node_with_room_waits_and_is_told_once():
         made.launcher.leaving = {"a": float("inf"), "b": 5.0}
         await asyncio.sleep(100)
         assert made.actor(0) is old
-        assert [leaving.waits for leaving in made.drains.leaving()] == [
-            "no other node has room for shard 0 (1 CPU each)", "",
-        ]  # fmt: skip
+        assert made.drains.leaving() == (
+            ("a", float("inf"), "no other node has room for shard 0 (1 CPU each)"), ("b", 5.0, ""),
+        )  # fmt: skip
         assert notes(made) == ["Ray drains a node, and no other one has room for shard 0"]
         assert made.value("leaving_shards") == 1
 
@@ -134,13 +135,13 @@ def test_a_drain_of_the_last_node_with_room_waits_and_is_told_once():
 
 def test_experts_for_which_the_others_have_no_memory_stay():
     async def play():
-        made = await serving(replace(CONFIG, expert_memory_bytes=40))
-        made.launcher.full = True
-        made.launcher.leaving = {"b": 1000.0}
-        await asyncio.sleep(60)
+        made = await drained(replace(CONFIG, expert_memory_bytes=40), for_s=60, full=True)
         assert made.state.slice_of(1) == OTHER_HALF
-        assert len(notes(made)) == 2
-        assert "4 places" in notes(made)[1] or "room" in notes(made)[1]
+        assert notes(made) == [
+            "Ray drains a node, and no other one has room for shard 1",
+            "1 expert shards have room for 4 copies of experts, not for 1 of each of 4 in 2 layers: "
+            "add shards or memory, or lower --min-copies",
+        ]
         made.launcher.full = False
         await asyncio.sleep(10)
         assert made.actor(1).node_id == "a"
@@ -186,10 +187,7 @@ def test_an_engine_that_ends_on_a_node_that_drains_is_no_fault():
 
 def test_a_node_that_goes_before_there_is_room_leaves_nothing_behind():
     async def play():
-        made = await serving()
-        made.launcher.full = True
-        made.launcher.leaving = {"b": 1000.0}
-        await asyncio.sleep(20)
+        made = await drained(for_s=20, full=True)
         made.launcher.leaving = {}
         made.actor(1).die()
         made.launcher.reserved.pop("g:shard-1")
@@ -217,13 +215,107 @@ def test_spare_processes_leave_and_one_elsewhere_becomes_the_successor():
     virtual_time.run(play)
 
 
-@pytest.mark.parametrize(("shards_on_it", "restarts"), [(True, 0), (False, 1)])
-def test_the_controller_leaves_its_node_after_the_shards(shards_on_it, restarts):
+@pytest.mark.parametrize(
+    ("draining", "at_once", "later"),
+    [("head", True, True), ("head b", False, True), ("head a b", False, False)],
+    ids=["no shard leaves", "a shard leaves", "shards wait for room"],
+)
+def test_the_controller_leaves_its_node_after_the_shards(draining, at_once, later):
     async def play():
         made = await serving()
-        made.launcher.leaving = {"head": 1000.0, **({"a": 1000.0, "b": 1000.0} if shards_on_it else {})}
+        made.launcher.leaving = dict.fromkeys(draining.split(), 1000.0)
         await asyncio.sleep(LOOK_S)
-        assert made.launcher.restarts == restarts
+        assert (made.launcher.restarts > 0) == at_once
+        await asyncio.sleep(10)
+        assert (made.launcher.restarts > 0) == later
+
+    virtual_time.run(play)
+
+
+def test_a_process_that_starts_slowly_where_it_has_room_is_waited_for():
+    """It waits for a spare process there, which does not answer."""
+
+    async def play():
+        made = await serving(SPARES)
+        start = made.launcher.start_spare
+
+        def start_stopped(*arguments):
+            actor = start(*arguments)
+            actor.stopped = True
+            return actor
+
+        made.launcher.start_spare = start_stopped
+        await made.spares.keep(["a"])
+        made.launcher.leaving = {"b": 1000.0}
+        await asyncio.sleep(4 * ROOM_S)
+        assert made.drains.leaving() == (("b", 1000.0, ""),)
+        assert (notes(made), made.state.slice_of(1)) == ([], OTHER_HALF)
+        await asyncio.sleep(START_TIMEOUT_S)
+        assert made.actor(1).node_id == "a"
+
+    virtual_time.run(play)
+
+
+def test_what_is_told_of_nodes_that_leave_is_plain_for_processes_of_an_older_version():
+    async def play():
+        made = await drained(for_s=LOOK_S)
+        assert [type(node) for node in made.drains.leaving()] == [tuple]
+
+    virtual_time.run(play)
+
+
+def test_rays_gcs_takes_processes_and_places_away_in_a_thread_of_its_own():
+    """Of the shard that left, and of a successor that is of no use; a GCS that is away would hold the event loop up."""
+
+    async def play():
+        made = await drained(for_s=10)
+        made.launcher.leaving, made.launcher.full = {"a": 1000.0}, True
+        await asyncio.sleep(LOOK_S)
+        assert len(made.launcher.places()) == 4, "the successors of both wait for room"
+        made.launcher.leaving = {}
+        await asyncio.sleep(3 * LOOK_S)
+        assert made.launcher.places().keys() == {"g:shard-0", made.shards[1].name}
+        await made.changes.scale(1)
+        assert list(made.launcher.places()) == ["g:shard-0"]
+        assert made.launcher.blocking == []
+
+    virtual_time.run(play)
+
+
+def test_a_shard_that_cannot_be_taken_away_after_its_move_has_moved(caplog):
+    async def play():
+        made = await serving()
+        give_back = made.launcher.give_back
+
+        def fail(name):
+            give_back(name)
+            raise ray.exceptions.RaySystemError("no answer")
+
+        made.launcher.give_back = fail
+        made.launcher.leaving = {"b": 1000.0}
+        await asyncio.sleep(10)
+        assert (made.actor(1).node_id, notes(made)) == ("a", [])
+        assert made.value("changes_total", kind="drain", outcome="done") == 1
+        assert "g:shard-1 is not taken away" in caplog.text
+
+    virtual_time.run(play)
+
+
+def test_experts_that_do_not_come_back_are_tried_again_after_a_pause():
+    """Shard 1 is up again, and its load of experts fails."""
+
+    async def play():
+        made = await drained(for_s=LOOK_S + ROOM_S + 3, full=True)
+        made.launcher.full = False
+        await made.state.until(lambda: made.shards[1].node_id == "a")
+        made.launcher.errors.append(task_error(MemoryError("no memory")))
+        await asyncio.sleep(RETRY_S)
+        assert "no memory" in notes(made)[-1]
+        assert (made.state.slice_of(1), made.changes.vacated) == ({}, {1})
+        num_notes = len(notes(made))
+        await asyncio.sleep(RETRY_S + 2 * LOOK_S + 2 * LOAD_S)
+        assert sorted(len(ids) for ids in made.state.slice_of(1).values()) == [2, 2]
+        assert (len(notes(made)), made.changes.vacated) == (num_notes, set())
 
     virtual_time.run(play)
 
@@ -232,13 +324,12 @@ def test_a_controller_that_dies_over_a_move_leaves_one_process_and_one_place():
     """Its successor finds both; no plan was published with the newer one."""
 
     async def play():
-        made = await serving()
-        made.launcher.leaving = {"b": 1000.0}
-        await asyncio.sleep(LOOK_S / 2 + LOAD_S / 2)
+        made = await drained(for_s=LOOK_S / 2 + LOAD_S / 2)
         assert len(made.launcher.actors) == 3
         _, left = await recall("g", made.launcher)
         assert left[1] == ("g:shard-1", "g:shard-1")
         assert sorted(made.launcher.reserved) == sorted(made.launcher.actors) == ["g:shard-0", "g:shard-1"]
+        assert made.launcher.blocking == []
         made.task.cancel()
         made.drains.close()
 

@@ -16,7 +16,7 @@ from cluster.serving.live.figures import FigureMeter, Latency, LinkFigures, quan
 from cluster.serving.live.picture import cluster_picture
 from cluster.serving.live.public import public
 from cluster.serving.live.reading import Reading
-from cluster.status import ClusterStatus, Fault, LeavingNode, ProcessInfo, ReplicaStatus, ShardStatus
+from cluster.status import ClusterStatus, Fault, ProcessInfo, ReplicaStatus, ShardStatus
 from cluster.types import EngineStats
 
 PLAN = plan_evenly((1, 3), 4, 2)  # two sparse layers, four experts: 0 and 1 on shard 0, 2 and 3 on shard 1
@@ -89,10 +89,7 @@ def test_a_frame_has_parts_placement_and_beat():
 
 
 def test_nodes_that_leave_are_shown_with_the_change_under_way():
-    nodes = (
-        LeavingNode(node_id="b", until=1.0, waits="no other node has room for shard 1"),
-        LeavingNode(node_id="c", until=1.0),
-    )
+    nodes = (("b", 1.0, "no other node has room for shard 1"), ("c", 1.0, ""))
     picture = cluster_picture(status(work="rebalance", leaving=nodes), "tiny", ())
     assert picture.work == (
         "rebalance; Ray drains node 2: no other node has room for shard 1; Ray drains node without processes"

@@ -8,7 +8,7 @@ import pytest
 from cluster.console import print_cluster, print_placement, print_status
 from cluster.console.offline import print_findings
 from cluster.doctor import Finding
-from cluster.status import ClusterStatus, LeavingNode, ProcessInfo, ReplicaStatus
+from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus
 from cluster.types import EngineStats
 
 METRICS = ("http://127.0.0.1:9464/metrics",)
@@ -59,8 +59,7 @@ def test_a_cluster_whose_metrics_never_come_is_printed_without_them(capsys):
 
 
 def test_a_node_that_ray_drains_is_shown_with_what_stands_on_it_and_why(capsys):
-    waits = LeavingNode(node_id="n", until=math.inf, waits="no other node has room")
-    print_status(replace(status(8, METRICS), leaving=(waits, LeavingNode(node_id="m", until=0))))
+    print_status(replace(status(8, METRICS), leaving=(("n", math.inf, "no other node has room"), ("m", 0.0, ""))))
     out = capsys.readouterr().out
     assert "Ray drains node n; on it: attention replica r; no other node has room\n" in out
     assert "Ray drains node m, which ends in 0 s; on it: no shard and no replica\n" in out

@@ -150,6 +150,25 @@ def test_a_store_leaves_a_node_that_ray_drains_once_a_carrier_has_a_place(monkey
     virtual_time.run(run)
 
 
+def test_a_store_stays_where_it_is_while_ray_does_not_tell_which_nodes_it_drains(monkeypatch, killed, caplog):
+    def away():
+        raise ray.exceptions.GetTimeoutError("the GCS server is away")
+
+    async def run():
+        with_carrier(monkeypatch, None)
+        monkeypatch.setattr(response_store, "LOOK_S", 10.0)
+        monkeypatch.setattr(ResponseStoreActor, "_until_alone", lambda self: asyncio.sleep(0))
+        monkeypatch.setattr(ResponseStoreActor, "_drains", staticmethod(away))
+        await ResponseStoreActor("group").put(stored("a"))
+        await asyncio.sleep(25)
+
+    virtual_time.run(run)
+    assert [record.getMessage() for record in caplog.records] == [
+        "group: Ray does not tell which nodes it drains: the GCS server is away"
+    ] * 2
+    assert killed == []
+
+
 def fake_ray(monkeypatch, store, get):
     """Of `replace_store`: with this store alone, and answers by `get`. Returns the carriers that were made."""
     made = []

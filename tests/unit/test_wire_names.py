@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from last_version import ROOT, write_last_version
@@ -61,6 +62,10 @@ SINCE = (
     StoreLimits(max_bytes=1, max_responses=2, max_age_s=3.0),
     AdapterList(version=1.0, adapters=(AdapterSource(name="a", directory="/a", number=3),), next_number=4),
     Contents(store_id="s", limits=StoreLimits(max_bytes=1), ages_s=(1.0,)),
+)
+# The last version leaves out what it does not know.
+DRAINED = ClusterStatus(
+    epoch=3, shards=(), replicas=(), metrics_addresses=(), draining=False, leaving=(("n", 1.0, "no room"),)
 )
 FAILURES = (ShardUnavailable("shard 1 died", 1), InvalidRequest("no", "n"))
 ACTORS = (ExpertController, ExpertShardActor, EngineActor)
@@ -122,21 +127,22 @@ class NamesIn(pickle.Unpickler):
 
 def test_what_is_exchanged_goes_by_the_names_that_it_had_first(tmp_path):
     path = tmp_path / "values"
-    path.write_bytes(pickle.dumps((EXCHANGED + SINCE, FAILURES, tuple(map(sent, ACTORS + ACTORS_SINCE)))))
+    sent_values = (*EXCHANGED, *SINCE, DRAINED)
+    path.write_bytes(pickle.dumps((sent_values, FAILURES, tuple(map(sent, ACTORS + ACTORS_SINCE)))))
     with path.open("rb") as file:
         reader = NamesIn(file)
         values, _, actors = reader.load()
     assert reader.seen == set(NAMES.split())
-    assert values == EXCHANGED + SINCE
+    assert values == sent_values
     assert actors == ACTORS + ACTORS_SINCE
 
 
 def test_the_last_version_reads_what_this_one_sends_and_the_reverse(tmp_path):
     """Its process loads the values, and sends them back as it writes them."""
     write_last_version(tmp_path / "last")
-    data = pickle.dumps((EXCHANGED, FAILURES, tuple(map(sent, ACTORS))))
+    data = pickle.dumps(((*EXCHANGED, DRAINED), FAILURES, tuple(map(sent, ACTORS))))
     values, failures, actors = pickle.loads(run_python(READ_AND_ANSWER, tmp_path / "last", data))
-    assert values == EXCHANGED
+    assert values == (*EXCHANGED, replace(DRAINED, leaving=()))
     assert failures == [("ShardUnavailable", ("shard 1 died", 1)), ("InvalidRequest", ("no", "n"))]
     assert actors == [actor.__name__ for actor in ACTORS]
 

@@ -108,14 +108,19 @@ class PlacementChanges:
         async with self._changing:
             await self._state.until(self._shards.all_up)
             await self._spares.clear()
+            rolled = 0
             for shard in self._shards:
+                if shard.node_id in self._state.draining:
+                    continue  # its drain gives it a new process, on another node
                 with self._working(f"roll: shard {shard.shard_id} of {len(self._shards)}"):
                     await self._spares.keep([shard.node_id])
                     await self._spares.started(shard.node_id)
                     old = shard.handle
                     shard.retire()
                     await self._state.until(lambda shard=shard, old=old: shard.handle not in (None, old))  # type: ignore[misc]
-        return f"{len(self._shards)} shards have new processes"
+                    rolled += 1
+        others = len(self._shards) - rolled
+        return f"{rolled} shards have new processes" + f", {others} more get theirs by leaving a node" * bool(others)
 
     async def settle(self) -> str:
         """Adds or removes shards until there are as many as wanted, and experts where they should be."""
@@ -147,10 +152,11 @@ class PlacementChanges:
         return f"{change}: shards {sorted(shard_ids)} hold no experts any more"
 
     async def spread(self, shard_id: int) -> str:
-        """Gives experts to a shard again that had given them away. Raises ClusterError."""
+        """Gives experts to a shard again that had given them away. Raises ClusterError; it then stays without."""
         async with self._changing:
-            self.vacated -= {shard_id}
-            return await self._balance(Change("drain", shard_id), spread=True)
+            text = await self._balance(Change("drain", shard_id), spread=True)
+            self.vacated.discard(shard_id)
+            return text
 
     async def guard(self, change: Awaitable[str]) -> None:
         """For changes that nobody waits for: their failure is a fault to be seen, the cluster serves on."""
@@ -181,7 +187,7 @@ class PlacementChanges:
                 async with asyncio.timeout(GROW_TIMEOUT_S):
                     await self._state.until(lambda: shard.handle is not None)
             except TimeoutError:
-                self._supervision.remove_last()
+                await self._supervision.remove_last()
                 self._state.aim(shard.shard_id)
                 self._metrics.changed(change.kind, "failed", 0)
                 config = self._state.config
@@ -202,7 +208,7 @@ class PlacementChanges:
             except ClusterError:
                 self._state.aim(last + 1)  # it stays: the others have no room, or did not load
                 raise
-            self._supervision.remove_last()
+            await self._supervision.remove_last()
             self.vacated.discard(last)
             self._state.publish()
 
@@ -220,9 +226,10 @@ class PlacementChanges:
             self._metrics.changed(change.kind, "failed", 0)
             raise
 
-    def _rooms(self, leaving: Set[int] = frozenset()) -> list[int]:
-        """For how many experts each shard has room: none in those that leave or have given theirs away."""
-        stay = [shard.shard_id not in leaving | self.vacated for shard in self._shards]
+    def _rooms(self, leaving: Set[int] = frozenset(), *, back: int | None = None) -> list[int]:
+        """For how many experts each shard has room: none in those that leave or gave theirs away, but in one of these
+        that is back."""
+        stay = [shard.shard_id not in leaving | (self.vacated - {back}) for shard in self._shards]
         if not any(stay):
             raise SetupError("no expert shard stays that could take the others' experts")
         [room, *_] = capacities(self._state.config, self._facts, sum(stay))
@@ -236,7 +243,7 @@ class PlacementChanges:
             eplb.rebalance,
             before,
             traffic,
-            shards=self._rooms(),
+            shards=self._rooms(back=change.shard_id),
             min_copies=self._state.config.min_copies,
             max_moves=None if spread else self._state.config.rebalance_max_moves,
             min_gain=MIN_GAIN,

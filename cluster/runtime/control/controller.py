@@ -79,7 +79,7 @@ class ExpertController(AdapterCalls, PlacementCalls):
             self.shards,
             self._metrics,
             make_shard=self._make_shard,
-            nodes=lambda: self._launcher.in_thread(self._launcher.nodes),
+            launcher=self._launcher,
             on_up=self._look.set,
             clock=clock,
         )

@@ -21,14 +21,13 @@ from cluster.runtime.control.shards import Shard, Shards
 from cluster.runtime.control.spares import SpareProcesses
 from cluster.runtime.control.state import ClusterState
 from cluster.runtime.control.supervision import ShardSupervision
-from cluster.status import LeavingNode
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # between two looks at Ray's nodes: a pod may have 30 s from its notice to its end
 ROOM_S = 5.0  # for room on another node, after which experts go to shards that stay
 FAREWELL_S = 0.5  # for rows that are under way to a shard whose successor all engines know
-RETRY_S = 5.0  # after a successor that did not load
+RETRY_S = 5.0  # after a successor, or experts for a shard without any, that did not load
 
 
 class Drains:
@@ -52,6 +51,7 @@ class Drains:
         self._moves: dict[int, asyncio.Task[None]] = {}  # by shard
         self._stranded: set[int] = set()  # shards that find no room
         self._tried: set[int] = set()  # of these, when their experts last were to go without them
+        self._resting: dict[int, float] = {}  # until when shards without experts are given none, after it failed
         self._work: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -70,7 +70,7 @@ class Drains:
         draining = await self._launcher.in_thread(self._launcher.draining)
         for node_id in draining.keys() - self._state.draining.keys():
             log.info("%s: Ray drains node %s", self._state.group, node_id)
-        self._state.draining = draining
+        self._state.note_draining(draining)
         leaving = [shard for shard in self._shards if shard.node_id in draining]
         self._metrics.leaving(len(leaving))
         self._spares.leave(draining.keys())
@@ -83,15 +83,15 @@ class Drains:
             log.info("%s: the controller leaves node %s", self._state.group, self._home)
             await self._launcher.in_thread(self._launcher.restart, self._launcher.me())
 
-    def leaving(self) -> tuple[LeavingNode, ...]:
-        """For the status."""
+    def leaving(self) -> tuple[tuple[str, float, str], ...]:
+        """For the status: the fields of each `LeavingNode`."""
         need = ", ".join(f"{amount:g} {name}" for name, amount in shard_resources(self._state.config).items())
         found = []
         for node_id, until in self._state.draining.items():
             here = {shard.shard_id for shard in self._shards if shard.node_id == node_id}
             stranded = here & self._stranded
             waits = f"no other node has room for {_names(stranded)} ({need} each)" if stranded else ""
-            found.append(LeavingNode(node_id=node_id, until=until, waits=waits))
+            found.append((node_id, until, waits))
         return tuple(found)
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class Drains:
             return False
         finally:
             if successor not in self._shards:
-                successor.remove()
+                await self._remove(successor)
         return True
 
     async def _find_room(self, successor: Shard, shard: Shard) -> bool:
@@ -140,7 +140,11 @@ class Drains:
             while not (await asyncio.wait([starting], timeout=LOOK_S))[0]:
                 if not self._leaves(shard):
                     return False
-                if self._clock() - since >= ROOM_S:
+                places = await self._launcher.in_thread(self._launcher.places)
+                if places.get(successor.status.actor) != "":  # not asked for yet, or there: its process starts
+                    since = self._clock()
+                    self._stranded.discard(shard.shard_id)
+                elif self._clock() - since >= ROOM_S:
                     self._stranded.add(shard.shard_id)
             await starting
         finally:
@@ -149,22 +153,31 @@ class Drains:
         return True
 
     async def _put(self, successor: Shard, shard: Shard) -> None:
-        """Raises RayError; then all stays as it was."""
+        """Raises RayError where the successor does not load; then all stays as it was."""
         started = self._clock()
         await successor.load(self._state.slice_of(shard.shard_id))  # the plan may have changed meanwhile
         self._supervision.put(successor)
         await self._changes.adopted(self._state.plan.epoch)
         await asyncio.sleep(FAREWELL_S)
-        await self._launcher.in_thread(shard.remove)
+        await self._remove(shard)
         log.info("%s: shard %d left its node in %.1f s", self._state.group, shard.shard_id, self._clock() - started)
+
+    async def _remove(self, shard: Shard) -> None:
+        """A process that is of no more use. One that is left ends with its node, or when a controller starts."""
+        try:
+            await self._launcher.in_thread(shard.remove)
+        except ray.exceptions.RayError as error:
+            log.warning("%s: %s is not taken away: %s", self._state.group, shard.status.actor, error)
 
     def _next_work(self) -> asyncio.Task[None] | None:
         """A change of the plan that is due: stranded shards give their experts away, once the other moves are made;
         those that have a place again get some."""
         for shard_id in self._changes.vacated:
             shard = self._shards[shard_id]
+            if self._clock() < self._resting.get(shard_id, 0.0):
+                continue
             if shard.handle is not None and shard.node_id not in self._state.draining:
-                return asyncio.create_task(self._changes.guard(self._changes.spread(shard_id)))
+                return asyncio.create_task(self._spread(shard_id))
         self._tried &= self._stranded
         new = self._stranded - self._tried
         if not new or self._stranded != self._moves.keys():
@@ -174,6 +187,10 @@ class Drains:
         if self._stranded <= self._changes.vacated or len(self._stranded) == len(self._shards):
             return None
         return asyncio.create_task(self._changes.guard(self._changes.vacate(frozenset(self._stranded))))
+
+    async def _spread(self, shard_id: int) -> None:
+        await self._changes.guard(self._changes.spread(shard_id))
+        self._resting[shard_id] = self._clock() + RETRY_S  # counts for one that is still without experts
 
     async def _has_another_home(self) -> bool:
         resource = self._state.config.ingress_resource

@@ -31,7 +31,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 RESOURCES_WARNING_S = 30.0  # between two log lines that a shard waits for resources
-DRAINING_TIMEOUT_S = 2.0  # for an answer of Ray's control service, which takes milliseconds
 
 
 class Node(NamedTuple):
@@ -114,7 +113,7 @@ class RayLauncher:
         return [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
     def draining(self) -> dict[str, float]:
-        return draining_nodes(DRAINING_TIMEOUT_S)
+        return draining_nodes()
 
     def find(self, name: str) -> Any | None:
         try:

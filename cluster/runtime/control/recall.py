@@ -60,7 +60,7 @@ async def recall(group: str, launcher: Launcher) -> tuple[ClusterRecord | None, 
         kept = newest_first[0] if newest_first else None
         place = await _place(kept, places[shard_id], nodes)
         for name in {*places[shard_id]} - {place}:
-            launcher.give_back(name)
+            await launcher.in_thread(launcher.give_back, name)
         left[shard_id] = Left("" if kept is None else kept.name, place)
     return max(records, key=lambda record: record.version, default=None), left
 

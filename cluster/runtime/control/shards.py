@@ -64,7 +64,7 @@ class Shard(Protocol):
         """Ends the actor on purpose: its successor is no fault."""
 
     def remove(self) -> None:
-        """Ends the actor and gives its place back."""
+        """Ends the actor and gives its place back. Blocks while Ray's GCS is away."""
 
 
 class Shards:

@@ -1,6 +1,7 @@
 """A cluster's plan, the number of its shards, its configuration, and the tasks that wait for news of them.
 
-The controller's parts read it; only its own methods change it. Decides nothing.
+The controller's parts read it; only its own methods change it, but for `adapters`, which `SharedAdapters` sets.
+Decides nothing.
 """
 
 import logging
@@ -72,7 +73,7 @@ class ClusterState:
         self._uncovered_since: float | None = None
         self._faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
         self.adapters = AdapterList()  # that shards hold a part of
-        self.draining: Mapping[str, float] = {}  # nodes that Ray drains, and until when each stays (wall clock)
+        self._draining: Mapping[str, float] = {}
 
     @property
     def config(self) -> ClusterConfig:
@@ -89,6 +90,11 @@ class ClusterState:
     @property
     def failure(self) -> SetupError | None:
         return self._failure
+
+    @property
+    def draining(self) -> Mapping[str, float]:
+        """The nodes that Ray drains, and until when each stays (wall clock)."""
+        return self._draining
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -186,6 +192,10 @@ class ClusterState:
     def note(self, what: str) -> None:
         """Remembers a fault for `status`."""
         self._faults.append(Fault(at=self._wall_clock(), what=what))
+
+    def note_draining(self, nodes: Mapping[str, float]) -> None:
+        """As `draining`."""
+        self._draining = nodes
 
     def fail(self, error: SetupError) -> None:
         """There can be no shards: all that wait for them get the error."""

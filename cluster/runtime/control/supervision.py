@@ -11,7 +11,7 @@ import ray
 from cluster.checkpoint.files import in_one_line
 from cluster.errors import SetupError
 from cluster.metrics import ControllerMetrics
-from cluster.runtime.control.launcher import Node, shard_resources
+from cluster.runtime.control.launcher import Launcher, shard_resources
 from cluster.runtime.control.recall import Left
 from cluster.runtime.control.shards import Shard, Shards
 from cluster.runtime.control.state import ClusterState
@@ -36,13 +36,13 @@ class ShardSupervision:
         metrics: ControllerMetrics,
         *,
         make_shard: Callable[[str], Shard],
-        nodes: Callable[[], Awaitable[list[Node]]],
+        launcher: Launcher,
         on_up: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """make_shard: from its name.  nodes: those that live.  on_up: called when a shard has come up."""
+        """make_shard: from its name.  on_up: called when a shard has come up."""
         self._state, self._shards, self._metrics = state, shards, metrics
-        self._make_shard, self._nodes, self._on_up, self._clock = make_shard, nodes, on_up, clock
+        self._make_shard, self._launcher, self._on_up, self._clock = make_shard, launcher, on_up, clock
         self._found: dict[int, Left] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -58,10 +58,10 @@ class ShardSupervision:
         self._tasks.append(asyncio.create_task(self._guard(self._supervise(shard))))
         return shard
 
-    def remove_last(self) -> None:
+    async def remove_last(self) -> None:
         """The shard with the highest id, which the plan has nothing for any more."""
         self._tasks.pop().cancel()
-        self._shards.pop().remove()
+        await self._launcher.in_thread(self._shards.pop().remove)
 
     def successor(self, shard_id: int) -> Shard:
         """One that shall take a shard's place, and starts while that still runs."""
@@ -156,7 +156,7 @@ class ShardSupervision:
 
     async def emptiest_node(self) -> str | None:
         """The node with the fewest shards, of those that stay and are large enough for one."""
-        nodes = await self._nodes()
+        nodes = await self._launcher.in_thread(self._launcher.nodes)
         num_shards = Counter(shard.node_id for shard in self._shards)  # now: several may ask at once
         need = shard_resources(self._state.config)
         fits = [

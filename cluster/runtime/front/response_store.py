@@ -25,7 +25,6 @@ from cluster.serving.openai.responses.store import Contents, Page, Progress, Rep
 log = logging.getLogger(__name__)
 
 LOOK_S = 10.0  # between two looks for the controller
-DRAINING_TIMEOUT_S = 2.0  # for an answer of Ray's control service, which takes milliseconds
 CARRIER_START_S = 30.0  # for a carrier's process to come up
 MISSES = 2  # looks without a controller, after which there is no cluster
 SHOW_S = 1.0  # between two looks at the metrics
@@ -129,16 +128,22 @@ class ResponseStoreActor:
         while True:
             await asyncio.sleep(LOOK_S)
             try:
-                if await asyncio.to_thread(self._drains):
-                    carrier = await asyncio.to_thread(carrier_actor, self._group, _custom_resource())
-                    await _answers(carrier)
-                    await self.hand_over(carrier)
+                drains = await asyncio.to_thread(self._drains)
+            except ray.exceptions.RayError as error:
+                log.warning("%s: Ray does not tell which nodes it drains: %s", self._group, error)
+                continue
+            if not drains:
+                continue
+            try:
+                carrier = await asyncio.to_thread(carrier_actor, self._group, _custom_resource())
+                await _answers(carrier)
+                await self.hand_over(carrier)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.warning("%s: the store of responses stays on a node that drains: %r", self._group, error)
 
     @staticmethod
     def _drains() -> bool:
-        return ray.get_runtime_context().get_node_id() in draining_nodes(DRAINING_TIMEOUT_S)
+        return ray.get_runtime_context().get_node_id() in draining_nodes()
 
     async def _until_alone(self) -> None:
         misses = 0

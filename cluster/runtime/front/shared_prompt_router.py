@@ -14,8 +14,8 @@ class SharedPromptRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: igno
     is not too busy.
 
     The names come as the call's `session_id`, words as `a+3`: that replica may have 3 requests more than the one of the
-    two; without a number it may have any. An ingress of an older version gives one as the `multiplexed_model_id`; Serve
-    keeps a request of each of these for good.
+    two; without a number any that leaves it a free seat. An ingress of an older version gives one as the
+    `multiplexed_model_id`; Serve keeps all such requests until that ingress ends.
     """
 
     def initialize_state(self, *, max_num_seqs: int) -> None:
@@ -30,7 +30,7 @@ class SharedPromptRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: igno
         chosen = random.sample(nearby, min(2, len(nearby)))
         wanted = _wanted(pending_request.metadata) if pending_request is not None else ""
         if not wanted:
-            return [[], chosen]
+            return [chosen]
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         least = min(map(self._num_requests, chosen), default=0)
         for word in wanted.split():
@@ -38,7 +38,7 @@ class SharedPromptRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: igno
             most = min(self._max_num_seqs - 1, least + int(excess)) if excess else self._max_num_seqs - 1
             if name in named and self._num_requests(named[name]) <= most:
                 return [[named[name]], chosen]
-        return [[], chosen]
+        return [chosen]
 
     def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
         """Returns the waiting request that gets a replica chosen for this one: the first that wants the same.

@@ -44,6 +44,8 @@ __all__ = [
     "worker",
 ]
 
+DRAINING_TIMEOUT_S = 2.0  # for an answer of Ray's control service, which takes milliseconds
+
 
 def by_name(cls: C) -> C:
     """An actor's class that Ray sends by its wire name. It would make a class of its own of it, and send that by value
@@ -88,10 +90,10 @@ def actor_id(handle: Any) -> str:
     return str(handle._actor_id)
 
 
-def draining_nodes(timeout_s: float) -> dict[str, float]:
+def draining_nodes() -> dict[str, float]:
     """The nodes that Ray drains, and until when each may stay, in seconds since 1970; infinity where nobody has told
     Ray. `ray.nodes` does not tell. Blocks. Raises RayError."""
-    deadlines_ms = worker.global_worker.gcs_client.get_draining_nodes(timeout=timeout_s)
+    deadlines_ms = worker.global_worker.gcs_client.get_draining_nodes(timeout=DRAINING_TIMEOUT_S)
     return {node_id: at / 1000 if at else math.inf for node_id, at in deadlines_ms.items()}
 
 

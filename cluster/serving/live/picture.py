@@ -119,7 +119,7 @@ def _leaving(status: ClusterStatus, nodes: dict[str, int]) -> list[str]:
     """A text for each node that Ray drains."""
     return [
         f"Ray drains node {nodes.get(node.node_id, 'without processes')}{node.waits and f': {node.waits}'}"
-        for node in status.leaving
+        for node in status.leaving_nodes
     ]
 
 
