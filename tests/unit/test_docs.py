@@ -93,10 +93,20 @@ def test_every_documented_metric_exists():
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
+def anchors(path: Path) -> set[str]:
+    """The names that a link may give after `#`: of each heading its small letters, without marks, `-` for a space."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("name", DOCS)
 def test_links_lead_somewhere(name):
-    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text())
-    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
+    here = ROOT / name
+    for link in re.findall(r"\]\((?!http)(\S+?)\)", here.read_text()):
+        file, _, anchor = link.partition("#")
+        there = here.parent / file if file else here
+        assert there.exists(), f"{link}: no such file"
+        assert not anchor or there.suffix != ".md" or anchor in anchors(there), f"{link}: no such heading"
 
 
 @pytest.mark.parametrize("name", DOCS)
