@@ -81,7 +81,9 @@ def measure_prefixes(args: argparse.Namespace) -> int:
     addresses = list(dict.fromkeys((args.address, *args.against)))
     with ExitStack() as stack:
         clients = [
-            stack.enter_context(options.connect(argparse.Namespace(**{**vars(args), "address": address})))
+            stack.enter_context(
+                options.connect(argparse.Namespace(**{**vars(args), "address": address}), goes_on=False)
+            )
             for address in addresses
         ]
         for client, address in zip(clients, addresses, strict=True):

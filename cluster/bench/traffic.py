@@ -100,7 +100,7 @@ def measure_server(args: argparse.Namespace) -> int:
         if args.http is None
         else HttpStreams(args.http, key=options.api_key(args.api_key_file), adapter=args.adapter)
     )
-    with options.connect(args) as client:
+    with options.connect(args, goes_on=False) as client:  # a break is a failure here
         if not client.is_serving(_READY_S):
             raise Unavailable(f"no server is ready at {args.address}: start one with `moe-cluster serve MODEL_DIR`")
         vocab_size = client.model_info().vocab_size

@@ -143,7 +143,7 @@ def inject(kind: str, cluster: RunningCluster, rng: random.Random, num_replicas:
     done = time.monotonic()
     wait_whole(cluster, num_replicas, timeout_s, killed=fault.killed)
     if fault.fronts and fault.killed is not None:
-        wait_fronts(cluster, fault.fronts, fault.killed, timeout_s)
+        wait_fronts(cluster, fault.fronts, fault.killed, timeout_s, done)
     return Recovery(kind=kind, what=fault.what, at=at, recovered_s=time.monotonic() - done)
 
 
@@ -173,21 +173,27 @@ def wait_whole(cluster: RunningCluster, num_replicas: int, timeout_s: float, kil
     raise ClusterError(f"the cluster was not whole again after {timeout_s:g} s: {missing}")
 
 
-def wait_fronts(cluster: RunningCluster, before: Sequence[Part], killed: ProcessInfo, timeout_s: float) -> None:
-    """Until as many ingresses serve as before, and each node has its HAProxy again. Raises ClusterError."""
-    deadline = time.monotonic() + timeout_s
+def wait_fronts(
+    cluster: RunningCluster, before: Sequence[Part], killed: ProcessInfo, timeout_s: float, since: float
+) -> None:
+    """Until as many ingresses serve as before, and each node has its HAProxy again. Raises ClusterError.
+
+    since: when its time began, on the monotonic clock.
+    """
     num_ingresses, nodes = _shape(before)
     while True:
-        now = cluster.fronts()
-        num_now, nodes_now = _shape(now)
-        num_ready = min(num_now, cluster.ready_ingresses())
-        if killed not in {part.process for part in now} and num_ready >= num_ingresses and nodes_now >= nodes:
-            return
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"the front was not whole again after {timeout_s:g} s: {num_ready} of {num_ingresses} ingresses, "
-                f"HAProxy on {len(nodes_now)} of {len(nodes)} nodes"
-            )
+        try:
+            now, num_serving = cluster.fronts(), cluster.ready_ingresses()
+        except ClusterError as error:
+            missing = str(error)
+        else:
+            num_now, nodes_now = _shape(now)
+            num_ready = min(num_now, num_serving)
+            if killed not in {part.process for part in now} and num_ready >= num_ingresses and nodes_now >= nodes:
+                return
+            missing = f"{num_ready} of {num_ingresses} ingresses, HAProxy on {len(nodes_now)} of {len(nodes)} nodes"
+        if time.monotonic() > since + timeout_s:
+            raise ClusterError(f"the front was not whole again after {timeout_s:g} s: {missing}")
         time.sleep(_WHOLE_POLL_S)
 
 

@@ -50,16 +50,17 @@ class Patience:
         self._missed_at: float | None = None
         self.reached = False  # whether the server has ever answered
 
+    def now(self) -> float:
+        return self._clock()
+
     def heard(self) -> None:
-        """Notes that the server answers."""
+        """Notes that the server answers, if only that it is busy."""
         self.reached, self._missed_at = True, None
 
-    def missed(self) -> float:
-        """Notes that the server is missed. Returns the time."""
-        now = self._clock()
+    def missed(self) -> None:
+        """Notes that the server is missed, by an answer that waits for it."""
         if self._missed_at is None:
-            self._missed_at = now
-        return now
+            self._missed_at = self._clock()
 
     def is_over(self, lost_at: float, pause_s: float) -> bool:
         """Whether it ends before a pause that an answer would make whose stream broke then."""
@@ -92,10 +93,17 @@ def going_on(ask: Ask[P], patience: Patience) -> Generator[P, None, None]:
         except (Unavailable, Overloaded) as error:
             if finished:
                 return
-            lost = lost or isinstance(error, BrokenStream) or (isinstance(error, Unavailable) and patience.reached)
-            pause_s = max(wait_s, error.retry_after_s if isinstance(error, Overloaded) else 0.0)
-            lost_at = patience.missed() if lost_at is None else lost_at
-            if not lost or patience.is_over(lost_at, pause_s):
+            hint_s = error.retry_after_s if isinstance(error, Overloaded) else None
+            lost = lost or isinstance(error, BrokenStream) or (hint_s is None and patience.reached)
+            if not lost:
+                raise
+            lost_at = patience.now() if lost_at is None else lost_at
+            if hint_s is None:
+                patience.missed()
+            else:
+                patience.heard()
+            pause_s = max(wait_s, hint_s or 0.0)
+            if patience.is_over(lost_at, pause_s):
                 raise
             patience.sleep(pause_s)
             wait_s = min(2 * wait_s, MAX_WAIT_S)

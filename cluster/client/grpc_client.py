@@ -60,7 +60,7 @@ class TlsFiles:
 class Client:
     """One connection. Blocking; use it as a context manager. address: "host:port".  tls: None is plain text.
     adapter: the name of the LoRA adapter that computes its prompts, "" for the model alone.
-    patience_s: for how long an answer whose connection broke waits for its next token."""
+    patience_s: for how long an answer whose connection broke waits for its next token; None: not at all."""
 
     def __init__(
         self,
@@ -69,12 +69,13 @@ class Client:
         api_key: str = "",
         tls: TlsFiles | None = None,
         adapter: str = "",
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = PATIENCE_S,
     ) -> None:
         """Raises SetupError."""
         if not api_key.isascii() or not api_key.isprintable():
             raise SetupError("the API key has characters that no key has: ASCII without spaces is needed")
-        self.address, self._adapter, self._patience = address, adapter, Patience(patience_s)
+        self.address, self._adapter = address, adapter
+        self._patience = None if patience_s is None else Patience(patience_s)
         self._has_key = bool(api_key)
         key = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._metadata = (*key, (RECEIVE_KEY, str(MAX_ANSWER_BYTES)))
@@ -97,11 +98,14 @@ class Client:
         """Yields the pieces of an answer to a text, a conversation or token ids; closing the iterator cancels it.
 
         An answer whose connection breaks goes on over another one (`going_on`): a pause, then the next piece. Without a
-        seed it gets one here.
+        seed it gets one here. With a `patience_s` of None it does neither.
         Raises ClusterError with the server's message.
         """
-        request = _request(prompt, seeded(params), request_id)
+        request = _request(prompt, params if self._patience is None else seeded(params), request_id)
         request.adapter = self._adapter
+        if self._patience is None:
+            yield from self._stream(request)
+            return
 
         def ask(received: tuple[int, ...]) -> Generator[pb.GenerateStreamResponse, None, None]:
             request.continue_from[:] = received
@@ -195,7 +199,8 @@ class Client:
             answer = call(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, self.address, has_key=self._has_key) from error
-        self._patience.heard()
+        if self._patience is not None:
+            self._patience.heard()
         return answer
 
 

@@ -26,8 +26,8 @@ BREAKS = re.compile(
 
 
 def error_of(error: grpc.RpcError, address: str, *, has_key: bool) -> ClusterError:
-    """address, has_key: of the client, for the advice. gRPC has the reason of a failed connection in words only; they
-    choose it, too."""
+    """address, has_key: of the client; the advice names them. For a failed connection gRPC has one code, and the reason
+    in its words alone: so the words choose the error, too."""
     code, details = error.code(), error.details() or ""
     if code == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
         reason = details.rpartition("last error: ")[2]

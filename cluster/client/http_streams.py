@@ -3,6 +3,7 @@
 import http.client
 import json
 import queue
+import socket
 import ssl
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
@@ -10,10 +11,14 @@ from typing import Any
 
 from cluster.client.going_on import Patience, going_on, seeded
 from cluster.client.urls import server_url
-from cluster.errors import BrokenStream, ClusterError, Overloaded, Unavailable
+from cluster.errors import BrokenStream, ClusterError, Overloaded, ProtocolError, SetupError, Unavailable
+from cluster.inputs import shown
 from cluster.types import Logprobs, SamplingParams, TextDelta
 
 TIMEOUT_S = 600.0  # between two bytes of an answer
+DONE = b"data: [DONE]"
+AWAY = (502, 503, 504)  # statuses of a server that is not there now: HAProxy's own, and ours
+AWAY_CODE = "service_unavailable"  # of an error in a stream that has begun, as `serving.openai.errors` sends it
 _NO_FIELDS = ("structured_outputs", "logit_bias")  # of a body; none of those that ask has them
 
 
@@ -37,7 +42,7 @@ class HttpStreams:
         """Raises SetupError."""
         self._patience = Patience() if goes_on else None
         parts = server_url(address, "--http")
-        self._host, self._port = parts.hostname or "", parts.port
+        self._host, self._port, self._where = parts.hostname or "", parts.port, parts.netloc
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         self._model = {"model": adapter} if adapter else {}
         self._idle: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()
@@ -58,8 +63,8 @@ class HttpStreams:
     def _stream(self, body: dict[str, Any]) -> Generator[TextDelta, None, None]:
         """One connection's part of an answer. Raises ClusterError."""
         connection, through = self._connection(), False
-        where = f"{self._host}:{self._port}"
         try:
+            self._connect(connection)
             connection.request("POST", "/v1/completions", json.dumps(body), self._headers)
             answer = connection.getresponse()
             if answer.status != 200:
@@ -67,15 +72,34 @@ class HttpStreams:
             yield from _pieces(answer)
             answer.read()  # the rest of the last event
             through = True
-        except ConnectionRefusedError as error:
-            raise Unavailable(f"no server answers at {where}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise BrokenStream(f"the answer of {where} broke off: {type(error).__name__}: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise BrokenStream(f"the answer of {self._where} broke off: {type(error).__name__}: {error}") from error
         finally:
             if through:
                 self._idle.put(connection)
             else:
                 connection.close()
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        """Raises Unavailable; SetupError where no later try would go better."""
+        if connection.sock is not None:
+            return
+        try:
+            connection.connect()
+        except ConnectionRefusedError as error:
+            raise Unavailable(f"no server answers at {self._where}") from error
+        except socket.gaierror as error:
+            raise Unavailable(f"no host is known for {self._where} ({error.strerror}): see --http") from error
+        except UnicodeError as error:
+            raise SetupError(f"{self._where} is the name of no host ({error}): see --http") from error
+        except ssl.SSLCertVerificationError as error:
+            raise SetupError(f"no trust in {self._where} ({error.strerror}): see --tls-ca") from error
+        except ssl.SSLEOFError as error:
+            raise Unavailable(f"{self._where} hung up before it spoke TLS") from error
+        except ssl.SSLError as error:
+            raise SetupError(f"no TLS with {self._where} ({error.strerror}): does that server speak it?") from error
+        except OSError as error:
+            raise Unavailable(f"no connection to {self._where}: {error.strerror or error}") from error
 
     def _connection(self) -> http.client.HTTPConnection:
         try:
@@ -94,34 +118,48 @@ def _given(params: SamplingParams) -> dict[str, Any]:
 
 
 def _pieces(answer: http.client.HTTPResponse) -> Iterator[TextDelta]:
+    """Raises BrokenStream, ProtocolError, and the server's own error."""
     for line in answer:
-        text = line.decode().strip()
-        if text == "data: [DONE]":
+        if not line.endswith(b"\n"):
+            raise BrokenStream("the stream broke off inside of an event")
+        text = line.strip()
+        if text == DONE:
             return
         if text:
-            yield _piece(json.loads(text.removeprefix("data: ")))
+            yield _piece(text)
     raise BrokenStream("the stream ended without [DONE]")
 
 
-def _piece(event: dict[str, Any]) -> TextDelta:
-    """Raises ClusterError for an event with an error."""
-    if "error" in event:
-        raise ClusterError(str(event["error"].get("message")))
-    [choice] = event["choices"]
-    ids = tuple(choice.get("token_ids", ()))
-    found = (choice["logprobs"] or {}).get("token_logprobs", ())
-    return TextDelta(
-        text=choice["text"],
-        token_ids=ids,
-        finish_reason=choice.get("finish_reason"),
-        logprobs=tuple(Logprobs(token_id, value, ()) for token_id, value in zip(ids, found, strict=bool(found))),
-    )
+def _piece(text: bytes) -> TextDelta:
+    """Raises ProtocolError, and the server's own error."""
+    try:
+        event = json.loads(text.removeprefix(b"data: "))
+        if "error" in event:
+            raise _failure(event["error"])
+        [choice] = event["choices"]
+        ids = tuple(choice.get("token_ids", ()))
+        found = (choice["logprobs"] or {}).get("token_logprobs", ())
+        return TextDelta(
+            text=choice["text"],
+            token_ids=ids,
+            finish_reason=choice.get("finish_reason"),
+            logprobs=tuple(Logprobs(token_id, value, ()) for token_id, value in zip(ids, found, strict=bool(found))),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ProtocolError(
+            f"the server sends no events of /v1/completions, but {shown(text)}: does it speak OpenAI's API?"
+        ) from error
+
+
+def _failure(error: Any) -> ClusterError:
+    """The error that ends a stream."""
+    message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (error, None)
+    return Unavailable(str(message)) if code == AWAY_CODE else ClusterError(str(message))
 
 
 def _refusal(answer: http.client.HTTPResponse) -> ClusterError:
-    text = f"HTTP {answer.status}: {answer.read(1000).decode('utf-8', 'replace')}"
+    text = f"HTTP {answer.status}: {' '.join(answer.read(1000).decode('utf-8', 'replace').split())}"
     if answer.status == 429:
-        return Overloaded(text, float(answer.headers.get("retry-after", "0")))
-    if answer.status == 503:
-        return Unavailable(text)
-    return ClusterError(text)
+        hint = answer.headers.get("retry-after", "")
+        return Overloaded(text, float(hint) if hint.isdecimal() else 0.0)
+    return Unavailable(text) if answer.status in AWAY else ClusterError(text)

@@ -44,15 +44,21 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
 
 
-def connect(args: argparse.Namespace) -> "Client":
-    """Raises SetupError."""
+def connect(args: argparse.Namespace, *, goes_on: bool = True) -> "Client":
+    """goes_on: an answer whose connection breaks goes on over another one. Raises SetupError."""
     check_address(args.address)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the error, one line, has gRPC's log lines already
-    from cluster.client.grpc_client import Client, TlsFiles  # grpc loads with it: not for --help
+    from cluster.client.grpc_client import PATIENCE_S, Client, TlsFiles  # grpc loads with it: not for --help
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
     tls = TlsFiles(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key) if wanted else None
-    return Client(args.address, api_key=api_key(args.api_key_file), tls=tls, adapter=args.adapter)
+    return Client(
+        args.address,
+        api_key=api_key(args.api_key_file),
+        tls=tls,
+        adapter=args.adapter,
+        patience_s=PATIENCE_S if goes_on else None,
+    )
 
 
 def check_address(address: str) -> None:

@@ -4,12 +4,14 @@ import logging
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, SetupError, Unavailable
@@ -162,27 +164,29 @@ class RunningCluster:
 
     def fronts(self) -> list[Part]:
         """The ingresses and HAProxies that run. Raises ClusterError."""
-        try:
-            found = front_pids({part.process.node_id: part.process.pid for part in self.parts()})
-        except ray.exceptions.RayError as error:
-            raise ClusterError(f"the processes in front of the cluster cannot be listed: {error}") from error
+        known = {part.process.node_id: part.process.pid for part in self.parts()}
+        with _in_one_line("the processes in front of the cluster cannot be listed"):
+            found = front_pids(known)
         return [
             Part(role=role, name=role, process=ProcessInfo(pid=pid, node_id=node, gpu_ids=()))
             for role, node, pid in found
         ]
 
     def ready_ingresses(self) -> int:
-        """Number of ingresses that Serve has running."""
-        return ready_ingresses()
+        """Number of ingresses that Serve has running. Raises ClusterError."""
+        with _in_one_line("Serve does not tell which ingresses run"):
+            return ready_ingresses()
 
     def send_signal(self, process: ProcessInfo, number: signal.Signals) -> None:
-        """Signals a process; on another node by a task there. A process that is gone is no error."""
+        """Signals a process; on another node by a task there. A process that is gone is no error. Raises
+        ClusterError."""
         if process.node_id == ray.get_runtime_context().get_node_id():
             _send_signal(process.pid, int(number))
             return
         where = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
         remote = ray.remote(num_cpus=0, max_retries=0)(_send_signal).options(scheduling_strategy=where)
-        ray.get(remote.remote(process.pid, int(number)), timeout=STATUS_TIMEOUT_S)
+        with _in_one_line(f"no signal reached node {process.node_id}"):
+            ray.get(remote.remote(process.pid, int(number)), timeout=STATUS_TIMEOUT_S)
 
     def _ask(self, method: str, timeout_s: float, *args: Any) -> Any:
         try:
@@ -204,6 +208,17 @@ class RunningCluster:
             raise SetupError(f"there is a Ray cluster, but nothing is served on it: {CONNECT_HINT}")
         served = [group for group in groups if group.startswith("moe-")]
         return served[-1] if served else groups[-1]
+
+
+@contextmanager
+def _in_one_line(failed: str) -> Iterator[None]:
+    """Raises ClusterError for Ray's errors, whose texts are whole tracebacks."""
+    try:
+        yield
+    except (ray.exceptions.RayError, RayServeException) as error:
+        reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
+        raise ClusterError(f"{failed}: {lines[0]}") from error
 
 
 def _send_signal(pid: int, number: int) -> None:

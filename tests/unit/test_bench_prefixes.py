@@ -111,7 +111,7 @@ class Client:
 
 
 def test_the_command_prints_a_line_a_load_and_server(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(prefixes.options, "connect", lambda args: Client(Server()))
+    monkeypatch.setattr(prefixes.options, "connect", lambda args, **_: Client(Server()))
     argv = with_part(["bench", "prefixes", "--against", "b:2", "--json", str(tmp_path / "result.json")])
     argv += [word for name, number in NUMBERS.items() for word in (f"--{name.replace('_', '-')}", str(number))]
     assert main(argv) == 0
@@ -135,12 +135,12 @@ def test_the_command_prints_a_line_a_load_and_server(monkeypatch, capsys, tmp_pa
     ],
 )
 def test_it_refuses(monkeypatch, given, message):
-    monkeypatch.setattr(prefixes.options, "connect", lambda args: Client(Server()))
+    monkeypatch.setattr(prefixes.options, "connect", lambda args, **_: Client(Server()))
     with pytest.raises(SetupError, match=message):
         run(arguments(bench="prefixes", address="a:1", **given))
 
 
 def test_a_server_that_does_not_serve_is_named(monkeypatch):
-    monkeypatch.setattr(prefixes.options, "connect", lambda args: Client(Server(), serves=args.address == "a:1"))
+    monkeypatch.setattr(prefixes.options, "connect", lambda args, **_: Client(Server(), serves=args.address == "a:1"))
     with pytest.raises(Unavailable, match="no server is ready at b:2"):
         run(arguments(bench="prefixes", address="a:1", against=["b:2"]))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 from http_tools import MODEL, Front, events
 from serving_fakes import HELLO, IM_END, byte_ids, make_service, write_tokenizer
@@ -10,9 +11,11 @@ from test_grpc_tool_calls import ANSWER as CALLS
 from test_grpc_tool_calls import TOOLS, Context, chat
 
 from cluster.errors import InvalidRequest, ReplicaUnavailable
+from cluster.outcome import Numbers
 from cluster.pb.moecluster.v1 import inference_pb2 as pb
 from cluster.serving.grpc.context import StreamFailed
 from cluster.serving.grpc.handlers import GrpcInferenceService
+from cluster.serving.openai import completions
 from cluster.serving.replay import ReplayingBackend
 from cluster.serving.text.prompts import Prompt
 from cluster.serving.text.tokenizer import Tokenizer
@@ -117,6 +120,7 @@ def test_at_every_cut_the_rest_is_that_of_the_whole_answer(tokenizer, token_ids,
         )  # fmt: skip
         assert rest[0].text_before == text_of(whole[:cut])
     [last] = stream(tokenizer, Writer(token_ids), params, given)  # all tokens came, and the end did not
+    assert last.prompt_tokens == last.usage.prompt_tokens
     assert (last.token_ids, last.finish_reason) == ((), whole[-1].finish_reason)
     assert (last.matched_stop, last.usage) == (whole[-1].matched_stop, whole[-1].usage)
 
@@ -280,6 +284,51 @@ def test_completions_go_on_with_their_offsets_and_without_the_echo(tokenizer):
         *rest, last, _ = events(answer)
         assert [chunk["choices"] for chunk in rest] == [chunk["choices"] for chunk in whole[cut:]]
         assert last["usage"] == usage["usage"]
+
+
+def test_an_echo_that_is_not_shown_again_is_not_computed_again(tokenizer):
+    """Offsets count its characters all the same; of two prompts the one whose answer begins is computed."""
+    token_ids = (*byte_ids("so it goes"), IM_END)
+    body = {"model": MODEL, "stream": True, "temperature": 0, "max_tokens": 50, "echo": True, "logprobs": 1}
+
+    def asked(prompt, continued):
+        writer = Writer(token_ids)
+        front = Front(tokenizer, Scoring(writer), max_model_len=ROOM)
+        answer = asyncio.run(front.post("/v1/completions", body | {"prompt": prompt, "continue_from": continued}))
+        assert answer.status_code == 200, answer.text
+        wanted = [request.prompt_token_ids for request in writer.requests if request.wants == "token_logprobs"]
+        return [event["choices"] for event in events(answer)[:-1]], wanted
+
+    whole, wanted = asked("hello", None)
+    assert len(wanted) == 1
+    assert asked("hello", list(token_ids[:3])) == (whole[3:], [])
+    _, wanted = asked(["hello", "no"], [list(token_ids[:3]), []])
+    assert wanted == [byte_ids("no")]
+
+
+class Scoring:
+    """A writer that also gives each token of a prompt a log-probability."""
+
+    def __init__(self, writer):
+        self.writer = writer
+
+    async def generate(self, request):
+        if request.wants != "token_logprobs":
+            async for update in self.writer.generate(request):
+                yield update
+            return
+        self.writer.requests.append(request)
+        rows = [[-0.5, 1.0, token, -0.5] for token in request.prompt_token_ids[1:]]
+        numbers = Numbers.of(np.array(rows, dtype=np.float32).reshape(-1, 4))
+        yield SequenceUpdate(request_id=request.request_id, finish_reason="stop", numbers=numbers)
+
+
+def test_offsets_are_counted_with_log_probabilities_alone(tokenizer, monkeypatch):
+    counted = []
+    monkeypatch.setattr(completions, "token_text", lambda token_id, text_of: counted.append(token_id) or "")
+    body = {"prompt": "hello", "max_tokens": 50, "return_token_ids": False}
+    post(tokenizer, "/v1/completions", byte_ids("abc"), continue_from=byte_ids("a"), **body)
+    assert counted == []
 
 
 def test_each_of_several_answers_has_its_own_tokens(tokenizer):

@@ -4,11 +4,13 @@ import random
 import signal
 
 import pytest
+import ray
+from ray.serve.exceptions import RayServeException
 
 from cluster.chaos import faults
 from cluster.chaos.faults import inject, wait_whole
 from cluster.errors import ClusterError
-from cluster.runtime.operate import Part
+from cluster.runtime.operate import Part, _in_one_line
 from cluster.runtime.workers.rehearsal import SLOW_S, Rehearsal
 from cluster.status import ClusterStatus, ProcessInfo, ReplicaStatus, ShardStatus
 from cluster.types import EngineStats
@@ -125,6 +127,58 @@ def test_a_killed_front_is_waited_for_on_its_node(kind, pids):
 def test_a_front_that_nobody_makes_again_is_no_recovery():
     with pytest.raises(ClusterError, match=r"not whole again after 0\.05 s: 1 of 2 ingresses, HAProxy on 2 of 2 nodes"):
         inject("kill-ingress", Fronts(blind=10**9), random.Random(0), 1, 0.05)
+
+
+class Restarting(Fronts):
+    """Its controller, and then Serve, answer no questions for some looks; `deaf` is how many."""
+
+    def __init__(self, deaf):
+        super().__init__(blind=0)
+        self.deaf = deaf
+
+    def fronts(self):
+        found = super().fronts()
+        if self.signals and self.deaf:
+            self.deaf -= 1
+            raise ClusterError("the expert controller is being restarted")
+        return found
+
+    def ready_ingresses(self):
+        if self.deaf:
+            raise ClusterError("Serve does not tell")
+        return super().ready_ingresses()
+
+
+def test_a_front_is_waited_for_while_nobody_can_say_how_it_is():
+    assert inject("kill-ingress", Restarting(deaf=3), random.Random(0), 1, 10.0).kind == "kill-ingress"
+    with pytest.raises(ClusterError, match=r"not whole again after 0\.05 s: the expert controller is being restarted"):
+        inject("kill-ingress", Restarting(deaf=10**9), random.Random(0), 1, 0.05)
+
+
+def test_the_front_has_the_time_that_the_rest_has_left(monkeypatch):
+    """Of 10 s the shards and replicas take 9: the front gets 1, whatever is missing."""
+    now = [0.0]
+    monkeypatch.setattr(faults.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 0.1))
+    monkeypatch.setattr(faults, "wait_whole", lambda *args, **given: now.__setitem__(0, 9.0))
+    with pytest.raises(ClusterError, match="after 10 s"):
+        inject("kill-ingress", Fronts(blind=10**9), random.Random(0), 1, 10.0)
+    assert now[0] < 10.5
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ray.exceptions.RayActorError(error_msg="the actor\nis gone"), "it failed: the actor"),
+        (ray.exceptions.GetTimeoutError("late"), "it failed: late"),
+        (ray.exceptions.RayTaskError("f", "Traceback\nof many lines", OSError("no /proc")), "it failed: no /proc"),
+        (RayServeException("no Serve\nruns"), "it failed: no Serve"),
+    ],
+)
+def test_rays_errors_are_one_line(error, words):
+    with pytest.raises(ClusterError) as failure, _in_one_line("it failed"):
+        raise error
+    assert str(failure.value) == words
 
 
 class Streams:

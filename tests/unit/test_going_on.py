@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from argparse import ArgumentParser
 from contextlib import closing
 
 import grpc
 import pytest
 
+from cluster.client import options
 from cluster.client.going_on import MAX_WAIT_S, PATIENCE_S, Patience, going_on
 from cluster.client.grpc_client import Client
 from cluster.errors import BrokenStream, ClusterError, InvalidRequest, Overloaded, Unavailable
@@ -131,6 +133,29 @@ def test_a_thousand_answers_do_not_wait_for_a_dead_server_in_turn():
     assert server.answer(patience) == ANSWER
 
 
+def test_a_refusal_that_nobody_waits_for_takes_no_patience_from_later_answers():
+    """A full server, then long nothing, then a break before the first token."""
+    server = Server((0, Overloaded("full", 1.0)))
+    patience = server.patience()
+    with pytest.raises(Overloaded):
+        server.answer(patience)
+    server.now_s += 10 * PATIENCE_S
+    server.script = [(0, BROKEN)]
+    assert server.answer(patience) == ANSWER
+
+
+def test_a_busy_server_is_not_a_missed_one():
+    """One answer waits through a break and a queue; the break of another one has its own patience."""
+    server = Server()
+    patience = server.patience()
+    server.script = [(1, BROKEN), (0, Overloaded("full", PATIENCE_S - 1)), (0, BROKEN)]
+    with pytest.raises(BrokenStream):
+        server.script += [(0, BROKEN)] * 100
+        server.answer(patience)
+    server.script = [(0, BROKEN), (0, BROKEN)]
+    assert server.answer(patience) == ANSWER
+
+
 def test_closing_it_closes_the_stream_under_way():
     closed = []
 
@@ -235,6 +260,22 @@ def test_a_given_seed_stays(client):
     stub = Stub()
     tokens(client, stub, SamplingParams(seed=5))
     assert stub.requests[0].sampling_params.seed == 5
+
+
+def test_for_a_bench_a_break_is_the_answers_end():
+    """And it draws no seed, which would be another way to choose."""
+    with options.connect(bench_arguments(), goes_on=False) as client:
+        stub = Stub((1, Failure(*BREAKS[0])))
+        with pytest.raises(BrokenStream):
+            tokens(client, stub)
+    assert len(stub.requests) == 1
+    assert not stub.requests[0].sampling_params.HasField("seed")
+
+
+def bench_arguments():
+    parser = ArgumentParser()
+    options.add_arguments(parser)
+    return parser.parse_args(["--address", "127.0.0.1:1"])
 
 
 def test_a_servers_word_is_no_break(client):

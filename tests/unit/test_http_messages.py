@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import anthropic
 import pytest
@@ -39,6 +40,16 @@ def post(tokenizer, body, backend=None, path=PATH):
     return asyncio.run(Front(tokenizer, backend or says("Hello!")).post(path, body))
 
 
+def usage(num_tokens, num_cached=0):
+    """Anthropic's: the prompt's tokens are those that a cache had, those that it got, and the others."""
+    return {
+        "input_tokens": NUM_PROMPT_TOKENS - num_cached,
+        "cache_read_input_tokens": num_cached,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": num_tokens,
+    }
+
+
 def named_events(response):
     for block in response.text.strip().split("\n\n"):
         kind, data = block.split("\n")
@@ -53,7 +64,7 @@ def test_a_message_has_anthropics_shape(tokenizer):
     assert answer == {
         "type": "message", "role": "assistant", "model": MODEL, "content": [{"type": "text", "text": "Hello!"}],
         "stop_reason": "end_turn", "stop_sequence": None,
-        "usage": {"input_tokens": NUM_PROMPT_TOKENS, "output_tokens": 7},
+        "usage": usage(7),
     }  # fmt: skip
 
 
@@ -81,10 +92,19 @@ def test_a_stream_has_anthropics_events(tokenizer):
         "message_stop",
     ]  # fmt: skip
     assert events[0]["message"]["content"] == []
-    assert events[0]["message"]["usage"] == {"input_tokens": NUM_PROMPT_TOKENS, "output_tokens": 0}
+    assert events[0]["message"]["usage"] == usage(0)
     assert events[1] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
     assert "".join(body["delta"]["text"] for body in events[2:8]) == "Hello!"
-    assert events[-2]["usage"] == {"input_tokens": NUM_PROMPT_TOKENS, "output_tokens": 7}
+    assert events[-2]["usage"] == usage(7)
+
+
+def test_tokens_that_the_cache_had_are_told_apart(tokenizer):
+    cached = says("Hello!")
+    cached.script = [replace(update, cached_tokens=16) for update in cached.script]
+    assert post(tokenizer, HELLO, cached).json()["usage"] == usage(7, 16)
+    events = list(named_events(post(tokenizer, HELLO | {"stream": True}, cached)))
+    assert events[0]["message"]["usage"] == usage(0, 16)
+    assert events[-2]["usage"] == usage(7, 16)
 
 
 def test_an_error_inside_a_stream_is_an_event_of_anthropics(tokenizer):

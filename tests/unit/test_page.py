@@ -118,6 +118,7 @@ const piece = (id, finish_reason = null) => ({
   data: JSON.stringify({ choices: [{ token_ids: [id], finish_reason }] }),
 });
 const done = { data: "[DONE]" };
+const failure = (code) => ({ data: JSON.stringify({ error: { message: "a shard is gone", code } }) });
 async function answer(parts, signal = { aborted: false }) {
   const asked = [], slept = [], pauses = [], ids = [];
   let now = 0;
@@ -145,6 +146,8 @@ console.log(JSON.stringify([
   await answer([[piece(7)]]),
   await answer([]),
   await answer([[full]]),
+  await answer([[piece(7), failure("service_unavailable")], [piece(8, "stop"), done]]),
+  await answer([[piece(7), failure(null)], [piece(8, "stop"), done]]),
 ]));
 """
 
@@ -174,7 +177,7 @@ def test_the_page_comes_again_later_each_time_until_a_stream_has_begun(tmp_path)
 
 @needs_node
 def test_an_answer_in_the_page_goes_on_behind_what_has_come(tmp_path):
-    goes_on, ended, refused, lost, nobody, full = in_node(tmp_path, GOES_ON)
+    goes_on, ended, refused, lost, nobody, full, away, failed = in_node(tmp_path, GOES_ON)
     assert goes_on["ids"] == [7, 8, 9]
     assert goes_on["asked"] == [[], [7], [7], [7], [7, 8]]
     assert goes_on["slept"] == [100, 200, 400, 100]
@@ -185,6 +188,8 @@ def test_an_answer_in_the_page_goes_on_behind_what_has_come(tmp_path):
     assert 118_000 <= lost["now"] <= 120_000
     assert (nobody["failed"], nobody["now"] <= 5_000) == ("Failed to fetch", True)
     assert (full["failed"], full["asked"]) == ("full", 1)
+    assert (away["ids"], away["asked"]) == ([7, 8], [[], [7]])
+    assert (failed["ids"], failed["failed"], failed["asked"]) == ([7], "a shard is gone", 1)
 
 
 def test_a_snapshot_and_a_stream_of_the_cluster(tokenizer, monkeypatch):

@@ -118,7 +118,7 @@ class Bench:
             seed=setting.seed, sampling="greedy", concurrency=setting.concurrency, rate=setting.rate,
             requests=setting.num_requests, prompt_tokens=setting.prompt_tokens, output_tokens=setting.output_tokens,
         )  # fmt: skip
-        with Client(self.address) as client:
+        with Client(self.address, patience_s=None) as client:
             if not client.is_serving(READY_S):
                 raise ClusterError(f"the server at {self.address} is not ready")
             prompts = draw_prompts(args, client.model_info().vocab_size, setting.num_requests)

@@ -13,7 +13,7 @@ from cluster.runtime.names import APPLICATION, INGRESS
 
 OF_A_RAY = b"RAY_SERVE_HAPROXY_CONFIG_FILE_LOC="  # in the environment of all its processes; of each Ray another one
 _TITLE = f"ray::ServeReplica:{APPLICATION}:{INGRESS}"
-FIND_TIMEOUT_S = 60.0  # a process may have to start for it
+FIND_TIMEOUT_S = 60.0  # on all nodes; a process may have to start for it
 
 
 def front_pids(known: Mapping[str, int]) -> list[tuple[str, str, int]]:
@@ -21,22 +21,24 @@ def front_pids(known: Mapping[str, int]) -> list[tuple[str, str, int]]:
 
     known: by node, the pid of any process of this Ray, if there is one.
     """
-    here, found = ray.get_runtime_context().get_node_id(), []
+    here, found, elsewhere = ray.get_runtime_context().get_node_id(), [], {}
     find = ray.remote(num_cpus=0, max_retries=0)(_on_this_node)
     for node in (node["NodeID"] for node in ray.nodes() if node["Alive"]):
         if node == here and node in known:
-            pids = _on_this_node(known[node])
+            found += [(role, node, pid) for role, pid in _on_this_node(known[node])]
         else:
             where = NodeAffinitySchedulingStrategy(node, soft=False)
-            pids = ray.get(find.options(scheduling_strategy=where).remote(None), timeout=FIND_TIMEOUT_S)
-        found += [(role, node, pid) for role, pid in pids]
-    return found
+            elsewhere[node] = find.options(scheduling_strategy=where).remote(None)
+    answers = ray.get([*elsewhere.values()], timeout=FIND_TIMEOUT_S)
+    return found + [(role, node, pid) for node, pids in zip(elsewhere, answers, strict=True) for role, pid in pids]
 
 
 def ready_ingresses() -> int:
     """Those that Serve has running: it has missed the dead ones only after a moment."""
     app = serve.status().applications.get(APPLICATION)
-    return 0 if app is None else app.deployments[INGRESS].replica_states.get("RUNNING", 0)
+    if app is None or INGRESS not in app.deployments:
+        return 0
+    return app.deployments[INGRESS].replica_states.get("RUNNING", 0)
 
 
 def _on_this_node(known: int | None) -> list[tuple[str, int]]:

@@ -24,7 +24,8 @@ LARGE_BYTES = 16_384
 
 
 class GrpcCalls:
-    """Not thread-safe. raise_failures: a stream that failed must end with an exception (`handlers`)."""
+    """Not thread-safe. raise_failures: a stream that failed must end with an exception
+    (`handlers`); of KServe's streams none fails, for each error goes out as a message."""
 
     def __init__(self, service: InferenceService, *, raise_failures: bool = True) -> None:
         self._service = service

@@ -1,6 +1,6 @@
 """`/v1/completions`: prompts of text or token ids, each continued, whole or as a stream."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -106,15 +106,17 @@ async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Co
         prompts = [await _tokenized(served, prompt, body, call) for prompt in prompts]
     tops = [num for num in (numbers, body.prompt_logprobs) if num is not None]
     param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
-    scored = await score(served.service, prompts, call, max(tops), param=param) if tops else ()
     asked = [(prompt, each) for prompt in prompts for each in variants(params, num_each)]
     continued = body.continued(len(asked))
+    # Of a prompt whose answers all go on, nothing is shown again.
+    new = [place for place in range(len(prompts)) if not all(continued[place * num_each : (place + 1) * num_each])]
+    found = await score(served.service, [prompts[place] for place in new], call, max(tops), param=param) if tops else ()
     asked = behind(asked, continued)
     deltas = nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call)
     return _Completion(
         served=served, body=body, call=call, created=int(served.now_s()), prompts=prompts, num_each=num_each,
         deltas=with_stop_strings(deltas) if body.include_stop_str_in_output else deltas, continued=continued,
-        scored=scored, echoes=await _echoes(served, body, prompts, call),
+        scored=dict(zip(new, found, strict=False)), echoes=await _echoes(served, body, prompts, call),
     )  # fmt: skip
 
 
@@ -138,7 +140,8 @@ async def _tokenized(served: Served, prompt: Prompt, body: CompletionRequest, ca
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Completion:
-    """One call that is about to begin. num_each: choices of each prompt.  scored, echoes: of each prompt, or none.
+    """One call that is about to begin. num_each: choices of each prompt.  echoes: of each prompt, or none.
+    scored: by the prompt's place, where an answer shows them.
     continued: of each choice, the tokens that its client has.
     """
 
@@ -149,7 +152,7 @@ class _Completion:
     prompts: Sequence[Prompt]
     num_each: int
     deltas: AsyncGenerator[tuple[int, TextDelta], None]
-    scored: Sequence[PromptTokens]
+    scored: Mapping[int, PromptTokens]
     echoes: Sequence[str]
     continued: Sequence[tuple[int, ...]]
 
@@ -193,8 +196,11 @@ class _Completion:
         return total(choices, self.num_each)
 
     def _num_chars(self, prompt: int, piece: Choice, *, begins: bool) -> int:
-        """Of a piece's tokens, with those of the echo before the first one, as `text_offset` counts them."""
-        echoed = self.scored[prompt].token_ids if begins and self.echoes and self.scored else ()
+        """Of a piece's tokens, with those of the echo before the first one, as `text_offset` counts them: it comes with
+        log-probabilities alone."""
+        if self.body.logprobs is None:
+            return 0
+        echoed = self.prompts[prompt].token_ids or () if begins and self.echoes else ()
         return sum(len(token_text(each, self.served.service.token_bytes)) for each in (*echoed, *piece.token_ids))
 
     def _whole(self, place: int, prompt: int, choice: Choice) -> CompletionChoice:

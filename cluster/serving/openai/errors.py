@@ -28,7 +28,7 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
 _NOT_FOUND_CODES = {"model": "model_not_found", "previous_response_id": "previous_response_not_found"}
-_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable"}  # also in a stream's event
 _PROMPT_PARAMS = {
     "/v1/chat/completions": "messages", "/v1/embeddings": "input", "/pooling": "input", "/classify": "input",
     "/detokenize": "tokens",

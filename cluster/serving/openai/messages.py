@@ -56,6 +56,7 @@ from cluster.serving.openai.messages_schema import (
 from cluster.serving.openai.served import Served
 from cluster.serving.openai.sse import begun, event_text, streamed
 from cluster.serving.text.prompts import Prompt
+from cluster.types import Usage
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -92,7 +93,6 @@ def _to_chat(body: MessagesRequest) -> ChatRequest:
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
-        return_token_ids=body.stream,  # a stream's first event has the number of the prompt's tokens
     )
 
 
@@ -182,7 +182,7 @@ async def _answer(chat: PreparedChat) -> MessageAnswer:
         content=content,
         stop_reason=_stop_reason(choice, called=bool(message.tool_calls)),
         stop_sequence=choice.matched_stop,
-        usage=MessagesUsage(input_tokens=choice.usage.prompt_tokens, output_tokens=choice.usage.completion_tokens),
+        usage=MessagesUsage.of(choice.usage),
     )
 
 
@@ -248,7 +248,10 @@ async def _stream(chat: PreparedChat) -> AsyncGenerator[str, None]:
         async for _, delta in chat.deltas:
             if not begun_:
                 begun_ = True
-                yield _event(MessageStart(message=_started(chat)))
+                prompt = Usage(
+                    prompt_tokens=delta.prompt_tokens, completion_tokens=0, cached_tokens=delta.cached_tokens
+                )
+                yield _event(MessageStart(message=_started(chat, prompt)))
             choice.add(delta)
             parts = reader.read(delta.text)
             if delta.finish_reason is not None:
@@ -259,13 +262,12 @@ async def _stream(chat: PreparedChat) -> AsyncGenerator[str, None]:
     for text in blocks.end():
         yield text
     reason = _stop_reason(choice, called=blocks.called)
-    usage = MessagesUsage(input_tokens=choice.usage.prompt_tokens, output_tokens=choice.usage.completion_tokens)
     end = MessageEnd(stop_reason=reason, stop_sequence=choice.matched_stop)
-    yield _event(MessageDelta(delta=end, usage=usage))
+    yield _event(MessageDelta(delta=end, usage=MessagesUsage.of(choice.usage)))
     yield _event(MessageStop())
 
 
-def _started(chat: PreparedChat) -> MessageAnswer:
+def _started(chat: PreparedChat, prompt: Usage) -> MessageAnswer:
     """The message before its first token; the number of its own tokens comes with the last event."""
     return MessageAnswer(
         id=chat.call.request_id,
@@ -273,7 +275,7 @@ def _started(chat: PreparedChat) -> MessageAnswer:
         content=[],
         stop_reason=None,
         stop_sequence=None,
-        usage=MessagesUsage(input_tokens=len(chat.prompt_token_ids or ())),
+        usage=MessagesUsage.of(prompt),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cluster.serving.openai.base_schema import AnswerBody, RequestBody
+from cluster.types import Usage
 
 
 class CacheControl(RequestBody):
@@ -96,8 +97,21 @@ class MessagesRequest(CountTokensRequest):
 
 
 class MessagesUsage(AnswerBody):
+    """The prompt's tokens are the sum of the first three. cache_read_input_tokens: those at its beginning that the
+    cache had.  cache_creation_input_tokens: none, for no request orders a cache.  input_tokens: the others."""
+
     input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
     output_tokens: int = 0
+
+    @classmethod
+    def of(cls, usage: Usage) -> "MessagesUsage":
+        return cls(
+            input_tokens=usage.prompt_tokens - usage.cached_tokens,
+            cache_read_input_tokens=usage.cached_tokens,
+            output_tokens=usage.completion_tokens,
+        )
 
 
 class MessageAnswer(AnswerBody):

@@ -94,7 +94,7 @@ export class Chat {
       const rest = received.length ? { ...body, continue_from: received } : body;
       return this.api.events("v1/chat/completions", { body: rest, signal });
     };
-    const onPause = (paused) => setText(answer.note, paused ? "The connection broke: the answer goes on with the next one" : "");
+    const onPause = (paused) => setText(answer.note, paused ? "The connection is lost. The answer goes on when the server can be reached again." : "");
     for await (const event of goingOn(ask, { signal, onPause })) {
       const piece = event.choices?.[0]?.delta?.content;
       if (piece) {

@@ -7,6 +7,7 @@ const FIRST_PATIENCE_MS = 5_000; // for an answer that has not begun: HAProxy is
 const FIRST_WAIT_MS = 100;
 const MAX_WAIT_MS = 2_000;
 const AWAY = [429, 502, 503, 504]; // statuses of a server that is busy, or not there now
+const AWAY_CODE = "service_unavailable"; // of an error in a stream that has begun
 
 /** A seed for a request: without one no server could go on with its answer. */
 export function newSeed() {
@@ -16,9 +17,10 @@ export function newSeed() {
 /**
  * The events of one answer of a chat with token ids, however many connections they take.
  *
- * ask: the events of a stream of the answer behind these tokens.  onPause: called with true when the answer waits for
- * a connection, with false when it goes on. Throws what `ask` throws: after PATIENCE_MS, and at once where the server
- * refuses an answer that has not begun.
+ * ask: takes the token ids that have come, and returns the events of a stream that goes on behind them.
+ * onPause: called with true when the answer waits for a connection, with false when it goes on.
+ * Throws the last error when patience is over. Throws a refusal at once, unless the answer has begun and the status is
+ * one of AWAY.
  */
 export async function* goingOn(ask, { signal, onPause, now = () => performance.now(), sleep = pause }) {
   const received = [];
@@ -32,7 +34,7 @@ export async function* goingOn(ask, { signal, onPause, now = () => performance.n
       for await (const { data } of ask(received)) {
         if (data === "[DONE]") return;
         const event = JSON.parse(data);
-        if (event.error) throw new Refused(200, event.error.message);
+        if (event.error) throw new Refused(event.error.code === AWAY_CODE ? 503 : 200, event.error.message);
         if (waits > FIRST_WAIT_MS) onPause(false);
         begun = true;
         waits = FIRST_WAIT_MS;
