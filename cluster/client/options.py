@@ -48,7 +48,8 @@ def connect(args: argparse.Namespace, *, goes_on: bool = True) -> "Client":
     """goes_on: an answer whose connection breaks goes on over another one. Raises SetupError."""
     check_address(args.address)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the error, one line, has gRPC's log lines already
-    from cluster.client.grpc_client import PATIENCE_S, Client, TlsFiles  # grpc loads with it: not for --help
+    from cluster.client.going_on import PATIENCE_S
+    from cluster.client.grpc_client import Client, TlsFiles  # grpc loads with it: not for --help
 
     wanted = args.tls or args.tls_ca or args.tls_cert or args.tls_key
     tls = TlsFiles(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key) if wanted else None

@@ -245,9 +245,8 @@ class InferenceService:
         answer = Answer(self._tokenizer, request.params, self.info.eos_token_ids, tracked.name)
         before = await answer.go_on(request.output_token_ids)
         if answer.matched_stop is not None:  # engines know no stop strings
-            delta = TextDelta(
-                finish_reason="stop", matched_stop=answer.matched_stop, prompt_tokens=tracked.num_prompt_tokens
-            )
+            num_tokens = tracked.num_prompt_tokens
+            delta = TextDelta(finish_reason="stop", matched_stop=answer.matched_stop, prompt_tokens=num_tokens)
         else:
             updates = self._backend.generate(request)
             try:

@@ -38,7 +38,7 @@ def ready_ingresses() -> int:
     app = serve.status().applications.get(APPLICATION)
     if app is None or INGRESS not in app.deployments:
         return 0
-    return app.deployments[INGRESS].replica_states.get("RUNNING", 0)
+    return int(app.deployments[INGRESS].replica_states.get("RUNNING", 0))
 
 
 def _on_this_node(known: int | None) -> list[tuple[str, int]]:

@@ -110,7 +110,9 @@ async def _prepared(served: Served, body: CompletionRequest, call: Call) -> "_Co
     continued = body.continued(len(asked))
     # Of a prompt whose answers all go on, nothing is shown again.
     new = [place for place in range(len(prompts)) if not all(continued[place * num_each : (place + 1) * num_each])]
-    found = await score(served.service, [prompts[place] for place in new], call, max(tops), param=param) if tops else ()
+    found: Sequence[PromptTokens] = ()
+    if tops and new:
+        found = await score(served.service, [prompts[place] for place in new], call, max(tops), param=param)
     asked = behind(asked, continued)
     deltas = nothing(len(asked)) if body.max_tokens == 0 else generate(served.service, asked, call)
     return _Completion(
