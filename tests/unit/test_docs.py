@@ -104,9 +104,9 @@ def test_links_lead_somewhere(name):
     here = ROOT / name
     for link in re.findall(r"\]\((?!http)(\S+?)\)", here.read_text()):
         file, _, anchor = link.partition("#")
-        there = here.parent / file if file else here
-        assert there.exists(), f"{link}: no such file"
-        assert not anchor or there.suffix != ".md" or anchor in anchors(there), f"{link}: no such heading"
+        target = here.parent / file if file else here
+        assert target.exists(), f"{link}: no such file"
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{link}: no such heading"
 
 
 @pytest.mark.parametrize("name", DOCS)
