@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cluster.bench.checkpoint import read_config
+from cluster.bench.limits import check_output
 from cluster.bench.machine import this_machine
 from cluster.bench.planning.calibrate import (
     calibrate_served,
@@ -23,11 +24,13 @@ from cluster.bench.planning.served import Bench, Measured, Setting, serve_here
 from cluster.bench.report import describe_machine, markdown_table
 from cluster.checkpoint.sizes import sizes_of
 from cluster.drawing import bars
+from cluster.errors import SetupError
 from cluster.planning.calibration import Calibration, check_model, read_calibration, write_calibration
 from cluster.planning.simulation import Record
 
 WANTED = 0.25  # of the measured value
 TURNS = 3  # of a closed loop's streams at least
+SECONDS = 1.0, 3600.0  # that a setting may take
 SATURATING = 32  # streams, by whose predicted requests/s the open loops' rates are chosen
 _BASE = Setting(replicas=1, shards=1, prompt_tokens=64, output_tokens=32, num_requests=0, seed=100)
 # (setting, share of the predicted highest rate; 0 for a closed loop)
@@ -59,6 +62,7 @@ class Compared:
 
 def measure_check(args: argparse.Namespace) -> int:
     """Prints a table; 1 where a value is further than WANTED from the measured one. Raises SetupError, ClusterError."""
+    check_options(args)
     with bars() as progress:
         model_dir = checkpoint_of(args, progress)
         task = progress.add_task("plan-check", total=None)
@@ -74,6 +78,18 @@ def measure_check(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps([asdict(one) for one in compared], indent=2) + "\n")
     return 1 if missed else 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises SetupError."""
+    if not SECONDS[0] <= args.seconds <= SECONDS[1]:
+        raise SetupError(f"--seconds is {args.seconds:g}, {SECONDS[0]:g} to {SECONDS[1]:g} are possible")
+    if args.output is not None:
+        if args.calibration is not None:
+            raise SetupError("--output is of a calibration that is made now: leave it out, or --calibration")
+        check_output("--output", args.output)
+    if args.calibration is not None:
+        read_calibration(args.calibration)
 
 
 def compare(
@@ -117,7 +133,7 @@ def sized(found: Calibration, base: Setting, share: float, seconds: float) -> Se
     streams = base.concurrency or SATURATING
     trial = predict(found, replace(base, concurrency=streams, rate=None, num_requests=TURNS * streams))
     rate = share * trial.requests_s or trial.requests_s
-    num_requests = max(TURNS * base.concurrency, round(rate * seconds))
+    num_requests = max(TURNS, TURNS * base.concurrency, round(rate * seconds))
     return replace(base, num_requests=num_requests, rate=rate if share else None)
 
 

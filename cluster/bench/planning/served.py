@@ -51,7 +51,7 @@ class Setting:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """took_s: from the first request to the last answer's end.  figures: by what the metrics' counters grew.
-    core_s: seconds of CPU by role: engines, shards, client, and front for the rest; empty on other machines."""
+    core_s: seconds of CPU by role: engines, shards, client, and front for the rest."""
 
     setting: Setting
     traffic: TrafficResult
@@ -78,10 +78,9 @@ class Measured:
 
 
 class Bench:
-    """A running cluster to be loaded. address: of its gRPC.  root: the process whose descendants are the cluster's,
-    None where it runs elsewhere."""
+    """A running cluster to be loaded. address: of its gRPC.  root: the process whose descendants are the cluster's."""
 
-    def __init__(self, cluster: "RunningCluster", address: str, root: int | None) -> None:
+    def __init__(self, cluster: "RunningCluster", address: str, root: int) -> None:
         self.cluster = cluster
         self.address = address
         self.root = root
@@ -100,17 +99,22 @@ class Bench:
         self.settle()
 
     def settle(self) -> float:
-        """Waits until processes that have begun are through with it. Returns the cores that are busy then."""
-        deadline, cores = time.monotonic() + SETTLE_S, 0.0
-        while self.root is not None:
+        """Waits until processes that have begun are through with it. Returns the cores that are busy then. Raises
+        ClusterError."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
             before, started = self._core_s(self.cluster.status()), time.monotonic()
             time.sleep(2 * LOOK_S)
             after = self._core_s(self.cluster.status())
             cores = sum(after.values()) - sum(before.values())
             cores /= time.monotonic() - started
-            if cores < SETTLED_CORES or time.monotonic() > deadline:
-                break
-        return cores
+            if cores < SETTLED_CORES:
+                return cores
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the idle cluster kept {cores:.2f} cores busy for {SETTLE_S:g} s, {SETTLED_CORES:g} are usual: "
+                    "measure again"
+                )
 
     def run(self, setting: Setting) -> Measured:
         """Raises ClusterError where a request fails."""
@@ -137,8 +141,6 @@ class Bench:
         return sum(part.role == "replica" for part in self.cluster.parts())
 
     def _core_s(self, status: ClusterStatus) -> dict[str, float]:
-        if self.root is None:
-            return {}
         engines = {replica.process.pid for replica in status.replicas if replica.engine}
         shards = {shard.process.pid for shard in status.shards if shard.process is not None}
         seconds = {pid: core_seconds(pid) for pid in process_tree(self.root)}
