@@ -92,11 +92,13 @@ class Simulation:
         self._to_first_refusal = to_first_refusal
         self._draw = random.Random(seed)
         self._engines = [_Engine(EngineModel(cluster.limits)) for _ in range(cluster.replicas)]
+        self._staying = [*self._engines]  # those that take requests
+        self.target = cluster.replicas  # that are to stay; dead ones are replaced up to it
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = 0
         self._busy = 0
         self._stalled_until = 0.0
-        self._homeless: list[Request] = []  # no replica lives
+        self._homeless: list[Request] = []  # no replica takes them
         self._counted_at = 0.0
         self._ended = 0
         self._most_steps = 1 if cluster.replicas <= FEW_ENGINES else MOST_STEPS
@@ -113,50 +115,58 @@ class Simulation:
 
     @property
     def num_replicas(self) -> int:
-        """That live."""
+        """That live, those that leave among them."""
         return len(self._engines)
 
-    def living_models(self) -> list[EngineModel]:
-        """Of the replicas that stay."""
-        return [engine.model for engine in self._engines if not engine.leaving]
+    def staying_models(self) -> list[EngineModel]:
+        """Of the replicas that take requests."""
+        return [engine.model for engine in self._staying]
 
     def after(self, seconds: float, happen: Callable[[Any], None], what: Any) -> None:
         """Lets something happen later."""
         self._at(self.now + seconds, happen, what)
 
     def add_replica(self) -> None:
+        """One that was asked for is there, if it is still wanted."""
+        if len(self._staying) >= self.target:
+            return
         self._count_replicas()
-        self._engines.append(_Engine(EngineModel(self.cluster.limits)))
+        engine = _Engine(EngineModel(self.cluster.limits))
+        self._engines.append(engine)
+        self._staying.append(engine)
         self.record.most_replicas = max(self.record.most_replicas, len(self._engines))
         homeless, self._homeless = self._homeless, []
         for request in homeless:
             self._arrive(request)
 
     def kill_replica(self, draw: random.Random, recovery_s: float) -> None:
-        """One of those that live; its requests go on at others, and its successor comes after recovery_s."""
-        if not self._engines:
-            return
+        """One of those that live; its requests go on at others. Where it was to stay, a successor comes after
+        recovery_s."""
         self._count_replicas()
         engine = self._engines.pop(draw.randrange(len(self._engines)))
+        if not engine.leaving:
+            self._staying.remove(engine)
+            self.after(recovery_s, lambda _: self.add_replica(), None)
         engine.version += 1
         self._busy -= engine.step is not None
         self.record.preempted += engine.model.num_preempted
         for request in engine.model.take_all():
             request.replayed = True
             self._arrive(request)
-        self.after(recovery_s, lambda _: self.add_replica(), None)
 
     def stall(self, seconds: float) -> None:
         """A shard is gone without a copy: no step ends before its successor is there."""
         self._stalled_until = max(self._stalled_until, self.now + seconds)
 
     def retire_replica(self) -> None:
-        """One of those with the fewest requests takes no more and goes when it is empty."""
-        staying = [engine for engine in self._engines if not engine.leaving]
-        if len(staying) > 1:
-            leaving = min(staying, key=lambda engine: engine.model.num_requests)
-            leaving.leaving = True
-            self._leave(leaving)
+        """One fewer is to stay: of those with the fewest requests one takes no more and goes when it is empty, unless
+        one that died is not replaced yet."""
+        self.target -= 1
+        if len(self._staying) > self.target:
+            engine = min(self._staying, key=lambda engine: engine.model.num_requests)
+            self._staying.remove(engine)
+            engine.leaving = True
+            self._leave(engine)
 
     def _leave(self, engine: _Engine) -> None:
         if engine.leaving and engine.step is None and not engine.model.num_requests:
@@ -195,10 +205,10 @@ class Simulation:
             self._cut_short(engine)
 
     def _choose(self) -> _Engine | None:
-        """Of two at random the one with fewer requests, as Serve's balancer does; None where no replica lives."""
-        engines = self._engines
+        """Of two at random the one with fewer requests, as Serve's balancer does; None where no replica stays."""
+        engines = self._staying
         some = self._draw.sample(engines, 2) if len(engines) > 2 else engines
-        return min(some, key=lambda engine: (engine.leaving, engine.model.num_requests), default=None)
+        return min(some, key=lambda engine: engine.model.num_requests, default=None)
 
     def _start(self, engine: _Engine) -> None:
         step = engine.model.plan(self._most_steps)
