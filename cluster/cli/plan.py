@@ -51,14 +51,16 @@ def _plan(args: argparse.Namespace) -> int:
     engine = _engine(args)
     model = pinned(args.model)
     directory = model_directory(model)
-    config = check_for_plan(model, engine, args.shards or DEFAULT_SHARDS)
+    config = check_for_plan(model, engine, DEFAULT_SHARDS if args.shards is None else args.shards)
     draft = check_draft(directory, config, engine)
     dtype = resolve_dtype(args.dtype, config)
     rounded = {"quantization": engine.quantization, "cache_dtype": engine.cache_dtype(dtype)}
     sizes = sizes_of(config, dtype, expert_quantization=engine.of_experts, **rounded)
     hardware = capacity.capacity(args, config, sizes, engine)
     answered = trace.replayed(args, config, sizes, engine)
-    asked = args.shards or (DEFAULT_SHARDS if hardware is None else hardware.trial.cluster.shards)
+    asked = args.shards
+    if asked is None:
+        asked = DEFAULT_SHARDS if hardware is None else hardware.trial.cluster.shards
     placement = plan_evenly(config.sparse_layers, config.num_experts, num_shards_for(config.num_experts, asked))
     plan = Plan(
         config=config,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from cluster.console.base import OutputConsole
-from cluster.planning.capacity import Capacity, Replay
+from cluster.planning.capacity import Capacity, Hardware, Replay
 from cluster.planning.search import PERCENTILE
 
 
@@ -14,23 +14,25 @@ def print_capacity(plan: Capacity) -> None:
     console, cluster, goal, trial = OutputConsole(), plan.trial.cluster, plan.goal, plan.trial
     tokens_s = goal.rate * goal.lengths.output_tokens
     shards = f" and {_counted(cluster.shards, 'expert shard')}" if cluster.shards else ""
-    units = (
-        f"{plan.num_units} {plan.hardware.name}, one for each process"
-        if plan.hardware.cores is None
-        else f"{plan.num_units} x {plan.hardware.name}, a core for each process"
-    )
-    (first, late), (token, slow) = trial.first_token_s, trial.per_token_s
+    each = "a GPU" if plan.hardware.cores is None else "a core"
+    first, late = trial.first_token_s
     busy = ", ".join(f"{name} {share:.0%}" for name, share in plan.busy.items())
-    lines = (
-        f"for {goal.rate:g} requests/s of {goal.lengths.prompt_tokens:,} and {goal.lengths.output_tokens:,} tokens: "
-        f"{_counted(cluster.replicas, 'attention replica')}{shards}, {units}",
-        f"expected: {tokens_s:,.0f} output tokens/s; first token after {first:.3g} s ({PERCENTILE} %: {late:.3g}), "
-        f"each further one after {1000 * token:.3g} ms ({PERCENTILE} %: {1000 * slow:.3g})",
-        f"cost: {plan.unit_seconds:,.0f} seconds of a {_unit(plan)} for a million output tokens",
+    lines = [
+        f"{goal.rate:g} requests/s, with prompts of {_counted(goal.lengths.prompt_tokens, 'token')} and answers of "
+        f"{goal.lengths.output_tokens:,}, need {_counted(cluster.replicas, 'attention replica')}{shards}: "
+        f"{plan.num_units:,} x {plan.hardware.name}, {each} for each process",
+        f"expected: {tokens_s:,.0f} output tokens/s; first token after {first:.3g} s ({PERCENTILE} %: {late:.3g})"
+        + _further(plan),
+        f"cost: {plan.unit_seconds:,.0f} {_unit(plan.hardware)} seconds for a million output tokens",
         f"busy: {busy}; bottleneck: {plan.bottleneck}",
         f"each attention replica caches {plan.cache_tokens:,} tokens",
         f"figures: {plan.hardware.source}",
-    )
+    ]
+    if trial.is_cut:
+        lines.append(
+            f"simulated: {trial.num_requests:,} requests, the first {trial.num_requests / goal.rate:,.0f} s of the "
+            "load; what waits longer than that is not seen"
+        )
     for line in lines:
         console.print(line, highlight=False)
 
@@ -47,6 +49,7 @@ def describe_capacity(plan: Capacity) -> dict[str, Any]:
         "output_tokens_per_s": goal.rate * goal.lengths.output_tokens,
         "first_token_s": {"median": trial.first_token_s[0], f"p{PERCENTILE}": trial.first_token_s[1]},
         "per_token_s": {"median": trial.per_token_s[0], f"p{PERCENTILE}": trial.per_token_s[1]},
+        "simulated_requests": trial.num_requests,
         "unit_seconds_per_million_output_tokens": plan.unit_seconds,
         "busy": plan.busy,
         "step_ms": plan.step_ms,
@@ -84,22 +87,34 @@ def print_replay(found: Replay) -> None:
     console, facts = OutputConsole(), describe_replay(found)
     cost = facts["unit_seconds_per_million_output_tokens"]
     lines = [
-        f"{facts['requests']:,} requests in {facts['took_s']:,.0f} s: {facts['answered']:,} answered, "
-        f"{facts['refused']:,} refused, {facts['preempted']:,} times thrown out of a cache, "
-        f"{facts['failures']:,} processes died, {facts['most_replicas']:,} replicas at most",
-        f"{facts['output_tokens_per_s']:,.0f} output tokens/s, {cost:,.0f} seconds of {found.hardware.name} for a "
-        "million of them",
+        f"{_counted(facts['requests'], 'request')} in {facts['took_s']:,.0f} s: {facts['answered']:,} answered, "
+        f"{facts['refused']:,} refused; the caches were full {_counted(facts['preempted'], 'time')}",
+        f"{_counted(facts['failures'], 'death')} of processes, at most "
+        f"{_counted(facts['most_replicas'], 'attention replica')} at a time",
+        f"{facts['output_tokens_per_s']:,.0f} output tokens/s; {cost:,.0f} {_unit(found.hardware)} seconds for a "
+        "million output tokens",
     ]
-    for name, words in (("first_token_s", "first token"), ("per_token_s", "a token"), ("answer_s", "answer")):
+    for name, words in (
+        ("first_token_s", "first token after"), ("per_token_s", "each further one after"),
+        ("answer_s", "whole answer after"),
+    ):  # fmt: skip
         if facts[name]:
             low, high, most = facts[name]
-            lines.append(f"{words}: {low:.3g} s, 90 %: {high:.3g}, 99 %: {most:.3g}")
+            lines.append(f"{words} {low:.3g} s (90 %: {high:.3g}, 99 %: {most:.3g})")
     for line in lines:
         console.print(line, highlight=False)
 
 
-def _unit(plan: Capacity) -> str:
-    return "GPU" if plan.hardware.cores is None else "machine"
+def _further(plan: Capacity) -> str:
+    """Of the tokens after the first, where there are some."""
+    if plan.goal.lengths.output_tokens == 1:
+        return ""
+    token, slow = plan.trial.per_token_s
+    return f", each further one after {1000 * token:.3g} ms ({PERCENTILE} %: {1000 * slow:.3g})"
+
+
+def _unit(hardware: Hardware) -> str:
+    return "GPU" if hardware.cores is None else "machine"
 
 
 def _counted(number: int, noun: str) -> str:

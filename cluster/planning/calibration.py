@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ModelConfig
-from cluster.errors import SetupError
+from cluster.errors import InvalidRequest, SetupError
+from cluster.inputs import number, shown, text, whole_number
 from cluster.planning.costs import FrontCosts, StepWork
 from cluster.planning.curve import Curve
 
 VERSION = 1
 CURVES = ("rows", "samples", "shared", "experts", "crossing")
+TEXTS = ("model", "dtype", "machine")
+COUNTS = ("num_cores", "memory_bytes", "num_layers", "num_experts", "top_k")
 MAX_FILE_BYTES = 1 << 24
+MOST = 1e15  # of all that it has: a petabyte of memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +85,50 @@ def read_calibration(path: Path) -> Calibration:
     """Raises SetupError."""
     source = f"--calibration {path}"
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise SetupError(f"{source} has over {MAX_FILE_BYTES >> 20} MiB: `moe-cluster bench calibrate` writes less")
-        raw = json.loads(path.read_text())
-        if not isinstance(raw, dict) or raw.pop("version", None) != VERSION:
-            raise SetupError(f"{source} is of another version or none: make it with `moe-cluster bench calibrate`")
-        parts: dict[str, Any] = {name: Curve.through(raw.pop(name)["points"]) for name in CURVES}
-        parts |= {name: FrontCosts(**raw.pop(name)) for name in ("front", "client")}
-        return Calibration(**raw, **parts)
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise SetupError(f"{source} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    if len(content) > MAX_FILE_BYTES:
+        raise SetupError(f"{source} has over {MAX_FILE_BYTES >> 20} MiB: `moe-cluster bench calibrate` writes less")
+    try:
+        raw = json.loads(content)
+        if not isinstance(raw, dict) or raw.pop("version", None) != VERSION:
+            raise SetupError(f"{source} is of another version or none: make it with `moe-cluster bench calibrate`")
+        return _calibration_of(raw)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidRequest) as error:
         raise SetupError(f"{source} is no calibration ({error}): make it with `moe-cluster bench calibrate`") from None
+
+
+def _calibration_of(raw: dict[str, Any]) -> Calibration:
+    """Raises ValueError, KeyError, TypeError and InvalidRequest."""
+    parts: dict[str, Any] = {}
+    for name in CURVES:
+        points = [(_quantity(x, name), _quantity(y, name)) for x, y in raw.pop(name)["points"]]
+        parts[name] = Curve.through(points)
+    for name in ("front", "client"):
+        parts[name] = FrontCosts(**{key: _quantity(value, key) for key, value in raw.pop(name).items()})
+    for name in TEXTS:
+        parts[name] = text(raw.pop(name), name)
+    for name in COUNTS:
+        parts[name] = _count(raw.pop(name), name)
+    parts |= {name: _quantity(value, name) for name, value in raw.items()}
+    return Calibration(**parts)
+
+
+def _quantity(value: Any, name: str) -> float:
+    found = number(value, name)
+    if not 0 <= found <= MOST:
+        raise ValueError(f"{name} has {shown(value)}, 0 to {MOST:g} is possible")
+    return found
+
+
+def _count(value: Any, name: str) -> int:
+    found = whole_number(value, name)
+    least = 1 if name in ("num_cores", "memory_bytes") else 0
+    if not least <= found <= MOST:
+        raise ValueError(f"{name} is {shown(found)}, {least} to {MOST:g} is possible")
+    return found
 
 
 def check_model(found: Calibration, config: ModelConfig, dtype: str, path: Path) -> None:

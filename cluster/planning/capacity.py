@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
+from cluster.checkpoint.info import max_model_len
 from cluster.checkpoint.sizes import ModelSizes
 from cluster.config import EngineConfig, ModelConfig
 from cluster.errors import SetupError
@@ -123,12 +124,7 @@ def plan_capacity(
     """The cluster with the fewest processes. Raises SetupError where there is none, with the nearest possible."""
     cluster = base_cluster(hardware, config, sizes, engine)
     tokens = goal.lengths.prompt_tokens + goal.lengths.output_tokens
-    limit = min(engine.max_model_len or config.context_length, cluster.limits.cache_tokens)
-    if tokens > limit:
-        raise SetupError(
-            f"--input and --output make {tokens:,} tokens, an attention replica on {hardware.name} has room for "
-            f"{limit:,}"
-        )
+    _check_length("--input and --output make", tokens, hardware, cluster, max_model_len(config, engine))
     search = Search(costs=hardware.costs, cluster=cluster, most_shards=config.num_experts)
     trial = search.find(goal)
     return Capacity(hardware=hardware, goal=goal, trial=trial, cache_tokens=cluster.limits.cache_tokens)
@@ -146,18 +142,16 @@ class Replay:
 
 
 def replay(
-    hardware: Hardware, cluster: ClusterModel, load: TraceLoad, events: Events, report: Callable[[int], None]
-) -> Replay:
+    hardware: Hardware, cluster: ClusterModel, load: TraceLoad, *,
+    events: Events, context_tokens: int, report: Callable[[int], None],
+) -> Replay:  # fmt: skip
     """Answers a trace. report: called with the requests that have ended. Raises SetupError for one without room."""
     longest = max(prompt + output for _, prompt, output in load.arrivals)
-    if longest > cluster.limits.cache_tokens:
-        raise SetupError(
-            f"--trace has a request of {longest:,} tokens, an attention replica on {hardware.name} has room for "
-            f"{cluster.limits.cache_tokens:,}"
-        )
+    _check_length("--trace has a request of", longest, hardware, cluster, context_tokens)
     simulation = Simulation(cluster, hardware.costs, load, on_ended=report)
     if events.failures is not None:
-        let_fail(simulation, events.failures)
+        most = cluster.replicas if events.scaling is None else events.scaling.most
+        let_fail(simulation, events.failures, most_replicas=most)
     if events.scaling is not None:
         let_scale(simulation, events.scaling)
     record = simulation.run()
@@ -169,6 +163,19 @@ def replay(
         num_requests=load.num_requests,
         unit_seconds=units if cluster.cores is None else units / hardware_cores(hardware),
     )
+
+
+def _check_length(what: str, tokens: int, hardware: Hardware, cluster: ClusterModel, context_tokens: int) -> None:
+    """Raises SetupError for a request that the model or its cache has no room for."""
+    if tokens > context_tokens:
+        raise SetupError(
+            f"{what} {tokens:,} tokens, the model's context has {context_tokens:,} (--max-model-len, --rope-scaling)"
+        )
+    if tokens > cluster.limits.cache_tokens:
+        raise SetupError(
+            f"{what} {tokens:,} tokens, the cache of an attention replica on {hardware.name} has room for "
+            f"{cluster.limits.cache_tokens:,}"
+        )
 
 
 def hardware_cores(hardware: Hardware) -> float:
@@ -185,7 +192,8 @@ def base_cluster(hardware: Hardware, config: ModelConfig, sizes: ModelSizes, eng
     if room <= cache_bytes or cache_tokens < engine.block_size:
         raise SetupError(
             f"{hardware.name} has {hardware.memory_bytes / 1e9:.3g} GB for a process, and an attention replica has "
-            f"{sizes.dense_bytes / 1e9:.3g} GB of weights and needs room for a cache: {_nearest_gpu(sizes)}"
+            f"{sizes.dense_bytes / 1e9:.3g} GB of weights and needs room for a cache: "
+            + (_nearest_gpu(sizes) if hardware.cores is None else "machines with more memory for each core are needed")
         )
     experts_bytes = len(config.sparse_layers) * config.num_experts * sizes.expert_bytes
     shards = ceil(experts_bytes / (WEIGHTS_SHARE * hardware.memory_bytes))

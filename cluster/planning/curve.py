@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import SetupError
+from cluster.inputs import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +14,10 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
-        """Raises SetupError."""
+        """Raises ValueError."""
         places = [x for x, _ in self.points]
         if not places or places != sorted(set(places)):
-            raise SetupError(f"a curve has the places {places}: at least one, ascending, is needed")
+            raise ValueError(f"a curve has the places {shown(places)}: at least one, ascending, is needed")
 
     @classmethod
     def through(cls, points: Sequence[Sequence[float]]) -> "Curve":

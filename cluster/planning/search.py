@@ -13,7 +13,8 @@ from cluster.planning.simulation import ClusterModel, Record, Simulation
 
 PERCENTILE = 90  # of the requests, which get their first token and the others in time
 MOST_REPLICAS = 4096
-MIN_REQUESTS, MIN_S = 300, 30.0  # of a trial
+MIN_REQUESTS, MOST_REQUESTS, MIN_S = 300, 30_000, 30.0  # of a trial
+MOST_RATE = MOST_REQUESTS / MIN_S
 WARM_UP = 0.25  # of its requests, which find an empty cluster
 LASTS = 4  # answers one after another that a trial is long
 SLACK = 1.05  # of what was reached, for a promise that can be kept
@@ -31,9 +32,13 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A cluster under the goal's load. Seconds are (median, PERCENTILE) of the requests after the warm-up."""
+    """A cluster under the goal's load. is_cut: its requests are fewer than its promises' seconds have. Seconds are
+    (median, PERCENTILE) of the requests after the warm-up; of tokens after the first, 0 where an answer has one.
+    """
 
     cluster: ClusterModel
+    num_requests: int
+    is_cut: bool
     record: Record
     requests_s: float
     first_token_s: tuple[float, float]
@@ -42,6 +47,10 @@ class Trial:
     def keeps(self, goal: Goal) -> bool:
         in_time = self.first_token_s[1] <= goal.first_token_s and self.per_token_s[1] <= goal.per_token_s
         return in_time and not self.record.refused
+
+    def is_faster_than(self, other: "Trial") -> bool:
+        """In the first token or the others, of PERCENTILE of the requests."""
+        return self.first_token_s[1] < other.first_token_s[1] or self.per_token_s[1] < other.per_token_s[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,18 +91,19 @@ class Search:
 
     def _fewest_replicas(self, goal: Goal, shards: int, most: int) -> Trial | None:
         """Doubles them until the goal is kept, then halves what is between."""
-        if self._least_step_s(goal, shards) > goal.per_token_s:
+        if goal.lengths.output_tokens > 1 and self._least_step_s(goal, shards) > goal.per_token_s:
             return None
         below, replicas = 0, min(most, self._least_replicas(goal, shards))
-        kept, last = None, float("inf")
+        kept: Trial | None = None
+        last: Trial | None = None
         while kept is None:
             trial = self.attempt(goal, replicas, shards)
             if trial.keeps(goal):
                 kept = trial
-            elif replicas >= most or (not trial.record.refused and trial.per_token_s[1] >= last):
+            elif replicas >= most or (last is not None and not trial.is_faster_than(last)):
                 return None  # more replicas wait longer for the shards
             else:
-                last = float("inf") if trial.record.refused else trial.per_token_s[1]
+                last = None if trial.record.refused else trial
                 below, replicas = replicas, min(most, 2 * replicas)
         while kept.cluster.replicas - below > 1:
             middle = (kept.cluster.replicas + below) // 2
@@ -107,15 +117,18 @@ class Search:
     def attempt(self, goal: Goal, replicas: int, shards: int) -> Trial:
         cluster = with_size(self.cluster, replicas, shards)
         answer_s = goal.first_token_s + goal.lengths.output_tokens * goal.per_token_s
-        num_requests = max(MIN_REQUESTS, round(goal.rate * max(MIN_S, LASTS * answer_s)))
+        wanted = max(MIN_REQUESTS, round(goal.rate * max(MIN_S, LASTS * answer_s)))
+        num_requests = min(wanted, MOST_REQUESTS)
         load = OpenLoad(goal.lengths, rate=goal.rate, num_requests=num_requests)
         record = Simulation(cluster, self.costs, load, to_first_refusal=True).run()
         return Trial(
             cluster=cluster,
+            num_requests=num_requests,
+            is_cut=num_requests < wanted,
             record=record,
             requests_s=record.requests_s,
             first_token_s=_percentiles(record.first_token_s),
-            per_token_s=_percentiles(record.per_token_s),
+            per_token_s=_percentiles(record.per_token_s) if goal.lengths.output_tokens > 1 else (0.0, 0.0),
         )
 
     def _least_step_s(self, goal: Goal, shards: int) -> float:

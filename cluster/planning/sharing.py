@@ -12,6 +12,7 @@ from cluster.planning.costs import FrontCosts, StepTime
 # The bounds' p-norm: two engines at their knee take 1.26 of either bound. Exact mean value analysis has 1.25 there,
 # with exponential times.
 SHARPNESS = 3.0
+LEAST_S = 1e-9  # of a step, so that time goes on where a calibration has zeros
 LEAST_CORES = 0.05  # what is left of a machine whose background takes all
 
 
@@ -45,4 +46,4 @@ def step_s(time: StepTime, num_busy: int, *, cores: SharedCores | None, front_s:
         bounds += (num_busy * time.shard) ** SHARPNESS
     if cores is not None:
         bounds += (num_busy * (time.core_seconds + front_s) / cores.left) ** SHARPNESS
-    return float(bounds ** (1 / SHARPNESS))
+    return max(LEAST_S, float(bounds ** (1 / SHARPNESS)))

@@ -1,6 +1,7 @@
 """The planner: what a step costs, how engines share shards and cores, a cluster in virtual time, the smallest one."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -276,6 +277,17 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path, content, named):
         read_calibration(path)
 
 
+@pytest.mark.parametrize("value", ["NaN", "-1", "1e400", str(10**400), "true", "[]", '"x"'])
+@pytest.mark.parametrize("name", ["num_cores", "memory_bytes", "context_s", "stretch", "request_s"])
+def test_numbers_that_no_machine_has_are_refused_in_one_line(tmp_path, name, value):
+    path = tmp_path / "calibration.json"
+    write_calibration(CALIBRATION, path)
+    path.write_text(re.sub(rf'"{name}": [^,\n]+', f'"{name}": {value}', path.read_text(), count=1))
+    with pytest.raises(SetupError, match=rf"is no calibration \({name}") as met:
+        read_calibration(path)
+    assert len(str(met.value).splitlines()) == 1
+
+
 # The command
 
 
@@ -295,7 +307,7 @@ def test_plan_says_what_hardware_a_load_needs(model_dir, capsys):
     assert found["capacity"]["per_token_s"]["p90"] <= 0.08
     assert main(["plan", str(model_dir), *options]) == 0
     out = " ".join(capsys.readouterr().out.split())  # lines are as wide as the terminal
-    assert "1 attention replica and 1 expert shard, 2 h200, one for each process" in out
+    assert "1 attention replica and 1 expert shard: 2 x h200, a GPU for each process" in out
     assert "bottleneck: crossings" in out
 
 
@@ -324,16 +336,66 @@ def test_plan_counts_machines_by_a_calibration(model_dir, tmp_path, capsys):
         (["--gpu", "h200", "--rate", "2", "--quantization", "int8"], "--quantization was not measured"),
         (
             ["--gpu", "h200", "--rate", "2", "--input", "9000"],
-            "make 9,300 tokens, an attention replica on h200 has room",
+            "make 9,300 tokens, the model's context has 8,192",
         ),
         (["--gpu", "h200", "--rate", "2", "--itl", "0.001"], "the nearest that one keeps: --ttft 1 --itl 0.0"),
         (["--calibration", "/missing/file", "--rate", "2"], "cannot be read: No such file"),
+        (["--shards", "0"], "0 expert shards for 60 experts"),
+        (["--gpu", "h200", "--rate", "1e6"], "at most 30,000 requests are simulated; plan a part"),
+        (["--gpu", "h200", "--rate", "1e-30"], "--rate is 1e-30"),
+        (["--input", "20"], "--input does nothing without --rate"),
+        (["--max-num-seqs", "2"], "--max-num-seqs is of a plan of hardware"),
+        (["--mean-life", "20"], "--mean-life does nothing without --trace"),
+        (["--imbalance", "2"], "--imbalance does nothing without --trace"),
+        (["--gpu", "h200", "--trace", "x", "--start", "5"], "--start does nothing without --max-attention-replicas"),
+        (["--gpu", "h200", "--trace", "x", "--recovery", "5"], "--recovery does nothing without --mean-life"),
+        (
+            ["--gpu", "h200", "--trace", "x", "--attention-replicas", "3", "--max-attention-replicas", "2"],
+            "--max-attention-replicas is 2, less than --attention-replicas, 3",
+        ),
+        (
+            ["--calibration", "x", "--trace", "x", "--max-attention-replicas", "2"],
+            "--max-attention-replicas is of GPUs",
+        ),
     ],
 )
 def test_plans_that_are_impossible_are_refused_in_one_line(model_dir, capsys, options, named):
     assert main(["plan", str(model_dir), *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert named in line
+
+
+def test_answers_of_one_token_have_no_further_ones(model_dir, capsys):
+    options = ["--gpu", "h200", "--rate", "2", "--output", "1", "--itl", "0.001"]
+    assert main(["plan", str(model_dir), *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["capacity"]["per_token_s"]["p90"] == 0
+    assert main(["plan", str(model_dir), *options]) == 0
+    assert "each further one" not in capsys.readouterr().out
+
+
+def test_a_cut_simulation_is_mentioned():
+    trial = search().attempt(replace(GOAL, rate=1000.0, first_token_s=1e6), replicas=1, shards=1)
+    assert (trial.num_requests, trial.is_cut) == (30_000, True)
+
+
+def test_a_dense_model_is_replayed_without_shards(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen2-7B"]))
+    line = {"arrival_s": 0, "prompt_tokens": 9, "output_tokens": 9}
+    trace = trace_file(tmp_path / "requests.jsonl", [line])
+    assert main(["plan", str(tmp_path), "--gpu", "h200", "--trace", trace]) == 0
+    assert "1 request in 0 s: 1 answered" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen1.5-MoE-A2.7B"]))
+    assert main(["plan", str(tmp_path), "--gpu", "h200", "--trace", trace]) == 2
+    assert "give --shards too, at least 1 of h200" in capsys.readouterr().err
+
+
+def test_a_machine_without_room_is_told_of_no_gpu(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen2-72B"]))
+    path = tmp_path / "calibration.json"
+    config = read_model_config(PUBLISHED["Qwen2-72B"])
+    write_calibration(replace(CALIBRATION, model=describe_shapes(config)), path)
+    assert main(["plan", str(tmp_path), "--calibration", str(path), "--rate", "1"]) == 2
+    assert "machines with more memory for each core are needed" in capsys.readouterr().err
 
 
 def test_a_model_without_room_names_the_smallest_gpu_that_has(tmp_path, capsys):
@@ -370,10 +432,24 @@ def test_a_trace_is_replayed_with_failures_and_scaling(model_dir, tmp_path, caps
     [
         ("{", "line 1 is no JSON"),
         ("[1]", "line 1 lacks its arrival"),
-        ('{"arrival_s": "x", "prompt_tokens": 1, "output_tokens": 1}', "arrival_s is x, a number"),
+        ('{"arrival_s": "x", "prompt_tokens": 1, "output_tokens": 1}', "arrival_s is 'x', a number"),
         ('{"arrival_s": 1, "prompt_tokens": 0, "output_tokens": 1}', "prompt_tokens is 0, a whole number from 1"),
         ('{"arrival_s": 1, "prompt_tokens": 9000000, "output_tokens": 1}', "has a request of 9,000,001 tokens"),
         ("", "has no request"),
+        (
+            '{"arrival_s": 1, "prompt_tokens": 8000, "output_tokens": 200}',
+            "8,200 tokens, the model's context has 8,192",
+        ),
+        ('{"arrival_s": NaN, "prompt_tokens": 1, "output_tokens": 1}', "arrival_s is nan"),
+        ('{"arrival_s": -1, "prompt_tokens": 1, "output_tokens": 1}', "arrival_s is -1"),
+        ('{"arrival_s": 1e400, "prompt_tokens": 1, "output_tokens": 1}', "arrival_s is inf"),
+        (f'{{"arrival_s": {10**400}, "prompt_tokens": 1, "output_tokens": 1}}', "arrival_s is a whole number of"),
+        (f'{{"arrival_s": 1, "prompt_tokens": {10**400}, "output_tokens": 1}}', "prompt_tokens is a whole number of"),
+        (
+            '{"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1}\n'
+            '{"arrival_s": 1e9, "prompt_tokens": 1, "output_tokens": 1}',
+            "11,574 days long",
+        ),
     ],
 )
 def test_a_trace_that_cannot_be_replayed_is_refused_in_one_line(model_dir, tmp_path, capsys, line, named):
