@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from cluster.errors import InvalidRequest
 from cluster.serving.openai.base_schema import AnswerBody, RequestBody
@@ -51,6 +51,9 @@ Texts = str | list[str]
 class ScoreRequest(RequestBody):
     """One text against each of several, or two lists of one length: under one of three pairs of names, all vLLM's."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"queries": "What is the capital of France?", "documents": ["Paris", "Rome"]}]}
+    )
     model: str | None = None
     text_1: Texts | None = None
     text_2: Texts | None = None
