@@ -10,21 +10,12 @@ from contextlib import suppress
 import grpc
 import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from ray import serve
-from ray.serve.config import gRPCOptions
+from on_hosts import print_line, questions_for, serve_model
 
-from cluster.app import build
-from cluster.chaos.traffic import ask_all, make_questions
+from cluster.chaos.traffic import ask_all
 from cluster.client.grpc_client import Client
 from cluster.errors import ClusterError
-from cluster.runtime.names import APPLICATION, NAMESPACE
 from cluster.runtime.operate import RunningCluster
-from cluster.runtime.start.application import GRPC_SERVICERS
-
-ARGS = {
-    "dtype": "float32", "device": "cpu", "kv_cache_bytes": 8 << 20, "attention_replicas": 2, "expert_shards": 2,
-    "drain_timeout_s": 10, "recovery_timeout_s": 60, "spare_processes": False,
-}  # fmt: skip
 
 
 def says_that_it_serves(address):
@@ -37,15 +28,9 @@ def says_that_it_serves(address):
 
 
 def main(address, model, *fronts):
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": "0.0.0.0", "port": 8000},
-        grpc_options=gRPCOptions(port=9000, grpc_servicer_functions=GRPC_SERVICERS),
-    )
-    serve.run(build({"model": model, **ARGS}), name=APPLICATION, route_prefix="/")
+    serve_model(address, model)
     with Client("127.0.0.1:9000") as client, RunningCluster() as cluster:
-        questions = make_questions(6, client.model_info().vocab_size, seed=3)
+        questions = questions_for(client)
         quiet, status = ask_all(client, questions, concurrency=3), cluster.status()
         while True:
             replies = ask_all(client, questions, concurrency=3)
@@ -61,8 +46,7 @@ def main(address, model, *fronts):
                 "respawns": sum(shard.respawns for shard in shards),
                 "fronts": [says_that_it_serves(front) for front in fronts],
             }
-            sys.stdout.write(json.dumps(round_) + "\n")
-            sys.stdout.flush()
+            print_line(json.dumps(round_))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Hosts on one machine: network namespaces, each with a raylet, on a bridge in the first one's."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,20 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 class Hosts:
     """Host 0 is Ray's head, without room for actors; each of the others has `num_cpus`.
 
-    environment: of a host's Ray, by its number.
+    environment: of a host's Ray, by its number.  resources: of each of the others, beside its CPUs.  redis: a
+    program; with it the head keeps its state there, and may die.
     """
 
-    def __init__(self, num_hosts, num_cpus=4, *, environment=lambda host, folder: {}):
+    def __init__(self, num_hosts, num_cpus=4, *, environment=lambda host, folder: {}, resources=None, redis=None):
         self._name, self._net = uuid.uuid4().hex[:5], f"10.{os.getpid() % 200 + 20}.77"
         self._spaces = [f"moe-{self._name}-{i}" for i in range(num_hosts)]
         self._temp_dir = f"/tmp/moe-{self._name}"  # short: Ray's sockets lie below
         self._environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         self._num_cpus = num_cpus
         self._environment_of = environment
+        self._resources = json.dumps(resources or {})
+        self._redis = redis
+        self._spared = set()  # pids on host 0 that are not Ray's
         self.address = f"{self._net}.1:6399"
 
     def start(self):
@@ -49,6 +54,9 @@ class Hosts:
             self._ip("-n", first, "link", "set", ends[0], "up")
             self._ip("-n", space, "addr", "add", f"{self._net}.{i + 1}/24", "dev", ends[1])
             self._ip("-n", space, "link", "set", ends[1], "up")
+        if self._redis:
+            options = ["--bind", self.ip(0), "--port", "6379", "--save", "", "--protected-mode", "no"]
+            self._spared.add(self.popen(0, self._redis, *options).pid)
         for host in range(len(self._spaces)):  # one by one: they share a folder, and one of two at once may not come up
             self.start_ray(host)
 
@@ -56,15 +64,23 @@ class Hosts:
         return f"{self._net}.{host + 1}"
 
     def start_ray(self, host):
-        environment = self._environment_of(host, self._temp_dir)
         options = [f"--node-ip-address={self.ip(host)}", "--object-store-memory=100000000"]
         if host == 0:
             options += ["--head", "--num-cpus=0", "--port=6399", "--include-dashboard=false"]
             options += [f"--temp-dir={self._temp_dir}"]
         else:
             options += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
-        done = self.run(host, *RAY, "start", *options, environment=environment)
+            options += [f"--resources={self._resources}"]
+        done = self.run(host, *RAY, "start", *options, environment=self._rays_environment(host))
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def _rays_environment(self, host):
+        environment = self._environment_of(host, self._temp_dir)
+        if self._redis and host == 0:
+            return environment | {"RAY_REDIS_ADDRESS": f"{self.ip(0)}:6379"}
+        if self._redis:
+            return environment | {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        return environment
 
     def drain(self, node_id, seconds):
         """As an operator does; returns at once. Ray ends a node that drains once it is empty."""
@@ -75,8 +91,7 @@ class Hosts:
 
     def stop(self):
         for i, space in enumerate(self._spaces):
-            for pid in self.pids(i):
-                subprocess.run(["kill", "-9", pid], check=False, capture_output=True)
+            self._kill(i)
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
         for path in Path("/tmp").glob(f"moe-{self._name}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -91,7 +106,7 @@ class Hosts:
         )  # fmt: skip
 
     def popen(self, host, *arguments):
-        environment = {**self._environment, **self._environment_of(host, self._temp_dir)}
+        environment = {**self._environment, **self._rays_environment(host)}
         return subprocess.Popen(
             self.command(host, *arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -126,6 +141,17 @@ class Hosts:
         return subprocess.run(
             ["ip", "netns", "pids", space], check=False, capture_output=True, text=True
         ).stdout.split()
+
+    def kill_head(self):
+        """Kills all its processes at once. Hosts have one folder and one list of processes here: by its file with the
+        address, and by the others' raylets that name it, Ray would still take it as alive."""
+        self._kill(0, but=self._spared)
+        Path(self._temp_dir, "ray_current_cluster").unlink()
+
+    def _kill(self, host, but=frozenset()):
+        for pid in {int(pid) for pid in self.pids(host)} - but:
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
 
     def kill_raylet(self, host):
         for pid in self.pids(host):

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextvars
+import math
+import os
 import queue
 import threading
 import time
@@ -20,6 +22,7 @@ from ray.serve.generated import serve_pb2_grpc
 from serving_fakes import EchoBackend, make_service, write_tokenizer
 
 from cluster.errors import Overloaded, ReplicaUnavailable
+from cluster.process_identity import identity
 from cluster.runtime.front import attention_replica
 from cluster.runtime.front.attention_replica import AttentionReplica
 from cluster.runtime.front.relay import relay_cancels
@@ -126,25 +129,28 @@ def test_the_replica_ends_an_overflowing_sequence_at_the_engine_once_and_no_othe
 
 
 class Unreachable:
-    """An engine that Ray cannot reach for a minute; then it answers once, and dies. `asked`: when."""
+    """An engine that Ray cannot reach for some seconds; then it answers once, and dies. `asked`: when."""
 
-    def __init__(self):
+    def __init__(self, seconds):
+        self._seconds = seconds
         self.poll, self.asked = SimpleNamespace(remote=self._poll), []
 
     async def _poll(self, wait_s, received):
         self.asked.append(asyncio.get_running_loop().time())
-        if self.asked[-1] < 60.0:
+        if self.asked[-1] < self._seconds:
             raise ray.exceptions.ActorUnavailableError("no connection", None)
         if received:
             raise ray.exceptions.RayActorError
         return 1, [update(7)]
 
 
-def test_a_replica_asks_an_engine_that_cannot_be_reached_less_and_less_often(monkeypatch):
-    """At 0, 0.05, 0.15, 0.35, 0.75, 1.55 and 3.15 s, then each 2 s: 28 times until a minute is over; and twice then."""
+class Ended(Exception):
+    """The process has ended."""
 
-    class Ended(Exception):
-        pass
+
+@pytest.fixture
+def replica(monkeypatch):
+    """Its engine's process is this one. It ends with Ended, and keeps what it hands out in `given`."""
 
     def end(status):
         raise Ended
@@ -152,18 +158,35 @@ def test_a_replica_asks_an_engine_that_cannot_be_reached_less_and_less_often(mon
     monkeypatch.setattr(attention_replica.os, "_exit", end)
     monkeypatch.setattr(attention_replica.os, "kill", lambda pid, sign: None)
     replica = AttentionReplica.__new__(AttentionReplica)
-    replica.name, replica._lost, replica._engine_pid, replica._record = "r", "", 0, None
-    replica._streams, replica.engine = {}, Unreachable()
-    given = []
-    monkeypatch.setattr(replica, "_share", given.extend)
+    replica.name, replica._lost, replica._record, replica._streams = "r", "", None, {}
+    replica._engine_process, replica.given = identity(os.getpid()), []
+    monkeypatch.setattr(replica, "_share", replica.given.extend)
+    return replica
 
+
+def until_its_end(replica):
     async def run():
         with pytest.raises(Ended):
             await replica._share_out()
 
     virtual_time.run(run)
-    assert given == [update(7)]
+
+
+def test_a_replica_asks_an_engine_that_cannot_be_reached_less_and_less_often(replica):
+    """At 0, 0.05, 0.15, 0.35, 0.75, 1.55 and 3.15 s, then each 2 s: 28 times until a minute is over; and twice then."""
+    replica.engine = Unreachable(60.0)
+    until_its_end(replica)
+    assert replica.given == [update(7)]
     assert len(replica.engine.asked) == 7 + 28 + 2
+
+
+def test_a_replica_ends_whose_engine_cannot_be_reached_because_its_process_is_gone(replica):
+    """Ray says no more than that while its head is away."""
+    replica.engine = Unreachable(math.inf)
+    replica._engine_process = identity(2**22 + 1)  # above Linux' largest pid
+    until_its_end(replica)
+    assert len(replica.engine.asked) == 1
+    assert "is gone" in replica._lost
 
 
 def test_the_client_of_an_ended_stream_gets_a_typed_error_and_the_log_says_so(tmp_path, caplog):

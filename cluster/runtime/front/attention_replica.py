@@ -18,6 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.engine.step_record import make_step_record
 from cluster.errors import InvalidRequest, ReplicaStopping, ReplicaUnavailable, SetupError
 from cluster.logs import SeldomLog
+from cluster.process_identity import identity, is_alive
 from cluster.runtime.control.controller import get_controller
 from cluster.runtime.deaths import Pauses
 from cluster.runtime.front.autoscaling import engine_load
@@ -64,7 +65,7 @@ class AttentionReplica:
             .remote(config, self.name, get_controller(group, config), threads, record_path)
         )
         try:
-            self._engine_pid: int = await self.engine.ready.remote()
+            self._engine_process = identity(await self.engine.ready.remote())  # on this node, as are all of a replica
         except ray.exceptions.RayActorError as error:
             raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
         self._tracing = replica_spans(config, self.name)
@@ -143,21 +144,23 @@ class AttentionReplica:
             news = asyncio.ensure_future(_as_future(self.engine.poll.remote(LONG_POLL_S, received)))
             if not (await asyncio.wait([news], timeout=HUNG_S))[0]:
                 self._lost = f"the engine of attention replica {self.name} answers nothing for {HUNG_S:g} s"
-                log.error("%s", self._lost)
                 break
             try:
                 received, updates = news.result()
-            except ray.exceptions.ActorUnavailableError as error:
+            except ray.exceptions.RayError as error:
+                # Ray tells no death while its GCS is away.
+                unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
+                if not unreachable or not is_alive(self._engine_process):
+                    self._lost = f"the engine of attention replica {self.name} is gone: {error}"
+                    break
                 log.info("attention replica %s asks its engine again: %s", self.name, type(error).__name__)
                 await pauses.pause()
-            except ray.exceptions.RayError as error:
-                self._lost = f"the engine of attention replica {self.name} is gone"
-                log.error("%s: %s", self._lost, error)
             else:
                 pauses.over()
                 self._share(updates)
-        with suppress(ProcessLookupError):
-            os.kill(self._engine_pid, signal.SIGKILL)  # Ray cannot end a stopped process
+        log.error("%s", self._lost)
+        if is_alive(self._engine_process):
+            os.kill(self._engine_process[0], signal.SIGKILL)  # Ray cannot end a stopped process
         await self._say_last_words()
         os._exit(1)  # Serve notices at once and makes another; its next health check would be seconds away
 
