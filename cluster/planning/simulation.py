@@ -9,7 +9,7 @@ from typing import Any
 from cluster.planning.costs import StepCosts, StepTime
 from cluster.planning.engine import EngineModel, Limits, Step
 from cluster.planning.load import Load, Request
-from cluster.planning.sharing import SharedCores, step_s
+from cluster.planning.sharing import LEAST_S, SharedCores, step_s
 
 FEW_ENGINES = 8  # up to so many each step is an event of its own: the others' being busy decides how long it takes
 MOST_STEPS = 32  # in one event otherwise
@@ -98,6 +98,7 @@ class Simulation:
         self._order = 0
         self._busy = 0
         self._stalled_until = 0.0
+        self._crowding = 1.0  # a step's time over what it takes alone
         self._homeless: list[Request] = []  # no replica takes them
         self._counted_at = 0.0
         self._ended = 0
@@ -186,7 +187,7 @@ class Simulation:
     def _take_next_arrival(self) -> None:
         request = next(self._arrivals, None)
         if request is not None:
-            self._at(request.arrived + self.cluster.latency_s / 2, self._arrive_in_turn, request)
+            self._at(max(self.now, request.arrived + self._way_s), self._arrive_in_turn, request)
 
     def _arrive_in_turn(self, request: Request) -> None:
         self._take_next_arrival()
@@ -210,15 +211,23 @@ class Simulation:
         some = self._draw.sample(engines, 2) if len(engines) > 2 else engines
         return min(some, key=lambda engine: engine.model.num_requests, default=None)
 
+    @property
+    def _way_s(self) -> float:
+        """From a client to its engine, or back. Where cores are shared, what is in front waits for them as steps do."""
+        return self.cluster.latency_s / 2 * self._crowding
+
     def _start(self, engine: _Engine) -> None:
         step = engine.model.plan(self._most_steps)
         if step is None:
+            if not self._busy:
+                self._crowding = 1.0
             return
         engine.step, engine.began = step, self.now
         self._busy += 1
         time = StepTime.of(self._costs, step.work, self.cluster.shards, self.cluster.imbalance)
         engine.each_s = step_s(time, self._busy, cores=self.cluster.cores, front_s=self._front_s(step))
         engine.time = time
+        self._crowding = max(1.0, engine.each_s / max(LEAST_S, time.alone))
         self._at(self.now + step.steps * engine.each_s, self._finish, (engine, engine.version, step.steps))
 
     def _front_s(self, step: Step) -> float:
@@ -247,7 +256,7 @@ class Simulation:
         self._busy -= 1
         self._note(engine, step, num_steps)
         found = engine.model.finish(step, num_steps)
-        seen = self.now + self.cluster.latency_s / 2
+        seen = self.now + self._way_s
         for request in found.first_tokens:
             request.first_token = seen
         for request in found.ended:
@@ -267,8 +276,8 @@ class Simulation:
         record.waited_s += num_steps * max(0.0, time.shard - time.shared)
 
     def _answer(self, request: Request, seen: float) -> None:
-        request.ended = seen
         assert request.first_token is not None, "it has a last token"
+        request.ended = seen = max(seen, request.first_token)
         record = self.record
         record.first_token_s.append(request.first_token - request.arrived)
         record.whole_s.append(seen - request.arrived)
@@ -283,7 +292,7 @@ class Simulation:
         self._ended += 1
         if self._ended % 100 == 0:
             self._on_ended(self._ended)
-        seen = self.now + self.cluster.latency_s / 2
+        seen = self.now + self._way_s
         following = self._load.after(request, seen)
         if following is not None:
-            self._at(seen + self.cluster.latency_s / 2, self._arrive, following)
+            self._at(seen + self._way_s, self._arrive, following)

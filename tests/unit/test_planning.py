@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -87,6 +88,17 @@ def test_processes_on_one_machine_share_its_cores():
     took = step_s(time, 4, cores=cores, front_s=0.001)
     assert 0.040 <= took <= 0.040 + 0.015
     assert cores.times(3).left == pytest.approx(4.8)
+
+
+def test_what_is_in_front_waits_for_shared_cores_too():
+    """Between a client and its engine are 20 ms, both ways. On one core a step takes longer, and so do the ways."""
+    load = partial(ClosedLoad, Lengths(prompt_tokens=1, output_tokens=1), concurrency=1, num_requests=9)
+    alone = simulate(load(), latency_s=0.020)
+    assert alone.first_token_s[-1] == pytest.approx(alone.mean_step_s + 0.020)
+    crowded = simulate(load(), latency_s=0.020, cores=SharedCores(num_cores=1, front=FrontCosts()))
+    longer = crowded.mean_step_s / alone.mean_step_s
+    assert longer > 1.1
+    assert crowded.first_token_s[-1] == pytest.approx(longer * (alone.mean_step_s + 0.020))
 
 
 def test_an_h200_makes_the_steps_that_were_measured_on_one():

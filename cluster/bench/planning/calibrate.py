@@ -27,15 +27,16 @@ from cluster.planning.curve import Curve
 from cluster.planning.simulation import Record
 
 # One replica and one shard: a lone stream, more of them, short answers, and long prompts. Of the last three each makes
-# one part of the costs large.
+# one part of the costs large. Each runs for 5 to 8 s: with a third of that, two calibrations of one machine were 20 %
+# apart.
 _STREAM = Setting(replicas=1, shards=1, prompt_tokens=48, output_tokens=24, num_requests=6, concurrency=1)
 WARM_UP = replace(_STREAM, num_requests=2, seed=1)
 SERVED = (
-    replace(_STREAM, seed=2),
-    replace(_STREAM, concurrency=6, num_requests=24, seed=3),
-    replace(_STREAM, concurrency=24, num_requests=72, seed=4),
-    replace(_STREAM, concurrency=6, num_requests=48, output_tokens=4, seed=5),
-    replace(_STREAM, concurrency=4, num_requests=12, prompt_tokens=640, output_tokens=8, seed=6),
+    replace(_STREAM, num_requests=18, seed=2),
+    replace(_STREAM, concurrency=6, num_requests=72, seed=3),
+    replace(_STREAM, concurrency=24, num_requests=168, seed=4),
+    replace(_STREAM, concurrency=6, num_requests=144, output_tokens=4, seed=5),
+    replace(_STREAM, concurrency=4, num_requests=48, prompt_tokens=640, output_tokens=8, seed=6),
 )
 
 
