@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cluster.bench.argument_types import Names, drafts, numbers, variable
-from cluster.bench.planning.arguments import add_calibrate_arguments, add_check_arguments
+from cluster.bench.planning.arguments import add_calibrate_arguments, add_check_arguments, add_scale_arguments
 from cluster.bench.sampling import CHECKPOINT, SAMPLINGS
 from cluster.bench.serve_arguments import add_prefix_arguments, add_serve_arguments, listed_samplings
 from cluster.bench.spec import LLAMA_FORMS
@@ -37,10 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibrate = parts.add_parser("calibrate", help=text, description=text)
     text = "the planner's answers beside measured runs of other settings than the calibration's"
     check = parts.add_parser("plan-check", help=text, description=text)
-    for planned in (calibrate, check):
+    text = "a cluster's requests/s against its attention replicas and expert shards"
+    scale = parts.add_parser("scale", help=text, description=text)
+    for planned in (calibrate, check, scale):
         _add_made_or_given_model(planned)
     add_calibrate_arguments(calibrate)
     add_check_arguments(check)
+    add_scale_arguments(scale)
     text = "running servers in turns, with prompts that begin alike: the caches' hit rate and time to first token"
     add_prefix_arguments(parts.add_parser("prefixes", help=text, description=text))
 

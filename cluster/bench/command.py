@@ -20,6 +20,7 @@ PARTS = (
     "gpu",
     "calibrate",
     "plan-check",
+    "scale",
 )
 
 
@@ -72,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
         from cluster.bench.planning.check import measure_check
 
         return measure_check(args)
+    if args.bench == "scale":
+        from cluster.bench.planning.scale import measure_scale
+
+        return measure_scale(args)
     from cluster.bench.session import measure_all
 
     return measure_all(args)

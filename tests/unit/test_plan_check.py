@@ -36,7 +36,7 @@ def bench(monkeypatch, busy_cores):
         clock.now += seconds
 
     monkeypatch.setattr(served, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
-    found = served.Bench(SimpleNamespace(status=lambda: None), "", 1)
+    found = served.Bench(SimpleNamespace(status=lambda: None), lambda: None, 1)
     monkeypatch.setattr(found, "_core_s", lambda _: {"front": busy_cores * clock.now})
     return found
 

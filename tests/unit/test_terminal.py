@@ -181,7 +181,7 @@ COMMANDS = {
     "bench gpu": ("--layers 0", 2),
     **dict.fromkeys(("bench serve", "bench prefixes"), (f"--address {DEAD}", 1)),
     "bench calibrate": ("--output /no/such/directory/file", 2),
-    "bench plan-check": ("--json /no/such/directory/file", 2),
+    **dict.fromkeys(("bench plan-check", "bench scale"), ("--json /no/such/directory/file", 2)),
 }
 # Lines on stderr, where they are more than one: progress before the fault, and a key's advice.
 LINES = {"demo": 3, "bench throughput": 2, "bench latency": 2, "keys new": 4}

@@ -15,7 +15,7 @@ from cluster.bench.traffic import TrafficResult, draw_prompts, run_load, summari
 from cluster.client.direct import read_url
 from cluster.client.grpc_client import Client
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Unavailable
 from cluster.status import ClusterStatus
 
 if TYPE_CHECKING:
@@ -78,12 +78,18 @@ class Measured:
 
 
 class Bench:
-    """A running cluster to be loaded. address: of its gRPC.  root: the process whose descendants are the cluster's."""
+    """A running cluster to be loaded. connect: makes a client of it.  root: the process whose descendants are the
+    cluster's; None where they are on other machines, too."""
 
-    def __init__(self, cluster: "RunningCluster", address: str, root: int) -> None:
+    def __init__(self, cluster: "RunningCluster", connect: Callable[[], Client], root: int | None) -> None:
         self.cluster = cluster
-        self.address = address
+        self.connect = connect
         self.root = root
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Attention replicas and expert shards."""
+        return self.cluster.attention_replicas(), self.cluster.status().target_shards
 
     def scale(self, replicas: int, shards: int) -> None:
         """Blocks until they run and are at rest. Raises ClusterError."""
@@ -96,7 +102,8 @@ class Bench:
             if time.monotonic() > deadline:
                 raise ClusterError(f"{replicas} attention replicas did not run within {CHANGE_S:g} s")
             time.sleep(LOOK_S)
-        self.settle()
+        if self.root is not None:
+            self.settle()
 
     def settle(self) -> float:
         """Waits until processes that have begun are through with it. Returns the cores that are busy then. Raises
@@ -116,23 +123,37 @@ class Bench:
                     "measure again"
                 )
 
-    def run(self, setting: Setting) -> Measured:
-        """Raises ClusterError where a request fails."""
+    def load(self, setting: Setting, begin: Callable[[], None] = lambda: None) -> tuple[TrafficResult, float]:
+        """Returns what clients saw, and the seconds of all. begin: called before the first request. Raises ClusterError
+        where a request fails."""
         args = argparse.Namespace(
             seed=setting.seed, sampling="greedy", concurrency=setting.concurrency, rate=setting.rate,
             requests=setting.num_requests, prompt_tokens=setting.prompt_tokens, output_tokens=setting.output_tokens,
         )  # fmt: skip
-        with Client(self.address, patience_s=None) as client:
+        with self.connect() as client:
             if not client.is_serving(READY_S):
-                raise ClusterError(f"the server at {self.address} is not ready")
+                raise Unavailable(f"the server is not ready after {READY_S:g} s")
             prompts = draw_prompts(args, client.model_info().vocab_size, setting.num_requests)
-            status = self.cluster.status()
-            figures, core_s, started = read_figures(status), self._core_s(status), time.perf_counter()
+            begin()
+            started = time.perf_counter()
             timings = run_load(client.stream, args, prompts, lambda: None)
             took_s = time.perf_counter() - started
         traffic = summarize(timings, took_s)
         if traffic.failed:
             raise ClusterError(f"{traffic.failed} of {traffic.requests} requests failed: {traffic.errors[0]}")
+        return traffic, took_s
+
+    def run(self, setting: Setting) -> Measured:
+        """Raises ClusterError where a request fails."""
+        status = self.cluster.status()
+        figures: dict[str, float] = {}
+        core_s: dict[str, float] = {}
+
+        def begin() -> None:
+            figures.update(read_figures(status))
+            core_s.update(self._core_s(status))
+
+        traffic, took_s = self.load(setting, begin)
         grown = {name: value - figures.get(name, 0.0) for name, value in read_figures(status).items()}
         used = {role: seconds - core_s[role] for role, seconds in self._core_s(status).items()}
         return Measured(setting=setting, traffic=traffic, took_s=took_s, figures=grown, core_s=used)
@@ -143,6 +164,7 @@ class Bench:
     def _core_s(self, status: ClusterStatus) -> dict[str, float]:
         engines = {replica.process.pid for replica in status.replicas if replica.engine}
         shards = {shard.process.pid for shard in status.shards if shard.process is not None}
+        assert self.root is not None, "its processes are all here"
         seconds = {pid: core_seconds(pid) for pid in process_tree(self.root)}
         found = {
             "engines": sum(seconds.get(pid, 0.0) for pid in engines),
@@ -178,7 +200,8 @@ def serve_here(model_dir: Path, kv_cache_bytes: int, say: Callable[[str], None])
     )  # fmt: skip
     try:
         with RunningCluster() as running:
-            yield Bench(running, f"127.0.0.1:{served.grpc_port}", os.getpid())
+            address = f"127.0.0.1:{served.grpc_port}"
+            yield Bench(running, lambda: Client(address, patience_s=None), os.getpid())
     finally:
         say("ending the cluster")
         served.close()
