@@ -103,7 +103,7 @@ def test_bars_are_as_long_as_their_share(share, drawn):
         (["--seconds", "nan"], "--seconds is nan"),
         (["--address", "x:1", "--calibration", "y"], "MODEL and --calibration are of a cluster that is started here"),
         (["--ray-address", "x:1"], "give its --address, too"),
-        (["--address", "nowhere"], "no running Ray"),
+        (["--address", "nowhere"], "no Ray answers at 127.0.0.1:1"),
     ],
 )
 def test_the_impossible_is_refused_before_anything_starts(monkeypatch, capsys, options, named):

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,9 @@ from cluster.checkpoint.sizes import sizes_of
 from cluster.client import options
 from cluster.drawing import bars
 from cluster.errors import SetupError
+from cluster.footprint.servers import find_address
 from cluster.planning.calibration import Calibration, check_model, read_calibration
+from cluster.runtime.start.ray_address import find_ray
 
 SECONDS = 1.0, 3600.0  # that a setting may take
 TURNS = 3  # of a setting's streams at least
@@ -95,9 +98,10 @@ def _prediction(model_dir: Path, path: Path | None) -> Callable[[Setting], float
 @contextmanager
 def _running(args: argparse.Namespace) -> Iterator[Bench]:
     """The cluster that serves at --address. Raises SetupError."""
-    from cluster.runtime.operate import RunningCluster  # Ray loads with it
+    address = find_ray(find_address(args.ray_address or os.environ.get("RAY_ADDRESS")))
+    from cluster.runtime.operate import RunningCluster  # Ray loads with it, and reads what the search has found
 
-    with RunningCluster(args.ray_address) as cluster:
+    with RunningCluster(address) as cluster:
         yield Bench(cluster, lambda: options.connect(args, goes_on=False), root=None)
 
 
