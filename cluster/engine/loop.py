@@ -3,15 +3,18 @@
 import logging
 import queue
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from cluster.engine.adapters import Adapters
 from cluster.engine.engine import Engine
 from cluster.engine.isolation import failure_of
 from cluster.errors import ClusterError
 from cluster.types import EngineRequest, EngineStats, SequenceUpdate
+
+if TYPE_CHECKING:  # OpenTelemetry, where traces are asked for
+    from cluster.tracing.engine import EngineTracing
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +27,10 @@ class Abort:
     names: frozenset[str]
 
 
-class Follows(Protocol):
-    """As `EngineTracing`; called by the loop's thread."""
-
-    def arrived(self, request: EngineRequest) -> None: ...
-
-    def told(self, updates: Iterable[SequenceUpdate]) -> None: ...
-
-
 class EngineLoop:
     """All but `start` and `stop` may be called from any thread; the engine is touched by the loop's alone."""
 
-    def __init__(self, engine: Engine, tracing: Follows | None = None) -> None:
+    def __init__(self, engine: Engine, tracing: "EngineTracing | None" = None) -> None:
         self._engine = engine
         self._tracing = tracing
         self._inbox: queue.SimpleQueue[EngineRequest | str | Abort | None] = queue.SimpleQueue()
@@ -95,6 +90,11 @@ class EngineLoop:
         sequences = list(self._engine.sequences.values())
         return tuple({s.adapter.source.number for s in sequences if s.adapter is not None})
 
+    def flush_traces(self) -> None:
+        """Sends the spans that are left, as `Spans.flush`."""
+        if self._tracing is not None:
+            self._tracing.flush()
+
     def stop(self) -> None:
         """Ends the thread after the step under way. Blocks."""
         self._inbox.put(None)
@@ -112,6 +112,8 @@ class EngineLoop:
                         self._news.notify_all()
         except BaseException as error:
             log.exception("the engine ended")
+            if self._tracing is not None:
+                self._tracing.broke(error)
             self._failure = error
         with self._news:
             self._stopped = True

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cluster.engine.step import Batch, Runner, ScheduledSequence, StepResult
 from cluster.model.adapters import Adapter
-from cluster.tracing.engine import EngineTracing, StepFacts
+from cluster.tracing.engine import EngineTracing, Part, StepFacts
 
 
 class TracedRunner:
@@ -27,7 +27,7 @@ class TracedRunner:
 
     def run(self, batch: Batch) -> StepResult:
         parts = [
-            (traced, _phase(s), s.num_rows)
+            Part(traced, _phase(s), s.num_rows, s)
             for s in batch.scheduled
             if (traced := self._tracing.find(s.sequence.request_id)) is not None
         ]

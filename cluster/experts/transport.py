@@ -4,7 +4,7 @@
 T: rows in the batch, H: hidden size, K: experts a token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import ExpertShard
-from cluster.tracing.contexts import Place
 
 NOT_HERE = -1  # in ExpertBatch.topk_ids: this slot's expert is computed by another shard
 
@@ -68,9 +67,9 @@ class ExpertTransport(Protocol):
     def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
         """Sends without waiting. Raises ShardUnavailable when the shard is known to be gone."""
 
-    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
-        """Tells shards the spans to which the batches from now on belong, by the shards' ids; none ends that. A shard
-        of an older version is not told."""
+    def trace(self, places: Mapping[int, bytes]) -> None:
+        """Tells shards the spans to which the batches from now on belong, packed (`tracing.contexts`), by the shards'
+        ids; none ends that. A shard of an older version is not told."""
 
     def close(self) -> None:
         """Lets go of connections; shards live on."""
@@ -103,7 +102,7 @@ class LocalTransport:
             self.shards[shard_id].forward(batch.layer_id, batch.hidden_states, batch.topk_ids, batch.topk_weights)
         )
 
-    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
+    def trace(self, places: Mapping[int, bytes]) -> None:
         pass
 
     def close(self) -> None:

@@ -104,7 +104,7 @@ class _DirectoryCollector:
             clear_dead(self._directory)
             files = [str(path) for path in sorted(self._directory.glob("*.db")) if self._is_readable(path)]
             metrics = list(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
-            add_exemplars(metrics, self._directory)
+            add_exemplars(metrics, self._directory, lambda path: self._report(path, "exemplars"))
             return sorted(metrics, key=lambda metric: metric.name)
 
     def _is_readable(self, path: Path) -> bool:
@@ -114,18 +114,21 @@ class _DirectoryCollector:
         try:
             read_values(path)
         except _DAMAGED:
-            if path not in self._reported:
-                self._reported.add(path)
-                log.error("%s is damaged: its counts are missing from the metrics", path)
+            self._report(path, "counts")
             return False
         return True
+
+    def _report(self, path: Path, what: str) -> None:
+        if path not in self._reported:
+            self._reported.add(path)
+            log.error("%s is damaged: its %s are missing from the metrics", path, what)
 
 
 def clear_dead(directory: Path) -> None:
     """Removes the gauges and exemplars of processes that ended and folds their counts into the archives."""
     for path in directory.glob("exemplars_*"):
         if _is_dead(path):
-            path.unlink()
+            path.unlink(missing_ok=True)
     dead = [path for path in sorted(directory.glob("*.db")) if _is_dead(path)]
     for path in dead:
         if path.name.startswith("gauge_"):

@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Exemplar
 
 PATTERN = "exemplars_*.json"
+_DAMAGED = (OSError, ValueError, TypeError, AttributeError, RecursionError)  # of what is no file of ours
 
 
 class Exemplars:
@@ -38,17 +39,32 @@ class Exemplars:
             os.replace(fresh, self._path)
 
 
-def add_exemplars(metrics: Iterable[Metric], directory: Path) -> None:
-    """To the buckets of histograms that have no labels of their own; the latest of all processes."""
-    latest: dict[tuple[str, str], Exemplar] = {}
+def add_exemplars(metrics: Iterable[Metric], directory: Path, damaged: Callable[[Path], None]) -> None:
+    """To the buckets of histograms that have no labels of their own; the latest of all processes. damaged: hears of a
+    file that cannot be read, which is left out."""
+    latest: dict[tuple[str, str], tuple[float, Exemplar]] = {}  # when, by metric and bucket
     for path in directory.glob(PATTERN):
-        for metric, of_metric in json.loads(path.read_text()).items():
-            for bound, (trace_id, value, at) in of_metric.items():
-                known = latest.get((metric, bound))
-                if known is None or (known.timestamp or 0.0) < at:
-                    latest[metric, bound] = Exemplar({"trace_id": trace_id}, value, at)
+        try:
+            exemplars = _read(path)
+        except FileNotFoundError:  # its process has just ended
+            continue
+        except _DAMAGED:
+            damaged(path)
+            continue
+        for key, at, exemplar in exemplars:
+            if key not in latest or latest[key][0] < at:
+                latest[key] = at, exemplar
     for metric in metrics if latest else ():
         for i, sample in enumerate(metric.samples):
             bound = sample.labels.get("le")
             if bound is not None and (found := latest.get((metric.name, bound))) is not None:
-                metric.samples[i] = sample._replace(exemplar=found)
+                metric.samples[i] = sample._replace(exemplar=found[1])
+
+
+def _read(path: Path) -> list[tuple[tuple[str, str], float, Exemplar]]:
+    """Each one's metric and bucket, and when it was noted. Raises one of _DAMAGED."""
+    return [
+        ((metric, bound), float(at), Exemplar({"trace_id": f"{int(trace_id, 16):032x}"[:32]}, float(value), float(at)))
+        for metric, of_metric in json.loads(path.read_text()).items()
+        for bound, (trace_id, value, at) in of_metric.items()
+    ]

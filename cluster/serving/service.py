@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from cluster.config import DEFAULTS
 from cluster.errors import ClusterError, NotFound, Unavailable
@@ -18,7 +19,6 @@ from cluster.serving.backend import GenerationBackend, UpdateStream
 from cluster.serving.model_names import MAX_SHOWN
 from cluster.serving.outcomes import result_of
 from cluster.serving.prepare import RequestPreparer
-from cluster.serving.spans import RequestSpans
 from cluster.serving.text.answer import Answer
 from cluster.serving.text.detokenizer import NoText
 from cluster.serving.text.prompts import Prompt
@@ -26,14 +26,10 @@ from cluster.serving.text.tokenizer import Tokenizer
 from cluster.serving.text.work import NoTextWork, TextWork
 from cluster.serving.tracking import RequestMetrics, RequestTracker, TrackedRequest
 from cluster.structured import FIELD
-from cluster.types import (
-    CompletionOutput,
-    EngineRequest,
-    ModelInfo,
-    SamplingParams,
-    SequenceUpdate,
-    TextDelta,
-)
+from cluster.types import CompletionOutput, EngineRequest, ModelInfo, SamplingParams, SequenceUpdate, TextDelta
+
+if TYPE_CHECKING:  # OpenTelemetry, where traces are asked for
+    from cluster.tracing.requests import RequestTracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +64,7 @@ class InferenceService:
         clock: Callable[[], float] = time.monotonic,
         new_request_id: Callable[[], str] = lambda: uuid.uuid4().hex,
         adapters: Callable[[], Collection[str]] = tuple,
-        spans: RequestSpans | None = None,
+        spans: "RequestTracing | None" = None,
     ) -> None:
         self.info = info
         self.limits = limits or ServiceLimits()

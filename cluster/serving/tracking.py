@@ -1,16 +1,21 @@
-"""One request from its arrival to its end: its time budget, its metrics, its log line. Knows no prompts."""
+"""One request from its arrival to its end: its time budget, its metrics, its span, its log line.
+
+Counts a prompt's tokens and reads nothing of them.
+"""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from cluster.errors import ClusterError, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from cluster.outcome import CALLS, Wants
-from cluster.serving.spans import RequestSpan, RequestSpans
 from cluster.types import EngineRequest, Usage
+
+if TYPE_CHECKING:  # OpenTelemetry, where traces are asked for
+    from cluster.tracing.requests import RequestSpan, RequestTracing
 
 log = logging.getLogger(__name__)
 # A line for each request where `log_requests` asks for it; for those that failed by our fault in any case.
@@ -71,7 +76,7 @@ class TrackedRequest:
     num_cached_tokens: int | None = None
     chat: bool = False
     stream: bool = False
-    span: RequestSpan | None = None
+    span: "RequestSpan | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +101,9 @@ class TrackedRequest:
 class RequestTracker:
     """Not thread-safe. clock: monotonic seconds.  spans: None where nothing is traced."""
 
-    def __init__(self, metrics: RequestMetrics, clock: Callable[[], float], spans: RequestSpans | None = None) -> None:
+    def __init__(
+        self, metrics: RequestMetrics, clock: Callable[[], float], spans: "RequestTracing | None" = None
+    ) -> None:
         self._metrics, self._clock, self._spans = metrics, clock, spans
 
     @contextmanager

@@ -19,7 +19,6 @@ from cluster.experts.transport import ExpertBatch, ExpertTransport, Flight
 from cluster.stream.connection import StreamBroken, StreamConnection
 from cluster.stream.frames import StreamOffer
 from cluster.stream.lanes import LANE_DTYPES, StreamLanes, has_lanes
-from cluster.tracing.contexts import Place, pack
 
 log = logging.getLogger(__name__)
 
@@ -97,23 +96,26 @@ class StreamTransport:
         self._clock = clock
         self._connections: dict[int, tuple[Hashable, StreamConnection]] = {}
         self._retry_at: dict[int, float] = {}
-        self._num_forgotten = 0
-        self._traces: dict[int, bytes] = {}
+        self._num_interruptions = 0
+        self._traces: Mapping[int, bytes] = {}
 
-    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
+    def trace(self, places: Mapping[int, bytes]) -> None:
         """As of `ExpertTransport`."""
-        self._traces = {shard_id: pack(of_shard) for shard_id, of_shard in places.items()}
+        self._traces = places
         for _, connection in list(self._connections.values()):
             self._tell(connection)
         if self._fallback is not None:
             self._fallback.trace(places)
 
     def _tell(self, connection: StreamConnection) -> None:
-        """A connection that breaks over it is no loss: the next batch finds out."""
+        """A connection that breaks over it is no loss: the next batch finds out. Lanes close before one that is told
+        later, with a batch."""
         try:
             connection.trace(self._traces.get(connection.shard_id, b""))
         except StreamBroken as error:
             self.forget(connection, str(error))
+        if not connection.span_news.is_told:
+            self._num_interruptions += 1
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> Flight:
         try:
@@ -139,10 +141,10 @@ class StreamTransport:
             return None
         if not all(connection.can_lend for connection in connections):
             return None
-        before = self._num_forgotten
+        before = self._num_interruptions
         return StreamLanes(
             connections, lane_of, dtype=dtype, hidden_size=hidden_size, epoch=epoch, timeout_s=self._timeout_s,
-            is_open=lambda: self._num_forgotten == before, make_flight=self._flight,
+            is_open=lambda: self._num_interruptions == before, make_flight=self._flight,
         )  # fmt: skip
 
     def _flight(self, connection: StreamConnection, request_id: int, batch: ExpertBatch) -> StreamFlight:
@@ -158,14 +160,14 @@ class StreamTransport:
     def forget(self, connection: StreamConnection, why: str) -> None:
         """Closes a broken connection; the next batch makes another."""
         connection.close()
-        self._num_forgotten += 1
+        self._num_interruptions += 1
         known = self._connections.get(connection.shard_id)
         if known is not None and known[1] is connection:
             del self._connections[connection.shard_id]
             log.warning("the stream to shard %d broke: %s", connection.shard_id, why)
 
     def close(self) -> None:
-        self._num_forgotten += 1
+        self._num_interruptions += 1
         for _, connection in self._connections.values():
             connection.close()
         self._connections.clear()

@@ -19,6 +19,7 @@ from cluster.stream.buffers import ReceiveBuffers, Staging, memory
 from cluster.stream.frames import HEADER, NO_TIMEOUT, Header, Kind, StreamOffer
 from cluster.stream.region import Region, make_region
 from cluster.stream.sockets import has_room, prepare_socket, remaining
+from cluster.stream.span_news import SpanNews
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class StreamConnection:
         self._slots: dict[int, int] = {}
         self._release: Callable[[], None] | None = None
         self._ahead = b""  # read from the socket already
-        self._features, self._trace = 0, b""
+        self._features, self.span_news = 0, SpanNews()
         self.last_lane_id = 1 << 62  # of the requests that `lanes.py` sends; those of `send` are far below
         try:
             self._sock.settimeout(CONNECT_TIMEOUT_S)
@@ -103,18 +104,18 @@ class StreamConnection:
         )
         if slot:
             self._slots[request_id] = slot
-        self._send_all([memoryview(head.pack(*parts)), *parts])
+        self._send_all([*self.span_news.frames(), memoryview(head.pack(*parts)), *parts])
         if staged is not None:
             self._staging.give_back(staged[1])
         return request_id
 
     def trace(self, places: bytes) -> None:
-        """The requests from now on belong to these packed spans. Not told: an older shard, and one that does not read.
-        Raises StreamBroken."""
-        if places == self._trace or not self._features & frames.TRACES or not has_room(self._sock):
-            return
-        self._trace, head = places, Header(kind=Kind.TRACE, payload_bytes=len(places))
-        self._send_all([memoryview(head.pack(places) + places)])
+        """The requests from now on belong to these packed spans. An older shard is not told; one that does not read now
+        hears of it in front of the next request. Raises StreamBroken."""
+        if self._features & frames.TRACES:
+            self.span_news.follow(places)
+            if has_room(self._sock):
+                self._send_all(self.span_news.frames())
 
     def receive(self, request_id: int, like: Tensor, timeout_s: float) -> Tensor:
         """Blocks for one request's rows, with the width and dtype of `like`. They are valid until the next call, which
@@ -159,10 +160,9 @@ class StreamConnection:
 
     @property
     def can_lend(self) -> bool:
-        """Whether it has a slot for a lane, and no answer that is waited for is under way."""
-        return (
-            self._region is not None and self._region.has_free and not (self._early or self._abandoned or self._slots)
-        )
+        """Whether it has a slot for a lane, which tells no news of spans, and no answer is under way."""
+        under_way = self._early or self._abandoned or self._slots
+        return self._region is not None and self._region.has_free and not under_way and self.span_news.is_told
 
     def borrow_slot(self, num_rows: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, Tensor]:
         """A slot of the shared memory, and the rows there; `return_slot` or `adopt` ends it."""

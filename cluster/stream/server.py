@@ -27,7 +27,7 @@ from cluster.stream.frames import Header, Kind, StreamOffer
 from cluster.stream.groups import WaitingRequests, one_batch, staged_parts
 from cluster.stream.peer import Peer, Request
 from cluster.stream.steady import Steady, SteadyBackend
-from cluster.tracing.products import Product
+from cluster.tracing.products import OnTraced
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,6 @@ class StreamBackend(Protocol):
 
     def forward(self, batch: ExpertBatch, waited_s: float) -> Tensor:
         """[T, H] in the rows' dtype. waited_s: since the oldest of its rows was sent. Raises ClusterError."""
-
-
-OnTraced = Callable[[bytes, int, Sequence[Product]], None]
-"""Called with a step's spans as they came, when its first product began, and products that were made for it."""
 
 
 class StreamServer:
@@ -218,7 +214,7 @@ class StreamServer:
             self._hand_back(group, out)
 
     def _note(self, request: Request, waited_s: float, computed_s: float) -> None:
-        """A product was made for a request that is traced, with others or alone."""
+        """A product was made for a request that is traced, with others or alone. computed_s: from its turn on."""
         began = time.time_ns() - int(computed_s * 1e9)
         self._on_traced(request.trace, began, [(request.head.rows, waited_s, computed_s)])
 

@@ -14,7 +14,7 @@ from cluster.kernels.native import library
 from cluster.kernels.native.serving import SERVED_DTYPES, ServedLayer, Serving, can_serve
 from cluster.stream.peer import Peer
 from cluster.stream.region import NUM_SLOTS
-from cluster.tracing.products import Product
+from cluster.tracing.products import OnTraced, Product
 
 STEADY = 16  # requests of one caller, without another's between them, until the loop takes over
 REST = 1000  # requests that Python answers after the loop came back from several at once
@@ -25,8 +25,8 @@ class SteadyBackend(Protocol):
     def experts(self) -> ExpertShard | None:
         """The experts, if nothing but a product is to be done for a request now."""
 
-    def computed(self, products: Sequence[tuple[int, float, float]], tokens: Tensor) -> None:
-        """The loop has made these products: each one's rows, seconds that they waited, seconds that it took.
+    def computed(self, products: Sequence[Product], tokens: Tensor) -> None:
+        """The loop has made these products.
         tokens: [layers, E] int64, the slots of each expert in them."""
 
 
@@ -38,7 +38,7 @@ class Steady:
         self,
         backend: SteadyBackend | None,
         watch: Callable[[Callable[[], bool]], None],
-        on_traced: Callable[[bytes, int, Sequence[Product]], None] = lambda packed, began, products: None,
+        on_traced: OnTraced,
     ) -> None:
         """watch: as `Pulse.watch`; called by the thread that serves.  on_traced: as of `StreamServer`."""
         self._backend = backend if library.native() is not None and can_serve() else None

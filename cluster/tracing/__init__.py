@@ -6,5 +6,5 @@ package: a process whose configuration asks for traces loads it with the rest, `
 
 A request has a span in its ingress, its attention replica and its engine, and there one for each phase. Steps are many:
 1,000 tokens over 24 layers and 4 shards are 96,000 crossings. So a request has spans of some of its steps only
-(`engine.Steps`), and each of these has one for each shard, with the sums over all layers.
+(`engine.in_detail`), and each of these has two for each shard that got rows, with the sums over all layers.
 """

@@ -15,6 +15,10 @@ class ReplicaTracing:
     def __init__(self, spans: Spans) -> None:
         self._spans = spans
 
+    def flush(self) -> None:
+        """As of `Spans`."""
+        self._spans.flush()
+
     @contextmanager
     def request(self, request: EngineRequest) -> Iterator[EngineRequest]:
         """Yields the request with its place under a span, which lasts as long; as it is where it is not traced."""

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from cluster.errors import ClusterError
+from cluster.errors import DeadlineExceeded, Unavailable, Unserved
 from cluster.outcome import CALLS
-from cluster.tracing.spans import PREFIX, Spans, place
+from cluster.tracing.spans import Spans, code_of, mark_failed, ours, place
 from cluster.types import EngineRequest, SamplingParams
 
 PROVIDER = "moe-cluster"
@@ -24,6 +24,7 @@ _OPERATIONS = {"tokens": "text_completion", "last_hidden_state": "embeddings", "
 _PARAMS = ("temperature", "top_p", "top_k", "max_tokens", "seed", "frequency_penalty", "presence_penalty")
 # Of gRPC's codes, those that are a server's errors by OpenTelemetry's conventions.
 _OUR_FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+_OF_HTTP = {error.http_status: error.grpc_code for error in (Unserved, Unavailable, DeadlineExceeded)}
 _ANSWERED = ("stop", "length")
 
 
@@ -45,20 +46,22 @@ class RequestTracing:
         self._propagator = TraceContextTextMapPropagator()
 
     @contextmanager
-    def call(self, name: str, headers: Mapping[str, str], *, chat: bool = False, **attributes: Any) -> Iterator[Span]:
-        """As of `serving.spans.RequestSpans`."""
+    def call(
+        self, name: str, headers: Mapping[str, str], *, chat: bool = False, **attributes: Any
+    ) -> Iterator["CallSpan"]:
+        """A call while it is open, under the span that its `traceparent` names; its requests come under it.
+
+        headers: by their names in lower case.  chat: a conversation was sent, even if a request has its token ids.
+        attributes: of a convention, "__" for each "."."""
         named = {key.replace("__", "."): value for key, value in attributes.items()}
         above = self._propagator.extract(headers, Context())
         span = self._spans.tracer.start_span(name, above, SpanKind.SERVER, named)
         # Left there: an async generator may end in another context, and each call has its own.
         _around.set(_Call(trace.set_span_in_context(span, Context()), chat))
         try:
-            yield span
+            yield CallSpan(span)
         except Exception as error:
-            code = error.grpc_code if isinstance(error, ClusterError) else "INTERNAL"
-            span.set_attribute("error.type", code)
-            if code in _OUR_FAULTS:
-                span.set_status(Status(StatusCode.ERROR))
+            CallSpan(span).failed(code_of(error))
             raise
         finally:
             span.end()
@@ -74,6 +77,32 @@ class RequestTracing:
     def flush(self) -> None:
         """As `Spans.flush`."""
         self._spans.flush()
+
+
+class CallSpan:
+    """One call's span."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+
+    def failed(self, code: str) -> None:
+        """code: of `code_of`. A client's fault is no error of a server, by the conventions."""
+        if code in _OUR_FAULTS:
+            mark_failed(self._span, code)
+
+    def by_http(self, name: str, route: str, status: int) -> None:
+        """name: with the route of the function that answered, "" for none.  status: 0 where none was sent."""
+        if route:
+            self._span.update_name(name)
+            self._span.set_attribute("http.route", route)
+        if status:
+            self._span.set_attribute("http.response.status_code", status)
+        if status >= 500:
+            self.failed(_OF_HTTP.get(status, "INTERNAL"))
+
+    def by_grpc(self, code: str) -> None:
+        """code: of `code_of`, or "OK"."""
+        self._span.set_attribute("rpc.response.status_code", code)
 
 
 class RequestSpan:
@@ -108,7 +137,8 @@ class RequestSpan:
             }
         )
         if request.wants == "tokens":
-            self._span.set_attribute("gen_ai.output.type", "text" if request.constraint is None else "json")
+            is_json = request.constraint is not None and request.constraint[0] == "json"
+            self._span.set_attribute("gen_ai.output.type", "json" if is_json else "text")
             self._span.set_attributes(_given(request.params))
         self._span.add_event("prepared")
 
@@ -118,16 +148,15 @@ class RequestSpan:
         self._span.add_event("first token")
 
     def end(self, outcome: str, num_generated_tokens: int, num_cached_tokens: int | None) -> None:
-        """As of `serving.spans.RequestSpan`."""
+        """outcome: as `RequestMetrics.finished` gets it.  num_cached_tokens: None where it is not known."""
         if num_cached_tokens is not None:
             self._span.set_attribute("gen_ai.usage.cache_read.input_tokens", num_cached_tokens)
         self._span.set_attribute("gen_ai.usage.output_tokens", num_generated_tokens)
-        self._span.set_attribute(PREFIX + "outcome", outcome)
+        self._span.set_attributes(ours({"outcome": outcome}))
         if outcome in _ANSWERED:
             self._span.set_attribute("gen_ai.response.finish_reasons", [outcome])
         elif outcome != "cancelled":
-            self._span.set_attribute("error.type", outcome)
-            self._span.set_status(Status(StatusCode.ERROR))
+            mark_failed(self._span, outcome.upper())
         self._span.end()
 
 

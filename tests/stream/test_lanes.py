@@ -139,6 +139,16 @@ def crossed(dispatcher, sent, direct=True):
     return dispatcher.combine(flight)
 
 
+def test_rows_of_spans_that_a_shard_has_not_heard_of_go_through_python(cluster, monkeypatch):
+    dispatcher, _ = cluster.dispatcher()
+    sent = rows(4)
+    assert torch.equal(crossed(dispatcher, sent), expected(sent))
+    with monkeypatch.context() as full:
+        full.setattr("cluster.stream.connection.has_room", lambda sock: False)
+        cluster.transport.trace(dict.fromkeys(range(SHARDS), bytes(24)))
+    assert torch.equal(crossed(dispatcher, sent, direct=False), expected(sent))
+
+
 def counts(registry):
     return {
         (sample.name, *sample.labels.items()): sample.value

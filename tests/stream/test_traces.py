@@ -125,15 +125,17 @@ def test_a_frame_of_names_that_is_too_large_ends_the_connection(server, caplog):
     assert "a frame of kind TRACE with 65537 bytes" in caplog.text
 
 
-def test_a_shard_that_does_not_read_holds_nobody_up_and_hears_of_it_later(server, traced, monkeypatch):
+def test_a_shard_that_does_not_read_hears_of_begins_and_ends_with_the_next_rows(server, traced, monkeypatch):
     connection = connect(server)
-    with monkeypatch.context() as full:
-        full.setattr("cluster.stream.connection.has_room", lambda sock: False)
-        connection.trace(pack(FIRST))
-        answer(connection, batch(rows=1))
+    monkeypatch.setattr("cluster.stream.connection.has_room", lambda sock: False)
     connection.trace(pack(FIRST))
+    answer(connection, batch(rows=1))
+    connection.trace(b"")
     answer(connection, batch(rows=2))
-    assert traced.rows == {pack(FIRST): [2]}
+    connection.trace(pack(SECOND))
+    connection.trace(b"")  # a step without rows for this shard
+    answer(connection, batch(rows=3))
+    assert traced.rows == {pack(FIRST): [1]}
 
 
 def test_a_socket_has_room_until_it_is_full():
@@ -169,7 +171,7 @@ def test_a_transport_tells_open_connections_and_those_that_follow(server, traced
         transport.submit(0, batch(rows=rows)).result(20.0)
 
     send(1)
-    transport.trace({0: FIRST, 1: SECOND})
+    transport.trace({0: pack(FIRST), 1: pack(SECOND)})
     send(2)
     offers.number += 1  # a successor
     send(3)
@@ -211,7 +213,7 @@ class Handles:
 def test_a_ray_call_takes_its_spans_along_to_shards_that_know_them():
     handles, sent = Handles(), batch(rows=2)
     carrier = RayTransport(handles)
-    for places in ({}, {0: FIRST, 1: FIRST}, {}):
+    for places in ({}, {0: pack(FIRST), 1: pack(FIRST)}, {}):
         carrier.trace(places)
         for shard_id in range(2):
             carrier.submit(shard_id, sent)

@@ -13,8 +13,8 @@ from cluster.outcome import Head
 from cluster.serving.admission.admission import Admission, AdmissionLimits
 from cluster.serving.admission.api_keys import ApiKeys
 from cluster.serving.service import InferenceService, ServiceLimits
-from cluster.serving.spans import RequestSpans
 from cluster.serving.text.tokenizer import Tokenizer as ServedTokenizer
+from cluster.tracing.requests import RequestTracing
 from cluster.types import EngineRequest, Logprobs, ModelInfo, SamplingParams, SequenceUpdate
 
 CHATML = (
@@ -187,7 +187,7 @@ def make_service(
     admission: Admission | None = None,
     head: Head | None = None,
     adapters: Sequence[str] = (),
-    spans: RequestSpans | None = None,
+    spans: RequestTracing | None = None,
 ) -> InferenceService:
     """A service whose generated request ids count up: "generated-1", "generated-2"."""
     info = ModelInfo(

@@ -1,19 +1,23 @@
 """A request's trace, part by part: the ingress, the engine and its steps, a shard, and the way to the receiver."""
 
 import asyncio
+import contextvars
 import logging
 import socket
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from engine_fakes import CountingRunner, make_engine, request
 from http_tools import MODEL, Front
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import values
+from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from serving_fakes import EchoBackend, write_tokenizer
@@ -22,18 +26,24 @@ from cluster import doctor
 from cluster.config import ClusterConfig
 from cluster.engine.loop import EngineLoop
 from cluster.engine.traced import TracedRunner
-from cluster.errors import SetupError
+from cluster.errors import SetupError, Unavailable
+from cluster.logs import SeldomLog
 from cluster.metrics import IngressMetrics, NodeCollector, new_registry
-from cluster.metrics.exemplars import Exemplars
+from cluster.metrics.exemplars import Exemplars, add_exemplars
+from cluster.pb.moecluster.v1 import inference_pb2 as pb
+from cluster.runtime.front import attention_replica
+from cluster.serving.grpc.calls import GrpcCalls
+from cluster.serving.service import ServiceLimits
 from cluster.serving.text.tokenizer import Tokenizer
-from cluster.tracing import settings
+from cluster.tracing import products, settings
+from cluster.tracing import spans as spans_module
 from cluster.tracing.contexts import Place, pack, place_of, unpack
 from cluster.tracing.dispatch import TracedDispatchMetrics
 from cluster.tracing.engine import EngineTracing, in_detail
 from cluster.tracing.products import QUIET_NS, ShardTracing
 from cluster.tracing.requests import RequestTracing
 from cluster.tracing.settings import TracingSettings
-from cluster.tracing.spans import Spans, open_spans
+from cluster.tracing.spans import Spans, Way, open_spans
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED, NOT_SAMPLED = (f"00-{TRACE_ID}-{SPAN_ID}-{flags}" for flags in ("01", "00"))
@@ -61,6 +71,13 @@ class Kept:
 @pytest.fixture
 def kept():
     return Kept()
+
+
+class InferenceStub:
+    """What a gRPC front needs of the service to trace a call."""
+
+    def __init__(self, spans):
+        self.spans, self.limits = spans, ServiceLimits()
 
 
 def is_under(span, parent):
@@ -168,7 +185,65 @@ def test_a_request_that_fails_says_so(kept, tokenizer):
     assert ask(front, messages=[{"role": "user", "content": "a" * 100}]).status_code == 400
     [span] = kept.named("request")  # it was never prepared
     assert span.status.status_code is StatusCode.ERROR
-    assert span.attributes["error.type"] == "invalid_argument"
+    assert span.attributes["error.type"] == "INVALID_ARGUMENT"
+    [call] = kept.named("POST /v1/chat/completions")
+    assert call.status.status_code is StatusCode.UNSET  # the client's fault
+    assert (call.attributes["http.response.status_code"], call.attributes.get("error.type")) == (400, None)
+
+
+class Failing:
+    """A backend that answers nothing."""
+
+    def __init__(self, error):
+        self.error = error
+
+    async def generate(self, request):
+        raise self.error
+        yield
+
+
+FAULTS = [(Unavailable("no replica"), 503, "UNAVAILABLE"), (ValueError("a bug"), 500, "INTERNAL")]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), FAULTS)
+def test_our_faults_over_http_are_errors_by_their_codes(kept, tokenizer, error, status, code):
+    front = Front(tokenizer, Failing(error), spans=RequestTracing(kept.spans, MODEL))
+    assert ask(front).status_code == status
+    [call], [span] = kept.named("POST /v1/chat/completions"), kept.named(f"chat {MODEL}")
+    assert call.attributes["http.response.status_code"] == status
+    for each in (call, span):
+        assert (each.status.status_code, each.attributes["error.type"]) == (StatusCode.ERROR, code)
+
+
+@pytest.mark.parametrize(("error", "code"), [(error, code) for error, _, code in FAULTS])
+def test_our_faults_over_grpc_are_errors_by_the_same_codes(kept, error, code):
+    calls = GrpcCalls(InferenceStub(RequestTracing(kept.spans, MODEL)))
+    with pytest.raises(type(error)), calls._traced({}, pb.GenerateRequest):
+        raise error
+    with calls._traced({}, pb.GenerateRequest):
+        pass
+    failed, well = kept.named("moecluster.v1.Generate")
+    assert (failed.status.status_code, failed.attributes["error.type"]) == (StatusCode.ERROR, code)
+    assert (well.status.status_code, well.attributes.get("error.type")) == (StatusCode.UNSET, None)
+    assert [each.attributes["rpc.response.status_code"] for each in (failed, well)] == [code, "OK"]
+
+
+def test_a_call_whose_body_is_refused_has_the_status_of_its_answer(kept, tokenizer):
+    front = Front(tokenizer, spans=RequestTracing(kept.spans, MODEL))
+    answer = asyncio.run(front.post("/v1/chat/completions", {}, headers={"content-type": "text/plain"}))
+    assert answer.status_code == 415
+    [call] = kept.named("POST")
+    assert call.attributes["http.response.status_code"] == 415
+
+
+@pytest.mark.parametrize(
+    ("constraint", "expected"), [(None, "text"), (("json", "{}"), "json"), (("regex", "a+"), "text")]
+)
+def test_an_answer_is_json_where_json_was_asked_for(kept, constraint, expected):
+    span = RequestTracing(kept.spans, MODEL).request("r")
+    span.prepared(replace(request("r"), constraint=constraint), chat=True, stream=False)
+    span.end("stop", 1, None)
+    assert kept.named(f"chat {MODEL}")[0].attributes["gen_ai.output.type"] == expected
 
 
 def test_pages_and_questions_without_a_key_have_no_span(kept, tokenizer):
@@ -187,7 +262,7 @@ class Shards:
         self.metrics, self.traces = metrics, []
 
     def trace(self, places):
-        self.traces.append({shard_id: list(of_shard) for shard_id, of_shard in places.items()})
+        self.traces.append(dict(places))
 
     def work(self):
         for _ in range(2):
@@ -264,7 +339,7 @@ def test_a_steps_crossings_are_one_span_for_each_shard_that_got_rows(kept):
         "moecluster.fallbacks": 0, "moecluster.hedged": 0, "moecluster.rerouted_rows": 0,
     }  # fmt: skip
     begin, end = engine.shards.traces
-    assert begin[0] == [Place(first.context.trace_id, first.context.span_id)]
+    assert begin[0] == pack([Place(first.context.trace_id, first.context.span_id)])
     assert end == {}
 
 
@@ -289,7 +364,7 @@ def test_each_traced_request_of_a_step_has_the_step_in_its_own_trace(kept):
     steps = kept.named("step")
     assert {f"{step.context.trace_id:032x}" for step in steps} == {TRACE_ID, "1" * 32}
     assert all(step.attributes["moecluster.step_sequences"] == 3 for step in steps)
-    assert [len(of_shard) for of_shard in engine.shards.traces[0].values()] == [2, 2, 2]
+    assert [len(unpack(of_shard)) for of_shard in engine.shards.traces[0].values()] == [2, 2, 2]
 
 
 def test_a_step_that_raises_ends_its_spans(kept):
@@ -300,7 +375,38 @@ def test_a_step_that_raises_ends_its_spans(kept):
     assert engine.shards.traces[-1] == {}
     [whole] = kept.named("engine")
     assert whole.status.status_code is StatusCode.ERROR
-    assert whole.attributes["error.type"] == "RequestFailed"
+    assert whole.attributes["error.type"] == "INTERNAL"
+    assert kept.named("step")[0].status.status_code is StatusCode.ERROR
+
+
+def test_a_step_that_runs_again_in_halves_is_one_step_of_several_attempts(kept):
+    """The step of three raises, then its halves run: of one sequence and of two."""
+    engine = TracedEngine(kept)
+    engine.engine.runner.runner.errors = [ValueError("a bug")]
+    engine.run(*(traced(name, max_tokens=2) for name in "abc"))
+    assert [phase.attributes["moecluster.steps"] for phase in kept.named("prefill")] == [1, 1, 1]
+    assert [phase.attributes["moecluster.steps"] for phase in kept.named("decode")] == [1, 1, 1]
+    found = sorted(
+        (step.attributes["moecluster.number"], step.attributes["moecluster.attempt"]) for step in kept.named("step")
+    )
+    assert found == [(1, 1)] * 3 + [(1, 2)] * 3 + [(2, 1)] * 3
+
+
+def test_an_engine_that_breaks_ends_the_spans_of_its_requests(kept):
+    engine = TracedEngine(kept)
+    loop = EngineLoop(engine.engine, engine.tracing)
+
+    def broken():
+        raise ValueError("a bug")
+
+    engine.engine.step = broken
+    loop.submit([traced("a", max_tokens=2)])
+    loop.start()
+    with pytest.raises(ValueError, match="a bug"):
+        loop.poll(20, 0)
+    [whole] = kept.named("engine")
+    assert whole.attributes["error.type"] == "INTERNAL"
+    assert "queue" in kept.names
 
 
 def test_the_engines_loop_reports_arrivals_refusals_and_ends(kept):
@@ -354,6 +460,43 @@ def test_a_shard_whose_cluster_traces_no_more_keeps_nothing(kept):
     assert kept.names == []
 
 
+def test_a_shard_that_is_told_of_another_receiver_closes_the_way_to_the_first(monkeypatch):
+    now, opened = [0], []
+
+    class Closing(Kept):
+        def __init__(self):
+            super().__init__()
+            self.spans.close = lambda: opened.remove(self)
+
+    def open_kept(*args, **attributes):
+        opened.append(Closing())
+        return opened[-1].spans
+
+    monkeypatch.setattr("cluster.tracing.spans.open_spans", open_kept)
+    shard = ShardTracing(0, clock=lambda: now[0])
+
+    def work(endpoint):
+        shard.follow(None if endpoint is None else TracingSettings(endpoint=endpoint))
+        shard.computed(pack([Place(1, 2)]), now[0], [(1, 0.0, 0.0)])
+        now[0] += QUIET_NS
+        shard.send()
+        return list(opened)
+
+    [first] = work("http://a")
+    assert work("http://a") == [first]
+    [second] = work("http://b")
+    assert second is not first
+    assert work(None) == []
+
+
+def test_a_shard_counts_the_products_that_it_leaves_out(monkeypatch, caplog):
+    monkeypatch.setattr(products, "seldom", SeldomLog(products.seldom._log))
+    shard = ShardTracing(0, clock=lambda: 0)
+    for i in range(products.MAX_STEPS + 1):
+        shard.computed(pack([Place(1, i)]), 0, [(1, 0.0, 0.0)])
+    assert "a traced product is left out: 1024 steps are under way here" in caplog.text
+
+
 # To the receiver
 
 
@@ -400,12 +543,99 @@ def test_a_protocol_that_is_not_known_is_refused(monkeypatch):
 
 def test_nobody_waits_for_a_receiver_that_is_down(caplog):
     """It takes connections and answers nothing. 10,000 spans are more than the queue holds: the rest is dropped."""
+    sdk = logging.getLogger("opentelemetry.sdk._shared_internal")
+    for each in [each for each in sdk.filters if isinstance(each, spans_module._Seldom)]:
+        sdk.removeFilter(each)  # it knows the lines of other tests
     with socket.create_server(("127.0.0.1", 0)) as silent, caplog.at_level(logging.WARNING):
         spans = open_spans(TracingSettings(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"), "ingress")
         for _ in range(10_000):
             spans.begin("lost", Place(1, 2)).end()
     full = [record for record in caplog.records if record.getMessage() == "Queue full, dropping Span."]
     assert len(full) == 1  # a line a minute
+
+
+class Receiver(SpanExporter):
+    """Takes spans or does not."""
+
+    def __init__(self, result):
+        self.result, self.spans = result, []
+
+    def export(self, spans):
+        self.spans += spans
+        return self.result
+
+
+def test_spans_that_a_receiver_did_not_take_are_counted_and_not_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr(spans_module, "seldom", SeldomLog(spans_module.log))
+    way = Way(Receiver(SpanExportResult.FAILURE))
+    assert not way.is_down
+    way.export([object()] * 3)
+    assert way.is_down
+    assert "spans do not reach the receiver of traces: 3 are lost up to now" in caplog.text
+    held = threading.Event()
+
+    class Stuck(TracerProvider):
+        def force_flush(self, timeout_millis=30000):
+            held.wait(20)
+
+    Spans(Stuck(), way).flush()  # comes back, though nothing is sent
+    held.set()
+
+
+def test_closing_sends_what_is_left_and_ends_the_way():
+    receiver, closed = Receiver(SpanExportResult.SUCCESS), threading.Event()
+    receiver.shutdown = closed.set
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(Way(receiver), schedule_delay_millis=60_000))
+    spans = Spans(provider)
+    spans.begin("last", Place(1, 2)).end()
+    spans.close()
+    assert closed.wait(20)
+    assert [span.name for span in receiver.spans] == ["last"]
+
+
+class Remote:
+    """As a method of an actor: `answer` is awaited by its caller."""
+
+    def __init__(self, answer):
+        self.remote = answer
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_replica_that_ends_sends_its_spans_and_its_engines_and_waits_for_no_dead_one(monkeypatch, hangs):
+    monkeypatch.setattr(attention_replica, "FLUSH_S", 0.01 if hangs else 20.0)
+    flushed = []
+
+    async def of_engine():
+        flushed.append("engine")
+        await asyncio.sleep(3600 if hangs else 0)
+
+    async def of_replica():
+        flushed.append("replica")
+
+    async def end(tracing):
+        replica = SimpleNamespace(
+            _tracing=tracing, _context=contextvars.copy_context(), _flush_traces=of_replica,
+            engine=SimpleNamespace(flush_traces=Remote(of_engine)),
+        )  # fmt: skip
+        await attention_replica.AttentionReplica.__del__(replica)
+
+    asyncio.run(end(None))
+    assert flushed == []
+    asyncio.run(end(object()))
+    assert sorted(flushed) == ["engine", "replica"]
+
+
+def test_lines_that_are_left_out_are_counted_in_the_next_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(spans_module.time, "monotonic", lambda: now[0])
+    seldom, written = spans_module._Seldom(), []
+    for seconds in (100, 101, 102, 161):
+        now[0] = float(seconds)
+        record = logging.LogRecord("sdk", logging.WARNING, "", 0, "Queue full, dropping %s.", ("Span",), None)
+        if seldom.filter(record):
+            written.append(record.getMessage())
+    assert written == ["Queue full, dropping Span.", "Queue full, dropping Span. (and 2 more in the 61 s before)"]
 
 
 # Without the packages
@@ -436,6 +666,31 @@ def test_the_doctor_says_whether_traces_can_be_sent(monkeypatch):
 
 
 # Beside metrics
+
+
+DAMAGED = [
+    b"", b"{", b"[]", b'{"m": []}', b'{"m": {"0.05": 3}}', b'{"m": {"0.05": ["no hex", 1, 2]}}', b"\xff",
+    b'{"m": {"0.05": ["aa", "no number", 2]}}', b'{"m": {"0.05": ["aa", null, 2]}}', b'{"m": {"0.05": [5, 1, 2]}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_file_costs_its_exemplars_and_no_page(tmp_path, content, caplog):
+    (tmp_path / "exemplars_1.json").write_bytes(content)
+    whole = Exemplars(tmp_path / "exemplars_2.json")
+    whole.note("moecluster_time", (0.05,), 0.01, "a" * 32)
+    metric = HistogramMetricFamily("moecluster_time", "h", buckets=[("0.05", 1), ("+Inf", 1)], sum_value=0.01)
+    damaged = []
+    add_exemplars([metric], tmp_path, damaged.append)
+    assert [path.name for path in damaged] == ["exemplars_1.json"]
+    assert metric.samples[0].exemplar.labels == {"trace_id": "a" * 32}
+
+
+def test_a_file_that_has_just_gone_is_nothing_to_report(tmp_path):
+    (tmp_path / "exemplars_1.json").symlink_to(tmp_path / "gone")
+    damaged = []
+    add_exemplars([], tmp_path, damaged.append)
+    assert damaged == []
 
 
 def test_a_bucket_names_its_last_traced_request(tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ LOST = "the attention replica of this request lost its engine"
 HUNG_S = LONG_POLL_S + 10.0  # a healthy engine answers a poll within LONG_POLL_S; one that takes this long hangs
 TAKEN_S = 2.0  # all streams take their ends within this time
 LAST_WORDS_S = 0.2  # then the ends leave the process within this time
+FLUSH_S = 1.5  # for the last spans of a replica that is told to end, and of its engine
 
 
 class AttentionReplica:
@@ -64,11 +65,11 @@ class AttentionReplica:
             )
             .remote(config, self.name, get_controller(group, config), threads, record_path)
         )
+        self._tracing = replica_spans(config, self.name)
         try:
             self._engine_process = identity(await self.engine.ready.remote())  # on this node, as are all of a replica
         except ray.exceptions.RayActorError as error:
             raise SetupError(f"attention replica {self.name}: the engine did not start: {error}") from error
-        self._tracing = replica_spans(config, self.name)
         self._streams: dict[str, UpdateQueue] = {}
         self._prefixes = PrefixNews()
         self._lost = ""
@@ -109,6 +110,14 @@ class AttentionReplica:
             finally:
                 self._prefixes.answered(request, output_token_ids)
 
+    async def __del__(self) -> None:
+        """Serve calls it after this replica's last call: the engine ends behind it."""
+        if self._tracing is not None:
+            of_engine = _as_future(self._context.run(self.engine.flush_traces.remote))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await asyncio.gather(of_engine, self._flush_traces(), return_exceptions=True)
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls this where it scales by load."""
         stats = await _as_future(self._context.run(self.engine.stats.remote))
@@ -121,6 +130,11 @@ class AttentionReplica:
 
     def _traced(self, request: EngineRequest) -> AbstractContextManager[EngineRequest]:
         return nullcontext(request) if self._tracing is None else self._tracing.request(request)
+
+    async def _flush_traces(self) -> None:
+        """Of this process."""
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.flush)
 
     def _refusal(self, request: EngineRequest) -> Exception | None:
         if self._lost:
@@ -176,7 +190,7 @@ class AttentionReplica:
             async with asyncio.timeout(TAKEN_S):
                 while self._streams:
                     await asyncio.sleep(0.01)
-        await asyncio.sleep(LAST_WORDS_S)
+        await asyncio.gather(asyncio.sleep(LAST_WORDS_S), self._flush_traces())
 
 
 async def _as_future(ref: Any) -> Any:

@@ -69,6 +69,11 @@ class EngineActor:
         return self.loop.adapters_in_use()
 
     @ray.method(concurrency_group="control")
+    def flush_traces(self) -> None:
+        """Before the end of this process: sends the spans that are left. Blocks for a second at most."""
+        self.loop.flush_traces()
+
+    @ray.method(concurrency_group="control")
     def stats(self) -> EngineStats:
         return self.loop.stats()
 

@@ -20,7 +20,7 @@ from cluster.idle_memory import idle_memory
 from cluster.kernels.stored import quantization_on
 from cluster.metrics import ShardMetrics
 from cluster.runtime.workers.rehearsal import Rehearsal
-from cluster.tracing.products import ShardTracing
+from cluster.tracing.products import Product, ShardTracing
 from cluster.tracing.settings import TracingSettings
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class ShardServer:
         """As of `SteadyBackend`."""
         return self._shard if self._rehearsal.is_quiet else None
 
-    def computed(self, products: Sequence[tuple[int, float, float]], tokens: Tensor) -> None:
+    def computed(self, products: Sequence[Product], tokens: Tensor) -> None:
         """As of `SteadyBackend`."""
         for rows, waited_s, computed_s in products:
             self._metrics.queue_wait(waited_s)

@@ -6,7 +6,7 @@ neither side pays for pickling tensors. T: rows, H: hidden size, K: experts a to
 
 import time
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,6 @@ from cluster.runtime.process import process_info
 from cluster.runtime.ray_private.core import actor_id
 from cluster.stream.client import StreamTransport
 from cluster.stream.frames import StreamOffer
-from cluster.tracing.contexts import Place, pack
 
 WireBatch = tuple[float, int, int, str, int, bytes, bytes, bytes]
 """When it was sent (seconds of the wall clock), layer_id, epoch, dtype of the rows, T, rows [T, H], ids [T, K] int32,
@@ -146,7 +145,7 @@ class RayTransport:
     def __init__(self, shards: ShardHandles) -> None:
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # answers are only read
         self.shards = shards
-        self._traces: dict[int, bytes] = {}
+        self._traces: Mapping[int, bytes] = {}
 
     def submit(self, shard_id: int, batch: ExpertBatch) -> RayFlight:
         actor = self.shards.handle(shard_id)
@@ -155,9 +154,9 @@ class RayTransport:
             wire = (*wire, self._traces[shard_id])
         return RayFlight(shard_id, actor, actor.forward.remote(*wire), batch.hidden_states)
 
-    def trace(self, places: Mapping[int, Sequence[Place]]) -> None:
+    def trace(self, places: Mapping[int, bytes]) -> None:
         """As of `ExpertTransport`."""
-        self._traces = {shard_id: pack(of_shard) for shard_id, of_shard in places.items()}
+        self._traces = places
 
     def close(self) -> None:
         pass

@@ -1,7 +1,7 @@
 """A call's way around its answer: who calls, how many there are, its message, its errors. Knows no rpc."""
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -88,12 +88,20 @@ class GrpcCalls:
             self._service.count_refused(error)
             raise
 
-    def _traced(self, metadata: Mapping[str, str], request_type: type[Message]) -> AbstractContextManager[object]:
+    @contextmanager
+    def _traced(self, metadata: Mapping[str, str], request_type: type[Message]) -> Iterator[None]:
         """The call's span is named as its rpc, which its message is named after."""
         if self._service.spans is None:
-            return nullcontext()
+            yield
+            return
         rpc = request_type.DESCRIPTOR.full_name.removesuffix("Request")
-        return self._service.spans.call(rpc, metadata, rpc__system__name="grpc")
+        with self._service.spans.call(rpc, metadata, rpc__system__name="grpc") as span:
+            try:
+                yield
+            except Exception as error:
+                span.by_grpc(error.grpc_code if isinstance(error, ClusterError) else ClusterError.grpc_code)
+                raise
+            span.by_grpc("OK")
 
     def _parse(self, request: bytes, request_type: type[Request]) -> Request:
         limit = self._service.limits.max_request_bytes

@@ -109,10 +109,14 @@ def _methods(request: Request) -> str:
     )
 
 
+def status_of(error: Exception) -> int:
+    """Of the answer to a call that failed with this error."""
+    return error.http_status if isinstance(error, ClusterError) else 500
+
+
 def response_to(error: Exception, request_id: str = "", path: str = "") -> Response:
     """The answer to a call of a path that failed with this error, before anything of another answer was sent."""
-    status = error.http_status if isinstance(error, ClusterError) else 500
-    headers = {}
+    status, headers = status_of(error), {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(ceil(error.retry_after_s))
     if isinstance(error, Unauthenticated):

@@ -20,7 +20,7 @@ from cluster.errors import (
     TooLarge,
     WrongMediaType,
 )
-from cluster.serving.openai.errors import response_to
+from cluster.serving.openai.errors import response_to, status_of
 from cluster.serving.service import InferenceService
 
 log = logging.getLogger(__name__)
@@ -104,14 +104,13 @@ class Gate:
         with spans.call(method, headers, chat=path.startswith(CHATS), **named) as span:
             try:
                 yield
+            except Exception as error:
+                if not answer.begun:
+                    answer.status = status_of(error)  # the answer comes behind this span
+                raise
             finally:
-                if route := getattr(scope.get("route"), "path", ""):  # of the function that has answered
-                    span.update_name(f"{method} {route}")
-                    span.set_attribute("http.route", route)
-                if answer.status:
-                    span.set_attribute("http.response.status_code", answer.status)
-                if answer.status >= 500:
-                    span.set_attribute("error.type", str(answer.status))
+                route = getattr(scope.get("route"), "path", "")  # of the function that has answered
+                span.by_http(f"{method} {route}", route, answer.status)
 
     async def _whole_body(self, scope: Scope, receive: Receive) -> bytes:
         """As `_body`; counts a refusal."""
