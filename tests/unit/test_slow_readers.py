@@ -158,7 +158,7 @@ def replica(monkeypatch):
     monkeypatch.setattr(attention_replica.os, "_exit", end)
     monkeypatch.setattr(attention_replica.os, "kill", lambda pid, sign: None)
     replica = AttentionReplica.__new__(AttentionReplica)
-    replica.name, replica._lost, replica._record, replica._streams = "r", "", None, {}
+    replica.name, replica._lost, replica._record, replica._streams, replica._tracing = "r", "", None, {}, None
     replica._engine_process, replica.given = identity(os.getpid()), []
     monkeypatch.setattr(replica, "_share", replica.given.extend)
     return replica

@@ -74,7 +74,7 @@ def kept():
 
 
 class InferenceStub:
-    """What a gRPC front needs of the service to trace a call."""
+    """The part of a service by which a gRPC front traces a call."""
 
     def __init__(self, spans):
         self.spans, self.limits = spans, ServiceLimits()

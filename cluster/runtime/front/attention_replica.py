@@ -65,6 +65,9 @@ class AttentionReplica:
             )
             .remote(config, self.name, get_controller(group, config), threads, record_path)
         )
+        # Ray cancels what a cancelled request called, and a cancelled call holds up all later ones of its caller to
+        # the same actor for 30 s (Ray 2.60): calls to the engine are made in the replica's name, not in a request's.
+        self._context = contextvars.copy_context()
         self._tracing = replica_spans(config, self.name)
         try:
             self._engine_process = identity(await self.engine.ready.remote())  # on this node, as are all of a replica
@@ -75,9 +78,6 @@ class AttentionReplica:
         self._lost = ""
         self._max_num_seqs = config.max_num_seqs
         self._max_unread_bytes = config.max_unread_bytes
-        # Ray cancels what a cancelled request called, and a cancelled call holds up all later ones of its caller to
-        # the same actor for 30 s (Ray 2.60): calls to the engine are made in the replica's name, not in a request's.
-        self._context = contextvars.copy_context()
         self._pump = asyncio.create_task(self._share_out())
         log.info("attention replica %s is up", self.name)
 
