@@ -7,17 +7,18 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.bench.planning import scale
+from cluster.bench.planning.served import Bench
 from cluster.cli import main
 from cluster.errors import Unavailable
 
 
 class FakeBench:
-    """Each request takes a second, divided by the replicas. sizes: all that it was given."""
+    """Each request takes a second, divided by the replicas. sizes: all that it was given.  refused: of each load."""
 
-    def __init__(self, dense=False, fails_at=None):
+    def __init__(self, dense=False, fails_at=None, refused=0):
         self.cluster = SimpleNamespace(status=lambda: SimpleNamespace(dense=dense))
         self.size = (2, 0 if dense else 3)
-        self.sizes, self.loads, self._fails_at = [], [], fails_at
+        self.sizes, self.loads, self._fails_at, self._refused = [], [], fails_at, refused
 
     def scale(self, replicas, shards):
         self.size = (replicas, shards)
@@ -27,7 +28,14 @@ class FakeBench:
         if self.size == self._fails_at:
             raise Unavailable("the server is away")
         self.loads.append(setting)
-        traffic = SimpleNamespace(tokens_per_s=5.0, first_token_ms=(7.0, 8.0, 9.0), per_token_ms=(2.0, 3.0, 4.0))
+        traffic = SimpleNamespace(
+            requests=setting.num_requests,
+            failed=0,
+            refused=self._refused,
+            tokens_per_s=5.0,
+            first_token_ms=(7.0, 8.0, 9.0),
+            per_token_ms=(2.0, 3.0, 4.0),
+        )
         return traffic, setting.num_requests / self.size[0]
 
 
@@ -72,6 +80,29 @@ def test_a_cluster_that_fails_gets_its_processes_back(bench, tmp_path, capsys):
     assert run(tmp_path / "found.json", "--attention-replicas", "1,2", "--shards", "1") == 1
     assert fake.sizes == [(1, 1), (2, 1), (2, 3)]
     assert "the server is away" in capsys.readouterr().err
+
+
+def test_a_refused_request_is_not_served():
+    """Of eight in 4 s."""
+    bench, trial = (
+        FakeBench(refused=1),
+        scale.Setting(replicas=1, shards=1, prompt_tokens=1, output_tokens=1, num_requests=4, concurrency=1),
+    )
+    assert scale.measured(bench, trial, 4.0, None).requests_s == pytest.approx(7 / 4)
+
+
+def test_a_replica_that_does_not_run_yet_is_not_left_behind(monkeypatch):
+    """The number that runs is still the old one when the bench is interrupted."""
+    asked = []
+    cluster = SimpleNamespace(
+        status=lambda: SimpleNamespace(dense=False, target_shards=1), attention_replicas=lambda: 1,
+        parts=lambda: [SimpleNamespace(role="replica")], scale_attention=asked.append,
+    )  # fmt: skip
+    bench = Bench(cluster, lambda: None, root=None)
+    with pytest.raises(KeyboardInterrupt), scale.as_it_was(bench, lambda _: None):
+        cluster.scale_attention(2)
+        raise KeyboardInterrupt
+    assert asked == [2, 1]
 
 
 def test_a_dense_model_has_no_shards(bench, tmp_path):

@@ -13,7 +13,7 @@ from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import this_machine
 from cluster.bench.planning.calibrate import checkpoint_of, served_cache_bytes
 from cluster.bench.planning.predict import predict
-from cluster.bench.planning.served import Bench, Setting, serve_here
+from cluster.bench.planning.served import Bench, Setting, answered, serve_here
 from cluster.bench.report import describe_machine, markdown_table
 from cluster.checkpoint.sizes import sizes_of
 from cluster.client import options
@@ -60,7 +60,7 @@ def measure_scale(args: argparse.Namespace) -> int:
             title = f"{describe_machine(this_machine())}\n\n"
         else:
             bench, prediction, title = stack.enter_context(_running(args)), None, ""
-        stack.enter_context(as_it_was(bench, say))
+            stack.enter_context(as_it_was(bench, say))
         found = list(_measure_all(bench, args, prediction, say))
     print(f"{title}{args.concurrency} streams, {args.prompt_tokens} tokens in, {args.output_tokens} out.\n")
     print("\n".join(markdown_table(rows_of(found))))
@@ -107,14 +107,13 @@ def _running(args: argparse.Namespace) -> Iterator[Bench]:
 
 @contextmanager
 def as_it_was(bench: Bench, say: Callable[[str], None]) -> Iterator[None]:
-    """Gives the cluster the processes back that it had, whatever happens."""
+    """Gives the cluster the processes back that it had, whatever happens, also where others do not run yet."""
     replicas, shards = bench.size
     try:
         yield
     finally:
-        if bench.size != (replicas, shards):
-            say(f"back to {replicas} replicas and {shards} shards")
-            bench.scale(replicas, shards)
+        say(f"back to {replicas} replicas and {shards} shards")
+        bench.scale(replicas, shards)
 
 
 def _measure_all(
@@ -142,7 +141,7 @@ def measured(bench: Bench, trial: Setting, seconds: float, prediction: Callable[
     return Scaled(
         replicas=setting.replicas,
         shards=setting.shards,
-        requests_s=num_requests / took_s,
+        requests_s=answered(traffic) / took_s,
         tokens_s=traffic.tokens_per_s,
         first_token_ms=traffic.first_token_ms[0],
         per_token_ms=traffic.per_token_ms[0],

@@ -61,7 +61,7 @@ class Measured:
 
     @property
     def requests_s(self) -> float:
-        return (self.traffic.requests - self.traffic.failed - self.traffic.refused) / self.took_s
+        return answered(self.traffic) / self.took_s
 
     @property
     def steps(self) -> float:
@@ -75,6 +75,11 @@ class Measured:
     def rows(self) -> float:
         """Of a step."""
         return self.figures.get("moecluster_engine_step_tokens_total", 0.0) / self.steps
+
+
+def answered(traffic: TrafficResult) -> int:
+    """Its requests that were neither refused nor failed."""
+    return traffic.requests - traffic.failed - traffic.refused
 
 
 class Bench:
@@ -95,8 +100,7 @@ class Bench:
         """Blocks until they run and are at rest. Raises ClusterError."""
         if self.cluster.status().target_shards != shards and not self.cluster.status().dense:
             self.cluster.scale_experts(shards)
-        if self.cluster.attention_replicas() != replicas:
-            self.cluster.scale_attention(replicas)
+        self.cluster.scale_attention(replicas)  # whatever runs: another number may have been asked for
         deadline = time.monotonic() + CHANGE_S
         while self.cluster.attention_replicas() != replicas or self._num_engines() != replicas:
             if time.monotonic() > deadline:
