@@ -8,6 +8,8 @@ import re
 import urllib.request
 from urllib.parse import urlsplit
 
+_NO_PROXY = ("grpc.enable_http_proxy", 0)
+
 
 def is_direct(host: str) -> bool:
     """Returns whether no proxy is used: for this machine always, else as urllib decides.
@@ -24,11 +26,18 @@ def is_direct(host: str) -> bool:
     return address.is_loopback or address.is_unspecified or bool(urllib.request.proxy_bypass(host))
 
 
-def grpc_options(target: str) -> list[tuple[str, int]]:
-    """Returns options for a channel to gRPC's `target`: "host:port", "dns:host:port", "unix:path" and so on."""
-    host = re.sub(r"^(dns|ipv4|ipv6):(//[^/]*/)?", "", target).rpartition(":")[0]
-    direct = target.startswith(("unix:", "unix-abstract:")) or is_direct(host)
-    return [("grpc.enable_http_proxy", 0)] if direct else []
+def grpc_options(target: str) -> list[tuple[str, int | str]]:
+    """Returns options for a channel to gRPC's `target`: "host:port", "dns:host:port", "unix:path",
+    "ipv4:host:port,host:port" and so on."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return [_NO_PROXY]
+    addresses = re.sub(r"^(dns|ipv4|ipv6):(//[^/]*/)?", "", target).split(",")
+    options: list[tuple[str, int | str]] = []
+    if all(is_direct(address.rpartition(":")[0]) for address in addresses):
+        options.append(_NO_PROXY)
+    if len(addresses) > 1:  # else gRPC sends all of them as the server's name, and HAProxy refuses that
+        options.append(("grpc.default_authority", addresses[0]))
+    return options
 
 
 def read_url(url: str, timeout_s: float) -> str:

@@ -142,6 +142,10 @@ class Hosts:
             ["ip", "netns", "pids", space], check=False, capture_output=True, text=True
         ).stdout.split()
 
+    def kill_host(self, host):
+        """Kills all its processes at once."""
+        self._kill(host)
+
     def kill_head(self):
         """Kills all its processes at once. Hosts have one folder and one list of processes here: by its file with the
         address, and by the others' raylets that name it, Ray would still take it as alive."""

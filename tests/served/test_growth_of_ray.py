@@ -1,6 +1,7 @@
 """Nothing of a served cluster grows with the requests that it has answered: no process's memory, no log file.
 
-GROWTH_REQUESTS: how many are sent; the figures for 20,000 are in BENCHMARKS.md (`-o log_cli=true` shows them).
+GROWTH_REQUESTS: how many are sent; the figures for 20,000 are in BENCHMARKS.md (`--log-cli-level=info -o
+log_cli=true` shows them).
 """
 
 import logging

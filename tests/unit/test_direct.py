@@ -72,6 +72,14 @@ def test_other_hosts_are_reached_as_the_environment_says(monkeypatch):
         read_url("http://example.org/metrics", timeout_s=20)
 
 
+def test_of_several_addresses_the_first_is_the_servers_name():
+    """gRPC's own is all of them, with commas: that is no name, and HAProxy refuses a call with it."""
+    assert grpc_options("ipv4:10.1.2.3:9000,10.1.2.4:9000") == [("grpc.default_authority", "10.1.2.3:9000")]
+    assert grpc_options("ipv4:127.0.0.1:1,127.0.0.1:2") == [*DIRECT, ("grpc.default_authority", "127.0.0.1:1")]
+    assert grpc_options("ipv4:127.0.0.1:1,10.1.2.4:2") == [("grpc.default_authority", "127.0.0.1:1")]
+    assert grpc_options("unix:/run/a,b:c") == DIRECT
+
+
 @pytest.mark.parametrize("target", ["[::1]:9000", "unix:/run/x.sock", "127.8.9.1:1", "LOCALHOST:9000", "a.localhost:1"])
 def test_every_way_to_name_this_machine_is_direct(target):
     assert grpc_options(target) == DIRECT
