@@ -97,9 +97,11 @@ def _sample_biased(logits: Tensor, row: SamplingRow) -> Sampled | Exception:
     [likeliest] = _tokens(choose(plain_logits, [top_rule]), [top_rule])
     if isinstance(likeliest, Exception) or likeliest[1] is None:
         return likeliest
-    token_id = chosen[0]
-    logprob = float(plain_logits[0, token_id] - plain_logits[0].logsumexp(dim=-1))
-    return token_id, Logprobs(token_id, logprob, likeliest[1].top)
+    token_id, top = chosen[0], likeliest[1].top
+    logprob = float(
+        plain_logits[0].double().log_softmax(dim=-1)[token_id].float()
+    )  # as `kernels/sampling/reference.py`
+    return token_id, Logprobs(token_id, dict(top).get(token_id, logprob), top)
 
 
 def rule_of(row: SamplingRow, vocab_size: int) -> Rule:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -65,16 +66,18 @@ def test_generate_gives_the_tokens_of_one_process(stub, expected):
 
 
 def test_prompts_that_begin_alike_go_to_one_replica(stub):
-    """Eight prompts of 80 tokens, each asked and then gone on with its answer, of which the cache has 4 or 5 blocks of
-    16. By load alone, of two replicas, seven or more find theirs in 9 of 256 runs."""
+    """16 prompts of 80 tokens, each asked and then gone on with its answer, of which the cache has 4 or 5 blocks of
+    16. Ingresses tell one another what they have sent where, a moment later: on a busy machine some come before that.
+    By load alone, of two replicas, 12 or more find theirs in 4 of 100 runs."""
     cached = []
-    for number in range(8):
+    for number in range(16):
         prompt = [1 + (number * 31 + place * 7) % 200 for place in range(80)]
         for _ in range(2):
             answer = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling_params=greedy(4)))
             cached.append(answer.usage.cached_tokens)
             prompt = [*prompt, *answer.token_ids]
-    assert sum(num in (64, 80) for num in cached[1::2]) >= 7, cached
+            time.sleep(0.1)
+    assert sum(num in (64, 80) for num in cached[1::2]) >= 12, cached
 
 
 def test_a_stream_brings_the_same_tokens_piece_by_piece_and_ends_with_usage(stub, expected):
