@@ -13,9 +13,8 @@ MOST: Mapping[str, int] = {  # by option; far beyond any use, and what a machine
         ("context", "chunk", "window", "prompt_tokens", "output_tokens", "system_tokens"), 1 << 24
     ),  # longest known: 10 M
     **dict.fromkeys(("batch", "concurrency"), 1 << 16),  # sequences; streams, each with a thread
-    **dict.fromkeys(
-        ("shards", "attention_replicas", "threads"), 1 << 10
-    ),  # processes of 200 MB and more; threads of one process
+    **dict.fromkeys(("shards", "attention_replicas"), 1 << 10),  # processes of 200 MB and more
+    "threads": 1 << 10,  # of one process
     **dict.fromkeys(("rows", "hidden_size"), 1 << 20),
     "adapters": 256,  # in memory; served are 16 by default
     "layers": 1 << 10,  # the deepest published models have 126

@@ -18,6 +18,7 @@ from cluster.bench.planning.served import CALLS, Bench, Measured, Setting, serve
 from cluster.bench.planning.steps import StepPoint, cache_bytes, time_steps
 from cluster.bench.report import describe_machine
 from cluster.checkpoint.model_files import complete_directory
+from cluster.checkpoint.sizes import sizes_of
 from cluster.config import ModelConfig
 from cluster.drawing import bars
 from cluster.errors import ClusterError
@@ -81,6 +82,10 @@ def calibrate_served(parts: Calibration, bench: Bench, say: Callable[[str], None
 def served_cache_bytes(config: ModelConfig) -> int:
     """Of an engine that is measured."""
     return 4 * cache_bytes(config, config.dtype)
+
+
+def served_cache_tokens(config: ModelConfig) -> int:
+    return served_cache_bytes(config) // sizes_of(config, config.dtype).kv_bytes_per_token
 
 
 def timed_elsewhere(model_dir: Path, config: ModelConfig) -> list[StepPoint]:

@@ -17,20 +17,18 @@ from cluster.bench.planning.calibrate import (
     describe,
     parts_of,
     served_cache_bytes,
+    served_cache_tokens,
     timed_elsewhere,
 )
 from cluster.bench.planning.predict import predict
-from cluster.bench.planning.served import Bench, Measured, Setting, serve_here
+from cluster.bench.planning.served import TURNS, Bench, Measured, Setting, check_seconds, serve_here
 from cluster.bench.report import describe_machine, markdown_table
-from cluster.checkpoint.sizes import sizes_of
 from cluster.drawing import bars
 from cluster.errors import SetupError
 from cluster.planning.calibration import Calibration, check_model, read_calibration, write_calibration
 from cluster.planning.simulation import Record
 
 WANTED = 0.25  # of the measured value
-TURNS = 3  # of a closed loop's streams at least
-SECONDS = 1.0, 3600.0  # that a setting may take
 SATURATING = 32  # streams, by whose predicted requests/s the open loops' rates are chosen
 _BASE = Setting(replicas=1, shards=1, prompt_tokens=64, output_tokens=32, num_requests=0, seed=100)
 # (setting, share of the predicted highest rate; 0 for a closed loop)
@@ -82,8 +80,7 @@ def measure_check(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises SetupError."""
-    if not SECONDS[0] <= args.seconds <= SECONDS[1]:
-        raise SetupError(f"--seconds is {args.seconds:g}, {SECONDS[0]:g} to {SECONDS[1]:g} are possible")
+    check_seconds(args.seconds)
     if args.output is not None:
         if args.calibration is not None:
             raise SetupError("--output is of a calibration that is made now: leave it out, or --calibration")
@@ -97,7 +94,6 @@ def compare(
 ) -> tuple[Calibration, list[Compared]]:
     """With one served cluster for the calibration and for all settings."""
     config = read_config(model_dir)
-    kv_cache_bytes = served_cache_bytes(config)
     found = None
     if args.calibration is not None:
         found = read_calibration(args.calibration)
@@ -105,8 +101,8 @@ def compare(
     else:
         say("timing steps")
         parts = parts_of(timed_elsewhere(model_dir, config), config)
-    cache_tokens = kv_cache_bytes // sizes_of(config, config.dtype).kv_bytes_per_token
-    with serve_here(model_dir, kv_cache_bytes, say) as bench:
+    cache_tokens = served_cache_tokens(config)
+    with serve_here(model_dir, served_cache_bytes(config), say) as bench:
         if found is None:
             found = calibrate_served(parts, bench, say)
             if args.output is not None:

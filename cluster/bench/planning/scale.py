@@ -11,11 +11,10 @@ from pathlib import Path
 
 from cluster.bench.checkpoint import read_config
 from cluster.bench.machine import this_machine
-from cluster.bench.planning.calibrate import checkpoint_of, served_cache_bytes
+from cluster.bench.planning.calibrate import checkpoint_of, served_cache_bytes, served_cache_tokens
 from cluster.bench.planning.predict import predict
-from cluster.bench.planning.served import Bench, Setting, answered, serve_here
+from cluster.bench.planning.served import TURNS, Bench, Setting, answered, check_seconds, serve_here
 from cluster.bench.report import describe_machine, markdown_table
-from cluster.checkpoint.sizes import sizes_of
 from cluster.client import options
 from cluster.drawing import bars
 from cluster.errors import SetupError
@@ -23,8 +22,6 @@ from cluster.footprint.servers import find_address
 from cluster.planning.calibration import Calibration, check_model, read_calibration
 from cluster.runtime.start.ray_address import find_ray
 
-SECONDS = 1.0, 3600.0  # that a setting may take
-TURNS = 3  # of a setting's streams at least
 BAR_CELLS = 24  # of the longest bar
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -76,8 +73,7 @@ def check_options(args: argparse.Namespace) -> None:
         least = min(given) if isinstance(given, tuple) else given
         if least < 1:
             raise SetupError(f"--{name.replace('_', '-')} has {least}, at least 1 is needed")
-    if not SECONDS[0] <= args.seconds <= SECONDS[1]:
-        raise SetupError(f"--seconds is {args.seconds:g}, {SECONDS[0]:g} to {SECONDS[1]:g} are possible")
+    check_seconds(args.seconds)
     if args.address is not None and (args.model_dir is not None or args.calibration is not None):
         raise SetupError("MODEL and --calibration are of a cluster that is started here: leave them out, or --address")
     if args.address is None and args.ray_address is not None:
@@ -91,7 +87,7 @@ def _prediction(model_dir: Path, path: Path | None) -> Callable[[Setting], float
     config = read_config(model_dir)
     found: Calibration = read_calibration(path)
     check_model(found, config, config.dtype, path)
-    cache_tokens = served_cache_bytes(config) // sizes_of(config, config.dtype).kv_bytes_per_token
+    cache_tokens = served_cache_tokens(config)
     return lambda setting: predict(found, setting, cache_tokens).requests_s
 
 

@@ -15,7 +15,7 @@ from cluster.bench.traffic import TrafficResult, draw_prompts, run_load, summari
 from cluster.client.direct import read_url
 from cluster.client.grpc_client import Client
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterError, Unavailable
+from cluster.errors import ClusterError, SetupError, Unavailable
 from cluster.status import ClusterStatus
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ CHANGE_S = 300.0  # for as many replicas to run as were asked for
 SETTLE_S = 60.0
 SETTLED_CORES = 0.35  # of what is in front, when nothing is asked: Ray and HAProxy alone take about 0.2
 LOOK_S = 1.0
+SECONDS = 1.0, 3600.0  # that a setting may take
+TURNS = 3  # of a setting's streams at least
 STEPS, CALLS = "moecluster_engine_step_seconds", "moecluster_shard_compute_seconds"
 _LINE = re.compile(r"^(moecluster_\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
@@ -75,6 +77,12 @@ class Measured:
     def rows(self) -> float:
         """Of a step."""
         return self.figures.get("moecluster_engine_step_tokens_total", 0.0) / self.steps
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises SetupError for a --seconds that no setting may take."""
+    if not SECONDS[0] <= seconds <= SECONDS[1]:
+        raise SetupError(f"--seconds is {seconds:g}, {SECONDS[0]:g} to {SECONDS[1]:g} are possible")
 
 
 def answered(traffic: TrafficResult) -> int:
