@@ -27,9 +27,9 @@ def linear(native: Native, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @settings(max_examples=40, deadline=None)
 @given(
-    m=st.sampled_from([1, 2, 3, 5, 6, 7, 8, 13, 48, 49, 97, 100]),
+    m=st.sampled_from([1, 2, 3, 5, 6, 7, 8, 13, 16, 17, 32, 48, 49, 97, 100]),
     n=st.integers(1, 140),
-    k=st.integers(1, 200),
+    k=st.integers(1, 200) | st.sampled_from([32, 64, 160]),  # tiles take multiples of 32
     with_bias=st.booleans(),
     seed=st.integers(0, 1000),
     threads=st.integers(1, 3),
@@ -49,9 +49,10 @@ def test_products_are_those_of_float64(
 
 @each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_is_the_same_number_in_every_batch(native: Native, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("k", [96, 100])
+def test_a_row_is_the_same_number_in_every_batch(native: Native, dtype: torch.dtype, k: int) -> None:
     draw = torch.Generator().manual_seed(5)
-    x, w = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((130, 100), (75, 100)))
+    x, w = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((130, k), (75, k)))
     whole = linear(native, x, w, None, 2)
     for rows in (slice(0, 1), slice(3, 5), slice(7, 20), slice(40, 89), slice(2, 130)):
         assert torch.equal(linear(native, x[rows], w, None, 1), whole[rows])

@@ -16,6 +16,7 @@ X86 = {
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
 }
+X86["amx_bf16"] = {*X86["avx512_bf16"], "amx_tile", "amx_bf16"}
 CPUINFO = Path("/proc/cpuinfo")
 
 

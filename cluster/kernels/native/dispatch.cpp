@@ -15,6 +15,25 @@ namespace avx2 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace avx512_bf16 { extern const Kernels table; }
 #endif
+#if defined(MOE_HAS_AMX_BF16)
+namespace amx_bf16 { extern const TileKernels tile_kernels; }
+
+namespace {
+
+// Made here: at the start of each process nothing compiled for one kind of processor may run.
+const Kernels* with_tiles() {
+    static Kernels table;
+    const TileKernels& tiles = amx_bf16::tile_kernels;
+    table = avx512_bf16::table;
+    table.name = tiles.name;
+    table.linear = tiles.linear;
+    table.experts = tiles.experts;
+    table.experts_scratch = tiles.experts_scratch;
+    return &table;
+}
+
+}  // namespace
+#endif
 
 }  // namespace moe
 
@@ -35,6 +54,9 @@ const moe::Kernels* moe_kernels(const char* name) {
     if (!strcmp(name, "avx512")) return processor.avx512 ? &moe::avx512::table : nullptr;
 #if defined(MOE_HAS_AVX512_BF16)
     if (!strcmp(name, "avx512_bf16")) return processor.avx512_bf16 ? &moe::avx512_bf16::table : nullptr;
+#endif
+#if defined(MOE_HAS_AMX_BF16)
+    if (!strcmp(name, "amx_bf16")) return moe::has_tiles() ? moe::with_tiles() : nullptr;
 #endif
 #endif
     return nullptr;

@@ -117,4 +117,12 @@ struct Kernels {
                          float* sizes, int64_t N, int64_t K, int32_t threads);
 };
 
+// What is computed in tiles where a processor has them.
+struct TileKernels {
+    const char* name;
+    decltype(Kernels::linear) linear;
+    decltype(Kernels::experts) experts;
+    decltype(Kernels::experts_scratch) experts_scratch;
+};
+
 }  // namespace moe
