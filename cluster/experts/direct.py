@@ -15,11 +15,10 @@ from torch import Tensor
 
 from cluster.experts.calls import ShardCalls
 from cluster.experts.legs import Leg
-from cluster.experts.patience import HEDGE_FLOOR_S
 from cluster.experts.placement import PlacementPlan
 from cluster.experts.transport import NOT_HERE, ExpertBatch, Flight, LocalFlight
 
-MOST_ROWS, MOST_SLOTS = 64, 16
+MOST_ROWS, MOST_SLOTS = 256, 16  # a decode step, or one with a short prompt in it
 REOPEN_S = 1.0  # between two tries to open lanes
 
 
@@ -130,7 +129,7 @@ class Direct:
             return None
         assert self._lanes is not None
         out = torch.empty_like(flight.batch.hidden_states, memory_format=torch.contiguous_format)
-        num_came = self._lanes.sum(out, HEDGE_FLOOR_S)
+        num_came = self._lanes.sum(out, self._calls.patience.late_s(out.shape[0]))
         if num_came < self._lanes.num_lanes:
             self.settle(flight, num_came)
             return None
@@ -197,7 +196,7 @@ class Direct:
             return None
         self._plan, self._retry_at = plan, now + REOPEN_S
         owners = {layer_id: plan.owners(layer_id) for layer_id in plan.layer_ids}
-        if plan.down or plan.num_shards < 2 or any(len(copies) > 1 for layer in owners.values() for copies in layer):
+        if plan.down or any(len(copies) > 1 for layer in owners.values() for copies in layer):
             return None
         self._shard_ids = sorted({copies[0] for layer in owners.values() for copies in layer})
         self._lane_of = np.zeros((1 + max(owners), plan.num_experts), dtype=np.int32)

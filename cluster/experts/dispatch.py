@@ -71,10 +71,13 @@ class ExpertDispatcher:
         return self.routing.epoch
 
     def dispatch(
-        self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+        self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, alone: bool = True
     ) -> DispatchFlight | DirectFlight:
-        """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32."""
-        if self._direct is not None:
+        """Sends without waiting. hidden_states: [T, H]; topk_ids: [T, K] int64; topk_weights: [T, K] float32.
+
+        alone: these are combined before anything else is dispatched.
+        """
+        if self._direct is not None and alone:
             direct = self._direct.dispatch(layer_id, hidden_states, topk_ids, topk_weights)
             if direct is not None:
                 return direct

@@ -51,6 +51,10 @@ class StepExperts:
         self._parts.append(part)
         return part
 
+    @property
+    def num_parts(self) -> int:
+        return len(self._parts)
+
     def abandon(self) -> None:
         """The step is not finished: nobody will ask for the rows under way."""
         for part in self._parts:
@@ -84,7 +88,8 @@ class PartExperts:
         if self._step.lost:
             lost = torch.isin(self._owners, torch.tensor(list(self._step.lost), device=self._owners.device))
             topk_ids = topk_ids.masked_fill(lost.unsqueeze(1), NOT_HERE)
-        self._flight = self._step.dispatcher.dispatch(layer_id, hidden_states, topk_ids, topk_weights)
+        dispatch, alone = self._step.dispatcher.dispatch, self._step.num_parts == 1
+        self._flight = dispatch(layer_id, hidden_states, topk_ids, topk_weights, alone=alone)
         return self._flight
 
     def combine(self, flight: DispatchFlight | DirectFlight) -> Tensor:

@@ -45,6 +45,7 @@ def main(address, model, *fronts):
                 "replicas": [replica.process.node_id for replica in replicas],
                 "respawns": sum(shard.respawns for shard in shards),
                 "fronts": [says_that_it_serves(front) for front in fronts],
+                "waits": [node.waits for node in status.leaving_nodes],
             }
             print_line(json.dumps(round_))
 

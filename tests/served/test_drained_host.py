@@ -1,4 +1,4 @@
-"""A host that Ray drains is empty before it goes, and no answer is lost or changed. Three hosts, two with room."""
+"""Hosts that Ray drains; no answer is lost or changed. One is empty before it goes, the last one with room waits."""
 
 import json
 import sys
@@ -24,7 +24,8 @@ def environment(host, folder):
 
 def test_a_host_that_ray_drains_is_empty_before_it_goes_and_no_answer_changes(demo_checkpoint):
     """Each of two hosts has a shard, without copies, a replica, an ingress and HAProxy. Then one has all. The other's
-    HAProxy says that it does not serve while its host leaves, and Ray ends that node, since nothing is left on it."""
+    HAProxy says that it does not serve while its host leaves, and Ray ends that node, since nothing is left on it. At
+    last the other is to leave, too: nothing has room for what is on it, it goes on, and the status says so."""
     with hosts(3, num_cpus=6, environment=environment) as net:
         program = [sys.executable, str(Path(__file__).with_name("drained.py")), net.address, str(demo_checkpoint)]
         asking = net.popen(0, *program, f"{net.ip(1)}:9000", f"{net.ip(2)}:9000")
@@ -39,11 +40,20 @@ def test_a_host_that_ray_drains_is_empty_before_it_goes_and_no_answer_changes(de
                 assert time.monotonic() < deadline, rounds[-1]
                 rounds.append(json.loads(read_line(asking)))
             rounds.append(json.loads(read_line(asking)))
+            emptied = rounds[-1]
+            net.drain(stays, seconds=600)
+            deadline = time.monotonic() + 100
+            while not all(any(made["waits"]) for made in rounds[-3:]):
+                assert time.monotonic() < deadline, rounds[-1]
+                rounds.append(json.loads(read_line(asking)))
         finally:
             asking.kill()
             asking.wait()
     assert [error for made in rounds for error in made["failed"]] == []
     assert sum(made["different"] for made in rounds) == 0
-    assert set(rounds[-1]["shards"]) == set(rounds[-1]["replicas"]) == {stays}
-    assert rounds[-1]["respawns"] == 0, "the shard moved, it did not die"
+    for made in (emptied, rounds[-1]):
+        assert set(made["shards"]) == set(made["replicas"]) == {stays}
+        assert made["respawns"] == 0, "the shard moved, it did not die"
+    [waits] = rounds[-1]["waits"]
+    assert waits.startswith("no other node has room for shards 0, 1 (")
     assert [True, False] in [made["fronts"] for made in rounds]

@@ -97,12 +97,14 @@ def write_plain(folder, raw):
         ("ray", partial(write_pair, sym=False), {}),
         ("stream", write_awq, {}),
         ("ray", partial(write_packed, num_bits=4, group_size=32), {}),
-        ("ray", write_plain, NF4),
+        ("ray", write_plain, {**NF4, "kv_cache_dtype": "fp8"}),
+        ("stream", write_plain, {"kv_cache_dtype": "int8"}),
     ],
-    ids=["gptq", "awq", "w4a16", "nf4"],
+    ids=["gptq", "awq", "w4a16", "nf4, fp8 cache", "int8 cache"],
 )
-def test_shards_of_a_rounded_checkpoint_answer_as_one_process_does(ray_cluster, tmp_path, transport, write, options):
-    """Also when one of them is killed meanwhile: its successor has its experts in the same form."""
+def test_shards_of_a_rounded_model_answer_as_one_process_does(ray_cluster, tmp_path, transport, write, options):
+    """Also when one of them is killed meanwhile: its successor has its experts in the same form. Its weights are rounded,
+    or its keys and values."""
     stored, plain = write(tmp_path, MOE)
     options = {"dtype": "float32", "kv_cache_bytes": 1 << 22, "skip_tokenizer": True, **options}
 

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from served_tools import wait_until
+from served_tools import scrape, wait_until
 from test_listening import family
 
 from cluster.client.http_streams import HttpStreams
@@ -25,6 +25,8 @@ from cluster.process_identity import parent_of
 from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 pytestmark = [pytest.mark.ray]
+
+GENERATED = "moecluster_generated_tokens_total"
 
 
 def command(pid):
@@ -159,8 +161,9 @@ def test_a_killed_ingress_leaves_no_gap(served, caller):
 
 @pytest.mark.slow
 def test_a_killed_ingress_ends_its_own_http_streams_alone(served):
-    """Its clients see that their streams are not whole; calls of which nothing has come yet go to another ingress."""
-    asker, before = HttpStreams(served.http_url), ingresses()
+    """Its clients see that their streams are not whole; calls of which nothing has come yet go to another ingress. The
+    sequences of the broken streams end long before their last token."""
+    asker, before, computed = HttpStreams(served.http_url), ingresses(), scrape(served)[GENERATED]
     assert len(before) == 2
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=900).with_defaults(SAMPLING_DEFAULTS)
     begun, outcomes = threading.Barrier(9, timeout=60), Counter()
@@ -198,7 +201,10 @@ def test_a_killed_ingress_ends_its_own_http_streams_alone(served):
         thread.join(120)
     assert set(outcomes) <= {"whole", "broken"}
     assert outcomes.total() == 8
-    assert outcomes["broken"] < 8
+    assert 0 < outcomes["broken"] < 8
+    wait_until(lambda: scrape(served)["moecluster_engine_running_sequences"] == 0, "no sequence runs")
+    computed = scrape(served)[GENERATED] - computed
+    assert computed < 900 * outcomes["whole"] + 500 * outcomes["broken"] + 60 * len(answers) * 2
     wait_until(lambda: len(set(ingresses()) - {before[0]}) == 2, "another ingress", 60)
     os.write(1, f"ingress killed under HTTP streams: {dict(outcomes)}\n".encode())
 

@@ -1,6 +1,7 @@
 """Another version of this package rolled out under streams."""
 
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import openai
@@ -45,6 +46,25 @@ def roll_out(config, cluster):
     cluster.roll()
 
 
+@contextmanager
+def replicas_watched():
+    """Yields how many have run at each look, by Serve."""
+    counts, ended = [], threading.Event()
+
+    def look():
+        while not ended.wait(0.2):
+            deployment = serve.status().applications[APPLICATION].deployments["AttentionReplica"]
+            counts.append(deployment.replica_states.get("RUNNING", 0))
+
+    looks = threading.Thread(target=look)
+    looks.start()
+    try:
+        yield counts
+    finally:
+        ended.set()
+        looks.join()
+
+
 def ask_for_response(client, **fields):
     greedy = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
     return client.responses.create(model="demo-moe", input="Which?", max_output_tokens=300, **greedy, **fields)
@@ -59,7 +79,8 @@ def once_ended(client, response_id):
 def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_for_good, next_version):
     """Attention replicas, the ingress, the controller, shards and their number change while streams run; more streams
     than the new replicas have places for start a third one. They come over gRPC and HTTP in turn. Responses that run in
-    the background of the old ingresses end there, and whatever is kept stays.
+    the background of the old ingresses end there, and whatever is kept stays. With a surge new replicas run before old
+    ones leave: there are never fewer.
     """
     with (
         Client(f"127.0.0.1:{served_for_good.grpc_port}") as client,
@@ -69,16 +90,19 @@ def test_another_version_rolls_out_under_streams_and_no_answer_changes(served_fo
         questions = make_questions(NUM_QUESTIONS, client.model_info().vocab_size, seed=3)
         quiet = ask_all(client, questions, concurrency=4)
         config = replace(
-            served_for_good.config, release=VERSION, expert_shards=3, max_num_seqs=2, max_attention_replicas=3
-        )
+            served_for_good.config, release=VERSION, expert_shards=3, max_num_seqs=2, max_attention_replicas=3,
+            max_surge_percent=100,
+        )  # fmt: skip
         kept = ask_for_response(http)
         begun = [ask_for_response(http, background=True) for _ in range(4)]  # at both ingresses
         rolled = threading.Thread(target=roll_out, args=(config, cluster))
         rolled.start()
         rounds, askers = [], (client, HttpStreams(served_for_good.http_url))
-        while rolled.is_alive() or len(cluster.status().shards) < 3 or len(cluster.status().replicas) < 3:
-            rounds.append(ask_all(askers[len(rounds) % 2], questions, concurrency=8))
-        rolled.join()
+        with replicas_watched() as counts:
+            while rolled.is_alive() or len(cluster.status().shards) < 3 or len(cluster.status().replicas) < 3:
+                rounds.append(ask_all(askers[len(rounds) % 2], questions, concurrency=8))
+            rolled.join()
+        assert min(counts) == 2
         assert cluster.status().versions == (VERSION,)
         assert http.responses.retrieve(kept.id) == kept
         for response in begun:

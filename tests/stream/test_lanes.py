@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stream_tools import CPU, HERE
 
 from cluster.errors import ShardUnavailable
-from cluster.experts.direct import DirectFlight
+from cluster.experts.direct import MOST_ROWS, DirectFlight
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import PlacementPlan
 from cluster.experts.transport import NOT_HERE
@@ -160,7 +160,7 @@ def counts(registry):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    num_rows=st.integers(1, 64), layer_id=st.integers(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    num_rows=st.integers(1, MOST_ROWS), layer_id=st.integers(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     few=st.integers(1, E), seed=st.integers(0, 1 << 30),
 )  # fmt: skip
 def test_the_sums_and_counts_are_the_dispatchers_own(lasting, num_rows, layer_id, dtype, few, seed):
@@ -261,7 +261,7 @@ def test_rows_under_way_that_nobody_combines_disturb_nothing(cluster):
 
 def test_two_crossings_at_a_time_keep_their_own_answers(cluster):
     dispatcher, _ = cluster.dispatcher()
-    for sizes in ((3, 5), (3, 200), (200, 3)):
+    for sizes in ((3, 5), (3, MOST_ROWS + 1), (MOST_ROWS + 1, 3)):
         both = [rows(size) for size in sizes]
         flights = [dispatcher.dispatch(*sent) for sent in both]
         for flight, sent in zip(flights, both, strict=True):
@@ -271,17 +271,35 @@ def test_two_crossings_at_a_time_keep_their_own_answers(cluster):
     torch.testing.assert_close(crossed(dispatcher, sent), expected(sent), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        PlacementPlan(epoch=2, num_experts=E, slices=({0: range(E)}, *SLICES)),
-        PlacementPlan(epoch=2, num_experts=E, slices=({0: range(E)},)),
-    ],
-    ids=["copies", "one shard"],
-)
-def test_plans_with_copies_or_one_shard_take_the_long_way(cluster, plan):
+def test_plans_with_copies_take_the_long_way(cluster):
+    plan = PlacementPlan(epoch=2, num_experts=E, slices=({0: range(E)}, *SLICES))
     dispatcher, _ = cluster.dispatcher(Plans(plan))
     crossed(dispatcher, rows(2), direct=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_shard_with_all_experts_gives_the_same_both_ways(cluster, dtype):
+    """Rows without an expert are not sent, and are zero."""
+    plans = Plans(PlacementPlan(epoch=2, num_experts=E, slices=({0: range(E)},)))
+    sent = rows(40, dtype=dtype)
+    sent[2][7:9] = NOT_HERE
+    found = [crossed(cluster.dispatcher(plans, lanes=lanes)[0], sent, direct=lanes) for lanes in (True, False)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert found[0].any()
+    assert not found[0][7:9].any()
+
+
+def test_rows_beside_others_that_are_under_way_take_the_long_way(cluster):
+    """Lanes stay open meanwhile."""
+    dispatcher, _ = cluster.dispatcher()
+    crossed(dispatcher, rows(3))
+    for _ in range(3):
+        both = [rows(size) for size in (3, 5)]
+        flights = [dispatcher.dispatch(*sent, alone=False) for sent in both]
+        assert not any(isinstance(flight, DirectFlight) for flight in flights)
+        for flight, sent in zip(flights, both, strict=True):
+            torch.testing.assert_close(dispatcher.combine(flight), expected(sent), rtol=0, atol=0)
+        crossed(dispatcher, rows(3))
 
 
 def test_rows_that_are_not_in_one_piece_take_the_long_way(cluster):

@@ -36,6 +36,8 @@ SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_ex
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 ORDERED = config(**dict.fromkeys(SIZES, 128), quantization_config=GPTQ | {"desc_act": True})
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+has_two = torch.cuda.device_count() > 1  # NCCL takes no two processes on one
+on_two_gpus = [pytest.mark.gpu, pytest.mark.skipif(not has_two, reason="needs two CUDA devices")]
 
 
 def heads_of(num_heads, num_kv_heads, num_ranks):
@@ -223,14 +225,15 @@ def test_a_drawn_tensor_is_the_same_in_parts(tmp_path):
     assert torch.equal(part, whole[:, 28:])
 
 
-def test_an_llm_with_ranks_of_its_own_answers_until_one_dies(tmp_path):
-    """With a process of gloo; the tokens are those of one process, which parity tests compare with transformers."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_two_gpus)])
+def test_an_llm_with_ranks_of_its_own_answers_until_one_dies(tmp_path, device):
+    """With a process of gloo, or NCCL; the tokens are those of one process, which parity tests compare with transformers."""
     write_checkpoint(tmp_path / "model", BASE, seed=1)
     draw, size = torch.Generator().manual_seed(3), BASE["hidden_size"]
     changes = {f"model.layers.{n}.self_attn.o_proj": torch.randn(2, 2, size, generator=draw) for n in range(3)}
     pairs = {name: (a, b.T) for name, (a, b) in changes.items()}
     adapter = write_adapter(tmp_path / "adapter", pairs, layers_to_transform=[0, 1, 2])
-    options = {"device": "cpu", "dtype": "float32", "skip_tokenizer": True, "kv_cache_bytes": 1 << 20}
+    options = {"device": device, "dtype": "float32", "skip_tokenizer": True, "kv_cache_bytes": 1 << 20}
     with LLM(tmp_path / "model", **options) as llm:
         alone = [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
         llm.load_adapter("a", adapter)

@@ -16,7 +16,7 @@ from cluster.kernels.experts import ExpertWeights, NativeStep
 from cluster.kernels.native import library
 from cluster.kernels.native.library import DTYPES, Native
 
-MOST_ROWS = 64  # of a request; more are computed for so long that how they come counts for nothing
+MOST_ROWS = 256  # of a request; more are computed for so long that how they come counts for nothing
 MOST_SLOTS = 16
 BUFFER_BYTES, LOG_SIZE, HEAD_BYTES = 1 << 16, 1 << 12, 68
 SERVED_DTYPES = (torch.float32, torch.bfloat16)
