@@ -97,8 +97,8 @@ def write_plain(folder, raw):
         ("ray", partial(write_pair, sym=False), {}),
         ("stream", write_awq, {}),
         ("ray", partial(write_packed, num_bits=4, group_size=32), {}),
-        ("ray", write_plain, {**NF4, "kv_cache_dtype": "fp8"}),
-        ("stream", write_plain, {"kv_cache_dtype": "int8"}),
+        ("ray", write_plain, {**NF4, "kv_cache_dtype": "fp8", "device": "cpu"}),
+        ("stream", write_plain, {"kv_cache_dtype": "int8", "device": "cpu"}),
     ],
     ids=["gptq", "awq", "w4a16", "nf4, fp8 cache", "int8 cache"],
 )

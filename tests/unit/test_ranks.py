@@ -227,7 +227,7 @@ def test_a_drawn_tensor_is_the_same_in_parts(tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_two_gpus)])
 def test_an_llm_with_ranks_of_its_own_answers_until_one_dies(tmp_path, device):
-    """With a process of gloo, or NCCL; the tokens are those of one process, which parity tests compare with transformers."""
+    """Joined by gloo, or NCCL; the tokens are those of one process, which parity tests compare with transformers."""
     write_checkpoint(tmp_path / "model", BASE, seed=1)
     draw, size = torch.Generator().manual_seed(3), BASE["hidden_size"]
     changes = {f"model.layers.{n}.self_attn.o_proj": torch.randn(2, 2, size, generator=draw) for n in range(3)}
