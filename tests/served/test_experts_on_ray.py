@@ -103,8 +103,8 @@ def write_plain(folder, raw):
     ids=["gptq", "awq", "w4a16", "nf4, fp8 cache", "int8 cache"],
 )
 def test_shards_of_a_rounded_model_answer_as_one_process_does(ray_cluster, tmp_path, transport, write, options):
-    """Also when one of them is killed meanwhile: its successor has its experts in the same form. Weights are rounded, or
-    keys and values."""
+    """Also when one of them is killed meanwhile: its successor has its experts in the same form. Weights, or keys and
+    values, are rounded."""
     stored, plain = write(tmp_path, MOE)
     options = {"dtype": "float32", "kv_cache_bytes": 1 << 22, "skip_tokenizer": True, **options}
 
