@@ -121,7 +121,7 @@ class NativeExperts(SeparateExperts[NativeForm]):
         step = self.native_step
         if step is None:
             return torch.zeros(hidden_states.shape, dtype=torch.float32)
-        if topk_ids.numel() < step.most_pairs:
+        if topk_ids.numel() < step.most_pairs or int((topk_ids >= 0).sum()) < step.most_pairs:
             return native_products.experts(self._native, hidden_states, topk_ids, topk_weights, step.pointers)
         return super().forward(hidden_states, topk_ids, topk_weights)
 

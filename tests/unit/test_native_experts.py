@@ -117,6 +117,21 @@ def test_nan_and_infinity_stay_in_their_row(native, dtype, hidden, intermediate)
 
 
 @each_variant
+def test_slots_of_experts_elsewhere_do_not_make_a_step_large(native, monkeypatch) -> None:
+    x, ids, weights, gate_up, down = drawn(6, torch.bfloat16, 300, 2, 1, 32, 32)
+    made = NativeExperts(
+        lambda: NativeWeight.empty(64, 32, dtype=torch.bfloat16, native=native),
+        lambda: NativeWeight.empty(32, 32, dtype=torch.bfloat16, native=native),
+        native,
+    ).rearranged([None])
+    made.gate_up[0].matrix.copy_(gate_up[0])
+    made.down[0].matrix.copy_(down[0])
+    ids[20:] = -1
+    monkeypatch.delattr("cluster.kernels.experts.experts_by_loop")
+    assert torch.equal(made.forward(x, ids, weights), run(native, x, ids, weights, gate_up, down))
+
+
+@each_variant
 def test_rearranged_experts_share_their_weights(native) -> None:
     x, ids, weights, gate_up, down = drawn(6, torch.bfloat16, 5, 2, 3, 32, 16)
     made = NativeExperts(
