@@ -103,7 +103,7 @@ def test_a_killed_front_is_there_again_before_serve_looks(served, caller, who):
         caller.goes_on()
         assert killed not in victims()
         assert haproxies() != before
-    assert keepers() == kept
+    assert set() < set(keepers()) <= set(kept)  # one before a reload may go meanwhile
     assert processes("ray::HAProxyManager") == managers
     assert set(caller.codes) <= {"OK", "UNAVAILABLE"}
     os.write(1, f"{who} killed: {caller.longest_s:.3f} s without an answer, {dict(caller.codes)}\n".encode())
