@@ -19,10 +19,11 @@ class Losing:
     """Answers zeros; loses the rows that ask for one of the `lost` experts. Keeps the ids that it was sent."""
 
     def __init__(self, lost=()):
-        self.lost, self.sent, self.epoch = set(lost), [], 1
+        self.lost, self.sent, self.alone, self.epoch = set(lost), [], [], 1
 
-    def dispatch(self, layer_id, hidden_states, topk_ids, topk_weights):
+    def dispatch(self, layer_id, hidden_states, topk_ids, topk_weights, *, alone=True):
         self.sent.append(topk_ids.tolist())
+        self.alone.append(alone)
         return Flight(topk_ids)
 
     def combine(self, flight, losses):
@@ -70,6 +71,15 @@ def test_micro_batches_share_what_they_know_of_silent_shards():
     first, second = step.part(0, [1], CPU), step.part(1, [1], CPU)
     first.hung.add((1, 3))
     assert second.hung == step.hung == {(1, 3)}
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_rows_of_a_step_in_parts_are_not_alone_under_way(num_parts):
+    losing = Losing()
+    step = StepExperts(losing, 2)
+    for part in [step.part(number, [1], CPU) for number in range(num_parts)]:
+        call(part, [1])
+    assert losing.alone == [num_parts == 1] * num_parts
 
 
 def test_micro_batches_count_their_sequences_on():
