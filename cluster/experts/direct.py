@@ -49,6 +49,9 @@ class Lanes(Protocol):
         """Blocks for the answers, fills `out` [T, H]. Returns the lanes that have answered; the next one has not in
         limit_s, or not as it should."""
 
+    def most_rows(self) -> int:
+        """That were for one of them."""
+
     def rows(self, lane: int) -> Tensor:
         """The rows that were for it: [R] int64."""
 
@@ -129,7 +132,7 @@ class Direct:
             return None
         assert self._lanes is not None
         out = torch.empty_like(flight.batch.hidden_states, memory_format=torch.contiguous_format)
-        num_came = self._lanes.sum(out, self._calls.patience.late_s(out.shape[0]))
+        num_came = self._lanes.sum(out, self._calls.patience.late_s(self._lanes.most_rows()))
         if num_came < self._lanes.num_lanes:
             self.settle(flight, num_came)
             return None

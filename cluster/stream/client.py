@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ProtocolError, ShardUnavailable
-from cluster.experts.direct import Lanes
+from cluster.experts.direct import MOST_ROWS, Lanes
 from cluster.experts.transport import ExpertBatch, ExpertTransport, Flight
 from cluster.stream.connection import StreamBroken, StreamConnection
 from cluster.stream.frames import StreamOffer
 from cluster.stream.lanes import LANE_DTYPES, StreamLanes, has_lanes
+from cluster.stream.region import SLOT_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class StreamTransport:
         self, shard_ids: Sequence[int], lane_of: np.ndarray, *, dtype: torch.dtype, hidden_size: int, epoch: int
     ) -> Lanes | None:
         """As of `LaneSource`."""
-        if not has_lanes() or dtype not in LANE_DTYPES:
+        if not has_lanes() or dtype not in LANE_DTYPES or MOST_ROWS * hidden_size * dtype.itemsize > SLOT_BYTES:
             return None
         try:
             connections = [self._connection(shard_id, torch.device("cpu")) for shard_id in shard_ids]

@@ -26,7 +26,7 @@ from cluster.types import SAMPLING_DEFAULTS, SamplingParams
 
 pytestmark = [pytest.mark.ray]
 
-GENERATED = "moecluster_generated_tokens_total"
+COMPUTED = "moecluster_engine_step_tokens_total"  # by engines, whoever is still there to get them
 
 
 def command(pid):
@@ -163,7 +163,7 @@ def test_a_killed_ingress_leaves_no_gap(served, caller):
 def test_a_killed_ingress_ends_its_own_http_streams_alone(served):
     """Its clients see that their streams are not whole; calls of which nothing has come yet go to another ingress. The
     sequences of the broken streams end long before their last token."""
-    asker, before, computed = HttpStreams(served.http_url), ingresses(), scrape(served)[GENERATED]
+    asker, before, computed = HttpStreams(served.http_url), ingresses(), scrape(served)[COMPUTED]
     assert len(before) == 2
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=900).with_defaults(SAMPLING_DEFAULTS)
     begun, outcomes = threading.Barrier(9, timeout=60), Counter()
@@ -203,7 +203,7 @@ def test_a_killed_ingress_ends_its_own_http_streams_alone(served):
     assert outcomes.total() == 8
     assert 0 < outcomes["broken"] < 8
     wait_until(lambda: scrape(served)["moecluster_engine_running_sequences"] == 0, "no sequence runs")
-    computed = scrape(served)[GENERATED] - computed
+    computed = scrape(served)[COMPUTED] - computed
     assert computed < 900 * outcomes["whole"] + 500 * outcomes["broken"] + 60 * len(answers) * 2
     wait_until(lambda: len(set(ingresses()) - {before[0]}) == 2, "another ingress", 60)
     os.write(1, f"ingress killed under HTTP streams: {dict(outcomes)}\n".encode())

@@ -1,6 +1,7 @@
 """Another version of this package rolled out under streams."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -48,7 +49,7 @@ def roll_out(config, cluster):
 
 @contextmanager
 def replicas_watched():
-    """Yields how many have run at each look, by Serve."""
+    """Yields how many have run at each look, by Serve. Raises what a look raised."""
     counts, ended = [], threading.Event()
 
     def look():
@@ -56,13 +57,13 @@ def replicas_watched():
             deployment = serve.status().applications[APPLICATION].deployments["AttentionReplica"]
             counts.append(deployment.replica_states.get("RUNNING", 0))
 
-    looks = threading.Thread(target=look)
-    looks.start()
-    try:
-        yield counts
-    finally:
-        ended.set()
-        looks.join()
+    with ThreadPoolExecutor(1) as pool:
+        looks = pool.submit(look)
+        try:
+            yield counts
+        finally:
+            ended.set()
+        looks.result()
 
 
 def ask_for_response(client, **fields):

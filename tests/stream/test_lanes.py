@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stream_tools import CPU, HERE
 
 from cluster.errors import ShardUnavailable
-from cluster.experts.direct import MOST_ROWS, DirectFlight
+from cluster.experts.direct import MOST_ROWS, MOST_SLOTS, DirectFlight
 from cluster.experts.dispatch import ExpertDispatcher
 from cluster.experts.placement import PlacementPlan
 from cluster.experts.transport import NOT_HERE
@@ -59,14 +59,15 @@ class Plans:
 class Cluster:
     """Shards with streams, and a transport to them. Each shard may have a successor."""
 
-    def __init__(self):
+    def __init__(self, beat_s=0.05):
+        self.beat_s = beat_s
         self.shards = [Shard() for _ in range(SHARDS)]
         self.servers = [self.serve(shard) for shard in self.shards]
         self.successions = 0
         self.transport = StreamTransport(self, node=HERE, fallback=None, timeout_s=20.0)
 
     def serve(self, shard):
-        made = StreamServer(shard, host="127.0.0.1", node=HERE, beat_s=0.05)
+        made = StreamServer(shard, host="127.0.0.1", node=HERE, beat_s=self.beat_s)
         made.start()
         return made
 
@@ -111,12 +112,12 @@ def lasting():
     made.close()
 
 
-def rows(num_rows, layer_id=0, dtype=torch.bfloat16):
+def rows(num_rows, layer_id=0, dtype=torch.bfloat16, num_slots=K):
     return (
         layer_id,
         torch.randn(num_rows, H).to(dtype),
-        torch.randint(NOT_HERE, E, (num_rows, K)),
-        torch.rand(num_rows, K),
+        torch.randint(NOT_HERE, E, (num_rows, num_slots)),
+        torch.rand(num_rows, num_slots),
     )
 
 
@@ -162,10 +163,11 @@ def counts(registry):
 @given(
     num_rows=st.integers(1, MOST_ROWS), layer_id=st.integers(0, 1),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), few=st.integers(1, E), seed=st.integers(0, 1 << 30),
+    num_slots=st.sampled_from([K, MOST_SLOTS]),
 )  # fmt: skip
-def test_the_sums_and_counts_are_the_dispatchers_own(lasting, num_rows, layer_id, dtype, few, seed):
+def test_the_sums_and_counts_are_the_dispatchers_own(lasting, num_rows, layer_id, dtype, few, seed, num_slots):
     torch.manual_seed(seed)
-    sent = rows(num_rows, layer_id, dtype)
+    sent = rows(num_rows, layer_id, dtype, num_slots)
     sent[2].clamp_max_(few - 1)  # so that some shards get no row, or all
     results = []
     for lanes in (True, False):
@@ -203,6 +205,23 @@ def test_a_late_answer_is_waited_for_as_ever(cluster):
     assert returned == [1, 1, 1]
     again = rows(5)
     torch.testing.assert_close(crossed(dispatcher, again), expected(again), rtol=0, atol=0)
+
+
+def test_an_answer_that_is_late_without_a_sign_of_life_is_waited_for():
+    """Longer than such answers take: then it is the dispatcher's own."""
+    made = Cluster(beat_s=60.0)
+    try:
+        dispatcher, _ = made.dispatcher()
+        sent = rows(9)
+        crossed(dispatcher, sent)
+        made.shards[1].gate.clear()
+        flight = dispatcher.dispatch(*sent)
+        threading.Timer(1.5, made.shards[1].gate.set).start()  # 1 s is waited for what is not known
+        torch.testing.assert_close(dispatcher.combine(flight), expected(sent), rtol=0, atol=0)
+        assert flight.legs is not None
+        assert [len(shard.rows) for shard in made.shards] == [2, 2, 2]
+    finally:
+        made.close()
 
 
 def test_a_shard_that_goes_meanwhile_is_replaced(cluster):

@@ -96,6 +96,16 @@ def test_a_row_is_the_same_number_in_every_batch(native, dtype, intermediate) ->
 
 
 @each_variant
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_an_expert_may_be_named_twice(native, num_rows) -> None:
+    """No router does."""
+    x, _, weights, gate_up, down = drawn(4, torch.bfloat16, num_rows, 3, 2, 64, 32)
+    given_numbers = x, torch.tensor([[0, 1, 0]] * num_rows), weights, gate_up, down
+    wanted, room = exact(*given_numbers)
+    assert ((run(native, *given_numbers).double() - wanted).abs() <= room).all()
+
+
+@each_variant
 def test_no_row_here_gives_zeros(native) -> None:
     x, ids, weights, gate_up, down = drawn(1, torch.bfloat16, 3, 2, 2, 40, 24)
     assert torch.equal(run(native, x, torch.full_like(ids, -1), weights, gate_up, down), torch.zeros(3, 40))

@@ -21,14 +21,18 @@ namespace amx_bf16 { extern const TileKernels tile_kernels; }
 namespace {
 
 // Made here: at the start of each process nothing compiled for one kind of processor may run.
-const Kernels* with_tiles() {
-    static Kernels table;
+Kernels with_tiles() {
     const TileKernels& tiles = amx_bf16::tile_kernels;
-    table = avx512_bf16::table;
-    table.name = tiles.name;
-    table.linear = tiles.linear;
-    table.experts = tiles.experts;
-    table.experts_scratch = tiles.experts_scratch;
+    Kernels made = avx512_bf16::table;
+    made.name = tiles.name;
+    made.linear = tiles.linear;
+    made.experts = tiles.experts;
+    made.experts_scratch = tiles.experts_scratch;
+    return made;
+}
+
+const Kernels* tile_table() {
+    static const Kernels table = with_tiles();  // once, whichever thread comes first
     return &table;
 }
 
@@ -56,7 +60,7 @@ const moe::Kernels* moe_kernels(const char* name) {
     if (!strcmp(name, "avx512_bf16")) return processor.avx512_bf16 ? &moe::avx512_bf16::table : nullptr;
 #endif
 #if defined(MOE_HAS_AMX_BF16)
-    if (!strcmp(name, "amx_bf16")) return moe::has_tiles() ? moe::with_tiles() : nullptr;
+    if (!strcmp(name, "amx_bf16")) return moe::has_tiles() ? moe::tile_table() : nullptr;
 #endif
 #endif
     return nullptr;
