@@ -107,7 +107,7 @@ class StreamLanes:
         return self._sum(self._address, out.data_ptr(), out.shape[0], limit_s)
 
     def most_rows(self) -> int:
-        return max(lane.num_rows for lane in self._lanes)
+        return int(max(lane.num_rows for lane in self._lanes))
 
     def rows(self, lane: int) -> Tensor:
         return self._row_ids[lane, : self._lanes[lane].num_rows].clone()
