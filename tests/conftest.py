@@ -23,8 +23,39 @@ LOGICAL_GPUS = 16  # Ray only counts them
 pytest_plugins = ["two_processes"] if find_spec("xdist") else []
 
 
-def pytest_configure() -> None:
+class Named:
+    """Names a failure at once and, when the run is interrupted, what was running: whoever reads a run that did not
+    come to its end learns why."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._running: dict[str, None] = {}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._running[nodeid] = None
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._running.pop(nodeid, None)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = str(crash.message if crash else report.longrepr).partition("\n")[0]
+            self._say(f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s: {reason}")
+
+    def pytest_keyboard_interrupt(self) -> None:
+        self._say(f"interrupted in {', '.join(self._running) or 'no test'}")
+
+    def _say(self, line: str) -> None:
+        writer = self._config.get_terminal_writer()
+        writer.line(f"\n{line}")
+        writer.flush()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment before anything is imported. The environment's proxy does not reach the tests' servers."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Named(config))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
         filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "127.0.0.1", "localhost"))
     )

@@ -1,7 +1,10 @@
 """Shared by the tests of the served application: questions for it, metrics and Ray's objects as numbers, waiting."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import grpc
@@ -61,6 +64,19 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not in {timeout_s} s"
         time.sleep(0.1)
+
+
+@contextmanager
+def beside(work: Callable[[threading.Event], object]) -> Iterator[None]:
+    """Runs `work` in a thread until the block is left, which sets its event. Raises what it raised."""
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work, ended)
+        try:
+            yield
+        finally:
+            ended.set()
+        running.result()
 
 
 def check_health_reflection_and_streaming(address: str) -> None:

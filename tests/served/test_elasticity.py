@@ -4,14 +4,13 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from ray.util.placement_group import placement_group_table
-from served_tools import wait_until
+from served_tools import beside, wait_until
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, SetupError
@@ -62,22 +61,17 @@ def steady_rows(experts, hot=None):
     def through():
         return [experts.dispatcher.combine(experts.dispatcher.dispatch(i, x, ids, weights)) for i in layers]
 
-    first, done, rounds = through(), threading.Event(), []
+    first, rounds = through(), []
 
-    def run():
+    def run(done):
         while not done.is_set():
             started = time.monotonic()
             for got, wanted in zip(through(), first, strict=True):
                 torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
             rounds.append(time.monotonic() - started)
 
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run)
-        try:
-            yield rounds
-        finally:
-            done.set()
-        running.result()
+    with beside(run):
+        yield rounds
 
 
 def shard_is_back(ray, experts, shard_id):

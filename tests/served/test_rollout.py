@@ -1,7 +1,6 @@
 """Another version of this package rolled out under streams."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import openai
 import pytest
 from next_version import VERSION, write_next_version
 from ray import serve
-from served_tools import wait_until
+from served_tools import beside, wait_until
 
 import cluster as this_version
 from cluster.chaos.traffic import ask_all, make_questions
@@ -49,21 +48,16 @@ def roll_out(config, cluster):
 
 @contextmanager
 def replicas_watched():
-    """Yields how many have run at each look, by Serve. Raises what a look raised."""
-    counts, ended = [], threading.Event()
+    """Yields how many have run at each look, by Serve."""
+    counts = []
 
-    def look():
+    def look(ended):
         while not ended.wait(0.2):
             deployment = serve.status().applications[APPLICATION].deployments["AttentionReplica"]
             counts.append(deployment.replica_states.get("RUNNING", 0))
 
-    with ThreadPoolExecutor(1) as pool:
-        looks = pool.submit(look)
-        try:
-            yield counts
-        finally:
-            ended.set()
-        looks.result()
+    with beside(look):
+        yield counts
 
 
 def ask_for_response(client, **fields):
