@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime.start import local_ray as module
+from cluster.runtime.start import ray_start as module
 
 SCRIPT = """
 import json, os, subprocess, sys, tempfile
@@ -83,7 +84,44 @@ def test_a_ray_of_ours_is_on_loopback_asks_for_its_token_and_is_bounded():
     assert report["stay"] == []
 
 
-def test_a_raylet_may_take_its_time(monkeypatch):
+# The raylet of the first start takes a moment until it dies, as one whose port another process has taken.
+RAYLET_THAT_DIES = """
+import subprocess, ray
+from cluster.runtime.start import local_ray, ray_start
+from cluster.runtime.start.local_ray import start_ray
+
+before, started = ray_start.services.start_raylet, []
+
+def start_raylet(*arguments, **options):
+    started.append(before(*arguments, **options))
+    if len(started) <= NUM_DEATHS:
+        started[-1].process.kill()
+    return started[-1]
+
+ray_start.services.start_raylet = start_raylet
+try:
+    connected = start_ray(num_cpus=1)
+    print(len(started), len(ray.nodes()))
+    connected.stop()
+finally:
+    print([info.process.poll() is None for info in started])
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("num_deaths", "printed"), [(1, "2 1\n[False, False]\n"), (3, "[False, False, False]\n")])
+def test_another_ray_starts_where_a_raylet_ends_at_once(num_deaths, printed):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", RAYLET_THAT_DIES.replace("NUM_DEATHS", str(num_deaths))],
+        env=environment, capture_output=True, text=True, timeout=200, cwd="/",
+    )  # fmt: skip
+    assert done.stdout == printed, done.stderr
+    assert (done.returncode != 0) == (num_deaths > 2)
+    assert ("NoRaylet: Ray did not start: its raylet ended" in done.stderr) == (num_deaths > 2)
+
+
+def test_a_raylet_may_take_its_time(monkeypatch, tmp_path):
     asked = []
 
     def get_node(gcs_address, node_id):
@@ -93,11 +131,30 @@ def test_a_raylet_may_take_its_time(monkeypatch):
         return "a node"
 
     monkeypatch.setattr(module.services, "get_node", get_node)
-    with module.patient():
+    with module.patient(tmp_path):
         assert module.services.get_node("gcs", "id") == "a node"
         monkeypatch.setattr(module, "RAYLET_START_S", -1.0)
         asked.clear()
-        with pytest.raises(RuntimeError, match="no such node"):
+        with pytest.raises(module.NoRaylet, match="^Ray did not start: its raylet is not there after -1 s$"):
             module.services.get_node("gcs", "id")
     assert asked == [("gcs", "id")]
     assert module.services.get_node is get_node
+
+
+def test_a_raylet_that_ends_says_its_last_words(monkeypatch, tmp_path):
+    def get_node(gcs_address, node_id):
+        raise RuntimeError("no such node")
+
+    logs = tmp_path / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "raylet.out").write_text("many\nwords\n")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setattr(module.services, "get_node", get_node)
+    monkeypatch.setattr(module.services, "start_raylet", lambda: SimpleNamespace(process=ended))
+    for words in ("words", "port 7 is taken"):
+        with module.patient(tmp_path):
+            module.services.start_raylet()
+            with pytest.raises(module.NoRaylet, match=f"^Ray did not start: its raylet ended: {words}$"):
+                module.services.get_node("gcs", "id")
+        (logs / "raylet.err").write_text("port 7 is taken\n\n")

@@ -11,7 +11,7 @@ import ray
 
 from cluster.runtime.ray_private.core import ray_constants
 from cluster.runtime.start import setup_worker
-from cluster.runtime.start.local_ray import quick_workers
+from cluster.runtime.start.ray_start import quick_workers
 
 THEIRS = Path(ray.__file__).parent / "_private" / "workers" / "setup_worker.py"
 OURS = setup_worker.__file__

@@ -10,12 +10,10 @@ import os
 import secrets
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -31,14 +29,12 @@ from cluster.runtime.names import NAMESPACE, RAY_FOLDER
 from cluster.runtime.ray_private.core import (
     AuthenticationTokenLoader,
     end_started,
-    node,
     ray_constants,
     reports_to_log,
-    services,
 )
-from cluster.runtime.start import setup_worker
 from cluster.runtime.start.ray_address import check_address
 from cluster.runtime.start.ray_processes import RayWatch, apart
+from cluster.runtime.start.ray_start import NoRaylet, few_processes, patient, quick_workers
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +43,8 @@ ROOM_TO_GROW_CPUS = 64  # logical ones: `moe-cluster scale` adds processes later
 # Metrics of Ray's autoscaler and dashboard, which everybody on the machine could read. With a port that does not
 # exist, they log an error at their start and serve none.
 NO_METRICS_PORTS = {"AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
-RAYLET_START_S = 90.0
+# A raylet that finds one of its ports taken ends, and once in some hundred starts on a busy machine one did not come.
+STARTS = 3
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -85,7 +82,7 @@ def start_ray(
         else:
             if _Process.started is not None:  # other code of this process has called ray.shutdown
                 _Process.started.stop()
-            _Process.started = LocalRay(num_cpus, environment)
+            _Process.started = _started(num_cpus, environment)
         started = _Process.started
         started.users.append(on_lost)
 
@@ -108,6 +105,15 @@ class _Process:
 
     lock = threading.RLock()
     started: "LocalRay | None" = None
+
+
+def _started(num_cpus: float, environment: Callable[[Path], Mapping[str, str]]) -> "LocalRay":
+    for _ in range(STARTS - 1):
+        try:
+            return LocalRay(num_cpus, environment)
+        except NoRaylet as error:
+            log.warning("%s: starting another", error)
+    return LocalRay(num_cpus, environment)
 
 
 class LocalRay:
@@ -155,7 +161,7 @@ class LocalRay:
             apart(),
             quick_workers(),
             few_processes(),
-            patient(),
+            patient(folder / RAY_FOLDER),
         ):
             ray.init(
                 address="local",
@@ -218,56 +224,6 @@ def _make_token() -> Callable[[], None]:
         AuthenticationTokenLoader.instance().reset_cache()
 
     return forget
-
-
-@contextmanager
-def quick_workers() -> Iterator[None]:
-    """A Ray that starts meanwhile starts its workers by our `setup_worker.py`. Ray has no setting for it."""
-    before = ray_constants.SETUP_WORKER_FILENAME
-    ray_constants.SETUP_WORKER_FILENAME = setup_worker.__file__  # an absolute path stays one when it is joined
-    try:
-        yield
-    finally:
-        ray_constants.SETUP_WORKER_FILENAME = before
-
-
-@contextmanager
-def few_processes() -> Iterator[None]:
-    """A Ray that starts meanwhile has no autoscaler, no dashboard and no reader of logs: there are no nodes to add, the
-    dashboard would show nothing, and nobody listens to the reader. They took 4 of a start's 26 s of CPU, a twentieth
-    of what an idle cluster takes, and 300 MB. Ray has no setting for it."""
-    unwanted = ("start_monitor", "start_api_server", "start_log_monitor")
-    before = {name: getattr(node.Node, name) for name in unwanted}
-    for name in unwanted:
-        setattr(node.Node, name, lambda self, **how: None)
-    try:
-        yield
-    finally:
-        for name, start in before.items():
-            setattr(node.Node, name, start)
-
-
-@contextmanager
-def patient() -> Iterator[None]:
-    """A Ray that starts meanwhile has RAYLET_START_S for its raylet. Ray (2.60) gives up after 30 s, without a setting
-    for it: on a machine that is busy with other work they passed."""
-    before = services.get_node
-
-    def get_node(*arguments: Any) -> Any:
-        deadline = time.monotonic() + RAYLET_START_S
-        while True:
-            try:
-                return before(*arguments)
-            except RuntimeError:  # it is not registered yet
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.1)
-
-    services.get_node = get_node
-    try:
-        yield
-    finally:
-        services.get_node = before
 
 
 @contextmanager
