@@ -108,7 +108,8 @@ class NativeExperts(SeparateExperts[NativeForm]):
     def native_step(self) -> NativeStep | None:
         if not self.gate_up:
             return None
-        return NativeStep(self.pointers, self.gate_up[0].torch_rows * len(self.gate_up))
+        torch_rows = min(self.gate_up[0].torch_rows, self.down[0].torch_rows)
+        return NativeStep(self.pointers, torch_rows * len(self.gate_up))
 
     def rearranged(self, places: Sequence[int | None]) -> Self:
         other = super().rearranged(places)

@@ -3,7 +3,6 @@
 M: rows, N: outputs, K: inputs, H: hidden size, I: intermediate size.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
@@ -19,7 +18,7 @@ from cluster.kernels.large_pages import CPU
 from cluster.kernels.native.library import DTYPES, native
 from cluster.kernels.native_products import ExpertPointers
 from cluster.kernels.rounding import Numbers, dequantize, pack, quantize, unpack
-from cluster.kernels.weights import Parts, TwoProducts, split_rows
+from cluster.kernels.weights import EVERY_ROW, Parts, TwoProducts, split_rows
 
 
 class QuantizedWeight(TwoProducts):
@@ -29,7 +28,7 @@ class QuantizedWeight(TwoProducts):
     matrix: its rows, [N, row_bytes] uint8, not filled, on the CPU or on a GPU.
     """
 
-    torch_rows = sys.maxsize
+    torch_rows = EVERY_ROW
 
     def __init__(self, matrix: Tensor, layout: RowLayout, dtype: torch.dtype) -> None:
         self.matrix, self.layout = matrix, layout

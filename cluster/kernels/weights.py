@@ -7,7 +7,6 @@ stays with torch: it is the dtype in which answers are compared.
 M: rows, N: outputs, K: inputs, H: hidden size, I: intermediate size.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol, Self
@@ -16,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels import gpu, native_products
-from cluster.kernels.native.library import Native, native
+from cluster.kernels import gpu, large_pages, native_products
+from cluster.kernels.native.library import TILE_INPUTS, TILES, Native, native
 from cluster.kernels.native_products import ExpertPointers
 
 # Where oneDNN has products in bfloat16: it took 1.0 of the native kernel's time at 64 rows, 0.9 at 96, 0.8 at 2048
 # (2816 x 2048, 2 threads of a Zen 5). Elsewhere its products take ten times as long (`F.linear` with AVX2).
 TORCH_ROWS = 64
+EVERY_ROW = (
+    1 << 40
+)  # more rows than there are; times a layer's experts it fits in the 64 bits that the native loops have
 
 # oneDNN compiles a product for each number of rows: 0.5 ms and 0.5 MB for every new one (512 x 256 and 2816 x 2048, one
 # thread of a Zen 5). Experts get another number of rows in each step; rounded up to ROW_SIZES an octave they are few.
@@ -114,7 +116,9 @@ class PlainWeight(TwoProducts):
 class NativeWeight(PlainWeight):
     """A matrix on the CPU, which the native kernels read as it is.
 
-    torch_rows: from so many rows on torch's product is faster.
+    torch_rows: from so many rows on torch's product is faster. None are so many where the kernels multiply in tiles:
+        they took 0.6 to 1.0 of oneDNN's time from 64 rows to 2048, 0.7 in a SwiGLU, 0.5 to 0.7 of experts (2 cores of
+        a Xeon with AMX).
     """
 
     form = 0
@@ -123,12 +127,13 @@ class NativeWeight(PlainWeight):
         super().__init__(matrix)
         self.matrix = matrix
         self.num_inputs = matrix.shape[1]
-        self.torch_rows = TORCH_ROWS if packs(matrix.dtype, matrix.device) else sys.maxsize
+        in_tiles = native.variant == TILES and self.num_inputs % TILE_INPUTS == 0
+        self.torch_rows = EVERY_ROW if in_tiles or not packs(matrix.dtype, matrix.device) else TORCH_ROWS
         self._native = native
 
     @classmethod
     def empty(cls, num_outputs: int, num_inputs: int, *, dtype: torch.dtype, native: Native) -> Self:
-        return cls(torch.empty(num_outputs, num_inputs, dtype=dtype), native)
+        return cls(large_pages.empty(num_outputs, num_inputs, dtype=dtype), native)
 
     def padded(self, num_rows: int) -> int:
         return num_rows if num_rows < self.torch_rows else _rounded_up(num_rows)
@@ -139,9 +144,12 @@ class NativeWeight(PlainWeight):
         return super().product(x, bias)
 
     def swiglu(self, x: Tensor, down: Self) -> Tensor:
-        if x.shape[0] < self.torch_rows:
-            return native_products.swiglu(self._native, x, ExpertPointers([self.matrix], [down.matrix]))
-        return super().swiglu(x, down)
+        if x.shape[0] >= min(self.torch_rows, down.torch_rows):
+            return super().swiglu(x, down)
+        pieces = torch.split(x, SWIGLU_ROWS) if len(x) > SWIGLU_ROWS else (x,)
+        pointers = ExpertPointers([self.matrix], [down.matrix])
+        products = [native_products.swiglu(self._native, piece, pointers) for piece in pieces]
+        return torch.cat(products) if len(products) > 1 else products[0]
 
 
 class PackedWeight(TwoProducts):

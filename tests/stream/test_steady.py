@@ -8,6 +8,7 @@ import pytest
 import torch
 from stream_tools import CPU, HERE, connect
 
+from cluster.config.quantization import Quantization
 from cluster.errors import ShardUnavailable
 from cluster.experts.shard import LayerSlice
 from cluster.experts.transport import ExpertBatch
@@ -27,15 +28,16 @@ HERE_IDS = {0: (1, 2, 4), 2: (0, 1, 2, 5, 6)}  # layer 1 has no experts
 class Shard:
     """As much of an `ExpertShard` as the stream asks for. It computes with the plain operations."""
 
-    def __init__(self, dtype=torch.bfloat16):
-        self.dtype = dtype
+    def __init__(self, dtype=torch.bfloat16, quantization=None):
+        self.dtype, self.quantization = dtype, quantization
         self.layers = {layer_id: self.slice(ids) for layer_id, ids in HERE_IDS.items()}
         self.expert_tokens = torch.zeros(3, E, dtype=torch.int64)
 
     def slice(self, ids):
-        weights = no_experts(H, 24, dtype=self.dtype, device=CPU).rearranged([None] * len(ids))
+        empty = no_experts(H, 24, dtype=self.dtype, device=CPU, quantization=self.quantization)
+        weights = empty.rearranged([None] * len(ids))
         for weight in (*weights.gate_up, *weights.down):
-            weight.matrix.normal_(0, 0.3)
+            fill(weight)
         places = np.full(E + 1, -1)
         places[list(ids)] = range(len(ids))
         return LayerSlice(ids, torch.from_numpy(places[:-1]), places, weights)
@@ -47,6 +49,17 @@ class Shard:
             raise ShardUnavailable("an expert is elsewhere", 0)
         out = layer.weights.forward(batch.hidden_states, torch.from_numpy(places), batch.topk_weights)
         return out.to(self.dtype)
+
+
+def fill(weight):
+    """A matrix, or one that is rounded when it settles."""
+    if not weight.staging_bytes:
+        weight.matrix.normal_(0, 0.3)
+        return
+    staging = torch.empty(weight.staging_bytes, dtype=torch.uint8)
+    [target] = weight.targets({"weight": len(weight.matrix)}, staging).values()
+    target.normal_(0, 0.3)
+    weight.settle()
 
 
 class Backend:
@@ -135,6 +148,17 @@ def test_what_it_does_not_take_python_answers_and_the_loop_goes_on(server, backe
     ask(connection, batch())
     assert backend.in_python == STEADY + 2
     assert backend.tokens[0, 3] == 0
+
+
+def test_rounded_experts_are_computed_in_the_loop_however_many_they_are(server, backend):
+    """Torch takes over at no number of rows. That number, times an even one of experts, was below zero in the loop."""
+    backend.shard = Shard(quantization=Quantization(num_bits=8))
+    backend.shard.layers[0] = backend.shard.slice((1, 4))
+    connection = connect(server)
+    for rows in (*[1] * STEADY, 2, 60):
+        one = batch(rows, ids=(1, 4))
+        torch.testing.assert_close(ask(connection, one), backend.shard.forward(one), rtol=0, atol=0)
+    assert backend.in_python == STEADY
 
 
 def test_several_requests_of_a_caller_wait_for_each_other(server, backend):

@@ -135,7 +135,7 @@ def test_a_raylet_may_take_its_time(monkeypatch, tmp_path):
         assert module.services.get_node("gcs", "id") == "a node"
         monkeypatch.setattr(module, "RAYLET_START_S", -1.0)
         asked.clear()
-        with pytest.raises(module.NoRaylet, match="^Ray did not start: its raylet is not there after -1 s$"):
+        with pytest.raises(module.NoRaylet, match="its raylet is not there after -1 s"):
             module.services.get_node("gcs", "id")
     assert asked == [("gcs", "id")]
     assert module.services.get_node is get_node

@@ -96,6 +96,21 @@ def test_a_row_is_the_same_number_in_every_batch(native, dtype, intermediate) ->
 
 
 @each_variant
+@pytest.mark.parametrize("num_experts", [1, 3])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(544, 96), (50, 70)])
+def test_many_rows_are_multiplied_in_groups(native, num_experts, hidden, intermediate) -> None:
+    """One expert's groups one after another, of several each one's all; some rows have none here."""
+    given_numbers = x, ids, weights, gate_up, down = drawn(5, torch.bfloat16, 530, 1, num_experts, hidden, intermediate)
+    assert 0 < (ids < 0).sum() < 530
+    found = run(native, *given_numbers, threads=3)
+    wanted, room = exact(*given_numbers)
+    assert ((found.double() - wanted).abs() <= room).all()
+    assert not found[ids[:, 0] < 0].any()
+    part = run(native, x[7:40], ids[7:40].contiguous(), weights[7:40].contiguous(), gate_up, down, threads=1)
+    assert torch.equal(part, found[7:40])
+
+
+@each_variant
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_an_expert_may_be_named_twice(native, num_rows) -> None:
     """No router does."""

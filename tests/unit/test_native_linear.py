@@ -59,6 +59,18 @@ def test_a_row_is_the_same_number_in_every_batch(native: Native, dtype: torch.dt
 
 
 @each_variant
+@pytest.mark.parametrize("m", [257, 520])
+@pytest.mark.parametrize("k", [160, 4160])  # of these 128 rows stay in a core's cache
+def test_many_rows_are_multiplied_in_groups(native: Native, m: int, k: int) -> None:
+    draw = torch.Generator().manual_seed(6)
+    x, w = (torch.randn(*shape, generator=draw).to(torch.bfloat16) for shape in ((m, k), (150, k)))
+    found, exact = linear(native, x, w, None, 3), x.double() @ w.double().T
+    size = x.double().abs() @ w.double().abs().T
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + (k + 8) * 2**-23 * size).all()
+    assert torch.equal(linear(native, x[250:257], w, None, 1), found[250:257])
+
+
+@each_variant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_odd_numbers_round_as_torch_rounds(native: Native, dtype: torch.dtype) -> None:
     """Ties, infinities, NaN, the largest and the smallest numbers: a product with one is the number itself."""

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "MOE_CLUSTER_KERNELS"  # in the environment: a variant's name, or "off"
 LIBRARY_VARIABLE = "MOE_CLUSTER_KERNELS_LIBRARY"  # another library's path: one with sanitizers
 VARIANTS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "plain")  # the fastest first
+TILES, TILE_INPUTS = "amx_bf16", 32  # multiplies bfloat16 in tiles, where the inputs are a multiple of so many
 VERSION = 4  # of the kernels' arguments: moe_version() in dispatch.cpp
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
