@@ -79,7 +79,7 @@ def test_a_view_keeps_the_memory(keep: Callable[[torch.Tensor], torch.Tensor]) -
 
 def test_large_memory_is_a_mapping_of_its_own() -> None:
     arena = Arena()
-    whole, piece = arena.take(1 << 27), arena.take(SIZE)
+    whole, piece = arena.take(1 << 28), arena.take(SIZE)
     assert whole.obj is not piece.obj
 
 
